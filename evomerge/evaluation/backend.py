@@ -1,0 +1,168 @@
+"""Backend: lm-eval's HFLM around whichever model is live, and the switches that keep lm-eval quick and quiet.
+
+One Backend serves a whole run: a candidate's model is attached to it, scored and replaced. Free generation
+is lm-eval's own `generate_until`; log-likelihoods are tokenised by lm-eval's own rules and scored by
+`evomerge.evaluation.likelihood`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import lm_eval.api.task
+import lm_eval.utils
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from evomerge.errors import ConfigError, UserError
+
+Pair = tuple[list[int], list[int]]
+"""Token ids of a context and of the continuation to score."""
+
+
+class NonFiniteScores(UserError):
+    """A model whose logits are not finite: a merge that went numerically wrong."""
+
+
+class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
+    """lm-eval's view of the live model.
+
+    tokenizer: any fast or slow transformers tokenizer; a private copy is used, because lm-eval gives it
+        a padding token.
+    max_length: longest input in tokens; None asks the attached model's config, as lm-eval does.
+    forward_seconds: time spent inside the model so far (forward and generate calls).
+    """
+
+    def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int | None) -> None:
+        nobody = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
+        with quiet():
+            super().__init__(
+                pretrained=nobody,
+                backend="causal",
+                tokenizer=copy.deepcopy(tokenizer),
+                batch_size=batch_size,
+                max_length=max_length,
+            )
+        self.forward_seconds = 0.0
+
+    def attach(self, model: Any) -> None:
+        """Make `model` the live one, in evaluation mode."""
+        if getattr(model, "training", False):
+            model.eval()
+        self._model, self._config, self._device = model, model.config, model.device
+
+    def detach(self) -> None:
+        """Let the live model go, so that a harness never keeps weights alive."""
+        self._model = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
+        self._config, self._device = self._model.config, self._model.device
+
+    def pairs(self, instances: Sequence[Any]) -> list[Pair]:
+        """Tokenise loglikelihood requests exactly as lm-eval does before it scores them."""
+        tokenised = self.loglikelihood(list(instances), disable_tqdm=True)
+        return [(context, continuation) for _, context, continuation in tokenised]
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
+        # lm-eval tokenises in `loglikelihood` and calls this to score; we score many candidates on the
+        # same tokens, so they are handed back instead.
+        return requests
+
+    def generate(self, instances: Sequence[Any]) -> list[str]:
+        """Generate with lm-eval's own loop.
+
+        Raises:
+            ConfigError: the prompt's share of the context would be empty.
+            NonFiniteScores: a step's logits were not finite.
+        """
+        for instance in instances:
+            budget = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
+            if budget >= self.max_length:
+                raise ConfigError(
+                    f"task {instance.task_name!r} generates up to {budget} tokens, "
+                    "which leaves the prompt no room",
+                    expected=f"fewer than the model's {self.max_length} tokens of context",
+                    fix="set generation_kwargs: max_gen_toks in the task's YAML",
+                )
+        with quiet():
+            answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
+        return answers
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+        check = _FiniteLogits()
+        start = time.perf_counter()
+        tokens = super()._model_generate(
+            context,
+            max_length,
+            stop,
+            logits_processor=transformers.LogitsProcessorList([check]),
+            **options,
+        )
+        self.forward_seconds += time.perf_counter() - start
+        if check.broken is not None and bool(check.broken):
+            raise NonFiniteScores("the model's logits are not finite", got="NaN while generating")
+        return tokens
+
+
+class _FiniteLogits(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Notes NaN logits, which an arg-max would turn into an innocent-looking token."""
+
+    def __init__(self) -> None:
+        self.broken: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found = torch.isnan(scores).any()
+        self.broken = found if self.broken is None else self.broken | found
+        return scores
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars and lm-eval's warnings about ways of use that are deliberate here."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with _swapped(lm_eval.api.task, "tqdm", lambda items, **_: items):
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def compiled_templates() -> Iterator[None]:
+    """Let lm-eval compile each jinja template once.
+
+    It compiles them anew for every field of every document, 1 ms each; a compiled template depends on
+    its source only.
+    """
+    compiled: dict[str, Any] = {}
+    compile_ = lm_eval.utils.env.from_string
+
+    def from_string(source: str) -> Any:
+        if source not in compiled:
+            compiled[source] = compile_(source)
+        return compiled[source]
+
+    with _swapped(lm_eval.utils.env, "from_string", from_string):
+        yield
+
+
+@contextlib.contextmanager
+def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,0 +1,284 @@
+"""Harness: turn a suite's splits into prebuilt items, and a live model plus items into Scores.
+
+    harness = Harness(Suite.load("demo"), tokenizer=tokenizer, batch_size=256, max_length=64)
+    items = harness.items("search")
+    scores = harness.evaluate(model, items)
+
+Tasks, prompts and metrics are lm-eval's; what it would do again for every model (rendering, tokenising,
+batching) is done once. `simple_evaluate`, lm-eval's request cache and its result cache are never used:
+they reseed global generators, or would hand a candidate the previous one's answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from evomerge.errors import ConfigError
+from evomerge.evaluation.backend import Backend, Pair, compiled_templates
+from evomerge.evaluation.likelihood import Likelihoods, Plan, plan
+from evomerge.evaluation.scores import Array, Scores, Split, TaskScores
+from evomerge.evaluation.suite import Suite
+from evomerge.evaluation.tasks import TaskBuilder, build, is_number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TaskItems:
+    """One task's items on one split.
+
+    task: the lm-eval task that owns the requests. groups: the requests of each item, in item order.
+    pairs: for each request its tokens (likelihood tasks). texts: for each item its tokens (rolling tasks).
+    gold: for each item its right choices (multiple choice).
+    """
+
+    builder: TaskBuilder
+    task: Any
+    groups: tuple[tuple[Any, ...], ...]
+    pairs: tuple[Pair, ...] = ()
+    texts: tuple[tuple[int, ...], ...] = ()
+    gold: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.builder.spec.task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Items:
+    """The prebuilt items of one split. Get them from `Harness.items`."""
+
+    split: Split
+    tasks: tuple[TaskItems, ...]
+    plans: dict[int, Layout] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Number of items of each task."""
+        return types.MappingProxyType({task.name: len(task.groups) for task in self.tasks})
+
+    @property
+    def total(self) -> int:
+        """Number of items, all tasks together."""
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layout:
+    """How a split's likelihood pairs are batched for one context length.
+
+    bounds: for each task (start, stop) of its pairs. windows: for each rolling task, the offsets of its
+    items' first windows, counted from the task's first pair.
+    """
+
+    plan: Plan | None
+    bounds: Mapping[str, tuple[int, int]]
+    windows: Mapping[str, np.ndarray[Any, np.dtype[np.intp]]]
+
+
+class Harness:
+    """Scores live models on a suite.
+
+    suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass; part of
+    the result's bits, so keep it fixed within a run. max_length: longest input in tokens; None takes each
+    model's own. seed: which items are drawn where splits are given as numbers.
+
+    Raises:
+        ConfigError: the suite names unknown tasks, metrics or dataset splits, or splits share items.
+    """
+
+    def __init__(
+        self, suite: Suite, *, tokenizer: Any, batch_size: int, max_length: int | None, seed: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
+        self.suite = suite
+        self.batch_size = batch_size
+        self.forward_seconds = 0.0
+        self._seed = seed
+        self._backend = Backend(tokenizer, batch_size=batch_size, max_length=max_length)
+        self._builders = build(suite, seed=seed)
+        self._items: dict[Split, Items] = {}
+
+    def items(self, split: Split) -> Items:
+        """Return a split's items: rendered, tokenised, in a fixed order. Built once."""
+        if split not in self._items:
+            built = (
+                _task_items(builder, split, self._backend)
+                for builder in self._builders
+                if split in builder.documents
+            )
+            self._items[split] = Items(split=split, tasks=tuple(built))
+        return self._items[split]
+
+    def evaluate(self, model: Any, items: Items) -> Scores:
+        """Score a model on every item.
+
+        model: a transformers causal LM (or anything that is called like one). It is put in evaluation mode
+            and not kept. `forward_seconds` afterwards holds the seconds spent inside it.
+
+        Raises:
+            NonFiniteScores: the model's logits are not finite.
+            ConfigError: an answer does not fit the model's context.
+        """
+        assert self._items.get(items.split) is items, "items of another harness"
+        backend = self._backend
+        backend.attach(model)
+        backend.forward_seconds = 0.0
+        try:
+            layout = self._layout(items, backend.max_length)
+            likelihoods = layout.plan.score(model) if layout.plan is not None else None
+            scores = [self._score(task, layout, likelihoods) for task in items.tasks]
+        finally:
+            backend.detach()
+        self.forward_seconds = backend.forward_seconds
+        if likelihoods is not None:
+            self.forward_seconds += likelihoods.forward_seconds
+        return Scores(split=items.split, tasks=tuple(scores))
+
+    def _layout(self, items: Items, max_length: int) -> Layout:
+        if max_length not in items.plans:
+            items.plans[max_length] = _layout(items, self._backend, self.batch_size, max_length)
+        return items.plans[max_length]
+
+    def _score(self, task: TaskItems, layout: Layout, likelihoods: Likelihoods | None) -> TaskScores:
+        if task.name not in layout.bounds:
+            with _private_rng(self._seed, self._backend.device):
+                return _generated(task, self._backend)
+        assert likelihoods is not None
+        start, stop = layout.bounds[task.name]
+        ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
+        if task.texts:
+            sums = np.add.reduceat(ll, layout.windows[task.name])
+            return TaskScores(task=task.name, metric=sums / [len(text) for text in task.texts])
+        return _answered(task, ll, greedy)
+
+
+def _task_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskItems:
+    task = builder.requests(split)
+    instances = task.instances
+    by_item: dict[int, list[Any]] = {}
+    for instance in instances:
+        by_item.setdefault(instance.doc_id, []).append(instance)
+    groups = tuple(tuple(sorted(group, key=lambda one: one.idx)) for group in by_item.values())
+    flat = [instance for group in groups for instance in group]
+    if builder.output_type == "loglikelihood_rolling":
+        texts = tuple(tuple(backend.tok_encode(instance.args[0])) for instance in flat)
+        if () in texts:
+            raise ConfigError(f"task {builder.spec.task!r}: item {texts.index(())} of {split} has no text")
+        return TaskItems(builder=builder, task=task, groups=groups, texts=texts)
+    if builder.output_type == "generate_until":
+        return TaskItems(builder=builder, task=task, groups=groups)
+    gold: tuple[tuple[int, ...], ...] = ()
+    with compiled_templates():
+        for group in groups:
+            task.doc_to_target(group[0].doc)  # rendered here, so that scoring finds it remembered
+        if builder.output_type == "multiple_choice":
+            gold = tuple(tuple(builder.gold(group[0].doc)) for group in groups)
+    return TaskItems(builder=builder, task=task, groups=groups, pairs=tuple(backend.pairs(flat)), gold=gold)
+
+
+def _layout(items: Items, backend: Backend, batch_size: int, max_length: int) -> Layout:
+    pairs: list[Pair] = []
+    names: list[str] = []
+    bounds: dict[str, tuple[int, int]] = {}
+    windows: dict[str, Any] = {}
+    for task in items.tasks:
+        start = len(pairs)
+        if task.texts:
+            firsts = []
+            for text in task.texts:
+                firsts.append(len(pairs) - start)
+                rolled = get_rolling_token_windows(list(text), backend.prefix_token_id, max_length, 1)
+                pairs += (make_disjoint_window(window) for window in rolled)
+            windows[task.name] = np.array(firsts, dtype=np.intp)
+        pairs += task.pairs
+        if len(pairs) > start:
+            bounds[task.name] = (start, len(pairs))
+            names += [task.name] * (len(pairs) - start)
+    laid = plan(pairs, batch_size=batch_size, max_length=max_length, names=names) if pairs else None
+    return Layout(plan=laid, bounds=bounds, windows=windows)
+
+
+def _answered(task: TaskItems, ll: Array, greedy: np.ndarray[Any, np.dtype[np.bool_]]) -> TaskScores:
+    """Score a loglikelihood or multiple-choice task from the answers to its requests."""
+    answers = iter(zip(ll.tolist(), greedy.tolist(), strict=True))
+    for group in task.groups:
+        for instance in group:
+            instance.resps = [next(answers)]
+    if task.gold:
+        smooth = _choice_probability(task, ll)
+    else:
+        smooth = np.exp(ll / [len(continuation) for _, continuation in task.pairs])
+    return TaskScores(task=task.name, metric=_metric(task), smooth=smooth)
+
+
+def _choice_probability(task: TaskItems, ll: Array) -> Array:
+    """Return (n,) the right choices' share of the probability of all choices of each item."""
+    choices = [len(task.task.doc_to_choice(group[0].doc)) for group in task.groups]
+    table = np.full((len(choices), max(choices)), -np.inf)
+    right = np.zeros_like(table)
+    start = 0
+    for row, (group, count) in enumerate(zip(task.groups, choices, strict=True)):
+        # Requests past the choices are the unconditional ones of acc_mutual_info.
+        table[row, :count] = ll[start : start + count]
+        start += len(group)
+        right[row, [index for index in task.gold[row] if 0 <= index < count]] = 1.0
+    probability = np.exp(table - table.max(axis=1, keepdims=True))
+    share: Array = (probability * right).sum(axis=1) / probability.sum(axis=1)
+    return share
+
+
+def _generated(task: TaskItems, backend: Backend) -> TaskScores:
+    """Score a task whose answers lm-eval gets from the live model itself."""
+    flat = [instance for group in task.groups for instance in group]
+    kind = flat[0].request_type
+    repeated = [instance for instance in flat for _ in range(instance.repeats or 1)]
+    answers: Sequence[Any]
+    if kind == "generate_until":
+        answers = backend.generate(repeated)
+    else:
+        answers = getattr(backend, kind)(repeated, disable_tqdm=True)
+    for instance in flat:
+        instance.resps = []
+    for instance, answer in zip(repeated, answers, strict=True):
+        instance.resps.append(answer)
+    return TaskScores(task=task.name, metric=_metric(task))
+
+
+def _metric(task: TaskItems) -> Array:
+    """Return (n,) the metric of each item, from lm-eval's own filters and `process_results`."""
+    for group in task.groups:
+        for instance in group:
+            instance.filtered_resps = {}
+    task.task.apply_filters()
+    name, chosen = task.builder.metric, task.builder.filter
+    values = np.empty(len(task.groups))
+    for item, group in enumerate(task.groups):
+        results = [instance.filtered_resps[chosen] for instance in group]
+        value = task.task.process_results(group[0].doc, results).get(name)
+        if not is_number(value) or not math.isfinite(value):
+            raise ConfigError(
+                f"task {task.name!r}: metric {name!r} gave no finite number for item {item}", got=repr(value)
+            )
+        values[item] = value
+    return values
+
+
+@contextlib.contextmanager
+def _private_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """Give sampling tasks a seeded generator, and the process its own back.
+
+    transformers samples from torch's global generator only.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

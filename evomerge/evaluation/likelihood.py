@@ -1,0 +1,186 @@
+"""Likelihood: score fixed (context, continuation) pairs with one forward pass per prebuilt batch.
+
+The numbers are those of lm-eval's HFLM (same tokens, same left truncation, same right padding without an
+attention mask, which a causal model can't see), computed from batches that are built once and reused for
+every candidate. A batch's composition depends on the pairs and on the batch size only, so the same
+weights give the same bits in every process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evomerge.errors import ConfigError
+from evomerge.evaluation.backend import NonFiniteScores, Pair
+from evomerge.evaluation.scores import Array
+
+_PADDING = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """One forward pass and what to read from it.
+
+    ids: (rows, length) int64 input tokens, right-padded.
+    columns: (kept,) the positions whose logits are needed by some row.
+    row, column, gold: (tokens,) for each scored token its row, its index in `columns`, and its id.
+    """
+
+    ids: torch.Tensor
+    columns: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    gold: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Likelihoods:
+    """Answers in the order of the pairs: ll (n,) sums of log-likelihoods in nats; greedy (n,) of bool."""
+
+    ll: Array
+    greedy: NDArray[np.bool_]
+    forward_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """Fixed batches for a list of pairs. Make one with `plan`.
+
+    order: (n,) the pairs in the order in which their tokens are scored.
+    starts: (n,) where each of them starts among the scored tokens.
+    """
+
+    batches: tuple[Batch, ...]
+    order: NDArray[np.intp]
+    starts: NDArray[np.intp]
+
+    def score(self, model: Any) -> Likelihoods:
+        """Run the model over all batches.
+
+        model: a causal LM: `model(input_ids=ids).logits` of shape (rows, length, vocabulary).
+
+        Raises:
+            NonFiniteScores: some log-likelihood is NaN or infinite.
+        """
+        sums, hits, seconds = [], [], 0.0
+        trims = _trims(model)
+        with torch.no_grad():
+            for batch in self.batches:
+                start = time.perf_counter()
+                logits = _forward(model, batch, trims)
+                seconds += time.perf_counter() - start
+                likelihood, hit = _read(logits, batch)
+                sums.append(likelihood)
+                hits.append(hit)
+        tokens = torch.cat(sums).to("cpu", torch.float64).numpy()
+        if not np.isfinite(tokens).all():
+            raise NonFiniteScores(
+                "the model's logits are not finite",
+                got=f"{int((~np.isfinite(tokens)).sum())} of {len(tokens)} scored tokens are NaN or infinite",
+            )
+        ll = np.empty(len(self.order))
+        greedy = np.empty(len(self.order), dtype=np.bool_)
+        ll[self.order] = np.add.reduceat(tokens, self.starts)
+        greedy[self.order] = np.logical_and.reduceat(torch.cat(hits).cpu().numpy(), self.starts)
+        return Likelihoods(ll=ll, greedy=greedy, forward_seconds=seconds)
+
+
+def plan(pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequence[str]) -> Plan:
+    """Lay pairs out in batches: longest first, equal inputs once.
+
+    pairs: token ids of each context (at least one) and continuation.
+    names: the task of each pair, for errors.
+
+    The input of a pair is its last `max_length + 1` tokens without the final one; the continuation's
+    tokens are read from its last positions, as in HFLM. Pairs that share an input, such as one-token
+    choices, share its row.
+
+    Raises:
+        ConfigError: a continuation is empty or longer than `max_length`.
+
+    >>> p = plan([([1, 2], [3]), ([1], [2, 4])], batch_size=2, max_length=8, names=["t", "t"])
+    >>> p.batches[0].ids.tolist(), p.batches[0].gold.tolist()
+    ([[1, 2]], [3, 2, 4])
+    """
+    assert pairs and batch_size >= 1, "an empty plan"
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, continuation) in enumerate(pairs):
+        if not 0 < len(continuation) <= max_length:
+            raise ConfigError(
+                f"task {names[index]!r} has an answer of {len(continuation)} tokens",
+                expected=f"1 to {max_length} tokens (the model's context length)",
+            )
+        tokens = tuple((context + continuation)[-(max_length + 1) :][:-1])
+        rows.setdefault(tokens, []).append(index)
+    inputs = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
+    order = [index for tokens in inputs for index in rows[tokens]]
+    lengths = [len(pairs[index][1]) for index in order]
+    return Plan(
+        batches=tuple(
+            _batch(inputs[start : start + batch_size], rows, pairs)
+            for start in range(0, len(inputs), batch_size)
+        ),
+        order=np.array(order, dtype=np.intp),
+        starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.intp),
+    )
+
+
+def _batch(
+    inputs: Sequence[tuple[int, ...]], rows: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair]
+) -> Batch:
+    ids = torch.full((len(inputs), len(inputs[0])), _PADDING, dtype=torch.long)
+    row: list[int] = []
+    position: list[int] = []
+    gold: list[int] = []
+    for number, tokens in enumerate(inputs):
+        ids[number, : len(tokens)] = torch.tensor(tokens)
+        for index in rows[tokens]:
+            continuation = pairs[index][1]
+            row += [number] * len(continuation)
+            position += range(len(tokens) - len(continuation), len(tokens))
+            gold += continuation
+    columns, column = np.unique(position, return_inverse=True)
+    return Batch(
+        ids=ids,
+        columns=torch.from_numpy(columns),
+        row=torch.tensor(row),
+        column=torch.from_numpy(column),
+        gold=torch.tensor(gold),
+    )
+
+
+def _trims(model: Any) -> bool:
+    """Say whether the model can compute logits at chosen positions only (most of transformers' can).
+
+    With a vocabulary of 10^5 the logits of a whole batch are gigabytes, nearly all of them unread.
+    """
+    return "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters
+
+
+def _forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
+    ids = batch.ids.to(model.device)
+    if trims:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=batch.columns.to(ids.device)).logits
+    else:
+        logits = model(input_ids=ids).logits[:, batch.columns.to(ids.device)]
+    assert isinstance(logits, torch.Tensor)
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)  # or the time of this pass would be counted elsewhere
+    return logits
+
+
+def _read(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (tokens,) log-likelihoods of the gold tokens in float32, and whether each is the arg-max."""
+    device = logits.device
+    gold = batch.gold.to(device)
+    scored = logits[batch.row.to(device), batch.column.to(device)].float()
+    likelihood = scored.gather(1, gold[:, None])[:, 0] - scored.logsumexp(1)
+    return likelihood, scored.argmax(1) == gold

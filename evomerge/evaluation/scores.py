@@ -1,0 +1,91 @@
+"""Scores: the per-item results of one model on one split of a suite. Everything else is derived from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["search", "select", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+Array = NDArray[np.float64]
+
+
+def read_only(values: object) -> Array:
+    """Return a read-only float64 copy of a vector."""
+    array = np.array(values, dtype=np.float64)
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TaskScores:
+    """One model's results on one task: one number per item, in the suite's fixed item order.
+
+    metric: (n,) the task's metric, higher is better (0/1 for accuracies; mean gold log-likelihood per
+        token, in nats, for retention tasks).
+    smooth: (n,) a continuous companion in [0, 1]: the geometric-mean probability of the gold tokens
+        (of the gold choice, normalised over the choices, for multiple choice). None where the task
+        yields no likelihoods (free generation).
+    """
+
+    task: str
+    metric: Array
+    smooth: Array | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", read_only(self.metric))
+        if self.smooth is not None:
+            object.__setattr__(self, "smooth", read_only(self.smooth))
+            assert self.smooth.shape == self.metric.shape, self.task
+
+    @property
+    def mean(self) -> float:
+        """Mean of the metric over the items."""
+        return float(self.metric.mean())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """One model's results on one split: the tasks of the suite that have items there, in suite order."""
+
+    split: Split
+    tasks: tuple[TaskScores, ...]
+
+    def __iter__(self) -> Iterator[TaskScores]:
+        return iter(self.tasks)
+
+    def __getitem__(self, task: str) -> TaskScores:
+        for scores in self.tasks:
+            if scores.task == task:
+                return scores
+        raise KeyError(task)
+
+    @property
+    def items(self) -> int:
+        """Number of scored items, all tasks together."""
+        return sum(len(scores.metric) for scores in self.tasks)
+
+    def same_as(self, other: Scores) -> bool:
+        """Say whether every number is bitwise the same."""
+        return self.split == other.split and [_bits(t) for t in self] == [_bits(t) for t in other]
+
+
+def _bits(scores: TaskScores) -> tuple[str, bytes, bytes | None]:
+    return scores.task, scores.metric.tobytes(), None if scores.smooth is None else scores.smooth.tobytes()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What there is instead of Scores when a candidate could not be scored.
+
+    kind: "error" (it raised), "crash" (its worker died), "timeout" or "non_finite".
+    reason: one line for the user.
+    """
+
+    kind: Literal["error", "crash", "timeout", "non_finite"]
+    reason: str

@@ -1,0 +1,200 @@
+"""Suite: what a model is scored on. One strict YAML file names lm-eval tasks, their weights and their splits.
+
+Reading a suite imports neither torch nor lm_eval. Whether its tasks and metrics exist is checked by
+`evomerge.evaluation.harness`, which builds them.
+
+A suite file::
+
+    name: demo
+    about: five skills and one likelihood task
+    tasks_dir: ../tasks/demo          # relative to this file; without it, lm-eval's built-in tasks
+    tasks:
+      - task: demo_add                # the lm-eval task
+        metric: acc                   # one of the task's per-item metrics; "metric,filter" picks a filter
+        role: skill                   # skill (default) or retention
+        weight: 1                     # in the mean over skills; 0 = shown, not counted
+        specialist: add               # the source that masters it; default: the best parent
+        splits: {search: search, select: select, test: test}
+
+A split is either the name of a dataset split, or a number of items that evomerge draws, without overlap,
+from the split that lm-eval would evaluate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from evomerge.errors import ConfigError
+from evomerge.evaluation.scores import SPLITS, Split
+from evomerge.schema import Strict, find_preset, load_yaml, parse
+
+LOGLIKELIHOOD = "loglikelihood"
+"""The one metric of likelihood (rolling) tasks: mean log-likelihood per token, in nats."""
+
+_NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
+
+
+class Splits(Strict):
+    """Where our three splits of one task come from. Without `search` the task is report-only.
+
+    >>> Splits(search=300, select=200, test=500).drawn
+    True
+    """
+
+    search: int | str | None = None
+    select: int | str
+    test: int | str
+
+    @field_validator("search", "select", "test", mode="before")
+    @classmethod
+    def _name_or_count(cls, value: object) -> object:
+        if value is None or (isinstance(value, str) and value):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        raise ValueError("expected the name of a dataset split, or a number of items (1 or more)")
+
+    @model_validator(mode="after")
+    def _apart(self) -> Splits:
+        given = [value for value in (self.search, self.select, self.test) if value is not None]
+        if len({type(value) for value in given}) > 1:
+            raise ValueError("give split names for all, or numbers of items for all")
+        names = [value for value in given if isinstance(value, str)]
+        if shared := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"the dataset split {sorted(shared)[0]!r} is used twice, "
+                "but items that chose a model can't judge it; name different splits, or give numbers of items"
+            )
+        return self
+
+    @property
+    def drawn(self) -> bool:
+        """Say whether the splits are drawn from one dataset split (numbers), rather than named."""
+        return isinstance(self.test, int)
+
+    def __getitem__(self, split: Split) -> int | str | None:
+        value: int | str | None = getattr(self, split)
+        return value
+
+
+class SuiteTask(Strict):
+    """One task of a suite. See the module's docstring for the fields."""
+
+    task: str = Field(min_length=1)
+    metric: str = Field(min_length=1)
+    role: Literal["skill", "retention"] = "skill"
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    specialist: str | None = None
+    splits: Splits
+
+    @model_validator(mode="before")
+    @classmethod
+    def _retention_metric(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("role") == "retention":
+            return {"metric": LOGLIKELIHOOD, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SuiteTask:
+        if self.role == "retention" and self.metric != LOGLIKELIHOOD:
+            raise ValueError(
+                f"a retention task is measured by {LOGLIKELIHOOD!r} (nats per token), not by {self.metric!r}"
+            )
+        if self.role == "retention" and self.specialist is not None:
+            raise ValueError("a retention task is compared with the base model; it has no specialist")
+        return self
+
+    @property
+    def counted(self) -> bool:
+        """Say whether the task counts: in the mean (skill) or in the retention; otherwise it is only shown.
+
+        A task without search items never counts, whatever its weight: what is searched for and what is
+        judged are the same mean.
+        """
+        return self.weight > 0 and self.splits.search is not None
+
+
+class Suite(Strict):
+    """What a model is scored on. Make one with `Suite.load`.
+
+    Raises:
+        ConfigError: in `load` and `from_mapping`, listing every problem of the file at once.
+    """
+
+    name: str = Field(min_length=1)
+    about: str = ""
+    tasks_dir: Path | None = None
+    tasks: tuple[SuiteTask, ...]
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Suite:
+        names = [task.task for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the task {twice[0]!r} is listed twice")
+        if not any(task.role == "skill" and task.counted for task in self.tasks):
+            raise ValueError("no skill task with search items and a weight above 0: nothing to search for")
+        return self
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, *, beside: Path | None = None) -> Suite:
+        """Read a suite: a path first (from `beside`, then from here), a packaged suite's name second.
+
+        >>> Suite.load("demo").name
+        'demo'
+        """
+        path = find_preset("benchmarks/suites", str(name_or_path), beside=beside)
+        return cls.from_mapping(load_yaml(path), folder=path.parent, where=str(path))
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], *, folder: Path, where: str) -> Suite:
+        """Check plain data. `folder` is what `tasks_dir` is relative to; `where` names the file in errors."""
+        given = data.get("tasks_dir") if isinstance(data, Mapping) else None
+        if isinstance(given, str):
+            tasks_dir = (folder / Path(given).expanduser()).resolve()
+            if not tasks_dir.is_dir():
+                raise ConfigError(
+                    f"{where}: tasks_dir is not a folder",
+                    expected="a folder of lm-eval task YAMLs, relative to the suite file",
+                    got=str(tasks_dir),
+                )
+            data = {**data, "tasks_dir": tasks_dir}
+        return parse(cls, data, where)
+
+    def digest(self) -> str:
+        """Return a sha256 over everything that decides what is scored.
+
+        That is: the suite's content (but not `about`), and the name and bytes of every file below
+        `tasks_dir`, wherever that folder lies. Built-in tasks belong to the lm-eval version, which a run
+        records by itself.
+        """
+        content = self.model_dump(mode="json", exclude={"about", "tasks_dir"})
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+        for path in self._files():
+            assert self.tasks_dir is not None
+            digest.update(f"\0{path.relative_to(self.tasks_dir).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def _files(self) -> Iterable[Path]:
+        if self.tasks_dir is None:
+            return ()
+        below = (path for path in self.tasks_dir.rglob("*") if path.is_file())
+        kept = (path for path in below if not set(_NOT_DATA) & set(path.parts))
+        return sorted(kept, key=lambda path: path.as_posix())
+
+    def of(self, split: Split) -> tuple[SuiteTask, ...]:
+        """Return the tasks that have items in a split, in suite order."""
+        assert split in SPLITS, split
+        return tuple(task for task in self.tasks if task.splits[split] is not None)
+
+    def __getitem__(self, task: str) -> SuiteTask:
+        for found in self.tasks:
+            if found.task == task:
+                return found
+        raise KeyError(task)

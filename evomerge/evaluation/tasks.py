@@ -1,0 +1,341 @@
+"""Tasks: lm-eval's task objects for a suite, and which of their documents belong to which of our splits.
+
+A `TaskBuilder` holds one loaded lm-eval task and its documents per split; `requests` turns a split's
+documents into lm-eval Instances. Everything that can be wrong with a suite is found here, before any
+model is loaded: unknown tasks, dataset splits or metrics, too few documents, documents shared by splits.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import numpy as np
+from lm_eval.api.task import ConfigurableTask
+
+from evomerge.errors import ConfigError, nearest
+from evomerge.evaluation.backend import compiled_templates, quiet
+from evomerge.evaluation.scores import SPLITS, Split
+from evomerge.evaluation.suite import LOGLIKELIHOOD, Suite, SuiteTask
+
+FEWSHOT_SEED = 1234
+"""Seed of the few-shot examples; lm-eval's own default, so that its prompts are reproduced."""
+
+_HINTS = 5
+_LIKELIHOODS = ("loglikelihood", "multiple_choice")
+
+
+class TaskBuilder:
+    """One task of a suite: its lm-eval task, its documents per split, its requests.
+
+    spec: the suite's entry. documents: for each split that the task has, its documents in a fixed order.
+    output_type: lm-eval's: loglikelihood, multiple_choice, loglikelihood_rolling or generate_until.
+
+    Raises:
+        ConfigError: the dataset splits, the metric or the documents don't fit.
+    """
+
+    def __init__(self, spec: SuiteTask, task: Any, *, seed: int) -> None:
+        self.spec = spec
+        self.output_type: str = task.OUTPUT_TYPE
+        self._task = task
+        for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+            if hasattr(task, name):
+                setattr(task, name, _remembered(getattr(task, name)))
+        self.documents = self._drawn(seed) if spec.splits.drawn else self._named()
+        if getattr(task.config, "num_fewshot", None):
+            self._keep_scored_documents_out_of_the_prompts()
+        self.metric, self.filter = self._metric()
+
+    def requests(self, split: Split) -> Any:
+        """Return an lm-eval task of its own whose `instances` are the split's requests.
+
+        Few-shot examples are drawn from the same seed for every split.
+        """
+        return self._view(split, self.documents[split])
+
+    def gold(self, document: Any) -> list[int]:
+        """Return the indices of a multiple-choice document's right answers."""
+        target = (
+            self._task.doc_to_text(document)
+            if getattr(self._task, "multiple_input", 0)
+            else self._task.doc_to_target(document)
+        )
+        if isinstance(target, str):
+            choices = self._task.doc_to_choice(document)
+            return [choices.index(target)] if target in choices else []
+        return [int(one) for one in (target if isinstance(target, list) else [target])]
+
+    def _view(self, split: Split, documents: Sequence[Any]) -> Any:
+        view = copy.copy(self._task)
+        if isinstance(where := self.spec.splits[split], str):
+            # lm-eval leaves a document out of its own few-shot examples if this says where it is from.
+            view._config = copy.copy(view.config)
+            view.set_config("test_split", where)
+        if hasattr(view, "sampler"):
+            view.sampler = copy.copy(view.sampler)
+        view.set_fewshot_seed(FEWSHOT_SEED)
+        view.doc_iterator = lambda **_: enumerate(documents)
+        with quiet(), compiled_templates():
+            view.build_all_requests()
+        return view
+
+    def _named(self) -> dict[Split, list[Any]]:
+        if not isinstance(self._task, ConfigurableTask):
+            raise ConfigError(
+                f"task {self.spec.task!r} is written in Python and chooses its own dataset split",
+                fix="give numbers of items for its splits",
+            )
+        documents: dict[Split, list[Any]] = {}
+        for split in SPLITS:
+            if (name := self.spec.splits[split]) is None:
+                continue
+            if name not in self._task.dataset:
+                raise ConfigError(
+                    f"task {self.spec.task!r} has no dataset split {name!r}",
+                    fix=nearest(str(name), self._task.dataset),
+                )
+            view = copy.copy(self._task)
+            view._config = copy.copy(view.config)
+            view.set_config("test_split", name)
+            documents[split] = list(view.test_docs())
+            if not documents[split]:
+                raise ConfigError(f"task {self.spec.task!r}: its dataset split {name!r} is empty")
+        self._refuse_shared(documents)
+        return documents
+
+    def _refuse_shared(self, documents: Mapping[Split, Sequence[Any]]) -> None:
+        owner: dict[str, Split] = {}
+        shared: list[tuple[Split, Split, str]] = []
+        with compiled_templates():
+            for split, docs in documents.items():
+                for key in {self._identity(document) for document in docs}:
+                    if owner.setdefault(key, split) != split:
+                        shared.append((owner[key], split, key))
+        if shared:
+            first, second, key = min(shared, key=lambda found: found[2])
+            raise ConfigError(
+                f"task {self.spec.task!r}: {len(shared)} items are in more than one split",
+                expected="splits that share no item, or held-out scores mean nothing",
+                got=f"in {first} and in {second}: {key[:80]}",
+                fix="remove them from one of the dataset splits, or give numbers of items instead",
+            )
+
+    def _drawn(self, seed: int) -> dict[Split, list[Any]]:
+        pool = self._task.eval_docs
+        wanted = {s: int(n) for s in SPLITS if (n := self.spec.splits[s]) is not None}
+        name = int.from_bytes(hashlib.sha256(self.spec.task.encode()).digest()[:8], "big")
+        order = np.random.default_rng([seed, name]).permutation(len(pool))
+        documents: dict[Split, list[Any]] = {split: [] for split in wanted}
+        seen: set[str] = set()
+        # From the test items on, so that asking for more search items leaves the other splits as they are.
+        open_splits = [split for split in reversed(SPLITS) if split in wanted]
+        with compiled_templates():
+            for index in order:
+                document = pool[int(index)]
+                if (key := self._identity(document)) in seen:
+                    continue
+                seen.add(key)
+                documents[open_splits[0]].append(document)
+                if len(documents[open_splits[0]]) == wanted[open_splits[0]]:
+                    open_splits.pop(0)
+                    if not open_splits:
+                        return documents
+        raise ConfigError(
+            f"task {self.spec.task!r} has too few items for its splits",
+            expected=" + ".join(f"{n} ({split})" for split, n in wanted.items()),
+            got=f"{len(seen)} different items",
+        )
+
+    def _identity(self, document: Any) -> str:
+        """Return what makes two documents the same item: the question and, where there are any, the choices.
+
+        Few-shot examples don't count, nor does the answer, unless there is no question (plain text).
+        """
+        config = self._task.config
+        text = self._task.doc_to_text(document) if config.doc_to_text is not None else ""
+        parts = [text] if isinstance(text, str) else []
+        if config.doc_to_choice is not None:
+            parts += [str(choice) for choice in self._task.doc_to_choice(document)]
+        if not any(parts) or self.output_type == "loglikelihood_rolling":
+            parts = [str(self._task.doc_to_target(document))]
+        return "\n".join(parts)
+
+    def _keep_scored_documents_out_of_the_prompts(self) -> None:
+        scored = {_content(document) for docs in self.documents.values() for document in docs}
+        sampler = self._task.sampler
+        pool = [document for document in sampler.fewshot_docs() if _content(document) not in scored]
+        shots = self._task.config.num_fewshot
+        if len(pool) <= shots:
+            raise ConfigError(
+                f"task {self.spec.task!r} takes its few-shot examples from the items it is scored on",
+                expected=f"more than {shots} examples that are in none of its splits",
+                got=str(len(pool)),
+                fix="name a dataset split of their own with fewshot_split, or ask for fewer items",
+            )
+        sampler.replace_df(pool)
+        sampler.fewshot_indices = None  # they have been applied by fewshot_docs()
+
+    def _metric(self) -> tuple[str, str | None]:
+        """Find the metric by processing a placeholder answer to the first document."""
+        name, _, chosen = self.spec.metric.partition(",")
+        if self.output_type == "loglikelihood_rolling":
+            if name != LOGLIKELIHOOD:
+                raise self._unknown_metric(name, [LOGLIKELIHOOD])
+            return name, None
+        if self.spec.role == "retention":
+            raise ConfigError(
+                f"task {self.spec.task!r} can't measure retention",
+                expected="a task with output_type: loglikelihood_rolling",
+                got=f"output_type: {self.output_type}",
+            )
+        view = self._view("test", self.documents["test"][:1])
+        for instance in view.instances:
+            instance.resps = ["" if instance.request_type == "generate_until" else (-1.0, False)]
+            instance.resps *= instance.repeats or 1
+        try:
+            view.apply_filters()
+            filters = list(view.instances[0].filtered_resps)
+            if chosen and chosen not in filters:
+                raise ConfigError(
+                    f"task {self.spec.task!r} has no filter {chosen!r}", fix=nearest(chosen, filters)
+                )
+            key = chosen or filters[0]
+            answers = [instance.filtered_resps[key] for instance in view.instances]
+            found = view.process_results(view.instances[0].doc, answers)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"task {self.spec.task!r} can't process a result", got=f"{type(error).__name__}: {error}"
+            ) from error
+        self._check_metric(name, found, view.higher_is_better())
+        return name, key
+
+    def _check_metric(self, name: str, found: Mapping[str, Any], higher: Mapping[str, bool]) -> None:
+        numbers = [key for key, value in found.items() if is_number(value)]
+        if name in found and name not in numbers:
+            raise ConfigError(
+                f"task {self.spec.task!r}: metric {name!r} has no value for a single item",
+                fix=f"use one that has: {', '.join(numbers) or 'none here'}",
+            )
+        if name not in found:
+            raise self._unknown_metric(name, numbers)
+        if higher.get(name) is False:
+            raise ConfigError(
+                f"task {self.spec.task!r}: lower is better for its metric {name!r}",
+                expected="a metric where higher is better",
+                fix=f"choose another, or define one in the task's YAML. Per-item: {', '.join(numbers)}",
+            )
+
+    def _unknown_metric(self, name: str, valid: Iterable[str]) -> ConfigError:
+        return ConfigError(f"task {self.spec.task!r} has no metric {name!r}", fix=nearest(name, valid))
+
+
+def build(suite: Suite, *, seed: int) -> list[TaskBuilder]:
+    """Load a suite's tasks, in suite order.
+
+    Raises:
+        ConfigError: a task is unknown or can't be loaded, or see TaskBuilder.
+    """
+    names = [spec.task for spec in suite.tasks]
+    with quiet():
+        manager = _manager(suite, names)
+        valid = set(manager.all_subtasks)
+        for name in names:
+            if name not in valid:
+                raise _unknown_task(suite, name, valid, name in manager.all_tasks)
+        builders = []
+        for spec in suite.tasks:
+            try:
+                task = _load(manager, spec.task)
+            except Exception as error:
+                raise ConfigError(
+                    f"task {spec.task!r} can't be loaded", got=f"{type(error).__name__}: {error}"
+                ) from error
+            builders.append(TaskBuilder(spec, task, seed=seed))
+        return builders
+
+
+def is_number(value: object) -> bool:
+    """Say whether a metric's value is one number, rather than raw material for an aggregation."""
+    return isinstance(value, int | float | np.number | np.bool_)
+
+
+def _manager(suite: Suite, names: Sequence[str]) -> Any:
+    if suite.tasks_dir is not None:
+        return lm_eval.tasks.TaskManager(include_path=str(suite.tasks_dir), include_defaults=False)
+    # Indexing all built-in tasks takes half a minute; finding the folders of a few, a second or two.
+    if folders := _builtin_folders(names):
+        manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):
+            return manager
+    return lm_eval.tasks.TaskManager()
+
+
+def _builtin_folders(names: Sequence[str]) -> list[str]:
+    either = "|".join(re.escape(name) for name in names)
+    declares = re.compile(rf"^task:\s*['\"]?(?:{either})['\"]?\s*(?:#.*)?$".encode(), re.MULTILINE)
+    root = Path(lm_eval.tasks.__file__).parent
+    return sorted({str(path.parent) for path in root.rglob("*.yaml") if declares.search(path.read_bytes())})
+
+
+def _unknown_task(suite: Suite, name: str, valid: set[str], group: bool) -> ConfigError:
+    where = f"in {suite.tasks_dir}" if suite.tasks_dir is not None else "among lm-eval's built-in tasks"
+    if group:
+        return ConfigError(
+            f"suite {suite.name!r}: {name!r} is a group of tasks", fix="list its tasks one by one"
+        )
+    close = difflib.get_close_matches(name, sorted(valid), n=_HINTS)
+    hint = nearest(name, sorted(valid)) if suite.tasks_dir is not None else f"nearest: {', '.join(close)}"
+    return ConfigError(f"suite {suite.name!r}: there is no task {name!r} {where}", fix=hint)
+
+
+def _load(manager: Any, name: str) -> Any:
+    entry = manager.task_index[name]
+    options = (entry.cfg or {}).get("dataset_kwargs") or {}
+    overrides: dict[str, Any] = {}
+    if entry.yaml_path is not None and "data_files" in options:
+        files = _absolute(options["data_files"], Path(entry.yaml_path).resolve().parent)
+        overrides = {"dataset_kwargs": {**options, "data_files": files}}
+    # A group is lm-eval's way to load a named task with some of its keys replaced.
+    group = {"group": f"evomerge_{name}", "task": [{"task": name, **overrides}]}
+    return manager.load([group])["tasks"][name]
+
+
+def _absolute(files: Any, folder: Path) -> Any:
+    """Make the local paths of a `data_files` entry absolute; lm-eval takes them from the current folder."""
+    if isinstance(files, Mapping):
+        return {key: _absolute(value, folder) for key, value in files.items()}
+    if isinstance(files, list):
+        return [_absolute(value, folder) for value in files]
+    local = folder / str(files)
+    return str(local) if "://" not in str(files) and any(folder.glob(str(files))) else files
+
+
+def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a doc_to_* method so that a document's own rendering is computed once.
+
+    Documents are recognised by identity, and kept, so that an identity is never reused.
+    """
+    known: dict[int, tuple[Any, Any]] = {}
+
+    def call(document: Any, *other_template: Any) -> Any:
+        if any(template is not None for template in other_template):
+            return method(document, *other_template)
+        if (found := known.get(id(document))) is None:
+            found = known[id(document)] = (document, method(document))
+        return found[1]
+
+    return call
+
+
+def _content(document: Any) -> str:
+    return json.dumps(document, sort_keys=True, default=str)
