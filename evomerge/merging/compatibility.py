@@ -1,0 +1,196 @@
+"""Can these models be merged by this recipe? Answered from headers and JSON, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.merging.application import apply
+from evomerge.merging.checkpoint import HEADS
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.source import Source
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+SAME = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "num_experts_per_tok",
+)
+"""Config entries that change what the same weights compute; merged models must agree on them."""
+NOTED = ("rope_theta", "rope_parameters", "rope_scaling", "rms_norm_eps", "sliding_window", "bos_token_id")
+"""Entries fine-tunes do change now and then; the result takes those of the tokenizer's model."""
+
+
+def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """Check everything that can be known before the first weight is read.
+
+    sources: opened models by name; at least those the recipe uses. Returns notes worth showing, e.g.
+    that sources are stored in different types. Raises ModelError for models that do not fit each other,
+    ConfigError for a recipe that does not fit the models.
+    """
+    names = tuple(dict.fromkeys((recipe.tokenizer, *recipe.used_models())))
+    for name in names:
+        if name not in sources:
+            raise ConfigError(f"recipe: model {name!r} was not opened", fix=nearest(name, sources))
+    notes = check_models({name: sources[name] for name in names})
+    _check_groups(recipe, sources[recipe.tokenizer])
+    return notes
+
+
+def check_models(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """Check that models have one architecture, one set of tensors, and one vocabulary; return notes.
+
+    All are compared with the first.
+    """
+    pattern_name, pattern = next(iter(sources.items()))
+    notes = []
+    for name, source in sources.items():
+        pair = (name, source, pattern_name, pattern)
+        _check_types(name, source)
+        _check_architecture(*pair)
+        _check_tensors(*pair)
+        _check_vocabulary(*pair)
+        notes += [
+            f"{key} differs: {name} has {source.config[key]!r}, {pattern_name} {pattern.config[key]!r}"
+            for key in NOTED
+            if key in source.config and key in pattern.config and source.config[key] != pattern.config[key]
+        ]
+    types = {name: "/".join(sorted({h.dtype for h in s.headers.values()})) for name, s in sources.items()}
+    if len(set(types.values())) > 1:
+        shown = ", ".join(f"{name} {dtype}" for name, dtype in types.items())
+        notes.append(f"stored types differ ({shown}); merging computes in float32")
+    return tuple(notes)
+
+
+def _check_types(name: str, source: Source) -> None:
+    if "quantization_config" in source.config:
+        raise ModelError(
+            f"model {name!r} is quantised and can't be merged",
+            expected="float weights",
+            got=str(source.config["quantization_config"])[:100],
+            fix="use the original weights",
+        )
+    for tensor, header in source.headers.items():
+        if header.dtype not in FLOATS:
+            raise ModelError(
+                f"model {name!r}: tensor {tensor!r} has a type that can't be merged",
+                expected=", ".join(FLOATS),
+                got=header.dtype,
+            )
+
+
+def _check_architecture(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
+    ours, theirs = source.config, pattern.config
+    keys = [key for key in SAME if key in ours and key in theirs]
+    if ours.get("architectures") and theirs.get("architectures"):
+        keys.insert(0, "architectures")
+    for key in keys:
+        if ours[key] != theirs[key]:
+            raise ModelError(
+                f"model {name!r} does not fit {pattern_name!r}: {key} differs",
+                expected=f"{_shown(theirs[key])} as in {pattern_name} ({pattern.location})",
+                got=f"{_shown(ours[key])} in {name} ({source.location})",
+                fix="merge models that were fine-tuned from the same base",
+            )
+    if source.tied != pattern.tied:
+        tied, untied = (name, pattern_name) if source.tied else (pattern_name, name)
+        raise ModelError(
+            f"model {name!r} does not fit {pattern_name!r}: only {tied} shares its output head with the embeddings",
+            expected="all tied or all untied (tie_word_embeddings)",
+            got=f"{untied} has a head of its own",
+            fix=f"save {tied} again with tie_word_embeddings=False and the head stored",
+        )
+
+
+def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
+    missing = [tensor for tensor in pattern.headers if tensor not in source.headers]
+    extra = [tensor for tensor in source.headers if tensor not in pattern.headers]
+    if missing or extra:
+        heads = any(tensor.endswith(HEADS) for tensor in missing + extra)
+        raise ModelError(
+            f"models {name!r} and {pattern_name!r} do not have the same tensors",
+            expected=f"the {len(pattern.headers)} tensors of {pattern_name} ({pattern.location})",
+            got="; ".join(
+                f"{name} {verb} {_some(tensors)}"
+                for verb, tensors in (("lacks", missing), ("also has", extra))
+                if tensors
+            ),
+            fix="set tie_word_embeddings in the config of the model whose head is missing" if heads else None,
+        )
+    for tensor, header in source.headers.items():
+        if header.shape != pattern.headers[tensor].shape:
+            raise ModelError(
+                f"tensor {tensor!r} has another shape in {name!r} than in {pattern_name!r}",
+                expected=f"{list(pattern.headers[tensor].shape)} as in {pattern_name} ({pattern.location})",
+                got=f"{list(header.shape)} in {name} ({source.location})",
+                fix="merge models that were fine-tuned from the same base",
+            )
+
+
+def _check_vocabulary(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
+    ours, theirs = source.vocabulary, pattern.vocabulary
+    if ours is None or theirs is None or ours == theirs:
+        return
+    differing = [token for token in theirs if ours.get(token) != theirs[token]]
+    differing += [token for token in ours if token not in theirs]
+    shown = ", ".join(
+        f"{token!r} is {_row(ours, token)} in {name} and {_row(theirs, token)} in {pattern_name}"
+        for token in differing[:3]
+    )
+    raise ModelError(
+        f"models {name!r} and {pattern_name!r} have different vocabularies",
+        expected="the same token for every row of the embeddings",
+        got=f"{len(differing)} tokens differ: {shown}",
+        fix="merge models that share a tokenizer",
+    )
+
+
+def _check_groups(recipe: Recipe, pattern: Source) -> None:
+    for tensor in pattern.headers:
+        recipe.group_for(tensor)
+    for group in recipe.groups:
+        _check_reach(group, pattern)
+        _try(group)
+
+
+def _check_reach(group: TensorGroup, pattern: Source) -> None:
+    """Refuse a group that could never match anything: a misspelt name would else be silent."""
+    wrong = [layer for layer in group.layers or () if layer >= pattern.num_layers]
+    if wrong:
+        raise ConfigError(
+            f"recipe: group {group.label()!r} names layers the model does not have",
+            expected=f"layers 0 to {pattern.num_layers - 1}",
+            got=", ".join(map(str, wrong)),
+        )
+    reached = [part for part in group.match if any(part in tensor for tensor in pattern.headers)]
+    heads = pattern.tied and any(part in head for part in group.match for head in HEADS)
+    if group.match and not reached and not heads:
+        raise ConfigError(
+            f"recipe: group {group.label()!r} matches no tensor",
+            fix=nearest(group.match[0], (*pattern.layout.modules, *pattern.layout.outside)),
+        )
+
+
+def _try(group: TensorGroup) -> None:
+    """Run the method on single numbers, so that parameters it refuses are refused now."""
+    import torch
+
+    ones = [torch.ones(1) for _ in group.sources]
+    apply(group, torch.ones(1), ones, seed=0, tensor="")
+
+
+def _row(vocabulary: Mapping[str, int], token: str) -> str:
+    return f"row {vocabulary[token]}" if token in vocabulary else "absent"
+
+
+def _some(tensors: list[str]) -> str:
+    return ", ".join(map(repr, tensors[:3])) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

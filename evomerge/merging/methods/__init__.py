@@ -1,0 +1,10 @@
+"""The merge methods: one declaration each, in the family's module; `get` and `names` find them.
+
+Importing this package does not import torch (the functions do, when called), so that search spaces can
+be checked against the declarations without it.
+"""
+
+from evomerge.merging.methods import averaging, task_vectors  # noqa: F401  (importing registers them)
+from evomerge.merging.methods.declaration import Method, Parameter, get, names
+
+__all__ = ["Method", "Parameter", "get", "names"]

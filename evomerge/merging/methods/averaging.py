@@ -1,0 +1,135 @@
+"""Methods that average the models themselves: linear, slerp, model_stock.
+
+Pure functions of float32 tensors; rounding, devices and files are the engine's business. Elementwise
+steps are separate multiplications and additions, never fused ones, and sums over a whole tensor go
+through `reduction`, so that results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.errors import ConfigError
+from evomerge.merging.methods.declaration import Parameter, method
+from evomerge.merging.methods.reduction import cosine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHT_LIMIT = 1e4
+"""Bound on weights and scales: anything larger leaves float16 and means a slip of the decimal point."""
+CANCELLED = 1e-3
+"""Weights cancel when |sum| falls below this share of the sum of their absolute values."""
+NEARLY_PARALLEL = 0.9995
+"""Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the sum of `weight * tensor` in source order, as a new tensor."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total += tensor * weight
+    return total
+
+
+@method(
+    "linear",
+    Parameter(
+        name="weight",
+        default=1.0,
+        low=-WEIGHT_LIMIT,
+        high=WEIGHT_LIMIT,
+        per_source=True,
+        help="share of each model",
+    ),
+    Parameter(name="normalize", default=True, kind="flag", help="divide by the sum of the weights"),
+    paper="Wortsman et al. 2022, Model soups, arXiv:2203.05482",
+    inputs="models",
+)
+def linear(
+    base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[float, ...], normalize: bool = True
+) -> Tensor:
+    """Average the models with weights: sum(w x) / sum(w).
+
+    The uniform soup of the paper (section 2) is all weights equal; other weights make the learned soup
+    (its equation 1). Weights are divided before the tensors are multiplied, in double precision, so a
+    single non-zero weight returns that model's exact bits.
+
+    Raises ConfigError where `normalize` would divide by a sum below 1/1000 of the weights' size.
+
+    >>> import torch
+    >>> linear(None, [torch.ones(2), torch.zeros(2)], weight=(1.0, 3.0))
+    tensor([0.2500, 0.2500])
+    """
+    if not normalize:
+        return weighted_sum(tensors, weight)
+    total = math.fsum(weight)
+    if abs(total) <= CANCELLED * math.fsum(map(abs, weight)):
+        raise ConfigError(
+            "linear: the weights cancel, so they can't be normalised",
+            expected="a sum well away from 0",
+            got=f"weights {', '.join(f'{w:g}' for w in weight)} with sum {total:g}",
+            fix="change a weight, set normalize: false, or use task_arithmetic to subtract a model",
+        )
+    return weighted_sum(tensors, [w / total for w in weight])
+
+
+@method(
+    "slerp",
+    Parameter(
+        name="t", default=0.5, low=0.0, high=1.0, help="0 is the first source, 1 the second, along the arc"
+    ),
+    paper="Shoemake 1985, Animating rotation with quaternion curves",
+    inputs="models",
+    sources=(2, 2),
+)
+def slerp(base: Tensor | None, tensors: Sequence[Tensor], *, t: float) -> Tensor:
+    """Interpolate between two models along the arc between them.
+
+    Shoemake's equation with the angle between the whole tensors read as vectors; lengths are not
+    normalised, so both ends are the models themselves. Where |cosine| > 0.9995 the arc is replaced by
+    the straight line, for parallel and for opposite tensors alike. A tensor of zeros counts as
+    orthogonal to everything.
+
+    >>> import torch
+    >>> slerp(None, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], t=0.5)
+    tensor([0.7071, 0.7071])
+    """
+    first, second = tensors
+    cos = cosine(first, second)
+    if abs(cos) > NEARLY_PARALLEL:
+        return weighted_sum(tensors, (1.0 - t, t))
+    angle = math.acos(cos)
+    sine = math.sin(angle)
+    return weighted_sum([first, second], (math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine))
+
+
+@method(
+    "model_stock",
+    paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
+    inputs="task_vectors",
+    sources=(2, None),
+)
+def model_stock(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Move from the base towards the models' mean as far as their agreement allows.
+
+    With c the mean pairwise cosine of the N task vectors of this tensor, the ratio is
+    t = N c / (1 + (N - 1) c) (equation 5 of the paper, and its N-model form in appendix B) and the result
+    base + t * mean(task vectors).
+
+    Deviation: the formula has a pole at c = -1 / (N - 1), where the task vectors cancel; c is kept at or
+    above half of that, so |t| <= N / (N - 1). The paper assumes c >= 0.
+
+    >>> import torch
+    >>> model_stock(torch.zeros(2), [torch.ones(2), torch.ones(2)])
+    tensor([1., 1.])
+    """
+    count = len(tensors)
+    pairs = [cosine(tensors[i], tensors[j]) for i in range(count) for j in range(i)]
+    cos = max(math.fsum(pairs) / len(pairs), -0.5 / (count - 1))
+    ratio = count * cos / (1.0 + (count - 1) * cos)
+    mix = weighted_sum(tensors, (ratio / count,) * count)
+    mix += base
+    return mix

@@ -1,0 +1,133 @@
+"""What a merge method declares about itself, once: inputs, parameters, bounds, source.
+
+That one declaration drives recipe validation, search-space checks, help text and the table in docs/.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from evomerge.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Value = float | int | bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One parameter of a method.
+
+    `per_source` parameters have one value per source (weights, densities); the others one per group.
+    Bounds are inclusive.
+    """
+
+    name: str
+    default: Value
+    help: str
+    low: float = float("-inf")
+    high: float = float("inf")
+    kind: Literal["real", "integer", "flag"] = "real"
+    per_source: bool = False
+
+    def check(self, value: object, where: str) -> Value:
+        """Return the value in its canonical type, or raise ConfigError naming `where`."""
+        if self.kind == "flag":
+            if not isinstance(value, bool):
+                raise ConfigError(f"{where}: {self.name} is a flag", expected="true or false", got=repr(value))
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ConfigError(f"{where}: {self.name} is not a number", expected="a number", got=repr(value))
+        if not self.low <= value <= self.high:
+            raise ConfigError(
+                f"{where}: {self.name} is out of range",
+                expected=f"{self.low:g} <= {self.name} <= {self.high:g}",
+                got=f"{value:g}",
+            )
+        if self.kind == "integer":
+            if value != int(value):
+                raise ConfigError(f"{where}: {self.name} is a whole number", got=repr(value))
+            return int(value)
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A merge method: a pure function of float32 tensors and what there is to know about it.
+
+    `inputs` says what the function's second argument holds, one tensor per source: the sources' own
+    weights ("models") or their differences from the base ("task_vectors").
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    summary: str
+    paper: str
+    inputs: Literal["models", "task_vectors"]
+    needs_base: bool
+    min_sources: int
+    max_sources: int | None
+    random: bool
+    parameters: Mapping[str, Parameter]
+
+    def parameter(self, name: str, where: str) -> Parameter:
+        """Return the declared parameter, or raise ConfigError naming the nearest valid one."""
+        if name not in self.parameters:
+            raise ConfigError(
+                f"{where}: method {self.name} has no parameter {name!r}", fix=nearest(name, self.parameters)
+            )
+        return self.parameters[name]
+
+
+_REGISTRY: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *parameters: Parameter,
+    paper: str,
+    inputs: Literal["models", "task_vectors"],
+    needs_base: bool | None = None,
+    sources: tuple[int, int | None] = (1, None),
+    random: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a merge method; the decorated function keeps working as a plain function.
+
+    It is called as `function(base, tensors, **parameters)`; per-source parameters arrive as tuples in
+    source order, `lambda` arrives as `lambda_`, and a random method also gets `generators`, one
+    `torch.Generator` per source. The first line of its docstring becomes the summary.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        assert name not in _REGISTRY, name
+        _REGISTRY[name] = Method(
+            name=name,
+            function=function,
+            summary=(function.__doc__ or "").strip().splitlines()[0],
+            paper=paper,
+            inputs=inputs,
+            needs_base=inputs == "task_vectors" if needs_base is None else needs_base,
+            min_sources=sources[0],
+            max_sources=sources[1],
+            random=random,
+            parameters={p.name: p for p in parameters},
+        )
+        return function
+
+    return register
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all declared methods, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get(name: str) -> Method:
+    """Return the method of that name, or raise ConfigError naming the nearest valid one."""
+    if name not in _REGISTRY:
+        raise ConfigError(f"unknown merge method {name!r}", fix=nearest(name, names()))
+    return _REGISTRY[name]

@@ -1,0 +1,328 @@
+"""A Recipe: everything that determines the weights of a merged model, as plain data.
+
+A recipe names its models, then lists tensor groups. Each output tensor belongs to the first group that
+matches it by layer and by name; the group says which method merges which sources with which
+parameters. Recipes are immutable, comparable, written as YAML, and hashed canonically. No torch here.
+
+>>> recipe = Recipe(
+...     models={"base": "./base", "code": "./code", "maths": "./maths"},
+...     base="base",
+...     groups=(TensorGroup(method="ties", sources=("code", "maths"), parameters={"density": 0.4}),),
+... )
+>>> recipe.groups[0].parameters["density"]
+(0.4, 0.4)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, cast
+
+import yaml
+
+from evomerge.errors import ConfigError, nearest
+from evomerge.merging import methods
+from evomerge.merging.methods import Method
+
+FORMAT = 1
+DTYPES = ("float32", "bfloat16", "float16")
+OUTSIDE: tuple[int, ...] = ()
+"""The `layers` of a group of the tensors outside all layers: embeddings, final norm, head."""
+
+Setting = float | int | bool | tuple[float | int | bool, ...]
+
+
+@functools.cache
+def layer_of(tensor: str) -> int | None:
+    """Return the index of the layer a tensor belongs to, or None outside the layers.
+
+    Layers are found by name, not by a table of architectures: the first number between dots.
+
+    >>> layer_of("model.layers.11.mlp.down_proj.weight"), layer_of("model.norm.weight")
+    (11, None)
+    """
+    found = re.search(r"\.(\d+)\.", tensor)
+    return int(found.group(1)) if found else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorGroup:
+    """How one group of output tensors is made.
+
+    layers: indices of layers; None means every tensor, `OUTSIDE` those outside the layers.
+    match: substrings, any of which the tensor's name must contain; () means any name.
+    parameters: a number, or for per-source parameters one number per source. A single number for a
+        per-source parameter holds for every source. Missing ones take the method's default.
+    """
+
+    method: str
+    sources: tuple[str, ...]
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    match: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        declared = methods.get(self.method)
+        where = f"group {self.label()!r} ({self.method})"
+        if not isinstance(self.sources, tuple) or not self.sources:
+            raise ConfigError(f"{where}: no sources", expected="at least one source name")
+        count = len(self.sources)
+        if count < declared.min_sources or (declared.max_sources or count) < count:
+            top = "" if declared.max_sources is None else f" and at most {declared.max_sources}"
+            raise ConfigError(
+                f"{where}: wrong number of sources",
+                expected=f"at least {declared.min_sources}{top}",
+                got=str(count),
+            )
+        object.__setattr__(self, "parameters", self._complete(declared, where))
+
+    def _complete(self, declared: Method, where: str) -> Mapping[str, Setting]:
+        for name in self.parameters:
+            declared.parameter(name, where)
+        full: dict[str, Setting] = {}
+        for name, parameter in declared.parameters.items():
+            given = self.parameters.get(name, parameter.default)
+            if not parameter.per_source:
+                full[name] = parameter.check(given, where)
+                continue
+            values = given if isinstance(given, tuple | list) else (given,) * len(self.sources)
+            if len(values) != len(self.sources):
+                raise ConfigError(
+                    f"{where}: {name} needs one value per source",
+                    expected=f"{len(self.sources)} ({', '.join(self.sources)})",
+                    got=str(len(values)),
+                )
+            full[name] = tuple(parameter.check(value, where) for value in values)
+        return MappingProxyType(full)
+
+    def label(self) -> str:
+        """Return a short name for messages and plots, e.g. `layers 0-3 mlp`."""
+        if self.layers is None:
+            place = "all"
+        elif not self.layers:
+            place = "outside"
+        elif len(self.layers) == 1:
+            place = f"layer {self.layers[0]}"
+        elif self.layers == tuple(range(self.layers[0], self.layers[-1] + 1)):
+            place = f"layers {self.layers[0]}-{self.layers[-1]}"
+        else:
+            place = "layers " + ",".join(map(str, self.layers))
+        return " ".join((place, *("|".join(self.match),) * bool(self.match)))
+
+    def matches(self, tensor: str) -> bool:
+        """Say whether an output tensor of this name belongs to the group."""
+        if self.layers is not None:
+            layer = layer_of(tensor)
+            if (layer is None) != (self.layers == OUTSIDE) or (layer is not None and layer not in self.layers):
+                return False
+        return not self.match or any(part in tensor for part in self.match)
+
+    def per_source(self, name: str) -> tuple[float, ...]:
+        """Return the values of a per-source parameter, in the order of `sources`."""
+        return cast(tuple[float, ...], self.parameters[name])
+
+    def _as_data(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"method": self.method}
+        if self.layers is not None:
+            data["layers"] = list(self.layers)
+        if self.match:
+            data["match"] = list(self.match)
+        data["sources"] = list(self.sources)
+        distinct = len(set(self.sources)) == len(self.sources)
+        shown: dict[str, Any] = {}
+        for name, value in self.parameters.items():
+            if isinstance(value, tuple):
+                shown[name] = dict(zip(self.sources, value, strict=True)) if distinct else list(value)
+            else:
+                shown[name] = value
+        if shown:
+            data["parameters"] = shown
+        return data
+
+    @classmethod
+    def _from_data(cls, data: Mapping[str, Any], where: str) -> TensorGroup:
+        valid = ("method", "sources", "parameters", "layers", "match")
+        _check_keys(data, valid, required=("method", "sources"), where=where)
+        sources = tuple(_strings(data["sources"], f"{where}: sources"))
+        parameters: dict[str, Setting] = {}
+        for name, value in _mapping(data.get("parameters") or {}, f"{where}: parameters").items():
+            if isinstance(value, Mapping):
+                _check_keys(value, sources, required=sources, where=f"{where}: parameters: {name}")
+                parameters[name] = tuple(value[source] for source in sources)
+            else:
+                parameters[name] = tuple(value) if isinstance(value, list) else value
+        layers = data.get("layers")
+        if layers is not None and (
+            not isinstance(layers, list)
+            or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers)
+        ):
+            raise ConfigError(
+                f"{where}: layers",
+                expected="a list of layer numbers, [] for the tensors outside the layers",
+                got=repr(layers),
+            )
+        return cls(
+            method=str(data["method"]),
+            sources=sources,
+            parameters=parameters,
+            layers=None if layers is None else tuple(sorted(set(layers))),
+            match=tuple(_strings(data.get("match") or [], f"{where}: match")),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A merge, completely described.
+
+    models: name -> location (folder, hub id, or `path+adapter`). Names identify models everywhere else.
+    base: the name of the base model, needed by methods that work on task vectors.
+    groups: the first group that matches a tensor makes it; a tensor no group matches is an error.
+    dtype: the type the merged weights are stored in; they are rounded to it before they are scored.
+    tokenizer: the model whose tokenizer, config and special tokens the result gets (default: the base,
+        else the first model).
+    seed: owner of the random masks of DARE-like methods.
+    """
+
+    models: Mapping[str, str]
+    groups: tuple[TensorGroup, ...]
+    base: str | None = None
+    dtype: str = "bfloat16"
+    tokenizer: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("recipe: no models")
+        if not self.groups:
+            raise ConfigError("recipe: no groups")
+        object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
+        object.__setattr__(self, "tokenizer", self.tokenizer or self.base or next(iter(self.models)))
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(self.dtype, DTYPES))
+        named = [("base", self.base), ("tokenizer", self.tokenizer)]
+        named += [(f"group {g.label()!r}", source) for g in self.groups for source in g.sources]
+        for where, name in named:
+            if name is not None and name not in self.models:
+                raise ConfigError(f"recipe: {where} names an unknown model {name!r}", fix=nearest(name, self.models))
+        if self.base is None:
+            for group in self.groups:
+                if methods.get(group.method).needs_base:
+                    raise ConfigError(
+                        f"recipe: {group.method} works on task vectors and needs a base model", fix="set `base`"
+                    )
+
+    @classmethod
+    def copy_of(cls, location: str, *, dtype: str) -> Recipe:
+        """Return the recipe that leaves one model as it is, but for rounding to `dtype`."""
+        return cls(
+            models={"model": location},
+            groups=(TensorGroup(method="linear", sources=("model",), parameters={"weight": 1.0}),),
+            dtype=dtype,
+        )
+
+    def group_for(self, tensor: str) -> TensorGroup:
+        """Return the group that makes an output tensor, or raise ConfigError."""
+        for group in self.groups:
+            if group.matches(tensor):
+                return group
+        raise ConfigError(f"recipe: no group matches tensor {tensor!r}", fix="add a last group without layers and match")
+
+    @property
+    def hash(self) -> str:
+        """The canonical identity: 64 hex digits over all that changes the merged bits.
+
+        Locations are left out (a moved folder stays the same recipe), and so is the seed where no
+        method draws at random. Parameters count with their defaults filled in.
+        """
+        data = self.to_data()
+        del data["models"]
+        if not any(methods.get(group.method).random for group in self.groups):
+            del data["seed"]
+        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def used_models(self) -> tuple[str, ...]:
+        """Return the names of the models that are read, base first, in the order of `models`."""
+        used = {source for group in self.groups for source in group.sources}
+        if any(methods.get(group.method).needs_base for group in self.groups) and self.base:
+            used.add(self.base)
+        first = [self.base] if self.base in used else []
+        return tuple(first + [name for name in self.models if name in used and name != self.base])
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the recipe as plain data, the inverse of `from_data`."""
+        data: dict[str, Any] = {"format": FORMAT, "models": dict(self.models)}
+        if self.base is not None:
+            data["base"] = self.base
+        data |= {"tokenizer": self.tokenizer, "dtype": self.dtype, "seed": self.seed}
+        data["groups"] = [group._as_data() for group in self.groups]
+        return data
+
+    @classmethod
+    def from_data(cls, data: object) -> Recipe:
+        """Build a recipe from plain data; unknown keys are errors that name the nearest valid key."""
+        data = _mapping(data, "recipe")
+        valid = ("format", "models", "base", "tokenizer", "dtype", "seed", "groups")
+        _check_keys(data, valid, required=("models", "groups"), where="recipe")
+        if data.get("format", FORMAT) != FORMAT:
+            raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
+        seed = data.get("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ConfigError("recipe: seed", expected="a whole number >= 0", got=repr(seed))
+        groups = data["groups"]
+        if not isinstance(groups, list):
+            raise ConfigError("recipe: groups", expected="a list", got=type(groups).__name__)
+        return cls(
+            models={str(k): str(v) for k, v in _mapping(data["models"], "recipe: models").items()},
+            base=data.get("base"),
+            tokenizer=data.get("tokenizer") or "",
+            dtype=data.get("dtype", "bfloat16"),
+            seed=seed,
+            groups=tuple(
+                TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
+                for i, g in enumerate(groups)
+            ),
+        )
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML; numbers are written so that reading gives the same bits."""
+        return yaml.safe_dump(self.to_data(), sort_keys=False, default_flow_style=None, width=110)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Read a recipe written by `to_yaml` or by hand."""
+        try:
+            return cls.from_data(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError("recipe: not valid YAML", got=str(error)) from None
+
+    def __reduce__(self) -> tuple[object, ...]:  # mapping proxies don't pickle; plain data does
+        return Recipe.from_data, (self.to_data(),)
+
+
+def _check_keys(data: Mapping[str, Any], valid: Sequence[str], *, required: Sequence[str], where: str) -> None:
+    for key in data:
+        if key not in valid:
+            raise ConfigError(f"{where}: unknown key {key!r}", fix=nearest(str(key), valid))
+    for key in required:
+        if key not in data:
+            raise ConfigError(f"{where}: missing key {key!r}")
+
+
+def _mapping(data: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(where, expected="a mapping", got=type(data).__name__)
+    return data
+
+
+def _strings(data: object, where: str) -> list[str]:
+    values = [data] if isinstance(data, str) else data
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise ConfigError(where, expected="a name or a list of names", got=repr(data))
+    return values

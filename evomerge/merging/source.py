@@ -1,0 +1,70 @@
+"""A source of a merge: anything that has tensors by name, whatever files they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evomerge.merging.adapter import AdaptedCheckpoint, is_adapter, open_adapter, split_location
+from evomerge.merging.checkpoint import Checkpoint, Layout
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.tensorfile import Header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["AdaptedCheckpoint", "Checkpoint", "Source", "open_source", "open_sources"]
+
+
+class Source(Protocol):
+    """What the engine needs of a model: facts without reading weights, and tensors by name.
+
+    `folder` is where config and tokenizer lie; `fingerprint` changes when the files do.
+    """
+
+    location: str
+    folder: Path
+    config: dict[str, Any]
+    headers: Mapping[str, Header]
+
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def vocabulary(self) -> Mapping[str, int] | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in float32; callers must not modify it."""
+        ...
+
+
+def open_source(location: str, *, base: str | None = None) -> Source:
+    """Open a model folder, hub id, `path+adapter`, or adapter folder; raise ModelError.
+
+    base: location of the model an adapter folder given alone is applied to, where the one its own
+    config names is not there.
+    """
+    model, adapter = split_location(location)
+    if adapter is not None:
+        return open_adapter(Checkpoint.open(model), Path(adapter).expanduser(), location)
+    if is_adapter(Path(location).expanduser()):
+        return open_adapter(None, Path(location).expanduser(), location, fallback=base)
+    return Checkpoint.open(location)
+
+
+def open_sources(models: Mapping[str, str], base: str | None) -> dict[str, Source]:
+    """Open all models by name; adapters given alone may rest on the model named `base`."""
+    below = models[base] if base is not None else None
+    return {name: open_source(location, base=below) for name, location in models.items()}
+
+
+def open_used(recipe: Recipe) -> dict[str, Source]:
+    """Open the models a recipe reads, and the one whose tokenizer and config it takes."""
+    used = dict.fromkeys((*recipe.used_models(), recipe.tokenizer))
+    below = recipe.models[recipe.base] if recipe.base is not None else None
+    return {name: open_source(recipe.models[name], base=below) for name in used}
