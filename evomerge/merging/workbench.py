@@ -176,6 +176,7 @@ def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel
             got=" ".join(str(error).split())[:300],
             fix="check its config.json; models that need remote code are not supported",
         ) from None
+    model.tie_weights()  # skipped with the initialisation
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
 

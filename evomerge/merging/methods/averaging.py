@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError
 from evomerge.merging.methods.declaration import Parameter, method
-from evomerge.merging.methods.reduction import cosine
+from evomerge.merging.methods.reduction import cosines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def slerp(base: Tensor | None, tensors: Sequence[Tensor], *, t: float) -> Tensor
     tensor([0.7071, 0.7071])
     """
     first, second = tensors
-    cos = cosine(first, second)
+    cos = cosines([first, second])[0][1]
     if abs(cos) > NEARLY_PARALLEL:
         return weighted_sum(tensors, (1.0 - t, t))
     angle = math.acos(cos)
@@ -127,7 +127,8 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     tensor([1., 1.])
     """
     count = len(tensors)
-    pairs = [cosine(tensors[i], tensors[j]) for i in range(count) for j in range(i)]
+    angles = cosines(tensors)
+    pairs = [angles[i][j] for i in range(count) for j in range(i)]
     cos = max(math.fsum(pairs) / len(pairs), -0.5 / (count - 1))
     ratio = count * cos / (1.0 + (count - 1) * cos)
     mix = weighted_sum(tensors, (ratio / count,) * count)

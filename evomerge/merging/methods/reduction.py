@@ -8,34 +8,58 @@ are added exactly. That is what lets a model scored in one process be exported b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 16_384
+SHORTEST = 1e-16
+"""Product of two lengths below which an angle between them means nothing."""
 
 
-def dot(a: Tensor, b: Tensor) -> float:
-    """Return the inner product of two tensors of equal shape, as a Python float.
+def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Return the inner products of all pairs of tensors of equal shape, as Python floats.
 
     >>> import torch
-    >>> dot(torch.ones(3), torch.tensor([1.0, 2.0, 3.0]))
-    6.0
+    >>> gram([torch.ones(3), torch.tensor([1.0, 2.0, 3.0])])
+    [[3.0, 6.0], [6.0, 14.0]]
     """
     import torch
 
-    blocks = zip(torch.split(a.flatten(), BLOCK), torch.split(b.flatten(), BLOCK), strict=True)
-    sums = [(x.to(torch.float64) * y.to(torch.float64)).sum() for x, y in blocks]
-    return math.fsum(torch.stack(sums).tolist()) if sums else 0.0
+    count = len(tensors)
+    pairs = [(i, j) for i in range(count) for j in range(i + 1)]
+    flat = [tensor.flatten() for tensor in tensors]
+    sums: list[Tensor] = []
+    for start in range(0, flat[0].numel(), BLOCK):
+        block = [tensor[start : start + BLOCK].to(torch.float64) for tensor in flat]
+        sums += [(block[i] * block[j]).sum() for i, j in pairs]
+    values = torch.stack(sums).tolist() if sums else [0.0] * len(pairs)
+    products = [[0.0] * count for _ in range(count)]
+    for index, (i, j) in enumerate(pairs):
+        products[i][j] = products[j][i] = math.fsum(values[index :: len(pairs)])
+    return products
 
 
-def norm(a: Tensor) -> float:
-    """Return the Euclidean norm of all elements, as a Python float."""
-    return math.sqrt(dot(a, a))
+def norm(tensor: Tensor) -> float:
+    """Return the Euclidean norm of all elements, as a Python float.
+
+    >>> import torch
+    >>> norm(torch.tensor([[3.0], [4.0]]))
+    5.0
+    """
+    return math.sqrt(gram([tensor])[0][0])
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Return the cosine of the angle between two tensors read as vectors; 0 where one has no length."""
-    lengths = norm(a) * norm(b)
-    return max(-1.0, min(1.0, dot(a, b) / lengths)) if lengths > 1e-16 else 0.0
+def cosines(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Return the cosines between all pairs of tensors; 0 with a tensor of (nearly) no length."""
+    products = gram(tensors)
+    lengths = [math.sqrt(products[i][i]) for i in range(len(tensors))]
+    return [
+        [
+            max(-1.0, min(1.0, product / (a * b))) if a * b > SHORTEST else 0.0
+            for b, product in zip(lengths, row, strict=True)
+        ]
+        for a, row in zip(lengths, products, strict=True)
+    ]

@@ -198,6 +198,7 @@ def keep_largest(vector: Tensor, density: float) -> Tensor:
     >>> keep_largest(torch.tensor([1.0, -3.0, 1.0, 2.0]), 0.75)
     tensor([ 1., -3.,  0.,  2.])
     """
+    import numpy
     import torch
 
     count = vector.numel()
@@ -207,28 +208,34 @@ def keep_largest(vector: Tensor, density: float) -> Tensor:
     if kept == 0:
         return torch.zeros_like(vector)
     magnitudes = vector.abs().flatten()
-    threshold = _kth_smallest(magnitudes, count - kept)
+    threshold, surplus = _select(magnitudes, kept)
     if threshold == 0.0:  # only zeros are cut
         return vector
-    # hardshrink keeps |x| > lambd in one pass; the next float below makes that |x| >= threshold.
-    below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)).item()
+    # hardshrink keeps |x| > lambd in one pass; the next float32 below makes that |x| >= threshold.
+    below = float(numpy.nextafter(numpy.float32(threshold), numpy.float32(0.0)))
     trimmed = torch.nn.functional.hardshrink(vector, below)
-    excess = int(torch.count_nonzero(trimmed)) - kept
-    if excess > 0:
-        at_threshold = (magnitudes == threshold).nonzero()
-        trimmed.view(-1)[at_threshold[-excess:, 0]] = 0.0
+    if len(surplus):
+        trimmed.view(-1)[surplus] = 0.0
     return trimmed
 
 
-def _kth_smallest(values: Tensor, k: int) -> float:
-    """Return the element that has index k after sorting."""
+def _select(magnitudes: Tensor, kept: int) -> tuple[float, Tensor]:
+    """Return the smallest magnitude kept, and the last indices that have it but are one too many."""
+    import numpy
     import torch
 
-    if values.device.type == "cpu":  # numpy's vectorised selection is ten times faster than kthvalue
-        import numpy
-
-        return float(numpy.partition(values.numpy(), k)[k])
-    return float(torch.kthvalue(values, k + 1).values)
+    rank = magnitudes.numel() - kept
+    if magnitudes.device.type == "cpu":  # numpy's vectorised selection is ten times faster than kthvalue
+        values = magnitudes.numpy()
+        ordered = numpy.partition(values, rank)
+        threshold = ordered[rank]
+        excess = int(numpy.count_nonzero(ordered[:rank] == threshold)) if threshold else 0
+        equal = numpy.flatnonzero(values == threshold) if excess else numpy.empty(0, dtype=numpy.int64)
+        return float(threshold), torch.from_numpy(equal[len(equal) - excess :])
+    limit = torch.kthvalue(magnitudes, rank + 1).values
+    excess = int((magnitudes >= limit).sum()) - kept if limit else 0
+    indices = (magnitudes == limit).nonzero()[:, 0]
+    return float(limit), indices[len(indices) - excess :]
 
 
 def _drop_all(
