@@ -1,0 +1,316 @@
+"""The command line: one thin command per verb.
+
+A user's mistake prints one message and exits with code 2; Ctrl-C exits with 130 after saying how to go
+on. Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from evomerge import __version__
+from evomerge.errors import UserError
+
+if TYPE_CHECKING:
+    from evomerge.config import RunConfig
+    from evomerge.delivery.progress import Live, Silent
+    from evomerge.running.budget import BudgetSpec
+
+app = typer.Typer(
+    help="Evolve the configuration of a model merge, honestly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+zoo = typer.Typer(help="The demo models: a small base and its specialists.", no_args_is_help=True)
+app.add_typer(zoo, name="zoo")
+
+INTERRUPTED = 130
+
+
+@dataclass
+class _Output:
+    """How a command speaks: to people through `console`, to scripts as one JSON document."""
+
+    console: Console
+    quiet: bool = False
+    json: bool = False
+
+    def say(self, message: Any) -> None:
+        if not (self.quiet or self.json):
+            self.console.print(message, highlight=False, soft_wrap=isinstance(message, str))
+
+    def data(self, data: Any) -> None:
+        if self.json:
+            typer.echo(json.dumps(data, indent=2))
+
+
+_out = _Output(console=Console())
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YAML).")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+Evaluations = Annotated[
+    int | None, typer.Option("--evaluations", min=1, help="Replace the config's budget: candidates to ask for.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"evomerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    quiet: Quiet = False,
+    json_: Json = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    _out.quiet, _out.json = quiet, json_
+
+
+def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command that also takes `--quiet` and `--json`, and turns UserError into exit code 2."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, quiet: bool, json_: bool, **kwargs: Any) -> None:
+            _out.quiet, _out.json = _out.quiet or quiet, _out.json or json_
+            _calm()
+            try:
+                function(*args, **kwargs)
+            except UserError as error:
+                Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+                raise typer.Exit(2) from None
+
+        from inspect import Parameter, signature
+
+        own = signature(function)
+        options = [
+            Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
+            Parameter("json_", Parameter.KEYWORD_ONLY, default=False, annotation=Json),
+        ]
+        wrapped.__signature__ = own.replace(parameters=[*own.parameters.values(), *options])  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {**function.__annotations__, "quiet": Quiet, "json_": Json}
+        group.command(name)(wrapped)
+        return function
+
+    return register
+
+
+def _calm() -> None:
+    """Keep the libraries' own progress bars and advice out of our output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+@_command(app, "check")
+def check(config: Config) -> None:
+    """Check a run config: models, space, suite, tasks and cost, without starting it."""
+    from evomerge import compose
+    from evomerge.config import RunConfig
+
+    from evomerge.delivery import check as delivery
+
+    prepared = compose.prepare(RunConfig.load(config))
+    compose.check_folder(prepared)
+    found = compose.probe(prepared)
+    _out.say(delivery.text(prepared, found))
+    _out.data(delivery.as_data(prepared, found))
+
+
+@_command(app, "run")
+def run(config: Config, seed: Seed = None, evaluations: Evaluations = None, out: Path | None = None) -> None:
+    """Run a config: baselines, search, selection, test, report. Continues where its folder left off."""
+    from evomerge.config import RunConfig
+
+    _run(RunConfig.load(config, seed=seed, out=None if out is None else str(out), evaluations=evaluations))
+
+
+@_command(app, "resume")
+def resume(run: Run, evaluations: Evaluations = None) -> None:
+    """Continue a stored run after a crash, an interruption, or with a larger budget."""
+    from evomerge import compose
+    from evomerge.running.budget import BudgetSpec
+
+    budget = None if evaluations is None else BudgetSpec(evaluations=evaluations)
+    _run(compose.stored_config(run, budget=budget))
+
+
+def _run(config: RunConfig) -> None:
+    from evomerge import compose
+
+    folder = Path(config.out)
+    try:
+        with _observer(config.budget) as observer:
+            compose.start(config, observer)
+    except KeyboardInterrupt:
+        _out.say(f"stopped; everything scored so far is stored. Go on with:\n  evomerge resume {_shown(folder)}")
+        raise typer.Exit(INTERRUPTED) from None
+    _report(folder)
+
+
+def _observer(budget: BudgetSpec) -> AbstractContextManager[Live | Silent]:
+    from evomerge.delivery.progress import Live, Silent
+
+    return Silent() if _out.quiet or _out.json else Live(_out.console, budget)
+
+
+@_command(app, "status")
+def status(run: Run) -> None:
+    """Say where a run stands; works while it runs."""
+    from evomerge import compose
+    from evomerge.delivery import status as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.running.store import RunStore
+
+    with RunStore.read(run) as store:
+        data = delivery.as_data(store, Summary(store, compose.stored_suite(store)))
+    _out.say(delivery.text(data))
+    _out.data(data)
+
+
+@_command(app, "report")
+def report(run: Run) -> None:
+    """Print a run's tables and verdict, and write RUN/report.html."""
+    _report(run)
+
+
+def _report(folder: Path) -> None:
+    from evomerge import compose
+    from evomerge.delivery import report as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.running.store import RunStore
+
+    with RunStore.read(folder) as store:
+        summary = Summary(store, compose.stored_suite(store))
+        page = delivery.write_html(store, summary, folder / "report.html")
+        _out.say(delivery.terminal(store, summary))
+        _out.say(f"report: {_shown(page)}")
+        _out.data(delivery.as_data(store, summary))
+
+
+@_command(app, "export")
+def export(
+    run: Run,
+    out: Out,
+    pick: Annotated[
+        str, typer.Option(help="winner, best-baseline, a row of the report, or the start of a recipe hash.")
+    ] = "winner",
+) -> None:
+    """Write a run's winner as a model folder with its recipe and a model card."""
+    from evomerge import compose
+    from evomerge.delivery import export as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.running.store import RunStore
+
+    with RunStore.read(run) as store:
+        done = delivery.export(store, Summary(store, compose.stored_suite(store)), out, pick=pick)
+    _out.say(f"exported {done.pick.name} to {_shown(done.folder)}")
+    if done.no_mergekit:
+        _out.say(f"no mergekit.yaml: {done.no_mergekit}")
+    _out.data({"folder": str(done.folder), "name": done.pick.name, "recipe": done.pick.recipe.hash})
+
+
+@_command(app, "merge")
+def merge(recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml, or a mergekit YAML.")], out: Out) -> None:
+    """Write the merged model a recipe (or a mergekit YAML) describes."""
+    from evomerge.merging import engine
+    from evomerge.merging.reading import read_recipe
+
+    found = read_recipe(recipe)
+    engine.write(found, out)
+    _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")
+    _out.data({"folder": str(out), "recipe": found.hash})
+
+
+@_command(app, "evaluate")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
+    suite: Annotated[str, typer.Option(help="A suite: a preset's name or a YAML file.")],
+    split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 64,
+) -> None:
+    """Score one model on a suite."""
+    from evomerge.delivery import single
+
+    data = single.evaluate(model, suite, split, batch_size=batch_size)
+    _out.say(single.table(data))
+    _out.data(data)
+
+
+@_command(zoo, "build")
+def zoo_build(
+    out: Out,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other models.")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A two-layer variant for tests, in under a minute.")] = False,
+) -> None:
+    """Train the demo models from scratch: a base and five specialists (about five minutes on two cores)."""
+    from evomerge.zoo.build import build_zoo
+
+    build_zoo(out, seed=seed, size="tiny" if tiny else "demo", progress=_out.say)
+    _out.say(f"built {_shown(out)}")
+
+
+@_command(app, "demo")
+def demo(
+    seed: Seed = None,
+    evaluations: Evaluations = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+) -> None:
+    """Search, report, export and re-score on the models that come with evomerge (under five minutes)."""
+    from evomerge import compose
+    from evomerge.config import DEMO_CONFIG, RunConfig
+    from evomerge.delivery import export as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.evaluation.scores import Scores
+    from evomerge.running.store import RunStore
+
+    config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
+    _run(config)
+    with RunStore.read(out) as store:
+        summary = Summary(store, compose.stored_suite(store))
+        assert summary.winner is not None
+        model = out / f"model-{summary.winner.recipe.hash[:8]}"
+        if not model.exists():
+            delivery.export(store, summary, model)
+        stored = store.result(summary.winner.recipe.hash, "test")
+        assert isinstance(stored, Scores)
+        same = delivery.rescore(model, compose.prepare(config).worker, "test").same_as(stored)
+    if not same:
+        raise UserError(f"{model}: the exported model does not score as the winner did", fix="please report this")
+    _out.say(f"exported the winner to {_shown(model)}; loaded back, it scores the same on every test item")
+
+
+def _shown(path: Path) -> str:
+    """A path as the user would type it from here."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def main() -> None:
+    """Entry point of the `evomerge` command."""
+    app()

@@ -1,0 +1,279 @@
+"""The composition root: checks a run config, wires the rooms together, and runs or resumes.
+
+Everything that can be known from headers and YAML is checked in `prepare`, before a weight is read or a
+file is written; what needs the models (tasks, metrics) shows when the executor builds its first worker,
+still before the run folder exists.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge import __version__
+from evomerge.config import BASE, RunConfig
+from evomerge.errors import ConfigError, StoreError, UserError, nearest
+from evomerge.evaluation.scores import SPLITS, Failure
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.running import executors
+from evomerge.running.budget import Budget, BudgetSpec
+from evomerge.running.scorer import Observer, Scorer
+from evomerge.running.store import RunStore
+from evomerge.running.worker import Job, WorkerSpec
+from evomerge.schema import parse
+from evomerge.search import baselines
+from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.space import SearchSpace, SpaceSpec
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy", "cma")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run config found sound, with everything it names opened (headers only).
+
+    fingerprints: model name -> hash of its config and tensor headers. parameters: of the base model.
+    notes: what is worth knowing about the models, though nothing is wrong.
+    """
+
+    config: RunConfig
+    suite: Suite
+    space: SearchSpace
+    template: Recipe
+    worker: WorkerSpec
+    fingerprints: dict[str, str]
+    parameters: int
+    notes: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.out)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check a config against the models' headers; raise UserError at the first thing that can't work."""
+    from evomerge.merging.compatibility import check
+    from evomerge.merging.source import open_sources
+
+    suite = Suite.load(config.suite)
+    sources = open_sources(config.locations, BASE)
+    template = Recipe(
+        models=config.locations,
+        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
+        base=BASE,
+        dtype=config.dtype,
+        seed=config.seed,
+    )
+    notes = check(template, sources)
+    _check_specialists(suite, config)
+    headers = sources[BASE].headers
+    assert isinstance(config.space, SpaceSpec)
+    space = SearchSpace(
+        config.space, template=template, sources=tuple(config.models.sources), tensors=tuple(headers)
+    )
+    device, dtype, threads = executors.resolve(config.executor)
+    return Prepared(
+        config=config,
+        suite=suite,
+        space=space,
+        template=template,
+        worker=WorkerSpec(
+            models=config.locations,
+            base=BASE,
+            suite=suite,
+            batch_size=config.executor.batch_size,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            max_length=config.executor.max_length,
+            attention=config.executor.attention,
+        ),
+        fingerprints={name: source.fingerprint for name, source in sources.items()},
+        parameters=sum(header.count for header in headers.values()),
+        notes=notes,
+    )
+
+
+def _check_specialists(suite: Suite, config: RunConfig) -> None:
+    for task in suite.tasks:
+        if task.specialist is not None and task.specialist not in config.models.sources:
+            raise ConfigError(
+                f"suite {suite.name}: task {task.task} names the specialist {task.specialist!r}, "
+                "which is not one of the sources",
+                fix=f"{nearest(task.specialist, config.models.sources)}; or leave `specialist` out of the suite",
+            )
+
+
+def start(config: RunConfig, observer: Observer) -> Outcome:
+    """Run a config; where its folder already holds this very run, continue it."""
+    prepared = prepare(config)
+    check_folder(prepared)
+    return _execute(prepared, observer)
+
+
+def resume(folder: Path, observer: Observer, *, budget: BudgetSpec | None = None) -> Outcome:
+    """Continue a stored run, with its own budget or a new one."""
+    prepared = prepare(stored_config(folder, budget=budget))
+    check_folder(prepared)
+    return _execute(prepared, observer)
+
+
+def stored_config(folder: Path, *, budget: BudgetSpec | None = None) -> RunConfig:
+    """Return the config a run was started with; `out` is where the run lies now."""
+    with RunStore.read(folder) as store:
+        data = store.fact("config")
+    data["out"] = str(folder.absolute())
+    if budget is not None:
+        data["budget"] = budget.model_dump()
+    return parse(RunConfig, data, f"{folder}: stored config")
+
+
+def stored_suite(store: RunStore) -> Suite:
+    """Return the suite a run was started with, from the store alone."""
+    return parse(Suite, store.fact("suite"), f"{store.folder}: stored suite")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change the bits of a run."""
+    found = {"evomerge": __version__, "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What one trial candidate told: items and seconds per split, seconds of the whole run."""
+
+    items: dict[str, int]
+    seconds: dict[str, float]
+    workers: int
+    estimate: float | None
+
+
+def probe(prepared: Prepared) -> Probe:
+    """Load the models, build all tasks and score the uniform average once per split.
+
+    estimate: seconds the whole run would take, None where the budget does not count candidates.
+    """
+    inline = executors.Inline(prepared.worker)
+    items: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for split in SPLITS:
+        (result,) = inline.run([Job(recipe=prepared.template, split=split)])
+        if isinstance(result.outcome, Failure):
+            raise UserError(f"the uniform average could not be scored on {split}: {result.outcome.reason}")
+        assert result.timing is not None
+        items[split], seconds[split] = result.outcome.items, result.timing.total
+    budget, workers = prepared.config.budget, executors.worker_count(prepared.config.executor)
+    estimate = None
+    if budget.evaluations is not None:
+        models = len(prepared.config.models.sources) + 1
+        hand_made = len(baselines.STRENGTHS) * 2 + 6
+        work = (budget.evaluations + models + hand_made + models) * seconds["search"]
+        work += (prepared.config.finalists + 1 + models) * seconds["select"]
+        work += (models + hand_made + 1) * seconds["test"]
+        estimate = work / workers
+    return Probe(items=items, seconds=seconds, workers=workers, estimate=estimate)
+
+
+def _execute(prepared: Prepared, observer: Observer) -> Outcome:
+    from evomerge.merging.engine import task_vector_norms
+
+    executor = executors.build(prepared.config.executor, prepared.worker)
+    try:
+        with _open_store(prepared) as store:
+            store.begin_session(versions())
+            if store.fact("norms") is None:
+                store.set_fact("norms", task_vector_norms(prepared.config.locations, BASE))
+            search = Search(
+                SearchPlan(
+                    suite=prepared.suite,
+                    space=prepared.space,
+                    template=prepared.template,
+                    norms=store.fact("norms"),
+                    optimizer=prepared.config.optimizer,
+                    objective=prepared.config.objective,
+                    finalists=prepared.config.finalists,
+                    seed=prepared.config.seed,
+                ),
+                scorer=Scorer(store, executor, observer),
+                journal=store,
+                budget=Budget(prepared.config.budget, store.hours),
+                observer=observer,
+            )
+            outcome = search.run()
+            store.set_fact("stopped", outcome.stopped)
+            return outcome
+    finally:
+        executor.close()
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    config = prepared.config
+    return {
+        "config": config.model_dump(mode="json"),
+        "identity": config.identity(),
+        "fingerprints": prepared.fingerprints,
+        "suite": prepared.suite.model_dump(mode="json"),
+        "suite_digest": prepared.suite.digest(),
+        "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
+    }
+
+
+def _open_store(prepared: Prepared) -> RunStore:
+    if not RunStore.exists(prepared.folder):
+        return RunStore.create(prepared.folder, _facts(prepared))
+    store = RunStore.open(prepared.folder)
+    if store.fact("config")["budget"] != prepared.config.budget.model_dump(mode="json"):
+        store.set_fact("config", prepared.config.model_dump(mode="json"))
+    return store
+
+
+def check_folder(prepared: Prepared) -> None:
+    """Refuse a run folder that holds something else, or this run on changed inputs."""
+    folder = prepared.folder
+    if not RunStore.exists(folder):
+        if folder.exists() and (not folder.is_dir() or any(p.name != ".lock" and not p.name.startswith(".run.sqlite") for p in folder.iterdir())):
+            raise StoreError(
+                f"{folder}: exists and is not a run folder", fix="choose another `out`, or empty the folder"
+            )
+        return
+    facts = _facts(prepared)
+    with RunStore.read(folder) as store:
+        if store.fact("identity") != facts["identity"]:
+            raise StoreError(
+                f"{folder}: holds a run of another config",
+                got=", ".join(_differences(store.fact("config"), facts["config"])) or "other settings",
+                fix="choose another `out`, or go on with the stored run: evomerge resume " + str(folder),
+            )
+        stored = store.fact("fingerprints")
+        changed = [name for name, print_ in facts["fingerprints"].items() if stored.get(name) != print_]
+        if changed:
+            raise StoreError(
+                f"{folder}: model files changed since the run began: {', '.join(changed)}",
+                fix="put the old files back, or start a new run in another folder",
+            )
+        for key, what in (("suite_digest", "the suite or its task files"), ("arithmetic", "device or dtype")):
+            if store.fact(key) != facts[key]:
+                raise StoreError(
+                    f"{folder}: {what} changed since the run began, so scores would not be comparable",
+                    expected=str(store.fact(key)),
+                    got=str(facts[key]),
+                    fix="restore what was there, or start a new run in another folder",
+                )
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Name the settings in which two stored configs differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            if not place and key in ("budget", "out"):
+                continue
+            found += _differences(old.get(key), new.get(key), f"{place}{key}.")
+        return found
+    return [] if old == new else [f"{place.rstrip('.')} {old!r} there, {new!r} here"]

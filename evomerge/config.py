@@ -1,0 +1,139 @@
+"""The run config: one strict YAML file that says everything about a run.
+
+It names presets (search space, suite) or points at files of the same form. Paths of models, spaces and
+suites are relative to the config file; `out` is relative to where the command is started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from evomerge.errors import ConfigError
+from evomerge.running.budget import BudgetSpec
+from evomerge.running.executors import ExecutorSpec
+from evomerge.schema import Strict, find_preset, load_yaml, parse
+from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.space import SpaceSpec
+
+BASE = "base"
+"""The name the base model has in every recipe and table."""
+
+DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
+"""The demo is nothing but this run config, on the models beside it."""
+
+
+class ModelsSpec(Strict):
+    """The models: each a folder, a Hugging Face hub id, or `path+adapter` for a LoRA on a model."""
+
+    base: str
+    sources: dict[str, str]
+
+    @field_validator("sources")
+    @classmethod
+    def _named(cls, sources: dict[str, str]) -> dict[str, str]:
+        if len(sources) < 1:
+            raise ValueError("a merge needs at least one source")
+        if BASE in sources:
+            raise ValueError(f"{BASE!r} is the name of the base model; call the source something else")
+        return sources
+
+
+class RunConfig(Strict):
+    """A run, as written in its YAML file.
+
+    space, suite: the name of a preset or the path of a file; `space` may also be written out in place.
+    finalists: how many of the best candidates are scored again on `select`.
+    dtype: what the merged weights are stored as, and rounded to before they are scored.
+    """
+
+    models: ModelsSpec
+    space: str | SpaceSpec
+    suite: str
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
+    budget: BudgetSpec
+    executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
+    finalists: int = Field(default=8, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    seed: int = Field(default=0, ge=0)
+    out: str
+
+    @classmethod
+    def load(cls, path: Path, *, seed: int | None = None, out: str | None = None, **budget: Any) -> RunConfig:
+        """Read a config file and resolve what it names; keyword arguments replace what it says.
+
+        The result stands on its own: absolute paths and the search space written out, so that a stored
+        run does not depend on the file any more.
+        """
+        data = load_yaml(path)
+        if seed is not None:
+            data["seed"] = seed
+        if out is not None:
+            data["out"] = out
+        if given := {name: value for name, value in budget.items() if value is not None}:
+            data["budget"] = given
+        config = parse(cls, data, str(path))
+        folder = path.resolve().parent
+        return config.model_copy(
+            update={
+                "models": config.models.model_copy(
+                    update={
+                        "base": resolve_location(config.models.base, folder),
+                        "sources": {n: resolve_location(s, folder) for n, s in config.models.sources.items()},
+                    }
+                ),
+                "space": load_space(config.space, beside=folder),
+                "suite": str(find_preset("benchmarks/suites", config.suite, beside=folder).resolve()),
+                "out": str(Path(config.out).expanduser().absolute()),
+            }
+        )
+
+    @property
+    def locations(self) -> dict[str, str]:
+        """Name -> location of all models, the base first."""
+        return {BASE: self.models.base, **self.models.sources}
+
+    def identity(self) -> str:
+        """Return a hash of everything that changes results: two configs with it share a run folder.
+
+        Budget, workers, timeout and places on the disk don't count: they may change on resume.
+        """
+        data = self.model_dump(mode="json")
+        for name in ("budget", "out", "suite"):
+            del data[name]
+        data["models"] = sorted(self.models.sources)
+        for name in ("name", "workers", "timeout"):
+            del data["executor"][name]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def load_space(space: str | SpaceSpec, *, beside: Path | None = None) -> SpaceSpec:
+    """Return the search space of a preset name, a file, or as it is."""
+    if isinstance(space, SpaceSpec):
+        return space
+    path = find_preset("search_spaces", space, beside=beside)
+    return parse(SpaceSpec, load_yaml(path), str(path))
+
+
+def resolve_location(location: str, folder: Path) -> str:
+    """Return a model location with its local parts absolute; hub ids stay as they are.
+
+    A part counts as local if it exists beside the config file or looks like a path.
+    """
+    return "+".join(_resolve_part(part, folder) for part in location.split("+"))
+
+
+def _resolve_part(part: str, folder: Path) -> str:
+    if not part:
+        raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
+    path = Path(part).expanduser()
+    beside = folder / path
+    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or part.count("/") != 1:
+        return str(beside.resolve())
+    return part

@@ -1,0 +1,1 @@
+"""Delivery: what a run leaves behind for people: summary, report, export, live progress."""

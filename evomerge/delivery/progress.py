@@ -1,0 +1,113 @@
+"""Live progress of a run in the terminal: phase, best so far, failures, time left."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from evomerge.evaluation.scores import Failure, Scores
+from evomerge.merging.recipe import Recipe
+from evomerge.running.budget import BudgetSpec
+from evomerge.running.store import Timing
+
+
+class Silent:
+    """An observer that shows nothing (`--quiet`, `--json`)."""
+
+    def phase(self, name: str, jobs: int, known: int) -> None: ...
+
+    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
+
+    def generation_done(self, generation: int, losses: NDArray[np.float64], best: float) -> None: ...
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Live:
+    """One line that tells where a run stands; on a dumb terminal or in a file, one line per phase."""
+
+    def __init__(self, console: Console, budget: BudgetSpec) -> None:
+        self._console, self._budget = console, budget
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None, note="loading models and tasks")
+        self._started = time.monotonic()
+        self._fresh, self._asked, self._failures = 0, 0, 0
+        self._best: float | None = None
+        self._search_started: float | None = None
+        self._phase = ""
+
+    def __enter__(self) -> Live:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str, jobs: int, known: int) -> None:
+        """Start a new bar: `known` of `jobs` are answered from the store."""
+        generation = name.startswith("generation ")
+        if generation and self._search_started is None:
+            self._search_started = time.monotonic()
+        label = "search" if generation else name
+        if label != self._phase:
+            self._phase = label
+            if not self._console.is_terminal:
+                self._console.print(f"{label}: {jobs} models" if not generation else "search started")
+        self._bar.update(self._task, description=name, total=jobs, completed=known, note=self._note())
+
+    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
+        """Advance by one scored recipe."""
+        if isinstance(result, Failure):
+            self._failures += 1
+            self._console.print(f"[red]failed[/red] {recipe.hash[:12]}: {result.reason}", highlight=False)
+        else:
+            self._fresh += 1
+        self._bar.update(self._task, advance=1, note=self._note())
+
+    def generation_done(self, generation: int, losses: NDArray[np.float64], best: float) -> None:
+        """Note the best loss so far."""
+        self._asked += len(losses)
+        self._best = best
+        self._bar.update(self._task, note=self._note())
+        if not self._console.is_terminal and (generation + 1) % 10 == 0:
+            self._console.print(f"generation {generation + 1}: {self._note()}", highlight=False)
+
+    def _note(self) -> str:
+        parts = [] if self._best is None else [f"best so far {-100 * self._best:.1f} points"]
+        left = self._seconds_left()
+        if left is not None:
+            parts.append(f"search ends in about {_clock(left)}")
+        if self._failures:
+            parts.append(f"{self._failures} failed")
+        return ", ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        """Time to the end of the search, from the pace of its candidates so far."""
+        if self._search_started is None or not self._asked or self._budget.evaluations is None:
+            return None
+        pace = (time.monotonic() - self._search_started) / self._asked
+        return max(0.0, pace * (self._budget.evaluations - self._asked))
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,282 @@
+"""The report: tables for the terminal and one self-contained HTML page that needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+import plotly.offline
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.delivery.summary import Row, Summary
+from evomerge.evaluation.statistics import Interval
+from evomerge.merging.recipe import Recipe
+from evomerge.running.store import RunStore
+
+_INK, _ACCENT, _MUTED, _GRID = "#1d2433", "#2f6fed", "#8a94a6", "#e6e9ef"
+
+
+def terminal(store: RunStore, summary: Summary) -> RenderableType:
+    """Return the comparison table, the verdict and where the time went, for a rich console."""
+    rows = summary.rows()
+    parts: list[RenderableType] = []
+    if rows:
+        parts.append(_table(summary, rows))
+    verdict = summary.verdict(rows)
+    if verdict is not None:
+        parts.append(Text(verdict.sentence, style="bold green" if verdict.helped else "bold yellow"))
+    else:
+        parts.append(Text("no verdict yet: the run has not been tested", style="yellow"))
+    cost = summary.cost()
+    if cost.candidates:
+        parts.append(
+            Text(
+                f"per candidate: {cost.forward:.0f} ms forward passes, {cost.merge:.1f} ms merging, "
+                f"{cost.scoring:.1f} ms scoring, {cost.search:.1f} ms search and store; "
+                f"all but the forward passes {100 * cost.overhead:.0f} %  ({cost.candidates} candidates)",
+                style="dim",
+            )
+        )
+    failures = store.failures()
+    if failures:
+        parts.append(Text(f"{len(failures)} failures, the last: {failures[-1][2].reason}", style="red"))
+    return Group(*parts)
+
+
+def _table(summary: Summary, rows: Sequence[Row]) -> Table:
+    table = Table(
+        title="scores on `test` (95 % intervals); mean: 0 = base, 100 = specialists", title_justify="left"
+    )
+    table.add_column("model", no_wrap=True)
+    for task in summary.shown_tasks:
+        table.add_column(_short(task.task, summary), justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("retention", justify="right", no_wrap=True)
+    best = summary.best_unsearched(rows)
+    for row in rows:
+        style = "bold" if row.role == "winner" else "dim" if row.role == "baseline" and row is not best else ""
+        mark = " *" if row is best else ""
+        retention = "-" if row.retention is None else f"{100 * row.retention:.1f} %"
+        cells = [_plus_minus(i) for i in row.tasks.values()]
+        label = f"winner: {row.name}" if row.role == "winner" else row.name + mark
+        table.add_row(label, *cells, _plus_minus(row.mean), retention, style=style, end_section=_ends(row, rows))
+    if best is not None:
+        table.caption = "* the best baseline: highest mean on `test` of all that were not searched"
+    return table
+
+
+def _ends(row: Row, rows: Sequence[Row]) -> bool:
+    after = rows[rows.index(row) + 1 :]
+    return bool(after) and after[0].role != row.role and row.role != "base"
+
+
+def _plus_minus(interval: Interval) -> str:
+    return f"{100 * interval.estimate:.1f} ±{50 * (interval.high - interval.low):.1f}"
+
+
+def _short(task: str, summary: Summary) -> str:
+    return task.removeprefix(f"{summary.suite.name}_")
+
+
+def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
+    """Return the report as plain data for scripts (`report --json`)."""
+    rows = summary.rows()
+    verdict, cost = summary.verdict(rows), summary.cost()
+    return {
+        "run": str(store.folder),
+        "digest": store.digest(),
+        "verdict": None
+        if verdict is None
+        else {
+            "sentence": verdict.sentence,
+            "helped": verdict.helped,
+            "best_baseline": verdict.rival,
+            "points": 100 * verdict.test.estimate,
+            "low": 100 * verdict.test.low,
+            "high": 100 * verdict.test.high,
+            "p": verdict.test.p,
+        },
+        "rows": [
+            {
+                "role": row.role,
+                "name": row.name,
+                "recipe": row.recipe,
+                "tasks": {t: [i.estimate, i.low, i.high] for t, i in row.tasks.items()},
+                "mean": [row.mean.estimate, row.mean.low, row.mean.high],
+                "retention": row.retention,
+            }
+            for row in rows
+        ],
+        "milliseconds_per_candidate": {
+            "forward": cost.forward,
+            "merge": cost.merge,
+            "scoring": cost.scoring,
+            "search": cost.search,
+            "overhead": cost.overhead,
+        },
+        "failures": [{"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()],
+    }
+
+
+def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
+    """Write the report as one HTML file with everything inside, plots included, and return its path."""
+    rows = summary.rows()
+    template = files("evomerge.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"percent": lambda x: "–" if x is None else f"{100 * x:.1f}"}
+    figures = {"progress": _progress(summary), "tasks": _tasks(summary, rows), "genome": _genome(summary.winner)}
+    page = environment.from_string(template).render(
+        summary=summary,
+        rows=rows,
+        best=summary.best_unsearched(rows),
+        verdict=summary.verdict(rows),
+        cost=summary.cost(),
+        finalists=summary.finalists(),
+        failures=store.failures(),
+        tasks=[(t.task, _short(t.task, summary)) for t in summary.shown_tasks],
+        config=json.dumps(store.fact("config"), indent=2),
+        versions=store.versions(),
+        stopped=store.fact("stopped"),
+        folder=store.folder,
+        winner_yaml=summary.winner.recipe.to_yaml() if summary.winner else None,
+        plotly_js=plotly.offline.get_plotlyjs(),
+        figures={name: json.loads(f.to_json()) for name, f in figures.items() if f is not None},
+    )
+    draft = out.with_name(f".{out.name}.new")
+    draft.write_text(page, encoding="utf-8")
+    draft.replace(out)
+    return out
+
+
+def _progress(summary: Summary) -> go.Figure | None:
+    """Best-so-far, best and median of each generation on `search`, with the best baseline as a line."""
+    progress = summary.progress()
+    if not progress.generations:
+        return None
+    x = list(progress.generations)
+    figure = go.Figure()
+    for name, values, line in (
+        ("median of the generation", progress.median, {"color": _MUTED, "width": 1.5, "dash": "dot"}),
+        ("best of the generation", progress.best, {"color": _ACCENT, "width": 1.5, "dash": "dot"}),
+        ("best so far", progress.best_so_far, {"color": _ACCENT, "width": 3}),
+    ):
+        figure.add_scatter(x=x, y=[100 * v for v in values], mode="lines", name=name, line=line)
+    if progress.best_baseline is not None:
+        figure.add_hline(
+            y=100 * progress.best_baseline,
+            line={"color": "#d9822b", "width": 2},
+            annotation_text=f"best baseline on search: {progress.best_baseline_name}",
+            annotation_position="bottom right",
+        )
+    return _styled(figure, x="generation", y="mean normalised score on search")
+
+
+def _tasks(summary: Summary, rows: Sequence[Row]) -> go.Figure | None:
+    """Per task: base, specialist, best baseline and winner, raw, with intervals."""
+    best = summary.best_unsearched(rows)
+    winner = next((row for row in rows if row.role == "winner"), None)
+    base = next((row for row in rows if row.role == "base"), None)
+    if best is None or winner is None or base is None:
+        return None
+    names = [_short(t.task, summary) for t in summary.shown_tasks]
+    parents = [row for row in rows if row.role == "parent"]
+    tops = [max((p.tasks[t.task] for p in parents), key=lambda i: i.estimate) for t in summary.shown_tasks]
+    figure = go.Figure()
+    for label, intervals, color in (
+        ("base", list(base.tasks.values()), "#c6ccd8"),
+        (f"best baseline: {best.name}", list(best.tasks.values()), "#d9822b"),
+        ("winner", list(winner.tasks.values()), _ACCENT),
+        ("best parent on the task", tops, _INK),
+    ):
+        figure.add_bar(
+            x=names,
+            y=[100 * i.estimate for i in intervals],
+            name=label,
+            marker_color=color,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (i.high - i.estimate) for i in intervals],
+                "arrayminus": [100 * (i.estimate - i.low) for i in intervals],
+                "thickness": 1,
+                "width": 3,
+                "color": _MUTED,
+            },
+        )
+    figure.update_layout(barmode="group", bargap=0.25)
+    return _styled(figure, x="", y="score on test, %")
+
+
+def _genome(winner: Any) -> go.Figure | None:
+    """The winner's parameters as a heat map: tensor groups by source, for each per-source parameter."""
+    if winner is None:
+        return None
+    names, rows, values = heat_map(winner.recipe)
+    if not values:
+        return None
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=names,
+            y=rows,
+            colorscale=[[0, "#c0392b"], [0.5, "#ffffff"], [1, _ACCENT]],
+            zmid=0,
+            texttemplate="%{z:.2f}",
+            hovertemplate="%{y}<br>%{x}: %{z:.4f}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    styled = _styled(figure, x="", y="")
+    styled.update_layout(height=max(260, 30 * len(rows) + 120))
+    return styled
+
+
+def heat_map(recipe: Recipe) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Return column names (parameter and source), group labels, and the values, groups by columns."""
+    columns: dict[str, None] = {}
+    table: list[dict[str, float]] = []
+    for group in recipe.groups:
+        cells: dict[str, float] = {}
+        for name, value in group.parameters.items():
+            if isinstance(value, tuple):
+                cells |= {
+                    f"{source} {name}" if name != "weight" else source: float(v)
+                    for source, v in zip(group.sources, value, strict=True)
+                }
+            elif not isinstance(value, bool):
+                cells[name] = float(value)
+        columns |= dict.fromkeys(cells)
+        table.append(cells)
+    varying = [c for c in columns if len(table) == 1 or len({row.get(c) for row in table}) > 1]
+    labels = [_group_name(recipe, index) for index in range(len(recipe.groups))]
+    return varying, labels, [[row.get(c) for c in varying] for row in table]
+
+
+def _group_name(recipe: Recipe, index: int) -> str:
+    """A group's label, short: its first filter, or `rest` where an earlier group took some names."""
+    group = recipe.groups[index]
+    place = group.label().split("|")[0]
+    earlier = any(g.layers == group.layers and g.match for g in recipe.groups[:index])
+    return f"{place} rest" if not group.match and earlier else place
+
+
+def _styled(figure: go.Figure, *, x: str, y: str) -> go.Figure:
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "color": _INK, "size": 13},
+        margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        legend={"orientation": "h", "y": 1.12},
+        xaxis_title=x,
+        yaxis_title=y,
+        height=380,
+    )
+    figure.update_xaxes(gridcolor=_GRID)
+    figure.update_yaxes(gridcolor=_GRID)
+    return figure

@@ -1,0 +1,56 @@
+"""Where a run stands, in a few lines; read from the store while the run goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evomerge.delivery.summary import Summary
+from evomerge.running.store import RunStore
+
+
+def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
+    """Return the state of a run as plain data (`status --json`)."""
+    generations = store.generations()
+    told = [g for g in generations if g.losses is not None]
+    progress, failures = summary.progress(), store.failures()
+    verdict = summary.verdict(summary.rows())
+    return {
+        "run": str(store.folder),
+        "state": "finished" if store.fact("stopped") else "running" if store.held() else "stopped",
+        "stopped": store.fact("stopped"),
+        "generations": len(told),
+        "evaluations": sum(len(g.recipes) for g in told),
+        "budget": store.fact("config")["budget"],
+        "hours": round(store.hours(), 4),
+        "best_on_search": progress.best_so_far[-1] if progress.best_so_far else None,
+        "best_baseline_on_search": progress.best_baseline,
+        "best_baseline": progress.best_baseline_name,
+        "failures": len(failures),
+        "last_failure": failures[-1][2].reason if failures else None,
+        "winner": summary.winner.recipe.hash if summary.winner else None,
+        "verdict": verdict.sentence if verdict else None,
+        "digest": store.digest(),
+    }
+
+
+def text(data: dict[str, Any]) -> str:
+    """Return the state for people."""
+    limits = ", ".join(f"{v:g} {k}" for k, v in data["budget"].items() if v is not None)
+    lines = [
+        f"{data['run']}: {data['state']}" + (f" ({data['stopped']})" if data["stopped"] else ""),
+        f"  {data['evaluations']} candidates in {data['generations']} generations, {60 * data['hours']:.1f} minutes"
+        f"  (budget: {limits})",
+    ]
+    if data["best_on_search"] is not None:
+        lines.append(f"  best so far on search: {100 * data['best_on_search']:.1f} points")
+    if data["best_baseline_on_search"] is not None:
+        lines.append(
+            f"  best baseline on search: {100 * data['best_baseline_on_search']:.1f} points ({data['best_baseline']})"
+        )
+    if data["failures"]:
+        lines.append(f"  {data['failures']} failed, the last: {data['last_failure']}")
+    if data["verdict"]:
+        lines.append(f"  {data['verdict']}")
+    if data["state"] == "stopped":
+        lines.append(f"  go on with: evomerge resume {data['run']}")
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""Executors: where jobs run. Submit them, take results as they complete; failures are values.
+
+`Inline` runs them in this process; `LocalProcesses` in worker processes that may crash or hang without
+taking the run with them. Building an executor builds its first worker, so that a mistake in models or
+suite shows before anything is stored.
+"""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from evomerge.errors import UserError
+from evomerge.evaluation.scores import Failure
+from evomerge.running.worker import Job, Result, Worker, WorkerSpec
+from evomerge.schema import Strict
+
+
+class ExecutorSpec(Strict):
+    """The `executor` part of a run config.
+
+    workers: processes (default: one per core, or one per GPU). timeout: seconds a candidate may take on
+    one split. batch_size: requests per forward pass. dtype: of the forward pass; "auto" is float32 on a
+    CPU and bfloat16 on a GPU. max_length: in tokens; default the model's own.
+    """
+
+    name: Literal["local", "inline"] = "local"
+    workers: int | Literal["auto"] = Field(default="auto")
+    timeout: float = Field(default=3600.0, gt=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: int = Field(default=64, ge=1)
+    max_length: int | None = Field(default=None, ge=8)
+    attention: str | None = None
+
+
+class Executor(Protocol):
+    """Runs jobs. Results come in any order."""
+
+    workers: int
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+        """Run the jobs and yield a result for each as it completes."""
+        ...
+
+    def close(self) -> None:
+        """Stop all work and leave no process behind."""
+        ...
+
+
+class Inline:
+    """Runs jobs one after the other in this process: no isolation, no timeout, no start-up cost."""
+
+    workers = 1
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._worker = Worker(spec, "inline")
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+        """Run the jobs in order."""
+        for job in jobs:
+            yield self._worker.run(job)
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Process:
+    process: BaseProcess
+    pipe: connection.Connection
+    ready: bool = False
+    job: Job | None = None
+    deadline: float = 0.0
+
+
+class LocalProcesses:
+    """Runs jobs in `workers` processes on this machine, each with its own live model.
+
+    A worker that dies is a `crash` of its job, one that exceeds `timeout` seconds is killed and is a
+    `timeout` of its job; both are replaced. Raises UserError where a worker can't even start.
+    """
+
+    def __init__(self, spec: WorkerSpec, *, workers: int, timeout: float) -> None:
+        self._spec, self._timeout, self.workers = spec, timeout, workers
+        # A fork server that has imported torch and lm_eval once starts each worker in no time.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self._context = get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(["evomerge.running.preload"])
+        self._started = 0
+        self._processes: list[_Process] = []
+        try:
+            self._processes.append(self._start())
+            self._await_ready(self._processes[0])
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+        """Run the jobs, keeping every worker busy; yield results as they complete."""
+        waiting = collections.deque(jobs)
+        while len(self._processes) < min(self.workers, len(waiting)):
+            self._processes.append(self._start())
+        while waiting or any(p.job for p in self._processes):
+            for process in self._processes:
+                if waiting and process.ready and process.job is None:
+                    self._give(process, waiting)
+            busy = [p for p in self._processes if p.job or not p.ready]
+            soonest = min((p.deadline for p in busy), default=time.monotonic() + 1)
+            connection.wait([p.pipe for p in busy], timeout=max(0.0, soonest - time.monotonic()))
+            for process in busy:
+                result = self._collect(process)
+                if result is not None:
+                    yield result
+
+    def close(self) -> None:
+        """Kill all workers and wait for them to be gone."""
+        for process in self._processes:
+            process.pipe.close()
+            process.process.kill()
+        for process in self._processes:
+            process.process.join()
+        self._processes.clear()
+
+    def _give(self, process: _Process, waiting: collections.deque[Job]) -> None:
+        process.job = waiting.popleft()
+        process.deadline = time.monotonic() + self._timeout
+        try:
+            process.pipe.send(process.job)
+        except (BrokenPipeError, ConnectionError):
+            pass  # it is dead: `_collect` finds the end of its pipe and says so
+
+    def _collect(self, process: _Process) -> Result | None:
+        """Take what a worker has sent, if anything; replace it if it died or is overdue."""
+        try:
+            if process.pipe.poll():
+                message = process.pipe.recv()
+                if not process.ready:
+                    self._greeted(process, message)
+                    return None
+                process.job = None
+                assert isinstance(message, Result)
+                return message
+        except (EOFError, ConnectionError):
+            if not process.ready:
+                raise self._stillborn(process) from None
+            return self._replaced(process, "crash", f"its worker process died ({_exit(process.process)})")
+        if time.monotonic() >= process.deadline:
+            if not process.ready:
+                raise self._stillborn(process)
+            return self._replaced(process, "timeout", f"took longer than {self._timeout:g} s")
+        return None
+
+    def _replaced(self, process: _Process, kind: Literal["crash", "timeout"], reason: str) -> Result:
+        job = process.job
+        assert job is not None
+        process.process.kill()
+        process.process.join()
+        process.pipe.close()
+        self._processes[self._processes.index(process)] = self._start()
+        return Result(job=job, outcome=Failure(kind=kind, reason=reason))
+
+    def _start(self) -> _Process:
+        ours, theirs = self._context.Pipe()
+        name = str(self._started)
+        self._started += 1
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=_serve, args=(self._spec, name, theirs), name=f"evomerge-worker-{name}", daemon=True
+        )
+        process.start()
+        theirs.close()
+        return _Process(process=process, pipe=ours, deadline=time.monotonic() + max(self._timeout, 600.0))
+
+    def _await_ready(self, process: _Process) -> None:
+        while not process.ready:
+            connection.wait([process.pipe], timeout=1.0)
+            self._collect(process)
+
+    def _greeted(self, process: _Process, message: Any) -> None:
+        if isinstance(message, UserError):
+            raise message
+        if isinstance(message, str):
+            raise UserError(f"a worker could not start: {message}", fix="try it alone: evomerge check CONFIG")
+        process.ready = True
+
+    def _stillborn(self, process: _Process) -> UserError:
+        process.process.kill()
+        process.process.join()
+        return UserError(
+            f"a worker process died while loading the models ({_exit(process.process)})",
+            fix="check the memory: every worker holds its own copy of the model; lower executor.workers",
+        )
+
+
+def _exit(process: BaseProcess) -> str:
+    process.join(5)
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _serve(spec: WorkerSpec, name: str, pipe: connection.Connection) -> None:
+    """The worker process: say ready, then answer jobs until the driver's end of the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
+    try:
+        worker = Worker(spec, name)
+    except Exception as error:
+        pipe.send(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        return
+    pipe.send(True)
+    while True:
+        try:
+            job = pipe.recv()
+            pipe.send(worker.run(job))
+        except (EOFError, ConnectionError):
+            return  # the driver is gone
+
+
+def build(spec: ExecutorSpec, worker: WorkerSpec) -> Executor:
+    """Build the executor a run config names."""
+    if spec.name == "inline":
+        return Inline(worker)
+    return LocalProcesses(worker, workers=worker_count(spec), timeout=spec.timeout)
+
+
+def worker_count(spec: ExecutorSpec) -> int:
+    """Return how many workers a config means: one per core, unless it says so."""
+    if spec.name == "inline":
+        return 1
+    return spec.workers if spec.workers != "auto" else _cores()
+
+
+def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
+    """Return (device, dtype of the forward pass, threads per worker) that a config means here."""
+    import torch
+
+    device = spec.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = spec.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return device, dtype, max(1, _cores() // worker_count(spec))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

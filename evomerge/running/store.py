@@ -1,0 +1,450 @@
+"""The run store: one SQLite file that holds everything a run ever learned.
+
+Every ask, every per-item score, every tell and every failure is committed as it lands
+(synchronous=FULL, one writer), so `kill -9` at any moment loses only what was under way. What is stored
+is keyed by what it is (generation, recipe, split), never by when it arrived, so that worker timing
+leaves no trace: two runs with the same seed hold the same contents, timestamps and durations aside
+(`digest` compares just that). The tables are described in runs/README.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.errors import DiskError, ReplayError, StoreError
+from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
+from evomerge.merging.recipe import Recipe
+from evomerge.search.baselines import Named
+
+FILE = "run.sqlite"
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x65766F6D  # "evom"
+
+_SCHEMA = """
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE recipe (hash TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE entry (role TEXT, position INTEGER, name TEXT NOT NULL, recipe TEXT NOT NULL REFERENCES recipe,
+    PRIMARY KEY (role, position)) WITHOUT ROWID;
+CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
+    recipe TEXT NOT NULL REFERENCES recipe, at REAL NOT NULL, PRIMARY KEY (generation, position)) WITHOUT ROWID;
+CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL, at REAL NOT NULL);
+CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, task TEXT, position INTEGER NOT NULL,
+    metric BLOB NOT NULL, smooth BLOB, PRIMARY KEY (recipe, split, task));
+CREATE TABLE failure (recipe TEXT REFERENCES recipe, split TEXT, kind TEXT NOT NULL, reason TEXT NOT NULL,
+    at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
+CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, seconds REAL NOT NULL, merge_seconds REAL NOT NULL,
+    forward_seconds REAL NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
+CREATE TABLE session (started REAL PRIMARY KEY, last REAL NOT NULL, versions TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Where the time of one candidate went, in seconds of wall clock on its worker.
+
+    total: everything, from the recipe's arrival to the scores. merge: putting the weights into the live
+    model. forward: inside the model's forward passes and generation.
+    """
+
+    total: float
+    merge: float
+    forward: float
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One stored generation: recipe hashes in ask order, losses (n, objectives) once told, driver seconds."""
+
+    number: int
+    recipes: tuple[str, ...]
+    genomes: NDArray[np.float64]
+    losses: NDArray[np.float64] | None
+    seconds: float
+
+
+class RunStore:
+    """The store of one run. Use `create`, `open` or `read` rather than the constructor."""
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection, lock: int | None) -> None:
+        self.folder = folder
+        self._db = connection
+        self._lock = lock
+        self._session = 0.0
+
+    # -- opening and closing ------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, folder: Path, facts: Mapping[str, Any]) -> RunStore:
+        """Start a new run in `folder` (made if missing). `facts` is written before anything else."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder)
+        draft = folder / f".{FILE}.new"
+        for stale in folder.glob(f".{FILE}.new*"):
+            stale.unlink()
+        db = _connect(draft)
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        with db:
+            db.executemany("INSERT INTO run VALUES (?, ?)", [(k, json.dumps(v)) for k, v in sorted(facts.items())])
+        db.close()
+        draft.rename(folder / FILE)  # finish, then rename: a run file is always a complete one
+        return cls._opened(folder, lock)
+
+    @classmethod
+    def open(cls, folder: Path) -> RunStore:
+        """Open an existing run for writing; refused while another process holds it."""
+        _check_file(folder)
+        return cls._opened(folder, _take_lock(folder))
+
+    @classmethod
+    def read(cls, folder: Path) -> RunStore:
+        """Open an existing run for reading, also while it is running."""
+        _check_file(folder)
+        store = cls(folder, _connect(folder / FILE, readonly=True), None)
+        store._check_contents()
+        return store
+
+    @classmethod
+    def _opened(cls, folder: Path, lock: int) -> RunStore:
+        store = cls(folder, _connect(folder / FILE), lock)
+        try:
+            store._check_contents()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def held(self) -> bool:
+        """Say whether a process is working on the run right now."""
+        try:
+            os.close(_take_lock(self.folder, note=False))
+        except StoreError:
+            return True
+        return False
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Say whether the folder holds a run."""
+        return (folder / FILE).exists()
+
+    def close(self) -> None:
+        """Close the file and let go of the run."""
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)  # the file stays: removing it would let two later holders lock two files
+            self._lock = None
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_contents(self) -> None:
+        try:
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            (application,) = self._db.execute("PRAGMA application_id").fetchone()
+            (health,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise _damaged(self.folder, str(error)) from None
+        if application != _APPLICATION_ID:
+            raise _damaged(self.folder, "not a run store")
+        if health != "ok":
+            raise _damaged(self.folder, str(health))
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.folder / FILE}: written by another version of evomerge",
+                expected=f"schema version {SCHEMA_VERSION}",
+                got=str(version),
+                fix="use the evomerge version that wrote it",
+            )
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    def fact(self, key: str) -> Any:
+        """Return a stored fact of the run, or None."""
+        row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def set_fact(self, key: str, value: Any) -> None:
+        """Store or replace a fact of the run."""
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, json.dumps(value)))
+
+    def begin_session(self, versions: Mapping[str, str]) -> None:
+        """Note that a process starts working on the run, with which library versions."""
+        self._session = time.time()
+        with self._writing() as db:
+            row = (self._session, self._session, json.dumps(dict(versions), sort_keys=True))
+            db.execute("INSERT INTO session VALUES (?, ?, ?)", row)
+
+    def hours(self) -> float:
+        """Return the hours worked on the run so far, all sessions together."""
+        (seconds,) = self._db.execute("SELECT COALESCE(SUM(last - started), 0) FROM session").fetchone()
+        return cast(float, seconds) / 3600
+
+    def versions(self) -> dict[str, str]:
+        """Return the library versions of the first session."""
+        row = self._db.execute("SELECT versions FROM session ORDER BY started LIMIT 1").fetchone()
+        return {} if row is None else json.loads(row[0])
+
+    # -- what the search decides ------------------------------------------------------------------
+
+    def has_ask(self, generation: int) -> bool:
+        """Say whether the generation's genomes are stored."""
+        return self._db.execute("SELECT 1 FROM ask WHERE generation = ?", (generation,)).fetchone() is not None
+
+    def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
+        """Store a generation, shape (n, dimension), or check it bit for bit against the stored one."""
+        rows = [(u.astype("<f8").tobytes(), r.hash) for u, r in zip(genomes, recipes, strict=True)]
+        query = "SELECT genome, recipe FROM ask WHERE generation = ? ORDER BY position"
+        stored = self._db.execute(query, (generation,)).fetchall()
+        if stored:
+            for position, (mine, theirs) in enumerate(zip(rows, stored, strict=False)):
+                if mine != theirs:
+                    raise self._diverged(f"candidate {position} of generation {generation}")
+            if len(rows) != len(stored):
+                raise self._diverged(f"the size of generation {generation}")
+            return
+        now = time.time()
+        with self._writing() as db:
+            self._put_recipes(db, recipes)
+            db.executemany(
+                "INSERT INTO ask VALUES (?, ?, ?, ?, ?)",
+                [(generation, position, *row, now) for position, row in enumerate(rows)],
+            )
+
+    def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None:
+        """Store the losses of a generation, shape (n, objectives), or check them bit for bit.
+
+        seconds: the driver's own time for the generation, kept from the first session.
+        """
+        blob = losses.astype("<f8").tobytes()
+        row = self._db.execute("SELECT losses FROM tell WHERE generation = ?", (generation,)).fetchone()
+        if row is not None:
+            if row[0] != blob:
+                raise self._diverged(f"the losses of generation {generation}")
+            return
+        with self._writing() as db:
+            db.execute("INSERT INTO tell VALUES (?, ?, ?, ?)", (generation, blob, seconds, time.time()))
+
+    def record_entry(self, role: str, position: int, entry: Named) -> None:
+        """Store a named row: role "base", "parent", "baseline", "finalist" or "winner"."""
+        query = "SELECT name, recipe FROM entry WHERE role = ? AND position = ?"
+        if self._db.execute(query, (role, position)).fetchone() == (entry.name, entry.recipe.hash):
+            return
+        with self._writing() as db:
+            self._put_recipes(db, [entry.recipe])
+            db.execute(
+                "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)", (role, position, entry.name, entry.recipe.hash)
+            )
+
+    # -- what the workers find --------------------------------------------------------------------
+
+    def record_scores(self, recipe: Recipe, scores: Scores, timing: Timing) -> None:
+        """Store all per-item scores of a recipe on a split, in one transaction."""
+        with self._writing() as db:
+            self._put_recipes(db, [recipe])
+            for position, task in enumerate(scores):
+                smooth = None if task.smooth is None else _pack(task.smooth)
+                row = (recipe.hash, scores.split, task.task, position, _pack(task.metric), smooth)
+                db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?)", row)
+            db.execute(
+                "INSERT INTO timing VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    recipe.hash,
+                    scores.split,
+                    timing.total,
+                    timing.merge,
+                    timing.forward,
+                    timing.worker,
+                    time.time(),
+                ),
+            )
+
+    def record_failure(self, recipe: Recipe, split: Split, failure: Failure) -> None:
+        """Store that a recipe could not be scored, and why."""
+        with self._writing() as db:
+            self._put_recipes(db, [recipe])
+            row = (recipe.hash, split, failure.kind, failure.reason, time.time())
+            db.execute("INSERT INTO failure VALUES (?, ?, ?, ?, ?)", row)
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def result(self, recipe: str, split: Split) -> Scores | Failure | None:
+        """Return what is stored about a recipe (by hash) on a split, or None."""
+        query = "SELECT task, metric, smooth FROM score WHERE recipe = ? AND split = ? ORDER BY position"
+        rows = self._db.execute(query, (recipe, split)).fetchall()
+        if rows:
+            tasks = tuple(
+                TaskScores(task=task, metric=_unpack(metric), smooth=None if smooth is None else _unpack(smooth))
+                for task, metric, smooth in rows
+            )
+            return Scores(split=split, tasks=tasks)
+        query = "SELECT kind, reason FROM failure WHERE recipe = ? AND split = ?"
+        row = self._db.execute(query, (recipe, split)).fetchone()
+        return None if row is None else Failure(kind=row[0], reason=row[1])
+
+    def recipe(self, start: str) -> Recipe:
+        """Return the recipe whose hash begins with `start`, or raise StoreError."""
+        query = "SELECT data FROM recipe WHERE substr(hash, 1, ?) = ? LIMIT 2"
+        rows = self._db.execute(query, (len(start), start)).fetchall()
+        if len(rows) != 1:
+            raise StoreError(
+                f"{self.folder}: {'no' if not rows else 'more than one'} recipe has a hash starting with {start!r}"
+            )
+        return Recipe.from_data(json.loads(rows[0][0]))
+
+    def entries(self, role: str) -> list[Named]:
+        """Return the named rows of a role, in order."""
+        query = "SELECT name, recipe FROM entry WHERE role = ? ORDER BY position"
+        rows = self._db.execute(query, (role,)).fetchall()
+        return [Named(name=name, recipe=self.recipe(hash_)) for name, hash_ in rows]
+
+    def generations(self) -> list[Generation]:
+        """Return all generations in order; the last may not have been told."""
+        asks: dict[int, list[tuple[bytes, str]]] = {}
+        for number, genome, recipe in self._db.execute(
+            "SELECT generation, genome, recipe FROM ask ORDER BY generation, position"
+        ):
+            asks.setdefault(number, []).append((genome, recipe))
+        tells = {n: (b, s) for n, b, s in self._db.execute("SELECT generation, losses, seconds FROM tell")}
+        return [
+            Generation(
+                number=number,
+                recipes=tuple(recipe for _, recipe in rows),
+                genomes=np.stack([np.frombuffer(genome, dtype="<f8") for genome, _ in rows]),
+                losses=_losses(tells, number, len(rows)),
+                seconds=tells[number][1] if number in tells else 0.0,
+            )
+            for number, rows in asks.items()
+        ]
+
+    def failures(self) -> list[tuple[str, Split, Failure]]:
+        """Return (recipe hash, split, failure) of everything that failed, oldest first."""
+        query = "SELECT recipe, split, kind, reason FROM failure ORDER BY at"
+        return [(r, s, Failure(kind=k, reason=why)) for r, s, k, why in self._db.execute(query)]
+
+    def timings(self, split: Split) -> dict[str, Timing]:
+        """Return the timings of everything scored on a split, by recipe hash."""
+        query = "SELECT recipe, seconds, merge_seconds, forward_seconds, worker FROM timing WHERE split = ?"
+        rows = self._db.execute(query, (split,)).fetchall()
+        return {r: Timing(total=t, merge=m, forward=f, worker=w) for r, t, m, f, w in rows}
+
+    def digest(self) -> str:
+        """Return a hash of the contents without timestamps and durations: equal for equal runs."""
+        found = hashlib.sha256()
+        for query in (
+            "SELECT key, value FROM run ORDER BY key",
+            "SELECT hash, data FROM recipe ORDER BY hash",
+            "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
+            "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",
+            "SELECT generation, losses FROM tell ORDER BY generation",
+            "SELECT recipe, split, task, position, metric, smooth FROM score ORDER BY recipe, split, task",
+            "SELECT recipe, split, kind, reason FROM failure ORDER BY recipe, split",
+        ):
+            for row in self._db.execute(query):
+                found.update(repr(row).encode())
+        return found.hexdigest()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One committed event; the session's clock moves with it."""
+        try:
+            with self._db as db:
+                yield db
+                db.execute("UPDATE session SET last = ? WHERE started = ?", (time.time(), self._session))
+        except sqlite3.OperationalError as error:
+            if "full" in str(error) or "disk I/O" in str(error):
+                raise DiskError(
+                    f"{self.folder / FILE}: could not be written: {error}",
+                    fix=f"free some room, then: evomerge resume {self.folder}",
+                ) from None
+            raise
+
+    def _put_recipes(self, db: sqlite3.Connection, recipes: Sequence[Recipe]) -> None:
+        rows = [(r.hash, json.dumps(r.to_data(), sort_keys=True)) for r in recipes]
+        db.executemany("INSERT OR IGNORE INTO recipe VALUES (?, ?)", rows)
+
+    def _diverged(self, what: str) -> ReplayError:
+        recorded = ", ".join(f"{name} {version}" for name, version in self.versions().items())
+        return ReplayError(
+            f"{self.folder}: replaying the stored search gives another result at {what}",
+            expected=f"the library versions that wrote it: {recorded}",
+            fix="install those versions, or start a new run in another folder",
+        )
+
+
+def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -> NDArray[np.float64] | None:
+    return np.frombuffer(tells[number][0], dtype="<f8").reshape(count, -1) if number in tells else None
+
+
+def _connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
+    mode = "ro" if readonly else "rwc"
+    try:
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
+        if not readonly:
+            db.execute("PRAGMA journal_mode=WAL")  # `status` can read while the run writes
+            db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA foreign_keys=ON")
+    except sqlite3.DatabaseError as error:
+        raise _damaged(path.parent, str(error)) from None
+    return db
+
+
+def _check_file(folder: Path) -> None:
+    if not RunStore.exists(folder):
+        raise StoreError(f"{folder}: no run here", expected=f"a folder with a {FILE}", fix="check the path")
+
+
+def _damaged(folder: Path, reason: str) -> StoreError:
+    return StoreError(
+        f"{folder / FILE}: the run store is damaged ({reason})",
+        fix="restore the file from a backup, or start a new run in another folder",
+    )
+
+
+def _take_lock(folder: Path, *, note: bool = True) -> int:
+    """Hold the run for this process; the lock dies with it, however it dies."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+        os.close(handle)
+        raise StoreError(
+            f"{folder}: another process is working on this run",
+            got=holder or "a process that just started",
+            fix=f"wait for it or stop it; watch it with: evomerge status {folder}",
+        ) from None
+    if note:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return handle
+
+
+def _pack(values: NDArray[np.float64]) -> bytes:
+    return zlib.compress(values.astype("<f8").tobytes(), 1)
+
+
+def _unpack(blob: bytes) -> NDArray[np.float64]:
+    return np.frombuffer(zlib.decompress(blob), dtype="<f8")

@@ -1,0 +1,105 @@
+"""The worker: one live model, one harness; a recipe comes in, its scores go out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evomerge.errors import UserError
+from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.recipe import Recipe
+from evomerge.running.store import Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One thing to do: score a recipe on a split."""
+
+    recipe: Recipe
+    split: Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What became of a job; `timing` is None where there are no scores."""
+
+    job: Job
+    outcome: Scores | Failure
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """Everything a worker needs to know, picklable.
+
+    models, base: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16"); weights
+    are rounded to the recipe's own dtype before. batch_size: requests per forward pass, part of a run's
+    identity because it changes the last bits of scores. max_length: in tokens; None takes the model's.
+    threads: of each worker.
+    """
+
+    models: Mapping[str, str]
+    base: str
+    suite: Suite
+    batch_size: int
+    dtype: str
+    device: str
+    threads: int
+    max_length: int | None = None
+    attention: str | None = None
+
+
+class Worker:
+    """Scores recipes one after the other. Building one loads the models and prepares all items.
+
+    Raises UserError where models or suite can't be used.
+    """
+
+    def __init__(self, spec: WorkerSpec, name: str = "0") -> None:
+        import torch
+
+        from evomerge.evaluation.harness import Harness
+        from evomerge.merging.workbench import Workbench
+
+        torch.set_num_threads(spec.threads)
+        self.name = name
+        self._bench = Workbench(
+            spec.models,
+            spec.base,
+            device=spec.device,
+            compute_dtype=spec.dtype,
+            attn_implementation=spec.attention,
+        )
+        self._harness = Harness(
+            spec.suite,
+            tokenizer=self._bench.tokenizer,
+            batch_size=spec.batch_size,
+            max_length=spec.max_length,
+        )
+
+    def run(self, job: Job) -> Result:
+        """Score one recipe; whatever goes wrong with it is a Failure, never an exception."""
+        started = time.perf_counter()
+        try:
+            self._bench.load(job.recipe)
+            merged = time.perf_counter()
+            scores = self._harness.evaluate(self._bench.model, self._harness.items(job.split))
+        except Exception as error:
+            return Result(job=job, outcome=failure_of(error))
+        timing = Timing(
+            total=time.perf_counter() - started,
+            merge=merged - started,
+            forward=self._harness.forward_seconds,
+            worker=self.name,
+        )
+        return Result(job=job, outcome=scores, timing=timing)
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return the Failure that stands for an exception in the store and in messages."""
+    reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    lines = reason.strip().splitlines() or [type(error).__name__]
+    kind = "non_finite" if type(error).__name__.startswith("NonFinite") else "error"
+    return Failure(kind="non_finite" if kind == "non_finite" else "error", reason=lines[0][:500])

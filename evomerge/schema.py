@@ -1,0 +1,119 @@
+"""Strict YAML: pydantic models whose errors read like the rest of ours, and the search for presets.
+
+Every file a user writes (run config, search space, suite) is parsed here: unknown keys are errors that
+name the nearest valid key, and every problem of the file is listed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from evomerge.errors import ConfigError, nearest
+
+PresetKind = Literal["search_spaces", "benchmarks/suites"]
+
+
+class Strict(BaseModel):
+    """Base of all parsed files: unknown keys are refused and values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def parse(model: type[T], data: object, where: str) -> T:
+    """Validate plain data, or raise ConfigError listing every problem with its place.
+
+    `where` names the file for the message.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: not a mapping", expected="keys and values", got=type(data).__name__)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [_sentence(model, problem) for problem in error.errors()]
+        head = f"{where}: {problems[0]}" if len(problems) == 1 else f"{where}: {len(problems)} problems"
+        raise ConfigError("\n  - ".join([head, *(problems if len(problems) > 1 else [])])) from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping, or raise ConfigError naming the file and the line."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read", got=str(error)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML", got=" ".join(str(error).split())) from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: not a mapping", expected="keys and values", got=type(data).__name__)
+    return data
+
+
+def preset_folder(kind: PresetKind) -> Path:
+    """Return the folder of the packaged presets, in an installed wheel or in a checkout."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "presets" / kind
+    return packaged if packaged.is_dir() else package.parent / kind
+
+
+def find_preset(kind: PresetKind, name: str, *, beside: Path | None = None) -> Path:
+    """Return the YAML file a name or path means: a path first, a packaged preset second.
+
+    Relative paths are tried from `beside` (the folder of the file that names them), then from here.
+    """
+    for folder in (*((beside,) if beside else ()), Path()):
+        path = (folder / name).expanduser()
+        if path.is_file():
+            return path
+    packaged = preset_folder(kind) / f"{name}.yaml"
+    if "/" not in name and packaged.is_file():
+        return packaged
+    valid = sorted(p.stem for p in preset_folder(kind).glob("*.yaml"))
+    raise ConfigError(
+        f"{name!r} is neither a file nor one of the packaged {kind.rpartition('/')[2].replace('_', ' ')}",
+        fix=nearest(name, valid),
+    )
+
+
+def _sentence(model: type[BaseModel], problem: Any) -> str:
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        owner: Any = _model_at(model, place[:-1])
+        hint = f" ({nearest(place[-1], owner.model_fields)})" if owner is not None else ""
+        return f"unknown key {'.'.join(place)!r}{hint}"
+    if problem["type"] == "missing":
+        return f"missing key {'.'.join(place)!r}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    got = problem.get("input")
+    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    return f"{'.'.join(place) or 'file'}: {message}{shown}"
+
+
+def _model_at(model: type[BaseModel], place: list[str]) -> type[BaseModel] | None:
+    """Follow a location into nested models, as far as annotations tell."""
+    found: Any = model
+    for part in place:
+        fields = getattr(found, "model_fields", None)
+        if fields is None or part not in fields:
+            if part.isdigit() or fields is None:
+                continue
+            return None
+        found = _inner_model(fields[part].annotation)
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if (inner := _inner_model(argument)) is not None:
+            return inner
+    return None
