@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import ModelError, nearest
+from evomerge.errors import ModelError
 from evomerge.merging.checkpoint import Checkpoint, Layout, read_json, sample_hash
 from evomerge.merging.tensorfile import Header, read_header
 
@@ -29,10 +29,32 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BARE = frozenset(
-    "peft_type auto_mapping peft_version task_type base_model_name_or_path revision inference_mode r "
-    "lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern fan_in_fan_out target_modules "
-    "exclude_modules layers_to_transform layers_pattern init_lora_weights eva_config runtime_config "
-    "megatron_core qalora_group_size ensure_weight_tying".split()
+    {
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+        "eva_config",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "ensure_weight_tying",
+    }
 )
 """Keys of an adapter config that are read here, or that do not change what the adapter computes."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -206,7 +228,7 @@ def _updates(
             raise ModelError(
                 f"{location}: the adapter changes {target!r}, which its base does not have",
                 expected="an adapter made for this base",
-                fix=nearest(target, []).removesuffix("Valid: ") or "check which base the adapter was trained on",
+                fix="check which base the adapter was trained on",
             )
         flipped = bool(settings.get("fan_in_fan_out"))
         _check_shapes(location, target, base[target].shape[:: -1 if flipped else 1], found[down], found[up])
@@ -230,7 +252,9 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
     declared = _by_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))
     if declared != rank:
-        raise ModelError(f"adapter: rank of {module!r}", expected=f"{declared:g}, as its config says", got=str(rank))
+        raise ModelError(
+            f"adapter: rank of {module!r}", expected=f"{declared:g}, as its config says", got=str(rank)
+        )
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 

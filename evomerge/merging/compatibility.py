@@ -100,7 +100,7 @@ def _check_architecture(name: str, source: Source, pattern_name: str, pattern: S
     if source.tied != pattern.tied:
         tied, untied = (name, pattern_name) if source.tied else (pattern_name, name)
         raise ModelError(
-            f"model {name!r} does not fit {pattern_name!r}: only {tied} shares its output head with the embeddings",
+            f"model {name!r} does not fit {pattern_name!r}: only {tied} has its head tied to the embeddings",
             expected="all tied or all untied (tie_word_embeddings)",
             got=f"{untied} has a head of its own",
             fix=f"save {tied} again with tie_word_embeddings=False and the head stored",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -48,7 +47,7 @@ COPIED = (
 )
 
 
-class NonFiniteWeights(UserError):
+class NonFiniteWeights(UserError):  # noqa: N818  (named for what it reports)
     """A merged tensor has NaN or infinite elements: the recipe's parameters make no model."""
 
 
@@ -223,7 +222,7 @@ def _staged(out: Path) -> Iterator[Path]:
             yield folder
             folder.chmod(0o755)  # mkdtemp makes folders that only their owner can read
             sync([*folder.iterdir(), folder])
-            os.rename(folder, out)
+            folder.rename(out)
             sync([out.parent])
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -232,6 +231,8 @@ def _staged(out: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise DiskError(f"{out}: appeared while it was being written", fix="choose another name") from None
+            raise DiskError(
+                f"{out}: appeared while it was being written", fix="choose another name"
+            ) from None
         kind = DiskError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ModelError
         raise kind(f"{out}: can't be written", got=error.strerror or str(error)) from None

@@ -19,16 +19,20 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Method
+
+if TYPE_CHECKING:
+    from evomerge.merging.source import Source
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -119,7 +123,9 @@ class TensorGroup:
         """Say whether an output tensor of this name belongs to the group."""
         if self.layers is not None:
             layer = layer_of(tensor)
-            if (layer is None) != (self.layers == OUTSIDE) or (layer is not None and layer not in self.layers):
+            if (layer is None) != (self.layers == OUTSIDE) or (
+                layer is not None and layer not in self.layers
+            ):
                 return False
         return not self.match or any(part in tensor for part in self.match)
 
@@ -209,12 +215,15 @@ class Recipe:
         named += [(f"group {g.label()!r}", source) for g in self.groups for source in g.sources]
         for where, name in named:
             if name is not None and name not in self.models:
-                raise ConfigError(f"recipe: {where} names an unknown model {name!r}", fix=nearest(name, self.models))
+                raise ConfigError(
+                    f"recipe: {where} names an unknown model {name!r}", fix=nearest(name, self.models)
+                )
         if self.base is None:
             for group in self.groups:
                 if methods.get(group.method).needs_base:
                     raise ConfigError(
-                        f"recipe: {group.method} works on task vectors and needs a base model", fix="set `base`"
+                        f"recipe: {group.method} works on task vectors and needs a base model",
+                        fix="set `base`",
                     )
 
     @classmethod
@@ -231,7 +240,9 @@ class Recipe:
         for group in self.groups:
             if group.matches(tensor):
                 return group
-        raise ConfigError(f"recipe: no group matches tensor {tensor!r}", fix="add a last group without layers and match")
+        raise ConfigError(
+            f"recipe: no group matches tensor {tensor!r}", fix="add a last group without layers and match"
+        )
 
     @property
     def hash(self) -> str:
@@ -302,11 +313,32 @@ class Recipe:
         except yaml.YAMLError as error:
             raise ConfigError("recipe: not valid YAML", got=str(error)) from None
 
+    def check(self, sources: Mapping[str, Source]) -> tuple[str, ...]:
+        """Check the recipe against opened models (headers only) and return notes; see `compatibility`."""
+        from evomerge.merging.compatibility import check
+
+        return check(self, sources)
+
+    def to_mergekit_yaml(self, tensors: Iterable[str] | None = None) -> str:
+        """Return the recipe as mergekit YAML, or raise ConfigError; see `mergekit_export.write`."""
+        from evomerge.merging.mergekit_export import write
+
+        return write(self, tensors)
+
+    @classmethod
+    def from_mergekit_yaml(cls, text: str, *, root: str | Path | None = None, seed: int = 0) -> Recipe:
+        """Read mergekit YAML; see `mergekit.read`."""
+        from evomerge.merging.mergekit import read
+
+        return read(text, root=root, seed=seed)
+
     def __reduce__(self) -> tuple[object, ...]:  # mapping proxies don't pickle; plain data does
         return Recipe.from_data, (self.to_data(),)
 
 
-def _check_keys(data: Mapping[str, Any], valid: Sequence[str], *, required: Sequence[str], where: str) -> None:
+def _check_keys(
+    data: Mapping[str, Any], valid: Sequence[str], *, required: Sequence[str], where: str
+) -> None:
     for key in data:
         if key not in valid:
             raise ConfigError(f"{where}: unknown key {key!r}", fix=nearest(str(key), valid))

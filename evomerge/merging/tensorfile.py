@@ -139,7 +139,8 @@ class ShardWriter:
         import torch
 
         expected, header = self._pending.pop()
-        assert name == expected and tuple(tensor.shape) == header.shape, (name, expected)
+        assert name == expected, (name, expected)
+        assert tuple(tensor.shape) == header.shape, name
         assert CODES[str(tensor.dtype).removeprefix("torch.")] == header.dtype, tensor.dtype
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self._file.write(flat.view(torch.uint8).numpy().data)

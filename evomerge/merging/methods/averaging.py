@@ -49,7 +49,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     inputs="models",
 )
 def linear(
-    base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[float, ...], normalize: bool = True
+    base: Tensor | None,  # noqa: ARG001  (methods share one signature)
+    tensors: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    normalize: bool = True,
 ) -> Tensor:
     """Average the models with weights: sum(w x) / sum(w).
 
@@ -85,7 +89,12 @@ def linear(
     inputs="models",
     sources=(2, 2),
 )
-def slerp(base: Tensor | None, tensors: Sequence[Tensor], *, t: float) -> Tensor:
+def slerp(
+    base: Tensor | None,  # noqa: ARG001  (methods share one signature)
+    tensors: Sequence[Tensor],
+    *,
+    t: float,
+) -> Tensor:
     """Interpolate between two models along the arc between them.
 
     Shoemake's equation with the angle between the whole tensors read as vectors; lengths are not

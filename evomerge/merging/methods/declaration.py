@@ -6,6 +6,7 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,9 +39,11 @@ class Parameter:
         """Return the value in its canonical type, or raise ConfigError naming `where`."""
         if self.kind == "flag":
             if not isinstance(value, bool):
-                raise ConfigError(f"{where}: {self.name} is a flag", expected="true or false", got=repr(value))
+                raise ConfigError(
+                    f"{where}: {self.name} is a flag", expected="true or false", got=repr(value)
+                )
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             raise ConfigError(f"{where}: {self.name} is not a number", expected="a number", got=repr(value))
         if not self.low <= value <= self.high:
             raise ConfigError(

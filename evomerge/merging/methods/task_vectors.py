@@ -290,13 +290,13 @@ def _consensus(
     divisor, size = torch.zeros_like(total), torch.zeros_like(total)
     one_signed = min(weight) >= 0.0 or max(weight) <= 0.0
     for part, w in zip(weighted, weight, strict=True):
-        part *= sign
+        agreeing = part.mul_(sign)
         if normalize:
-            torch.gt(part, 0.0, out=taking_part)
+            torch.gt(agreeing, 0.0, out=taking_part)
             divisor += taking_part * w
             if not one_signed:
                 size += taking_part * abs(w)
-        mix += part.clamp_(min=0.0)
+        mix += agreeing.clamp_(min=0.0)
     mix *= sign
     if normalize:
         torch.le(divisor.abs(), size * CANCELLED, out=taking_part)
