@@ -116,6 +116,7 @@ def write(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     sources: Mapping[str, Source] | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a merged model as a Hugging Face folder, tensor by tensor, and return the folder.
 
@@ -124,6 +125,7 @@ def write(
     folder with files in it is never touched.
 
     sources: already opened models by name (default: opened from the recipe's locations).
+    extra: text files (name -> content) that belong into the folder, such as a model card.
     Raises ModelError and ConfigError where `check` does, DiskError, NonFiniteWeights.
     """
     out = Path(out)
@@ -142,6 +144,8 @@ def write(
     with _staged(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
         _write_rest(recipe, pattern, folder)
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
     return out
 
 
