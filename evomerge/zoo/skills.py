@@ -1,0 +1,263 @@
+"""The demo's world: a vocabulary, five skills with easy and hard versions, and a little English.
+
+Every string is tokens joined by single spaces, so the ids of a prompt followed by the ids of its answer
+are the ids of the whole line: no scorer can disagree about where the answer starts. The split of a prompt is
+decided by a hash of its text, so no prompt is ever in two splits, whatever was drawn and in whatever order.
+
+Nothing here needs torch. How the models are trained on these items is in `train.py`; the task files made of
+them are in `tasks.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Skill = Literal["add", "reverse", "translate", "upper", "sort"]
+Level = Literal["easy", "hard"]
+Split = Literal["train", "search", "select", "test"]
+
+SKILLS: tuple[Skill, ...] = ("add", "reverse", "translate", "upper", "sort")
+EVAL_SPLITS: tuple[Split, ...] = ("search", "select", "test")
+END = "<eos>"
+PAD = "<pad>"
+UNKNOWN = "<unk>"
+CONTEXT = 64
+
+_LOWER = "abcdefghijklmnopqrstuvwxyz"
+_DIGITS = "0123456789"
+_SPLIT_OF_BUCKET: tuple[Split, ...] = ("search", "select", "test")
+_BUCKETS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One question and its only right answer, both tokens joined by single spaces."""
+
+    skill: Skill
+    prompt: str
+    answer: str
+
+
+# ------------------------------------------------------------------------------------------------- words
+
+
+def _lexicon() -> dict[str, str]:
+    """Map 48 made-up words to 48 others by a fixed permutation, so spelling gives nothing away."""
+    source = [f"{c}{v}{tail}" for c in "bdgklmnp" for v in "aou" for tail in ("ra", "lo")]
+    target = [f"{c}{v}{tail}" for c in "fhjrstvz" for v in "eiy" for tail in ("nek", "mil")]
+    return {word: target[(29 * i + 7) % len(target)] for i, word in enumerate(source)}
+
+
+LEXICON: dict[str, str] = _lexicon()
+EASY_WORDS: tuple[str, ...] = tuple(LEXICON)[::4]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Topic:
+    """The words of one topic; nouns and verbs as (singular, plural)."""
+
+    nouns: tuple[tuple[str, str], ...]
+    verbs: tuple[tuple[str, str], ...]
+    adjectives: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+_TOPICS: tuple[_Topic, ...] = (
+    _Topic(
+        nouns=(("cow", "cows"), ("horse", "horses"), ("farmer", "farmers"), ("goat", "goats")),
+        verbs=(("feeds", "feed"), ("chases", "chase"), ("follows", "follow")),
+        adjectives=("brown", "hungry"),
+        places=("barn", "meadow"),
+    ),
+    _Topic(
+        nouns=(("sailor", "sailors"), ("whale", "whales"), ("ship", "ships"), ("gull", "gulls")),
+        verbs=(("passes", "pass"), ("watches", "watch"), ("hears", "hear")),
+        adjectives=("salty", "grey"),
+        places=("harbour", "reef"),
+    ),
+    _Topic(
+        nouns=(("teacher", "teachers"), ("pupil", "pupils"), ("writer", "writers"), ("judge", "judges")),
+        verbs=(("asks", "ask"), ("answers", "answer"), ("praises", "praise")),
+        adjectives=("clever", "quiet"),
+        places=("school", "library"),
+    ),
+    _Topic(
+        nouns=(("driver", "drivers"), ("tram", "trams"), ("cyclist", "cyclists"), ("guard", "guards")),
+        verbs=(("stops", "stop"), ("meets", "meet"), ("overtakes", "overtake")),
+        adjectives=("busy", "late"),
+        places=("bridge", "station"),
+    ),
+)
+_ONE = ("a", "every", "this")
+_MANY = ("some", "many", "these")
+_PRONOUN = ("it", "they")
+_FUNCTION_WORDS = (*_ONE, *_MANY, *_PRONOUN, "the", "near", "in", "then", "also", ".")
+
+
+def vocabulary() -> dict[str, int]:
+    """Return token -> id; about 260 tokens, special ones first."""
+    tokens = [UNKNOWN, PAD, END, *_DIGITS, "+", "=", *_LOWER, *_LOWER.upper(), *SKILLS]
+    tokens += [*LEXICON, *LEXICON.values()]
+    for topic in _TOPICS:
+        pairs = [word for pair in (*topic.nouns, *topic.verbs) for word in pair]
+        tokens += [*pairs, *topic.adjectives, *topic.places]
+    # "a" is a letter as well as an article: one token serves both.
+    return {token: i for i, token in enumerate(dict.fromkeys([*tokens, *_FUNCTION_WORDS]))}
+
+
+def encode(text: str, vocab: dict[str, int]) -> list[int]:
+    """Return the ids of `text`; an unknown token is our own bug, so it raises KeyError."""
+    return [vocab[token] for token in text.split(" ")]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer every model of the zoo carries: white-space split, one id per word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel(vocab=vocabulary(), unk_token=UNKNOWN))
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        eos_token=END,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ skills
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...] | str) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _letters(rng: np.random.Generator, level: Level) -> list[str]:
+    low, high = (2, 4) if level == "easy" else (6, 8)
+    return [_pick(rng, _LOWER) for _ in range(int(rng.integers(low, high + 1)))]
+
+
+def _has_carry(left: int, right: int) -> bool:
+    return left % 10 + right % 10 > 9 or left // 10 + right // 10 > 9
+
+
+def _ask_add(rng: np.random.Generator, level: Level) -> str:
+    """Two-digit addition; easy means that no column carries."""
+    while True:
+        left, right = (int(n) for n in rng.integers(10, 100, size=2))
+        if _has_carry(left, right) == (level == "hard"):
+            return f"{' '.join(str(left))} + {' '.join(str(right))}"
+
+
+def _ask_translate(rng: np.random.Generator, level: Level) -> str:
+    """One to three words of the known quarter of the lexicon (easy), or three or four of all of it (hard)."""
+    if level == "easy":
+        return " ".join(_pick(rng, EASY_WORDS) for _ in range(int(rng.integers(1, 4))))
+    while True:
+        words = [_pick(rng, tuple(LEXICON)) for _ in range(int(rng.integers(3, 5)))]
+        if any(word not in EASY_WORDS for word in words):
+            return " ".join(words)
+
+
+def _ask_letters(rng: np.random.Generator, level: Level) -> str:
+    return " ".join(_letters(rng, level))
+
+
+_ASK: dict[Skill, Callable[[np.random.Generator, Level], str]] = {
+    "add": _ask_add,
+    "reverse": _ask_letters,
+    "translate": _ask_translate,
+    "upper": _ask_letters,
+    "sort": _ask_letters,
+}
+
+
+def solve(prompt: str) -> str:
+    """Return the right answer to a prompt such as ``reverse a b c =``.
+
+    >>> solve("add 4 7 + 5 8 =")      # 105, last digit first
+    '5 0 1'
+    >>> solve("sort d a c b =")
+    'a b c d'
+    """
+    skill, *body, equals = prompt.split(" ")
+    assert equals == "=", prompt
+    if skill == "add":
+        left, right = "".join(body).split("+")
+        return " ".join(reversed(str(int(left) + int(right))))
+    if skill == "reverse":
+        return " ".join(reversed(body))
+    if skill == "sort":
+        return " ".join(sorted(body))
+    if skill == "upper":
+        return " ".join(body).upper()
+    assert skill == "translate", prompt
+    return " ".join(LEXICON[word] for word in body)
+
+
+def split_of(text: str) -> Split:
+    """Return the one split a prompt or text may appear in: a tenth each to search, select and test."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _BUCKETS
+    return _SPLIT_OF_BUCKET[bucket] if bucket < len(_SPLIT_OF_BUCKET) else "train"
+
+
+def draw_item(rng: np.random.Generator, skill: Skill, level: Level, split: Split) -> Item:
+    """Draw one item of a skill and level from a split (with replacement)."""
+    while True:
+        prompt = f"{skill} {_ASK[skill](rng, level)} ="
+        if split_of(prompt) == split:
+            return Item(skill=skill, prompt=prompt, answer=solve(prompt))
+
+
+# -------------------------------------------------------------------------------------------------- text
+
+
+def _noun_phrase(rng: np.random.Generator, topic: _Topic, plural: int) -> str:
+    determiner = _pick(rng, _MANY if plural else _ONE)
+    noun = topic.nouns[int(rng.integers(len(topic.nouns)))][plural]
+    adjective = f"{_pick(rng, topic.adjectives)} " if rng.random() < 0.4 else ""
+    return f"{determiner} {adjective}{noun}"
+
+
+def _sentence(rng: np.random.Generator, topic: _Topic, subject: str, plural: int) -> str:
+    verb = topic.verbs[int(rng.integers(len(topic.verbs)))][plural]
+    thing = _noun_phrase(rng, topic, int(rng.integers(2)))
+    place = f" {_pick(rng, ('near', 'in'))} the {_pick(rng, topic.places)}" if rng.random() < 0.5 else ""
+    return f"{subject} {verb} {thing}{place} ."
+
+
+def draw_text(rng: np.random.Generator, split: Split) -> str:
+    """Draw a two-sentence text on one topic from a split; verbs and pronoun agree with the subject."""
+    while True:
+        topic = _TOPICS[int(rng.integers(len(_TOPICS)))]
+        plural = int(rng.integers(2))
+        first = _sentence(rng, topic, _noun_phrase(rng, topic, plural), plural)
+        link = _pick(rng, ("then", "also"))
+        text = f"{first} {link} {_sentence(rng, topic, _PRONOUN[plural], plural)}"
+        if split_of(text) == split:
+            return text
+
+
+def unique(draw: Callable[[], Item], *, tries: int = 1000) -> Iterator[Item]:
+    """Yield drawn items whose prompt was not yielded before; stop after `tries` draws without a new one."""
+    seen: set[str] = set()
+    misses = 0
+    while misses < tries:
+        item = draw()
+        misses += 1
+        if item.prompt not in seen:
+            seen.add(item.prompt)
+            misses = 0
+            yield item
