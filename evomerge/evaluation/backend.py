@@ -29,7 +29,7 @@ Pair = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation to score."""
 
 
-class NonFiniteScores(UserError):
+class NonFiniteScores(UserError):  # noqa: N818  # names what was found, as a recorded failure's kind does
     """A model whose logits are not finite: a merge that went numerically wrong."""
 
 
@@ -111,13 +111,13 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         return tokens
 
 
-class _FiniteLogits(transformers.LogitsProcessor):  # type: ignore[misc]
+class _FiniteLogits(transformers.LogitsProcessor):
     """Notes NaN logits, which an arg-max would turn into an innocent-looking token."""
 
     def __init__(self) -> None:
         self.broken: torch.Tensor | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         found = torch.isnan(scores).any()
         self.broken = found if self.broken is None else self.broken | found
         return scores

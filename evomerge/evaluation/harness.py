@@ -105,6 +105,8 @@ class Harness:
         self._seed = seed
         self._backend = Backend(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, seed=seed)
+        for builder in self._builders:
+            _refuse_glued(builder, self._backend)
         self._items: dict[Split, Items] = {}
 
     def items(self, split: Split) -> Items:
@@ -159,6 +161,29 @@ class Harness:
             sums = np.add.reduceat(ll, layout.windows[task.name])
             return TaskScores(task=task.name, metric=sums / [len(text) for text in task.texts])
         return _answered(task, ll, greedy)
+
+
+def _refuse_glued(builder: TaskBuilder, backend: Backend) -> None:
+    """Refuse a task whose answers run into their prompts.
+
+    lm-eval joins prompt and answer as they are, tokenises, and scores what lies past the prompt's own
+    number of tokens. Where a word spans the border, the answer's first tokens are silently lost. One such
+    item can be the tokenizer's doing; if all of a sample are like that, the template is wrong.
+    """
+    asked = [one for one in builder.sample if one.request_type == "loglikelihood" and one.args[0]]
+    pairs = backend.pairs(asked)
+    glued = [
+        one
+        for one, (context, continuation) in zip(asked, pairs, strict=True)
+        if context + continuation != backend.tok_encode(one.args[0] + one.args[1])
+    ]
+    if asked and len(glued) == len(asked):
+        raise ConfigError(
+            f"task {builder.spec.task!r}: the answers run into the prompts, so they can't be scored apart",
+            expected="a space or another token's border between prompt and answer",
+            got=repr(glued[0].args[0][-40:] + glued[0].args[1][:40]),
+            fix="start doc_to_target with a space",
+        )
 
 
 def _task_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskItems:

@@ -110,7 +110,8 @@ def plan(pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequ
     >>> p.batches[0].ids.tolist(), p.batches[0].gold.tolist()
     ([[1, 2]], [3, 2, 4])
     """
-    assert pairs and batch_size >= 1, "an empty plan"
+    assert pairs, "nothing to score"
+    assert batch_size >= 1, batch_size
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
         if not 0 < len(continuation) <= max_length:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval.tasks
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
@@ -29,7 +30,7 @@ FEWSHOT_SEED = 1234
 """Seed of the few-shot examples; lm-eval's own default, so that its prompts are reproduced."""
 
 _HINTS = 5
-_LIKELIHOODS = ("loglikelihood", "multiple_choice")
+_SAMPLE = 4
 
 
 class TaskBuilder:
@@ -37,6 +38,7 @@ class TaskBuilder:
 
     spec: the suite's entry. documents: for each split that the task has, its documents in a fixed order.
     output_type: lm-eval's: loglikelihood, multiple_choice, loglikelihood_rolling or generate_until.
+    metric, filter: the metric's name in lm-eval's results, and the filter whose results are meant.
 
     Raises:
         ConfigError: the dataset splits, the metric or the documents don't fit.
@@ -52,6 +54,8 @@ class TaskBuilder:
         self.documents = self._drawn(seed) if spec.splits.drawn else self._named()
         if getattr(task.config, "num_fewshot", None):
             self._keep_scored_documents_out_of_the_prompts()
+        self.sample: tuple[Any, ...] = ()
+        """A few requests with their answers, for checks before anything is scored."""
         self.metric, self.filter = self._metric()
 
     def requests(self, split: Split) -> Any:
@@ -105,7 +109,7 @@ class TaskBuilder:
             view = copy.copy(self._task)
             view._config = copy.copy(view.config)
             view.set_config("test_split", name)
-            documents[split] = list(view.test_docs())
+            documents[split] = _rows(view.test_docs())
             if not documents[split]:
                 raise ConfigError(f"task {self.spec.task!r}: its dataset split {name!r} is empty")
         self._refuse_shared(documents)
@@ -196,7 +200,9 @@ class TaskBuilder:
                 expected="a task with output_type: loglikelihood_rolling",
                 got=f"output_type: {self.output_type}",
             )
-        view = self._view("test", self.documents["test"][:1])
+        view = self._view("test", self.documents["test"][:_SAMPLE])
+        self.sample = tuple(view.instances)
+        first = [instance for instance in view.instances if instance.doc_id == 0]
         for instance in view.instances:
             instance.resps = ["" if instance.request_type == "generate_until" else (-1.0, False)]
             instance.resps *= instance.repeats or 1
@@ -208,8 +214,7 @@ class TaskBuilder:
                     f"task {self.spec.task!r} has no filter {chosen!r}", fix=nearest(chosen, filters)
                 )
             key = chosen or filters[0]
-            answers = [instance.filtered_resps[key] for instance in view.instances]
-            found = view.process_results(view.instances[0].doc, answers)
+            found = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
         except ConfigError:
             raise
         except Exception as error:
@@ -335,6 +340,14 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
         return found[1]
 
     return call
+
+
+def _rows(documents: Any) -> list[Any]:
+    """Return a dataset's rows; a whole column at a time, which takes a tenth of the time of iterating."""
+    if not isinstance(documents, datasets.Dataset):
+        return list(documents)
+    columns = documents[:]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _content(document: Any) -> str:

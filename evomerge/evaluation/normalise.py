@@ -1,0 +1,155 @@
+"""Normaliser: put tasks on one scale, so that their mean says how much of the parents' skills a merge has.
+
+On each skill task 0 is the base model and 1 the task's specialist (or, if the suite names none, the best
+parent). A merge with 0.6 on average has six tenths of what the specialists learnt; above 1 it beats them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evomerge.errors import ConfigError, nearest
+from evomerge.evaluation.scores import Array, Scores, TaskScores, read_only
+from evomerge.evaluation.suite import Suite, SuiteTask
+
+HEADROOM_FLOOR = 0.05
+"""Smallest head-room divided by. A specialist barely above the base (or below it) would otherwise blow noise
+up without bound, or turn the scale upside down; with the floor such a task counts in steps of 5 points."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scale:
+    """Where 0 and 1 lie on one task, in the metric's units."""
+
+    zero: float
+    headroom: float
+
+    def __call__(self, value: float) -> float:
+        return (value - self.zero) / self.headroom
+
+
+def check_specialists(suite: Suite, sources: Mapping[str, object]) -> None:
+    """Check that every specialist the suite names is among the sources (a mapping with their names as keys).
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for spec in suite.tasks:
+        if spec.specialist is not None and spec.specialist not in sources:
+            raise ConfigError(
+                f"suite {suite.name!r}: task {spec.task!r} names the specialist {spec.specialist!r}, "
+                "which is not among the sources",
+                fix=nearest(spec.specialist, sources),
+            )
+
+
+class Normaliser:
+    """Normalises scores of one split against the base and the parents on the same split.
+
+    The references are taken as they are: their own sampling error is not part of any interval.
+
+    Raises:
+        ConfigError: the suite names a specialist that is not among the parents.
+
+    >>> import numpy as np
+    >>> from evomerge.evaluation.scores import Scores, TaskScores
+    >>> task = {"task": "t", "metric": "acc", "splits": {"search": "a", "select": "b", "test": "c"}}
+    >>> suite = Suite.model_validate({"name": "s", "tasks": [task]})
+    >>> low, mid, high = (
+    ...     Scores(split="test", tasks=(TaskScores(task="t", metric=np.array(m)),))
+    ...     for m in ([0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1])
+    ... )
+    >>> Normaliser(suite, base=low, parents={"p": high}).mean(mid)
+    0.5
+    """
+
+    def __init__(self, suite: Suite, *, base: Scores, parents: Mapping[str, Scores]) -> None:
+        assert parents, "no parent to compare with"
+        assert all(parent.split == base.split for parent in parents.values()), "scores of different splits"
+        check_specialists(suite, parents)
+        self.split = base.split
+        present = suite.of(base.split)
+        skills = [spec for spec in present if spec.role == "skill"]
+        self._counted = [spec for spec in skills if spec.counted]
+        self._retention = [
+            (spec, base[spec.task].mean) for spec in present if spec.role == "retention" and spec.counted
+        ]
+        total = math.fsum(spec.weight for spec in self._counted)
+        self.weights = read_only([spec.weight / total for spec in self._counted])
+        """(tasks,) shares of the tasks in the mean, summing to 1; in the order of `items`."""
+        self._scales: dict[str, tuple[_Scale, _Scale | None]] = {}
+        for spec in skills:
+            reference = _reference(spec, parents)
+            self._scales[spec.task] = _scales(base[spec.task], reference)
+
+    def task(self, scores: Scores) -> dict[str, float]:
+        """Return each skill task's normalised mean, those with weight 0 included, in suite order."""
+        assert scores.split == self.split, "scores of another split"
+        return {name: scale(scores[name].mean) for name, (scale, _) in self._scales.items()}
+
+    def mean(self, scores: Scores) -> float:
+        """Return the weighted mean over the skill tasks that count."""
+        tasks = self.task(scores)
+        return self._weighted([tasks[spec.task] for spec in self._counted])
+
+    def smooth_mean(self, scores: Scores) -> float:
+        """Return the same mean of the smooth companions; of the metric where a task has none."""
+        assert scores.split == self.split, "scores of another split"
+        values = []
+        for spec in self._counted:
+            found = scores[spec.task]
+            scale, smooth_scale = self._scales[spec.task]
+            if smooth_scale is None or found.smooth is None:
+                values.append(scale(found.mean))
+            else:
+                values.append(smooth_scale(float(found.smooth.mean())))
+        return self._weighted(values)
+
+    def retention(self, scores: Scores) -> float | None:
+        """Return how well the model keeps what the base could: exp of the difference in mean log-likelihood.
+
+        1 is as good as the base, less is worse, more is better; averaged by weight over the retention
+        tasks, None if there are none. For one task it is the ratio of the perplexities, base / model.
+        """
+        assert scores.split == self.split, "scores of another split"
+        if not self._retention:
+            return None
+        total = math.fsum(spec.weight for spec, _ in self._retention)
+        return (
+            math.fsum(
+                spec.weight * math.exp(scores[spec.task].mean - base_mean)
+                for spec, base_mean in self._retention
+            )
+            / total
+        )
+
+    def items(self, scores: Scores) -> list[Array]:
+        """Return each counted skill task's normalised items; with `weights`, what the statistics take.
+
+        The weighted mean of their means is `mean(scores)`.
+        """
+        assert scores.split == self.split, "scores of another split"
+        values = []
+        for spec in self._counted:
+            scale, _ = self._scales[spec.task]
+            values.append(read_only((scores[spec.task].metric - scale.zero) / scale.headroom))
+        return values
+
+    def _weighted(self, values: list[float]) -> float:
+        return math.fsum(weight * value for weight, value in zip(self.weights.tolist(), values, strict=True))
+
+
+def _reference(spec: SuiteTask, parents: Mapping[str, Scores]) -> TaskScores:
+    if spec.specialist is not None:
+        return parents[spec.specialist][spec.task]
+    return max((parent[spec.task] for parent in parents.values()), key=lambda found: found.mean)
+
+
+def _scales(base: TaskScores, reference: TaskScores) -> tuple[_Scale, _Scale | None]:
+    metric = _Scale(zero=base.mean, headroom=max(reference.mean - base.mean, HEADROOM_FLOOR))
+    if base.smooth is None or reference.smooth is None:
+        return metric, None
+    zero, one = float(base.smooth.mean()), float(reference.smooth.mean())
+    return metric, _Scale(zero=zero, headroom=max(one - zero, HEADROOM_FLOOR))
