@@ -15,7 +15,8 @@ from typing import Any
 
 from evomerge import __version__
 from evomerge.config import BASE, RunConfig
-from evomerge.errors import ConfigError, StoreError, UserError, nearest
+from evomerge.errors import StoreError, UserError
+from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
@@ -70,7 +71,7 @@ def prepare(config: RunConfig) -> Prepared:
         seed=config.seed,
     )
     notes = check(template, sources)
-    _check_specialists(suite, config)
+    check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
     assert isinstance(config.space, SpaceSpec)
     space = SearchSpace(
@@ -97,16 +98,6 @@ def prepare(config: RunConfig) -> Prepared:
         parameters=sum(header.count for header in headers.values()),
         notes=notes,
     )
-
-
-def _check_specialists(suite: Suite, config: RunConfig) -> None:
-    for task in suite.tasks:
-        if task.specialist is not None and task.specialist not in config.models.sources:
-            raise ConfigError(
-                f"suite {suite.name}: task {task.task} names the specialist {task.specialist!r}, "
-                "which is not one of the sources",
-                fix=f"{nearest(task.specialist, config.models.sources)}; or leave `specialist` out of the suite",
-            )
 
 
 def start(config: RunConfig, observer: Observer) -> Outcome:

@@ -39,4 +39,4 @@ def text(prepared: Prepared, probe: Probe) -> str:
         lines.append("cost:   as long as the budget says")
     else:
         lines.append(f"cost:   about {probe.estimate / 60:.1f} minutes for the whole run")
-    return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready: evomerge run CONFIG"])
+    return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready to run"])

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import plotly.graph_objects as go
 import plotly.offline
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -52,10 +53,13 @@ def terminal(store: RunStore, summary: Summary) -> RenderableType:
 
 def _table(summary: Summary, rows: Sequence[Row]) -> Table:
     table = Table(
-        title="scores on `test` (95 % intervals); mean: 0 = base, 100 = specialists", title_justify="left"
+        title="scores on `test`, % with 95 % intervals; mean: 0 = base, 100 = specialists",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
-    table.add_column("model", no_wrap=True)
-    for task in summary.shown_tasks:
+    counted = [task for task in summary.shown_tasks if task.counted]
+    table.add_column("model", overflow="fold", min_width=20)
+    for task in counted:
         table.add_column(_short(task.task, summary), justify="right", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column("retention", justify="right", no_wrap=True)
@@ -63,12 +67,15 @@ def _table(summary: Summary, rows: Sequence[Row]) -> Table:
     for row in rows:
         style = "bold" if row.role == "winner" else "dim" if row.role == "baseline" and row is not best else ""
         mark = " *" if row is best else ""
-        retention = "-" if row.retention is None else f"{100 * row.retention:.1f} %"
-        cells = [_plus_minus(i) for i in row.tasks.values()]
-        label = f"winner: {row.name}" if row.role == "winner" else row.name + mark
-        table.add_row(label, *cells, _plus_minus(row.mean), retention, style=style, end_section=_ends(row, rows))
+        retention = "-" if row.retention is None else f"{100 * row.retention:.1f}"
+        cells = [_plus_minus(row.tasks[task.task], digits=0) for task in counted]
+        label = f"winner ({row.name})" if row.role == "winner" else row.name + mark
+        table.add_row(
+            label, *cells, _plus_minus(row.mean, digits=1), retention, style=style, end_section=_ends(row, rows)
+        )
     if best is not None:
-        table.caption = "* the best baseline: highest mean on `test` of all that were not searched"
+        table.caption = "* the best baseline: the highest mean on `test` of all that were not searched"
+        table.caption_justify = "left"
     return table
 
 
@@ -77,8 +84,8 @@ def _ends(row: Row, rows: Sequence[Row]) -> bool:
     return bool(after) and after[0].role != row.role and row.role != "base"
 
 
-def _plus_minus(interval: Interval) -> str:
-    return f"{100 * interval.estimate:.1f} ±{50 * (interval.high - interval.low):.1f}"
+def _plus_minus(interval: Interval, *, digits: int) -> str:
+    return f"{100 * interval.estimate:.{digits}f} ±{50 * (interval.high - interval.low):.{digits}f}"
 
 
 def _short(task: str, summary: Summary) -> str:

@@ -1,0 +1,39 @@
+# Two cores, no GPU and a package registry are enough for every target here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test slow lint format clean help
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+
+demo: $(INSTALLED)   ## search, report and export on the models that come with evomerge
+	$(BIN)/evomerge demo
+
+test: $(INSTALLED)   ## the default tests, under five minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q
+
+slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, build and install a wheel
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q -m "slow or not slow"
+
+lint: $(INSTALLED)   ## formatting, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:           ## remove the virtual environment and the demo's run
+	rm -rf $(VENV) runs/demo
+
+# Pinned versions; a second run installs nothing.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "evomerge needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
