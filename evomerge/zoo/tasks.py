@@ -119,11 +119,13 @@ _ROLLING_METRICS = [
 
 def _skill_yaml() -> dict[str, Any]:
     # The end-of-text token is part of the target: is_greedy then says that a greedy generation would be
-    # exactly the answer, at the price of one forward pass.
+    # exactly the answer, at the price of one forward pass. lm-eval does not put the delimiter before the target
+    # of a loglikelihood task, so the target brings its own space.
     return {
         "output_type": "loglikelihood",
         "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{answer}} " + END,
+        "doc_to_target": " {{answer}} " + END,
+        "target_delimiter": "",
         "metric_list": [{"metric": "acc", **_MEAN}],
     }
 

@@ -144,7 +144,7 @@ def _new_model(settings: ZooSettings) -> Any:
     config._attn_implementation = "eager"  # the fastest at this size on a CPU
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=16, eos_token_id=vocab[END], pad_token_id=vocab[PAD]
+        do_sample=False, eos_token_id=vocab[END], pad_token_id=vocab[PAD]
     )
     return model
 
