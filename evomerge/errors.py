@@ -56,7 +56,7 @@ class ReplayError(StoreError):
 
 
 class DiskError(UserError):
-    """Not enough room on the disk for what was asked."""
+    """The disk can't take what was asked: no room, no permission, or something is there already."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

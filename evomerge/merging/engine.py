@@ -6,7 +6,6 @@ and that is why what was scored is what is exported, bit for bit.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from evomerge.errors import DiskError, ModelError, UserError
+from evomerge.errors import DiskError, UserError
 from evomerge.merging import methods
 from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
@@ -126,7 +125,7 @@ def write(
 
     sources: already opened models by name (default: opened from the recipe's locations).
     extra: text files (name -> content) that belong into the folder, such as a model card.
-    Raises ModelError and ConfigError where `check` does, DiskError, NonFiniteWeights.
+    Raises ModelError and ConfigError where `check` does, DiskError, and NonFiniteWeights.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -226,17 +225,10 @@ def _staged(out: Path) -> Iterator[Path]:
             yield folder
             folder.chmod(0o755)  # mkdtemp makes folders that only their owner can read
             sync([*folder.iterdir(), folder])
-            folder.rename(out)
+            folder.rename(out)  # replaces an empty folder, fails on any other
             sync([out.parent])
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    except UserError:
-        raise
     except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise DiskError(
-                f"{out}: appeared while it was being written", fix="choose another name"
-            ) from None
-        kind = DiskError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ModelError
-        raise kind(f"{out}: can't be written", got=error.strerror or str(error)) from None
+        raise DiskError(f"{out}: can't be written", got=error.strerror or str(error)) from None

@@ -1,0 +1,137 @@
+"""The live model: what is loaded, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from evomerge.errors import ConfigError, ModelError
+from evomerge.merging import workbench
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.workbench import Workbench
+
+from .conftest import llama, save
+
+
+def layered(models: dict[str, str], *weights: float, dtype: str = "bfloat16", seed: int = 0) -> Recipe:
+    """Return task arithmetic of `a` with one weight per layer, the last one for the rest."""
+    groups = [
+        TensorGroup(method="task_arithmetic", sources=("a",), layers=(i,), parameters={"weight": w})
+        for i, w in enumerate(weights[:-1])
+    ]
+    groups.append(TensorGroup(method="task_arithmetic", sources=("a",), parameters={"weight": weights[-1]}))
+    return Recipe(models=models, base="base", groups=tuple(groups), dtype=dtype, seed=seed)
+
+
+@pytest.fixture
+def merged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of tensors that were merged since the last `clear`."""
+    names: list[str] = []
+    merge = workbench.merge_tensor
+
+    def counting(recipe: Recipe, name: str, inputs: object) -> torch.Tensor:
+        names.append(name)
+        return merge(recipe, name, inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(workbench, "merge_tensor", counting)
+    return names
+
+
+def test_the_live_model_is_ready_to_score(models: dict[str, str]) -> None:
+    bench = Workbench(models, "base", attn_implementation="eager")
+    assert isinstance(bench.model, LlamaForCausalLM)
+    assert not bench.model.training
+    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+    assert bench.model.lm_head.weight.data_ptr() == bench.model.model.embed_tokens.weight.data_ptr()
+    assert bench.model.dtype == torch.float32
+    assert bench.model.config._attn_implementation == "eager"
+    assert bench.tokenizer("w1").input_ids == [5]
+    assert bench.notes == ()
+
+
+@pytest.mark.parametrize("name", ["base", "a", "c"])
+def test_a_source_is_the_parent_itself(name: str, models: dict[str, str]) -> None:
+    bench = Workbench(models, "base")
+    bench.load_source(name)
+    ids = torch.arange(4, 20)[None]
+    own = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
+    assert torch.equal(bench.model(ids).logits, own(ids).logits)
+    group = TensorGroup(method="linear", sources=(name,))
+    before = {key: tensor.clone() for key, tensor in bench.model.state_dict().items()}
+    bench.load(Recipe(models=models, base="base", groups=(group,)))
+    assert all(torch.equal(before[key], tensor) for key, tensor in bench.model.state_dict().items())
+
+
+def test_only_what_changed_is_merged_again(models: dict[str, str], merged: list[str]) -> None:
+    bench = Workbench(models, "base")
+    bench.load(layered(models, 0.1, 0.2, 0.3, 0.4))
+    assert len(merged) == len(bench.sources["a"].headers)
+    merged.clear()
+    bench.load(layered(models, 0.1, 0.25, 0.3, 0.4, seed=9))  # task arithmetic draws nothing
+    assert len(merged) == 9
+    assert all(".layers.1." in name for name in merged)
+    merged.clear()
+    bench.load(layered(models, 0.1, 0.25, 0.3, 0.4, dtype="float16"))
+    assert len(merged) == len(bench.sources["a"].headers)
+    bench.load_source("b")
+    merged.clear()
+    bench.load(layered(models, 0.1, 0.25, 0.3, 0.4, dtype="float16"))
+    assert len(merged) == len(bench.sources["a"].headers)
+
+
+def test_a_seed_matters_to_random_methods_only(models: dict[str, str], merged: list[str]) -> None:
+    group = TensorGroup(method="dare_linear", sources=("a",), parameters={"density": 0.5})
+    bench = Workbench(models, "base")
+    states = []
+    for seed in (0, 1, 0):
+        merged.clear()
+        bench.load(Recipe(models=models, base="base", groups=(group,), seed=seed))
+        assert merged
+        states.append(torch.cat([p.flatten() for p in bench.model.parameters()]))
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
+
+
+def test_the_order_of_candidates_changes_no_bit(models: dict[str, str]) -> None:
+    recipes = [layered(models, *w) for w in ((0.1, 0.2, 0.3, 0.4), (0.9, 0.2, -0.5, 0.4), (1, 1, 1, 1))]
+    seen: dict[str, list[torch.Tensor]] = {}
+    for order in (recipes, recipes[::-1]):
+        bench = Workbench(models, "base")
+        for recipe in order:
+            bench.load(recipe)
+            weights = torch.cat([p.flatten() for p in bench.model.parameters()])
+            seen.setdefault(recipe.hash, []).append(weights)
+    assert all(torch.equal(*pair) for pair in seen.values())
+
+
+def test_no_global_randomness_is_touched(models: dict[str, str]) -> None:
+    before = torch.get_rng_state()
+    bench = Workbench(models, "base")
+    group = TensorGroup(method="dare_ties", sources=("a", "b"), parameters={"density": 0.5})
+    bench.load(Recipe(models=models, base="base", groups=(group,)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_names_are_checked(models: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="unknown model 'bse'\n.*did you mean 'base'"):
+        Workbench(models, "bse")
+    bench = Workbench({name: models[name] for name in ("base", "a")}, "base")
+    with pytest.raises(ConfigError, match="unknown model 'b'"):
+        bench.load_source("b")
+    group = TensorGroup(method="linear", sources=("b",))
+    with pytest.raises(ConfigError, match="model 'b' was not opened"):
+        bench.load(Recipe(models=models, base="base", groups=(group,)))
+    with pytest.raises(ConfigError, match="takes tokenizer and config from another model"):
+        bench.load(Recipe(models=models, groups=(TensorGroup(method="linear", sources=("a",)),), tokenizer="a"))
+
+
+def test_a_config_that_does_not_fit_its_weights_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    folder = save(llama(), tmp_path / "m")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(ModelError, match=r"its tensors are not those of LlamaForCausalLM\n.*layers\.3\."):
+        Workbench({"m": str(folder)})
+    config.write_text(config.read_text().replace('"llama"', '"lama"').replace("Llama", "Lama"))
+    with pytest.raises(ModelError, match="transformers can't build this model"):
+        Workbench({"m": str(folder)})
