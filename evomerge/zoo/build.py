@@ -93,7 +93,7 @@ def build_zoo(
     card = ZooCard(
         seed=seed,
         size=size,
-        settings=asdict(settings),
+        settings=json.loads(json.dumps(asdict(settings))),  # as it reads back: lists, not tuples
         models={name: _model_card(name, settings, scores[name]) for name in scores},
         versions={name: version(name) for name in _LIBRARIES},
     )

@@ -119,8 +119,8 @@ _ROLLING_METRICS = [
 
 def _skill_yaml() -> dict[str, Any]:
     # The end-of-text token is part of the target: is_greedy then says that a greedy generation would be
-    # exactly the answer, at the price of one forward pass. lm-eval does not put the delimiter before the target
-    # of a loglikelihood task, so the target brings its own space.
+    # exactly the answer, at the price of one forward pass. lm-eval puts no delimiter before the target of a
+    # loglikelihood task, so the target brings its own space.
     return {
         "output_type": "loglikelihood",
         "doc_to_text": "{{prompt}}",

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.zoo import ZooCard, demo_zoo
 from evomerge.zoo.score import exact_and_probability, skill_accuracy, text_perplexity
 from evomerge.zoo.skills import END, SKILLS
-from evomerge.zoo.tasks import skill_items, task_files
+from evomerge.zoo.tasks import TASKS, extra_items, skill_items, task_files
 
 TASK_FOLDER = Path(__file__).parents[2] / "benchmarks" / "tasks" / "demo"
 MODELS = ("base", "add", "reverse", "translate", "upper", "sort")
@@ -99,3 +100,37 @@ def test_folders_are_ordinary_portable_and_in_16_bits(name: str) -> None:
 
 def test_the_shipped_zoo_is_small() -> None:
     assert sum(path.stat().st_size for path in demo_zoo().rglob("*") if path.is_file()) < 8e6
+
+
+@pytest.mark.slow
+def test_lm_eval_gives_the_same_numbers(
+    tmp_path: Path, card: ZooCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped YAML, run by lm-eval itself, agrees with `score.py` item by item."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    for path in TASK_FOLDER.glob("*.yaml"):
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+        files = task["dataset_kwargs"]["data_files"]
+        task["dataset_kwargs"] = {
+            "data_files": {split: str(TASK_FOLDER / name) for split, name in files.items()},
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        (tmp_path / path.name).write_text(yaml.safe_dump(task), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(demo_zoo() / "base")
+    model = load("base")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32, max_length=64)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = evaluate(lm, manager.load(list(TASKS))["tasks"], bootstrap_iters=0)["results"]
+
+    for skill in SKILLS:
+        assert results[f"demo_{skill}"]["acc,none"] == pytest.approx(card.models["base"].accuracy[skill])
+    perplexity = results["demo_text"]["word_perplexity,none"]
+    assert perplexity == pytest.approx(card.models["base"].text_perplexity, rel=1e-4)
+    exact, _ = exact_and_probability(model, extra_items("upper", "test"))
+    generated = results["demo_upper_generate"]["exact_match,none"]
+    assert generated == pytest.approx(sum(exact) / len(exact))
+    assert 0.25 < results["demo_translate_choice"]["acc,none"] <= 1.0
