@@ -287,7 +287,9 @@ def _manager(suite: Suite, names: Sequence[str]) -> Any:
 
 def _builtin_folders(names: Sequence[str]) -> list[str]:
     either = "|".join(re.escape(name) for name in names)
-    declares = re.compile(rf"^task:\s*['\"]?(?:{either})['\"]?\s*(?:#.*)?$".encode(), re.MULTILINE)
+    declares = re.compile(
+        rf"^['\"]?task['\"]?:\s*['\"]?(?:{either})['\"]?\s*(?:#.*)?$".encode(), re.MULTILINE
+    )
     root = Path(lm_eval.tasks.__file__).parent
     return sorted({str(path.parent) for path in root.rglob("*.yaml") if declares.search(path.read_bytes())})
 

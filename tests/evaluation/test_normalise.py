@@ -1,0 +1,131 @@
+"""0 is the base, 1 the specialist, and the mean is what the items say it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge.errors import ConfigError
+from evomerge.evaluation.normalise import HEADROOM_FLOOR, Normaliser
+from evomerge.evaluation.scores import Scores, TaskScores
+from evomerge.evaluation.suite import Suite
+
+SPLITS = {"search": "a", "select": "b", "test": "c"}
+
+
+def suite_of(*tasks: dict[str, Any]) -> Suite:
+    filled = [{"splits": SPLITS} | ({"metric": "acc"} if "role" not in t else {}) | t for t in tasks]
+    return Suite.model_validate({"name": "s", "tasks": filled})
+
+
+def scores_of(split: Any = "search", **tasks: float | tuple[float, float]) -> Scores:
+    """Return scores of two items around each mean; a pair gives the metric's and the smooth mean."""
+    found = []
+    for task, value in tasks.items():
+        metric, smooth = value if isinstance(value, tuple) else (value, None)
+        spread = np.array([-0.01, 0.01])
+        found.append(
+            TaskScores(task=task, metric=metric + spread, smooth=None if smooth is None else smooth + spread)
+        )
+    return Scores(split=split, tasks=tuple(found))
+
+
+SUITE = suite_of(
+    {"task": "add", "specialist": "adder", "weight": 3},
+    {"task": "sort"},
+    {"task": "shown", "weight": 0},
+    {"task": "text", "role": "retention"},
+)
+BASE = scores_of(add=(0.2, 0.1), sort=(0.1, 0.1), shown=0.0, text=-2.0)
+PARENTS = {
+    "adder": scores_of(add=(0.8, 0.5), sort=(0.0, 0.0), shown=0.5, text=-2.1),
+    "sorter": scores_of(add=(0.9, 0.9), sort=(0.6, 0.3), shown=0.4, text=-2.1),
+}
+NORMALISER = Normaliser(SUITE, base=BASE, parents=PARENTS)
+MERGED = scores_of(add=(0.5, 0.3), sort=(0.35, 0.2), shown=0.25, text=-2.05)
+
+
+def test_base_is_zero_and_the_references_are_one() -> None:
+    assert NORMALISER.task(BASE) == pytest.approx({"add": 0, "sort": 0, "shown": 0})
+    assert NORMALISER.task(PARENTS["adder"])["add"] == pytest.approx(1)  # named, though sorter is better
+    assert NORMALISER.task(PARENTS["sorter"])["add"] == pytest.approx(7 / 6)
+    assert NORMALISER.task(PARENTS["sorter"])["sort"] == pytest.approx(1)  # the best parent
+    assert NORMALISER.mean(BASE) == pytest.approx(0)
+
+
+def test_means_are_weighted_and_leave_out_what_is_only_shown() -> None:
+    better = scores_of(add=(0.8, 0.3), sort=(0.1, 0.1), shown=1.0, text=-2.0)
+    assert NORMALISER.mean(better) == pytest.approx(0.75)
+    assert NORMALISER.weights.tolist() == [0.75, 0.25]
+
+
+def test_smooth_mean_uses_the_companions_own_scale() -> None:
+    assert NORMALISER.smooth_mean(MERGED) == pytest.approx(0.75 * 0.5 + 0.25 * 0.5)
+    assert NORMALISER.smooth_mean(PARENTS["adder"]) == pytest.approx(0.75 * 1 + 0.25 * -0.5)
+
+
+def test_smooth_mean_falls_back_on_the_metric() -> None:
+    suite = suite_of({"task": "add"}, {"task": "write"})
+    normaliser = Normaliser(
+        suite, base=scores_of(add=(0.0, 0.0), write=0.0), parents={"p": scores_of(add=(1.0, 0.5), write=0.8)}
+    )
+    assert normaliser.smooth_mean(scores_of(add=(0.0, 0.25), write=0.4)) == pytest.approx(0.5)
+
+
+def test_items_carry_the_mean() -> None:
+    items = NORMALISER.items(MERGED)
+    assert [len(task) for task in items] == [2, 2]
+    assert not any(task.flags.writeable for task in items)
+    means = [float(task.mean()) for task in items]
+    assert sum(w * m for w, m in zip(NORMALISER.weights, means, strict=True)) == pytest.approx(
+        NORMALISER.mean(MERGED)
+    )
+
+
+def test_retention_is_the_ratio_of_perplexities() -> None:
+    assert NORMALISER.retention(BASE) == pytest.approx(1)
+    assert NORMALISER.retention(MERGED) == pytest.approx(math.exp(2.0) / math.exp(2.05))
+
+
+def test_no_retention_task() -> None:
+    suite = suite_of({"task": "add"})
+    normaliser = Normaliser(suite, base=BASE, parents=PARENTS)
+    assert normaliser.retention(MERGED) is None
+
+
+@given(base=st.floats(0, 1), specialist=st.floats(0, 1), merged=st.floats(0, 1))
+def test_little_headroom_does_not_blow_up_noise(base: float, specialist: float, merged: float) -> None:
+    suite = suite_of({"task": "add"})
+    normaliser = Normaliser(suite, base=scores_of(add=base), parents={"p": scores_of(add=specialist)})
+    value = normaliser.mean(scores_of(add=merged))
+    assert abs(value) <= abs(merged - base) / HEADROOM_FLOOR + 1e-9
+    assert math.copysign(1, value) == math.copysign(1, merged - base) or abs(value) < 1e-9
+
+
+def test_a_task_without_search_items_is_shown_but_never_counted() -> None:
+    late = {"task": "late", "splits": {"select": "b", "test": "c"}}
+    suite = suite_of({"task": "add"}, late)
+    base, parent = scores_of("test", add=0.0, late=0.0), scores_of("test", add=1.0, late=1.0)
+    normaliser = Normaliser(suite, base=base, parents={"p": parent})
+    merged = scores_of("test", add=0.5, late=0.9)
+    assert normaliser.task(merged) == pytest.approx({"add": 0.5, "late": 0.9})
+    assert normaliser.mean(merged) == pytest.approx(0.5)
+
+
+def test_an_unknown_specialist() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Normaliser(SUITE, base=BASE, parents={"ader": PARENTS["adder"]})
+    assert str(caught.value) == (
+        "suite 's': task 'add' names the specialist 'adder', which is not among the sources\n"
+        "  do: did you mean 'ader'? Valid: ader"
+    )
+
+
+def test_splits_are_never_mixed() -> None:
+    with pytest.raises(AssertionError, match="another split"):
+        NORMALISER.mean(scores_of("test", add=0.5, sort=0.5, shown=0.5, text=-2.0))

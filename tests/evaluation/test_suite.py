@@ -1,0 +1,216 @@
+"""A suite file is strict, portable, and known by its content."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evomerge.errors import ConfigError
+from evomerge.evaluation.suite import Splits, Suite
+
+ROOT = Path(__file__).parents[2]
+NAMED = {"search": "a", "select": "b", "test": "c"}
+DRAWN = {"search": 30, "select": 20, "test": 50}
+
+
+def suite_file(folder: Path, **changes: Any) -> Path:
+    """Write a suite beside a folder of tasks, and return its path."""
+    tasks = folder / "tasks"
+    tasks.mkdir(parents=True, exist_ok=True)
+    (tasks / "t.yaml").write_text("task: t\n")
+    (tasks / "t.jsonl").write_text('{"x": 1}\n')
+    data = {"name": "s", "tasks_dir": "tasks", "tasks": [skill()]} | changes
+    path = folder / "s.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in data.items() if value is not None}))
+    return path
+
+
+def skill(**changes: Any) -> dict[str, Any]:
+    entry = {"task": "t", "metric": "acc", "splits": NAMED} | changes
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def test_the_demo_suite_is_found_by_name() -> None:
+    suite = Suite.load("demo")
+    counted = {task.task: task.specialist for task in suite.tasks if task.role == "skill" and task.counted}
+    assert counted == {f"demo_{name}": name for name in ("add", "reverse", "translate", "upper", "sort")}
+    assert suite["demo_text"].role == "retention"
+    assert [task.task for task in suite.of("search")] == [*counted, "demo_text"]
+    assert {task.task for task in suite.of("test")} - {task.task for task in suite.of("search")} == {
+        "demo_upper_generate",
+        "demo_translate_choice",
+    }
+
+
+def test_an_installed_layout_gives_the_same_suite(tmp_path: Path) -> None:
+    presets = tmp_path / "evomerge" / "presets"
+    shutil.copytree(ROOT / "benchmarks" / "suites", presets / "benchmarks" / "suites")
+    shutil.copytree(ROOT / "benchmarks" / "tasks", presets / "benchmarks" / "tasks")
+    installed = Suite.load(presets / "benchmarks" / "suites" / "demo.yaml")
+    assert installed.tasks_dir == (presets / "benchmarks" / "tasks" / "demo").resolve()
+    assert installed.digest() == Suite.load("demo").digest()
+
+
+def test_a_path_is_tried_beside_the_naming_file(tmp_path: Path) -> None:
+    suite_file(tmp_path)
+    assert Suite.load("s.yaml", beside=tmp_path).tasks_dir == (tmp_path / "tasks").resolve()
+
+
+def test_defaults(tmp_path: Path) -> None:
+    (task,) = Suite.load(suite_file(tmp_path)).tasks
+    assert (task.role, task.weight, task.specialist, task.counted) == ("skill", 1.0, None, True)
+    retention = skill(task="r", role="retention", metric=None)
+    suite = Suite.load(suite_file(tmp_path, tasks=[skill(), retention]))
+    assert suite["r"].metric == "loglikelihood"
+
+
+def test_what_counts(tmp_path: Path) -> None:
+    report_only = {"select": "b", "test": "c"}
+    tasks = [skill(), skill(task="u", weight=0), skill(task="v", splits=report_only)]
+    suite = Suite.load(suite_file(tmp_path, tasks=tasks))
+    assert [task.counted for task in suite.tasks] == [True, False, False]
+    assert [task.task for task in suite.of("search")] == ["t", "u"]
+
+
+def test_splits_are_names_or_numbers() -> None:
+    assert not Splits.model_validate(NAMED).drawn
+    assert Splits.model_validate(DRAWN).drawn
+    assert Splits.model_validate(DRAWN)["select"] == 20
+
+
+NOTHING = "file: no skill task with search items and a weight above 0: nothing to search for"
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "unknown key",
+        {"taks": 1},
+        "unknown key 'taks' (did you mean 'tasks'? Valid: name, about, tasks_dir, tasks)",
+    ),
+    (
+        "unknown task key",
+        {"tasks": [skill(wieght=1)]},
+        "unknown key 'tasks.0.wieght' (did you mean 'weight'? "
+        "Valid: task, metric, role, weight, specialist, splits)",
+    ),
+    ("no metric", {"tasks": [skill(metric=None)]}, "missing key 'tasks.0.metric'"),
+    (
+        "negative weight",
+        {"tasks": [skill(weight=-1)]},
+        "tasks.0.weight: Input should be greater than or equal to 0 (got -1)",
+    ),
+    (
+        "shared dataset split",
+        {"tasks": [skill(splits=NAMED | {"test": "b"})]},
+        "tasks.0.splits: the dataset split 'b' is used twice, but items that chose a model can't judge it; "
+        "name different splits, or give numbers of items",
+    ),
+    (
+        "names and numbers",
+        {"tasks": [skill(splits=NAMED | {"test": 50})]},
+        "tasks.0.splits: give split names for all, or numbers of items for all",
+    ),
+    (
+        "no items",
+        {"tasks": [skill(splits=DRAWN | {"select": 0})]},
+        "tasks.0.splits.select: expected the name of a dataset split, or a number of items (1 or more) "
+        "(got 0)",
+    ),
+    (
+        "no test split",
+        {"tasks": [skill(splits={"search": 1, "select": 1})]},
+        "missing key 'tasks.0.splits.test'",
+    ),
+    (
+        "nothing to search for",
+        {"tasks": [skill(weight=0), skill(task="u", splits={"select": "b", "test": "c"})]},
+        "file: no skill task with search items and a weight above 0: nothing to search for",
+    ),
+    (
+        "no tasks",
+        {"tasks": []},
+        "file: no skill task with search items and a weight above 0: nothing to search for",
+    ),
+    ("a task twice", {"tasks": [skill(), skill()]}, "file: the task 't' is listed twice"),
+    (
+        "retention by accuracy",
+        {"tasks": [skill(), skill(task="r", role="retention")]},
+        "tasks.1: a retention task is measured by 'loglikelihood' (nats per token), not by 'acc'",
+    ),
+    (
+        "retention with a specialist",
+        {"tasks": [skill(), skill(task="r", role="retention", metric=None, specialist="x")]},
+        "tasks.1: a retention task is compared with the base model; it has no specialist",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = suite_file(tmp_path, **changes)
+    with pytest.raises(ConfigError) as caught:
+        Suite.load(path)
+    assert caught.value.what == f"{path}: {message}"
+
+
+def test_a_missing_task_folder_is_named(tmp_path: Path) -> None:
+    path = suite_file(tmp_path, tasks_dir="../nowhere")
+    with pytest.raises(ConfigError) as caught:
+        Suite.load(path)
+    assert caught.value.what == f"{path}: tasks_dir is not a folder"
+    assert caught.value.got == str(tmp_path.parent / "nowhere")
+
+
+def test_an_unknown_suite_names_the_packaged_ones() -> None:
+    with pytest.raises(ConfigError, match="neither a file nor one of the packaged suites"):
+        Suite.load("dmeo")
+
+
+CHANGES: list[tuple[str, Callable[[Path], object]]] = [
+    ("a data file", lambda folder: (folder / "tasks" / "t.jsonl").write_text('{"x": 2}\n')),
+    ("a task", lambda folder: (folder / "tasks" / "t.yaml").write_text("task: t \n")),
+    ("a new file", lambda folder: (folder / "tasks" / "u.yaml").write_text("task: u\n")),
+    ("a file's name", lambda folder: (folder / "tasks" / "t.jsonl").rename(folder / "tasks" / "u.jsonl")),
+    ("a weight", lambda folder: suite_file(folder, tasks=[skill(weight=2)])),
+    ("a split", lambda folder: suite_file(folder, tasks=[skill(splits=DRAWN)])),
+]
+
+
+@pytest.mark.parametrize("change", [row[1] for row in CHANGES], ids=[row[0] for row in CHANGES])
+def test_the_digest_notices(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    before = Suite.load(suite_file(tmp_path)).digest()
+    change(tmp_path)
+    assert Suite.load(tmp_path / "s.yaml").digest() != before
+
+
+def test_the_digest_ignores_where_the_suite_lies_and_what_it_says_about_itself(tmp_path: Path) -> None:
+    here = Suite.load(suite_file(tmp_path / "here"))
+    there = Suite.load(suite_file(tmp_path / "there", about="the same"))
+    (tmp_path / "there" / "tasks" / "__pycache__").mkdir()
+    (tmp_path / "there" / "tasks" / "__pycache__" / "t.pyc").write_bytes(b"x")
+    assert here.digest() == there.digest()
+
+
+def test_a_suite_crosses_process_borders(tmp_path: Path) -> None:
+    suite = Suite.load(suite_file(tmp_path))
+    assert pickle.loads(pickle.dumps(suite)) == suite
+
+
+def test_reading_a_suite_imports_no_torch_and_no_lm_eval() -> None:
+    script = (
+        "import sys\n"
+        "import evomerge.evaluation.normalise, evomerge.evaluation.statistics\n"
+        "from evomerge.evaluation.suite import Suite\n"
+        "Suite.load('demo').digest()\n"
+        "print([name for name in ('torch', 'lm_eval', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
