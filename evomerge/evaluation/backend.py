@@ -23,14 +23,11 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from evomerge.errors import ConfigError, UserError
+from evomerge.errors import ConfigError
+from evomerge.evaluation.scores import NonFiniteScores
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation to score."""
-
-
-class NonFiniteScores(UserError):  # noqa: N818  # names what was found, as a recorded failure's kind does
-    """A model whose logits are not finite: a merge that went numerically wrong."""
 
 
 class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.backend import NonFiniteScores, Pair
-from evomerge.evaluation.scores import Array
+from evomerge.evaluation.backend import Pair
+from evomerge.evaluation.scores import Array, NonFiniteScores
 
 _PADDING = 0
 

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.errors import UserError
+
 Split = Literal["search", "select", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -77,6 +79,10 @@ class Scores:
 
 def _bits(scores: TaskScores) -> tuple[str, bytes, bytes | None]:
     return scores.task, scores.metric.tobytes(), None if scores.smooth is None else scores.smooth.tobytes()
+
+
+class NonFiniteScores(UserError):  # noqa: N818  # names what was found, as a Failure's kind does
+    """A model whose logits are not finite: a merge that went numerically wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

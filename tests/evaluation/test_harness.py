@@ -21,8 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation.harness import Harness
-from evomerge.evaluation.likelihood import NonFiniteScores
-from evomerge.evaluation.scores import Scores
+from evomerge.evaluation.scores import NonFiniteScores, Scores
 from evomerge.evaluation.suite import Suite
 
 from .conftest import (

@@ -17,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation.backend import Backend
-from evomerge.evaluation.likelihood import NonFiniteScores, Plan, plan
+from evomerge.evaluation.likelihood import Plan, plan
+from evomerge.evaluation.scores import NonFiniteScores
 
 from .conftest import CONTEXT, new_model, new_tokenizer
 

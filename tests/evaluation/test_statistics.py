@@ -141,9 +141,9 @@ def test_a_single_task_of_zeros_and_ones_gets_wilson() -> None:
 
 def test_global_generator_is_left_alone() -> None:
     np.random.seed(0)
-    before = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    before = np.random.get_state()[1].tolist()  # type: ignore[index]
     paired_difference(binary(np.random.default_rng(0)), binary(np.random.default_rng(1)), WEIGHTS, seed=0)
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[index, union-attr]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
 
 
 def test_five_tasks_of_500_items_take_milliseconds() -> None:
