@@ -17,12 +17,13 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
+from evomerge.merging.checkpoint import Layout
 from evomerge.merging.methods import Method
 from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, Setting, TensorGroup
 from evomerge.merging.source import Source, open_source
@@ -72,23 +73,35 @@ class _Slice:
         return any(len(values) > 1 for chains in self.conditions.values() for c in chains for _, values in c)
 
 
-class _Files:
-    """Facts about the models that a file leaves open, read when first needed."""
+class _Model:
+    """Facts about the first model that a file leaves open, read from its headers when first needed."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, tensors: Iterable[str] | None) -> None:
         self._location = location
+        self._tensors = None if tensors is None else tuple(tensors)
 
     @functools.cached_property
-    def source(self) -> Source:
+    def _source(self) -> Source:
         return open_source(self._location)
 
+    @functools.cached_property
+    def layout(self) -> Layout:
+        return self._source.layout if self._tensors is None else Layout.of(self._tensors)
 
-def read(text: str, *, root: str | Path | None = None, seed: int = 0) -> Recipe:
+    @property
+    def dtype(self) -> str:
+        return STORED[next(iter(self._source.headers.values())).dtype]
+
+
+def read(
+    text: str, *, root: str | Path | None = None, seed: int = 0, tensors: Iterable[str] | None = None
+) -> Recipe:
     """Return the recipe that a mergekit YAML describes.
 
     root: folder where relative model paths start (default: the current one). seed: owner of random
-    masks, which mergekit takes from its command line. Model files are opened (headers only) where the
-    file needs them: for gradients over `models`, a missing dtype, or filters that overlap.
+    masks, which mergekit takes from its command line. tensors: names of the model's tensors. Without
+    them, the headers of the first model are read where the file needs them: for gradients over `models`,
+    filters that overlap, or slices that end in different parameters.
 
     Raises ConfigError, naming the nearest valid key for an unknown one.
     """
@@ -102,9 +115,11 @@ def read(text: str, *, root: str | Path | None = None, seed: int = 0) -> Recipe:
     method = methods.get(str(data["merge_method"]))
     slices = _slices(data, method)
     base = data.get("base_model")
-    locations = dict.fromkeys([*([base] if base else []), *(s for part in slices for s in part.sources)])
+    tokenizer = _tokenizer(data)
+    sources = [source for part in slices for source in part.sources]
+    locations = [each for each in (base, *sources, tokenizer) if each]
     names = _names(locations)
-    files = _Files(_resolved(next(iter(locations)), root))
+    model = _Model(_resolved(locations[0], root), tensors)
     groups = [
         TensorGroup(
             method=method.name,
@@ -113,15 +128,15 @@ def read(text: str, *, root: str | Path | None = None, seed: int = 0) -> Recipe:
             layers=layers,
             match=match,
         )
-        for layers, sources, rules in _places(slices, files)
+        for layers, sources, rules in _places(slices, model)
         for match, parameters in rules
     ]
     return Recipe(
         models={name: _resolved(location, root) for location, name in names.items()},
         base=names[base] if base else None,
         groups=tuple(groups),
-        dtype=_dtype(data, files),
-        tokenizer=_tokenizer(data, names),
+        dtype=_dtype(data, model),
+        tokenizer=names[tokenizer] if tokenizer else "",
         seed=seed,
     )
 
@@ -261,33 +276,35 @@ def _values(value: object, where: str) -> tuple[Any, ...]:
 
 
 def _places(
-    slices: Sequence[_Slice], files: _Files
+    slices: Sequence[_Slice], model: _Model
 ) -> list[tuple[tuple[int, ...] | None, tuple[str, ...], list[Rule]]]:
     """Return the recipe's groups: (layers, sources, rules), one place for each run of equal layers."""
     if len(slices) == 1 and slices[0].end is None and not slices[0].graded:
-        return [(None, slices[0].sources, _rules(slices[0], 0.0, files, slices[0].start))]
+        return [(None, slices[0].sources, _rules(slices[0], 0.0, model, "all"))]
     by_layer: list[tuple[tuple[str, ...], list[Rule]]] = []
     for part in slices:
-        count = (files.source.num_layers if part.end is None else part.end) - part.start
+        count = (model.layout.num_layers if part.end is None else part.end) - part.start
         for index in range(count):
             position = index / (count - 1) if count > 1 else 1.0
-            by_layer.append((part.sources, _rules(part, position, files, part.start + index)))
+            by_layer.append((part.sources, _rules(part, position, model, "layer")))
     runs: list[tuple[list[int], tuple[str, ...], list[Rule]]] = []
     for layer, (sources, rules) in enumerate(by_layer):
         if runs and runs[-1][1:] == (sources, rules):
             runs[-1][0].append(layer)
         else:
             runs.append(([layer], sources, rules))
-    first, last = (_rules(part, 0.0, files, None) for part in (slices[0], slices[-1]))
+    first, last = (_rules(part, 0.0, model, "outside") for part in (slices[0], slices[-1]))
     places = [(tuple(layers), sources, rules) for layers, sources, rules in runs]
     if (first, slices[0].sources) != (last, slices[-1].sources):
-        names = [name for name in files.source.layout.outside if any(part in name for part in EMBEDDINGS)]
+        names = [name for name in model.layout.outside if any(part in name for part in EMBEDDINGS)]
         places.append((OUTSIDE, slices[0].sources, _exact_rules(slices[0], 0.0, names)))
     return [*places, (OUTSIDE, slices[-1].sources, last)]
 
 
-def _rules(part: _Slice, position: float, files: _Files, layer: int | None) -> list[Rule]:
-    """Return ordered rules for the tensors of one layer (None: outside the layers)."""
+def _rules(
+    part: _Slice, position: float, model: _Model, scope: Literal["all", "layer", "outside"]
+) -> list[Rule]:
+    """Return ordered rules for all tensors, for those of a layer, or for those outside the layers."""
     chains = [chain for chains in part.conditions.values() for chain in chains]
     orders = {order for chain in chains if (order := _filters(chain))}
     if len(orders) <= 1:
@@ -295,9 +312,9 @@ def _rules(part: _Slice, position: float, files: _Files, layer: int | None) -> l
         named: list[Rule] = [((each,), _resolve(part, position, each)) for each in order]
         return _joined([*named, ((), _resolve(part, position, ""))])
     # Filters of several parameters overlap in their own ways: ask the tensors themselves.
-    layout = files.source.layout
-    names = layout.outside if layer is None else [f".{module}" for module in layout.modules]
-    rules = _exact_rules(part, position, names)
+    outside = model.layout.outside if scope != "layer" else ()
+    inside = [f".{module}" for module in model.layout.modules] if scope != "outside" else ()
+    rules = _exact_rules(part, position, (*outside, *inside))
     return [((), rules[0][1])] if len(rules) == 1 else rules
 
 
@@ -362,7 +379,7 @@ def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
 def _names(locations: Iterable[str]) -> dict[str, str]:
     """Return location -> a short name: its last part, numbered where two are the same."""
     names: dict[str, str] = {}
-    for location in locations:
+    for location in dict.fromkeys(locations):
         stem = Path(location.rpartition("+")[2]).name or location
         name, number = stem, 2
         while name in names.values():
@@ -378,16 +395,16 @@ def _resolved(location: str, root: str | Path | None) -> str:
     return "+".join(parts)
 
 
-def _dtype(data: Mapping[str, Any], files: _Files) -> str:
+def _dtype(data: Mapping[str, Any], model: _Model) -> str:
     for key in ("dtype", "out_dtype"):
         if data.get(key) is not None and data[key] not in DTYPES:
             raise ConfigError(f"mergekit file: {key}: {data[key]!r}", fix=nearest(str(data[key]), DTYPES))
     given = data.get("out_dtype") or data.get("dtype")
-    return str(given) if given else STORED[next(iter(files.source.headers.values())).dtype]
+    return str(given) if given else model.dtype
 
 
-def _tokenizer(data: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Return the name of the tokenizer's model; "" is the recipe's default (base, else first)."""
+def _tokenizer(data: Mapping[str, Any]) -> str | None:
+    """Return the location of the tokenizer's model; None is the recipe's default (base, else first)."""
     if data.get("chat_template") not in (None, "auto"):
         raise ConfigError("mergekit file: chat_template is not supported", fix="set it in the result")
     given = data.get("tokenizer_source")
@@ -395,12 +412,12 @@ def _tokenizer(data: Mapping[str, Any], names: Mapping[str, str]) -> str:
         given = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
     # Models with different vocabularies are refused, so the union of them is that of the base.
     if given in (None, "base", "union"):
-        return ""
-    if given not in names:
+        return None
+    if not isinstance(given, str):
         raise ConfigError(
-            f"mergekit file: tokenizer of an unknown model {given!r}", fix=nearest(given, names)
+            "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(given)
         )
-    return names[given]
+    return given
 
 
 def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:

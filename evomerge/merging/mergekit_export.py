@@ -153,7 +153,7 @@ def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:
 
 def _verify(recipe: Recipe, text: str, names: Sequence[str]) -> None:
     """Read the text back and compare what every tensor is made of."""
-    again = mergekit.read(text, seed=recipe.seed)
+    again = mergekit.read(text, seed=recipe.seed, tensors=names or None)
     for name in names or ("",):
         ours, theirs = (_made_of(each, name) for each in (recipe, again))
         if ours != theirs:

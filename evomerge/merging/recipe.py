@@ -326,11 +326,18 @@ class Recipe:
         return write(self, tensors)
 
     @classmethod
-    def from_mergekit_yaml(cls, text: str, *, root: str | Path | None = None, seed: int = 0) -> Recipe:
+    def from_mergekit_yaml(
+        cls,
+        text: str,
+        *,
+        root: str | Path | None = None,
+        seed: int = 0,
+        tensors: Iterable[str] | None = None,
+    ) -> Recipe:
         """Read mergekit YAML; see `mergekit.read`."""
         from evomerge.merging.mergekit import read
 
-        return read(text, root=root, seed=seed)
+        return read(text, root=root, seed=seed, tensors=tensors)
 
     def __reduce__(self) -> tuple[object, ...]:  # mapping proxies don't pickle; plain data does
         return Recipe.from_data, (self.to_data(),)

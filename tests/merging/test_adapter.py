@@ -104,7 +104,9 @@ def test_what_is_not_exact_is_refused_by_name(changes: dict[str, object], messag
     assert message in refusal(f"{base}+{folder}")
 
 
-def test_damaged_and_foreign_adapters_are_refused(models: dict[str, str], folder: Path, tmp_path: Path) -> None:
+def test_damaged_and_foreign_adapters_are_refused(
+    models: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
     where = f"{models['base']}+{folder}"
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)

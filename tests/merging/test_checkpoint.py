@@ -124,7 +124,7 @@ def test_bad_indices_are_refused(shards: dict[str, str] | None, message: str, sh
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
+@given(data=st.data())
 def test_no_truncation_or_header_damage_goes_unnoticed(data: st.DataObject, folder: Path, models) -> None:  # type: ignore[no-untyped-def]
     raw = (Path(models["base"]) / "model.safetensors").read_bytes()
     header = 8 + struct.unpack("<Q", raw[:8])[0]
@@ -165,7 +165,9 @@ def test_the_hub_out_of_reach_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) 
     assert "neither a local folder nor available from the Hugging Face hub\n  got: name resolution" in message
 
 
-def test_the_hub_is_asked_for_safe_files_only(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_safe_files_only(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     asked: dict[str, list[str]] = {}

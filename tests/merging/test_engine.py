@@ -38,7 +38,9 @@ def mixed(models: dict[str, str]) -> Recipe:
     """Return a recipe of several methods, by layer and by module."""
     groups = (
         TensorGroup(method="slerp", sources=("b", "a"), layers=OUTSIDE, parameters={"t": 0.2}),
-        TensorGroup(method="ties", sources=SOURCES, layers=(0, 2), match=("mlp",), parameters=DENSE | WEIGHTED),
+        TensorGroup(
+            method="ties", sources=SOURCES, layers=(0, 2), match=("mlp",), parameters=DENSE | WEIGHTED
+        ),
         TensorGroup(method="dare_ties", sources=("c", "a"), layers=(1,), parameters={"density": 0.5}),
         TensorGroup(method="linear", sources=SOURCES),
     )
@@ -129,7 +131,9 @@ def test_no_room_is_said_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-    with pytest.raises(DiskError, match=r"not enough disk space[^\n]*\n  expected: 0.06 GB free\n  got: 0.00 GB"):
+    with pytest.raises(
+        DiskError, match=r"not enough disk space[^\n]*\n  expected: 0.06 GB free\n  got: 0.00 GB"
+    ):
         write(one(models, "linear"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -32,7 +32,7 @@ SYMMETRIC = [name for name in ALL if name != "slerp"]
 """Methods that treat their sources alike."""
 WEIGHTED = [name for name in ALL if "weight" in methods.get(name).parameters]
 NAMES = ("a", "b", "c")
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=100, deadline=None)
 
 coarse = st.integers(-8, 8).map(lambda n: n / 8)
 """Eighths: many exact ties and zeros, as between bfloat16 checkpoints."""
@@ -73,11 +73,10 @@ def cases(draw: st.DrawFn, count: int | None = None) -> tuple[str, Tensor, list[
 def test_any_legal_parameters_give_finite_results_and_leave_the_inputs_alone(case: Any) -> None:
     method, base, models, parameters = case
     before = [tensor.clone() for tensor in (base, *models)]
-    try:
-        merged = run(method, base, models, parameters)
-    except ConfigError as error:
-        assert "cancel" in str(error)
-        return
+    weight = parameters.get("weight", (1.0,))
+    if abs(sum(weight)) <= 0.01 * sum(map(abs, weight)) and method == "linear":
+        parameters["normalize"] = False  # refused, see below
+    merged = run(method, base, models, parameters)
     assert merged.isfinite().all()
     assert merged.shape == base.shape
     assert merged.dtype == torch.float32
@@ -184,7 +183,9 @@ def test_ties_is_its_definition(data: st.DataObject) -> None:
 
 @quick
 @given(st.lists(coarse, min_size=1, max_size=40), st.floats(0, 1))
-def test_trimming_keeps_exactly_k_and_breaks_ties_by_lowest_index(values: list[float], density: float) -> None:
+def test_trimming_keeps_exactly_k_and_breaks_ties_by_lowest_index(
+    values: list[float], density: float
+) -> None:
     vector = torch.tensor(values)
     assert keep_largest(vector, density).tolist() == naive_trim(values, density)
 

@@ -114,7 +114,7 @@ def test_no_global_randomness_is_touched(models: dict[str, str]) -> None:
 
 
 def test_names_are_checked(models: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="unknown model 'bse'\n.*did you mean 'base'"):
+    with pytest.raises(ConfigError, match=r"unknown model 'bse'\n.*did you mean 'base'"):
         Workbench(models, "bse")
     bench = Workbench({name: models[name] for name in ("base", "a")}, "base")
     with pytest.raises(ConfigError, match="unknown model 'b'"):
@@ -123,7 +123,9 @@ def test_names_are_checked(models: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="model 'b' was not opened"):
         bench.load(Recipe(models=models, base="base", groups=(group,)))
     with pytest.raises(ConfigError, match="takes tokenizer and config from another model"):
-        bench.load(Recipe(models=models, groups=(TensorGroup(method="linear", sources=("a",)),), tokenizer="a"))
+        bench.load(
+            Recipe(models=models, groups=(TensorGroup(method="linear", sources=("a",)),), tokenizer="a")
+        )
 
 
 def test_a_config_that_does_not_fit_its_weights_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]

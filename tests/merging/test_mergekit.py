@@ -1,0 +1,334 @@
+"""mergekit's YAML: reference merges, its grammar, and what it can't say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from evomerge.errors import ConfigError
+from evomerge.merging import methods
+from evomerge.merging.engine import FileInputs, merge_tensor
+from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.source import open_used
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.yml"))
+MODULES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight")
+TENSORS = (
+    "model.embed_tokens.weight",
+    *(f"model.layers.{layer}.{module}" for layer in range(4) for module in MODULES),
+    "model.norm.weight",
+    "lm_head.weight",
+)
+MODELS = {"base": "m/base", "a": "m/a", "b": "m/b+lora"}
+
+
+def read(text: str, **options: Any) -> Recipe:
+    return Recipe.from_mergekit_yaml(text, **options)
+
+
+def made_of(recipe: Recipe) -> list[tuple[Any, ...]]:
+    """What each tensor is made of, names of models aside."""
+    groups = [recipe.group_for(name) for name in TENSORS]
+    return [(g.method, [recipe.models[s] for s in g.sources], dict(g.parameters)) for g in groups]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merges_equal_mergekits(case: str) -> None:
+    recipe = read((GOLDEN / "cases" / f"{case}.yml").read_text(), root=GOLDEN)
+    inputs = FileInputs(open_used(recipe))
+    expected = load_file(GOLDEN / "expected" / f"{case}.safetensors")
+    assert len(expected) == 39
+    for name, tensor in expected.items():
+        assert (merge_tensor(recipe, name, inputs) - tensor).abs().max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_cases_survive_the_round_trip(case: str) -> None:
+    recipe = read((GOLDEN / "cases" / f"{case}.yml").read_text(), root=GOLDEN)
+    again = read(recipe.to_mergekit_yaml())
+    assert again.dtype == recipe.dtype
+    for name in load_file(GOLDEN / "expected" / f"{case}.safetensors"):
+        assert again.group_for(name).parameters == recipe.group_for(name).parameters
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Any recipe of one method with the same sources everywhere."""
+    method = methods.get(draw(st.sampled_from(methods.names())))
+    number = st.integers(0, 4).map(lambda n: n / 4)
+
+    def group(layers: tuple[int, ...] | None, match: tuple[str, ...]) -> TensorGroup:
+        parameters: dict[str, Any] = {}
+        for p in method.parameters.values():
+            one = st.booleans() if p.kind == "flag" else number
+            parameters[p.name] = (draw(one), draw(one)) if p.per_source else draw(one)
+        return TensorGroup(
+            method=method.name, sources=("a", "b"), parameters=parameters, layers=layers, match=match
+        )
+
+    places = st.one_of(
+        st.none(), st.just(OUTSIDE), st.sets(st.integers(0, 3), min_size=1).map(sorted).map(tuple)
+    )
+    names = st.lists(st.sampled_from(["mlp", "q_proj", "norm", "embed"]), max_size=2, unique=True).map(tuple)
+    groups = [group(draw(places), draw(names)) for _ in range(draw(st.integers(0, 4)))]
+    return Recipe(
+        models=MODELS,
+        base="base",
+        groups=(*groups, group(None, ())),
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        tokenizer=draw(st.sampled_from(list(MODELS))),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(recipes())
+def test_what_we_write_we_read_back_exactly(recipe: Recipe) -> None:
+    again = read(recipe.to_mergekit_yaml(TENSORS), tensors=TENSORS)
+    assert made_of(again) == made_of(recipe)
+    assert again.dtype == recipe.dtype
+    assert again.models[again.tokenizer] == recipe.models[recipe.tokenizer]
+
+
+def test_a_global_recipe_takes_the_plain_form() -> None:
+    group = TensorGroup(method="ties", sources=("a", "b"), parameters={"weight": (0.1, 0.3), "density": 0.5})
+    text = Recipe(models=MODELS, base="base", groups=(group,), dtype="float16").to_mergekit_yaml()
+    assert yaml.safe_load(text) == {
+        "merge_method": "ties",
+        "base_model": "m/base",
+        "dtype": "float32",
+        "out_dtype": "float16",
+        "models": [
+            {"model": "m/a", "parameters": {"weight": 0.1, "density": 0.5}},
+            {"model": "m/b+lora", "parameters": {"weight": 0.3, "density": 0.5}},
+        ],
+        "parameters": {"normalize": True, "lambda": 1.0},
+    }
+    again = read(text)
+    assert again.groups == (TensorGroup(method="ties", sources=("a", "lora"), parameters=group.parameters),)
+    assert again.base == "base"
+
+
+def test_layers_become_slices_and_names_become_filters() -> None:
+    groups = (
+        TensorGroup(method="linear", sources=("a", "b"), layers=(0, 1), parameters={"weight": (0.0, 1.0)}),
+        TensorGroup(method="linear", sources=("a", "b"), match=("mlp",), parameters={"weight": (0.5, 1.0)}),
+        TensorGroup(method="linear", sources=("a", "b")),
+    )
+    data = yaml.safe_load(Recipe(models=MODELS, groups=groups).to_mergekit_yaml(TENSORS))
+    ranges = [[source["layer_range"] for source in part["sources"]] for part in data["slices"]]
+    assert ranges == [[[0, 2]] * 2, [[2, 4]] * 2]
+    assert data["slices"][1]["sources"][0]["parameters"]["weight"] == [
+        {"filter": "mlp", "value": 0.5},
+        {"value": 1.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            (
+                TensorGroup(method="ties", sources=("a",), layers=(0,)),
+                TensorGroup(method="linear", sources=("a",)),
+            ),
+            "one file has one merge method\n  got: methods linear, ties",
+        ),
+        (
+            (
+                TensorGroup(method="linear", sources=("a",), match=("mlp",)),
+                TensorGroup(method="linear", sources=("b",)),
+            ),
+            "the same sources for all tensors of a slice",
+        ),
+        ((TensorGroup(method="linear", sources=("a", "a")),), "each source once"),
+        (
+            (
+                TensorGroup(method="slerp", sources=("a", "b"), layers=(0,)),
+                TensorGroup(method="slerp", sources=("b", "a")),
+            ),
+            "slerp has one base_model",
+        ),
+        ((TensorGroup(method="task_arithmetic", sources=("a", "base")),), "all tensors made by"),
+    ],
+)
+def test_what_one_file_can_not_say_is_refused(groups: tuple[TensorGroup, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Recipe(models=MODELS, base="base", groups=groups).to_mergekit_yaml(TENSORS)
+    assert "this recipe can't be written as mergekit YAML" in str(caught.value)
+    assert message in str(caught.value)
+    assert "recipe.yaml" in str(caught.value)
+
+
+# Reading -------------------------------------------------------------------------------------------
+
+LOOKUP = """
+merge_method: ties
+base_model: m/base
+dtype: bfloat16
+out_dtype: float16
+tokenizer_source: m/a
+parameters: {density: 0.9, lambda: [{filter: mlp, value: 0.5}, {value: 0.7}]}
+modules:
+  default:
+    parameters: {weight: 0.8}
+    slices:
+      - sources:
+          - {model: m/base, layer_range: [0, 2]}
+          - {model: m/a, layer_range: [0, 2], parameters: {weight: [{filter: mlp, value: [0.2, 0.4]}]}}
+          - {model: m/b+lora, layer_range: [0, 2], parameters: {density: 0.1}}
+        parameters: {density: 0.3}
+      - sources:
+          - {model: m/a, layer_range: [2, 4]}
+          - {model: m/b+lora, layer_range: [2, 4]}
+"""
+
+
+def test_parameters_are_looked_up_from_the_inside_out() -> None:
+    recipe = read(LOOKUP, seed=11, tensors=TENSORS)
+    assert (recipe.dtype, recipe.tokenizer, recipe.base, recipe.seed) == ("float16", "a", "base", 11)
+    assert recipe.models == {"base": "m/base", "a": "m/a", "lora": "m/b+lora"}
+
+    def parameters(layer: int, module: str) -> dict[str, Any]:
+        return dict(recipe.group_for(f"model.layers.{layer}.{module}").parameters)
+
+    ends = {"density": (0.3, 0.1), "normalize": True}
+    assert parameters(0, "mlp.up") == {"weight": (0.2, 0.8), "lambda": 0.5} | ends
+    assert parameters(1, "mlp.up") == {"weight": (0.4, 0.8), "lambda": 0.5} | ends
+    assert parameters(1, "self_attn.q") == {"weight": (0.8, 0.8), "lambda": 0.7} | ends
+    assert parameters(3, "mlp.up")["density"] == (0.9, 0.9)
+
+
+def test_tensors_outside_take_the_ends_of_the_stack_at_t_0(models: dict[str, str]) -> None:
+    text = f"""
+merge_method: linear
+dtype: float32
+slices:
+  - sources:
+      - {{model: {models["a"]}, layer_range: [0, 2], parameters: {{weight: [0.1, 0.2]}}}}
+  - sources:
+      - {{model: {models["a"]}, layer_range: [2, 3], parameters: {{weight: [0.3, 0.4]}}}}
+"""
+    recipe = read(text)
+    weights = {
+        name: recipe.group_for(name).parameters["weight"] for name in (*TENSORS[:1], "model.norm.weight")
+    }
+    assert weights == {"model.embed_tokens.weight": (0.1,), "model.norm.weight": (0.3,)}
+
+
+def test_overlapping_filters_of_several_parameters_ask_the_tensors(models: dict[str, str]) -> None:
+    text = f"""
+merge_method: ties
+base_model: {models["base"]}
+models:
+  - model: {models["a"]}
+    parameters:
+      weight: [{{filter: self_attn, value: 0.1}}, {{value: 0.2}}]
+      density: [{{filter: q_proj, value: 0.3}}, {{value: 0.4}}]
+"""
+    recipe = read(text)
+    assert recipe.dtype == "bfloat16"  # as stored
+
+    def pair(name: str) -> tuple[Any, Any]:
+        parameters = recipe.group_for(name).parameters
+        return parameters["weight"], parameters["density"]
+
+    assert pair("model.layers.1.self_attn.q_proj.weight") == ((0.1,), (0.3,))
+    assert pair("model.layers.1.self_attn.k_proj.weight") == ((0.1,), (0.4,))
+    assert pair("model.layers.1.mlp.up_proj.weight") == ((0.2,), (0.4,))
+    assert pair("model.norm.weight") == ((0.2,), (0.4,))
+
+
+def test_gradients_run_over_the_layers(models: dict[str, str]) -> None:
+    text = f"""
+merge_method: slerp
+base_model: {models["b"]}
+models: [{{model: {models["a"]}}}, {{model: {models["b"]}}}]
+parameters: {{t: [0.0, 0.5, 0.6, 1.0]}}
+dtype: float16
+"""
+    recipe = read(text)
+    found = [recipe.group_for(f"model.layers.{layer}.x").parameters["t"] for layer in range(3)]
+    assert found == pytest.approx([0.0, 0.55, 1.0])
+    assert recipe.group_for("model.norm.weight").parameters["t"] == 0.0
+    assert recipe.models[recipe.groups[0].sources[0]] == models["b"]
+
+
+def test_short_names_are_kept_apart() -> None:
+    entries = "[{model: x/m}, {model: y/m}, {model: org/other}]"
+    assert dict(read(f"{{merge_method: linear, dtype: float32, models: {entries}}}").models) == {
+        "m": "x/m",
+        "m-2": "y/m",
+        "other": "org/other",
+    }
+
+
+def test_one_model_twice_stays_two_sources() -> None:
+    entries = "[{model: m/a, parameters: {weight: 1}}, {model: m/a, parameters: {weight: 2}}]"
+    group = read(f"{{merge_method: linear, dtype: float32, models: {entries}}}").groups[0]
+    assert group.sources == ("a", "a")
+    assert group.parameters["weight"] == (1.0, 2.0)
+
+
+PLAIN = {"merge_method": "ties", "base_model": "m/base", "dtype": "float32", "models": [{"model": "m/a"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge_methd": "x"}, "unknown key 'merge_methd'\n  do: did you mean 'merge_method'"),
+        ({"merge_method": "tie"}, "unknown merge method 'tie'"),
+        ({"merge_method": None}, "unknown merge method"),
+        ({"slices": [{}]}, "expected: exactly one of models, slices, modules"),
+        ({"models": []}, "expected: exactly one of models, slices, modules"),
+        ({"models": {"model": "m/a"}}, "models\n  expected: a list"),
+        ({"models": [{"modl": "m/a"}]}, "models[0]: unknown key 'modl'\n  do: did you mean 'model'"),
+        ({"models": [{"model": 3}]}, "models[0]: model\n  expected: a path"),
+        ({"models": [{"model": "m/base"}]}, "no sources"),
+        ({"parameters": {"densty": 0.5}}, "has no parameter 'densty'\n  do: did you mean 'density'"),
+        ({"parameters": {"rescale": True}}, "has no parameter 'rescale'"),
+        ({"parameters": {"density": 2}}, "density is out of range"),
+        ({"parameters": {"density": "half"}}, "density\n  expected: a number, a list of numbers, or filters"),
+        ({"parameters": {"density": [{"filtr": "x", "value": 1}]}}, "unknown key 'filtr'"),
+        ({"parameters": {"density": [{"filter": "x"}]}}, "a filter without value"),
+        ({"models": [{"model": "m/a", "parameters": {"lambda": 2}}]}, "lambda holds for all sources"),
+        ({"dtype": "int8"}, "dtype: 'int8'"),
+        ({"chat_template": "chatml"}, "chat_template is not supported"),
+        ({"tokenizer_source": 3}, "tokenizer_source\n  expected: base, union, or a model"),
+        ({"tokenizer": {"source": "base", "tokens": {}}}, "tokenizer: unknown key 'tokens'"),
+        ({"base_model": None}, "ties works on task vectors and needs a base model"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(yaml.safe_dump(PLAIN | changes))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([[[0, 2], [1, 3]]], "shifted slices are not supported"),
+        ([[[0, 2], [0, 2]], [[1, 3], [1, 3]]], "slices[1]: stacked or skipped layers are not supported"),
+        ([[[1, 2], [1, 2]]], "slices[0]: stacked or skipped layers"),
+        ([[[2, 2], [2, 2]]], "layer_range\n  expected: [first, end), end above first"),
+        ([[[0, True], [0, 1]]], "layer_range\n  expected"),
+    ],
+)
+def test_stacked_and_shifted_slices_are_refused(ranges: list[list[list[int]]], message: str) -> None:
+    slices = [
+        {"sources": [{"model": f"m/{n}", "layer_range": r} for n, r in zip("ab", part, strict=True)]}
+        for part in ranges
+    ]
+    data = {"merge_method": "linear", "dtype": "float32", "slices": slices}
+    with pytest.raises(ConfigError) as caught:
+        read(yaml.safe_dump(data))
+    assert message in str(caught.value)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read("{")

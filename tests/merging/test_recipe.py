@@ -1,0 +1,147 @@
+"""Recipes as data: validation, identity, YAML."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomerge.errors import ConfigError
+from evomerge.merging import methods
+from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, TensorGroup, layer_of
+
+MODELS = {"base": "m/base", "a": "m/a", "b": "m/b+lora"}
+
+
+def recipe(method: str = "ties", *, models: dict[str, str] = MODELS, **changes: Any) -> Recipe:
+    parameters = changes.pop("parameters", {})
+    group = TensorGroup(method=method, sources=("a", "b"), parameters=parameters)
+    return Recipe(models=models, base="base", groups=changes.pop("groups", (group,)), **changes)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    groups = []
+    for _ in range(draw(st.integers(1, 3))):
+        method = methods.get(draw(st.sampled_from(methods.names())))
+        count = method.max_sources or draw(st.integers(method.min_sources, 3))
+        sources = draw(st.lists(st.sampled_from(list(MODELS)), min_size=count, max_size=count))
+        parameters: dict[str, Any] = {}
+        for p in method.parameters.values():
+            one = st.booleans() if p.kind == "flag" else st.floats(max(p.low, -9), min(p.high, 9))
+            parameters[p.name] = tuple(draw(one) for _ in sources) if p.per_source else draw(one)
+        layers = draw(st.none() | st.lists(st.integers(0, 40), unique=True).map(sorted).map(tuple))
+        match = tuple(draw(st.lists(st.sampled_from(["mlp", "self_attn", "norm"]), unique=True)))
+        groups.append(
+            TensorGroup(
+                method=method.name, sources=tuple(sources), parameters=parameters, layers=layers, match=match
+            )
+        )
+    return recipe(groups=tuple(groups), dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 2**40)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(recipes())
+def test_yaml_and_pickle_are_exact(original: Recipe) -> None:
+    for again in (Recipe.from_yaml(original.to_yaml()), pickle.loads(pickle.dumps(original))):
+        assert again == original
+        assert again.hash == original.hash
+
+
+def test_the_hash_is_what_changes_the_bits() -> None:
+    plain = recipe()
+    assert len(plain.hash) == 64
+    assert plain.hash == recipe(parameters={"weight": 1.0, "density": (1.0, 1.0)}).hash  # defaults count
+    assert plain.hash == recipe(models=MODELS | {"a": "elsewhere/a"}).hash  # places do not
+    assert plain.hash == recipe(seed=4).hash  # ties draws nothing
+    assert recipe("dare_ties").hash != recipe("dare_ties", seed=4).hash
+    different = [plain, recipe(dtype="float16"), recipe(parameters={"density": 0.5}), recipe("dare_ties")]
+    assert len({each.hash for each in different}) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [
+        ("tie", {}, "unknown merge method 'tie'\n  do: did you mean 'ties'"),
+        ("ties", {"densty": 0.5}, "has no parameter 'densty'\n  do: did you mean 'density'"),
+        ("ties", {"density": 1.5}, "density is out of range\n  expected: 0 <= density <= 1\n  got: 1.5"),
+        ("ties", {"density": (0.5,)}, "density needs one value per source\n  expected: 2 (a, b)\n  got: 1"),
+        ("ties", {"weight": float("nan")}, "weight is not a number"),
+        ("ties", {"normalize": 1}, "normalize is a flag"),
+        ("slerp", {"t": -0.1}, "t is out of range"),
+    ],
+)
+def test_bad_groups_are_refused(method: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe(method, parameters=parameters)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "bse"}, "base names an unknown model 'bse'\n  do: did you mean 'base'"),
+        ({"base": None}, "ties works on task vectors and needs a base model"),
+        ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
+        ({"tokenizer": "c"}, "tokenizer names an unknown model 'c'"),
+        ({"groups": ()}, "no groups"),
+        ({"models": {}}, "no models"),
+    ],
+)
+def test_bad_recipes_are_refused(changes: dict[str, Any], message: str) -> None:
+    group = TensorGroup(method="ties", sources=("a", "b"))
+    settings: dict[str, Any] = {"models": MODELS, "base": "base", "groups": (group,)} | changes
+    with pytest.raises(ConfigError) as caught:
+        Recipe(**settings)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: {a: x}\ngroops: []", "unknown key 'groops'\n  do: did you mean 'groups'"),
+        ("models: {a: x}", "missing key 'groups'"),
+        ("models: {a: x}\ngroups: [{method: linear}]", "groups[0]: missing key 'sources'"),
+        ("models: {a: x}\nseed: -1\ngroups: []", "seed\n  expected: a whole number >= 0"),
+        ("models: {a: x}\nformat: 9\ngroups: []", "format\n  expected: 1\n  got: 9"),
+        ("{", "not valid YAML"),
+        ("- 1", "recipe\n  expected: a mapping"),
+    ],
+)
+def test_bad_yaml_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Recipe.from_yaml(text)
+    assert message in str(caught.value)
+
+
+def test_the_first_matching_group_makes_a_tensor() -> None:
+    groups = (
+        TensorGroup(method="linear", sources=("a",), layers=OUTSIDE),
+        TensorGroup(method="linear", sources=("b",), layers=(1,), match=("mlp", "norm")),
+        TensorGroup(method="linear", sources=("a", "b")),
+    )
+    made = recipe(groups=groups)
+    names = (
+        "model.norm.weight",
+        "model.layers.1.mlp.up.weight",
+        "model.layers.1.attn.q",
+        "model.layers.0.mlp.w",
+    )
+    assert [groups.index(made.group_for(name)) for name in names] == [0, 1, 2, 2]
+    assert [group.label() for group in groups] == ["outside", "layer 1 mlp|norm", "all"]
+    assert made.used_models() == ("a", "b")
+    assert recipe().used_models() == ("base", "a", "b")
+    with pytest.raises(ConfigError, match="no group matches tensor 'x'"):
+        recipe(groups=groups[1:2]).group_for("x")
+    assert layer_of("transformer.h.3.mlp.experts.7.w") == 3
+
+
+@pytest.mark.parametrize("module", ["evomerge.merging.recipe", "evomerge.merging.methods", "evomerge.search"])
+def test_plain_data_needs_no_torch(module: str) -> None:
+    check = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
