@@ -23,6 +23,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.scores import NonFiniteScores, Scores
 from evomerge.evaluation.suite import Suite
+from evomerge.evaluation.tasks import _builtin_folders
 
 from .conftest import (
     ACC,
@@ -425,3 +426,8 @@ def test_few_seconds_are_spent_outside_the_model(make_suite: MakeSuite, tmp_path
         total = time.perf_counter() - start
         shares.append((total - harness.forward_seconds) / harness.forward_seconds)
     assert statistics.median(shares) < 0.25, json.dumps(shares)
+
+
+def test_builtin_tasks_are_found_without_indexing_all_of_them() -> None:
+    folders = _builtin_folders(["arc_easy", "mmlu_abstract_algebra"])
+    assert [Path(folder).parts[-2:] for folder in folders] == [("tasks", "arc"), ("mmlu", "default")]
