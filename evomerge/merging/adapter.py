@@ -78,6 +78,7 @@ class AdaptedCheckpoint:
         self.base, self.adapter, self.location = base, folder, location
         self.folder, self.config, self.headers = base.folder, base.config, base.headers
         self._settings = read_json(folder / CONFIG)
+        self._kept: dict[str, Tensor] | None = None
         _refuse_unsupported(self._settings, location)
         if not (folder / WEIGHTS).is_file():
             pickled = (folder / "adapter_model.bin").is_file()
@@ -112,23 +113,25 @@ class AdaptedCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return base + scale * B A in float32. It must not be modified."""
-        import torch
-
         base = self.base.tensor(name)
         update = self.updates.get(name)
         if update is None:
             return base
-        up, down = (self._file.get_tensor(part).to(torch.float32) for part in (update.up, update.down))
+        up, down = self._factors(update)
         with _one_thread():
             product: Tensor = up @ down
         product = product.T if update.transposed else product
         return base + product * update.scale
 
-    @functools.cached_property
-    def _file(self) -> Any:
+    def _factors(self, update: LowRank) -> tuple[Tensor, Tensor]:
+        """Return B and A in float32; they stay in memory, being small."""
+        import torch
         from safetensors import safe_open
 
-        return safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu")
+        if self._kept is None:
+            with safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu") as file:
+                self._kept = {part: file.get_tensor(part).to(torch.float32) for part in file.keys()}  # noqa: SIM118
+        return self._kept[update.up], self._kept[update.down]
 
 
 def split_location(location: str) -> tuple[str, str | None]:

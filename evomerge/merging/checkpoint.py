@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
@@ -69,6 +69,7 @@ class Checkpoint:
         self.folder, self.location = folder, location
         self.config = read_json(folder / "config.json")
         self._files: dict[str, Path] = {}
+        self._views: dict[str, Tensor] = {}  # of the mapped files, so they cost no memory
         stored: dict[str, Header] = {}
         for path, names in _weight_files(folder, location):
             found = read_header(path)
@@ -140,7 +141,9 @@ class Checkpoint:
 
     def stored(self, name: str) -> Tensor:
         """Return a tensor as stored, memory-mapped. It must not be modified."""
-        return cast("Tensor", self._handle(self._files[name]).get_tensor(name))
+        if name not in self._views:
+            self._views[name] = self._handle(self._files[name]).get_tensor(name)
+        return self._views[name]
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in float32. It must not be modified: it may be the mapped file itself."""
