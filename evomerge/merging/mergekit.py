@@ -119,7 +119,7 @@ def read(
     sources = [source for part in slices for source in part.sources]
     locations = [each for each in (base, *sources, tokenizer) if each]
     names = _names(locations)
-    model = _Model(_resolved(locations[0], root), tensors)
+    model = _Model(resolved(locations[0], root), tensors)
     groups = [
         TensorGroup(
             method=method.name,
@@ -132,7 +132,7 @@ def read(
         for match, parameters in rules
     ]
     return Recipe(
-        models={name: _resolved(location, root) for location, name in names.items()},
+        models={name: resolved(location, root) for location, name in names.items()},
         base=names[base] if base else None,
         groups=tuple(groups),
         dtype=_dtype(data, model),
@@ -388,7 +388,8 @@ def _names(locations: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _resolved(location: str, root: str | Path | None) -> str:
+def resolved(location: str, root: str | Path | None) -> str:
+    """Return a location whose parts start at `root` where they exist there."""
     parts = location.split("+")
     if root is not None:
         parts = [str(Path(root) / part) if (Path(root) / part).exists() else part for part in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
+from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, TensorGroup, layer_of
 
 MODELS = {"base": "m/base", "a": "m/a", "b": "m/b+lora"}
@@ -139,6 +141,27 @@ def test_the_first_matching_group_makes_a_tensor() -> None:
     with pytest.raises(ConfigError, match="no group matches tensor 'x'"):
         recipe(groups=groups[1:2]).group_for("x")
     assert layer_of("transformer.h.3.mlp.experts.7.w") == 3
+
+
+def test_a_recipe_file_may_be_in_either_format(tmp_path: Path) -> None:
+    for name in MODELS.values():
+        (tmp_path / name.partition("+")[0]).mkdir(parents=True, exist_ok=True)
+    original = recipe(dtype="float32")
+    (tmp_path / "recipe.yaml").write_text(original.to_yaml())
+    (tmp_path / "mergekit.yaml").write_text(original.to_mergekit_yaml())
+    ours, theirs = (read_recipe(tmp_path / name) for name in ("recipe.yaml", "mergekit.yaml"))
+    assert ours.hash == original.hash
+    assert ours.models == {
+        "base": f"{tmp_path}/m/base",
+        "a": f"{tmp_path}/m/a",
+        "b": f"{tmp_path}/m/b+lora",
+    }
+    assert list(theirs.models.values()) == list(ours.models.values())
+    (tmp_path / "bad.yaml").write_text("models: {a: x}")
+    with pytest.raises(ConfigError, match=r"bad.yaml: recipe: missing key 'groups'"):
+        read_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_recipe(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("module", ["evomerge.merging.recipe", "evomerge.merging.methods", "evomerge.search"])

@@ -1,0 +1,31 @@
+"""Read a recipe file, whichever of the two formats it is in."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from evomerge.errors import ConfigError
+from evomerge.merging import mergekit
+from evomerge.merging.recipe import Recipe
+from evomerge.schema import load_yaml
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Return the recipe of a recipe.yaml or of a mergekit YAML; raise ConfigError naming the file.
+
+    A file with `merge_method` is mergekit's. Relative model paths start at the file's own folder where
+    they exist there, else at the current folder.
+    """
+    path = Path(path)
+    data = load_yaml(path)
+    try:
+        if "merge_method" in data:
+            return mergekit.read(path.read_text(encoding="utf-8"), root=path.parent)
+        recipe = Recipe.from_data(data)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
+        ) from None
+    located = {name: mergekit.resolved(place, path.parent) for name, place in recipe.models.items()}
+    return dataclasses.replace(recipe, models=located)

@@ -1,0 +1,18 @@
+"""The examples in the docstrings are run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+from evomerge import merging
+
+MODULES = [found.name for found in pkgutil.walk_packages(merging.__path__, "evomerge.merging.")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_hold(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
