@@ -172,7 +172,7 @@ def probe(prepared: Prepared) -> Probe:
 
 
 def _execute(prepared: Prepared, observer: Observer) -> Outcome:
-    from evomerge.merging.engine import task_vector_norms
+    from evomerge.merging.analysis import task_vector_norms
 
     executor = executors.build(prepared.config.executor, prepared.worker)
     try:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
@@ -42,6 +42,12 @@ class ExecutorSpec(Strict):
     batch_size: int = Field(default=64, ge=1)
     max_length: int | None = Field(default=None, ge=8)
     attention: str | None = None
+
+
+class Runs(Protocol):
+    """What a worker process needs of its worker."""
+
+    def run(self, job: Job) -> Result: ...
 
 
 class Executor(Protocol):
@@ -91,8 +97,10 @@ class LocalProcesses:
     `timeout` of its job; both are replaced. Raises UserError where a worker can't even start.
     """
 
-    def __init__(self, spec: WorkerSpec, *, workers: int, timeout: float) -> None:
-        self._spec, self._timeout, self.workers = spec, timeout, workers
+    def __init__(
+        self, spec: WorkerSpec, *, workers: int, timeout: float, worker: Callable[[WorkerSpec, str], Runs] = Worker
+    ) -> None:
+        self._spec, self._timeout, self.workers, self._worker = spec, timeout, workers, worker
         # A fork server that has imported torch and lm_eval once starts each worker in no time.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context = get_context(method)
@@ -125,11 +133,14 @@ class LocalProcesses:
                     yield result
 
     def close(self) -> None:
-        """Kill all workers and wait for them to be gone."""
+        """Stop all workers and wait for them to be gone; busy ones are killed."""
         for process in self._processes:
-            process.pipe.close()
+            process.pipe.close()  # an idle worker ends by itself at the end of its pipe
+            if process.job is not None or not process.ready:
+                process.process.kill()
+        for process in self._processes:
+            process.process.join(5)
             process.process.kill()
-        for process in self._processes:
             process.process.join()
         self._processes.clear()
 
@@ -145,13 +156,7 @@ class LocalProcesses:
         """Take what a worker has sent, if anything; replace it if it died or is overdue."""
         try:
             if process.pipe.poll():
-                message = process.pipe.recv()
-                if not process.ready:
-                    self._greeted(process, message)
-                    return None
-                process.job = None
-                assert isinstance(message, Result)
-                return message
+                return self._received(process, process.pipe.recv())
         except (EOFError, ConnectionError):
             if not process.ready:
                 raise self._stillborn(process) from None
@@ -176,7 +181,7 @@ class LocalProcesses:
         name = str(self._started)
         self._started += 1
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(self._spec, name, theirs), name=f"evomerge-worker-{name}", daemon=True
+            target=_serve, args=(self._worker, self._spec, name, theirs), name=f"evomerge-worker-{name}", daemon=True
         )
         process.start()
         theirs.close()
@@ -186,6 +191,14 @@ class LocalProcesses:
         while not process.ready:
             connection.wait([process.pipe], timeout=1.0)
             self._collect(process)
+
+    def _received(self, process: _Process, message: object) -> Result | None:
+        if not process.ready:
+            self._greeted(process, message)
+            return None
+        process.job = None
+        assert isinstance(message, Result)
+        return message
 
     def _greeted(self, process: _Process, message: Any) -> None:
         if isinstance(message, UserError):
@@ -211,11 +224,13 @@ def _exit(process: BaseProcess) -> str:
     return f"exit code {code}"
 
 
-def _serve(spec: WorkerSpec, name: str, pipe: connection.Connection) -> None:
+def _serve(
+    build_worker: Callable[[WorkerSpec, str], Runs], spec: WorkerSpec, name: str, pipe: connection.Connection
+) -> None:
     """The worker process: say ready, then answer jobs until the driver's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
     try:
-        worker = Worker(spec, name)
+        worker = build_worker(spec, name)
     except Exception as error:
         pipe.send(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         return

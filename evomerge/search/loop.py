@@ -197,12 +197,12 @@ class Search:
 
     def _select(self, found: Sequence[Candidate], favourite: Candidate | None) -> Named:
         """Score the best candidates again on items the search never saw, and return the best of them."""
-        chosen = finalists(found, self._plan.finalists) + ([favourite] if favourite else [])
-        if not chosen:
+        if not found:
             raise UserError(
                 "no candidate could be scored, so there is no winner",
                 fix="look at the failures (evomerge status RUN), then raise the budget and resume",
             )
+        chosen = finalists(found, self._plan.finalists) + ([favourite] if favourite else [])
         objective = Objective(self._plan.objective, self._references("select", self._parents))
         for position, candidate in enumerate(chosen):
             named = Named(name=candidate.name, recipe=candidate.recipe)

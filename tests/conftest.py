@@ -1,0 +1,97 @@
+"""What all tests share: the tiny zoo, a small suite on it, and run configs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = "120"
+
+import pytest
+import yaml
+
+from evomerge.schema import preset_folder
+from tests.zoo_fixture import tiny_zoo as build_tiny_zoo
+
+SUITE: dict[str, Any] = {
+    "name": "tiny",
+    "about": "three skills, retention and one generation task, few items",
+    "tasks": [
+        {"task": "demo_reverse", "metric": "acc", "specialist": "reverse"},
+        {"task": "demo_upper", "metric": "acc", "specialist": "upper"},
+        {"task": "demo_text", "metric": "loglikelihood", "role": "retention"},
+        {"task": "demo_upper_generate", "metric": "exact_match", "weight": 0},
+    ],
+}
+ITEMS = {"search": 24, "select": 16, "test": 40}
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(pytestconfig: pytest.Config) -> Path:
+    """The folder of the tiny zoo, trained once and kept in pytest's cache."""
+    assert pytestconfig.cache is not None
+    return build_tiny_zoo(pytestconfig.cache.mkdir("zoo"))
+
+
+def write_suite(folder: Path, **changes: Any) -> Path:
+    """Write the tests' suite into a folder, on a copy of nothing: its tasks are the demo's."""
+    tasks = [
+        {**task, "splits": {s: n for s, n in ITEMS.items() if s != "search" or task.get("weight", 1)}}
+        for task in SUITE["tasks"]
+    ]
+    tasks_dir = str(preset_folder("benchmarks/suites").parent / "tasks" / "demo")
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump({**SUITE, "tasks_dir": tasks_dir, "tasks": tasks, **changes}))
+    return path
+
+
+def config_data(zoo: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """The tests' run config as data: two specialists, a few candidates, in this process."""
+    return {
+        "models": {
+            "base": str(zoo / "base"),
+            "sources": {"reverse": str(zoo / "reverse"), "upper": str(zoo / "upper")},
+        },
+        "space": "global_weights",
+        "suite": str(folder / "suite.yaml"),
+        "optimizer": {"name": "cma_es", "population": 4},
+        "budget": {"generations": 3},
+        "executor": {"name": "inline", "batch_size": 32},
+        "finalists": 2,
+        "seed": 0,
+        "out": str(folder / "run"),
+        **changes,
+    }
+
+
+@pytest.fixture
+def config(tiny_zoo: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Write a run config into the test's folder; keyword arguments replace top-level keys."""
+
+    def write(**changes: Any) -> Path:
+        write_suite(tmp_path)
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config_data(tiny_zoo, tmp_path, **changes)))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run on the tiny zoo. Treat it as read-only."""
+    from evomerge import compose
+    from evomerge.config import RunConfig
+    from evomerge.delivery.progress import Silent
+
+    folder = tmp_path_factory.mktemp("finished")
+    write_suite(folder)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config_data(tiny_zoo, folder)))
+    compose.start(RunConfig.load(path), Silent())
+    return folder / "run"

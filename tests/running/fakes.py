@@ -1,0 +1,79 @@
+"""A worker for the executors' contract: obeys orders written into a recipe's seed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+
+from evomerge.errors import UserError
+from evomerge.evaluation.scores import Scores, TaskScores
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.running.store import Timing
+from evomerge.running.worker import Job, Result, WorkerSpec, failure_of
+
+CRASH, HANG, RAISE, EXIT = 900, 901, 902, 903
+
+
+def recipe(number: int) -> Recipe:
+    """A recipe whose scores are its number, or that makes the worker misbehave."""
+    group = TensorGroup(method="dare_linear", sources=("a",))
+    return Recipe(models={"base": "base", "a": "a"}, base="base", groups=(group,), seed=number)
+
+
+def scores(number: int, split: str = "search") -> Scores:
+    task = TaskScores(task="skill", metric=np.full(3, number / 7), smooth=np.full(3, 0.1))
+    return Scores(split=split, tasks=(task,))  # type: ignore[arg-type]
+
+
+TIMING = Timing(total=0.2, merge=0.05, forward=0.1, worker="0")
+
+
+class Obedient:
+    """Does what the seed says: scores it, crashes, hangs, exits or raises."""
+
+    def __init__(self, spec: WorkerSpec, name: str) -> None:
+        if spec.device == "broken":
+            raise UserError("no such device")
+        if spec.device == "deadly":
+            os._exit(3)
+
+    def run(self, job: Job) -> Result:
+        order = job.recipe.seed
+        if order == CRASH:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if order == EXIT:
+            os._exit(7)
+        if order == HANG:
+            time.sleep(600)
+        if order == RAISE:
+            return Result(job=job, outcome=failure_of(ValueError("bad luck\nsecond line")))
+        time.sleep(0.02 * (order % 3))
+        return Result(job=job, outcome=scores(order, job.split), timing=TIMING)
+
+
+def spec(device: str = "cpu") -> WorkerSpec:
+    suite = Suite.model_validate(
+        {
+            "name": "s",
+            "tasks": [
+                {
+                    "task": "skill",
+                    "metric": "acc",
+                    "splits": {"search": "search", "select": "select", "test": "test"},
+                }
+            ],
+        }
+    )
+    return WorkerSpec(
+        models={"base": "base", "a": "a"},
+        base="base",
+        suite=suite,
+        batch_size=8,
+        dtype="float32",
+        device=device,
+        threads=1,
+    )

@@ -1,0 +1,92 @@
+"""A killed run, resumed, ends like an unbroken one; the same seed twice gives the same store."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evomerge import compose
+from evomerge.config import RunConfig
+from evomerge.delivery.progress import Silent
+from evomerge.errors import StoreError
+from evomerge.running.budget import BudgetSpec
+from evomerge.running.store import RunStore
+
+
+def test_a_run_killed_at_any_stored_event_ends_in_the_same_bits(
+    config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = config()
+    command = [sys.executable, "-m", "tests.running.killed", str(path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    whole, killed = found["whole"], found["killed"]
+    kinds = {name.rpartition("-")[2] for name in killed}
+    assert {"record_ask", "record_scores", "record_tell", "record_entry"} <= kinds
+    for name, facts in killed.items():
+        assert facts["integrity"] == "ok", name
+        assert facts["winner"] == whole["winner"], name
+        for query, rows in facts["tables"].items():
+            assert rows == whole["tables"][query], (name, query)
+        assert facts["files"] == whole["files"], name
+
+
+def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
+    config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = config(budget={"generations": 1})
+    digests = []
+    for seed in (0, 0, 1):
+        compose.start(RunConfig.load(path, seed=seed), Silent())
+        with RunStore.read(tmp_path / "run") as store:
+            digests.append(store.digest())
+        (tmp_path / "run").rename(tmp_path / f"run-{len(digests)}")
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], tmp_path: Path) -> None:
+    compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
+    first = compose.stored_config(tmp_path / "run", budget=BudgetSpec(generations=2))
+    compose.start(first, Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        longer = [g.genomes.tolist() for g in store.generations()]
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    compose.start(RunConfig.load(config(budget={"generations": 2})), Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        assert [g.genomes.tolist() for g in store.generations()] == longer
+
+
+def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path: Path) -> None:
+    compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = compose.stored_config(tmp_path / "moved")
+    before = RunStore.read(tmp_path / "moved").digest()
+    compose.start(moved, Silent())
+    assert not (tmp_path / "run").exists()
+    assert RunStore.read(tmp_path / "moved").digest() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed 0 there, 1 here"),
+        ({"optimizer": {"population": 5}}, "optimizer.population 4 there, 5 here"),
+        ({"space": "ties_layers"}, "space.method"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_and_kept(
+    config: Callable[..., Path], tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
+    before = (tmp_path / "run" / "run.sqlite").read_bytes()
+    with pytest.raises(StoreError, match="holds a run of another config") as error:
+        compose.start(RunConfig.load(config(**changes)), Silent())
+    assert named in str(error.value)
+    assert (tmp_path / "run" / "run.sqlite").read_bytes() == before

@@ -1,0 +1,131 @@
+"""The run store: what goes in comes out, events are checked on replay, damage is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evomerge.errors import ReplayError, StoreError
+from evomerge.evaluation.scores import Failure, Scores
+from evomerge.running.store import FILE, RunStore
+from evomerge.search.baselines import Named
+from tests.running.fakes import TIMING, recipe, scores
+
+GENOMES = np.array([[0.25, 0.5], [1.0, 0.0]])
+LOSSES = np.array([[-0.5], [0.125]])
+
+
+def filled(folder: Path, order: tuple[int, ...] = (0, 1)) -> RunStore:
+    store = RunStore.create(folder, {"config": {"seed": 3}})
+    store.begin_session({"cma": "4.5.0"})
+    store.record_entry("base", 0, Named(name="base", recipe=recipe(9)))
+    store.record_ask(0, GENOMES, [recipe(0), recipe(1)])
+    for number in order:
+        store.record_scores(recipe(number), scores(number), TIMING)
+    store.record_failure(recipe(5), "search", Failure(kind="crash", reason="died"))
+    store.record_tell(0, LOSSES, 0.01)
+    return store
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    filled(tmp_path / "run").close()
+    with RunStore.read(tmp_path / "run") as store:
+        found = store.result(recipe(1).hash, "search")
+        assert isinstance(found, Scores)
+        assert found.same_as(scores(1))
+        assert store.result(recipe(1).hash, "test") is None
+        assert store.result(recipe(5).hash, "search") == Failure(kind="crash", reason="died")
+        assert store.recipe(recipe(1).hash[:10]) == recipe(1)
+        assert store.entries("base") == [Named(name="base", recipe=recipe(9))]
+        (generation,) = store.generations()
+        assert (generation.genomes == GENOMES).all()
+        assert generation.losses is not None
+        assert (generation.losses == LOSSES).all()
+        assert store.timings("search") == {recipe(n).hash: TIMING for n in (0, 1)}
+        assert store.fact("config") == {"seed": 3}
+        assert store.versions() == {"cma": "4.5.0"}
+
+
+def test_the_digest_ignores_order_of_arrival_and_time(tmp_path: Path) -> None:
+    with filled(tmp_path / "a") as first, filled(tmp_path / "b", order=(1, 0)) as second:
+        assert first.digest() == second.digest()
+        second.record_scores(recipe(2), scores(2), TIMING)
+        assert first.digest() != second.digest()
+
+
+def test_a_replay_that_agrees_changes_nothing(tmp_path: Path) -> None:
+    with filled(tmp_path) as store:
+        before = store.digest()
+        store.record_entry("base", 0, Named(name="base", recipe=recipe(9)))
+        store.record_ask(0, GENOMES, [recipe(0), recipe(1)])
+        store.record_tell(0, LOSSES, 99.0)
+        assert store.digest() == before
+
+
+def test_a_replay_that_differs_names_candidate_and_versions(tmp_path: Path) -> None:
+    with filled(tmp_path) as store:
+        other = GENOMES.copy()
+        other[1, 0] = np.nextafter(1.0, 0.0)
+        with pytest.raises(ReplayError, match=r"candidate 1 of generation 0\n.*cma 4\.5\.0"):
+            store.record_ask(0, other, [recipe(0), recipe(1)])
+        with pytest.raises(ReplayError, match="the losses of generation 0"):
+            store.record_tell(0, LOSSES + 1e-16, 0.0)
+        with pytest.raises(ReplayError, match="the size of generation 0"):
+            store.record_ask(0, GENOMES[:1], [recipe(0)])
+
+
+def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
+    with filled(tmp_path):
+        with RunStore.read(tmp_path) as reader:
+            assert reader.held()
+            assert reader.has_ask(0)
+        code = (
+            "import sys; from pathlib import Path; from evomerge.running.store import RunStore\n"
+            "try: RunStore.open(Path(sys.argv[1]))\nexcept Exception as e: print(e)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        )
+        assert "another process is working on this run" in done.stdout
+        assert "process " in done.stdout
+    with RunStore.open(tmp_path) as again:
+        assert again.has_ask(0)
+
+
+def test_no_run_here(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no run here"):
+        RunStore.read(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "flipped", "another"])
+def test_a_damaged_store_is_named(tmp_path: Path, damage: str) -> None:
+    filled(tmp_path).close()
+    path = tmp_path / FILE
+    whole = path.read_bytes()
+    if damage == "garbage":
+        path.write_bytes(b"not a database at all" * 100)
+    elif damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "flipped":
+        path.write_bytes(whole[:4096] + bytes(b ^ 0xFF for b in whole[4096:8192]) + whole[8192:])
+    else:
+        path.write_bytes(b"")
+    for method in (RunStore.read, RunStore.open):
+        with pytest.raises(StoreError, match="damaged"):
+            method(tmp_path)
+
+
+def test_a_half_made_file_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / f".{FILE}.new").write_bytes(b"torn")
+    with filled(tmp_path) as store:
+        assert store.has_ask(0)
+    assert not list(tmp_path.glob(".run.sqlite.new*"))
+
+
+def test_an_ambiguous_or_unknown_hash(tmp_path: Path) -> None:
+    with filled(tmp_path) as store, pytest.raises(StoreError, match="no recipe has a hash"):
+        store.recipe("zzzz")

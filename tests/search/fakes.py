@@ -1,0 +1,105 @@
+"""Stand-ins for the rooms around the search: a scorer with known answers, a journal in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.recipe import Recipe
+from evomerge.search.baselines import Named
+
+SUITE = Suite.model_validate(
+    {
+        "name": "fake",
+        "tasks": [
+            {
+                "task": name,
+                "metric": "acc",
+                "specialist": name,
+                "splits": {"search": "search", "select": "select", "test": "test"},
+            }
+            for name in ("a", "b")
+        ],
+    }
+)
+TARGET = {"a": 0.8, "b": 0.6}
+
+
+class FakeScorer:
+    """Scores weights by their distance from TARGET; the base scores 0, source `a` masters task `a`.
+
+    fail: recipes (by hash) that fail. Counts what it was asked for in `asked`.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, fail: frozenset[str] = frozenset(), fail_share: float = 0.0) -> None:
+        self.asked: list[tuple[str, Split, str]] = []
+        self.fail, self.fail_share = fail, fail_share
+
+    def score(self, recipes: Sequence[Recipe], split: Split, phase: str) -> list[Scores | Failure]:
+        self.asked += [(recipe.hash, split, phase) for recipe in recipes]
+        return [self._one(recipe, split, phase) for recipe in recipes]
+
+    def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
+        results = self.score([n.recipe for n in named], split, phase)
+        return [r for r in results if isinstance(r, Scores)]
+
+    def _one(self, recipe: Recipe, split: Split, phase: str) -> Scores | Failure:
+        unlucky = phase.startswith("generation") and int(recipe.hash[:4], 16) < self.fail_share * 65536
+        if recipe.hash in self.fail or unlucky:
+            return Failure(kind="error", reason="told to fail")
+        group = recipe.groups[0]
+        weights = dict(zip(group.sources, group.parameters.get("weight", (0.5, 0.5)), strict=False))
+        alone = group.method == "linear" and len(group.sources) == 1
+        tasks = []
+        for task, target in TARGET.items():
+            if alone:
+                value = 1.0 if group.sources == (task,) else 0.0
+            else:
+                value = max(0.0, 1.0 - abs(weights.get(task, 0.0) - target))
+            items = np.full(10, value)
+            tasks.append(TaskScores(task=task, metric=items, smooth=items))
+        return Scores(split=split, tasks=tuple(tasks))
+
+
+class FakeJournal:
+    """Keeps what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, object]] = []
+        self.entries: list[tuple[str, int, Named]] = []
+        self.tells: list[NDArray[np.float64]] = []
+
+    def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
+        self.events.append(("ask", generation))
+
+    def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None:
+        self.events.append(("tell", generation))
+        self.tells.append(losses)
+
+    def record_entry(self, role: str, position: int, entry: Named) -> None:
+        self.entries.append((role, position, entry))
+
+    def has_ask(self, generation: int) -> bool:
+        return False
+
+
+class FakeBudget:
+    """Stops after a number of generations."""
+
+    def __init__(self, generations: int) -> None:
+        self.generations = generations
+
+    def stop_reason(self, *, generations: int, evaluations: int, population: int) -> str | None:
+        return "enough" if generations >= self.generations else None
+
+
+class Quiet:
+    """An observer that looks away."""
+
+    def generation_done(self, generation: int, losses: NDArray[np.float64], best: float) -> None: ...

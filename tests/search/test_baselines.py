@@ -1,0 +1,60 @@
+"""Baselines: what they are, and the greedy soup's rule."""
+
+from __future__ import annotations
+
+import pytest
+
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.search import baselines
+from evomerge.search.selection import Candidate, finalists
+
+NAMES = ("a", "b", "c")
+TEMPLATE = Recipe(
+    models={n: n for n in ("base", *NAMES)},
+    groups=(TensorGroup(method="linear", sources=NAMES),),
+    base="base",
+)
+
+
+def test_parents_are_exact_copies() -> None:
+    rows = baselines.parents(TEMPLATE, NAMES)
+    assert [row.name for row in rows] == ["base", *NAMES]
+    assert all(row.recipe.groups[0].sources == (row.name,) for row in rows)
+
+
+def test_equal_norms_gives_every_task_vector_the_same_length() -> None:
+    norms = {"a": 1.0, "b": 2.0, "c": 4.0}
+    rows = {row.name: row.recipe for row in baselines.hand_made(TEMPLATE, NAMES, norms)}
+    weights = rows["task arithmetic 0.5, equal norms"].groups[0].per_source("weight")
+    lengths = [w * norms[n] for w, n in zip(weights, NAMES, strict=True)]
+    assert lengths == pytest.approx([0.5 * 7 / 3] * 3, rel=1e-5)
+
+
+def test_slerp_needs_two_sources_and_nothing_is_listed_twice() -> None:
+    three = [row.name for row in baselines.hand_made(TEMPLATE, NAMES, dict.fromkeys(NAMES, 1.0))]
+    two = [row.name for row in baselines.hand_made(TEMPLATE, NAMES[:2], dict.fromkeys(NAMES, 1.0))]
+    assert "SLERP" not in three
+    assert "SLERP" in two
+    assert len(set(three)) == len(three)
+
+
+def test_a_source_without_any_change_does_not_break_the_grid() -> None:
+    rows = baselines.hand_made(TEMPLATE, NAMES, {"a": 1.0, "b": 0.0, "c": 1.0})
+    assert rows[8].recipe.groups[0].per_source("weight")[1] == 0.0
+
+
+def test_greedy_soup_keeps_only_what_helps() -> None:
+    losses = {"a": 0.3, "b": 0.1, "c": 0.2}
+    soups = {("b", "c"): 0.4, ("b", "a"): 0.05}
+    soup = baselines.greedy_soup(TEMPLATE, NAMES, losses, lambda recipe: soups[recipe.groups[0].sources])
+    assert soup.recipe.groups[0].sources == ("b", "a")
+
+
+def test_finalists_are_distinct_and_best_first() -> None:
+    recipes = [row.recipe for row in baselines.parents(TEMPLATE, NAMES)]
+    found = [
+        Candidate(name=str(i), recipe=recipes[i % 3], loss=loss)
+        for i, loss in enumerate((3.0, 1.0, 2.0, 0.5, 1.0))
+    ]
+    assert [c.name for c in finalists(found, 2)] == ["3", "1"]
+    assert [c.name for c in finalists(found, 9)] == ["3", "1", "2"]
