@@ -15,4 +15,5 @@ MODULES = [found.name for found in pkgutil.walk_packages(merging.__path__, "evom
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_hold(module: str) -> None:
-    assert doctest.testmod(importlib.import_module(module)).failed == 0
+    found = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0
