@@ -40,6 +40,12 @@ app.add_typer(zoo, name="zoo")
 INTERRUPTED = 130
 
 
+def _console() -> Console:
+    """A console as wide as the terminal; piped into a file, as wide as the tables want."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+
+
 @dataclass
 class _Output:
     """How a command speaks: to people through `console`, to scripts as one JSON document."""
@@ -57,7 +63,7 @@ class _Output:
             typer.echo(json.dumps(data, indent=2))
 
 
-_out = _Output(console=Console())
+_out = _Output(console=_console())
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -65,7 +71,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YAML).")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 Evaluations = Annotated[
-    int | None, typer.Option("--evaluations", min=1, help="Replace the config's budget: candidates to ask for.")
+    int | None,
+    typer.Option("--evaluations", min=1, help="Replace the config's budget: candidates to ask for."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
 
@@ -96,7 +103,9 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], C
             try:
                 function(*args, **kwargs)
             except UserError as error:
-                Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+                Console(stderr=True).print(
+                    f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+                )
                 raise typer.Exit(2) from None
 
         from inspect import Parameter, signature
@@ -166,7 +175,9 @@ def _run(config: RunConfig) -> None:
         with _observer(config.budget) as observer:
             compose.start(config, observer)
     except KeyboardInterrupt:
-        _out.say(f"stopped; everything scored so far is stored. Go on with:\n  evomerge resume {_shown(folder)}")
+        _out.say(
+            f"stopped; everything scored so far is stored. Go on with:\n  evomerge resume {_shown(folder)}"
+        )
         raise typer.Exit(INTERRUPTED) from None
     _report(folder)
 
@@ -206,7 +217,7 @@ def _report(folder: Path) -> None:
     with RunStore.read(folder) as store:
         summary = Summary(store, compose.stored_suite(store))
         page = delivery.write_html(store, summary, folder / "report.html")
-        _out.say(delivery.terminal(store, summary))
+        _out.say(delivery.terminal(store, summary, width=_out.console.width))
         _out.say(f"report: {_shown(page)}")
         _out.data(delivery.as_data(store, summary))
 
@@ -234,7 +245,10 @@ def export(
 
 
 @_command(app, "merge")
-def merge(recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml, or a mergekit YAML.")], out: Out) -> None:
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml, or a mergekit YAML.")],
+    out: Out,
+) -> None:
     """Write the merged model a recipe (or a mergekit YAML) describes."""
     from evomerge.merging import engine
     from evomerge.merging.reading import read_recipe
@@ -264,7 +278,9 @@ def evaluate(
 def zoo_build(
     out: Out,
     seed: Annotated[int, typer.Option(min=0, help="Another seed makes other models.")] = 0,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A two-layer variant for tests, in under a minute.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A two-layer variant for tests, in under a minute.")
+    ] = False,
 ) -> None:
     """Train the demo models from scratch: a base and five specialists (about five minutes on two cores)."""
     from evomerge.zoo.build import build_zoo
@@ -299,7 +315,9 @@ def demo(
         assert isinstance(stored, Scores)
         same = delivery.rescore(model, compose.prepare(config).worker, "test").same_as(stored)
     if not same:
-        raise UserError(f"{model}: the exported model does not score as the winner did", fix="please report this")
+        raise UserError(
+            f"{model}: the exported model does not score as the winner did", fix="please report this"
+        )
     _out.say(f"exported the winner to {_shown(model)}; loaded back, it scores the same on every test item")
 
 

@@ -228,7 +228,10 @@ def check_folder(prepared: Prepared) -> None:
     """Refuse a run folder that holds something else, or this run on changed inputs."""
     folder = prepared.folder
     if not RunStore.exists(folder):
-        if folder.exists() and (not folder.is_dir() or any(p.name != ".lock" and not p.name.startswith(".run.sqlite") for p in folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir()
+            or any(p.name != ".lock" and not p.name.startswith(".run.sqlite") for p in folder.iterdir())
+        ):
             raise StoreError(
                 f"{folder}: exists and is not a run folder", fix="choose another `out`, or empty the folder"
             )

@@ -69,8 +69,9 @@ def find_preset(kind: PresetKind, name: str, *, beside: Path | None = None) -> P
 
     Relative paths are tried from `beside` (the folder of the file that names them), then from here.
     """
-    for folder in (*((beside,) if beside else ()), Path()):
-        path = (folder / name).expanduser()
+    folders = [Path()] if beside is None else [beside, Path()]
+    for folder in folders:
+        path = folder / Path(name).expanduser()
         if path.is_file():
             return path
     packaged = preset_folder(kind) / f"{name}.yaml"

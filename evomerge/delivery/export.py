@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 
+from evomerge.delivery.report import percent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
@@ -60,7 +61,9 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
     if pick == "best-baseline":
         best = summary.best_unsearched(summary.rows())
         if best is None:
-            raise StoreError(f"{store.folder}: not tested yet", fix=f"finish it: evomerge resume {store.folder}")
+            raise StoreError(
+                f"{store.folder}: not tested yet", fix=f"finish it: evomerge resume {store.folder}"
+            )
         return named[best.name]
     if pick in named:
         return named[pick]
@@ -79,7 +82,7 @@ def card(store: RunStore, summary: Summary, chosen: Named) -> str:
     rows = summary.rows()
     mine = next((row for row in rows if row.recipe == chosen.recipe.hash), None)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"percent": lambda x: "-" if x is None else f"{100 * x:.1f}"}
+    environment.filters |= {"percent": percent}
     template = files("evomerge.delivery").joinpath("card.md.jinja").read_text(encoding="utf-8")
     shown = [row for row in rows if row.role in ("base", "parent")]
     best = summary.best_unsearched(rows)
@@ -111,13 +114,13 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split) -> Scores:
     from evomerge.evaluation.harness import Harness
 
     torch.set_num_threads(worker.threads)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, worker.dtype), attn_implementation=worker.attention
-    ).to(worker.device)
+    )
     harness = Harness(
         worker.suite,
         tokenizer=AutoTokenizer.from_pretrained(folder),
         batch_size=worker.batch_size,
         max_length=worker.max_length,
     )
-    return harness.evaluate(model, harness.items(split))
+    return harness.evaluate(model.to(worker.device), harness.items(split))

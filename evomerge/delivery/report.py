@@ -24,12 +24,15 @@ from evomerge.running.store import RunStore
 _INK, _ACCENT, _MUTED, _GRID = "#1d2433", "#2f6fed", "#8a94a6", "#e6e9ef"
 
 
-def terminal(store: RunStore, summary: Summary) -> RenderableType:
-    """Return the comparison table, the verdict and where the time went, for a rich console."""
+def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> RenderableType:
+    """Return the comparison table, the verdict and where the time went, for a rich console.
+
+    width: of the console in characters; a narrow one shows intervals for the mean only.
+    """
     rows = summary.rows()
     parts: list[RenderableType] = []
     if rows:
-        parts.append(_table(summary, rows))
+        parts.append(_table(summary, rows, width))
     verdict = summary.verdict(rows)
     if verdict is not None:
         parts.append(Text(verdict.sentence, style="bold green" if verdict.helped else "bold yellow"))
@@ -51,27 +54,37 @@ def terminal(store: RunStore, summary: Summary) -> RenderableType:
     return Group(*parts)
 
 
-def _table(summary: Summary, rows: Sequence[Row]) -> Table:
+def _table(summary: Summary, rows: Sequence[Row], width: int) -> Table:
     table = Table(
         title="scores on `test`, % with 95 % intervals; mean: 0 = base, 100 = specialists",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     counted = [task for task in summary.shown_tasks if task.counted]
-    table.add_column("model", overflow="fold", min_width=20)
+    narrow = width < 60 + 9 * len(counted)
+    table.add_column("model", overflow="fold")
     for task in counted:
         table.add_column(_short(task.task, summary), justify="right", no_wrap=True)
     table.add_column("mean", justify="right", no_wrap=True)
     table.add_column("retention", justify="right", no_wrap=True)
     best = summary.best_unsearched(rows)
     for row in rows:
-        style = "bold" if row.role == "winner" else "dim" if row.role == "baseline" and row is not best else ""
+        style = (
+            "bold" if row.role == "winner" else "dim" if row.role == "baseline" and row is not best else ""
+        )
         mark = " *" if row is best else ""
         retention = "-" if row.retention is None else f"{100 * row.retention:.1f}"
-        cells = [_plus_minus(row.tasks[task.task], digits=0) for task in counted]
+        found = [row.tasks[task.task] for task in counted]
+        cells = [f"{100 * i.estimate:.0f}" if narrow else _plus_minus(i, digits=0) for i in found]
         label = f"winner ({row.name})" if row.role == "winner" else row.name + mark
         table.add_row(
-            label, *cells, _plus_minus(row.mean, digits=1), retention, style=style, end_section=_ends(row, rows)
+            label,
+            *cells,
+            _plus_minus(row.mean, digits=1),
+            retention,
+            style=style,
+            end_section=_ends(row, rows),
         )
     if best is not None:
         table.caption = "* the best baseline: the highest mean on `test` of all that were not searched"
@@ -85,7 +98,17 @@ def _ends(row: Row, rows: Sequence[Row]) -> bool:
 
 
 def _plus_minus(interval: Interval, *, digits: int) -> str:
-    return f"{100 * interval.estimate:.{digits}f} ±{50 * (interval.high - interval.low):.{digits}f}"
+    middle = round(100 * interval.estimate, digits) + 0.0  # never "-0.0"
+    return f"{middle:.{digits}f} ±{50 * (interval.high - interval.low):.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a percentage for tables, without a sign on zero.
+
+    >>> percent(0.1234), percent(-1e-9), percent(None)
+    ('12.3', '0.0', '-')
+    """
+    return "-" if share is None else f"{round(100 * share, 1) + 0.0:.1f}"
 
 
 def _short(task: str, summary: Summary) -> str:
@@ -128,7 +151,9 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "search": cost.search,
             "overhead": cost.overhead,
         },
-        "failures": [{"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()],
+        "failures": [
+            {"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()
+        ],
     }
 
 
@@ -137,8 +162,12 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
     rows = summary.rows()
     template = files("evomerge.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"percent": lambda x: "–" if x is None else f"{100 * x:.1f}"}
-    figures = {"progress": _progress(summary), "tasks": _tasks(summary, rows), "genome": _genome(summary.winner)}
+    environment.filters |= {"percent": percent}
+    figures = {
+        "progress": _progress(summary),
+        "tasks": _tasks(summary, rows),
+        "genome": _genome(summary.winner),
+    }
     page = environment.from_string(template).render(
         summary=summary,
         rows=rows,

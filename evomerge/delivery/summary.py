@@ -201,7 +201,9 @@ class Summary:
                 numbers.append(generation.number)
                 best.append(max(means))
                 median.append(float(np.median(means)))
-        ranked = [(m, b.name) for b in self.baselines if (m := self._mean(b.recipe.hash, "search")) is not None]
+        ranked = [
+            (m, b.name) for b in self.baselines if (m := self._mean(b.recipe.hash, "search")) is not None
+        ]
         top = max(ranked) if ranked and normaliser else (None, None)
         return Progress(
             generations=tuple(numbers),

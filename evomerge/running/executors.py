@@ -98,7 +98,12 @@ class LocalProcesses:
     """
 
     def __init__(
-        self, spec: WorkerSpec, *, workers: int, timeout: float, worker: Callable[[WorkerSpec, str], Runs] = Worker
+        self,
+        spec: WorkerSpec,
+        *,
+        workers: int,
+        timeout: float,
+        worker: Callable[[WorkerSpec, str], Runs] = Worker,
     ) -> None:
         self._spec, self._timeout, self.workers, self._worker = spec, timeout, workers, worker
         # A fork server that has imported torch and lm_eval once starts each worker in no time.
@@ -181,7 +186,10 @@ class LocalProcesses:
         name = str(self._started)
         self._started += 1
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(self._worker, self._spec, name, theirs), name=f"evomerge-worker-{name}", daemon=True
+            target=_serve,
+            args=(self._worker, self._spec, name, theirs),
+            name=f"evomerge-worker-{name}",
+            daemon=True,
         )
         process.start()
         theirs.close()

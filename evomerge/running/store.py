@@ -102,7 +102,9 @@ class RunStore:
         db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         with db:
-            db.executemany("INSERT INTO run VALUES (?, ?)", [(k, json.dumps(v)) for k, v in sorted(facts.items())])
+            db.executemany(
+                "INSERT INTO run VALUES (?, ?)", [(k, json.dumps(v)) for k, v in sorted(facts.items())]
+            )
         db.close()
         draft.rename(folder / FILE)  # finish, then rename: a run file is always a complete one
         return cls._opened(folder, lock)
@@ -209,7 +211,9 @@ class RunStore:
 
     def has_ask(self, generation: int) -> bool:
         """Say whether the generation's genomes are stored."""
-        return self._db.execute("SELECT 1 FROM ask WHERE generation = ?", (generation,)).fetchone() is not None
+        return (
+            self._db.execute("SELECT 1 FROM ask WHERE generation = ?", (generation,)).fetchone() is not None
+        )
 
     def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
         """Store a generation, shape (n, dimension), or check it bit for bit against the stored one."""
@@ -253,7 +257,8 @@ class RunStore:
         with self._writing() as db:
             self._put_recipes(db, [entry.recipe])
             db.execute(
-                "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)", (role, position, entry.name, entry.recipe.hash)
+                "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)",
+                (role, position, entry.name, entry.recipe.hash),
             )
 
     # -- what the workers find --------------------------------------------------------------------
@@ -294,7 +299,9 @@ class RunStore:
         rows = self._db.execute(query, (recipe, split)).fetchall()
         if rows:
             tasks = tuple(
-                TaskScores(task=task, metric=_unpack(metric), smooth=None if smooth is None else _unpack(smooth))
+                TaskScores(
+                    task=task, metric=_unpack(metric), smooth=None if smooth is None else _unpack(smooth)
+                )
                 for task, metric, smooth in rows
             )
             return Scores(split=split, tasks=tasks)

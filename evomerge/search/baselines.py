@@ -26,7 +26,9 @@ class Named:
 def parents(template: Recipe, sources: Sequence[str]) -> list[Named]:
     """Return the base (first) and every source, each as an exact copy of its weights."""
     assert template.base is not None
-    return [Named(name=n, recipe=_global(template, "linear", [n], weight=1.0)) for n in (template.base, *sources)]
+    return [
+        Named(name=n, recipe=_global(template, "linear", [n], weight=1.0)) for n in (template.base, *sources)
+    ]
 
 
 def hand_made(template: Recipe, sources: Sequence[str], norms: Mapping[str, float]) -> list[Named]:
@@ -48,7 +50,9 @@ def hand_made(template: Recipe, sources: Sequence[str], norms: Mapping[str, floa
         named.append((f"task arithmetic {strength:g}, equal norms", scaled))
     # TIES as in its paper: keep the top 20 %, disjoint mean, lambda 1 (Yadav et al. 2023, section 4).
     named.append(("TIES", _global(template, "ties", sources, weight=1.0, density=0.2, normalize=True)))
-    named.append(("DARE-TIES", _global(template, "dare_ties", sources, weight=1.0, density=0.5, normalize=True)))
+    named.append(
+        ("DARE-TIES", _global(template, "dare_ties", sources, weight=1.0, density=0.5, normalize=True))
+    )
     if count == 2:
         named.append(("SLERP", _global(template, "slerp", sources, t=0.5)))
     if count >= 2:

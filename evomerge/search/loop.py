@@ -48,7 +48,9 @@ class Scorer(Protocol):
 class Journal(Protocol):
     """Records what the search decided, or checks it against what a former session recorded."""
 
-    def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None: ...
+    def record_ask(
+        self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None: ...
 
     def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None: ...
 
@@ -183,7 +185,9 @@ class Search:
             own += time.perf_counter() - started + self._scorer.seconds - book_keeping
             journal.record_tell(generation, losses, own)
             found += [
-                Candidate(name=f"generation {generation}, candidate {i}", recipe=recipe, loss=float(losses[i, 0]))
+                Candidate(
+                    name=f"generation {generation}, candidate {i}", recipe=recipe, loss=float(losses[i, 0])
+                )
                 for i, recipe in enumerate(recipes)
                 if isinstance(results[i], Scores)
             ]

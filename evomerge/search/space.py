@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
@@ -77,10 +77,10 @@ class SpaceSpec(Strict):
     about: str
     method: str
     layers: int | Literal["all"] = "all"
-    modules: dict[str, tuple[str, ...]] = Field(default_factory=lambda: {"all": ()})
-    outside: dict[str, tuple[str, ...]] = Field(default_factory=lambda: {"outside": ()})
+    modules: dict[str, tuple[str, ...]] = {"all": ()}
+    outside: dict[str, tuple[str, ...]] = {"all": ()}
     genes: dict[str, GeneSpec]
-    fixed: dict[str, float | int | bool] = Field(default_factory=dict)
+    fixed: dict[str, float | int | bool] = {}
 
     @model_validator(mode="after")
     def _complete(self) -> SpaceSpec:
@@ -131,7 +131,9 @@ class SearchSpace:
         self._genes: list[Gene] = []
         self._check_parameters()
         places: dict[tuple[str, str | None, str | None, str | None], int] = {}
-        self._cells = tuple(self._cell(run, name, part, ts, places) for run, name, part, ts in self._cut(tensors))
+        self._cells = tuple(
+            self._cell(run, name, part, ts, places) for run, name, part, ts in self._cut(tensors)
+        )
         self.decode(np.full(self.dimension, 0.5))  # the method's own checks: number of sources, base
 
     @property
@@ -242,11 +244,15 @@ class SearchSpace:
         for name, spec in self.spec.genes.items():
             declared = self._declared(name)
             if declared.kind != "real":
-                raise ConfigError(f"{where}: {name} is not a real number and can't be a gene", fix="move it to `fixed`")
+                raise ConfigError(
+                    f"{where}: {name} is not a real number and can't be a gene", fix="move it to `fixed`"
+                )
             declared.check(spec.low, f"{where}: genes.{name}.low")
             declared.check(spec.high, f"{where}: genes.{name}.high")
             if spec.per and "source" in spec.per and not declared.per_source:
-                raise ConfigError(f"{where}: {name} has one value for all sources", fix="leave `source` out of `per`")
+                raise ConfigError(
+                    f"{where}: {name} has one value for all sources", fix="leave `source` out of `per`"
+                )
         for name, value in self.spec.fixed.items():
             self._declared(name).check(value, f"{where}: fixed")
             if name in self.spec.genes:
@@ -261,7 +267,11 @@ class SearchSpace:
         for run in (*runs, OUTSIDE):
             for name, match in (self.spec.modules if run else self.spec.outside).items():
                 group = TensorGroup(
-                    method=self.spec.method, sources=self.sources, parameters=self.spec.fixed, layers=run, match=match
+                    method=self.spec.method,
+                    sources=self.sources,
+                    parameters=self.spec.fixed,
+                    layers=run,
+                    match=match,
                 )
                 mine = tuple(t for t in tensors if t in left and group.matches(t))
                 left.difference_update(mine)
@@ -296,10 +306,13 @@ class SearchSpace:
                 if key not in places:
                     places[key] = len(self._genes)
                     cut = self.spec.modules if group.layers else self.spec.outside
-                    place = " ".join(part for part in (key[1], key[2] if len(cut) > 1 else None) if part) or None
+                    place = (
+                        " ".join(part for part in (key[1], key[2] if len(cut) > 1 else None) if part) or None
+                    )
                     label = " ".join(part for part in (name, key[3], place) if part)
-                    self._genes.append(Gene(name=label, parameter=name, spec=spec, source=key[3], group=place))
+                    self._genes.append(
+                        Gene(name=label, parameter=name, spec=spec, source=key[3], group=place)
+                    )
                 found.append(places[key])
             positions[name] = tuple(found)
         return _Cell(group=group, tensors=tensors, positions=positions)
-

@@ -24,7 +24,9 @@ def test_a_run_killed_at_any_stored_event_ends_in_the_same_bits(
 ) -> None:
     path = config()
     command = [sys.executable, "-m", "tests.running.killed", str(path), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     whole, killed = found["whole"], found["killed"]
