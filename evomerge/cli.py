@@ -110,7 +110,7 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], C
 
         from inspect import Parameter, signature
 
-        own = signature(function)
+        own = signature(function, eval_str=True)
         options = [
             Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
             Parameter("json_", Parameter.KEYWORD_ONLY, default=False, annotation=Json),
@@ -139,7 +139,6 @@ def check(config: Config) -> None:
     """Check a run config: models, space, suite, tasks and cost, without starting it."""
     from evomerge import compose
     from evomerge.config import RunConfig
-
     from evomerge.delivery import check as delivery
 
     prepared = compose.prepare(RunConfig.load(config))
@@ -262,7 +261,7 @@ def merge(
 @_command(app, "evaluate")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
-    suite: Annotated[str, typer.Option(help="A suite: a preset's name or a YAML file.")],
+    suite: Annotated[str, typer.Option("--suite", help="A suite: a preset's name or a YAML file.")],
     split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 64,
 ) -> None:

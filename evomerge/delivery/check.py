@@ -27,12 +27,13 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
 def text(prepared: Prepared, probe: Probe) -> str:
     """Return the findings for people."""
     per_split = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
+    count, worker = len(prepared.config.models.sources), prepared.worker
     lines = [
-        f"models: base and {len(prepared.config.models.sources)} sources of {prepared.parameters / 1e6:.1f} M "
-        "parameters; architecture, shapes and vocabulary agree",
+        f"models: base and {count} sources of {prepared.parameters / 1e6:.1f} M parameters; "
+        "architecture, shapes and vocabulary agree",
         f"space:  {prepared.space.describe()}",
         f"suite:  {prepared.suite.name}; one candidate takes {per_split}",
-        f"device: {prepared.worker.device}, forward passes in {prepared.worker.dtype}, {probe.workers} workers",
+        f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
         f"out:    {prepared.folder}",
     ]
     if probe.estimate is None:

@@ -38,15 +38,14 @@ def text(data: dict[str, Any]) -> str:
     limits = ", ".join(f"{v:g} {k}" for k, v in data["budget"].items() if v is not None)
     lines = [
         f"{data['run']}: {data['state']}" + (f" ({data['stopped']})" if data["stopped"] else ""),
-        f"  {data['evaluations']} candidates in {data['generations']} generations, {60 * data['hours']:.1f} minutes"
-        f"  (budget: {limits})",
+        f"  {data['evaluations']} candidates in {data['generations']} generations, "
+        f"{60 * data['hours']:.1f} minutes (budget: {limits})",
     ]
     if data["best_on_search"] is not None:
         lines.append(f"  best so far on search: {100 * data['best_on_search']:.1f} points")
     if data["best_baseline_on_search"] is not None:
-        lines.append(
-            f"  best baseline on search: {100 * data['best_baseline_on_search']:.1f} points ({data['best_baseline']})"
-        )
+        points = 100 * data["best_baseline_on_search"]
+        lines.append(f"  best baseline on search: {points:.1f} points ({data['best_baseline']})")
     if data["failures"]:
         lines.append(f"  {data['failures']} failed, the last: {data['last_failure']}")
     if data["verdict"]:

@@ -8,6 +8,7 @@ suite shows before anything is stored.
 from __future__ import annotations
 
 import collections
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -152,10 +153,8 @@ class LocalProcesses:
     def _give(self, process: _Process, waiting: collections.deque[Job]) -> None:
         process.job = waiting.popleft()
         process.deadline = time.monotonic() + self._timeout
-        try:
+        with contextlib.suppress(ConnectionError):  # it is dead: `_collect` finds the end of its pipe
             process.pipe.send(process.job)
-        except (BrokenPipeError, ConnectionError):
-            pass  # it is dead: `_collect` finds the end of its pipe and says so
 
     def _collect(self, process: _Process) -> Result | None:
         """Take what a worker has sent, if anything; replace it if it died or is overdue."""

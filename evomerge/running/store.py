@@ -41,14 +41,17 @@ CREATE TABLE recipe (hash TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE entry (role TEXT, position INTEGER, name TEXT NOT NULL, recipe TEXT NOT NULL REFERENCES recipe,
     PRIMARY KEY (role, position)) WITHOUT ROWID;
 CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
-    recipe TEXT NOT NULL REFERENCES recipe, at REAL NOT NULL, PRIMARY KEY (generation, position)) WITHOUT ROWID;
-CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL, at REAL NOT NULL);
+    recipe TEXT NOT NULL REFERENCES recipe, at REAL NOT NULL,
+    PRIMARY KEY (generation, position)) WITHOUT ROWID;
+CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL,
+    at REAL NOT NULL);
 CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, task TEXT, position INTEGER NOT NULL,
     metric BLOB NOT NULL, smooth BLOB, PRIMARY KEY (recipe, split, task));
 CREATE TABLE failure (recipe TEXT REFERENCES recipe, split TEXT, kind TEXT NOT NULL, reason TEXT NOT NULL,
     at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
-CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, seconds REAL NOT NULL, merge_seconds REAL NOT NULL,
-    forward_seconds REAL NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
+CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, seconds REAL NOT NULL,
+    merge_seconds REAL NOT NULL, forward_seconds REAL NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (recipe, split)) WITHOUT ROWID;
 CREATE TABLE session (started REAL PRIMARY KEY, last REAL NOT NULL, versions TEXT NOT NULL) WITHOUT ROWID;
 """
 
@@ -314,9 +317,8 @@ class RunStore:
         query = "SELECT data FROM recipe WHERE substr(hash, 1, ?) = ? LIMIT 2"
         rows = self._db.execute(query, (len(start), start)).fetchall()
         if len(rows) != 1:
-            raise StoreError(
-                f"{self.folder}: {'no' if not rows else 'more than one'} recipe has a hash starting with {start!r}"
-            )
+            count = "more than one" if rows else "no"
+            raise StoreError(f"{self.folder}: {count} recipe has a hash starting with {start!r}")
         return Recipe.from_data(json.loads(rows[0][0]))
 
     def entries(self, role: str) -> list[Named]:
@@ -407,6 +409,8 @@ def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -
 
 def _connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
     mode = "ro" if readonly else "rwc"
+    if readonly and not path.with_name(f"{path.name}-wal").exists():
+        mode = "ro&immutable=1"  # nobody writes: read without leaving SQLite's own files behind
     try:
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
         if not readonly:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
@@ -77,10 +77,10 @@ class SpaceSpec(Strict):
     about: str
     method: str
     layers: int | Literal["all"] = "all"
-    modules: dict[str, tuple[str, ...]] = {"all": ()}
-    outside: dict[str, tuple[str, ...]] = {"all": ()}
+    modules: dict[str, tuple[str, ...]] = Field(default={"all": ()})
+    outside: dict[str, tuple[str, ...]] = Field(default={"all": ()})
     genes: dict[str, GeneSpec]
-    fixed: dict[str, float | int | bool] = {}
+    fixed: dict[str, float | int | bool] = Field(default={})
 
     @model_validator(mode="after")
     def _complete(self) -> SpaceSpec:

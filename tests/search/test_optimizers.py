@@ -63,9 +63,9 @@ def test_replaying_losses_continues_bit_for_bit(make: Make) -> None:
 
 
 def test_leaves_the_global_generator_alone(make: Make) -> None:
-    before = np.random.get_state()[1].copy()  # noqa: NPY002 (it is what is tested)
+    before = np.random.get_state()[1].copy()
     run(make(0), 3)
-    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before).all()
 
 
 def test_does_not_modify_the_losses(make: Make) -> None:

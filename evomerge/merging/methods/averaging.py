@@ -49,7 +49,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     inputs="models",
 )
 def linear(
-    base: Tensor | None,  # noqa: ARG001  (methods share one signature)
+    base: Tensor | None,
     tensors: Sequence[Tensor],
     *,
     weight: tuple[float, ...],
@@ -90,7 +90,7 @@ def linear(
     sources=(2, 2),
 )
 def slerp(
-    base: Tensor | None,  # noqa: ARG001  (methods share one signature)
+    base: Tensor | None,
     tensors: Sequence[Tensor],
     *,
     t: float,

@@ -1,0 +1,111 @@
+"""Export: the scored model is the exported model, bit for bit, and it comes with its papers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evomerge import compose
+from evomerge.delivery import export as delivery
+from evomerge.delivery.summary import Summary
+from evomerge.errors import StoreError
+from evomerge.evaluation.scores import Scores
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.workbench import Workbench
+from evomerge.running.store import RunStore
+
+
+@pytest.fixture(scope="module")
+def opened(finished_run: Path) -> tuple[RunStore, Summary]:
+    store = RunStore.read(finished_run)
+    return store, Summary(store, compose.stored_suite(store))
+
+
+@pytest.fixture(scope="module")
+def exported(opened: tuple[RunStore, Summary], tmp_path_factory: pytest.TempPathFactory) -> delivery.Exported:
+    return delivery.export(*opened, tmp_path_factory.mktemp("export") / "model")
+
+
+def test_the_folder_is_complete(exported: delivery.Exported) -> None:
+    names = {p.name for p in exported.folder.iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "mergekit.yaml",
+        "model.safetensors",
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((exported.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert Recipe.from_yaml((exported.folder / "recipe.yaml").read_text()) == exported.pick.recipe
+    assert not list(exported.folder.parent.glob(".*"))
+
+
+def test_plain_transformers_loads_the_weights_that_were_scored(exported: delivery.Exported) -> None:
+    recipe = exported.pick.recipe
+    bench = Workbench(recipe.models, recipe.base)
+    bench.load(recipe)
+    loaded = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32)
+    live = bench.model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, live[name]), name
+    assert AutoTokenizer.from_pretrained(exported.folder)("a b").input_ids == bench.tokenizer("a b").input_ids
+
+
+def test_it_scores_exactly_what_is_stored(
+    opened: tuple[RunStore, Summary], exported: delivery.Exported
+) -> None:
+    store = opened[0]
+    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    for split in ("test", "select"):
+        stored = store.result(exported.pick.recipe.hash, split)  # type: ignore[arg-type]
+        assert isinstance(stored, Scores)
+        assert delivery.rescore(exported.folder, worker, split).same_as(stored)  # type: ignore[arg-type]
+
+
+def test_the_model_card_says_what_must_be_said(
+    opened: tuple[RunStore, Summary], exported: delivery.Exported
+) -> None:
+    text = (exported.folder / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "transformers"
+    assert len(front["base_model"]) == 3
+    verdict = opened[1].verdict(opened[1].rows())
+    assert verdict is not None
+    assert verdict.sentence in text
+    for part in (
+        exported.pick.recipe.hash,
+        "## Safety",
+        "run seed 0",
+        "torch 2",
+        "evomerge merge recipe.yaml",
+    ):
+        assert part in text
+    assert "| winner:" in text
+
+
+def test_other_rows_can_be_picked(opened: tuple[RunStore, Summary], tmp_path: Path) -> None:
+    store, summary = opened
+    best = summary.best_unsearched(summary.rows())
+    assert best is not None
+    done = delivery.export(store, summary, tmp_path / "best", pick="best-baseline")
+    assert done.pick.name == best.name
+    assert "not the winner" in (tmp_path / "best" / "README.md").read_text()
+    by_hash = delivery.export(store, summary, tmp_path / "hash", pick=best.recipe[:10])
+    assert by_hash.pick.recipe.hash == best.recipe
+    assert delivery.export(store, summary, tmp_path / "name", pick="TIES").pick.name == "TIES"
+
+
+def test_a_run_without_a_winner_says_so(opened: tuple[RunStore, Summary], tmp_path: Path) -> None:
+    store, summary = opened
+    unfinished = Summary(store, summary.suite)
+    unfinished.winner = None
+    with pytest.raises(StoreError, match="no winner yet"):
+        delivery.export(store, unfinished, tmp_path / "out")

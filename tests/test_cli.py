@@ -1,0 +1,301 @@
+"""The commands: each works on a small run, and every mistake is one message, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner, Result
+
+from evomerge.cli import app
+from evomerge.running.store import RunStore
+from tests.conftest import write_suite
+
+NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "evaluate", "demo", "zoo"]
+
+
+@pytest.fixture(autouse=True)
+def _logging_restored() -> Iterator[None]:
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def succeed(*words: object) -> str:
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refuse(*words: object, folder: Path) -> str:
+    """Expect a user's mistake: exit code 2, one message on stderr, no traceback, nothing changed."""
+    before = everything_in(folder)
+    result = invoke(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: "), result.stderr
+    assert "Traceback" not in result.output
+    assert everything_in(folder) == before
+    return result.stderr
+
+
+def test_every_command_of_the_contract_is_there() -> None:
+    assert [c.name for c in app.registered_commands] + [g.name for g in app.registered_groups] == NAMES
+    assert "build" in succeed("zoo", "--help")
+    assert succeed("--version").startswith("evomerge ")
+
+
+def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(budget={"evaluations": 40})
+    text = succeed("check", path)
+    assert "2 genes (weight)" in text
+    assert "about" in text
+    assert not (tmp_path / "run").exists()
+    data = json.loads(succeed("check", path, "--json"))
+    assert data["items"] == {"search": 72, "select": 64, "test": 160}
+    assert data["estimated_minutes"] > 0
+
+
+def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(budget={"generations": 1})
+    text = succeed("run", path)
+    assert "search helped" in text or "search did not help" in text
+    run, out = tmp_path / "run", tmp_path / "exported"
+    assert (run / "report.html").exists()
+    assert "finished (budget of 1 generations used)" in succeed("status", run)
+    status = json.loads(succeed("status", run, "--json"))
+    assert status["generations"] == 1
+    assert status["state"] == "finished"
+    report = json.loads(succeed("report", run, "--json"))
+    assert report["rows"][-1]["role"] == "winner"
+    assert succeed("--quiet", "resume", run, "--evaluations", "8") == ""
+    assert json.loads(succeed("status", run, "--json"))["generations"] == 2
+    succeed("export", run, out)
+    winner = json.loads(succeed("status", run, "--json"))["winner"]
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["format"] == 1
+    again = json.loads(succeed("merge", out / "recipe.yaml", tmp_path / "again", "--json"))
+    assert again["recipe"] == winner
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    succeed("merge", out / "mergekit.yaml", tmp_path / "third")
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "third").state_dict()
+    first = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_evaluate_scores_one_model(tiny_zoo: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path)
+    text = succeed("evaluate", tiny_zoo / "reverse", "--suite", suite)
+    assert "demo_reverse" in text
+    data = json.loads(succeed("evaluate", tiny_zoo / "reverse", "--suite", suite, "--json"))
+    by_task = {row["task"]: row for row in data["tasks"]}
+    assert by_task["demo_reverse"]["score"] > 0.5
+    assert by_task["demo_reverse"]["items"] == 40
+    adapted = f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"
+    assert "demo_upper" in succeed("evaluate", adapted, "--suite", suite)
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, calls = config(), 0
+    record = RunStore.record_scores
+
+    def interrupted(self: RunStore, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise KeyboardInterrupt
+        record(self, *args)
+
+    monkeypatch.setattr(RunStore, "record_scores", interrupted)
+    result = invoke("run", path)
+    assert result.exit_code == 130
+    assert f"evomerge resume {tmp_path / 'run'}" in result.output
+    monkeypatch.undo()
+    assert "stopped" in succeed("status", tmp_path / "run")
+    assert "search" in succeed("resume", tmp_path / "run")
+
+
+# -- mistakes -------------------------------------------------------------------------------------------
+
+
+def _models(**sources: object) -> dict[str, Any]:
+    return {
+        "base": str(sources.pop("base")),
+        "sources": {name: str(place) for name, place in sources.items()},
+    }
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimiser": {}}, "unknown key 'optimiser' (did you mean 'optimizer'?"),
+        ({"budget": {"evaluation": 3}}, "unknown key 'budget.evaluation' (did you mean 'evaluations'?"),
+        ({"budget": {}}, "needs at least one of"),
+        ({"optimizer": {"name": "cma"}}, "'cma_es'"),
+        ({"space": "tis_layers"}, "did you mean 'ties_layers'?"),
+        ({"suite": "no-such-suite"}, "neither a file nor one of the packaged suites"),
+        ({"executor": {"name": "inline", "batch_size": 0}}, "executor.batch_size"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_mistakes_in_the_config(
+    config: Callable[..., Path], tmp_path: Path, verb: str, changes: dict[str, Any], message: str
+) -> None:
+    path = config(**changes)
+    assert message in refuse(verb, path, folder=tmp_path)
+
+
+def _space(**changes: Any) -> dict[str, Any]:
+    genes = {"weight": {"low": 0, "high": 1}}
+    return {"space": {"name": "s", "about": "", "method": "ties", "genes": genes, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (_space(method="tise"), "unknown merge method 'tise'"),
+        (_space(fixed={"density": 1.5}), "density is out of range"),
+        (_space(genes={"density": {"low": -0.5, "high": 1}}), "density is out of range"),
+    ],
+)
+def test_mistakes_in_the_space(
+    config: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert message in refuse("run", config(**changes), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "demo_revers"}, "demo_reverse"),
+        ({"metric": "accuracy"}, "acc"),
+        ({"specialist": "revers"}, "did you mean 'reverse'?"),
+        ({"splits": {"search": "train", "select": "select", "test": "test"}}, "train"),
+    ],
+)
+def test_mistakes_in_the_suite(
+    config: Callable[..., Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = config()
+    suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
+    suite["tasks"][0] |= change
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    assert message in refuse("run", path, folder=tmp_path)
+
+
+def test_missing_model_folder(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    path = config(models=_models(base=tiny_zoo / "base", upper=tmp_path / "uper"))
+    assert "uper" in refuse("run", path, folder=tmp_path)
+
+
+def test_sources_that_do_not_fit(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    wider = AutoModelForCausalLM.from_config(
+        LlamaConfig.from_pretrained(tiny_zoo / "base", intermediate_size=96)
+    )
+    wider.save_pretrained(tmp_path / "wider")
+    path = config(models=_models(base=tiny_zoo / "base", wide=tmp_path / "wider"))
+    assert "another shape" in refuse("run", path, folder=tmp_path)
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_zoo / "upper", other)
+    settings = json.loads((other / "config.json").read_text())
+    settings |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (other / "config.json").write_text(json.dumps(settings))
+    path = config(models=_models(base=tiny_zoo / "base", other=other))
+    assert "architectures differs" in refuse("run", path, folder=tmp_path)
+
+
+def test_truncated_weights(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_zoo / "upper", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    path = config(models=_models(base=tiny_zoo / "base", broken=broken))
+    message = refuse("run", path, folder=tmp_path)
+    assert "model.safetensors" in message
+    assert "truncated" in message
+
+
+def test_a_run_folder_of_another_config(config: Callable[..., Path], tmp_path: Path) -> None:
+    succeed("run", config(budget={"generations": 1}))
+    message = refuse("run", config(seed=5), folder=tmp_path)
+    assert "holds a run of another config" in message
+    assert "seed 0 there, 5 here" in message
+
+
+def test_an_out_folder_that_is_not_a_run(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "is not a run folder" in refuse("run", config(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["resume", "status", "report", "export"])
+def test_a_corrupt_run_store(finished_run: Path, tmp_path: Path, verb: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    path = run / "run.sqlite"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    words = [verb, run, *([tmp_path / "out"] if verb == "export" else [])]
+    assert "damaged" in refuse(*words, folder=tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["resume", "status", "report"])
+def test_no_run_there(tmp_path: Path, verb: str) -> None:
+    assert "no run here" in refuse(verb, tmp_path / "nothing", folder=tmp_path)
+
+
+def test_no_room_for_the_export(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
+    assert "not enough disk space" in refuse("export", finished_run, tmp_path / "out", folder=tmp_path)
+
+
+def test_exporting_over_files_or_something_unknown(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keep.txt").write_text("mine")
+    assert "already exists" in refuse("export", finished_run, tmp_path / "out", folder=tmp_path)
+    message = refuse("export", finished_run, tmp_path / "new", "--pick", "TIE", folder=tmp_path)
+    assert "did you mean 'TIES'?" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("groups: []", "missing key 'models'"),
+        ("models: {a: x}\ngroups: [{method: linear, sources: [b]}]", "unknown model 'b'"),
+        ("models: {a: x}\ngroups: [{method: tie, sources: [a]}]", "unknown merge method 'tie'"),
+        (
+            "models: {a: x, b: x}\nbase: a\ngroups: [{method: ties, sources: [b], parameters: {density: 2}}]",
+            "density is out of range",
+        ),
+        ("models: {a: /no/such/folder}\ngroups: [{method: linear, sources: [a]}]", "/no/such/folder"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert message in refuse("merge", tmp_path / "recipe.yaml", tmp_path / "out", folder=tmp_path)
+
+
+def test_mistakes_of_evaluate(tiny_zoo: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path)
+    assert "no-model" in refuse("evaluate", tmp_path / "no-model", "--suite", suite, folder=tmp_path)
+    words = ("evaluate", tiny_zoo / "base", "--suite", suite, "--split", "tset")
+    assert "did you mean 'test'?" in refuse(*words, folder=tmp_path)
