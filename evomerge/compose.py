@@ -206,7 +206,7 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
 def _facts(prepared: Prepared) -> dict[str, Any]:
     config = prepared.config
     return {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
         "identity": config.identity(),
         "fingerprints": prepared.fingerprints,
         "suite": prepared.suite.model_dump(mode="json"),
@@ -220,7 +220,7 @@ def _open_store(prepared: Prepared) -> RunStore:
         return RunStore.create(prepared.folder, _facts(prepared))
     store = RunStore.open(prepared.folder)
     if store.fact("config")["budget"] != prepared.config.budget.model_dump(mode="json"):
-        store.set_fact("config", prepared.config.model_dump(mode="json"))
+        store.set_fact("config", _facts(prepared)["config"])
     return store
 
 

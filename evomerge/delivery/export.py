@@ -95,6 +95,7 @@ def card(store: RunStore, summary: Summary, chosen: Named) -> str:
         mine=mine,
         tasks=[t.task for t in summary.shown_tasks],
         verdict=summary.verdict(rows),
+        weakest=summary.weakest(rows),
         suite=summary.suite,
         seed=store.fact("config")["seed"],
         config=store.fact("config"),

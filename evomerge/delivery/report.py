@@ -36,6 +36,7 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
     verdict = summary.verdict(rows)
     if verdict is not None:
         parts.append(Text(verdict.sentence, style="bold green" if verdict.helped else "bold yellow"))
+        parts.append(Text(summary.weakest(rows) or ""))
     else:
         parts.append(Text("no verdict yet: the run has not been tested", style="yellow"))
     cost = summary.cost()
@@ -139,6 +140,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
                 "name": row.name,
                 "recipe": row.recipe,
                 "tasks": {t: [i.estimate, i.low, i.high] for t, i in row.tasks.items()},
+                "normalised": row.normalised,
                 "mean": [row.mean.estimate, row.mean.low, row.mean.high],
                 "retention": row.retention,
             }
@@ -173,6 +175,7 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         rows=rows,
         best=summary.best_unsearched(rows),
         verdict=summary.verdict(rows),
+        weakest=summary.weakest(rows),
         cost=summary.cost(),
         finalists=summary.finalists(),
         failures=store.failures(),

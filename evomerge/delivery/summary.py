@@ -26,14 +26,16 @@ _SEED = 20240  # of the bootstrap: a report of the same run always shows the sam
 class Row:
     """One line of the comparison table, on the `test` split.
 
-    tasks: task -> raw metric with its 95 % interval, in suite order. mean: normalised, 0 = base,
-    1 = specialist. retention: ratio to the base, None without a retention task.
+    tasks: task -> raw metric with its 95 % interval, in suite order. normalised: task -> the same on
+    the scale 0 = base, 1 = specialist, for the tasks that count. mean: over those. retention: ratio to
+    the base, None without a retention task.
     """
 
     role: str
     name: str
     recipe: str
     tasks: dict[str, Interval]
+    normalised: dict[str, float]
     mean: Interval
     retention: float | None
 
@@ -151,7 +153,7 @@ class Summary:
         return rows
 
     def _row(self, role: str, named: Named, scores: Scores, normaliser: Normaliser) -> Row:
-        tasks = {}
+        tasks, normalised = {}, normaliser.task(scores)
         for task in self.shown_tasks:
             metric = scores[task.task].metric
             binary = bool(np.isin(metric, (0.0, 1.0)).all())
@@ -165,6 +167,7 @@ class Summary:
             name=named.name,
             recipe=named.recipe.hash,
             tasks=tasks,
+            normalised={t.task: normalised[t.task] for t in self.shown_tasks if t.counted},
             mean=statistics.interval(normaliser.items(scores), normaliser.weights, seed=_SEED),
             retention=normaliser.retention(scores),
         )
@@ -176,6 +179,15 @@ class Summary:
         """
         rivals = [row for row in rows if row.role != "winner"]
         return max(rivals, key=lambda row: row.mean.estimate) if rivals else None
+
+    def weakest(self, rows: Iterable[Row]) -> str | None:
+        """Say on which task the winner keeps least of what the specialist can: means hide that."""
+        winner = next((row for row in rows if row.role == "winner"), None)
+        if winner is None:
+            return None
+        task, value = min(winner.normalised.items(), key=lambda pair: pair[1])
+        points = round(100 * value) + 0
+        return f"weakest task of the winner: {task}, {points} of 100 points between base and specialist"
 
     def verdict(self, rows: Iterable[Row]) -> Verdict | None:
         """Return the paired test of the winner against the best row that was not searched."""

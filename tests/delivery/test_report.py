@@ -66,7 +66,8 @@ def test_the_verdict_is_against_the_best_row_that_was_not_searched(opened: tuple
     assert verdict.test.estimate == pytest.approx(rows[-1].mean.estimate - best.mean.estimate)
     assert verdict.items == 80
     number = r"-?[\d.]+"
-    pattern = rf"search (helped|did not help): [+-][\d.]+ points \[{number}, {number}\] over the best baseline \(.+\)"
+    points = rf"[+-][\d.]+ points \[{number}, {number}\]"
+    pattern = rf"search (helped|did not help): {points} over the best baseline \(.+\)"
     assert re.fullmatch(pattern, verdict.sentence)
     assert verdict.sentence.startswith("search helped") == (verdict.test.low > 0)
 

@@ -134,3 +134,35 @@ def get(name: str) -> Method:
     if name not in _REGISTRY:
         raise ConfigError(f"unknown merge method {name!r}", fix=nearest(name, names()))
     return _REGISTRY[name]
+
+
+def markdown() -> str:
+    """Return the page docs/methods.md: every method with its inputs, parameters and paper."""
+    lines = [
+        "# Merge methods",
+        "",
+        "Made from the declarations by `python -m evomerge.merging.methods > docs/methods.md`.",
+    ]
+    for name in names():
+        found = _REGISTRY[name]
+        low, high = found.min_sources, found.max_sources
+        count = f"{low} or more" if high is None else f"exactly {low}" if low == high else f"{low} to {high}"
+        needs = "the sources' task vectors" if found.inputs == "task_vectors" else "the sources' own weights"
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            found.summary,
+            "",
+            f"Works on {needs}; {count} sources"
+            f"{'; needs a base' if found.needs_base else ''}"
+            f"{'; draws masks from the recipe seed' if found.random else ''}. Paper: {found.paper}.",
+        ]
+        if found.parameters:
+            lines += ["", "| parameter | one per | default | range | meaning |", "|---|---|---|---|---|"]
+        for p in found.parameters.values():
+            span = "true, false" if p.kind == "flag" else f"{p.low:g} ... {p.high:g}"
+            default = str(p.default).lower() if p.kind == "flag" else f"{p.default:g}"
+            owner = "source" if p.per_source else "group"
+            lines.append(f"| `{p.name}` | {owner} | {default} | {span} | {p.help} |")
+    return "\n".join(lines) + "\n"
