@@ -108,7 +108,7 @@ class RunConfig(Strict):
         for name in ("budget", "out", "suite"):
             del data[name]
         data["models"] = sorted(self.models.sources)
-        for name in ("name", "workers", "timeout"):
+        for name in ("name", "workers", "threads", "timeout"):
             del data["executor"][name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

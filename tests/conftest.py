@@ -11,6 +11,7 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
+os.environ["OMP_NUM_THREADS"] = "1"  # test processes share the cores
 
 import pytest
 import yaml
@@ -61,7 +62,7 @@ def config_data(zoo: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "suite": str(folder / "suite.yaml"),
         "optimizer": {"name": "cma_es", "population": 4},
         "budget": {"generations": 3},
-        "executor": {"name": "inline", "batch_size": 32},
+        "executor": {"name": "inline", "threads": 1, "batch_size": 32},
         "finalists": 2,
         "seed": 0,
         "out": str(folder / "run"),

@@ -151,7 +151,7 @@ def _models(**sources: object) -> dict[str, Any]:
         ({"optimizer": {"name": "cma"}}, "'cma_es'"),
         ({"space": "tis_layers"}, "did you mean 'ties_layers'?"),
         ({"suite": "no-such-suite"}, "neither a file nor one of the packaged suites"),
-        ({"executor": {"name": "inline", "batch_size": 0}}, "executor.batch_size"),
+        ({"executor": {"batch_size": 0}}, "executor.batch_size"),
         ({"seed": -1}, "seed"),
     ],
 )

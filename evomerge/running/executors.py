@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -30,13 +30,15 @@ from evomerge.schema import Strict
 class ExecutorSpec(Strict):
     """The `executor` part of a run config.
 
-    workers: processes (default: one per core, or one per GPU). timeout: seconds a candidate may take on
-    one split. batch_size: requests per forward pass. dtype: of the forward pass; "auto" is float32 on a
-    CPU and bfloat16 on a GPU. max_length: in tokens; default the model's own.
+    workers: processes (default: one per core). threads: of each worker (default: the cores divided among
+    them, or OMP_NUM_THREADS). timeout: seconds a candidate may take on one split. batch_size: requests
+    per forward pass. dtype: of the forward pass; "auto" is float32 on a CPU and bfloat16 on a GPU.
+    max_length: in tokens; default the model's own. attention: the implementation transformers uses.
     """
 
     name: Literal["local", "inline"] = "local"
-    workers: int | Literal["auto"] = Field(default="auto")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     timeout: float = Field(default=3600.0, gt=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -274,7 +276,11 @@ def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
     dtype = spec.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    return device, dtype, max(1, _cores() // worker_count(spec))
+    threads = spec.threads
+    if threads == "auto":
+        limit = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(limit) if limit.isdecimal() and int(limit) else max(1, _cores() // worker_count(spec))
+    return device, dtype, threads
 
 
 def _cores() -> int:

@@ -54,7 +54,7 @@ def test_equals_hflm_for_any_tokens(pairs: list[tuple[list[int], list[int]]], ba
     found = lay(pairs, batch_size).score(MODEL)
     requests = [(("", ""), context, continuation) for context, continuation in pairs]
     expected = hflm()._loglikelihood_tokens(requests, disable_tqdm=True)
-    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], atol=1e-5)
+    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], rtol=1e-6, atol=1e-5)
     assert found.greedy.tolist() == [greedy for _, greedy in expected]
 
 
@@ -75,7 +75,7 @@ def test_equals_hflm_from_text_to_numbers(max_length: int | None) -> None:
     backend = Backend(TOKENIZER, batch_size=2, max_length=max_length)
     found = lay(backend.pairs(instances), 2, max_length or CONTEXT).score(MODEL)
     expected = hflm(max_length=max_length).loglikelihood(instances, disable_tqdm=True)
-    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], atol=1e-5)
+    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], rtol=1e-6, atol=1e-5)
     assert found.greedy.tolist() == [greedy for _, greedy in expected]
 
 
@@ -95,7 +95,7 @@ def test_bfloat16_models_are_read_in_float32() -> None:
     pairs = [([4, 5, 6], [7, 8, 9]), ([4], [5, 6])]
     requests = [(("", ""), context, continuation) for context, continuation in pairs]
     expected = hflm(model, softmax_dtype="float32")._loglikelihood_tokens(requests, disable_tqdm=True)
-    np.testing.assert_allclose(lay(pairs).score(model).ll, [ll for ll, _ in expected], atol=1e-5)
+    np.testing.assert_allclose(lay(pairs).score(model).ll, [ll for ll, _ in expected], rtol=1e-6, atol=1e-5)
 
 
 def test_a_uniform_model() -> None:
