@@ -10,6 +10,8 @@ import functools
 import json
 import logging
 import os
+import shlex
+import signal
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -37,7 +39,7 @@ app = typer.Typer(
 zoo = typer.Typer(help="The demo models: a small base and its specialists.", no_args_is_help=True)
 app.add_typer(zoo, name="zoo")
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def _console() -> Console:
@@ -56,7 +58,7 @@ class _Output:
 
     def say(self, message: Any) -> None:
         if not (self.quiet or self.json):
-            self.console.print(message, highlight=False, soft_wrap=isinstance(message, str))
+            self.console.print(message, highlight=False, markup=False, soft_wrap=isinstance(message, str))
 
     def data(self, data: Any) -> None:
         if self.json:
@@ -72,7 +74,13 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YA
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 Evaluations = Annotated[
     int | None,
-    typer.Option("--evaluations", min=1, help="Replace the config's budget: candidates to ask for."),
+    typer.Option("--evaluations", min=1, help="Replace this limit of the budget: candidates to ask for."),
+]
+Generations = Annotated[
+    int | None, typer.Option("--generations", min=1, help="Replace this limit of the budget.")
+]
+Hours = Annotated[
+    float | None, typer.Option("--hours", min=0.0, help="Replace this limit of the budget: hours of work.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
 
@@ -103,10 +111,15 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], C
             try:
                 function(*args, **kwargs)
             except UserError as error:
-                Console(stderr=True).print(
-                    f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-                )
+                _complain(f"error: {error}", style="red")
                 raise typer.Exit(2) from None
+            except OSError as error:  # a disk or folder that does not do what was asked of it
+                where = f"{error.filename}: " if error.filename else ""
+                _complain(f"error: {where}{error.strerror or error}", style="red")
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt as interrupt:
+                _complain(str(interrupt) or "stopped; nothing was stored")
+                raise typer.Exit(TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED) from None
 
         from inspect import Parameter, signature
 
@@ -121,6 +134,19 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], C
         return function
 
     return register
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch scheduler sends it: handled like Ctrl-C."""
+
+
+def _terminated(*_: object) -> None:
+    raise _Terminated
+
+
+def _complain(message: str, *, style: str = "") -> None:
+    """Speak to the user on standard error, also where `--quiet` or `--json` keep standard output clean."""
+    Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _calm() -> None:
@@ -149,35 +175,48 @@ def check(config: Config) -> None:
 
 
 @_command(app, "run")
-def run(config: Config, seed: Seed = None, evaluations: Evaluations = None, out: Path | None = None) -> None:
+def run(
+    config: Config,
+    seed: Seed = None,
+    evaluations: Evaluations = None,
+    generations: Generations = None,
+    hours: Hours = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
+) -> None:
     """Run a config: baselines, search, selection, test, report. Continues where its folder left off."""
     from evomerge.config import RunConfig
 
-    _run(RunConfig.load(config, seed=seed, out=None if out is None else str(out), evaluations=evaluations))
+    place = None if out is None else str(out)
+    limits = {"evaluations": evaluations, "generations": generations, "hours": hours}
+    _run(RunConfig.load(config, seed=seed, out=place, **limits))
 
 
 @_command(app, "resume")
-def resume(run: Run, evaluations: Evaluations = None) -> None:
+def resume(
+    run: Run, evaluations: Evaluations = None, generations: Generations = None, hours: Hours = None
+) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
     from evomerge import compose
-    from evomerge.running.budget import BudgetSpec
 
-    budget = None if evaluations is None else BudgetSpec(evaluations=evaluations)
-    _run(compose.stored_config(run, budget=budget))
+    _run(compose.stored_config(run, evaluations=evaluations, generations=generations, hours=hours))
 
 
 def _run(config: RunConfig) -> None:
     from evomerge import compose
+    from evomerge.running.store import RunStore
 
     folder = Path(config.out)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         with _observer(config.budget) as observer:
             compose.start(config, observer)
-    except KeyboardInterrupt:
-        _out.say(
-            f"stopped; everything scored so far is stored. Go on with:\n  evomerge resume {_shown(folder)}"
-        )
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as interrupt:
+        if RunStore.exists(folder):
+            command = f"evomerge resume {shlex.quote(_shown(folder))}"
+            interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _report(folder)
 
 
@@ -215,9 +254,12 @@ def _report(folder: Path) -> None:
 
     with RunStore.read(folder) as store:
         summary = Summary(store, compose.stored_suite(store))
-        page = delivery.write_html(store, summary, folder / "report.html")
         _out.say(delivery.terminal(store, summary, width=_out.console.width))
-        _out.say(f"report: {_shown(page)}")
+        try:
+            page = delivery.write_html(store, summary, folder / "report.html")
+            _out.say(f"report: {_shown(page)}")
+        except OSError as error:
+            _complain(f"report.html could not be written: {error.strerror or error}", style="yellow")
         _out.data(delivery.as_data(store, summary))
 
 

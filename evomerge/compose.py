@@ -8,25 +8,29 @@ still before the run folder exists.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evomerge import __version__
-from evomerge.config import BASE, RunConfig
-from evomerge.errors import StoreError, UserError
+from evomerge.config import RunConfig
+from evomerge.errors import ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running import executors
-from evomerge.running.budget import Budget, BudgetSpec
+from evomerge.running.budget import Budget
 from evomerge.running.scorer import Observer, Scorer
-from evomerge.running.store import RunStore
+from evomerge.running.store import BASE, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
-from evomerge.search import baselines
+from evomerge.search import baselines, optimizers
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.space import SearchSpace, SpaceSpec
 
@@ -37,7 +41,8 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "nu
 class Prepared:
     """A run config found sound, with everything it names opened (headers only).
 
-    fingerprints: model name -> hash of its config and tensor headers. parameters: of the base model.
+    fingerprints: model name -> hash of its config, headers, sizes and sampled weights. parameters:
+    number of the base model's weights.
     notes: what is worth knowing about the models, though nothing is wrong.
     """
 
@@ -107,20 +112,15 @@ def start(config: RunConfig, observer: Observer) -> Outcome:
     return _execute(prepared, observer)
 
 
-def resume(folder: Path, observer: Observer, *, budget: BudgetSpec | None = None) -> Outcome:
-    """Continue a stored run, with its own budget or a new one."""
-    prepared = prepare(stored_config(folder, budget=budget))
-    check_folder(prepared)
-    return _execute(prepared, observer)
+def stored_config(folder: Path, **budget: Any) -> RunConfig:
+    """Return the config a run was started with; `out` is where the run lies now.
 
-
-def stored_config(folder: Path, *, budget: BudgetSpec | None = None) -> RunConfig:
-    """Return the config a run was started with; `out` is where the run lies now."""
+    budget: single limits (evaluations, generations, hours) that replace the stored ones.
+    """
     with RunStore.read(folder) as store:
         data = store.fact("config")
     data["out"] = str(folder.absolute())
-    if budget is not None:
-        data["budget"] = budget.model_dump()
+    data["budget"] |= {name: value for name, value in budget.items() if value is not None}
     return parse(RunConfig, data, f"{folder}: stored config")
 
 
@@ -148,38 +148,51 @@ class Probe:
 def probe(prepared: Prepared) -> Probe:
     """Load the models, build all tasks and score the uniform average once per split.
 
-    estimate: seconds the whole run would take, None where the budget does not count candidates.
+    estimate: seconds the whole run would take, None where only time limits it.
     """
     inline = executors.Inline(prepared.worker)
     items: dict[str, int] = {}
     seconds: dict[str, float] = {}
     for split in SPLITS:
-        (result,) = inline.run([Job(recipe=prepared.template, split=split)])
+        job = Job(recipe=prepared.template, split=split)
+        _, result = inline.run([job, job])  # the first time warms caches
         if isinstance(result.outcome, Failure):
             raise UserError(f"the uniform average could not be scored on {split}: {result.outcome.reason}")
         assert result.timing is not None
         items[split], seconds[split] = result.outcome.items, result.timing.total
-    budget, workers = prepared.config.budget, executors.worker_count(prepared.config.executor)
+    config, workers = prepared.config, executors.worker_count(prepared.config.executor)
+    searched = _searched(prepared)
     estimate = None
-    if budget.evaluations is not None:
-        models = len(prepared.config.models.sources) + 1
-        hand_made = len(baselines.STRENGTHS) * 2 + 6
-        work = (budget.evaluations + models + hand_made + models) * seconds["search"]
-        work += (prepared.config.finalists + 1 + models) * seconds["select"]
-        work += (models + hand_made + 1) * seconds["test"]
+    if searched is not None:
+        sources = tuple(config.models.sources)
+        parents = len(sources) + 1
+        hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
+        work = (searched + parents + hand_made + len(sources)) * seconds["search"]
+        work += (config.finalists + 1 + parents) * seconds["select"]
+        work += (parents + hand_made + 2) * seconds["test"]
         estimate = work / workers
     return Probe(items=items, seconds=seconds, workers=workers, estimate=estimate)
 
 
-def _execute(prepared: Prepared, observer: Observer) -> Outcome:
-    from evomerge.merging.analysis import task_vector_norms
+def _searched(prepared: Prepared) -> int | None:
+    """Return how many candidates the budget lets the optimizer ask for, None where only time limits it."""
+    budget = prepared.config.budget
+    start = np.full(prepared.space.dimension, 0.5)
+    optimizer = optimizers.create(prepared.config.optimizer, start=start, seed=np.random.SeedSequence(0))
+    limits = [budget.evaluations, budget.generations and budget.generations * len(optimizer.ask())]
+    return min((limit for limit in limits if limit), default=None)
 
+
+def _execute(prepared: Prepared, observer: Observer) -> Outcome:
     executor = executors.build(prepared.config.executor, prepared.worker)
     try:
+        norms = _norms(prepared)
         with _open_store(prepared) as store:
             store.begin_session(versions())
             if store.fact("norms") is None:
-                store.set_fact("norms", task_vector_norms(prepared.config.locations, BASE))
+                store.set_fact("norms", norms)
+            if store.fact("stopped") is not None:
+                store.set_fact("stopped", None)  # a larger budget: the old winner no longer counts
             search = Search(
                 SearchPlan(
                     suite=prepared.suite,
@@ -203,13 +216,32 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
         executor.close()
 
 
+def _norms(prepared: Prepared) -> dict[str, float]:
+    """Return the norms of the task vectors: a check of every weight, before anything is stored."""
+    from evomerge.merging.analysis import task_vector_norms
+
+    if RunStore.exists(prepared.folder):
+        with RunStore.read(prepared.folder) as store:
+            if (stored := store.fact("norms")) is not None:
+                return dict(stored)
+    norms = task_vector_norms(prepared.config.locations, BASE)
+    for name, norm in norms.items():
+        if norm == 0:
+            raise ModelError(
+                f"source {name!r} is identical to the base",
+                got=prepared.config.models.sources[name],
+                fix="leave it out: it adds nothing to a merge",
+            )
+    return norms
+
+
 def _facts(prepared: Prepared) -> dict[str, Any]:
     config = prepared.config
     return {
         "config": config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
         "identity": config.identity(),
         "fingerprints": prepared.fingerprints,
-        "suite": prepared.suite.model_dump(mode="json"),
+        "suite": prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
         "suite_digest": prepared.suite.digest(),
         "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
     }
@@ -219,46 +251,64 @@ def _open_store(prepared: Prepared) -> RunStore:
     if not RunStore.exists(prepared.folder):
         return RunStore.create(prepared.folder, _facts(prepared))
     store = RunStore.open(prepared.folder)
-    if store.fact("config")["budget"] != prepared.config.budget.model_dump(mode="json"):
-        store.set_fact("config", _facts(prepared)["config"])
+    try:
+        facts = _facts(prepared)
+        _check_same(store, facts)  # again, now that nobody else can write
+        if store.fact("config") != facts["config"]:
+            store.set_fact("config", facts["config"])
+    except BaseException:
+        store.close()
+        raise
     return store
 
 
 def check_folder(prepared: Prepared) -> None:
-    """Refuse a run folder that holds something else, or this run on changed inputs."""
+    """Refuse a run folder that can't be made, holds something else, or this run on changed inputs."""
     folder = prepared.folder
-    if not RunStore.exists(folder):
-        if folder.exists() and (
-            not folder.is_dir()
-            or any(p.name != ".lock" and not p.name.startswith(".run.sqlite") for p in folder.iterdir())
-        ):
+    if RunStore.exists(folder):
+        with RunStore.read(folder) as store:
+            _check_same(store, _facts(prepared))
+        return
+    if folder.is_dir():
+        others = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith(".run.sqlite")]
+        if others:
             raise StoreError(
                 f"{folder}: exists and is not a run folder", fix="choose another `out`, or empty the folder"
             )
-        return
-    facts = _facts(prepared)
-    with RunStore.read(folder) as store:
-        if store.fact("identity") != facts["identity"]:
+    above = next(p for p in (folder, *folder.parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StoreError(
+            f"{folder}: the run folder can't be made",
+            got=f"{above} is not a writable folder",
+            fix="choose another `out`",
+        )
+
+
+def _check_same(store: RunStore, facts: dict[str, Any]) -> None:
+    """Refuse to go on with a stored run whose config, models, tasks or device are not these."""
+    folder = store.folder
+    if store.fact("identity") != facts["identity"]:
+        raise StoreError(
+            f"{folder}: holds a run of another config",
+            got=", ".join(_differences(store.fact("config"), facts["config"])) or "other settings",
+            fix="choose another `out`, or go on with the stored run: evomerge resume "
+            + shlex.quote(str(folder)),
+        )
+    stored = store.fact("fingerprints")
+    changed = [name for name, print_ in facts["fingerprints"].items() if stored.get(name) != print_]
+    if changed:
+        raise StoreError(
+            f"{folder}: model files changed since the run began: {', '.join(changed)}",
+            fix="put the old files back, or start a new run in another folder",
+        )
+    for key, what in (("suite_digest", "the suite or its task files"), ("arithmetic", "device or dtype")):
+        if store.fact(key) != facts[key]:
             raise StoreError(
-                f"{folder}: holds a run of another config",
-                got=", ".join(_differences(store.fact("config"), facts["config"])) or "other settings",
-                fix="choose another `out`, or go on with the stored run: evomerge resume " + str(folder),
+                f"{folder}: {what} changed since the run began, so scores would not be comparable",
+                expected=str(store.fact(key)),
+                got=str(facts[key]),
+                fix="restore what was there, or start a new run in another folder",
             )
-        stored = store.fact("fingerprints")
-        changed = [name for name, print_ in facts["fingerprints"].items() if stored.get(name) != print_]
-        if changed:
-            raise StoreError(
-                f"{folder}: model files changed since the run began: {', '.join(changed)}",
-                fix="put the old files back, or start a new run in another folder",
-            )
-        for key, what in (("suite_digest", "the suite or its task files"), ("arithmetic", "device or dtype")):
-            if store.fact(key) != facts[key]:
-                raise StoreError(
-                    f"{folder}: {what} changed since the run began, so scores would not be comparable",
-                    expected=str(store.fact(key)),
-                    got=str(facts[key]),
-                    fix="restore what was there, or start a new run in another folder",
-                )
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,11 @@ from pydantic import Field, field_validator
 from evomerge.errors import ConfigError
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import ExecutorSpec
-from evomerge.schema import Strict, find_preset, load_yaml, parse
+from evomerge.running.store import BASE
+from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.space import SpaceSpec
-
-BASE = "base"
-"""The name the base model has in every recipe and table."""
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
@@ -64,12 +63,18 @@ class RunConfig(Strict):
     seed: int = Field(default=0, ge=0)
     out: str
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _written_out(cls, space: object) -> object:
+        return parse(SpaceSpec, space, "space") if isinstance(space, Mapping) else space
+
     @classmethod
     def load(cls, path: Path, *, seed: int | None = None, out: str | None = None, **budget: Any) -> RunConfig:
         """Read a config file and resolve what it names; keyword arguments replace what it says.
 
-        The result stands on its own: absolute paths and the search space written out, so that a stored
-        run does not depend on the file any more.
+        budget: single limits (evaluations, generations, hours), each replacing the file's.
+        The result does not depend on the file any more: paths are absolute and the search space is
+        written out. A packaged suite keeps its name.
         """
         data = load_yaml(path)
         if seed is not None:
@@ -77,7 +82,7 @@ class RunConfig(Strict):
         if out is not None:
             data["out"] = out
         if given := {name: value for name, value in budget.items() if value is not None}:
-            data["budget"] = given
+            data["budget"] = {**(data.get("budget") or {}), **given}
         config = parse(cls, data, str(path))
         folder = path.resolve().parent
         return config.model_copy(
@@ -89,7 +94,7 @@ class RunConfig(Strict):
                     }
                 ),
                 "space": load_space(config.space, beside=folder),
-                "suite": str(find_preset("benchmarks/suites", config.suite, beside=folder).resolve()),
+                "suite": _resolve_suite(config.suite, folder),
                 "out": str(Path(config.out).expanduser().absolute()),
             }
         )
@@ -111,6 +116,11 @@ class RunConfig(Strict):
         for name in ("name", "workers", "threads", "timeout"):
             del data["executor"][name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _resolve_suite(name: str, folder: Path) -> str:
+    path = find_preset("benchmarks/suites", name, beside=folder).resolve()
+    return name if path.parent == preset_folder("benchmarks/suites").resolve() else str(path)
 
 
 def load_space(space: str | SpaceSpec, *, beside: Path | None = None) -> SpaceSpec:

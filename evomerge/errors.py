@@ -55,6 +55,10 @@ class ReplayError(StoreError):
     """A stored run whose search can't be replayed exactly here (other library versions, say)."""
 
 
+class NonFiniteError(UserError):
+    """Weights or logits that are NaN or infinite."""
+
+
 class DiskError(UserError):
     """The disk can't take what was asked: no room, no permission, or something is there already."""
 

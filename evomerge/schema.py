@@ -21,7 +21,7 @@ PresetKind = Literal["search_spaces", "benchmarks/suites"]
 class Strict(BaseModel):
     """Base of all parsed files: unknown keys are refused and values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -42,10 +42,30 @@ def parse(model: type[T], data: object, where: str) -> T:
         raise ConfigError("\n  - ".join([head, *(problems if len(problems) > 1 else [])])) from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself lets the last of two equal keys win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML without code execution and without doubled keys; raise yaml.YAMLError."""
+    return yaml.load(text, Loader=_UniqueKeys)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping, or raise ConfigError naming the file and the line."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

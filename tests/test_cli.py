@@ -83,7 +83,7 @@ def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path)
     assert status["state"] == "finished"
     report = json.loads(succeed("report", run, "--json"))
     assert report["rows"][-1]["role"] == "winner"
-    assert succeed("--quiet", "resume", run, "--evaluations", "8") == ""
+    assert succeed("--quiet", "resume", run, "--generations", "2") == ""
     assert json.loads(succeed("status", run, "--json"))["generations"] == 2
     succeed("export", run, out)
     winner = json.loads(succeed("status", run, "--json"))["winner"]

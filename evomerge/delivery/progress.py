@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -22,7 +20,7 @@ class Silent:
 
     def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
 
-    def generation_done(self, generation: int, losses: NDArray[np.float64], best: float) -> None: ...
+    def generation_done(self, generation: int, candidates: int, best: float) -> None: ...
 
     def __enter__(self) -> Silent:
         return self
@@ -46,10 +44,10 @@ class Live:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="loading models and tasks")
-        self._started = time.monotonic()
         self._fresh, self._asked, self._failures = 0, 0, 0
         self._best: float | None = None
-        self._search_started: float | None = None
+        self._searching = False
+        self._pace_since: float | None = None
         self._phase = ""
 
     def __enter__(self) -> Live:
@@ -62,8 +60,7 @@ class Live:
     def phase(self, name: str, jobs: int, known: int) -> None:
         """Start a new bar: `known` of `jobs` are answered from the store."""
         generation = name.startswith("generation ")
-        if generation and self._search_started is None:
-            self._search_started = time.monotonic()
+        self._searching = generation
         label = "search" if generation else name
         if label != self._phase:
             self._phase = label
@@ -75,21 +72,22 @@ class Live:
         """Advance by one scored recipe."""
         if isinstance(result, Failure):
             self._failures += 1
-            self._console.print(f"[red]failed[/red] {recipe.hash[:12]}: {result.reason}", highlight=False)
-        else:
+            self._console.print(f"failed: {recipe.hash[:12]}: {result.reason}", highlight=False, markup=False)
+        if self._searching:
             self._fresh += 1
+            self._pace_since = self._pace_since or time.monotonic()
         self._bar.update(self._task, advance=1, note=self._note())
 
-    def generation_done(self, generation: int, losses: NDArray[np.float64], best: float) -> None:
-        """Note the best loss so far."""
-        self._asked += len(losses)
+    def generation_done(self, generation: int, candidates: int, best: float) -> None:
+        """Note the best mean score so far."""
+        self._asked += candidates
         self._best = best
         self._bar.update(self._task, note=self._note())
         if not self._console.is_terminal and (generation + 1) % 10 == 0:
             self._console.print(f"generation {generation + 1}: {self._note()}", highlight=False)
 
     def _note(self) -> str:
-        parts = [] if self._best is None else [f"best so far {-100 * self._best:.1f} points"]
+        parts = [] if self._best is None else [f"best so far {100 * self._best:.1f} points"]
         left = self._seconds_left()
         if left is not None:
             parts.append(f"search ends in about {_clock(left)}")
@@ -98,10 +96,10 @@ class Live:
         return ", ".join(parts)
 
     def _seconds_left(self) -> float | None:
-        """Time to the end of the search, from the pace of its candidates so far."""
-        if self._search_started is None or not self._asked or self._budget.evaluations is None:
+        """Time to the end of the search, from the pace of the candidates scored in this session."""
+        if self._pace_since is None or self._fresh < 2 or self._budget.evaluations is None:
             return None
-        pace = (time.monotonic() - self._search_started) / self._asked
+        pace = (time.monotonic() - self._pace_since) / (self._fresh - 1)
         return max(0.0, pace * (self._budget.evaluations - self._asked))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -37,8 +38,12 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
     if verdict is not None:
         parts.append(Text(verdict.sentence, style="bold green" if verdict.helped else "bold yellow"))
         parts.append(Text(summary.weakest(rows) or ""))
+        if not verdict.helped:
+            folder = shlex.quote(str(store.folder))
+            parts.append(Text(f"the best baseline: evomerge export {folder} OUT --pick best-baseline"))
     else:
         parts.append(Text("no verdict yet: the run has not been tested", style="yellow"))
+    parts += [Text(f"note: {note}", style="yellow") for note in summary.notes()]
     cost = summary.cost()
     if cost.candidates:
         parts.append(
@@ -153,6 +158,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "search": cost.search,
             "overhead": cost.overhead,
         },
+        "notes": summary.notes(),
         "failures": [
             {"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()
         ],
@@ -176,6 +182,7 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         best=summary.best_unsearched(rows),
         verdict=summary.verdict(rows),
         weakest=summary.weakest(rows),
+        notes=summary.notes(),
         cost=summary.cost(),
         finalists=summary.finalists(),
         failures=store.failures(),

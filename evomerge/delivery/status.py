@@ -29,7 +29,6 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "last_failure": failures[-1][2].reason if failures else None,
         "winner": summary.winner.recipe.hash if summary.winner else None,
         "verdict": verdict.sentence if verdict else None,
-        "digest": store.digest(),
     }
 
 

@@ -111,7 +111,7 @@ class Summary:
         self.suite = suite
         self.parents = store.entries("base") + store.entries("parent")
         self.baselines = store.entries("baseline")
-        winners = store.entries("winner")
+        winners = store.entries("winner") if store.fact("stopped") else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
 
@@ -238,9 +238,21 @@ class Summary:
             for f in self._store.entries("finalist")
         ]
 
-    def mean(self, recipe: str, split: Split) -> float | None:
-        """Return the mean normalised score of a recipe (by hash) on a split, or None."""
-        return self._mean(recipe, split)
+    def notes(self) -> list[str]:
+        """Return what a reader must know to read the table right, one sentence each."""
+        found, normaliser = [], self.normaliser("test")
+        for task in normaliser.floored if normaliser is not None else ():
+            found.append(
+                f"{task}: its specialist is hardly better than the base; its share of the mean is noise"
+            )
+        known = {named.recipe.hash for named in (*self.parents, *self.baselines)}
+        tested = set(self._store.timings("test")) - known
+        if len(tested) > 1:
+            found.append(
+                f"the test items have judged {len(tested)} winners of this run (its budget was raised); "
+                "each look makes the verdict a little optimistic"
+            )
+        return found
 
     def _mean(self, recipe: str, split: Split) -> float | None:
         normaliser, scores = self.normaliser(split), self._store.result(recipe, split)

@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from evomerge.errors import ConfigError
 from evomerge.evaluation.backend import Backend, Pair, compiled_templates
 from evomerge.evaluation.likelihood import Likelihoods, Plan, plan
-from evomerge.evaluation.scores import Array, Scores, Split, TaskScores
+from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import TaskBuilder, build, is_number
 
@@ -119,6 +119,19 @@ class Harness:
             )
             self._items[split] = Items(split=split, tasks=tuple(built))
         return self._items[split]
+
+    def prepare(self, model: Any) -> None:
+        """Build the items of all splits and check that they fit the model's context.
+
+        Raises ConfigError, before anything is scored.
+        """
+        for split in SPLITS:
+            items = self.items(split)
+            self._backend.attach(model)
+            try:
+                self._layout(items, self._backend.max_length)
+            finally:
+                self._backend.detach()
 
     def evaluate(self, model: Any, items: Items) -> Scores:
         """Score a model on every item.

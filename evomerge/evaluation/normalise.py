@@ -83,6 +83,10 @@ class Normaliser:
         for spec in skills:
             reference = _reference(spec, parents)
             self._scales[spec.task] = _scales(base[spec.task], reference)
+        self.floored = tuple(
+            s.task for s in self._counted if self._scales[s.task][0].headroom <= HEADROOM_FLOOR
+        )
+        """Tasks whose specialist is hardly better than the base: their normalised scores mean little."""
 
     def task(self, scores: Scores) -> dict[str, float]:
         """Return each skill task's normalised mean, those with weight 0 included, in suite order."""

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.errors import UserError
+from evomerge.errors import NonFiniteError
 
 Split = Literal["search", "select", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -81,7 +81,7 @@ def _bits(scores: TaskScores) -> tuple[str, bytes, bytes | None]:
     return scores.task, scores.metric.tobytes(), None if scores.smooth is None else scores.smooth.tobytes()
 
 
-class NonFiniteScores(UserError):  # noqa: N818  # names what was found, as a Failure's kind does
+class NonFiniteScores(NonFiniteError):  # noqa: N818  # names what was found, as a Failure's kind does
     """A model whose logits are not finite: a merge that went numerically wrong."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging.compatibility import check_models
 from evomerge.merging.methods.reduction import norm
 from evomerge.merging.source import open_sources
@@ -17,7 +17,8 @@ def task_vector_norms(models: Mapping[str, str], base: str) -> dict[str, float]:
     Streams: one tensor of the base and of one model is in memory at a time. Dividing weights by these
     norms puts fine-tunes of different lengths on an equal footing.
 
-    models: name -> location, base among them. Raises ModelError where they do not fit each other.
+    models: name -> location, base among them. Raises ModelError where they do not fit each other, or
+    where weights are not finite.
     """
     if base not in models:
         raise ConfigError(f"unknown base model {base!r}", fix=nearest(base, models))
@@ -28,4 +29,12 @@ def task_vector_norms(models: Mapping[str, str], base: str) -> dict[str, float]:
         origin = sources[base].tensor(tensor)
         for name, found in squares.items():
             found.append(norm(sources[name].tensor(tensor) - origin) ** 2)
-    return {name: math.sqrt(math.fsum(found)) for name, found in squares.items()}
+    norms = {name: math.sqrt(math.fsum(found)) for name, found in squares.items()}
+    for name, length in norms.items():
+        if not math.isfinite(length):
+            raise ModelError(
+                f"model {name!r} or its base {base!r} has weights that are NaN or infinite",
+                got=f"{models[name]}, {models[base]}",
+                fix="use a sound copy of the model",
+            )
+    return norms

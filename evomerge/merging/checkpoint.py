@@ -260,7 +260,7 @@ def _indexed_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
 
 def _from_hub(location: str) -> Path:
     missing = ModelError(
-        f"{location}: no such model folder", fix="check the path (relative paths start at the current folder)"
+        f"{location}: no such model folder", fix="check the path, or give a Hugging Face hub id (owner/name)"
     )
     parts = location.split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):

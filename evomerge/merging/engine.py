@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from evomerge.errors import DiskError, UserError
+from evomerge.errors import DiskError, NonFiniteError
 from evomerge.merging import methods
 from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
@@ -46,7 +46,7 @@ COPIED = (
 )
 
 
-class NonFiniteWeights(UserError):  # noqa: N818  (named for what it reports)
+class NonFiniteWeights(NonFiniteError):  # noqa: N818  (named for what it reports)
     """A merged tensor has NaN or infinite elements: the recipe's parameters make no model."""
 
 

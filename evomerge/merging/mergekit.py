@@ -27,6 +27,7 @@ from evomerge.merging.checkpoint import Layout
 from evomerge.merging.methods import Method
 from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, Setting, TensorGroup
 from evomerge.merging.source import Source, open_source
+from evomerge.schema import parse_yaml
 
 KEYS = (
     "merge_method",
@@ -106,7 +107,7 @@ def read(
     Raises ConfigError, naming the nearest valid key for an unknown one.
     """
     try:
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError("mergekit file: not valid YAML", got=" ".join(str(error).split())) from None
     data = _checked(data, KEYS, "mergekit file")

@@ -30,6 +30,7 @@ import yaml
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Method
+from evomerge.schema import parse_yaml
 
 if TYPE_CHECKING:
     from evomerge.merging.source import Source
@@ -309,7 +310,7 @@ class Recipe:
     def from_yaml(cls, text: str) -> Recipe:
         """Read a recipe written by `to_yaml` or by hand."""
         try:
-            return cls.from_data(yaml.safe_load(text))
+            return cls.from_data(parse_yaml(text))
         except yaml.YAMLError as error:
             raise ConfigError("recipe: not valid YAML", got=str(error)) from None
 

@@ -12,16 +12,17 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
-from evomerge.errors import UserError
+from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.scores import Failure
 from evomerge.running.worker import Job, Result, Worker, WorkerSpec
 from evomerge.schema import Strict
@@ -37,8 +38,8 @@ class ExecutorSpec(Strict):
     """
 
     name: Literal["local", "inline"] = "local"
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     timeout: float = Field(default=3600.0, gt=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -96,8 +97,10 @@ class _Process:
 class LocalProcesses:
     """Runs jobs in `workers` processes on this machine, each with its own live model.
 
-    A worker that dies is a `crash` of its job, one that exceeds `timeout` seconds is killed and is a
-    `timeout` of its job; both are replaced. Raises UserError where a worker can't even start.
+    A worker that dies is replaced and its job tried once more: whoever killed the worker may not have
+    meant the candidate, and scoring again gives the same bits. A second death is a `crash` of the job. A
+    worker that exceeds `timeout` seconds is killed, and that is a `timeout` of its job. Raises UserError
+    where not a single worker can start.
     """
 
     def __init__(
@@ -116,6 +119,8 @@ class LocalProcesses:
             self._context.set_forkserver_preload(["evomerge.running.preload"])
         self._started = 0
         self._processes: list[_Process] = []
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._deaths: collections.Counter[tuple[str, str]] = collections.Counter()
         try:
             self._processes.append(self._start())
             self._await_ready(self._processes[0])
@@ -125,13 +130,14 @@ class LocalProcesses:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Run the jobs, keeping every worker busy; yield results as they complete."""
-        waiting = collections.deque(jobs)
+        waiting = self._waiting = collections.deque(jobs)
+        self._deaths.clear()
         while len(self._processes) < min(self.workers, len(waiting)):
             self._processes.append(self._start())
         while waiting or any(p.job for p in self._processes):
             for process in self._processes:
                 if waiting and process.ready and process.job is None:
-                    self._give(process, waiting)
+                    self._give(process, waiting.popleft())
             busy = [p for p in self._processes if p.job or not p.ready]
             soonest = min((p.deadline for p in busy), default=time.monotonic() + 1)
             connection.wait([p.pipe for p in busy], timeout=max(0.0, soonest - time.monotonic()))
@@ -141,19 +147,19 @@ class LocalProcesses:
                     yield result
 
     def close(self) -> None:
-        """Stop all workers and wait for them to be gone; busy ones are killed."""
+        """Stop all workers, busy or not, and wait for them to be gone."""
         for process in self._processes:
             process.pipe.close()  # an idle worker ends by itself at the end of its pipe
             if process.job is not None or not process.ready:
-                process.process.kill()
+                process.process.terminate()
         for process in self._processes:
             process.process.join(5)
             process.process.kill()
             process.process.join()
         self._processes.clear()
 
-    def _give(self, process: _Process, waiting: collections.deque[Job]) -> None:
-        process.job = waiting.popleft()
+    def _give(self, process: _Process, job: Job) -> None:
+        process.job = job
         process.deadline = time.monotonic() + self._timeout
         with contextlib.suppress(ConnectionError):  # it is dead: `_collect` finds the end of its pipe
             process.pipe.send(process.job)
@@ -164,22 +170,29 @@ class LocalProcesses:
             if process.pipe.poll():
                 return self._received(process, process.pipe.recv())
         except (EOFError, ConnectionError):
-            if not process.ready:
-                raise self._stillborn(process) from None
-            return self._replaced(process, "crash", f"its worker process died ({_exit(process.process)})")
+            return self._lost(process, "crash", f"its worker process died ({_exit(process.process)})")
         if time.monotonic() >= process.deadline:
-            if not process.ready:
-                raise self._stillborn(process)
-            return self._replaced(process, "timeout", f"took longer than {self._timeout:g} s")
+            return self._lost(process, "timeout", f"took longer than {self._timeout:g} s")
         return None
 
-    def _replaced(self, process: _Process, kind: Literal["crash", "timeout"], reason: str) -> Result:
+    def _lost(self, process: _Process, kind: Literal["crash", "timeout"], reason: str) -> Result | None:
+        """Replace a worker; its job is tried again after a first death, else it has failed."""
         job = process.job
-        assert job is not None
         process.process.kill()
         process.process.join()
         process.pipe.close()
-        self._processes[self._processes.index(process)] = self._start()
+        self._processes.remove(process)
+        if not process.ready:
+            self._stillborn(process)
+            return None
+        self._processes.append(self._start())
+        if job is None:
+            return None
+        key = job.recipe.hash, job.split
+        self._deaths[key] += 1
+        if kind == "crash" and self._deaths[key] == 1:
+            self._waiting.appendleft(job)
+            return None
         return Result(job=job, outcome=Failure(kind=kind, reason=reason))
 
     def _start(self) -> _Process:
@@ -192,7 +205,12 @@ class LocalProcesses:
             name=f"evomerge-worker-{name}",
             daemon=True,
         )
-        process.start()
+        # The fork server and the workers inherit the mask: Ctrl-C reaches the whole group, we decide.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         return _Process(process=process, pipe=ours, deadline=time.monotonic() + max(self._timeout, 600.0))
 
@@ -216,13 +234,14 @@ class LocalProcesses:
             raise UserError(f"a worker could not start: {message}", fix="try it alone: evomerge check CONFIG")
         process.ready = True
 
-    def _stillborn(self, process: _Process) -> UserError:
-        process.process.kill()
-        process.process.join()
-        return UserError(
-            f"a worker process died while loading the models ({_exit(process.process)})",
-            fix="check the memory: every worker holds its own copy of the model; lower executor.workers",
-        )
+    def _stillborn(self, process: _Process) -> None:
+        """Go on with fewer workers where one could not start; without any, raise UserError."""
+        self.workers = len(self._processes)
+        if not self._processes:
+            raise UserError(
+                f"a worker process died while loading the models ({_exit(process.process)})",
+                fix="check the memory: every worker holds its own copy of the model; lower executor.workers",
+            )
 
 
 def _exit(process: BaseProcess) -> str:
@@ -237,7 +256,7 @@ def _serve(
     build_worker: Callable[[WorkerSpec, str], Runs], spec: WorkerSpec, name: str, pipe: connection.Connection
 ) -> None:
     """The worker process: say ready, then answer jobs until the driver's end of the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end leaves nothing behind
     try:
         worker = build_worker(spec, name)
     except Exception as error:
@@ -263,7 +282,7 @@ def worker_count(spec: ExecutorSpec) -> int:
     """Return how many workers a config means: one per core, unless it says so."""
     if spec.name == "inline":
         return 1
-    return spec.workers if spec.workers != "auto" else _cores()
+    return _cores() if spec.workers is None else spec.workers
 
 
 def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
@@ -273,14 +292,29 @@ def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
     device = spec.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     dtype = spec.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     threads = spec.threads
-    if threads == "auto":
+    if threads is None:
         limit = os.environ.get("OMP_NUM_THREADS", "")
         threads = int(limit) if limit.isdecimal() and int(limit) else max(1, _cores() // worker_count(spec))
     return device, dtype, threads
+
+
+def _check_device(device: str) -> None:
+    """Raise ConfigError for a device that torch does not know or does not have here."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"executor.device: {device!r} can't be used here",
+            expected="auto, cpu, cuda, cuda:N or mps, where torch has it",
+            got=str(error).splitlines()[0],
+        ) from None
 
 
 def _cores() -> int:

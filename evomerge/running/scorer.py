@@ -6,9 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging.recipe import Recipe
@@ -29,8 +26,8 @@ class Observer(Protocol):
         """A recipe was just scored, or failed."""
         ...
 
-    def generation_done(self, generation: int, losses: NDArray[np.float64], best: float) -> None:
-        """A generation was told; `best` is the lowest loss so far."""
+    def generation_done(self, generation: int, candidates: int, best: float) -> None:
+        """A generation was told; `best` is the highest mean normalised `search` score so far."""
         ...
 
 

@@ -32,6 +32,8 @@ from evomerge.merging.recipe import Recipe
 from evomerge.search.baselines import Named
 
 FILE = "run.sqlite"
+BASE = "base"
+"""The name the base model has in every recipe and table."""
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x65766F6D  # "evom"
 
@@ -97,6 +99,9 @@ class RunStore:
         """Start a new run in `folder` (made if missing). `facts` is written before anything else."""
         folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder)
+        if cls.exists(folder):
+            os.close(lock)
+            raise StoreError(f"{folder}: another process just started a run here", fix="start again")
         draft = folder / f".{FILE}.new"
         for stale in folder.glob(f".{FILE}.new*"):
             stale.unlink()
@@ -105,9 +110,7 @@ class RunStore:
         db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         with db:
-            db.executemany(
-                "INSERT INTO run VALUES (?, ?)", [(k, json.dumps(v)) for k, v in sorted(facts.items())]
-            )
+            db.executemany("INSERT INTO run VALUES (?, ?)", [(k, _json(v)) for k, v in sorted(facts.items())])
         db.close()
         draft.rename(folder / FILE)  # finish, then rename: a run file is always a complete one
         return cls._opened(folder, lock)
@@ -139,9 +142,15 @@ class RunStore:
     def held(self) -> bool:
         """Say whether a process is working on the run right now."""
         try:
-            os.close(_take_lock(self.folder, note=False))
-        except StoreError:
+            handle = os.open(self.folder / ".lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
+        finally:
+            os.close(handle)
         return False
 
     @staticmethod
@@ -191,7 +200,7 @@ class RunStore:
     def set_fact(self, key: str, value: Any) -> None:
         """Store or replace a fact of the run."""
         with self._writing() as db:
-            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, json.dumps(value)))
+            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, _json(value)))
 
     def begin_session(self, versions: Mapping[str, str]) -> None:
         """Note that a process starts working on the run, with which library versions."""
@@ -313,13 +322,19 @@ class RunStore:
         return None if row is None else Failure(kind=row[0], reason=row[1])
 
     def recipe(self, start: str) -> Recipe:
-        """Return the recipe whose hash begins with `start`, or raise StoreError."""
+        """Return the recipe whose hash begins with `start`, or raise StoreError.
+
+        Its models are where the stored config says.
+        """
         query = "SELECT data FROM recipe WHERE substr(hash, 1, ?) = ? LIMIT 2"
         rows = self._db.execute(query, (len(start), start)).fetchall()
         if len(rows) != 1:
             count = "more than one" if rows else "no"
             raise StoreError(f"{self.folder}: {count} recipe has a hash starting with {start!r}")
-        return Recipe.from_data(json.loads(rows[0][0]))
+        models = self.fact("config")["models"]
+        return Recipe.from_data(
+            {**json.loads(rows[0][0]), "models": {BASE: models["base"], **models["sources"]}}
+        )
 
     def entries(self, role: str) -> list[Named]:
         """Return the named rows of a role, in order."""
@@ -358,19 +373,26 @@ class RunStore:
         return {r: Timing(total=t, merge=m, forward=f, worker=w) for r, t, m, f, w in rows}
 
     def digest(self) -> str:
-        """Return a hash of the contents without timestamps and durations: equal for equal runs."""
+        """Return a hash of the contents: equal for equal runs, wherever and whenever they ran.
+
+        Left out are timestamps, durations, and the config as written (its places, budget and workers);
+        what of it changes results is in the fact `identity`.
+        """
         found = hashlib.sha256()
         for query in (
-            "SELECT key, value FROM run ORDER BY key",
+            "SELECT key, value FROM run WHERE key != 'config' ORDER BY key",
             "SELECT hash, data FROM recipe ORDER BY hash",
             "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",
             "SELECT generation, losses FROM tell ORDER BY generation",
-            "SELECT recipe, split, task, position, metric, smooth FROM score ORDER BY recipe, split, task",
             "SELECT recipe, split, kind, reason FROM failure ORDER BY recipe, split",
         ):
             for row in self._db.execute(query):
                 found.update(repr(row).encode())
+        query = "SELECT recipe, split, task, position, metric, smooth FROM score ORDER BY recipe, split, task"
+        for *key, metric, smooth in self._db.execute(query):
+            found.update(repr(key).encode() + _unpack(metric).tobytes())
+            found.update(b"" if smooth is None else _unpack(smooth).tobytes())
         return found.hexdigest()
 
     # -- inside -----------------------------------------------------------------------------------
@@ -391,7 +413,8 @@ class RunStore:
             raise
 
     def _put_recipes(self, db: sqlite3.Connection, recipes: Sequence[Recipe]) -> None:
-        rows = [(r.hash, json.dumps(r.to_data(), sort_keys=True)) for r in recipes]
+        # Without locations: models may be moved, and the config says where they are now.
+        rows = [(r.hash, json.dumps(r.to_data() | {"models": None}, sort_keys=True)) for r in recipes]
         db.executemany("INSERT OR IGNORE INTO recipe VALUES (?, ?)", rows)
 
     def _diverged(self, what: str) -> ReplayError:
@@ -434,7 +457,7 @@ def _damaged(folder: Path, reason: str) -> StoreError:
     )
 
 
-def _take_lock(folder: Path, *, note: bool = True) -> int:
+def _take_lock(folder: Path) -> int:
     """Hold the run for this process; the lock dies with it, however it dies."""
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -447,10 +470,13 @@ def _take_lock(folder: Path, *, note: bool = True) -> int:
             got=holder or "a process that just started",
             fix=f"wait for it or stop it; watch it with: evomerge status {folder}",
         ) from None
-    if note:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return handle
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def _pack(values: NDArray[np.float64]) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from evomerge.errors import UserError
+from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
@@ -78,6 +79,7 @@ class Worker:
             batch_size=spec.batch_size,
             max_length=spec.max_length,
         )
+        self._harness.prepare(self._bench.model)
 
     def run(self, job: Job) -> Result:
         """Score one recipe; whatever goes wrong with it is a Failure, never an exception."""
@@ -101,5 +103,5 @@ def failure_of(error: Exception) -> Failure:
     """Return the Failure that stands for an exception in the store and in messages."""
     reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     lines = reason.strip().splitlines() or [type(error).__name__]
-    kind = "non_finite" if type(error).__name__.startswith("NonFinite") else "error"
-    return Failure(kind="non_finite" if kind == "non_finite" else "error", reason=lines[0][:500])
+    kind: Literal["non_finite", "error"] = "non_finite" if isinstance(error, NonFiniteError) else "error"
+    return Failure(kind=kind, reason=lines[0][:500])

@@ -70,9 +70,10 @@ def greedy_soup(
     ranked = sorted(sources, key=lambda name: (losses[name], name))
     kept, best = [ranked[0]], losses[ranked[0]]
     for name in ranked[1:]:
-        loss = loss_of(_global(template, "linear", [*kept, name], weight=1.0))
+        more = [n for n in sources if n in kept or n == name]  # in this order all of them are one recipe
+        loss = loss_of(_global(template, "linear", more, weight=1.0))
         if loss <= best:
-            kept, best = [*kept, name], loss
+            kept, best = more, loss
     return Named(name="greedy soup", recipe=_global(template, "linear", kept, weight=1.0))
 
 

@@ -68,7 +68,9 @@ class Budget(Protocol):
 class Observer(Protocol):
     """Is told what happens, for progress displays and logs."""
 
-    def generation_done(self, generation: int, losses: NDArray[np.float64], best: float) -> None: ...
+    def generation_done(self, generation: int, candidates: int, best: float) -> None:
+        """A generation was told; `best` is the highest mean normalised `search` score so far."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +118,8 @@ class Search:
         found, favourite, stopped = self._evolve(objective, hand_made)
         winner = self._select(found, favourite)
         self._journal.record_entry("winner", 0, winner)
-        rows = [*self._parents, *(named for named, _ in hand_made), winner]
-        self._scorer.score([row.recipe for row in rows], "test", "test")
+        self._scorer.require([*self._parents, winner], "test", "test")
+        self._scorer.score([named.recipe for named, _ in hand_made], "test", "test of the baselines")
         return Outcome(winner=winner, stopped=stopped)
 
     def _references(self, split: Split, parents: Sequence[Named]) -> Normaliser:
@@ -163,7 +165,7 @@ class Search:
         seed = np.random.SeedSequence(self._plan.seed).spawn(1)[0]
         optimizer = optimizers.create(self._plan.optimizer, start=self._start(hand_made), seed=seed)
         found: list[Candidate] = []
-        best, generation, asked = np.inf, 0, 0
+        best, generation, asked = -np.inf, 0, 0
         while True:
             started, book_keeping = time.perf_counter(), self._scorer.seconds
             stopped = optimizer.stop_reason()
@@ -191,8 +193,8 @@ class Search:
                 for i, recipe in enumerate(recipes)
                 if isinstance(results[i], Scores)
             ]
-            best = min(best, float(losses.min()))
-            self._observer.generation_done(generation, losses, best)
+            best = max(best, *(objective.mean(r) for r in results if isinstance(r, Scores)), -np.inf)
+            self._observer.generation_done(generation, len(recipes), best)
             generation, asked = generation + 1, asked + len(genomes)
         favourite = None
         if generation and (genome := optimizer.favourite()) is not None:
@@ -212,6 +214,10 @@ class Search:
             named = Named(name=candidate.name, recipe=candidate.recipe)
             self._journal.record_entry("finalist", position, named)
         results = self._scorer.score([c.recipe for c in chosen], "select", "selection")
-        losses = objective.losses(results)[:, 0]
-        winner = chosen[int(np.argmin(losses))]
+        if not any(isinstance(result, Scores) for result in results):
+            raise UserError(
+                "none of the finalists could be scored on `select`, so there is no winner",
+                fix="look at the failures (evomerge status RUN), then raise the budget and resume",
+            )
+        winner = chosen[int(np.argmin(objective.losses(results)[:, 0]))]
         return Named(name=winner.name, recipe=winner.recipe)

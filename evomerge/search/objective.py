@@ -48,6 +48,10 @@ class Objective:
         lost = 0.0 if retention is None else max(0.0, 1.0 - retention)
         return self._spec.retention * lost - gain
 
+    def mean(self, scores: Scores) -> float:
+        """Return the mean normalised score alone: what tables show."""
+        return self._normaliser.mean(scores)
+
     def losses(self, results: Sequence[Scores | Failure]) -> NDArray[np.float64]:
         """Return the losses of a generation, shape (n, 1), all finite.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running.store import Timing
 from evomerge.running.worker import Job, Result, WorkerSpec, failure_of
 
-CRASH, HANG, RAISE, EXIT = 900, 901, 902, 903
+CRASH, HANG, RAISE, EXIT, DIE_ONCE = 900, 901, 902, 903, 904
 
 
-def recipe(number: int) -> Recipe:
+def recipe(number: int, base: str = "base") -> Recipe:
     """A recipe whose scores are its number, or that makes the worker misbehave."""
     group = TensorGroup(method="dare_linear", sources=("a",))
-    return Recipe(models={"base": "base", "a": "a"}, base="base", groups=(group,), seed=number)
+    return Recipe(models={"base": base, "a": "a"}, base="base", groups=(group,), seed=number)
 
 
 def scores(number: int, split: str = "search") -> Scores:
@@ -44,6 +45,9 @@ class Obedient:
     def run(self, job: Job) -> Result:
         order = job.recipe.seed
         if order == CRASH:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if order == DIE_ONCE and not Path(job.recipe.models["base"]).exists():
+            Path(job.recipe.models["base"]).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if order == EXIT:
             os._exit(7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.running.executors import ExecutorSpec, LocalProcesses, worker_count
 from evomerge.running.worker import Job
-from tests.running.fakes import CRASH, EXIT, HANG, RAISE, Obedient, recipe, scores, spec
+from tests.running.fakes import CRASH, DIE_ONCE, EXIT, HANG, RAISE, Obedient, recipe, scores, spec
 
 
 def jobs(*numbers: int) -> list[Job]:
@@ -58,6 +59,22 @@ def test_a_bad_candidate_is_a_failure_and_the_others_are_scored(
     assert found.pop(order) == Failure(kind=kind, reason=reason)  # type: ignore[arg-type]
     assert all(isinstance(outcome, Scores) for outcome in found.values())
     assert len(found) == 3
+
+
+def test_a_job_whose_worker_was_killed_once_is_scored_after_all(pool: LocalProcesses, tmp_path: Path) -> None:
+    flag = tmp_path / "already-died"
+    job = Job(recipe=recipe(DIE_ONCE, str(flag)), split="search")
+    (result,) = pool.run([job])
+    assert flag.exists()
+    assert isinstance(result.outcome, Scores)
+
+
+def test_an_idle_worker_that_died_costs_no_candidate(pool: LocalProcesses) -> None:
+    outcomes(pool, 1, 2, 3)
+    for process in pool._processes:
+        process.process.kill()
+        process.process.join()
+    assert all(isinstance(outcome, Scores) for outcome in outcomes(pool, 4, 5, 6).values())
 
 
 def test_all_workers_crashing_at_once(pool: LocalProcesses) -> None:

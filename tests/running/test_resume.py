@@ -15,7 +15,6 @@ from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import StoreError
-from evomerge.running.budget import BudgetSpec
 from evomerge.running.store import RunStore
 
 
@@ -45,18 +44,17 @@ def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
 ) -> None:
     path = config(budget={"generations": 1})
     digests = []
-    for seed in (0, 0, 1):
-        compose.start(RunConfig.load(path, seed=seed), Silent())
-        with RunStore.read(tmp_path / "run") as store:
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / f"run-{number}"
+        compose.start(RunConfig.load(path, seed=seed, out=str(out)), Silent())
+        with RunStore.read(out) as store:
             digests.append(store.digest())
-        (tmp_path / "run").rename(tmp_path / f"run-{len(digests)}")
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], tmp_path: Path) -> None:
     compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
-    first = compose.stored_config(tmp_path / "run", budget=BudgetSpec(generations=2))
-    compose.start(first, Silent())
+    compose.start(compose.stored_config(tmp_path / "run", generations=2), Silent())
     with RunStore.read(tmp_path / "run") as store:
         longer = [g.genomes.tolist() for g in store.generations()]
     (tmp_path / "run").rename(tmp_path / "elsewhere")

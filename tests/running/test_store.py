@@ -16,11 +16,12 @@ from evomerge.search.baselines import Named
 from tests.running.fakes import TIMING, recipe, scores
 
 GENOMES = np.array([[0.25, 0.5], [1.0, 0.0]])
+CONFIG = {"seed": 3, "models": {"base": "base", "sources": {"a": "a"}}}
 LOSSES = np.array([[-0.5], [0.125]])
 
 
 def filled(folder: Path, order: tuple[int, ...] = (0, 1)) -> RunStore:
-    store = RunStore.create(folder, {"config": {"seed": 3}})
+    store = RunStore.create(folder, {"config": CONFIG})
     store.begin_session({"cma": "4.5.0"})
     store.record_entry("base", 0, Named(name="base", recipe=recipe(9)))
     store.record_ask(0, GENOMES, [recipe(0), recipe(1)])
@@ -46,7 +47,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
         assert generation.losses is not None
         assert (generation.losses == LOSSES).all()
         assert store.timings("search") == {recipe(n).hash: TIMING for n in (0, 1)}
-        assert store.fact("config") == {"seed": 3}
+        assert store.fact("config") == CONFIG
         assert store.versions() == {"cma": "4.5.0"}
 
 

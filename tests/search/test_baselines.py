@@ -45,9 +45,9 @@ def test_a_source_without_any_change_does_not_break_the_grid() -> None:
 
 def test_greedy_soup_keeps_only_what_helps() -> None:
     losses = {"a": 0.3, "b": 0.1, "c": 0.2}
-    soups = {("b", "c"): 0.4, ("b", "a"): 0.05}
+    soups = {("b", "c"): 0.4, ("a", "b"): 0.05}
     soup = baselines.greedy_soup(TEMPLATE, NAMES, losses, lambda recipe: soups[recipe.groups[0].sources])
-    assert soup.recipe.groups[0].sources == ("b", "a")
+    assert soup.recipe.groups[0].sources == ("a", "b")
 
 
 def test_finalists_are_distinct_and_best_first() -> None:
