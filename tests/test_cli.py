@@ -153,6 +153,10 @@ def _models(**sources: object) -> dict[str, Any]:
         ({"suite": "no-such-suite"}, "neither a file nor one of the packaged suites"),
         ({"executor": {"batch_size": 0}}, "executor.batch_size"),
         ({"seed": -1}, "seed"),
+        ({"executor": {"workers": 0}}, "executor.workers"),
+        ({"executor": {"name": "inline", "device": "gpu"}}, "executor.device: 'gpu' can't be used here"),
+        ({"objective": {"retention": float("inf")}}, "objective.retention"),
+        ({"space": {"name": "s", "about": "", "mehtod": "ties"}}, "did you mean 'method'?"),
     ],
 )
 def test_mistakes_in_the_config(
@@ -198,6 +202,49 @@ def test_mistakes_in_the_suite(
     suite["tasks"][0] |= change
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     assert message in refuse("run", path, folder=tmp_path)
+
+
+def test_a_key_that_stands_twice(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config()
+    path.write_text(path.read_text() + "seed: 3\n")
+    assert "the key 'seed' stands twice" in refuse("run", path, folder=tmp_path)
+
+
+def test_a_source_that_changes_nothing_or_is_not_finite(
+    config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
+) -> None:
+    sources = {name: tiny_zoo / name for name in ("base", "reverse", "upper")}
+    path = config(models=_models(**sources, same=tiny_zoo / "base"))
+    assert "source 'same' is identical to the base" in refuse("run", path, folder=tmp_path)
+
+    sick = AutoModelForCausalLM.from_pretrained(tiny_zoo / "upper")
+    sick.model.norm.weight.data[0] = float("nan")
+    shutil.copytree(tiny_zoo / "upper", tmp_path / "sick")
+    sick.save_pretrained(tmp_path / "sick")
+    path = config(models=_models(**sources, sick=tmp_path / "sick"))
+    assert "NaN or infinite" in refuse("run", path, folder=tmp_path)
+
+
+def test_an_out_folder_that_cannot_be_made(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = config(out=str(tmp_path / "file" / "run"))
+    assert "the run folder can't be made" in refuse("run", path, folder=tmp_path)
+
+
+def test_moved_models_can_be_named_again_and_exported(
+    config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
+) -> None:
+    for place in ("old", "new"):
+        shutil.copytree(tiny_zoo, tmp_path / place)
+    named = {
+        place: _models(**{name: tmp_path / place / name for name in ("base", "reverse", "upper")})
+        for place in ("old", "new")
+    }
+    succeed("run", config(models=named["old"], budget={"generations": 1}))
+    shutil.rmtree(tmp_path / "old")
+    succeed("run", config(models=named["new"], budget={"generations": 1}))
+    succeed("export", tmp_path / "run", tmp_path / "exported")
+    assert str(tmp_path / "new") in (tmp_path / "exported" / "recipe.yaml").read_text()
 
 
 def test_missing_model_folder(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:

@@ -54,7 +54,15 @@ def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
 
 def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], tmp_path: Path) -> None:
     compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
-    compose.start(compose.stored_config(tmp_path / "run", generations=2), Silent())
+    seen = {}
+
+    class Looks(Silent):
+        def phase(self, name: str, jobs: int, known: int) -> None:
+            with RunStore.read(tmp_path / "run") as store:
+                seen[name] = store.fact("stopped")
+
+    compose.start(compose.stored_config(tmp_path / "run", generations=2), Looks())
+    assert seen["generation 1"] is None  # while it works, the old winner does not count
     with RunStore.read(tmp_path / "run") as store:
         longer = [g.genomes.tolist() for g in store.generations()]
     (tmp_path / "run").rename(tmp_path / "elsewhere")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from evomerge.errors import UserError
+from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.merging.recipe import Recipe
 from evomerge.search.baselines import STRENGTHS
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
@@ -78,6 +81,18 @@ def test_failures_get_one_defined_loss_and_the_run_goes_on() -> None:
 def test_when_everything_fails_there_is_a_sentence() -> None:
     with pytest.raises(UserError, match="could be scored, so there is no winner"):
         search(FakeScorer(fail_share=1.0), FakeJournal(), generations=2)
+
+
+def test_when_no_finalist_can_be_scored_there_is_no_winner() -> None:
+    class FailsOnSelect(FakeScorer):
+        def score(self, recipes: Sequence[Recipe], split: Split, phase: str) -> list[Scores | Failure]:
+            found = super().score(recipes, split, phase)
+            return [Failure(kind="error", reason="no")] * len(found) if phase == "selection" else found
+
+    journal = FakeJournal()
+    with pytest.raises(UserError, match="none of the finalists"):
+        search(FailsOnSelect(), journal, generations=2)
+    assert not [entry for entry in journal.entries if entry[0] == "winner"]
 
 
 def test_same_seed_same_search() -> None:
