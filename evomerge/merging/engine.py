@@ -6,9 +6,12 @@ and that is why what was scored is what is exported, bit for bit.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -214,13 +217,27 @@ def _check_space(parent: Path, shards: Mapping[str, Mapping[str, Header]]) -> No
         )
 
 
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed processes of this machine left of earlier attempts at the same folder."""
+    for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*-{socket.gethostname()}-*"):
+        pid = int(stale.name.split(".partial-")[1].split("-")[0])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            shutil.rmtree(stale, ignore_errors=True)
+        except PermissionError:
+            continue  # alive, and somebody else's
+
+
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` on success and disappears on failure."""
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        _remove_abandoned(out)
+        mark = f".{out.name}.partial-{os.getpid()}-{socket.gethostname()}-"
+        folder = Path(tempfile.mkdtemp(prefix=mark, dir=out.parent))
         try:
             yield folder
             folder.chmod(0o755)  # mkdtemp makes folders that only their owner can read

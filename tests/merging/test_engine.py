@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -154,6 +157,21 @@ def test_a_failed_write_leaves_nothing(
     with pytest.raises(DiskError if isinstance(error, OSError) else KeyboardInterrupt):
         write(one(models, "linear"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(models: dict[str, str], tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from evomerge.merging import engine\n"
+        "engine._write_rest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from evomerge.merging.recipe import Recipe\n"
+        "engine.write(Recipe.from_yaml(sys.stdin.read()), Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    done = subprocess.run(command, input=one(models, "linear").to_yaml(), text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    write(one(models, "linear"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_weights_that_are_not_finite_are_refused(models: dict[str, str], tmp_path: Path) -> None:
