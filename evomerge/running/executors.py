@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
+from multiprocessing import connection, forkserver, get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, Protocol
 
@@ -117,6 +117,7 @@ class LocalProcesses:
         self._context = get_context(method)
         if method == "forkserver":
             self._context.set_forkserver_preload(["evomerge.running.preload"])
+            _start_fork_server()
         self._started = 0
         self._processes: list[_Process] = []
         self._waiting: collections.deque[Job] = collections.deque()
@@ -205,12 +206,7 @@ class LocalProcesses:
             name=f"evomerge-worker-{name}",
             daemon=True,
         )
-        # The fork server and the workers inherit the mask: Ctrl-C reaches the whole group, we decide.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        process.start()
         theirs.close()
         return _Process(process=process, pipe=ours, deadline=time.monotonic() + max(self._timeout, 600.0))
 
@@ -244,6 +240,19 @@ class LocalProcesses:
             )
 
 
+def _start_fork_server() -> None:
+    """Start the fork server with SIGINT blocked, which its workers inherit.
+
+    Ctrl-C reaches the whole process group, but what it means is the driver's to decide.
+    """
+    resource_tracker.ensure_running()  # first, because starting it unblocks the signal again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _exit(process: BaseProcess) -> str:
     process.join(5)
     code = process.exitcode
@@ -256,19 +265,17 @@ def _serve(
     build_worker: Callable[[WorkerSpec, str], Runs], spec: WorkerSpec, name: str, pipe: connection.Connection
 ) -> None:
     """The worker process: say ready, then answer jobs until the driver's end of the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end leaves nothing behind
-    try:
-        worker = build_worker(spec, name)
-    except Exception as error:
-        pipe.send(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
-        return
-    pipe.send(True)
-    while True:
+    with contextlib.suppress(EOFError, ConnectionError):  # the driver is gone
         try:
-            job = pipe.recv()
-            pipe.send(worker.run(job))
-        except (EOFError, ConnectionError):
-            return  # the driver is gone
+            worker = build_worker(spec, name)
+        except Exception as error:
+            pipe.send(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            return
+        pipe.send(True)
+        while True:
+            pipe.send(worker.run(pipe.recv()))
 
 
 def build(spec: ExecutorSpec, worker: WorkerSpec) -> Executor:
