@@ -10,12 +10,16 @@ array([0.7, 0.7, 0.7])
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-import cma
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # pycma warns where matplotlib, which only its plots need, is missing
+    import cma
 
 
 class CmaEs:
