@@ -112,7 +112,7 @@ class RunConfig(Strict):
         data = self.model_dump(mode="json")
         for name in ("budget", "out", "suite"):
             del data[name]
-        data["models"] = sorted(self.models.sources)
+        data["models"] = list(self.models.sources)  # in order, because genomes follow it
         for name in ("name", "workers", "threads", "timeout"):
             del data["executor"][name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

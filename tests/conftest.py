@@ -56,7 +56,7 @@ def config_data(zoo: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "models": {
             "base": str(zoo / "base"),
-            "sources": {"reverse": str(zoo / "reverse"), "upper": str(zoo / "upper")},
+            "sources": {"upper": str(zoo / "upper"), "reverse": str(zoo / "reverse")},
         },
         "space": "global_weights",
         "suite": str(folder / "suite.yaml"),
@@ -77,7 +77,7 @@ def config(tiny_zoo: Path, tmp_path: Path) -> Callable[..., Path]:
     def write(**changes: Any) -> Path:
         write_suite(tmp_path)
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config_data(tiny_zoo, tmp_path, **changes)))
+        path.write_text(yaml.safe_dump(config_data(tiny_zoo, tmp_path, **changes), sort_keys=False))
         return path
 
     return write
@@ -93,6 +93,6 @@ def finished_run(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("finished")
     write_suite(folder)
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config_data(tiny_zoo, folder)))
+    path.write_text(yaml.safe_dump(config_data(tiny_zoo, folder), sort_keys=False))
     compose.start(RunConfig.load(path), Silent())
     return folder / "run"

@@ -476,7 +476,7 @@ def _take_lock(folder: Path) -> int:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False)
+    return json.dumps(value, allow_nan=False)  # keys keep their order: that of the sources is the genome's
 
 
 def _pack(values: NDArray[np.float64]) -> bytes:

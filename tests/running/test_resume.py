@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evomerge import compose
 from evomerge.config import RunConfig
@@ -87,6 +88,7 @@ def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path
         ({"seed": 1}, "seed 0 there, 1 here"),
         ({"optimizer": {"population": 5}}, "optimizer.population 4 there, 5 here"),
         ({"space": "ties_layers"}, "space.method"),
+        ({"models": "reordered"}, "other settings"),
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_kept(
@@ -94,6 +96,9 @@ def test_a_folder_of_another_run_is_refused_and_kept(
 ) -> None:
     compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
     before = (tmp_path / "run" / "run.sqlite").read_bytes()
+    if changes == {"models": "reordered"}:  # the order of the sources is the order of the genes
+        written = yaml.safe_load((tmp_path / "config.yaml").read_text())["models"]
+        changes = {"models": {**written, "sources": dict(reversed(written["sources"].items()))}}
     with pytest.raises(StoreError, match="holds a run of another config") as error:
         compose.start(RunConfig.load(config(**changes)), Silent())
     assert named in str(error.value)
