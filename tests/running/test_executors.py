@@ -22,7 +22,7 @@ def jobs(*numbers: int) -> list[Job]:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[LocalProcesses]:
-    executor = LocalProcesses(spec(), workers=2, timeout=1.5, worker=Obedient)
+    executor = LocalProcesses(spec(), workers=2, timeout=6, worker=Obedient)
     yield executor
     executor.close()
 
@@ -48,7 +48,7 @@ def test_nothing_to_do(pool: LocalProcesses) -> None:
     [
         (CRASH, "crash", "its worker process died (signal SIGKILL)"),
         (EXIT, "crash", "its worker process died (exit code 7)"),
-        (HANG, "timeout", "took longer than 1.5 s"),
+        (HANG, "timeout", "took longer than 6 s"),
         (RAISE, "error", "ValueError: bad luck"),
     ],
 )
@@ -74,7 +74,10 @@ def test_an_idle_worker_that_died_costs_no_candidate(pool: LocalProcesses) -> No
     for process in pool._processes:
         process.process.kill()
         process.process.join()
-    assert all(isinstance(outcome, Scores) for outcome in outcomes(pool, 4, 5, 6).values())
+    found = outcomes(pool, 4, 5, 6)
+    assert {number: type(outcome) for number, outcome in found.items()} == dict.fromkeys((4, 5, 6), Scores), (
+        found
+    )
 
 
 def test_all_workers_crashing_at_once(pool: LocalProcesses) -> None:
