@@ -16,7 +16,7 @@ from torch import Tensor
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.application import apply, generators
-from evomerge.merging.methods.averaging import linear, model_stock, slerp
+from evomerge.merging.methods.averaging import linear, model_stock, passthrough
 from evomerge.merging.methods.reduction import BLOCK, cosines, gram, norm
 from evomerge.merging.methods.task_vectors import (
     dare_linear,
