@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NEARLY_PARALLEL = 0.9995
 """Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
 SMALLEST_SINE = 1e-8
+SHORTEST_LENGTH = 1e-30
+"""Length of a tensor at or below which it counts as zeros: float32 can't hold its reciprocal."""
 SHORTEST_MEAN = 1e-4
 """Length of a mean of unit vectors below which they cancel and their mean has no direction."""
 SHARE = Parameter(
@@ -189,6 +191,7 @@ def _angles(tensors: Sequence[Tensor]) -> tuple[list[float], list[list[float]]]:
     """Return the tensors' lengths and the inner products of their directions (0 without a length)."""
     products = gram(tensors)
     lengths = [math.sqrt(products[i][i]) for i in range(len(tensors))]
+    lengths = [length if length > SHORTEST_LENGTH else 0.0 for length in lengths]
     cos = [
         [
             1.0 if i == j and a > 0.0 else product / a / b if a > 0.0 and b > 0.0 else 0.0
@@ -218,7 +221,7 @@ def _pointed(
         return weighted_sum(tensors, shares)
     scale = math.fsum(s * length for s, length in zip(shares, lengths, strict=True)) / size
     return weighted_sum(
-        tensors, [scale * c / length if c else 0.0 for c, length in zip(point, lengths, strict=True)]
+        tensors, [scale * c / length if length else 0.0 for c, length in zip(point, lengths, strict=True)]
     )
 
 

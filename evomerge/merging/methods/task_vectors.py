@@ -1,9 +1,9 @@
 """Methods that add task vectors to the base: task_arithmetic, ties, dare_linear, dare_ties.
 
-All four, and those in `sparse`, are one pipeline: sparsify each task vector, weight it, keep the elements that agree with the
-majority sign (the ties methods), sum, divide by the weights that took part (`normalize`), scale by
-`lambda` and add the base. Pure functions of float32 tensors. Elementwise steps are never fused
-multiply-adds, so results do not depend on the number of threads.
+All four, and those in `sparse`, are one pipeline: sparsify each task vector, weight it, keep the
+elements that agree with the majority sign (the ties methods), sum, divide by the weights that took part
+(`normalize`), scale by `lambda` and add the base. Pure functions of float32 tensors. Elementwise steps
+are never fused multiply-adds, so results do not depend on the number of threads.
 
 Guards: a divisor below 1/100 of the size of the weights that took part counts as 0, and a divisor of 0
 means "do not divide". Without that, weights such as 0.5 and -0.4999 would blow the result up by 1e4.
