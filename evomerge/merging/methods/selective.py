@@ -47,7 +47,7 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
     energies are 0 the base is returned.
 
     >>> import torch
-    >>> sce(torch.zeros(2), [torch.tensor([2.0, 1.0]), torch.tensor([-1.0, 1.0])], select_topk=0.5)
+    >>> sce(torch.zeros(2), [torch.tensor([2.0, 1.5]), torch.tensor([-1.0, 1.0])], select_topk=0.5)
     tensor([2., 0.])
     """
     import torch
@@ -110,17 +110,17 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Take from the source only the elements whose change stands out.
 
     The importance of an element is |x - base| times the Kullback-Leibler divergence of its row's softmax
-    from the base's; elements at or above median + 1.5 interquartile ranges of the tensor's importances
-    are the source's, all others the base's. Quantiles are the elements at int(q (n - 1)) in ascending
+    from the base's; elements above median + 1.5 interquartile ranges of the tensor's importances are the
+    source's, all others the base's. Quantiles are the elements at int(q (n - 1)) in ascending
     order. A tensor of one dimension is one row.
 
     Deviations from mergekit: divergences are computed in float64; its float32 ones are off by up to one
     part in a thousand, differently on each processor, so elements that close to the threshold may be
     chosen differently. Its quantiles of tensors above a million elements are those of a random sample;
-    ours are exact. Where no element differs or stands out the base is returned.
+    ours are exact.
 
     >>> import torch
-    >>> arcee_fusion(torch.zeros(1, 5), [torch.tensor([[0.1, 0.1, 0.1, 0.1, 9.0]])])
+    >>> arcee_fusion(torch.zeros(1, 5), [torch.tensor([[0.1, 0.2, 0.3, 0.4, 9.0]])])
     tensor([[0., 0., 0., 0., 9.]])
     """
     source = tensors[0]
@@ -129,8 +129,7 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     importance = (source - base).abs()
     as_rows(importance).mul_(_divergence(as_rows(source), as_rows(base)).to(base.dtype)[:, None])
     low, middle, high = _quartiles(importance)
-    # A threshold of 0 would let in what did not change: equal anyway.
-    return base.where(importance < middle + OUTLYING * (high - low), source)
+    return source.where(importance > middle + OUTLYING * (high - low), base)
 
 
 def _divergence(rows: Tensor, origin: Tensor) -> Tensor:
