@@ -132,7 +132,7 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = 
         cos = row_cosines(tensors).clamp(min=lowest)
         ratios = (count * cos / (1.0 + (count - 1) * cos)).to(base.dtype)
         mix = weighted_sum(tensors, (1.0 / count,) * count)
-        as_rows(mix).mul_(ratios[:, None])
+        mix = (as_rows(mix) * ratios[:, None]).view(base.shape)
     else:
         angles = cosines(tensors)
         pairs = [angles[i][j] for i in range(count) for j in range(i)]

@@ -126,10 +126,11 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     source = tensors[0]
     if not base.numel():
         return base.clone()
-    importance = (source - base).abs()
-    as_rows(importance).mul_(_divergence(as_rows(source), as_rows(base)).to(base.dtype)[:, None])
+    rows, origin = as_rows(source), as_rows(base)
+    importance = (rows - origin).abs_().mul_(_divergence(rows, origin).to(base.dtype)[:, None])
     low, middle, high = _quartiles(importance)
-    return source.where(importance > middle + OUTLYING * (high - low), base)
+    outlying = importance.view(base.shape) > middle + OUTLYING * (high - low)
+    return source.where(outlying, base)
 
 
 def _divergence(rows: Tensor, origin: Tensor) -> Tensor:
