@@ -86,8 +86,8 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs) -> Tensor:
     """
     group = recipe.group_for(tensor)
     method = methods.get(group.method)
-    base = inputs.model(recipe.base, tensor) if method.needs_base and recipe.base else None
-    if method.inputs == "task_vectors":
+    base = inputs.model(recipe.base, tensor) if recipe.base and method.uses_base(recipe.base) else None
+    if method.uses_task_vectors(recipe.base):
         assert recipe.base is not None
         tensors = [inputs.task_vector(source, recipe.base, tensor) for source in group.sources]
     else:

@@ -42,13 +42,30 @@ KEYS = (
     "tokenizer",
     "chat_template",
 )
-UNUSED = {
+SUMMING = (
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+)
+"""mergekit's generalised task arithmetic: its parameter list holds for all of them."""
+UNUSED = dict.fromkeys(SUMMING, ("int8_mask",)) | {
     "task_arithmetic": ("density", "rescale", "int8_mask"),
-    "ties": ("int8_mask",),
-    "dare_linear": ("int8_mask",),
-    "dare_ties": ("int8_mask",),
+    "sce": ("int8_mask",),
 }
 """Parameters mergekit accepts for a method although they do not change what it computes."""
+NEUTRAL = {
+    "ties": {"rescale": False},
+    "breadcrumbs": {"rescale": False},
+    "breadcrumbs_ties": {"rescale": False},
+    "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+    "multislerp": {"normalize_weights": True},
+}
+"""Parameters we understand only at the value that changes nothing; any other is refused by name."""
 EMBEDDINGS = ("embed", "wte", "wpe")
 """Parts of the names of tensors before the first layer; mergekit gives them the first slice's parameters."""
 STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -167,7 +184,7 @@ def _slices(data: Mapping[str, Any], method: Method) -> list[_Slice]:
         part = _checked(entry, ("sources", "parameters", "base_model"), f"mergekit file: {place}")
         entries = _list(part.get("sources"), f"{place}.sources")
         base = part.get("base_model") or data.get("base_model")
-        if method.inputs == "task_vectors" and base != data.get("base_model"):
+        if method.uses_base(base) and base != data.get("base_model"):
             raise ConfigError(f"mergekit file: {place}: another base_model than the file's is not supported")
         inner = [_parameters(part, method, f"{place}.parameters"), *levels]
         slices.append(_slice(entries, base, method, inner, f"{place}.sources", ranged=True))
@@ -213,7 +230,7 @@ def _ordered(
     own: list[tuple[str, Mapping[str, tuple[Condition, ...]]]], base: str | None, method: Method, where: str
 ) -> list[tuple[str, Mapping[str, tuple[Condition, ...]]]]:
     """Give the base model its role: it is no task vector of its own, and it is slerp's t = 0."""
-    if method.inputs == "task_vectors":
+    if method.uses_base(base):
         return [entry for entry in own if entry[0] != base]
     if method.name == "slerp":
         if base is None:
@@ -242,9 +259,8 @@ def _parameters(
     found: dict[str, tuple[Condition, ...]] = {}
     where = f"mergekit file: {where}"
     for name, setting in _mapping(data.get("parameters") or {}, where).items():
-        if name in UNUSED.get(method.name, ()) or (
-            method.name == "ties" and name == "rescale" and not setting
-        ):
+        neutral = NEUTRAL.get(method.name, {})
+        if name in UNUSED.get(method.name, ()) or (name in neutral and setting == neutral[name]):
             continue
         declared = method.parameter(str(name), where)
         if source and not declared.per_source:

@@ -55,7 +55,7 @@ def _head(recipe: Recipe) -> dict[str, Any]:
         if len(firsts) > 1:
             raise _inexpressible("slerp has one base_model, its t = 0", f"{' and '.join(sorted(firsts))}")
         data["base_model"] = recipe.models[firsts.pop()]
-    elif recipe.base and methods.get(method).needs_base:
+    elif recipe.base and methods.get(method).uses_base(recipe.base):
         data["base_model"] = recipe.models[recipe.base]
     default = data.get("base_model") or recipe.models[recipe.groups[0].sources[0]]
     if recipe.models[recipe.tokenizer] != default:
@@ -162,7 +162,7 @@ def _verify(recipe: Recipe, text: str, names: Sequence[str]) -> None:
 
 def _made_of(recipe: Recipe, name: str) -> tuple[Any, ...]:
     group = recipe.group_for(name)
-    base = recipe.base if methods.get(group.method).needs_base else None
+    base = recipe.base if methods.get(group.method).uses_base(recipe.base) else None
     locations = [recipe.models[each] for each in group.sources]
     parameters: Mapping[str, Setting] = dict(group.parameters)
     return group.method, locations, base and recipe.models[base], parameters, recipe.dtype

@@ -262,7 +262,7 @@ class Recipe:
     def used_models(self) -> tuple[str, ...]:
         """Return the names of the models that are read, base first, in the order of `models`."""
         used = {source for group in self.groups for source in group.sources}
-        if any(methods.get(group.method).needs_base for group in self.groups) and self.base:
+        if self.base and any(methods.get(group.method).uses_base(self.base) for group in self.groups):
             used.add(self.base)
         first = [self.base] if self.base in used else []
         return tuple(first + [name for name in self.models if name in used and name != self.base])

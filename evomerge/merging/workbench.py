@@ -151,7 +151,7 @@ def _key(recipe: Recipe, position: int) -> Hashable:
         group.sources,
         tuple(group.parameters.items()),
         recipe.dtype,
-        recipe.base if method.needs_base else None,
+        recipe.base if method.uses_base(recipe.base) else None,
         recipe.seed if method.random else None,
     )
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
@@ -36,7 +38,16 @@ def read(text: str, **options: Any) -> Recipe:
 def made_of(recipe: Recipe) -> list[tuple[Any, ...]]:
     """What each tensor is made of, names of models aside."""
     groups = [recipe.group_for(name) for name in TENSORS]
-    return [(g.method, [recipe.models[s] for s in g.sources], dict(g.parameters)) for g in groups]
+    base = recipe.models[recipe.base] if recipe.base else None
+    return [
+        (
+            g.method,
+            base if methods.get(g.method).uses_base(recipe.base) else None,
+            [recipe.models[s] for s in g.sources],
+            dict(g.parameters),
+        )
+        for g in groups
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,8 +56,26 @@ def test_merges_equal_mergekits(case: str) -> None:
     inputs = FileInputs(open_used(recipe))
     expected = load_file(GOLDEN / "expected" / f"{case}.safetensors")
     assert len(expected) == 39
+    at_threshold = 0
     for name, tensor in expected.items():
-        assert (merge_tensor(recipe, name, inputs) - tensor).abs().max() <= 1e-6, name
+        away = (merge_tensor(recipe, name, inputs) - tensor).abs() > 1e-6
+        if case == "arcee_fusion" and away.any():
+            at_threshold += assert_at_threshold(recipe, name, inputs, away)
+        else:
+            assert not away.any(), name
+    assert at_threshold <= 4
+
+
+def assert_at_threshold(recipe: Recipe, name: str, inputs: FileInputs, away: Tensor) -> int:
+    """mergekit's importances are float32: a few elements next to the threshold fall on its other side."""
+    base, model = inputs.model("base", name), inputs.model("m1", name)
+    log_p, log_q = (torch.log_softmax(x.double(), -1) for x in (model, base))
+    importance = (model - base).abs() * (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)
+    ordered = importance.flatten().sort().values
+    low, middle, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
+    threshold = middle + 1.5 * (high - low)
+    assert ((importance[away] / threshold - 1).abs() < 1e-3).all(), name
+    return int(away.sum())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,15 +91,19 @@ def test_reference_cases_survive_the_round_trip(case: str) -> None:
 def recipes(draw: st.DrawFn) -> Recipe:
     """Any recipe of one method with the same sources everywhere."""
     method = methods.get(draw(st.sampled_from(methods.names())))
+    sources = ("a", "b")[: method.max_sources]
+    base = draw(st.sampled_from(["base", None])) if not method.needs_base else "base"
     number = st.integers(0, 4).map(lambda n: n / 4)
 
     def group(layers: tuple[int, ...] | None, match: tuple[str, ...]) -> TensorGroup:
         parameters: dict[str, Any] = {}
         for p in method.parameters.values():
-            one = st.booleans() if p.kind == "flag" else number
-            parameters[p.name] = (draw(one), draw(one)) if p.per_source else draw(one)
+            one: st.SearchStrategy[Any] = st.booleans() if p.kind == "flag" else number
+            if p.kind == "integer":
+                one = st.integers(int(p.low), 9)
+            parameters[p.name] = tuple(draw(one) for _ in sources) if p.per_source else draw(one)
         return TensorGroup(
-            method=method.name, sources=("a", "b"), parameters=parameters, layers=layers, match=match
+            method=method.name, sources=sources, parameters=parameters, layers=layers, match=match
         )
 
     places = st.one_of(
@@ -80,7 +113,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     groups = [group(draw(places), draw(names)) for _ in range(draw(st.integers(0, 4)))]
     return Recipe(
         models=MODELS,
-        base="base",
+        base=base,
         groups=(*groups, group(None, ())),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         tokenizer=draw(st.sampled_from(list(MODELS))),
@@ -332,3 +365,73 @@ def test_stacked_and_shifted_slices_are_refused(ranges: list[list[list[int]]], m
     assert message in str(caught.value)
     with pytest.raises(ConfigError, match="not valid YAML"):
         read("{")
+
+
+# The methods' own parameters -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "expected"),
+    [
+        ("breadcrumbs", {"gamma": 0.05, "rescale": False, "int8_mask": True}, {"gamma": (0.05,)}),
+        ("della", {"epsilon": [0.1], "int8_mask": False}, {"epsilon": (0.1,)}),
+        ("sce", {"select_topk": 0.3, "int8_mask": True}, {"select_topk": 0.3}),
+        ("nearswap", {"t": 0.02}, {"t": 0.02}),
+        ("karcher", {"max_iter": 7, "tol": 1e-6}, {"max_iter": 7, "tol": 1e-6}),
+        ("multislerp", {"weight": 2, "normalize_weights": True}, {"weight": (2.0,)}),
+        ("passthrough", {"scale": 0.5}, {"scale": (0.5,)}),
+    ],
+)
+def test_parameters_of_every_method_are_read(
+    method: str, parameters: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    (group,) = read(yaml.safe_dump(PLAIN | {"merge_method": method, "parameters": parameters})).groups
+    assert {name: group.parameters[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("nuslerp", "nuslerp_row_wise", True),
+        ("nuslerp", "nuslerp_flatten", False),
+        ("multislerp", "normalize_weights", False),
+        ("multislerp", "eps", 1e-8),
+        ("breadcrumbs", "rescale", True),
+    ],
+)
+def test_parameters_we_do_not_know_are_refused_by_name(method: str, name: str, value: Any) -> None:
+    models = [{"model": "m/a"}, {"model": "m/b"}]
+    text = yaml.safe_dump(PLAIN | {"merge_method": method, "models": models, "parameters": {name: value}})
+    with pytest.raises(ConfigError, match=f"method {method} has no parameter '{name}'"):
+        read(text)
+
+
+def test_a_base_model_makes_nuslerp_work_on_task_vectors() -> None:
+    models = [{"model": "m/a"}, {"model": "m/b"}, {"model": "m/base"}]
+    data = PLAIN | {"merge_method": "nuslerp", "models": models}
+    recipe = read(yaml.safe_dump(data))
+    assert recipe.groups[0].sources == ("a", "b")
+    assert recipe.used_models() == ("base", "a", "b")
+    assert yaml.safe_load(recipe.to_mergekit_yaml())["base_model"] == "m/base"
+    alone = read(yaml.safe_dump(data | {"base_model": None, "models": models[:2]}))
+    assert alone.used_models() == ("a", "b")
+    assert "base_model" not in yaml.safe_load(alone.to_mergekit_yaml())
+
+
+def test_passthrough_takes_each_layer_from_one_model_and_stacks_none() -> None:
+    scale = [{"filter": "down_proj", "value": 0.5}, {"value": 1.0}]
+    parts = [
+        {"sources": [{"model": "m/a", "layer_range": [0, 2]}]},
+        {"sources": [{"model": "m/b", "layer_range": [2, 4], "parameters": {"scale": scale}}]},
+    ]
+    data = {"merge_method": "passthrough", "dtype": "float32", "slices": parts}
+    recipe = read(yaml.safe_dump(data), tensors=TENSORS)
+    made = {n: (g.sources, g.parameters["scale"]) for n in TENSORS for g in [recipe.group_for(n)]}
+    assert made["model.layers.1.mlp.down_proj.weight"] == (("a",), (1.0,))
+    assert made["model.layers.2.mlp.down_proj.weight"] == (("b",), (0.5,))
+    assert made["model.layers.3.mlp.up_proj.weight"] == (("b",), (1.0,))
+    assert made["model.embed_tokens.weight"][0] == ("a",)
+    assert made["model.norm.weight"][0] == ("b",)
+    parts[1]["sources"][0]["layer_range"] = [1, 4]
+    with pytest.raises(ConfigError, match="stacked or skipped layers are not supported"):
+        read(yaml.safe_dump(data))

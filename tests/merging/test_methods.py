@@ -16,8 +16,13 @@ from torch import Tensor
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.application import apply, generators
-from evomerge.merging.methods.averaging import linear, model_stock, slerp
+from evomerge.merging.methods import selective
+from evomerge.merging.methods.averaging import linear, model_stock, passthrough
+from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import BLOCK, cosines, gram, norm
+from evomerge.merging.methods.selective import arcee_fusion, nearswap, sce
+from evomerge.merging.methods.sparse import breadcrumbs, della, della_linear, keep_by_rank, keep_middle
+from evomerge.merging.methods.spherical import karcher, multislerp, nuslerp, slerp
 from evomerge.merging.methods.task_vectors import (
     dare_linear,
     dare_ties,
@@ -27,10 +32,21 @@ from evomerge.merging.methods.task_vectors import (
 )
 from evomerge.merging.recipe import TensorGroup
 
-ALL = methods.names()
-SYMMETRIC = [name for name in ALL if name != "slerp"]
+ALONE = " without a base"
+ALL = (
+    *methods.names(),
+    *(name + ALONE for name in methods.names() if methods.get(name).inputs == "either"),
+)
+"""One row per method, two for those that work with and without a base."""
+
+
+def declared(row: str) -> Method:
+    return methods.get(row.removesuffix(ALONE))
+
+
+SYMMETRIC = [row for row in ALL if row != "slerp" and declared(row).max_sources != 1]
 """Methods that treat their sources alike."""
-WEIGHTED = [name for name in ALL if "weight" in methods.get(name).parameters]
+WEIGHTED = [row for row in ALL if "weight" in declared(row).parameters]
 NAMES = ("a", "b", "c")
 quick = settings(max_examples=100, deadline=None)
 
@@ -39,31 +55,35 @@ coarse = st.integers(-8, 8).map(lambda n: n / 8)
 
 
 def sources_of(method: str) -> tuple[str, ...]:
-    return NAMES[: methods.get(method).max_sources or len(NAMES)]
+    return NAMES[: declared(method).max_sources or len(NAMES)]
 
 
 def run(
     method: str, base: Tensor, models: Sequence[Tensor], parameters: Mapping[str, Any], seed: int = 0
 ) -> Tensor:
     """Merge whole models with a method, whatever it wants as input."""
-    group = TensorGroup(method=method, sources=NAMES[: len(models)], parameters=parameters)
+    name = declared(method).name
+    group = TensorGroup(method=name, sources=NAMES[: len(models)], parameters=parameters)
+    given = None if method.endswith(ALONE) else "base"
     inputs = list(models)
-    if methods.get(method).inputs == "task_vectors":
+    if declared(method).uses_task_vectors(given):
         inputs = [model - base for model in models]
-    return apply(group, base, inputs, seed=seed, tensor="w")
+    return apply(group, base if given else None, inputs, seed=seed, tensor="w")
 
 
 @st.composite
 def cases(draw: st.DrawFn, count: int | None = None) -> tuple[str, Tensor, list[Tensor], dict[str, Any]]:
     """A method, a base, models, and any legal parameters."""
     method = draw(st.sampled_from(ALL))
-    number = methods.get(method).max_sources or draw(st.integers(2, 3))
+    number = declared(method).max_sources or draw(st.integers(2, 3))
     size = draw(st.integers(1, 12))
     values = st.lists(coarse, min_size=size, max_size=size).map(torch.tensor)
     parameters: dict[str, Any] = {}
-    for p in methods.get(method).parameters.values():
+    for p in declared(method).parameters.values():
         low, high = max(p.low, -1e4), min(p.high, 1e4)
-        one = st.booleans() if p.kind == "flag" else st.floats(low, high)
+        one: st.SearchStrategy[Any] = st.booleans() if p.kind == "flag" else st.floats(low, high)
+        if p.kind == "integer":
+            one = st.integers(int(low), int(high))
         parameters[p.name] = tuple(draw(one) for _ in range(number)) if p.per_source else draw(one)
     return method, draw(values), [draw(values) for _ in range(number)], parameters
 
@@ -95,45 +115,57 @@ def test_sources_equal_to_the_base_give_the_base(method: str) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_hot_weights_give_that_model(method: str, normalize: bool) -> None:
     base, *models = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(1))
-    merged = run(method, base, models, {"weight": (0.0, 1.0, 0.0), "normalize": normalize})
+    models = models[: len(sources_of(method))]
+    parameters: dict[str, Any] = {"weight": (0.0, 1.0, 0.0)[: len(models)]}
+    if "normalize" in declared(method).parameters:
+        parameters["normalize"] = normalize
+    merged = run(method, base, models, parameters)
     torch.testing.assert_close(merged, models[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", SYMMETRIC)
 def test_the_order_of_sources_does_not_matter(method: str) -> None:
     base, *models = torch.randn(4, 40, generator=torch.Generator().manual_seed(2))
+    models = models[: len(sources_of(method))]
     parameters: dict[str, Any] = {"weight": (0.2, 0.5, 0.9), "density": (0.3, 0.6, 1.0)}
-    parameters = {k: v for k, v in parameters.items() if k in methods.get(method).parameters}
-    vectors = methods.get(method).inputs == "task_vectors"
+    parameters |= {"gamma": (0.1, 0.0, 0.2), "epsilon": (0.1, 0.2, 0.0)}
+    parameters = {k: v for k, v in parameters.items() if k in declared(method).parameters}
+    given = None if method.endswith(ALONE) else "base"
     results = []
-    for order in ((0, 1, 2), (2, 0, 1)):
+    for order in ((0, 1, 2), (2, 0, 1)) if len(models) == 3 else ((0, 1), (1, 0)):
         group = TensorGroup(
-            method=method,
+            method=declared(method).name,
             sources=tuple(NAMES[i] for i in order),
             parameters={k: tuple(v[i] for i in order) for k, v in parameters.items()},
         )
+        vectors = declared(method).uses_task_vectors(given)
         inputs = [models[i] - base if vectors else models[i] for i in order]
-        results.append(apply(group, base, inputs, seed=3, tensor="w"))
+        results.append(apply(group, base if given else None, inputs, seed=3, tensor="w"))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_empty_and_scalar_tensors_pass(method: str) -> None:
-    for shape in ((0,), ()):
+    flags = {"filter_wise": True} if "filter_wise" in declared(method).parameters else {}
+    for shape in ((0,), (), (2, 0), (0, 3)):
         base = torch.ones(shape)
-        assert run(method, base, [base + 1 for _ in sources_of(method)], {}).shape == shape
+        for parameters in ({}, flags):
+            assert run(method, base, [base + 1 for _ in sources_of(method)], parameters).shape == shape
 
 
+@pytest.mark.parametrize("shape", [(1_000_003,), (7, 40_001), (501, 999)])
 @pytest.mark.parametrize("method", ALL)
-def test_the_number_of_threads_changes_no_bit(method: str) -> None:
-    base, *models = torch.randn(4, 1_000_003, generator=torch.Generator().manual_seed(3))
+def test_the_number_of_threads_changes_no_bit(method: str, shape: tuple[int, ...]) -> None:
+    base, *models = torch.randn(4, *shape, generator=torch.Generator().manual_seed(3))
     models = [(0.1 * m + base) for m in models][: len(sources_of(method))]
-    parameters = {"density": 0.37} if "density" in methods.get(method).parameters else {}
+    uneven = {"density": 0.37, "select_topk": 0.4, "filter_wise": True, "t": 0.03}
+    parameters = {k: v for k, v in uneven.items() if k in declared(method).parameters}
     results = []
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(run(method, base, models, parameters))
-    assert torch.equal(*results)
+    assert torch.equal(*results[:2])
+    assert torch.equal(*results[1:])
 
 
 # The methods, element by element -------------------------------------------------------------------
@@ -307,3 +339,237 @@ def test_whole_tensor_sums_are_exact_over_blocks() -> None:
     assert norm(torch.zeros(0)) == 0.0
     assert cosines([torch.zeros(2), torch.ones(2)]) == [[0.0, 0.0], [0.0, pytest.approx(1.0)]]
     assert np.isfinite(norm(torch.full((2,), 3e38)))
+
+
+# Thinning by rank ----------------------------------------------------------------------------------
+
+
+def naive_middle(vector: list[float], density: float, gamma: float) -> list[float]:
+    count = len(vector)
+    top = int(gamma * count)
+    bottom = count - int(density * count) - top
+    if bottom < 0:
+        top, bottom = top + bottom, 0
+    order = sorted(range(count), key=lambda i: (abs(vector[i]), -i))
+    kept = set(order[bottom : count - top])
+    return [value if i in kept else 0.0 for i, value in enumerate(vector)]
+
+
+@quick
+@given(st.lists(coarse, min_size=1, max_size=40), st.floats(0, 1), st.floats(0, 1))
+def test_breadcrumbs_keep_exactly_the_middle(values: list[float], density: float, gamma: float) -> None:
+    assert keep_middle(torch.tensor(values), density, gamma).tolist() == naive_middle(values, density, gamma)
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+def test_breadcrumbs_of_a_tensor_too_small_for_an_outlier_keep_its_largest(method: str) -> None:
+    """mergekit zeroes every tensor with gamma * n < 1."""
+    base, model = torch.zeros(8), torch.arange(8.0)
+    merged = run(method, base, [model], {"density": 0.5, "gamma": 0.1})
+    assert merged.tolist() == [0, 0, 0, 0, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "ties"])
+def test_a_density_that_leaves_no_element_gives_the_base(method: str) -> None:
+    base = torch.ones(3)
+    assert torch.equal(run(method, base, [base + 1] * 2, {"density": 0.0}), base)
+
+
+def test_breadcrumbs_are_task_arithmetic_of_the_middle() -> None:
+    base, *vectors = torch.randn(3, 30, generator=torch.Generator().manual_seed(0))
+    merged = breadcrumbs(base, vectors, weight=(0.5, -2.0), density=(0.4, 0.9), gamma=(0.2, 0.05))
+    middle = [
+        torch.tensor(naive_middle(v.tolist(), p, g))
+        for v, p, g in zip(vectors, (0.4, 0.9), (0.2, 0.05), strict=True)
+    ]
+    torch.testing.assert_close(merged, base + 0.5 * middle[0] - 2.0 * middle[1])
+
+
+@pytest.mark.parametrize(
+    ("density", "epsilon"), [(0.5, 0.2), (0.9, 0.15), (0.1, 0.15), (0.5, 1.0), (0.7, 0.0)]
+)
+def test_della_keeps_by_rank_and_keeps_the_mean(density: float, epsilon: float) -> None:
+    """Density 0.9 with the default epsilon stops mergekit."""
+    columns, rows = 5, 40_000
+    vector = torch.tensor([3.0, -1.0, 2.0, -5.0, 4.0]).repeat(rows, 1)
+    (draws,) = generators(7, "w", ("a",))
+    merged = keep_by_rank(vector, density, epsilon, draws, True)
+    width = min(epsilon, density, 1 - density)
+    chance = density - width + 2 * width * torch.tensor([2.0, 0.0, 1.0, 4.0, 3.0]) / (columns - 1)
+    error = 4 * (chance * (1 - chance) / rows).sqrt() + 1e-6
+    assert ((merged != 0).float().mean(0) - chance).abs().le(error).all()
+    assert (merged != 0).float().mean().item() == pytest.approx(density, abs=0.01)
+    possible = chance > 1e-6
+    mean = merged.mean(0) / vector[0]
+    assert (mean - 1).abs()[possible].le((error / chance)[possible] + 1e-6).all()
+    assert not merged[:, ~possible].any()
+
+
+def test_della_ranks_equal_magnitudes_by_lowest_index() -> None:
+    vector = torch.tensor([[1.0, -1.0, 1.0, 1.0]]).repeat(20_000, 1)
+    (draws,) = generators(1, "w", ("a",))
+    share = (keep_by_rank(vector, 0.5, 0.5, draws, False) != 0).float().mean(0)
+    torch.testing.assert_close(share, torch.tensor([1.0, 2 / 3, 1 / 3, 0.0]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("method", [della, della_linear])
+def test_della_masks_belong_to_the_generators(method: Any) -> None:
+    base, vector = torch.randn(2, 40, 50, generator=torch.Generator().manual_seed(0))
+
+    def merged(seed: int) -> Tensor:
+        draws = generators(seed, "w", ("a",))
+        found: Tensor = method(
+            base, [vector], weight=(1.0,), density=(0.5,), epsilon=(0.1,), generators=draws, rescale=False
+        )
+        return found
+
+    before = torch.random.get_rng_state()
+    assert torch.equal(merged(1), merged(1))
+    assert not torch.equal(merged(1), merged(2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert set((merged(1) == base).flatten().tolist()) == {True, False}
+    kept = merged(1) != base
+    assert torch.equal(merged(1)[kept], (base + vector)[kept])
+
+
+# On the sphere -------------------------------------------------------------------------------------
+
+
+def test_nuslerp_is_slerp_by_relative_weights() -> None:
+    base, *models = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for weight, t in (((3.0, 1.0), 0.25), ((0.3, 0.6), 2 / 3), ((0.0, 0.0), 0.5)):
+        alone = nuslerp(None, models, weight=weight)
+        torch.testing.assert_close(alone, slerp(None, models, t=t))
+        torch.testing.assert_close(nuslerp(base, models, weight=weight), base + alone)
+
+
+def test_nuslerp_of_parallel_and_opposite_tensors_is_their_line() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(nuslerp(None, [x, 2 * x], weight=(1.0, 1.0)), 1.5 * x)
+    nearly = -3 * x + 1e-4 * torch.ones(1000)
+    assert norm(nuslerp(None, [x, nearly], weight=(1.0, 1.0))) <= 1.1 * norm(x)
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher", "multislerp" + ALONE])
+def test_spherical_means_have_the_mean_length_or_are_the_linear_mean(method: str) -> None:
+    base, *models = torch.randn(4, 60, generator=torch.Generator().manual_seed(0))
+    vectors = [m - base if method == "multislerp" else m for m in models]
+    merged = run(method, base, models, {})
+    moved = merged - base if method == "multislerp" else merged
+    assert norm(moved) == pytest.approx(sum(map(norm, vectors)) / 3, rel=1e-5)
+    first = run(method, torch.zeros(60), [models[0], -models[0]], {})
+    torch.testing.assert_close(first, torch.zeros(60))
+
+
+def test_multislerp_is_its_definition() -> None:
+    models = list(torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).double())
+    weight = torch.tensor([0.2, 0.5, 0.9]).double()
+    weight /= weight.sum()
+    units = torch.stack([m / m.norm() for m in models])
+    mean = (weight[:, None] * units).sum(0)
+    mean /= mean.norm()
+    tangent = (weight[:, None] * (units - (units @ mean)[:, None] * mean)).sum(0)
+    assert tangent.norm() < 1e-12
+    expected = mean * (weight * torch.stack([m.norm() for m in models])).sum()
+    merged = multislerp(None, [m.float() for m in models], weight=(0.2, 0.5, 0.9))
+    torch.testing.assert_close(merged, expected.float())
+
+
+def test_karcher_is_where_the_logarithms_cancel() -> None:
+    models = list(torch.randn(4, 40, generator=torch.Generator().manual_seed(0)))
+    point = karcher(None, models, max_iter=100, tol=1e-10).double()
+    point /= point.norm()
+    total = torch.zeros(40).double()
+    for model in models:
+        unit = model.double() / model.double().norm()
+        cos = unit @ point
+        total += (unit - cos * point) * cos.arccos() / cos.arccos().sin()
+    assert total.norm() < 1e-5
+    a, b = (m / norm(m) for m in models[:2])
+    torch.testing.assert_close(karcher(None, [a, b]), slerp(None, [a, b], t=0.5))
+
+
+def test_a_tensor_of_zeros_has_no_direction_but_a_length() -> None:
+    x = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(karcher(None, [x, 0 * x]), x / 2)
+    torch.testing.assert_close(multislerp(None, [x, 0 * x], weight=(1.0, 1.0)), x / 2)
+
+
+# Chosen element by element -------------------------------------------------------------------------
+
+
+def naive_sce(base: list[float], vectors: list[list[float]], share: float) -> list[float]:
+    size, count = len(base), len(vectors)
+    if share < 1:
+        mean = [sum(v[i] for v in vectors) / count for i in range(size)]
+        variance = [sum((v[i] - mean[i]) ** 2 for v in vectors) / count for i in range(size)]
+        order = sorted(range(size), key=lambda i: (-variance[i], i))
+        kept = set(order[: int(share * sum(x > 0 for x in variance))])
+        vectors = [[x if i in kept else 0.0 for i, x in enumerate(v)] for v in vectors]
+    energy = [sum(x * x for x in v) for v in vectors]
+    weight = [e / (sum(energy) or 1.0) for e in energy]
+    merged = []
+    for i, start in enumerate(base):
+        sign = 1.0 if sum(v[i] for v in vectors) >= 0 else -1.0
+        agree = [k for k, v in enumerate(vectors) if v[i] * sign > 0]
+        divisor = sum(weight[k] for k in agree) or 1.0
+        merged.append(start + sum(weight[k] * vectors[k][i] for k in agree) / divisor)
+    return merged
+
+
+@quick
+@given(st.data())
+def test_sce_is_its_definition(data: st.DataObject) -> None:
+    size, count = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([1, 2, 4]))
+    row = st.lists(coarse, min_size=size, max_size=size)
+    base, vectors = data.draw(row), [data.draw(row) for _ in range(count)]
+    share = data.draw(st.floats(0, 1))
+    merged = sce(torch.tensor(base), [torch.tensor(v) for v in vectors], select_topk=share)
+    torch.testing.assert_close(merged, torch.tensor(naive_sce(base, vectors, share)), rtol=1e-5, atol=1e-6)
+
+
+def test_nearswap_interpolates_by_nearness() -> None:
+    base, model = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
+    for t in (0.0, 1e-3, 0.3, 100.0):
+        share = (t / (base - model).abs().clamp(min=1e-6)).clamp(0, 1)
+        expected = share * model + (1 - share) * base
+        torch.testing.assert_close(nearswap(base, [model - base], t=t), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_arcee_fusion_is_its_definition() -> None:
+    base, noise = torch.randn(2, 30, 40, generator=torch.Generator().manual_seed(0))
+    model = base + 0.1 * noise
+    p, q = (torch.softmax(x.double(), -1) for x in (model, base))
+    importance = (model - base).abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    ordered = importance.flatten().sort().values
+    low, middle, high = (ordered[int(share * 1199)] for share in (0.25, 0.5, 0.75))
+    expected = torch.where(importance > middle + 1.5 * (high - low), model, base)
+    merged = arcee_fusion(base, [model])
+    assert torch.equal(merged, expected)
+    assert 0 < (merged != base).sum() < 300
+
+
+def test_arcee_fusion_of_long_rows_is_that_of_their_blocks() -> None:
+    base, noise = torch.randn(2, 2, 2 * BLOCK + 5, generator=torch.Generator().manual_seed(0))
+    model = base + 0.1 * noise
+    p, q = (torch.log_softmax(x.double(), -1) for x in (model, base))
+    expected = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(selective._divergence(model, base), expected)
+
+
+def test_filter_wise_model_stock_is_model_stock_of_each_row() -> None:
+    base, *vectors = torch.randn(4, 6, 20, generator=torch.Generator().manual_seed(0))
+    vectors[0][2] = 0.0
+    merged = model_stock(base, vectors, filter_wise=True)
+    rows = [model_stock(base[i], [v[i] for v in vectors]) for i in range(6)]
+    torch.testing.assert_close(merged, torch.stack(rows))
+    row = model_stock(base[0], [v[0] for v in vectors], filter_wise=True)
+    torch.testing.assert_close(row, rows[0])
+
+
+def test_passthrough_scales_one_model() -> None:
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(passthrough(None, [x], scale=(1.0,)), x)
+    assert torch.equal(passthrough(None, [x], scale=(-0.5,)), -0.5 * x)
+    with pytest.raises(ConfigError, match="wrong number of sources"):
+        TensorGroup(method="passthrough", sources=("a", "b"))

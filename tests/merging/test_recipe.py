@@ -35,7 +35,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
         sources = draw(st.lists(st.sampled_from(list(MODELS)), min_size=count, max_size=count))
         parameters: dict[str, Any] = {}
         for p in method.parameters.values():
-            one = st.booleans() if p.kind == "flag" else st.floats(max(p.low, -9), min(p.high, 9))
+            one: st.SearchStrategy[Any] = st.floats(max(p.low, -9), min(p.high, 9))
+            if p.kind != "real":
+                one = st.booleans() if p.kind == "flag" else st.integers(int(p.low), 9)
             parameters[p.name] = tuple(draw(one) for _ in sources) if p.per_source else draw(one)
         layers = draw(st.none() | st.lists(st.integers(0, 40), unique=True).map(sorted).map(tuple))
         match = tuple(draw(st.lists(st.sampled_from(["mlp", "self_attn", "norm"]), unique=True)))

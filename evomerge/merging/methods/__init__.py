@@ -4,7 +4,13 @@ Importing this package does not import torch (the functions do, when called), so
 be checked against the declarations without it.
 """
 
-from evomerge.merging.methods import averaging, task_vectors  # noqa: F401  (importing registers them)
+from evomerge.merging.methods import (  # noqa: F401  (importing registers them)
+    averaging,
+    selective,
+    sparse,
+    spherical,
+    task_vectors,
+)
 from evomerge.merging.methods.declaration import Method, Parameter, get, names
 
 __all__ = ["Method", "Parameter", "get", "names"]

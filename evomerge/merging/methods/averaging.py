@@ -1,4 +1,4 @@
-"""Methods that average the models themselves: linear, slerp, model_stock.
+"""Methods that average the models themselves: linear, model_stock, and passthrough of a single one.
 
 Pure functions of float32 tensors; rounding, devices and files are the engine's business. Elementwise
 steps are separate multiplications and additions, never fused ones, and sums over a whole tensor go
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError
 from evomerge.merging.methods.declaration import Parameter, method
-from evomerge.merging.methods.reduction import cosines
+from evomerge.merging.methods.reduction import as_rows, cosines, row_cosines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,6 @@ WEIGHT_LIMIT = 1e4
 """Bound on weights and scales: anything larger leaves float16 and means a slip of the decimal point."""
 CANCELLED = 1e-3
 """Weights cancel when |sum| falls below this share of the sum of their absolute values."""
-NEARLY_PARALLEL = 0.9995
-"""Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -81,52 +79,45 @@ def linear(
 
 
 @method(
-    "slerp",
+    "passthrough",
     Parameter(
-        name="t", default=0.5, low=0.0, high=1.0, help="0 is the first source, 1 the second, along the arc"
+        name="scale",
+        default=1.0,
+        low=-WEIGHT_LIMIT,
+        high=WEIGHT_LIMIT,
+        per_source=True,
+        help="factor of the weights",
     ),
-    paper="Shoemake 1985, Animating rotation with quaternion curves",
+    paper="none; mergekit's passthrough, Goddard et al. 2024, arXiv:2403.13257",
     inputs="models",
-    sources=(2, 2),
+    sources=(1, 1),
 )
-def slerp(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    *,
-    t: float,
-) -> Tensor:
-    """Interpolate between two models along the arc between them.
-
-    Shoemake's equation with the angle between the whole tensors read as vectors; lengths are not
-    normalised, so both ends are the models themselves. Where |cosine| > 0.9995 the arc is replaced by
-    the straight line, for parallel and for opposite tensors alike. A tensor of zeros counts as
-    orthogonal to everything.
+def passthrough(base: Tensor | None, tensors: Sequence[Tensor], *, scale: tuple[float, ...]) -> Tensor:
+    """Take one model's weights as they are, times a factor.
 
     >>> import torch
-    >>> slerp(None, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], t=0.5)
-    tensor([0.7071, 0.7071])
+    >>> passthrough(None, [torch.ones(2)], scale=(0.5,))
+    tensor([0.5000, 0.5000])
     """
-    first, second = tensors
-    cos = cosines([first, second])[0][1]
-    if abs(cos) > NEARLY_PARALLEL:
-        return weighted_sum(tensors, (1.0 - t, t))
-    angle = math.acos(cos)
-    sine = math.sin(angle)
-    return weighted_sum([first, second], (math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine))
+    return tensors[0] * scale[0]
 
 
 @method(
     "model_stock",
+    Parameter(
+        name="filter_wise", default=False, kind="flag", help="one ratio per row instead of one per tensor"
+    ),
     paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
     inputs="task_vectors",
     sources=(2, None),
 )
-def model_stock(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = False) -> Tensor:
     """Move from the base towards the models' mean as far as their agreement allows.
 
     With c the mean pairwise cosine of the N task vectors of this tensor, the ratio is
     t = N c / (1 + (N - 1) c) (equation 5 of the paper, and its N-model form in appendix B) and the result
-    base + t * mean(task vectors).
+    base + t * mean(task vectors). With `filter_wise`, c and t are those of each row (the last dimension)
+    by itself; a tensor of one dimension is one row.
 
     Deviation: the formula has a pole at c = -1 / (N - 1), where the task vectors cancel; c is kept at or
     above half of that, so |t| <= N / (N - 1). The paper assumes c >= 0.
@@ -136,10 +127,17 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     tensor([1., 1.])
     """
     count = len(tensors)
-    angles = cosines(tensors)
-    pairs = [angles[i][j] for i in range(count) for j in range(i)]
-    cos = max(math.fsum(pairs) / len(pairs), -0.5 / (count - 1))
-    ratio = count * cos / (1.0 + (count - 1) * cos)
-    mix = weighted_sum(tensors, (ratio / count,) * count)
+    lowest = -0.5 / (count - 1)
+    if filter_wise:
+        cos = row_cosines(tensors).clamp(min=lowest)
+        ratios = (count * cos / (1.0 + (count - 1) * cos)).to(base.dtype)
+        mix = weighted_sum(tensors, (1.0 / count,) * count)
+        mix = (as_rows(mix) * ratios[:, None]).view(base.shape)
+    else:
+        angles = cosines(tensors)
+        pairs = [angles[i][j] for i in range(count) for j in range(i)]
+        c = max(math.fsum(pairs) / len(pairs), lowest)
+        ratio = count * c / (1.0 + (count - 1) * c)
+        mix = weighted_sum(tensors, (ratio / count,) * count)
     mix += base
     return mix

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Value = float | int | bool
+Inputs = Literal["models", "task_vectors", "either"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +64,15 @@ class Method:
     """A merge method: a pure function of float32 tensors and what there is to know about it.
 
     `inputs` says what the function's second argument holds, one tensor per source: the sources' own
-    weights ("models") or their differences from the base ("task_vectors").
+    weights ("models"), their differences from the base ("task_vectors"), or "either": differences where
+    the recipe has a base, else weights.
     """
 
     name: str
     function: Callable[..., Tensor]
     summary: str
     paper: str
-    inputs: Literal["models", "task_vectors"]
+    inputs: Inputs
     needs_base: bool
     min_sources: int
     max_sources: int | None
@@ -85,7 +87,20 @@ class Method:
             )
         return self.parameters[name]
 
+    def uses_base(self, base: str | None) -> bool:
+        """Say whether the method reads the base of a recipe, given that recipe's base."""
+        return self.needs_base or (self.inputs == "either" and base is not None)
 
+    def uses_task_vectors(self, base: str | None) -> bool:
+        """Say whether the method works on task vectors in a recipe with that base."""
+        return self.inputs == "task_vectors" or (self.inputs == "either" and base is not None)
+
+
+INPUTS: dict[Inputs, str] = {
+    "models": "the sources' own weights",
+    "task_vectors": "the sources' task vectors",
+    "either": "the sources' task vectors where the recipe has a base, else on their own weights",
+}
 _REGISTRY: dict[str, Method] = {}
 
 
@@ -93,7 +108,7 @@ def method(
     name: str,
     *parameters: Parameter,
     paper: str,
-    inputs: Literal["models", "task_vectors"],
+    inputs: Inputs,
     needs_base: bool | None = None,
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
@@ -147,14 +162,15 @@ def markdown() -> str:
         found = _REGISTRY[name]
         low, high = found.min_sources, found.max_sources
         count = f"{low} or more" if high is None else f"exactly {low}" if low == high else f"{low} to {high}"
-        needs = "the sources' task vectors" if found.inputs == "task_vectors" else "the sources' own weights"
+        count += " source" if high == 1 else " sources"
+        needs = INPUTS[found.inputs]
         lines += [
             "",
             f"## {name}",
             "",
             found.summary,
             "",
-            f"Works on {needs}; {count} sources"
+            f"Works on {needs}; {count}"
             f"{'; needs a base' if found.needs_base else ''}"
             f"{'; draws masks from the recipe seed' if found.random else ''}. Paper: {found.paper}.",
         ]

@@ -63,3 +63,47 @@ def cosines(tensors: Sequence[Tensor]) -> list[list[float]]:
         ]
         for a, row in zip(lengths, products, strict=True)
     ]
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """Return a view as a matrix whose rows are the last dimension; one or no dimension is one row."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
+
+
+def row_products(first: Tensor, second: Tensor) -> Tensor:
+    """Return the inner products of the rows of two matrices of equal shape, as a float64 vector.
+
+    >>> import torch
+    >>> row_products(torch.ones(2, 3), torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]))
+    tensor([6., 1.], dtype=torch.float64)
+    """
+    import torch
+
+    rows, columns = first.shape
+    products = torch.zeros(rows, dtype=torch.float64, device=first.device)
+    step = max(1, BLOCK // max(columns, 1))
+    for row in range(0, rows, step):
+        for column in range(0, columns, BLOCK):
+            place = slice(row, row + step), slice(column, column + BLOCK)
+            block = first[place].to(torch.float64) * second[place].to(torch.float64)
+            products[row : row + step] += block.sum(-1)
+    return products
+
+
+def row_cosines(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the mean cosine of all pairs of tensors for each row, as a float64 vector.
+
+    A pair with a row of (nearly) no length counts as 0.
+    """
+    import torch
+
+    matrices = [as_rows(tensor) for tensor in tensors]
+    lengths = [row_products(matrix, matrix).sqrt() for matrix in matrices]
+    total = torch.zeros_like(lengths[0])
+    count = len(tensors)
+    for i in range(count):
+        for j in range(i):
+            size = lengths[i] * lengths[j]
+            cos = row_products(matrices[i], matrices[j]) / size.clamp(min=SHORTEST)
+            total += torch.where(size > SHORTEST, cos.clamp(-1.0, 1.0), 0.0)
+    return total / (count * (count - 1) / 2)

@@ -1,9 +1,9 @@
 """Methods that add task vectors to the base: task_arithmetic, ties, dare_linear, dare_ties.
 
-All four are one pipeline: sparsify each task vector, weight it, keep the elements that agree with the
-majority sign (the ties methods), sum, divide by the weights that took part (`normalize`), scale by
-`lambda` and add the base. Pure functions of float32 tensors. Elementwise steps are never fused
-multiply-adds, so results do not depend on the number of threads.
+All four, and those in `sparse`, are one pipeline: sparsify each task vector, weight it, keep the
+elements that agree with the majority sign (the ties methods), sum, divide by the weights that took part
+(`normalize`), scale by `lambda` and add the base. Pure functions of float32 tensors. Elementwise steps
+are never fused multiply-adds, so results do not depend on the number of threads.
 
 Guards: a divisor below 1/100 of the size of the weights that took part counts as 0, and a divisor of 0
 means "do not divide". Without that, weights such as 0.5 and -0.4999 would blow the result up by 1e4.
@@ -38,18 +38,18 @@ LAMBDA = Parameter(
 )
 
 
-def _density(help: str) -> Parameter:
+def density_of(help: str) -> Parameter:
     return Parameter(name="density", default=1.0, low=0.0, high=1.0, per_source=True, help=help)
 
 
-def _normalize(default: bool) -> Parameter:
+def normalize_by(default: bool) -> Parameter:
     return Parameter(
         name="normalize", default=default, kind="flag", help="divide by the weights that took part"
     )
 
 
-TOP_DENSITY = _density("share of each task vector's elements kept, the largest ones")
-RANDOM_DENSITY = _density("probability of keeping an element of a task vector")
+TOP_DENSITY = density_of("share of each task vector's elements kept, the largest ones")
+RANDOM_DENSITY = density_of("probability of keeping an element of a task vector")
 RESCALE = Parameter(
     name="rescale", default=True, kind="flag", help="divide what is kept by the density (the mean stays)"
 )
@@ -58,7 +58,7 @@ RESCALE = Parameter(
 @method(
     "task_arithmetic",
     WEIGHT,
-    _normalize(False),
+    normalize_by(False),
     LAMBDA,
     paper="Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089",
     inputs="task_vectors",
@@ -79,14 +79,14 @@ def task_arithmetic(
     >>> task_arithmetic(torch.ones(2), [torch.ones(2), torch.ones(2)], weight=(0.5, -2.0))
     tensor([-0.5000, -0.5000])
     """
-    return _plain(base, tensors, weight, normalize, lambda_)
+    return plain_mix(base, tensors, weight, normalize, lambda_)
 
 
 @method(
     "ties",
     WEIGHT,
     TOP_DENSITY,
-    _normalize(True),
+    normalize_by(True),
     LAMBDA,
     paper="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708",
     inputs="task_vectors",
@@ -116,14 +116,14 @@ def ties(
     tensor([3., 3.])
     """
     trimmed = [keep_largest(d, share) for d, share in zip(tensors, density, strict=True)]
-    return _consensus(base, trimmed, weight, normalize, lambda_)
+    return consensus_mix(base, trimmed, weight, normalize, lambda_)
 
 
 @method(
     "dare_linear",
     WEIGHT,
     RANDOM_DENSITY,
-    _normalize(False),
+    normalize_by(False),
     RESCALE,
     LAMBDA,
     paper="Yu et al. 2024, Language models are super Mario (DARE), arXiv:2311.03099",
@@ -152,14 +152,14 @@ def dare_linear(
     [0.0, 0.0, 2.0, 2.0]
     """
     kept = _drop_all(tensors, density, generators, rescale)
-    return _plain(base, kept, weight, normalize, lambda_)
+    return plain_mix(base, kept, weight, normalize, lambda_)
 
 
 @method(
     "dare_ties",
     WEIGHT,
     RANDOM_DENSITY,
-    _normalize(False),
+    normalize_by(False),
     RESCALE,
     LAMBDA,
     paper="Yu et al. 2024, arXiv:2311.03099, with the sign election of arXiv:2306.01708",
@@ -185,7 +185,7 @@ def dare_ties(
     tensor([0.5000, 0.5000])
     """
     kept = _drop_all(tensors, density, generators, rescale)
-    return _consensus(base, kept, weight, normalize, lambda_)
+    return consensus_mix(base, kept, weight, normalize, lambda_)
 
 
 def keep_largest(vector: Tensor, density: float) -> Tensor:
@@ -198,17 +198,19 @@ def keep_largest(vector: Tensor, density: float) -> Tensor:
     >>> keep_largest(torch.tensor([1.0, -3.0, 1.0, 2.0]), 0.75)
     tensor([ 1., -3.,  0.,  2.])
     """
+    return keep_count(vector, int(density * vector.numel()))
+
+
+def keep_count(vector: Tensor, kept: int) -> Tensor:
+    """Return the vector with all but its `kept` largest magnitudes set to 0, as `keep_largest` does."""
     import numpy
     import torch
 
-    count = vector.numel()
-    kept = int(density * count)
-    if kept >= count:
+    if kept >= vector.numel():
         return vector
     if kept == 0:
         return torch.zeros_like(vector)
-    magnitudes = vector.abs().flatten()
-    threshold, surplus = _select(magnitudes, kept)
+    threshold, surplus = _select(vector.abs().flatten(), kept)
     if threshold == 0.0:  # only zeros are cut
         return vector
     # hardshrink keeps |x| > lambd in one pass; the next float32 below makes that |x| >= threshold.
@@ -259,7 +261,7 @@ def _drop(vector: Tensor, density: float, generator: Generator, rescale: bool) -
     return mask.mul_(vector)
 
 
-def _plain(
+def plain_mix(
     base: Tensor, vectors: Sequence[Tensor], weight: Sequence[float], normalize: bool, scale: float
 ) -> Tensor:
     """Return base + scale * sum(w v), divided by sum(w) if asked."""
@@ -274,7 +276,7 @@ def _plain(
     return mix
 
 
-def _consensus(
+def consensus_mix(
     base: Tensor, vectors: Sequence[Tensor], weight: Sequence[float], normalize: bool, scale: float
 ) -> Tensor:
     """Return base + scale * the sum or mean of the weighted vectors that have the majority sign."""

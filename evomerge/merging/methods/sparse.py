@@ -1,0 +1,260 @@
+"""Methods that thin task vectors out by rank before adding them: della, breadcrumbs, and their kin.
+
+The pipeline after the mask is that of `task_vectors`. Masks of DELLA come from the given generators
+alone; those of breadcrumbs keep an exact number of elements, equal magnitudes ranked by lowest index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.merging.methods.declaration import Parameter, method
+from evomerge.merging.methods.reduction import as_rows
+from evomerge.merging.methods.task_vectors import (
+    LAMBDA,
+    RESCALE,
+    SMALLEST_DRAW,
+    WEIGHT,
+    consensus_mix,
+    density_of,
+    keep_count,
+    normalize_by,
+    plain_mix,
+)
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+RANKED_DENSITY = density_of("mean probability of keeping an element; larger ones are likelier to stay")
+EPSILON = Parameter(
+    name="epsilon",
+    default=0.15,
+    low=0.0,
+    high=1.0,
+    per_source=True,
+    help="how far a row's largest and smallest elements are above and below that probability",
+)
+MIDDLE_DENSITY = density_of("share of each task vector's elements kept")
+GAMMA = Parameter(
+    name="gamma",
+    default=0.01,
+    low=0.0,
+    high=1.0,
+    per_source=True,
+    help="share of each task vector's elements dropped as outliers, the largest ones",
+)
+
+
+@method(
+    "della",
+    WEIGHT,
+    RANKED_DENSITY,
+    EPSILON,
+    normalize_by(True),
+    RESCALE,
+    LAMBDA,
+    paper="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617",
+    inputs="task_vectors",
+    random=True,
+)
+def della(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    epsilon: tuple[float, ...],
+    generators: Sequence[Generator],
+    normalize: bool = True,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Drop elements at random, small ones sooner; elect signs and merge as TIES does.
+
+    MAGPRUNE (section 3.1 of the paper) on each row, see `keep_by_rank`, then elect and fuse (sections
+    3.2 and 3.3). (mergekit rescales by the ratio of L1 norms instead of each element's probability.)
+
+    >>> import torch
+    >>> vectors, draws = [torch.ones(2)], [torch.Generator()]
+    >>> della(torch.zeros(2), vectors, weight=(0.5,), density=(1.0,), epsilon=(0.1,), generators=draws)
+    tensor([1., 1.])
+    """
+    kept = _keep_all(tensors, density, epsilon, generators, rescale)
+    return consensus_mix(base, kept, weight, normalize, lambda_)
+
+
+@method(
+    "della_linear",
+    WEIGHT,
+    RANKED_DENSITY,
+    EPSILON,
+    normalize_by(False),
+    RESCALE,
+    LAMBDA,
+    paper="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, without its sign election",
+    inputs="task_vectors",
+    random=True,
+)
+def della_linear(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    epsilon: tuple[float, ...],
+    generators: Sequence[Generator],
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Drop elements at random, small ones sooner; rescale the rest, add them to the base.
+
+    As `della` without electing signs: the mean over all masks is task arithmetic.
+
+    >>> import torch
+    >>> vectors, draws = [torch.ones(2)], [torch.Generator()]
+    >>> della_linear(torch.zeros(2), vectors, weight=(0.5,), density=(1.0,), epsilon=(0.1,), generators=draws)
+    tensor([0.5000, 0.5000])
+    """
+    kept = _keep_all(tensors, density, epsilon, generators, rescale)
+    return plain_mix(base, kept, weight, normalize, lambda_)
+
+
+@method(
+    "breadcrumbs",
+    WEIGHT,
+    MIDDLE_DENSITY,
+    GAMMA,
+    normalize_by(False),
+    LAMBDA,
+    paper="Davari and Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795",
+    inputs="task_vectors",
+)
+def breadcrumbs(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    gamma: tuple[float, ...],
+    normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Keep the middle of each task vector, neither outliers nor small elements; add it to the base.
+
+    Section 3 of the paper with its gamma counted from the top and beta = 1 - density - gamma; masks are
+    per tensor, see `keep_middle`.
+
+    >>> import torch
+    >>> vectors = [torch.tensor([9.0, 1.0, -3.0, 2.0])]
+    >>> breadcrumbs(torch.zeros(4), vectors, weight=(1.0,), density=(0.5,), gamma=(0.25,))
+    tensor([ 0.,  0., -3.,  2.])
+    """
+    middle = [keep_middle(d, p, g) for d, p, g in zip(tensors, density, gamma, strict=True)]
+    return plain_mix(base, middle, weight, normalize, lambda_)
+
+
+@method(
+    "breadcrumbs_ties",
+    WEIGHT,
+    MIDDLE_DENSITY,
+    GAMMA,
+    normalize_by(False),
+    LAMBDA,
+    paper="Davari and Belilovsky 2023, arXiv:2312.06795, with the sign election of arXiv:2306.01708",
+    inputs="task_vectors",
+)
+def breadcrumbs_ties(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    gamma: tuple[float, ...],
+    normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Keep the middle of each task vector as breadcrumbs does, then elect signs and merge as TIES does.
+
+    >>> import torch
+    >>> vectors = [torch.tensor([9.0, 1.0, -3.0, 2.0]), torch.tensor([1.0, 1.0, 1.0, 9.0])]
+    >>> both = {"weight": (1.0, 1.0), "density": (0.5, 1.0), "gamma": (0.25, 0.0)}
+    >>> breadcrumbs_ties(torch.zeros(4), vectors, **both)
+    tensor([ 1.,  1., -3., 11.])
+    """
+    middle = [keep_middle(d, p, g) for d, p, g in zip(tensors, density, gamma, strict=True)]
+    return consensus_mix(base, middle, weight, normalize, lambda_)
+
+
+def keep_middle(vector: Tensor, density: float, gamma: float) -> Tensor:
+    """Return the vector without its int(gamma * n) largest magnitudes and without its smallest ones.
+
+    Exactly int(density * n) elements are kept. Where there are not that many below the outliers, fewer
+    outliers are dropped; a density of 1 keeps all. May return the argument itself.
+
+    >>> import torch
+    >>> keep_middle(torch.tensor([4.0, 1.0, 3.0, 2.0]), 0.5, 0.25)
+    tensor([0., 0., 3., 2.])
+    """
+    count = vector.numel()
+    kept = min(int(density * count), count)
+    outliers = min(int(gamma * count), count - kept)
+    trimmed = keep_count(vector, kept + outliers)
+    return trimmed - keep_count(vector, outliers) if outliers else trimmed
+
+
+def keep_by_rank(
+    vector: Tensor, density: float, epsilon: float, generator: Generator, rescale: bool
+) -> Tensor:
+    """Keep each element with a probability that grows with its rank among the magnitudes of its row.
+
+    With r = 0 for the smallest and 1 for the largest of a row (ties: the lowest index is the larger),
+    the probability is density - epsilon + 2 epsilon r; what is kept is divided by it (`rescale`). The
+    paper writes the width 2 epsilon as its epsilon. A tensor of one dimension is one row, and a row of
+    one element has r = 1/2. The draw of an element depends on its index alone.
+
+    Deviation: epsilon is lowered to min(density, 1 - density) where it is larger, so that probabilities
+    stay between 0 and 1 and their mean stays the density; mergekit stops with an error there.
+    """
+    import torch
+
+    if density >= 1.0:
+        return vector
+    if density < SMALLEST_DRAW:
+        return torch.zeros_like(vector)
+    epsilon = min(epsilon, density, 1.0 - density)
+    chance = _ranks(vector)
+    chance *= 2.0 * epsilon
+    chance += density - epsilon
+    draws = torch.rand(vector.shape, generator=generator).to(vector.device)
+    # A chance below the resolution of a draw keeps nothing, so that rescaling never divides by 0.
+    kept = vector * ((draws < chance) & (chance >= SMALLEST_DRAW))
+    return kept.div_(chance.clamp_(min=SMALLEST_DRAW)) if rescale else kept
+
+
+def _ranks(vector: Tensor) -> Tensor:
+    """Return each element's rank by magnitude in its row, from 0 to 1."""
+    import torch
+
+    rows = as_rows(vector)
+    last = rows.shape[1] - 1
+    if last <= 0:
+        return torch.full_like(vector, 0.5)
+    order = rows.abs().argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(last, -1, -1, dtype=vector.dtype, device=vector.device) / last
+    ranks = torch.empty_like(rows).scatter_(1, order, places.expand_as(rows))
+    return ranks.view(vector.shape)
+
+
+def _keep_all(
+    tensors: Sequence[Tensor],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    generators: Sequence[Generator],
+    rescale: bool,
+) -> list[Tensor]:
+    return [
+        keep_by_rank(d, p, e, g, rescale)
+        for d, p, e, g in zip(tensors, density, epsilon, generators, strict=True)
+    ]

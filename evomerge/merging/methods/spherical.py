@@ -1,0 +1,231 @@
+"""Methods on the sphere: slerp, nuslerp, multislerp, karcher.
+
+Each finds a point on the arcs between directions, so its result is a linear combination of its inputs
+whose coefficients depend only on lengths and angles. Those come from one Gram matrix in float64, and no
+method touches the tensors before the last sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.merging.methods.averaging import WEIGHT_LIMIT, weighted_sum
+from evomerge.merging.methods.declaration import Parameter, method
+from evomerge.merging.methods.reduction import cosines, gram
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEARLY_PARALLEL = 0.9995
+"""Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
+SMALLEST_SINE = 1e-8
+SHORTEST_LENGTH = 1e-30
+"""Length of a tensor at or below which it counts as zeros: float32 can't hold its reciprocal."""
+SHORTEST_MEAN = 1e-4
+"""Length of a mean of unit vectors below which they cancel and their mean has no direction."""
+SHARE = Parameter(
+    name="weight", default=1.0, low=0.0, high=WEIGHT_LIMIT, per_source=True, help="share of each model"
+)
+
+
+@method(
+    "slerp",
+    Parameter(
+        name="t", default=0.5, low=0.0, high=1.0, help="0 is the first source, 1 the second, along the arc"
+    ),
+    paper="Shoemake 1985, Animating rotation with quaternion curves",
+    inputs="models",
+    sources=(2, 2),
+)
+def slerp(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    *,
+    t: float,
+) -> Tensor:
+    """Interpolate between two models along the arc between them.
+
+    Shoemake's equation with the angle between the whole tensors read as vectors; lengths are not
+    normalised, so both ends are the models themselves. Where |cosine| > 0.9995 the arc is replaced by
+    the straight line, for parallel and for opposite tensors alike. A tensor of zeros counts as
+    orthogonal to everything.
+
+    >>> import torch
+    >>> slerp(None, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], t=0.5)
+    tensor([0.7071, 0.7071])
+    """
+    first, second = tensors
+    cos = cosines([first, second])[0][1]
+    if abs(cos) > NEARLY_PARALLEL:
+        return weighted_sum(tensors, (1.0 - t, t))
+    angle = math.acos(cos)
+    sine = math.sin(angle)
+    return weighted_sum([first, second], (math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine))
+
+
+@method(
+    "nuslerp",
+    SHARE,
+    paper="Shoemake 1985, Animating rotation with quaternion curves; mergekit's nuslerp",
+    inputs="either",
+    sources=(2, 2),
+)
+def nuslerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[float, ...]) -> Tensor:
+    """Interpolate along the arc by relative weights; between task vectors where there is a base.
+
+    slerp with t = w2 / (w1 + w2); weights that are all 0 count as equal. With a base, `tensors` are task
+    vectors and the base is added to the result.
+
+    Deviations from mergekit: weights are never negative, and nearly opposite tensors (cosine below
+    -0.9995) are interpolated along the straight line, because the arc's coefficients grow like 1 / sine.
+
+    >>> import torch
+    >>> nuslerp(torch.ones(2), [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], weight=(1.0, 1.0))
+    tensor([1.7071, 1.7071])
+    """
+    first, second = _shares(weight)
+    cos = cosines(tensors)[0][1]
+    angle = math.acos(cos)
+    sine = math.sin(angle)
+    if cos >= -NEARLY_PARALLEL and sine >= SMALLEST_SINE:
+        first, second = math.sin(first * angle) / sine, math.sin(second * angle) / sine
+    return _from(base, weighted_sum(tensors, (first, second)))
+
+
+@method(
+    "multislerp",
+    SHARE,
+    paper="Goddard 2025, multislerp in mergekit; after Buss and Fillmore 2001, Spherical averages",
+    inputs="either",
+)
+def multislerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[float, ...]) -> Tensor:
+    """Average directions on the sphere by weights, and give the mean the weighted mean length.
+
+    The direction is that of m = sum(w u) over unit tensors u. A further step in the tangent space at
+    that point, along the weighted sum of the projected u, has length 0: sum(w (u - <u, m'> m')) with
+    m' = m / |m| is m - |m| m'. So this is the whole of mergekit's formula. Weights that are all 0 count
+    as equal; a tensor of zeros has no direction but counts as a length of 0. With a base, `tensors` are
+    task vectors and the base is added to the result.
+
+    Deviation: where directions cancel (|m| < 1e-4) the tensors are averaged linearly.
+
+    >>> import torch
+    >>> multislerp(None, [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])], weight=(1.0, 1.0))
+    tensor([1.4142, 1.4142])
+    """
+    shares = _shares(weight)
+    lengths, cos = _angles(tensors)
+    return _from(base, _pointed(tensors, shares, lengths, cos, shares))
+
+
+@method(
+    "karcher",
+    Parameter(
+        name="max_iter", default=10, low=1, high=100, kind="integer", help="most steps towards the mean"
+    ),
+    Parameter(name="tol", default=1e-5, low=0.0, high=1.0, help="length of the step that ends the search"),
+    paper="Karcher 1977, Riemannian center of mass and mollifier smoothing",
+    inputs="models",
+)
+def karcher(
+    base: Tensor | None, tensors: Sequence[Tensor], *, max_iter: int = 10, tol: float = 1e-5
+) -> Tensor:
+    """Find the Riemannian mean of the directions by iteration; give it the mean length.
+
+    Gradient descent with step 1 on the sum of squared arcs: from the normalised mean of the unit tensors,
+    follow the mean of their logarithms at the current point (Karcher's equation 1.2) until it is shorter
+    than `tol`. The point stays in the span of the tensors, so it is kept as coefficients.
+
+    Deviations: a tensor of zeros has no direction but counts as a length of 0; a direction opposite to
+    the current point has no logarithm and is left out of that step; where directions cancel
+    (|mean| < 1e-4) the tensors are averaged linearly.
+
+    >>> import torch
+    >>> karcher(None, [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])])
+    tensor([1.4142, 1.4142])
+    """
+    lengths, cos = _angles(tensors)
+    count = len(tensors)
+    pointing = [1.0 if length > 0.0 else 0.0 for length in lengths]
+    point = [each / max(math.fsum(pointing), 1.0) for each in pointing]
+    size = _length(point, cos)
+    if size >= SHORTEST_MEAN:
+        point = [c / size for c in point]
+        for _ in range(max_iter):
+            step = _mean_logarithm(point, cos, pointing)
+            size = _length(step, cos)
+            if size < max(tol, SMALLEST_SINE):
+                break
+            point = [math.cos(size) * c + math.sin(size) / size * s for c, s in zip(point, step, strict=True)]
+            length = _length(point, cos)
+            point = [c / length for c in point]
+    return _pointed(tensors, (1.0 / count,) * count, lengths, cos, point)
+
+
+def _mean_logarithm(
+    point: Sequence[float], cos: Sequence[Sequence[float]], pointing: Sequence[float]
+) -> list[float]:
+    """Return the mean of the tangent vectors from the point to each direction, as coefficients."""
+    step = [0.0] * len(point)
+    share = 1.0 / math.fsum(pointing)
+    for i, has_direction in enumerate(pointing):
+        near = max(-1.0, min(1.0, math.fsum(c * row[i] for c, row in zip(point, cos, strict=True))))
+        if not has_direction or near <= -1.0 + SMALLEST_SINE:
+            continue
+        angle = math.acos(near)
+        stretch = share * (angle / math.sin(angle) if angle > SMALLEST_SINE else 1.0)
+        step = [s - stretch * near * c for s, c in zip(step, point, strict=True)]
+        step[i] += stretch
+    return step
+
+
+def _shares(weight: Sequence[float]) -> tuple[float, ...]:
+    """Return the weights divided by their sum; equal ones where all are 0."""
+    total = math.fsum(weight)
+    return tuple(w / total for w in weight) if total > 0.0 else (1.0 / len(weight),) * len(weight)
+
+
+def _angles(tensors: Sequence[Tensor]) -> tuple[list[float], list[list[float]]]:
+    """Return the tensors' lengths and the inner products of their directions (0 without a length)."""
+    products = gram(tensors)
+    lengths = [math.sqrt(products[i][i]) for i in range(len(tensors))]
+    lengths = [length if length > SHORTEST_LENGTH else 0.0 for length in lengths]
+    cos = [
+        [
+            1.0 if i == j and a > 0.0 else product / a / b if a > 0.0 and b > 0.0 else 0.0
+            for j, (b, product) in enumerate(zip(lengths, row, strict=True))
+        ]
+        for i, (a, row) in enumerate(zip(lengths, products, strict=True))
+    ]
+    return lengths, [[max(-1.0, min(1.0, each)) for each in row] for row in cos]
+
+
+def _length(point: Sequence[float], cos: Sequence[Sequence[float]]) -> float:
+    """Return the length of a combination of unit tensors."""
+    square = math.fsum(a * b * cos[i][j] for i, a in enumerate(point) for j, b in enumerate(point))
+    return math.sqrt(max(square, 0.0))
+
+
+def _pointed(
+    tensors: Sequence[Tensor],
+    shares: Sequence[float],
+    lengths: Sequence[float],
+    cos: Sequence[Sequence[float]],
+    point: Sequence[float],
+) -> Tensor:
+    """Return the tensor that points where `point` does and has the tensors' mean length by `shares`."""
+    size = _length(point, cos)
+    if size < SHORTEST_MEAN:
+        return weighted_sum(tensors, shares)
+    scale = math.fsum(s * length for s, length in zip(shares, lengths, strict=True)) / size
+    return weighted_sum(
+        tensors, [scale * c / length if length else 0.0 for c, length in zip(point, lengths, strict=True)]
+    )
+
+
+def _from(base: Tensor | None, mix: Tensor) -> Tensor:
+    if base is not None:
+        mix += base
+    return mix
