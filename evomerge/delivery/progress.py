@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
@@ -28,6 +29,20 @@ class Silent:
     def __exit__(self, *_: object) -> None: ...
 
 
+class _Elapsed(ProgressColumn):
+    """Time since the command began; rich's own column stops at the first full bar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = time.monotonic()
+
+    def render(self, task: Task) -> Text:
+        """Return the time as m:ss or h:mm:ss."""
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        hours, minutes = divmod(minutes, 60)
+        return Text(f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}", style="dim")
+
+
 class Live:
     """One line that tells where a run stands; on a dumb terminal or in a file, one line per phase."""
 
@@ -37,7 +52,7 @@ class Live:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            _Elapsed(),
             TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
