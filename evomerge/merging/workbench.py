@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.engine import merge_tensor, rounded
+from evomerge.merging.engine import merge_tensor
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import Source, open_sources
 
@@ -102,18 +102,6 @@ class Workbench:
             key = keys[id(recipe.group_for(name))]
             if self._loaded.get(name) != key:
                 self._put(name, merge_tensor(recipe, name, self._inputs), key)
-
-    def load_source(self, name: str, *, dtype: str = "bfloat16") -> None:
-        """Put one model's own weights, rounded to `dtype`, into the live model.
-
-        The same bits as a linear recipe with this model alone.
-        """
-        if name not in self.sources:
-            raise ConfigError(f"workbench: unknown model {name!r}", fix=nearest(name, self.sources))
-        for tensor in self._targets:
-            key = ("source", name, dtype)
-            if self._loaded.get(tensor) != key:
-                self._put(tensor, rounded(self._inputs.model(name, tensor), dtype, tensor), key)
 
     def _put(self, name: str, weights: Tensor, key: Hashable) -> None:
         self._loaded.pop(name, None)

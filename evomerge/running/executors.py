@@ -57,8 +57,6 @@ class Runs(Protocol):
 class Executor(Protocol):
     """Runs jobs. Results come in any order."""
 
-    workers: int
-
     def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes."""
         ...
@@ -70,8 +68,6 @@ class Executor(Protocol):
 
 class Inline:
     """Runs jobs one after the other in this process: no isolation, no timeout, no start-up cost."""
-
-    workers = 1
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = Worker(spec, "inline")
