@@ -6,12 +6,14 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.merging.methods.blend import Blend, Measured, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,11 +67,13 @@ class Method:
 
     `inputs` says what the function's second argument holds, one tensor per source: the sources' own
     weights ("models"), their differences from the base ("task_vectors"), or "either": differences where
-    the recipe has a base, else weights.
+    the recipe has a base, else weights. `blend` says the method as a `Blend`, where it is one (with
+    these parameters: else None).
     """
 
     name: str
     function: Callable[..., Tensor]
+    blend: Callable[..., Blend | None] | None
     summary: str
     paper: str
     inputs: Inputs
@@ -112,12 +116,14 @@ def method(
     needs_base: bool | None = None,
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
+    blend: Callable[..., Blend | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a merge method; the decorated function keeps working as a plain function.
 
     It is called as `function(base, tensors, **parameters)`; per-source parameters arrive as tuples in
-    source order, `lambda` arrives as `lambda_`, and a random method also gets `generators`, one
-    `torch.Generator` per source. The first line of its docstring becomes the summary.
+    source order, `lambda` arrives as `lambda_`, and a random method also gets `keys`, the key of each
+    source's draws (see `draws`). `blend`, if given, says the same as data. The
+    first line of its docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,6 +131,7 @@ def method(
         _REGISTRY[name] = Method(
             name=name,
             function=function,
+            blend=blend,
             summary=(function.__doc__ or "").strip().splitlines()[0],
             paper=paper,
             inputs=inputs,
@@ -135,6 +142,26 @@ def method(
             parameters={p.name: p for p in parameters},
         )
         return function
+
+    return register
+
+
+def blended(
+    name: str, *parameters: Parameter, **declaration: Any
+) -> Callable[[Callable[..., Blend]], Callable[..., Any]]:
+    """Declare a merge method that says its `Blend` and leaves the tensors to whoever runs it.
+
+    The decorated function takes a `Measure` of the inputs in place of `base, tensors`, and the parameters
+    as in `method`. What it is decorated into takes base and tensors, like every method.
+    """
+
+    def register(blend: Callable[..., Blend]) -> Callable[..., Any]:
+        @functools.wraps(blend)
+        def function(base: Tensor | None, tensors: Sequence[Tensor], **settings: Any) -> Tensor:
+            added = None if declaration["inputs"] == "models" else base
+            return run(blend(Measured(tensors), **settings), added, tensors)
+
+        return method(name, *parameters, blend=blend, **declaration)(function)
 
     return register
 

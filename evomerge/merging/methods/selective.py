@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT, weighted_sum
+from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.blend import Ranks, keep_ranks, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
 from evomerge.merging.methods.reduction import BLOCK, as_rows, gram
-from evomerge.merging.methods.task_vectors import keep_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,8 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
     if select_topk < 1.0:
         mean = weighted_sum(tensors, (1.0 / len(tensors),) * len(tensors))
         variance = weighted_sum([(d - mean).square() for d in tensors], (1.0 / len(tensors),) * len(tensors))
-        mask = keep_count(variance, int(select_topk * int(torch.count_nonzero(variance)))) > 0.0
+        varied = int(select_topk * int(torch.count_nonzero(variance)))
+        mask = keep_ranks(variance, Ranks(last=varied)) > 0.0
         tensors = [d * mask for d in tensors]
     products = gram(tensors)
     energy = [products[i][i] for i in range(len(tensors))]
