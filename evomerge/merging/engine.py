@@ -6,6 +6,7 @@ and that is why what was scored is what is exported, bit for bit.
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import json
 import math
@@ -16,7 +17,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ from evomerge.merging.compatibility import check
 from evomerge.merging.inputs import FileInputs, Inputs
 from evomerge.merging.kernels import Operand
 from evomerge.merging.methods import blend
-from evomerge.merging.methods.reduction import gram
+from evomerge.merging.methods.declaration import Method
+from evomerge.merging.methods.reduction import as_rows, gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import Source, open_used
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
+MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
+"""mallopt's parameter (malloc.h) for the size from which blocks are mapped one by one, and that size."""
+ROWS_AT_ONCE = 1 << 18
+"""Elements that methods working row by row are given at a time."""
 DISK_MARGIN = 64_000_000
 """Bytes kept free beside the weights: tokenizer, config, and the file system's own."""
 COPIED = (
@@ -80,16 +86,16 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | N
     measure = _Measure(inputs, group.sources, tensor, subtracted, operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
     dtype = getattr(torch, recipe.dtype)
-    if plan is None or not kernels.available():
-        tensors = [_alone(each, origin) for each in operands]
+    if plan is None:
+        merged = _by_function(method, origin, operands, settings, dtype)
+        return _delivered(merged, out, tensor, group)
+    if not kernels.available():
         full = None if origin is None else origin.to(torch.float32)
-        if plan is None:
-            merged = method.function(full, tensors, **settings)
-        else:
-            merged = blend.run(plan, full, tensors)
+        merged = blend.run(plan, full, [_alone(each, origin) for each in operands])
         return _delivered(merged.to(dtype), out, tensor, group)
+    computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
     direct = out is not None and kernels.fits(out) and (out.dtype == dtype or recipe.dtype == "bfloat16")
-    space = out if direct else torch.empty(operands[0].tensor.shape, dtype=_computed(dtype))
+    space = out if direct else torch.empty(operands[0].tensor.shape, dtype=computed)
     assert space is not None
     rounded = recipe.dtype == "bfloat16"
     finite = kernels.blend(
@@ -100,11 +106,32 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | N
     return space if direct else _delivered(space.to(dtype), out, tensor, group)
 
 
-def _computed(dtype: Any) -> Any:
-    """Return the type a kernel computes a tensor of some type in."""
+def _by_function(
+    method: Method, base: Tensor | None, operands: list[Operand], settings: dict[str, Any], dtype: Any
+) -> Tensor:
+    """Call a method that is no blend, some rows at a time where it lets us, and round the result."""
     import torch
 
-    return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    shape = operands[0].tensor.shape
+    if not method.by_rows or len(shape) < 2:
+        full = None if base is None else base.to(torch.float32)
+        inputs = [_alone(operands.pop(0), base) for _ in range(len(operands))]  # used up: half the memory
+        return method.function(full, inputs, **settings).to(dtype)
+    rows = [as_rows(each.tensor) for each in operands]
+    count, columns = rows[0].shape
+    step = max(1, ROWS_AT_ONCE // max(columns, 1))
+    merged = torch.empty((count, columns), dtype=dtype)
+    for start in range(0, count, step):
+        here = slice(start, start + step)
+        origin = None if base is None else as_rows(base)[here]
+        inputs = [
+            _alone(Operand(matrix[here], each.minus_base), origin)
+            for matrix, each in zip(rows, operands, strict=True)
+        ]
+        full = None if origin is None else origin.to(torch.float32)
+        first = {"first": start * columns} if method.random else {}
+        merged[here] = method.function(full, inputs, **settings, **first).to(dtype)
+    return merged.view(shape)
 
 
 def _alone(operand: Operand, base: Tensor | None) -> Tensor:
@@ -173,7 +200,7 @@ class _Measure:
             return EVERYTHING
         operand = self._operands[index]
         return self._inputs.boundary(
-            self._places[index], rank, lambda: _alone(operand, self._origin).abs().flatten()
+            self._places[index], rank, lambda: kernels.magnitudes(operand, self._origin)
         )
 
 
@@ -204,6 +231,7 @@ def write(
         )
     sources = open_used(recipe) if sources is None else sources
     check(recipe, sources)
+    _return_memory()
     pattern = sources[recipe.tokenizer]
     shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
     parent = _existing_parent(out)
@@ -284,6 +312,12 @@ def _write_rest(recipe: Recipe, pattern: Source, folder: Path) -> None:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _return_memory() -> None:
+    """Have the C library hand large blocks back to the system when they are freed, where it can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _existing_parent(out: Path) -> Path:

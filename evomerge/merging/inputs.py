@@ -29,7 +29,10 @@ class Inputs(Protocol):
         ...
 
     def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
-        """Return the boundary above which `rank` elements of what is at a place are."""
+        """Return the boundary above which `rank` elements of what is at a place are.
+
+        magnitudes: makes them, (n,) float32, to use up.
+        """
         ...
 
 
@@ -46,7 +49,7 @@ class FileInputs:
         return compute()
 
     def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
-        return boundary(magnitudes(), rank)
+        return boundary(magnitudes(), rank, reorder=True)
 
 
 class WarmInputs:
@@ -76,7 +79,7 @@ class WarmInputs:
 
     def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
         if self._low_memory:
-            return boundary(magnitudes(), rank)
+            return boundary(magnitudes(), rank, reorder=True)
         if place not in self._spectra:
             self._spectra[place] = Spectrum(magnitudes())
         return self._spectra[place].boundary(rank)

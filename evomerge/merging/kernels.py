@@ -139,6 +139,16 @@ def gram(base: Tensor | None, operands: Sequence[Operand]) -> list[list[float]]:
     return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
 
 
+def magnitudes(operand: Operand, base: Tensor | None) -> Tensor:
+    """Return the magnitudes of an operand's elements, (n,) float32, new."""
+    import torch
+
+    found = torch.empty(operand.tensor.numel())
+    alone = Blend(weights=(1.0,))
+    blend(alone, base, [operand], lambda *_: NOTHING, found, add_base=False)
+    return found.abs_()
+
+
 def fits(tensor: Tensor) -> bool:
     """Say whether a kernel can work on a tensor in place."""
     return str(tensor.dtype) in FORMATS and tensor.device.type == "cpu" and tensor.is_contiguous()

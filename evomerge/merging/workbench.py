@@ -87,6 +87,11 @@ class Workbench:
         assert self._tokenizer is not None
         return self._tokenizer
 
+    @property
+    def nbytes(self) -> int:
+        """The memory kept beside the live model and the mapped files, in bytes."""
+        return self._inputs.nbytes
+
     def load(self, recipe: Recipe) -> None:
         """Put a recipe's weights into the live model.
 

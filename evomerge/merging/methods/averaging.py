@@ -109,6 +109,7 @@ def _stock(tensors: Measure, *, filter_wise: bool = False) -> Blend | None:
     inputs="task_vectors",
     sources=(2, None),
     blend=_stock,
+    by_rows=True,
 )
 def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = False) -> Tensor:
     """Move from the base towards the models' mean as far as their agreement allows.

@@ -67,13 +67,18 @@ class Method:
 
     `inputs` says what the function's second argument holds, one tensor per source: the sources' own
     weights ("models"), their differences from the base ("task_vectors"), or "either": differences where
-    the recipe has a base, else weights. `blend` says the method as a `Blend`, where it is one (with
-    these parameters: else None).
+    the recipe has a base, else weights.
+
+    blend: says the method as a `Blend` where it is one (with these parameters: else None).
+    by_rows: rows (the last dimension) are made independently, so a large tensor may be handed to the
+        function some rows at a time; a random one then also takes `first`, the index of their first
+        element in the whole tensor.
     """
 
     name: str
     function: Callable[..., Tensor]
     blend: Callable[..., Blend | None] | None
+    by_rows: bool
     summary: str
     paper: str
     inputs: Inputs
@@ -117,6 +122,7 @@ def method(
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
     blend: Callable[..., Blend | None] | None = None,
+    by_rows: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a merge method; the decorated function keeps working as a plain function.
 
@@ -132,6 +138,7 @@ def method(
             name=name,
             function=function,
             blend=blend,
+            by_rows=by_rows,
             summary=(function.__doc__ or "").strip().splitlines()[0],
             paper=paper,
             inputs=inputs,

@@ -35,11 +35,11 @@ def keys(seed: int, tensor: str, sources: Sequence[str]) -> list[int]:
     return made
 
 
-def bits(key: int, count: int) -> ndarray[Any, Any]:
-    """Return `count` independent draws of 32 bits, (count,) uint32."""
+def bits(key: int, count: int, first: int = 0) -> ndarray[Any, Any]:
+    """Return independent draws of 32 bits, numbers `first` to `first + count - 1`, (count,) uint32."""
     import numpy
 
-    x = numpy.arange(count, dtype=numpy.uint32)
+    x = numpy.arange(first, first + count, dtype=numpy.uint64).astype(numpy.uint32)
     x ^= numpy.uint32(key & 0xFFFFFFFF)
     x ^= x >> numpy.uint32(16)
     x *= numpy.uint32(0x21F0AAAD)
@@ -64,8 +64,8 @@ def short(key: int, count: int) -> ndarray[Any, Any]:
     return both.astype(numpy.uint16).ravel()[:count]
 
 
-def uniform(key: int, count: int) -> ndarray[Any, Any]:
-    """Return `count` draws from [0, 1), (count,) float32, multiples of 2 ** -24."""
+def uniform(key: int, count: int, first: int = 0) -> ndarray[Any, Any]:
+    """Return draws from [0, 1), multiples of 2 ** -24, (count,) float32, from number `first` on."""
     import numpy
 
-    return (bits(key, count) >> numpy.uint32(8)).astype(numpy.float32) * numpy.float32(2.0**-24)
+    return (bits(key, count, first) >> numpy.uint32(8)).astype(numpy.float32) * numpy.float32(2.0**-24)

@@ -51,6 +51,7 @@ GAMMA = Parameter(
     paper="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617",
     inputs="task_vectors",
     random=True,
+    by_rows=True,
 )
 def della(
     base: Tensor,
@@ -63,6 +64,7 @@ def della(
     normalize: bool = True,
     rescale: bool = True,
     lambda_: float = 1.0,
+    first: int = 0,
 ) -> Tensor:
     """Drop elements at random, small ones sooner; elect signs and merge as TIES does.
 
@@ -73,7 +75,7 @@ def della(
     >>> della(torch.zeros(2), [torch.ones(2)], weight=(0.5,), density=(1.0,), epsilon=(0.1,), keys=[1])
     tensor([1., 1.])
     """
-    kept = _keep_all(tensors, density, epsilon, keys, rescale)
+    kept = _keep_all(tensors, density, epsilon, keys, rescale, first)
     return run(Blend(weights=weight, elect=True, mean=normalize, scale=lambda_), base, kept)
 
 
@@ -88,6 +90,7 @@ def della(
     paper="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, without its sign election",
     inputs="task_vectors",
     random=True,
+    by_rows=True,
 )
 def della_linear(
     base: Tensor,
@@ -100,6 +103,7 @@ def della_linear(
     normalize: bool = False,
     rescale: bool = True,
     lambda_: float = 1.0,
+    first: int = 0,
 ) -> Tensor:
     """Drop elements at random, small ones sooner; rescale the rest, add them to the base.
 
@@ -110,7 +114,7 @@ def della_linear(
     >>> della_linear(torch.zeros(2), vectors, weight=(0.5,), density=(1.0,), epsilon=(0.1,), keys=[1])
     tensor([0.5000, 0.5000])
     """
-    kept = _keep_all(tensors, density, epsilon, keys, rescale)
+    kept = _keep_all(tensors, density, epsilon, keys, rescale, first)
     return run(Blend(weights=normalised(weight, normalize), scale=lambda_), base, kept)
 
 
@@ -192,13 +196,15 @@ def middle_ranks(count: int, density: float, gamma: float) -> Ranks:
     return Ranks(first=outliers, last=kept + outliers)
 
 
-def keep_by_rank(vector: Tensor, density: float, epsilon: float, key: int, rescale: bool) -> Tensor:
+def keep_by_rank(
+    vector: Tensor, density: float, epsilon: float, key: int, rescale: bool, first: int = 0
+) -> Tensor:
     """Keep each element with a probability that grows with its rank among the magnitudes of its row.
 
     With r = 0 for the smallest and 1 for the largest of a row (ties: the lowest index is the larger),
     the probability is density - epsilon + 2 epsilon r; what is kept is divided by it (`rescale`). The
     paper writes the width 2 epsilon as its epsilon. A tensor of one dimension is one row, and a row of
-    one element has r = 1/2. The draw of an element depends on its index alone.
+    one element has r = 1/2. The draw of an element depends on its index alone, which starts at `first`.
 
     Deviation: epsilon is lowered to min(density, 1 - density) where it is larger, so that probabilities
     stay between 0 and 1 and their mean stays the density; mergekit stops with an error there.
@@ -213,7 +219,7 @@ def keep_by_rank(vector: Tensor, density: float, epsilon: float, key: int, resca
     chance = _ranks(vector)
     chance *= 2.0 * epsilon
     chance += density - epsilon
-    draws = torch.from_numpy(uniform(key, vector.numel())).view(vector.shape).to(vector.device)
+    draws = torch.from_numpy(uniform(key, vector.numel(), first)).view(vector.shape).to(vector.device)
     # A chance below the resolution of a draw keeps nothing, so that rescaling never divides by 0.
     kept = vector * ((draws < chance) & (chance >= SMALLEST_DRAW))
     return kept.div_(chance.clamp_(min=SMALLEST_DRAW)) if rescale else kept
@@ -221,16 +227,22 @@ def keep_by_rank(vector: Tensor, density: float, epsilon: float, key: int, resca
 
 def _ranks(vector: Tensor) -> Tensor:
     """Return each element's rank by magnitude in its row, from 0 to 1."""
+    import numpy
     import torch
 
     rows = as_rows(vector)
     last = rows.shape[1] - 1
     if last <= 0:
         return torch.full_like(vector, 0.5)
-    order = rows.abs().argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(last, -1, -1, dtype=vector.dtype, device=vector.device) / last
-    ranks = torch.empty_like(rows).scatter_(1, order, places.expand_as(rows))
-    return ranks.view(vector.shape)
+    # Magnitude and place in one whole number: sorting those is many times faster than a stable argsort.
+    keys = rows.abs().cpu().numpy().view(numpy.uint32).astype(numpy.uint64) << numpy.uint64(32)
+    keys |= numpy.arange(last, -1, -1, dtype=numpy.uint64)
+    keys.sort(axis=1)
+    places = last - (keys & numpy.uint64(0xFFFFFFFF)).astype(numpy.int64)
+    steps = numpy.arange(last + 1, dtype=numpy.float32) / numpy.float32(last)
+    ranks = numpy.empty(rows.shape, dtype=numpy.float32)
+    numpy.put_along_axis(ranks, places, numpy.broadcast_to(steps, rows.shape), axis=1)
+    return torch.from_numpy(ranks).view(vector.shape).to(vector.device)
 
 
 def _keep_all(
@@ -239,6 +251,7 @@ def _keep_all(
     epsilon: Sequence[float],
     keys: Sequence[int],
     rescale: bool,
+    first: int,
 ) -> list[Tensor]:
     settings = zip(tensors, density, epsilon, keys, strict=True)
-    return [keep_by_rank(d, p, e, key, rescale) for d, p, e, key in settings]
+    return [keep_by_rank(d, p, e, key, rescale, first) for d, p, e, key in settings]
