@@ -87,7 +87,9 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | N
     plan = None if method.blend is None else method.blend(measure, **settings)
     dtype = getattr(torch, recipe.dtype)
     if plan is None:
-        merged = _by_function(method, origin, operands, settings, dtype)
+        bases = [] if origin is None else [origin]
+        del origin, measure
+        merged = _by_function(method, bases, operands, settings, dtype)
         return _delivered(merged, out, tensor, group)
     if not kernels.available():
         full = None if origin is None else origin.to(torch.float32)
@@ -107,15 +109,18 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | N
 
 
 def _by_function(
-    method: Method, base: Tensor | None, operands: list[Operand], settings: dict[str, Any], dtype: Any
+    method: Method, bases: list[Tensor], operands: list[Operand], settings: dict[str, Any], dtype: Any
 ) -> Tensor:
-    """Call a method that is no blend, some rows at a time where it lets us, and round the result."""
+    """Call a method that is no blend, some rows at a time where it lets us, and round the result.
+
+    bases: the base's tensor, or none. Both lists are used up: what is widened need not stay as stored.
+    """
     import torch
 
     shape = operands[0].tensor.shape
     if not method.by_rows or len(shape) < 2:
-        full = None if base is None else base.to(torch.float32)
-        inputs = [_alone(operands.pop(0), base) for _ in range(len(operands))]  # used up: half the memory
+        full = bases.pop().to(torch.float32) if bases else None
+        inputs = [_alone(operands.pop(0), full) for _ in range(len(operands))]
         return method.function(full, inputs, **settings).to(dtype)
     rows = [as_rows(each.tensor) for each in operands]
     count, columns = rows[0].shape
@@ -123,7 +128,7 @@ def _by_function(
     merged = torch.empty((count, columns), dtype=dtype)
     for start in range(0, count, step):
         here = slice(start, start + step)
-        origin = None if base is None else as_rows(base)[here]
+        origin = as_rows(bases[0])[here] if bases else None
         inputs = [
             _alone(Operand(matrix[here], each.minus_base), origin)
             for matrix, each in zip(rows, operands, strict=True)
