@@ -6,6 +6,7 @@ and that is why what was scored is what is exported, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import math
@@ -24,7 +25,7 @@ from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
 from evomerge.merging.compatibility import check
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.source import Source, open_used
+from evomerge.merging.source import Source, open_used, task_vector
 from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, sync
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ class FileInputs:
         return self._kept[source]
 
     def task_vector(self, source: str, base: str, tensor: str) -> Tensor:
-        return self.model(source, tensor) - self.model(base, tensor)
+        import torch
+
+        origin = functools.partial(self.model, base, tensor)
+        found = task_vector(self._sources[source], self._sources[base], tensor, origin)
+        return torch.zeros(self._sources[base].headers[tensor].shape) if found is None else found
 
 
 def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs) -> Tensor:

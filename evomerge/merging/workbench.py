@@ -12,6 +12,7 @@ computes in, so what is scored is what `engine.write` exports.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.source import Source, open_sources
+from evomerge.merging.source import Source, open_sources, task_vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,19 +116,27 @@ class _WarmInputs:
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = sources
         self._bases: dict[tuple[str, str], Tensor] = {}
-        self._vectors: dict[tuple[str, str, str], Tensor] = {}
+        self._vectors: dict[tuple[str, str, str], Tensor | None] = {}  # None: zero, at no cost
 
     def model(self, source: str, tensor: str) -> Tensor:
         kept = self._bases.get((source, tensor))
         return self._sources[source].tensor(tensor) if kept is None else kept
 
     def task_vector(self, source: str, base: str, tensor: str) -> Tensor:
+        import torch
+
         key = (source, base, tensor)
         if key not in self._vectors:
-            if (base, tensor) not in self._bases:
-                self._bases[base, tensor] = self._sources[base].tensor(tensor)
-            self._vectors[key] = self._sources[source].tensor(tensor) - self._bases[base, tensor]
-        return self._vectors[key]
+            self._base(base, tensor)  # kept: the method is about to add the task vectors to it
+            origin = functools.partial(self._base, base, tensor)
+            self._vectors[key] = task_vector(self._sources[source], self._sources[base], tensor, origin)
+        found = self._vectors[key]
+        return torch.zeros(self._sources[base].headers[tensor].shape) if found is None else found
+
+    def _base(self, base: str, tensor: str) -> Tensor:
+        if (base, tensor) not in self._bases:
+            self._bases[base, tensor] = self._sources[base].tensor(tensor)
+        return self._bases[base, tensor]
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:
