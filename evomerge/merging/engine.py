@@ -135,6 +135,22 @@ def write(
     extra: text files (name -> content) that belong into the folder, such as a model card.
     Raises ModelError and ConfigError where `check` does, DiskError, and NonFiniteWeights.
     """
+    out = new_folder(out)
+    sources = open_used(recipe) if sources is None else sources
+    check(recipe, sources)
+    pattern = sources[recipe.tokenizer]
+    shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
+    check_space(out, shards)
+    with staged(out) as folder:
+        _write_weights(recipe, FileInputs(sources), shards, folder)
+        _write_rest(recipe, pattern, folder)
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return out
+
+
+def new_folder(out: str | Path) -> Path:
+    """Return the path of a folder to write, or raise DiskError where something is there already."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiskError(
@@ -142,17 +158,6 @@ def write(
             expected="a new folder",
             fix="choose another name or remove it yourself",
         )
-    sources = open_used(recipe) if sources is None else sources
-    check(recipe, sources)
-    pattern = sources[recipe.tokenizer]
-    shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
-    parent = _existing_parent(out)
-    _check_space(parent, shards)
-    with _staged(out) as folder:
-        _write_weights(recipe, FileInputs(sources), shards, folder)
-        _write_rest(recipe, pattern, folder)
-        for name, text in (extra or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
     return out
 
 
@@ -210,7 +215,9 @@ def _existing_parent(out: Path) -> Path:
     return parent
 
 
-def _check_space(parent: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
+def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
+    """Raise DiskError where there is no room for these files; shards: file name -> headers."""
+    parent = _existing_parent(out)
     needed = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
     free = shutil.disk_usage(parent).free
     if free < needed + DISK_MARGIN:
@@ -235,7 +242,7 @@ def _remove_abandoned(out: Path) -> None:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` on success and disappears on failure."""
     out = out.absolute()
     try:

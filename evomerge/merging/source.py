@@ -44,6 +44,11 @@ class Source(Protocol):
         ...
 
 
+def same_base(one: Source, other: Source) -> bool:
+    """Say whether two models, adapters taken off, are one folder, however it was named."""
+    return one.folder.resolve() == other.folder.resolve()
+
+
 def task_vector(
     source: Source, base: Source, name: str, origin: Callable[[], Tensor] | None = None
 ) -> Tensor | None:
@@ -57,10 +62,9 @@ def task_vector(
     origin: gives the base's tensor where the caller keeps it; it is called only if the base is needed.
     """
     origin = origin or functools.partial(base.tensor, name)
-    below = source.base if isinstance(source, AdaptedCheckpoint) else source
     if isinstance(base, AdaptedCheckpoint):
         return source.tensor(name) - origin()
-    same = below is base or below.folder.resolve() == base.folder.resolve()
+    same = same_base(source, base)
     if not isinstance(source, AdaptedCheckpoint):
         return None if same else source.tensor(name) - origin()
     if name in source.replaced:
@@ -68,7 +72,7 @@ def task_vector(
     update = source.update(name)
     if same:
         return update
-    moved = below.tensor(name) - origin()
+    moved = source.base.tensor(name) - origin()
     return moved if update is None else moved + update
 
 
