@@ -174,11 +174,15 @@ class AdaptedCheckpoint:
 
     def _stored(self, part: str) -> Tensor:
         import torch
+
+        tensor: Tensor = self._file.get_tensor(part)
+        return tensor.to(torch.float32)
+
+    @functools.cached_property
+    def _file(self) -> Any:
         from safetensors import safe_open
 
-        with safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu") as file:
-            tensor: Tensor = file.get_tensor(part)
-        return tensor.to(torch.float32)
+        return safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu")
 
     def _check_tied(self) -> None:
         """Refuse an adapter that takes a tied head and its embeddings apart; drop the head's equal copy."""

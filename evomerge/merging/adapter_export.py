@@ -82,7 +82,8 @@ class AdapterReport:
         if self.exact:
             text = f"rank {self.rank}, exact: the adapters' factors, concatenated"
         else:
-            text = f"rank {self.rank}, captures {100 * self.energy:.2f} % of the change (squared norm)"
+            percent = math.floor(10_000 * self.energy) / 100  # never 100 if something is missing
+            text = f"rank {self.rank}, captures {percent:.2f} % of the change (squared norm)"
         for label, names in (("stored whole", self.whole), ("not held", self.lost)):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -142,7 +143,7 @@ def write_adapter(
     location, below = _base(recipe, opened, base)
     layers = _layers(below)
     unrounded = dataclasses.replace(recipe, dtype="float32")
-    plan, reason = _exact(unrounded, opened, below)
+    plan, reason = _exact(unrounded, opened, below, layers)
     exact = plan is not None and (rank is None or max(_ranks(plan).values(), default=0) <= rank)
     if plan is None or not exact:
         if rank is None:
@@ -215,8 +216,11 @@ def coefficients(group: TensorGroup, base: str | None) -> tuple[float, ...] | No
     return tuple(found.tolist())
 
 
-def _exact(recipe: Recipe, sources: Mapping[str, Source], base: Checkpoint) -> tuple[_Plan | None, str]:
+def _exact(
+    recipe: Recipe, sources: Mapping[str, Source], base: Checkpoint, layers: _Layers
+) -> tuple[_Plan | None, str]:
     """Return the plan of an exact adapter; None where there is none, and why."""
+    names = set(layers.names)
     sums = {id(group): coefficients(group, recipe.base) for group in recipe.groups}
     plan = _Plan(factors={}, whole=[], squares={}, lost=[])
     for name in base.headers:
@@ -231,6 +235,8 @@ def _exact(recipe: Recipe, sources: Mapping[str, Source], base: Checkpoint) -> t
                 return None, f"source {each!r}, which is not an adapter on {base.location}"
             if share and isinstance(source, AdaptedCheckpoint) and name in (source.updates | source.replaced):
                 terms.append((share, source))
+        if terms and name.rpartition(".")[0] not in names:
+            return None, f"a change of {name!r}, which is not a module of the live model"
         if any(name in s.replaced or s.updates[name].down is None for _, s in terms):
             plan.whole.append(name)
         elif terms:
@@ -261,7 +267,7 @@ def _truncated(
     keep_rest: bool,
 ) -> _Plan:
     plan = _Plan(factors={}, whole=[], squares={}, lost=[])
-    inputs = engine.FileInputs(sources)
+    inputs, names = engine.FileInputs(sources), set(layers.names)
     for name in base.headers:
         origin = base.tensor(name)
         change = engine.merge_tensor(recipe, name, inputs) - origin
@@ -270,8 +276,9 @@ def _truncated(
             continue
         module = name.removesuffix(".weight")
         if module not in layers.linear:
-            (plan.whole if keep_rest else plan.lost).append(name)
-            plan.squares[name] = size**2 if keep_rest else 0.0, size**2
+            kept = keep_rest and name.rpartition(".")[0] in names
+            (plan.whole if kept else plan.lost).append(name)
+            plan.squares[name] = size**2 if kept else 0.0, size**2
             continue
         change = change.T if module in layers.transposed else change
         up, down = low_rank(change, rank)
@@ -319,7 +326,7 @@ def _check_targets(plan: _Plan, recipe: Recipe) -> None:
         return
     changed = [*plan.whole, *plan.lost]
     raise ConfigError(
-        "no linear layer changes in this merge, so there is nothing a LoRA adapter could hold",
+        "no linear layer of the live model changes in this merge, so a LoRA adapter could not hold it",
         got=f"changes in {', '.join(changed[:3])}" if changed else f"the base itself ({recipe.hash[:12]})",
         fix="write a whole model",
     )

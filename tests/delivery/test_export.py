@@ -123,7 +123,7 @@ def test_an_adapter_is_scored_before_it_gets_its_name(
     text = (tmp_path / "small" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert (front["library_name"], front["base_model"]) == ("peft", done.report.base)
-    assert f"rank 4, captures {100 * done.report.energy:.2f} % of the change" in text
+    assert f"{done.report.summary()}. It was loaded with peft" in text
     assert "evomerge merge recipe.yaml OUT --as adapter --rank 4\n" in text
     assert "It approximates the merge" in text
     assert "bit for bit" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.errors import ConfigError, DiskError
 from evomerge.evaluation import likelihood
-from evomerge.merging import engine
+from evomerge.merging import adapter_export, engine
 from evomerge.merging.adapter_export import AdapterReport, low_rank, write_adapter
+from evomerge.merging.checkpoint import Checkpoint
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import AdaptedCheckpoint, open_source
 
@@ -371,7 +373,7 @@ def test_what_can_not_be_an_adapter(models: dict[str, str], adapters: dict[str, 
         write_adapter(Recipe(models=places, groups=(group("linear", "a"),)), out, rank=1)
     with pytest.raises(ConfigError, match="itself an adapter"):
         write_adapter(Recipe(models=places, base="p", groups=(group("ties", "a"),)), out, rank=1)
-    with pytest.raises(ConfigError, match="no linear layer changes"):
+    with pytest.raises(ConfigError, match="no linear layer of the live model changes"):
         write_adapter(Recipe(models=places, base="base", groups=(group("linear", "base"),)), out)
     with pytest.raises(ConfigError, match="at least 1"):
         write_adapter(ties(models), out, rank=0)
@@ -380,6 +382,22 @@ def test_what_can_not_be_an_adapter(models: dict[str, str], adapters: dict[str, 
     with pytest.raises(DiskError, match="already exists"):
         write_adapter(ties(models), out, rank=1)
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_a_tensor_the_live_model_does_not_know_is_lost_and_named(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As single experts are, where the live model holds all of a layer's in one parameter."""
+    layers = adapter_export._layers(Checkpoint.open(models["base"]))
+    gone = "model.layers.1.mlp.up_proj"
+    fewer = dataclasses.replace(
+        layers, names=tuple(n for n in layers.names if n != gone), linear=layers.linear - {gone}
+    )
+    monkeypatch.setattr(adapter_export, "_layers", lambda _: fewer)
+    report = write_adapter(ties(models), tmp_path / "out", rank=999, keep_rest=True)
+    assert report.lost == (f"{gone}.weight",)
+    assert report.energy < 1
+    assert f"not held: {gone}.weight" in report.summary()
 
 
 def test_a_failing_finish_leaves_nothing(models: dict[str, str], tmp_path: Path) -> None:
