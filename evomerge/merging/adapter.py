@@ -158,7 +158,7 @@ class AdaptedCheckpoint:
             return self._factor(found.up) * found.scale
         with _one_thread():
             product: Tensor = self._factor(found.up) @ self._factor(found.down)
-        return (product.T if found.transposed else product) * found.scale
+        return (product.T.contiguous() if found.transposed else product) * found.scale
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return B (out, r), times the scale, and A (r, in) of an updated weight, in float32."""

@@ -154,6 +154,19 @@ def test_an_adapter_that_holds_everything_scores_like_the_merge(
     assert f"--as adapter --rank {done.report.rank} --keep-rest\n" in text
 
 
+def test_an_adapter_of_a_recipe_that_was_never_tested(
+    opened: tuple[RunStore, Summary], tmp_path: Path
+) -> None:
+    store, summary = opened
+    searched = [recipe for generation in store.generations() for recipe in generation.recipes]
+    untested = next(recipe for recipe in searched if store.result(recipe, "test") is None)
+    done = delivery.export_adapter(store, summary, tmp_path / "small", pick=untested[:12], rank=2)
+    assert (done.merge.split, done.merge.items) == ("test", done.adapter.items)
+    assert store.result(untested, "test") is None
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert "This is not the winner" in text
+
+
 def test_an_adapter_nobody_can_score_is_not_written(
     opened: tuple[RunStore, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

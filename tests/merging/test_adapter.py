@@ -119,6 +119,7 @@ def test_everything_an_adapter_may_store_is_read_as_peft_merges_it(name: str, tm
     assert any(not torch.equal(merged[key], plain[key]) for key in source.headers)
     for key in source.headers:
         torch.testing.assert_close(source.tensor(key), merged[key], rtol=1e-6, atol=1e-7)
+        assert source.tensor(key).is_contiguous()
     if source.tied:
         embeddings = next(key for key in source.headers if is_embedding(key))
         assert torch.equal(merged["lm_head.weight"], source.tensor(embeddings))
