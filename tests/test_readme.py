@@ -46,12 +46,15 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evomerge").symlink_to(ROOT / "evomerge")
     listed = [c for c in commands(README) if not c.startswith(SLOW)]
-    assert len(listed) == 9
+    assert len(listed) == 11
     output = {command: run(SMALLER.get(command, command)) for command in listed}
     assert "search" in output["evomerge run evomerge/zoo/demo.yaml"]
     assert (tmp_path / "merged" / "README.md").exists()
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "again")]
     assert same[0] == same[1]
+    assert "rank 16, captures" in output["evomerge export runs/demo small --as adapter --rank 16"]
+    assert (tmp_path / "small" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "merge.yaml").exists()
 
 
 @pytest.mark.slow
