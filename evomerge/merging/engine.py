@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge.errors import DiskError, NonFiniteError
 from evomerge.merging import methods
 from evomerge.merging.application import apply
-from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
+from evomerge.merging.checkpoint import INDEX, SINGLE
 from evomerge.merging.compatibility import check
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import Source, open_used
 from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, sync
+from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 DISK_MARGIN = 64_000_000
 """Bytes kept free beside the weights: tokenizer, config, and the file system's own."""
 COPIED = (
-    "generation_config.json",
+    "generation_config.json",  # the only one that is not the tokenizer's
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -139,7 +140,7 @@ def write(
         )
     sources = open_used(recipe) if sources is None else sources
     check(recipe, sources)
-    pattern = sources[recipe.tokenizer]
+    pattern = sources[recipe.pattern]
     shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
     parent = _existing_parent(out)
     _check_space(parent, shards)
@@ -185,10 +186,13 @@ def _write_weights(
 
 
 def _write_rest(recipe: Recipe, pattern: Source, folder: Path) -> None:
-    for name in COPIED:
+    extended = isinstance(pattern, Aligned) and bool(pattern.additions)
+    for name in COPIED[:1] if extended else COPIED:
         if (pattern.folder / name).is_file():
             shutil.copyfile(pattern.folder / name, folder / name)
-    config = read_json(pattern.folder / "config.json")
+    if extended:
+        open_tokenizer(pattern).save_pretrained(folder)
+    config = dict(pattern.config)
     config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
     _write_json(folder / "config.json", config | {"dtype": recipe.dtype})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

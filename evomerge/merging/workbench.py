@@ -19,8 +19,9 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor
-from evomerge.merging.recipe import Recipe
+from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.source import Source, open_sources
+from evomerge.merging.vocabulary import Aligned, open_tokenizer, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 class Workbench:
     """Holds the models of a search, opened once, and one live model to score candidates with.
 
-    models, base: names and locations as in a Recipe. tokenizer: the model that gives config and
-        tokenizer (default as in a Recipe: the base, else the first).
+    models, base, tokenizer: as in a Recipe.
     device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
 
     Raises ModelError where the models can't be used or do not fit each other.
@@ -47,12 +47,12 @@ class Workbench:
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
     ) -> None:
-        for name in filter(None, (base, tokenizer)):
-            if name not in models:
-                raise ConfigError(f"workbench: unknown model {name!r}", fix=nearest(name, models))
+        if base is not None and base not in models:
+            raise ConfigError(f"workbench: unknown model {base!r}", fix=nearest(base, models))
         self.base = base
-        self._pattern = tokenizer or base or next(iter(models))
-        self.sources = open_sources(models, base)
+        self._vocabulary = tokenizer_of(tokenizer, base, models)
+        self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
+        self.sources = open_sources(models, base, tokenizer=tokenizer)
         pattern = {self._pattern: self.sources[self._pattern]}
         self.notes = check_models(pattern | self.sources)
         self._inputs = _WarmInputs(self.sources)
@@ -67,16 +67,7 @@ class Workbench:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model that gives config and tokenizer, opened on first use."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            source = self.sources[self._pattern]
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"{source.location}: its tokenizer can't be opened", got=str(error)[:200]
-                ) from None
-        assert self._tokenizer is not None
+            self._tokenizer = open_tokenizer(self.sources[self._pattern])
         return self._tokenizer
 
     def load(self, recipe: Recipe) -> None:
@@ -86,12 +77,20 @@ class Workbench:
         stay. Raises NonFiniteWeights, and ConfigError for a recipe that does not fit the models; the
         live model is then unspecified until the next successful load.
         """
-        if recipe.tokenizer != self._pattern:
+        if recipe.tokenizer != self._vocabulary:
             raise ConfigError(
                 "workbench: the recipe takes tokenizer and config from another model",
-                expected=self._pattern,
+                expected=self._vocabulary,
                 got=recipe.tokenizer,
                 fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
+            )
+        rows_differ = any(isinstance(source, Aligned) for source in self.sources.values())
+        if rows_differ and (tuple(recipe.models), recipe.base) != (tuple(self.sources), self.base):
+            raise ConfigError(
+                "workbench: the vocabularies differ, and what a model lacks depends on the others",
+                expected=f"models {', '.join(self.sources)} with base {self.base}",
+                got=f"models {', '.join(recipe.models)} with base {recipe.base}",
+                fix="give the recipe the workbench's models and base",
             )
         shape = tuple((group.layers, group.match, group.method, group.sources) for group in recipe.groups)
         if shape not in self._checked:
@@ -152,6 +151,8 @@ def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel
 
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        if isinstance(source, Aligned):
+            config.get_text_config().vocab_size = rows_of(source)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=getattr(torch, dtype), attn_implementation=attention
