@@ -12,13 +12,14 @@ computes in, so what is scored is what `engine.write` exports.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor
+from evomerge.merging.live_weights import locate
 from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.source import Source, open_sources
 from evomerge.merging.vocabulary import Aligned, open_tokenizer, rows_of
@@ -60,7 +61,7 @@ class Workbench:
         self._checked: set[Hashable] = set()
         self.model: PreTrainedModel = _build(self.sources[self._pattern], compute_dtype, attn_implementation)
         self.model.to(device)  # type: ignore[arg-type]
-        self._targets = _targets(self.model, self.sources[self._pattern])
+        self._targets = locate(self.model, self.sources[self._pattern])
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -168,31 +169,3 @@ def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel
     model.tie_weights()  # skipped with the initialisation
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _targets(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
-    """Return tensor name -> storage in the live model, for every tensor of the source."""
-    live = {name: tensor.data for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)
-    missing = [name for name in live if name not in source.headers and name not in tied]
-    extra = [name for name in source.headers if name not in live]
-    if missing or extra:
-        raise ModelError(
-            f"{source.location}: its tensors are not those of {type(model).__name__}",
-            expected=_some(missing) or "no other tensors",
-            got=_some(extra) or "no such tensors",
-            fix="save the model again with a current transformers version",
-        )
-    for name, header in source.headers.items():
-        if tuple(live[name].shape) != header.shape:
-            raise ModelError(
-                f"{source.location}: tensor {name!r} does not have the shape its config asks for",
-                expected=str(list(live[name].shape)),
-                got=str(list(header.shape)),
-            )
-    return {name: live[name] for name in source.headers}
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
