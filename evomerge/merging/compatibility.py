@@ -56,7 +56,7 @@ def check_models(sources: Mapping[str, Source]) -> tuple[str, ...]:
         _check_architecture(*pair)
         _check_vocabulary(*pair)
         _check_tensors(*pair)
-        notes += source.notes if isinstance(source, Aligned) else ()
+        notes += [source.note] if isinstance(source, Aligned) else []
         notes += [
             f"{key} differs: {name} has {source.config[key]!r}, {pattern_name} {pattern.config[key]!r}"
             for key in NOTED

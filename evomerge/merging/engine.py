@@ -30,6 +30,7 @@ from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 MAX_SHARD_BYTES = 5_000_000_000
 DISK_MARGIN = 64_000_000
@@ -142,11 +143,13 @@ def write(
     check(recipe, sources)
     pattern = sources[recipe.pattern]
     shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
+    extended = isinstance(pattern, Aligned) and pattern.additions
+    tokenizer = open_tokenizer(pattern) if extended else None  # now: it may refuse
     parent = _existing_parent(out)
     _check_space(parent, shards)
     with _staged(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
-        _write_rest(recipe, pattern, folder)
+        _write_rest(recipe, pattern, tokenizer, folder)
         for name, text in (extra or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
@@ -185,13 +188,14 @@ def _write_weights(
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
-def _write_rest(recipe: Recipe, pattern: Source, folder: Path) -> None:
-    extended = isinstance(pattern, Aligned) and bool(pattern.additions)
-    for name in COPIED[:1] if extended else COPIED:
+def _write_rest(
+    recipe: Recipe, pattern: Source, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    for name in COPIED if tokenizer is None else COPIED[:1]:
         if (pattern.folder / name).is_file():
             shutil.copyfile(pattern.folder / name, folder / name)
-    if extended:
-        open_tokenizer(pattern).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     config = dict(pattern.config)
     config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
     _write_json(folder / "config.json", config | {"dtype": recipe.dtype})

@@ -5,9 +5,9 @@ a mixture, for one). Which tensors become what is its business and changes with 
 table here: the conversions of the installed version are run once, on tensors whose elements are numbered,
 and the numbers tell where every element went. Most tensors then are a view of a live parameter.
 
-Costs, once at opening: some sixteen bytes per element of the largest converted parameter; layers alike are
-looked at once. Not covered: conversions that compute instead of moving elements (a dequantisation, say);
-models that need them are refused.
+Costs, once at opening: some sixteen bytes per element of the largest converted parameter (layers alike are
+looked at once), and what a `Spread` keeps. Not covered: conversions that compute instead of moving elements
+(a dequantisation, say); models that need them are refused.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from evomerge.merging.source import Source
 
 
+BLOCK = 2**24
+"""Elements whose numbers are looked at together."""
+
+
 class Place(Protocol):
     """Storage of one checkpoint tensor in the live model: a view of it, or a `Spread`."""
 
@@ -37,7 +41,7 @@ class Place(Protocol):
 class Spread:
     """Storage that is no view of one parameter: elements with their places, one by one.
 
-    parts: a flat live parameter, places in it, and as many places in the flattened tensor (int64).
+    parts: a flat live parameter, places in it, and as many places in the flattened tensor, all whole numbers.
     """
 
     parts: tuple[tuple[Tensor, Tensor, Tensor], ...]
@@ -161,34 +165,37 @@ def _follow(
     import torch
 
     converter = copy.deepcopy(group.converter)
-    bounds = [0]
-    for name, pattern in group.members:
-        header = source.headers[name]
-        numbers = torch.arange(bounds[-1], bounds[-1] + header.count).reshape(header.shape)
-        bounds.append(bounds[-1] + header.count)
+    headers = [source.headers[name] for name, _ in group.members]
+    bounds = list(itertools.accumulate((header.count for header in headers), initial=0))
+    whole = torch.int32 if bounds[-1] < 2**31 else torch.int64
+    for (name, pattern), header, start in zip(group.members, headers, bounds, strict=False):
+        numbers = torch.arange(start, start + header.count, dtype=whole).reshape(header.shape)
         converter.add_tensor(first, name, pattern, numbers)
+        del numbers  # the converter lets go of them one by one
     try:
         made = converter.convert(first, model=model, config=model.config)
     except (ValueError, RuntimeError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise _refused(model, source, group, f"{type(error).__name__}: {error}") from None
-    arrived = {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
+    arrived = {n: (each[0] if isinstance(each, list) else each).contiguous() for n, each in made.items()}
     for name, tensor in arrived.items():
         shape = list(live[name].shape) if name in live else "no such weight"
         if list(tensor.shape) != shape or not live[name].is_contiguous():
             raise _refused(model, source, group, f"{name} of shape {list(tensor.shape)}, not {shape}")
-    order = torch.cat([tensor.reshape(-1) for tensor in arrived.values()])
-    places = torch.full((bounds[-1],), -1)
-    if order.is_floating_point() or len(order) != len(places):
+    starts = list(itertools.accumulate((tensor.numel() for tensor in arrived.values()), initial=0))
+    if starts[-1] != bounds[-1] or any(tensor.dtype != whole for tensor in arrived.values()):
         raise _refused(model, source, group, "numbers computed from them")
-    places[order.clamp(0, len(places) - 1)] = torch.arange(len(order))
-    if not torch.equal(order[places], torch.arange(len(order))):
+    places = torch.full((bounds[-1],), -1, dtype=whole)
+    for tensor, start in zip(arrived.values(), starts, strict=False):
+        for block in range(0, tensor.numel(), BLOCK):
+            order = tensor.view(-1)[block : block + BLOCK].long()
+            if int(order.min()) < 0 or int(order.max()) >= len(places):
+                raise _refused(model, source, group, "numbers computed from them")
+            places[order] = torch.arange(start + block, start + block + len(order), dtype=whole)
+    if int(places.min()) < 0:
         raise _refused(model, source, group, "numbers computed from them")
-    starts = [0]
-    for tensor in arrived.values():
-        starts.append(starts[-1] + tensor.numel())
     found = [
-        _part(places[start:end].reshape(source.headers[name].shape), starts)
-        for (name, _), start, end in zip(group.members, bounds[:-1], bounds[1:], strict=True)
+        _part(places[start:end].reshape(header.shape), starts)
+        for header, (start, end) in zip(headers, itertools.pairwise(bounds), strict=True)
     ]
     return list(arrived), found
 

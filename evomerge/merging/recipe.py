@@ -80,7 +80,8 @@ def tokenizer_of(tokenizer: str, base: str | None, models: Iterable[str]) -> str
             "tokenizer: base, but there is no base model", fix="name a model, or write `tokenizer: union`"
         )
     raise ConfigError(
-        f"tokenizer: unknown model {tokenizer!r}", fix=nearest(tokenizer, (*models, BASE, UNION))
+        f"tokenizer names an unknown model {tokenizer!r}",
+        fix=nearest(tokenizer, tuple(dict.fromkeys((*models, BASE, UNION)))),
     )
 
 

@@ -139,6 +139,12 @@ def align(
     first = sources[pattern]
     names = row_tensors(first)
     unlike = any(row_tensors(source) != names for source in sources.values())  # refused by `check`
+    if pattern != tokenizer and first.vocabulary is None and any(s.vocabulary for s in sources.values()):
+        raise ModelError(
+            f"model {pattern!r} has no tokenizer.json, so its tokens can't be matched",
+            expected=f"tokens for the rows of {pattern} ({first.location})",
+            fix=f"put the tokenizer.json {pattern} was trained with into its folder",
+        )
     if unlike or not names or first.vocabulary is None or not differ(sources, pattern):
         return dict(sources)
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
@@ -154,19 +160,14 @@ def align(
         sources=dict(sources),
         base=base,
         tensors=names,
+        known=known,
         target=target,
         maps=row_maps(known, target),
     )
     return {
         name: source
         if known[name].tokens == target.tokens and known[name].count == target.count
-        else Aligned(
-            name,
-            source,
-            table,
-            additions if name == pattern else (),
-            _notes(name, known[name], target, pattern),
-        )
+        else Aligned(name, source, table, additions if name == pattern else ())
         for name, source in sources.items()
     }
 
@@ -178,6 +179,7 @@ class Table:
     sources: Mapping[str, Source]
     base: str | None
     tensors: tuple[str, ...]
+    known: Mapping[str, Rows]
     target: Rows
     maps: Mapping[str, NDArray[np.int64]]
 
@@ -188,15 +190,16 @@ class Table:
         rows, own = self.maps[model], self.sources[model].tensor(tensor)
         if np.array_equal(rows, np.arange(len(rows))):
             return own[: len(rows)]
-        result = torch.zeros((len(rows), *own.shape[1:]), dtype=own.dtype)
-        _copy_rows(result, np.flatnonzero(rows != LACKS), own, rows)
+        result = own.index_select(0, torch.from_numpy(np.maximum(rows, 0)))
         del own
         lacking = rows == LACKS
+        result[torch.from_numpy(lacking)] = 0
         if self.base is not None and self.base != model and lacking.any():
             theirs = self.maps[self.base]
             given = np.flatnonzero(lacking & (theirs != LACKS))
             if given.size:
-                _copy_rows(result, given, self.sources[self.base].tensor(tensor), theirs)
+                found = self.sources[self.base].tensor(tensor)[torch.from_numpy(theirs[given])]
+                result[torch.from_numpy(given)] = found
                 lacking[given] = False
         if lacking.any():
             self._add_means(result, np.flatnonzero(lacking), tensor)
@@ -232,7 +235,7 @@ class Aligned:
     """A source with the rows of another vocabulary; everything else is the source's own.
 
     additions: tokens (with their flags, as in tokenizer.json) the tokenizer in `folder` does not have yet.
-    notes: what is worth telling the user.
+    note: what is worth telling the user.
     """
 
     def __init__(
@@ -241,10 +244,10 @@ class Aligned:
         source: Source,
         table: Table,
         additions: Sequence[Mapping[str, Any]],
-        notes: tuple[str, ...],
     ) -> None:
-        self.name, self.source, self.additions, self.notes = name, source, tuple(additions), notes
+        self.name, self.source, self.additions = name, source, tuple(additions)
         self._table = table
+        self.note = _note(name, table.known[name], table.target, additions)
         self.location, self.folder = source.location, source.folder
         self.config = with_rows(source.config, table.target.count)
         self.headers: Mapping[str, Header] = {
@@ -308,12 +311,6 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         if tokenizer.convert_tokens_to_ids(texts) != [source.vocabulary[text] for text in texts]:
             raise _no_union(source)
     return tokenizer  # type: ignore[no-any-return]
-
-
-def _copy_rows(result: Tensor, places: NDArray[np.int64], own: Tensor, rows: NDArray[np.int64]) -> None:
-    import torch
-
-    result[torch.from_numpy(places)] = own[torch.from_numpy(rows[places])]
 
 
 def _same_tokens(ours: Mapping[str, int] | None, theirs: Mapping[str, int] | None) -> bool:
@@ -401,7 +398,8 @@ def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
         for tensor, header in source.headers.items():
             if tensor in names or layer_of(tensor) is not None or len(header.shape) != 2:
                 continue
-            if re.search(r"embed\w*token|token\w*embed", tensor) and not _NO_TOKENS.search(tensor):
+            table = re.search(r"embed\w*token|token\w*embed", tensor) and not _NO_TOKENS.search(tensor)
+            if table or tensor.endswith(HEADS):
                 raise ModelError(
                     f"model {name!r}: {tensor!r} has rows of tokens that can't be matched",
                     expected=f"as many rows as {', '.join(names)}",
@@ -410,13 +408,21 @@ def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
                 )
 
 
-def _notes(name: str, own: Rows, target: Rows, pattern: str) -> tuple[str, ...]:
+def _note(name: str, own: Rows, target: Rows, additions: Sequence[Mapping[str, Any]]) -> str:
     assert own.tokens is not None
     assert target.tokens is not None
     if own.tokens == target.tokens:
-        return (f"padding differs: {name} has {own.count} embedding rows, the result {target.count}",)
+        return f"padding differs: {name} has {own.count} embedding rows, the result {target.count}"
+    if additions:
+        plain = sum(not token.get("special") for token in additions)
+        return (
+            f"the union adds {len(additions)} tokens to the {len(own.tokens)} of {name}, {plain} of them not "
+            "special: the tokenizer finds those literally in any text"
+        )
     lacks = sum(token not in own.tokens for token in target.tokens)
-    drops = sum(token not in target.tokens for token in own.tokens)
-    if name == pattern:
-        return (f"the union adds {lacks} tokens to the {len(own.tokens)} of {name}, as added tokens",)
-    return (f"vocabularies differ: {name} lacks {lacks} of the result's tokens, and {drops} of its own go",)
+    loses = sum(token not in target.tokens for token in own.tokens)
+    moved = sum(own.tokens.get(token, row) != row for token, row in target.tokens.items())
+    return (
+        f"vocabularies differ: {name} lacks {lacks} of the result's tokens, loses {loses} of its own and has "
+        f"{moved} in other rows"
+    )

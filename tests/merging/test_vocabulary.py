@@ -386,7 +386,7 @@ def test_the_setting_of_a_recipe(models: dict[str, str]) -> None:
     assert recipe_of(renamed, "y", base=None, tokenizer="union").pattern == "x"
     with pytest.raises(ConfigError, match="there is no base model"):
         recipe_of(renamed, "y", base=None, tokenizer="base")
-    with pytest.raises(ConfigError, match=r"unknown model 'unoin'\n.*did you mean 'union'"):
+    with pytest.raises(ConfigError, match=r"names an unknown model 'unoin'\n.*did you mean 'union'"):
         recipe_of(models, "a", tokenizer="unoin")
 
 
@@ -406,3 +406,55 @@ def test_mergekit_says_it_too(said: str, tokenizer: str, asked: bool) -> None:
     assert (recipe.tokenizer, recipe.asked) == (tokenizer, asked)
     again = Recipe.from_mergekit_yaml(recipe.to_mergekit_yaml())
     assert again.hash == recipe.hash
+
+
+def test_what_happens_to_the_tokens_is_noted(family: dict[str, str]) -> None:
+    tail = "of the result's tokens, loses {} of its own and has {} in other rows"
+    for tokenizer, expected in {
+        "union": {
+            "the union adds 4 tokens to the 32 of base, 1 of them not special: the tokenizer finds those "
+            "literally in any text",
+            "vocabularies differ: chat lacks 2 " + tail.format(0, 0),
+            "vocabularies differ: other lacks 1 " + tail.format(0, 31),
+        },
+        "base": {
+            "vocabularies differ: chat lacks 0 " + tail.format(2, 0),
+            "vocabularies differ: other lacks 0 " + tail.format(3, 28),
+        },
+    }.items():
+        assert expected <= set(Workbench(family, "base", tokenizer=tokenizer).notes)
+
+
+def test_a_union_needs_the_bases_tokens(family: dict[str, str], tmp_path: Path) -> None:
+    bare = make(tmp_path / "bare", 3, WORDS, tied=Checkpoint.open(family["chat"]).tied)
+    (Path(bare) / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"model 'bare' has no tokenizer\.json, so its tokens"):
+        open_sources({"bare": bare, "chat": family["chat"]}, "bare", tokenizer="union")
+
+
+def test_a_head_with_rows_of_its_own_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    models = {}
+    for name, special in (("base", []), ("chat", [START])):
+        models[name] = make(tmp_path / name, 1, WORDS, special, tied=False)
+        path = tmp_path / name / "model.safetensors"
+        tensors = load_file(path)
+        save_file(tensors | {HEAD: torch.cat([tensors[HEAD], tensors[HEAD][:3]])}, path)
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' has rows of tokens that can't be matched"):
+        open_sources(models, "base", tokenizer="union")
+
+
+def test_an_adapter_keeps_its_update_under_other_tokens(
+    models: dict[str, str], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    chat = make(tmp_path / "chat", 2, WORDS, [START], tied=True)
+    named = {"base": models["base"], "lora": f"{models['base']}+{adapters['plain']}", "chat": chat}
+    recipe = recipe_of(named, "lora", "chat", tokenizer="union", method="task_arithmetic")
+    bench = Workbench(named, "base", tokenizer="union")
+    bench.load(recipe)
+    assert_same_bits(bench, write(recipe, tmp_path / "out"), "float32")
+    plain, aligned = open_sources({"base": models["base"], "lora": named["lora"]}, "base"), bench.sources
+    for name in plain["lora"].headers:
+        ours, theirs = aligned["lora"].tensor(name), plain["lora"].tensor(name)
+        assert torch.equal(ours[: len(theirs)], theirs)
