@@ -293,9 +293,13 @@ def merge(
     """Write the merged model a recipe (or a mergekit YAML) describes."""
     from evomerge.merging import engine
     from evomerge.merging.reading import read_recipe
+    from evomerge.merging.source import open_used
 
     found = read_recipe(recipe)
-    engine.write(found, out)
+    sources = open_used(found)
+    for note in found.check(sources):
+        _out.say(f"note: {note}")
+    engine.write(found, out, sources=sources)
     _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")
     _out.data({"folder": str(out), "recipe": found.hash})
 

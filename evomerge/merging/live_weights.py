@@ -50,7 +50,8 @@ class Spread:
         """Put a tensor's elements where they belong, converted to the live type and device."""
         flat = weights.reshape(-1)
         for live, places, own in self.parts:
-            live[places.to(live.device)] = flat[own.to(flat.device)].to(device=live.device, dtype=live.dtype)
+            moved = flat[own.to(flat.device).long()].to(device=live.device, dtype=live.dtype)
+            live[places.to(live.device).long()] = moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +130,7 @@ def locate(model: PreTrainedModel, source: Source) -> dict[str, Place]:
 
 
 def _groups(
-    model: PreTrainedModel, names: Iterable[str], live: Mapping[str, Tensor]
+    model: PreTrainedModel, names: Iterable[str], live: dict[str, Tensor]
 ) -> tuple[dict[str, _Group], list[str]]:
     """Return first live parameter -> the tensors it is made of, and the names that lead nowhere."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -147,7 +148,7 @@ def _groups(
     groups: dict[str, _Group] = {}
     extra = []
     for name in sorted(names, key=dot_natural_key):  # the order decides which expert is which
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(live))
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, live)
         if target not in live and name in live:
             target, pattern = name, None
         converter = None if pattern is None else by_pattern[pattern]
