@@ -54,8 +54,9 @@ def check_models(sources: Mapping[str, Source]) -> tuple[str, ...]:
         pair = (name, source, pattern_name, pattern)
         _check_types(name, source)
         _check_architecture(*pair)
-        _check_vocabulary(*pair)
         _check_tensors(*pair)
+        _check_vocabulary(*pair)
+        _check_shapes(*pair)
         notes += [source.note] if isinstance(source, Aligned) else []
         notes += [
             f"{key} differs: {name} has {source.config[key]!r}, {pattern_name} {pattern.config[key]!r}"
@@ -124,6 +125,9 @@ def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source
             ),
             fix="set tie_word_embeddings in the config of the model whose head is missing" if heads else None,
         )
+
+
+def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
     for tensor, header in source.headers.items():
         if header.shape != pattern.headers[tensor].shape:
             raise ModelError(
