@@ -233,7 +233,8 @@ class Recipe:
     tokenizer: str = ""
     seed: int = 0
     asked: bool = field(default=False, init=False, compare=False, repr=False)
-    """Whether `tokenizer` was given. No part of the identity: it decides only what is refused."""
+    """Whether `tokenizer` was given, as it is in every written recipe. No part of the identity: it decides
+    what is refused, not what is made."""
 
     def __post_init__(self) -> None:
         if not self.models:

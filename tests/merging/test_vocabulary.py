@@ -387,6 +387,7 @@ def test_the_setting_of_a_recipe(models: dict[str, str]) -> None:
     assert recipe_of(models, "a").hash == recipe_of(models, "a", tokenizer="base").hash
     assert recipe_of(models, "a").to_data()["tokenizer"] == "base"
     assert not recipe_of(models, "a").asked
+    assert Recipe.from_yaml(recipe_of(models, "a").to_yaml()).asked  # the file names the model
     union = recipe_of(models, "a", tokenizer="union")
     assert (union.tokenizer, union.pattern) == ("union", "base")
     assert union.hash != recipe_of(models, "a").hash
