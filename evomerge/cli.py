@@ -321,6 +321,7 @@ def merge(
     """Write the merge a recipe (or a mergekit YAML) describes: a model, a LoRA adapter, or mergekit YAML."""
     from evomerge.merging import engine
     from evomerge.merging.reading import read_recipe
+    from evomerge.merging.source import open_used
 
     _check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
     found = read_recipe(recipe)
@@ -336,7 +337,10 @@ def merge(
         write_text(out, found.to_mergekit_yaml())
         _say_file(out, found.hash)
         return
-    engine.write(found, out)
+    sources = open_used(found)
+    for note in found.check(sources):
+        _out.say(f"note: {note}")
+    engine.write(found, out, sources=sources)
     _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")
     _out.data({"folder": str(out), "recipe": found.hash})
 

@@ -67,12 +67,13 @@ def prepare(config: RunConfig) -> Prepared:
     from evomerge.merging.source import open_sources
 
     suite = Suite.load(config.suite)
-    sources = open_sources(config.locations, BASE)
+    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
     template = Recipe(
         models=config.locations,
         groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
         base=BASE,
         dtype=config.dtype,
+        tokenizer=config.tokenizer,
         seed=config.seed,
     )
     notes = check(template, sources)
@@ -91,6 +92,7 @@ def prepare(config: RunConfig) -> Prepared:
         worker=WorkerSpec(
             models=config.locations,
             base=BASE,
+            tokenizer=config.tokenizer,
             suite=suite,
             batch_size=config.executor.batch_size,
             dtype=dtype,
@@ -225,7 +227,7 @@ def _norms(prepared: Prepared) -> dict[str, float]:
         with RunStore.read(prepared.folder) as store:
             if (stored := store.fact("norms")) is not None:
                 return dict(stored)
-    norms = task_vector_norms(prepared.config.locations, BASE)
+    norms = task_vector_norms(prepared.config.locations, BASE, tokenizer=prepared.config.tokenizer)
     for name, norm in norms.items():
         if norm == 0:
             raise ModelError(

@@ -49,6 +49,7 @@ class RunConfig(Strict):
     space, suite: the name of a preset or the path of a file; `space` may also be written out in place.
     finalists: how many of the best candidates are scored again on `select`.
     dtype: what the merged weights are stored as, and rounded to before they are scored.
+    tokenizer: whose vocabulary the merged models get where models differ: base, union, or a source's name.
     """
 
     models: ModelsSpec
@@ -60,6 +61,7 @@ class RunConfig(Strict):
     executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
     finalists: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    tokenizer: str = ""
     seed: int = Field(default=0, ge=0)
     out: str
 
@@ -115,6 +117,8 @@ class RunConfig(Strict):
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
         for name in ("name", "workers", "threads", "timeout", "low_memory"):
             del data["executor"][name]
+        if not self.tokenizer:
+            del data["tokenizer"]  # runs begun before this setting existed keep their identity
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

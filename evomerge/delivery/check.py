@@ -30,7 +30,7 @@ def text(prepared: Prepared, probe: Probe) -> str:
     count, worker = len(prepared.config.models.sources), prepared.worker
     lines = [
         f"models: base and {count} sources of {prepared.parameters / 1e6:.1f} M parameters; "
-        "architecture, shapes and vocabulary agree",
+        "architecture, shapes and vocabulary fit",
         f"space:  {prepared.space.describe()}",
         f"suite:  {prepared.suite.name}; one candidate takes {per_split}",
         f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",

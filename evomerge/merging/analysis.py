@@ -11,18 +11,18 @@ from evomerge.merging.methods.reduction import norm
 from evomerge.merging.source import open_sources
 
 
-def task_vector_norms(models: Mapping[str, str], base: str) -> dict[str, float]:
+def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = "") -> dict[str, float]:
     """Return the global Frobenius norm of each model's task vector, by name, the base left out.
 
     Streams: one tensor of the base and of one model is in memory at a time. Dividing weights by these
     norms puts fine-tunes of different lengths on an equal footing.
 
-    models: name -> location, base among them. Raises ModelError where they do not fit each other, or
-    where weights are not finite.
+    models: name -> location, base among them. tokenizer: as in a Recipe. Raises ModelError where they do
+    not fit each other, or where weights are not finite.
     """
     if base not in models:
         raise ConfigError(f"unknown base model {base!r}", fix=nearest(base, models))
-    sources = open_sources(models, base)
+    sources = open_sources(models, base, tokenizer=tokenizer)
     check_models({base: sources[base]} | sources)
     squares: dict[str, list[float]] = {name: [] for name in models if name != base}
     for tensor in sources[base].headers:

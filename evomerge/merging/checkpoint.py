@@ -25,8 +25,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Names of output projections, any prefix: what a tied model shares with its embeddings."""
-DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask")
+DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
 """Buffers old files carry although the model computes them; they are not weights."""
+MASKS = ("attn.bias", "attention.bias")
+"""Causal masks of old GPT-2 and GPT-NeoX files: told from biases by their four dimensions."""
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja")
 
 
@@ -84,7 +86,7 @@ class Checkpoint:
                 stored[name] = found[name]
                 self._files[name] = path
         self._stored = stored
-        kept = [name for name in stored if not name.endswith(DERIVED) and not self._is_tied(name)]
+        kept = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
         self.headers: Mapping[str, Header] = {name: stored[name] for name in sorted(kept, key=natural_order)}
 
     @classmethod
@@ -112,6 +114,10 @@ class Checkpoint:
     @functools.cached_property
     def _has_head(self) -> bool:
         return any(name.endswith(HEADS) for name in self._stored)
+
+    def _is_derived(self, name: str) -> bool:
+        mask = name.endswith(MASKS) and len(self._stored[name].shape) == 4
+        return mask or name.endswith(DERIVED)
 
     def _is_tied(self, name: str) -> bool:
         return self.tied and name.endswith(HEADS)

@@ -10,6 +10,7 @@ from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import HEADS
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import Source
+from evomerge.merging.vocabulary import Aligned
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 SAME = (
@@ -33,12 +34,12 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     that sources are stored in different types. Raises ModelError for models that do not fit each other,
     ConfigError for a recipe that does not fit the models.
     """
-    names = tuple(dict.fromkeys((recipe.tokenizer, *recipe.used_models())))
+    names = tuple(dict.fromkeys((recipe.pattern, *recipe.used_models())))
     for name in names:
         if name not in sources:
             raise ConfigError(f"recipe: model {name!r} was not opened", fix=nearest(name, sources))
     notes = check_models({name: sources[name] for name in names})
-    _check_groups(recipe, sources[recipe.tokenizer])
+    _check_groups(recipe, sources[recipe.pattern])
     return notes
 
 
@@ -48,13 +49,15 @@ def check_models(sources: Mapping[str, Source]) -> tuple[str, ...]:
     All are compared with the first.
     """
     pattern_name, pattern = next(iter(sources.items()))
-    notes = []
+    notes: list[str] = []
     for name, source in sources.items():
         pair = (name, source, pattern_name, pattern)
         _check_types(name, source)
         _check_architecture(*pair)
         _check_tensors(*pair)
         _check_vocabulary(*pair)
+        _check_shapes(*pair)
+        notes += [source.note] if isinstance(source, Aligned) else []
         notes += [
             f"{key} differs: {name} has {source.config[key]!r}, {pattern_name} {pattern.config[key]!r}"
             for key in NOTED
@@ -122,6 +125,9 @@ def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source
             ),
             fix="set tie_word_embeddings in the config of the model whose head is missing" if heads else None,
         )
+
+
+def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
     for tensor, header in source.headers.items():
         if header.shape != pattern.headers[tensor].shape:
             raise ModelError(
@@ -146,7 +152,7 @@ def _check_vocabulary(name: str, source: Source, pattern_name: str, pattern: Sou
         f"models {name!r} and {pattern_name!r} have different vocabularies",
         expected="the same token for every row of the embeddings",
         got=f"{len(differing)} tokens differ: {shown}",
-        fix="merge models that share a tokenizer",
+        fix="say whose vocabulary the result gets: `tokenizer: base`, `tokenizer: union` or a model's name",
     )
 
 

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import DiskError, NonFiniteError
 from evomerge.merging import kernels, methods
 from evomerge.merging.application import arguments
-from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
+from evomerge.merging.checkpoint import INDEX, SINGLE
 from evomerge.merging.compatibility import check
 from evomerge.merging.inputs import FileInputs, Inputs
 from evomerge.merging.kernels import Operand
+from evomerge.merging.live_weights import Place
 from evomerge.merging.methods import blend
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import as_rows, gram
@@ -35,9 +36,12 @@ from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import Source, open_used
 from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, sync
+from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 MAX_SHARD_BYTES = 5_000_000_000
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
@@ -47,7 +51,7 @@ ROWS_AT_ONCE = 1 << 18
 DISK_MARGIN = 64_000_000
 """Bytes kept free beside the weights: tokenizer, config, and the file system's own."""
 COPIED = (
-    "generation_config.json",
+    "generation_config.json",  # the only one that is not the tokenizer's
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -66,12 +70,12 @@ class NonFiniteWeights(NonFiniteError):  # noqa: N818  (named for what it report
     """A merged tensor has NaN or infinite elements: the recipe's parameters make no model."""
 
 
-def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | None = None) -> Tensor:
+def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Place | None = None) -> Tensor:
     """Return one output tensor of a recipe, rounded to the recipe's dtype.
 
     The method computes in float32; rounding is to nearest, ties to even. Raises NonFiniteWeights.
 
-    out: a tensor of a live model to write into (then returned); it may have another type than the
+    out: where the tensor lies in a live model, to be written into; it may have another type than the
         recipe's, and then holds the rounded values.
     """
     import torch
@@ -96,16 +100,15 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | N
         merged = blend.run(plan, full, [_alone(each, origin) for each in operands])
         return _delivered(merged.to(dtype), out, tensor, group)
     computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    direct = out is not None and kernels.fits(out) and (out.dtype == dtype or recipe.dtype == "bfloat16")
-    space = out if direct else torch.empty(operands[0].tensor.shape, dtype=computed)
-    assert space is not None
+    space = torch.empty(operands[0].tensor.shape, dtype=computed) if not _direct(out, dtype) else out
+    assert isinstance(space, torch.Tensor)
     rounded = recipe.dtype == "bfloat16"
     finite = kernels.blend(
         plan, origin, operands, measure.boundary, space, add_base=subtracted is not None, rounded=rounded
     )
     if not finite:
         raise _not_finite(tensor, recipe.dtype, group)
-    return space if direct else _delivered(space.to(dtype), out, tensor, group)
+    return space if space is out else _delivered(space.to(dtype), out, tensor, group)
 
 
 def _by_function(
@@ -150,10 +153,21 @@ def _alone(operand: Operand, base: Tensor | None) -> Tensor:
     return tensor - base.to(torch.float32)
 
 
-def _delivered(merged: Tensor, out: Tensor | None, tensor: str, group: TensorGroup) -> Tensor:
-    """Check a merged tensor, and put it into `out` if there is one."""
+def _direct(out: Place | None, dtype: torch.dtype) -> bool:
+    """Say whether a kernel can write a tensor of that type straight into its place."""
+    import torch
+
+    if not isinstance(out, torch.Tensor) or not kernels.fits(out):
+        return False
+    return out.dtype == dtype or (out.dtype == torch.float32 and dtype == torch.bfloat16)
+
+
+def _delivered(merged: Tensor, out: Place | None, tensor: str, group: TensorGroup) -> Tensor:
+    """Check a merged tensor, and put it into its place if it has one."""
     checked(merged, tensor, group)
-    return merged if out is None else out.copy_(merged)
+    if out is not None:
+        out.copy_(merged)
+    return merged
 
 
 def checked(merged: Tensor, tensor: str, group: TensorGroup | None = None) -> Tensor:
@@ -233,12 +247,14 @@ def write(
     sources = open_used(recipe) if sources is None else sources
     check(recipe, sources)
     _return_memory()
-    pattern = sources[recipe.tokenizer]
+    pattern = sources[recipe.pattern]
     shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
+    extended = isinstance(pattern, Aligned) and pattern.additions
+    tokenizer = open_tokenizer(pattern) if extended else None  # now: it may refuse
     check_space(out, shards)
     with staged(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
-        _write_rest(recipe, pattern, folder)
+        _write_rest(recipe, pattern, tokenizer, folder)
         for name, text in (extra or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
@@ -317,11 +333,15 @@ def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Heade
                 future.cancel()
 
 
-def _write_rest(recipe: Recipe, pattern: Source, folder: Path) -> None:
-    for name in COPIED:
+def _write_rest(
+    recipe: Recipe, pattern: Source, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    for name in COPIED if tokenizer is None else COPIED[:1]:
         if (pattern.folder / name).is_file():
             shutil.copyfile(pattern.folder / name, folder / name)
-    config = read_json(pattern.folder / "config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config = dict(pattern.config)
     config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
     _write_json(folder / "config.json", config | {"dtype": recipe.dtype})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

@@ -25,7 +25,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.checkpoint import Layout
 from evomerge.merging.methods import Method
-from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, Setting, TensorGroup
+from evomerge.merging.recipe import DTYPES, OUTSIDE, UNION, Recipe, Setting, TensorGroup
 from evomerge.merging.source import Source, open_source
 from evomerge.schema import parse_yaml
 
@@ -135,7 +135,9 @@ def read(
     base = data.get("base_model")
     tokenizer = _tokenizer(data)
     sources = [source for part in slices for source in part.sources]
-    locations = [each for each in (base, *sources, tokenizer) if each]
+    if tokenizer == "base":
+        tokenizer = base or sources[0]
+    locations = [each for each in (base, *sources, tokenizer) if each and each != UNION]
     names = _names(locations)
     model = _Model(resolved(locations[0], root), tensors)
     groups = [
@@ -154,7 +156,7 @@ def read(
         base=names[base] if base else None,
         groups=tuple(groups),
         dtype=_dtype(data, model),
-        tokenizer=names[tokenizer] if tokenizer else "",
+        tokenizer=names.get(tokenizer, UNION) if tokenizer else "",
         seed=seed,
     )
 
@@ -394,12 +396,12 @@ def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
 
 
 def _names(locations: Iterable[str]) -> dict[str, str]:
-    """Return location -> a short name: its last part, numbered where two are the same."""
+    """Return location -> a short name: its last part, numbered where it is taken or means all models."""
     names: dict[str, str] = {}
     for location in dict.fromkeys(locations):
         stem = Path(location.rpartition("+")[2]).name or location
         name, number = stem, 2
-        while name in names.values():
+        while name in (*names.values(), UNION):
             name, number = f"{stem}-{number}", number + 1
         names[location] = name
     return names
@@ -422,16 +424,13 @@ def _dtype(data: Mapping[str, Any], model: _Model) -> str:
 
 
 def _tokenizer(data: Mapping[str, Any]) -> str | None:
-    """Return the location of the tokenizer's model; None is the recipe's default (base, else first)."""
+    """Return `base`, `union`, or the location of the tokenizer's model; None where the file says nothing."""
     if data.get("chat_template") not in (None, "auto"):
         raise ConfigError("mergekit file: chat_template is not supported", fix="set it in the result")
     given = data.get("tokenizer_source")
     if data.get("tokenizer") is not None:
         given = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
-    # Models with different vocabularies are refused, so the union of them is that of the base.
-    if given in (None, "base", "union"):
-        return None
-    if not isinstance(given, str):
+    if given is not None and not isinstance(given, str):
         raise ConfigError(
             "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(given)
         )

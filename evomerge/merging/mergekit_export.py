@@ -37,7 +37,7 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
         data["parameters"] = _shared([(None, recipe.groups[0])])
     else:
         below = recipe.models[recipe.base] if recipe.base else None
-        opened = tensors or open_source(recipe.models[recipe.tokenizer], base=below).headers
+        opened = tensors or open_source(recipe.models[recipe.pattern], base=below).headers
         names = tuple(opened)
         data = _head(recipe) | {"slices": _slices(recipe, names)}
     text = yaml.safe_dump(
@@ -58,7 +58,9 @@ def _head(recipe: Recipe) -> dict[str, Any]:
     elif recipe.base and methods.get(method).uses_base(recipe.base):
         data["base_model"] = recipe.models[recipe.base]
     default = data.get("base_model") or recipe.models[recipe.groups[0].sources[0]]
-    if recipe.models[recipe.tokenizer] != default:
+    if recipe.tokenizer not in recipe.models:
+        data["tokenizer_source"] = recipe.tokenizer
+    elif recipe.models[recipe.tokenizer] != default:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
     # Merging computes in float32 here; mergekit computes in `dtype`, so both are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}

@@ -40,6 +40,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 OUTSIDE: tuple[int, ...] = ()
 """The `layers` of a group of the tensors outside all layers: embeddings, final norm, head."""
 
+UNION, BASE = "union", "base"
+"""Values of `tokenizer` that are no model: all tokens of all models, and the vocabulary of the base."""
+
 Setting = float | int | bool | tuple[float | int | bool, ...]
 
 
@@ -54,6 +57,32 @@ def layer_of(tensor: str) -> int | None:
     """
     found = re.search(r"\.(\d+)\.", tensor)
     return int(found.group(1)) if found else None
+
+
+def tokenizer_of(tokenizer: str, base: str | None, models: Iterable[str]) -> str:
+    """Return the model whose vocabulary a merge gets, or `union`, from what was asked for.
+
+    "" is the base's, else the first model's. A model that is called `base` or `union` is meant by its
+    name. Raises ConfigError.
+
+    >>> tokenizer_of("base", "llama", ["llama", "chat"]), tokenizer_of("", None, ["llama", "chat"])
+    ('llama', 'llama')
+    """
+    models = tuple(models)
+    if not tokenizer:
+        return base or models[0]
+    if tokenizer in models or tokenizer == UNION:
+        return tokenizer
+    if tokenizer == BASE and base is not None:
+        return base
+    if tokenizer == BASE:
+        raise ConfigError(
+            "tokenizer: base, but there is no base model", fix="name a model, or write `tokenizer: union`"
+        )
+    raise ConfigError(
+        f"tokenizer names an unknown model {tokenizer!r}",
+        fix=nearest(tokenizer, tuple(dict.fromkeys((*models, BASE, UNION)))),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +221,8 @@ class Recipe:
     groups: the first group that matches a tensor makes it; a tensor no group matches is an error.
     dtype: the type the merged weights are stored in; they are rounded to it before they are scored.
     tokenizer: the model whose tokenizer, config and special tokens the result gets (default: the base,
-        else the first model).
+        else the first model), `base`, or `union`: the base's and then all tokens of the others. Embedding
+        rows are matched by token; models with other tokens are merged only if one of these is asked for.
     seed: owner of the random masks of DARE-like methods.
     """
 
@@ -202,6 +232,9 @@ class Recipe:
     dtype: str = "bfloat16"
     tokenizer: str = ""
     seed: int = 0
+    asked: bool = field(default=False, init=False, compare=False, repr=False)
+    """Whether `tokenizer` was given, as it is in every written recipe. No part of the identity: it decides
+    what is refused, not what is made."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -209,16 +242,17 @@ class Recipe:
         if not self.groups:
             raise ConfigError("recipe: no groups")
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
-        object.__setattr__(self, "tokenizer", self.tokenizer or self.base or next(iter(self.models)))
+        object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
             raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(self.dtype, DTYPES))
-        named = [("base", self.base), ("tokenizer", self.tokenizer)]
+        named: list[tuple[str, str | None]] = [("base", self.base)]
         named += [(f"group {g.label()!r}", source) for g in self.groups for source in g.sources]
         for where, name in named:
             if name is not None and name not in self.models:
                 raise ConfigError(
                     f"recipe: {where} names an unknown model {name!r}", fix=nearest(name, self.models)
                 )
+        object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
         if self.base is None:
             for group in self.groups:
                 if methods.get(group.method).needs_base:
@@ -258,6 +292,11 @@ class Recipe:
             del data["seed"]
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def pattern(self) -> str:
+        """The name of the model that gives the config and the files beside the weights."""
+        return self.tokenizer if self.tokenizer in self.models else self.base or next(iter(self.models))
 
     def used_models(self) -> tuple[str, ...]:
         """Return the names of the models that are read, base first, in the order of `models`."""

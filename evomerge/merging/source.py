@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.merging.adapter import AdaptedCheckpoint, is_adapter, open_adapter, split_location
 from evomerge.merging.checkpoint import Checkpoint, Layout
-from evomerge.merging.recipe import Recipe
+from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.tensorfile import Header
+from evomerge.merging.vocabulary import align, differ
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,14 +95,25 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     return Checkpoint.open(location)
 
 
-def open_sources(models: Mapping[str, str], base: str | None) -> dict[str, Source]:
-    """Open all models by name; adapters given alone may rest on the model named `base`."""
+def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str = "") -> dict[str, Source]:
+    """Open all models by name; adapters given alone may rest on the model named `base`.
+
+    tokenizer: as in a Recipe; embedding rows follow its vocabulary where models differ, see `vocabulary`.
+    """
     below = models[base] if base is not None else None
-    return {name: open_source(location, base=below) for name, location in models.items()}
+    opened = {name: open_source(location, base=below) for name, location in models.items()}
+    chosen = tokenizer_of(tokenizer, base, models)
+    return align(opened, tokenizer=chosen, base=base, asked=bool(tokenizer))
 
 
 def open_used(recipe: Recipe) -> dict[str, Source]:
     """Open the models a recipe reads, and the one whose tokenizer and config it takes."""
-    used = dict.fromkeys((*recipe.used_models(), recipe.tokenizer))
+    used = dict.fromkeys((*recipe.used_models(), recipe.pattern))
     below = recipe.models[recipe.base] if recipe.base is not None else None
-    return {name: open_source(recipe.models[name], base=below) for name in used}
+    opened = {name: open_source(recipe.models[name], base=below) for name in used}
+    if recipe.tokenizer == recipe.pattern and not differ(opened, recipe.pattern):
+        return opened
+    # Models that are not merged may still give rows that others lack, so all are looked at.
+    every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
+    aligned = align(every, tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
+    return {name: aligned[name] for name in used}

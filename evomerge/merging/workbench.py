@@ -12,7 +12,7 @@ recipe's dtype before they go into the live model, whatever it computes in, so w
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
@@ -20,11 +20,12 @@ from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor, pool
 from evomerge.merging.inputs import WarmInputs
-from evomerge.merging.recipe import Recipe
+from evomerge.merging.live_weights import locate
+from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.source import Source, open_sources
+from evomerge.merging.vocabulary import Aligned, open_tokenizer, rows_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -35,8 +36,7 @@ WORTH_THREADS = 1_000_000
 class Workbench:
     """Holds the models of a search, opened once, and one live model to score candidates with.
 
-    models, base: names and locations as in a Recipe. tokenizer: the model that gives config and
-        tokenizer (default as in a Recipe: the base, else the first).
+    models, base, tokenizer: as in a Recipe.
     device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
     low_memory: remember nothing of trimmed task vectors; such candidates then take longer.
 
@@ -54,12 +54,12 @@ class Workbench:
         attn_implementation: str | None = None,
         low_memory: bool = False,
     ) -> None:
-        for name in filter(None, (base, tokenizer)):
-            if name not in models:
-                raise ConfigError(f"workbench: unknown model {name!r}", fix=nearest(name, models))
+        if base is not None and base not in models:
+            raise ConfigError(f"workbench: unknown model {base!r}", fix=nearest(base, models))
         self.base = base
-        self._pattern = tokenizer or base or next(iter(models))
-        self.sources = open_sources(models, base)
+        self._vocabulary = tokenizer_of(tokenizer, base, models)
+        self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
+        self.sources = open_sources(models, base, tokenizer=tokenizer)
         pattern = {self._pattern: self.sources[self._pattern]}
         self.notes = check_models(pattern | self.sources)
         self._inputs = WarmInputs(self.sources, low_memory=low_memory)
@@ -67,23 +67,14 @@ class Workbench:
         self._checked: set[Hashable] = set()
         self.model: PreTrainedModel = _build(self.sources[self._pattern], compute_dtype, attn_implementation)
         self.model.to(device)  # type: ignore[arg-type]
-        self._targets = _targets(self.model, self.sources[self._pattern])
+        self._targets = locate(self.model, self.sources[self._pattern])
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model that gives config and tokenizer, opened on first use."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            source = self.sources[self._pattern]
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"{source.location}: its tokenizer can't be opened", got=str(error)[:200]
-                ) from None
-        assert self._tokenizer is not None
+            self._tokenizer = open_tokenizer(self.sources[self._pattern])
         return self._tokenizer
 
     @property
@@ -98,12 +89,20 @@ class Workbench:
         stay. Raises NonFiniteWeights, and ConfigError for a recipe that does not fit the models; the
         live model is then unspecified until the next successful load.
         """
-        if recipe.tokenizer != self._pattern:
+        if recipe.tokenizer != self._vocabulary:
             raise ConfigError(
                 "workbench: the recipe takes tokenizer and config from another model",
-                expected=self._pattern,
+                expected=self._vocabulary,
                 got=recipe.tokenizer,
                 fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
+            )
+        rows_differ = any(isinstance(source, Aligned) for source in self.sources.values())
+        if rows_differ and (tuple(recipe.models), recipe.base) != (tuple(self.sources), self.base):
+            raise ConfigError(
+                "workbench: the vocabularies differ, and what a model lacks depends on the others",
+                expected=f"models {', '.join(self.sources)} with base {self.base}",
+                got=f"models {', '.join(recipe.models)} with base {recipe.base}",
+                fix="give the recipe the workbench's models and base",
             )
         shape = tuple((group.layers, group.match, group.method, group.sources) for group in recipe.groups)
         if shape not in self._checked:
@@ -125,11 +124,12 @@ class Workbench:
             merge_tensor(recipe, name, self._inputs, out=self._targets[name])
             return name
 
-        if torch.get_num_threads() == 1 or sum(self._targets[name].numel() for name in names) < WORTH_THREADS:
+        sizes = {name: self.sources[self._pattern].headers[name].count for name in names}
+        if torch.get_num_threads() == 1 or sum(sizes.values()) < WORTH_THREADS:
             yield from map(merge, names)
             return
         with pool() as threads:
-            yield from threads.map(merge, sorted(names, key=lambda name: -self._targets[name].numel()))
+            yield from threads.map(merge, sorted(names, key=lambda name: -sizes[name]))
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:
@@ -154,6 +154,8 @@ def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel
 
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        if isinstance(source, Aligned):
+            config.get_text_config().vocab_size = rows_of(source)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=getattr(torch, dtype), attn_implementation=attention
@@ -169,31 +171,3 @@ def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel
     model.tie_weights()  # skipped with the initialisation
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _targets(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
-    """Return tensor name -> storage in the live model, for every tensor of the source."""
-    live = {name: tensor.data for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)
-    missing = [name for name in live if name not in source.headers and name not in tied]
-    extra = [name for name in source.headers if name not in live]
-    if missing or extra:
-        raise ModelError(
-            f"{source.location}: its tensors are not those of {type(model).__name__}",
-            expected=_some(missing) or "no other tensors",
-            got=_some(extra) or "no such tensors",
-            fix="save the model again with a current transformers version",
-        )
-    for name, header in source.headers.items():
-        if tuple(live[name].shape) != header.shape:
-            raise ModelError(
-                f"{source.location}: tensor {name!r} does not have the shape its config asks for",
-                expected=str(list(live[name].shape)),
-                got=str(list(header.shape)),
-            )
-    return {name: live[name] for name in source.headers}
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

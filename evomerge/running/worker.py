@@ -35,10 +35,10 @@ class Result:
 class WorkerSpec:
     """Everything a worker needs to know, picklable.
 
-    models, base: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16"); weights
-    are rounded to the recipe's own dtype before. batch_size: requests per forward pass, part of a run's
-    identity because it changes the last bits of scores. max_length: in tokens; None takes the model's.
-    threads: of each worker.
+    models, base, tokenizer: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16");
+    weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, part of a
+    run's identity because it changes the last bits of scores. max_length: in tokens; None takes the
+    model's. threads: of each worker.
     """
 
     models: Mapping[str, str]
@@ -51,6 +51,7 @@ class WorkerSpec:
     max_length: int | None = None
     attention: str | None = None
     low_memory: bool = False
+    tokenizer: str = ""
 
 
 class Worker:
@@ -70,6 +71,7 @@ class Worker:
         self._bench = Workbench(
             spec.models,
             spec.base,
+            tokenizer=spec.tokenizer,
             device=spec.device,
             compute_dtype=spec.dtype,
             attn_implementation=spec.attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge import compose
+from evomerge.config import RunConfig
 from evomerge.delivery import export as delivery
+from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
-from evomerge.errors import StoreError
+from evomerge.errors import ModelError, StoreError
 from evomerge.evaluation.scores import Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.workbench import Workbench
@@ -182,3 +185,35 @@ def test_a_run_without_a_winner_says_so(opened: tuple[RunStore, Summary], tmp_pa
     unfinished.winner = None
     with pytest.raises(StoreError, match="no winner yet"):
         delivery.export(store, unfinished, tmp_path / "out")
+
+
+def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
+    tiny_zoo: Path, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    chat = tmp_path / "chat"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_zoo / "upper")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    model = AutoModelForCausalLM.from_pretrained(tiny_zoo / "upper")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(chat)
+    tokenizer.save_pretrained(chat)
+    sources = {"upper": str(chat), "reverse": str(tiny_zoo / "reverse")}
+    changes = {
+        "models": {"base": str(tiny_zoo / "base"), "sources": sources},
+        "budget": {"generations": 1},
+        "finalists": 2,
+    }
+    with pytest.raises(ModelError, match="have different vocabularies"):
+        compose.prepare(RunConfig.load(config(**changes)))
+    run = RunConfig.load(config(**changes, tokenizer="union"))
+    compose.start(run, Silent())
+    store = RunStore.read(tmp_path / "run")
+    summary = Summary(store, compose.stored_suite(store))
+    out = delivery.export(store, summary, tmp_path / "model")
+    stored = store.result(out.pick.recipe.hash, "test")
+    assert isinstance(stored, Scores)
+    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    assert delivery.rescore(out.folder, worker, "test").same_as(stored)
+    exported = AutoTokenizer.from_pretrained(out.folder)
+    assert exported.convert_tokens_to_ids("<|im_end|>") == len(tokenizer) - 1
+    assert json.loads((out.folder / "config.json").read_text())["vocab_size"] == len(tokenizer)
