@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge.errors import DiskError, NonFiniteError
 from evomerge.merging import methods
 from evomerge.merging.application import apply
-from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
+from evomerge.merging.checkpoint import INDEX, SINGLE
 from evomerge.merging.compatibility import check
-from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 from evomerge.merging.source import Source, open_used
+from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, sync
 
 if TYPE_CHECKING:
@@ -86,12 +87,18 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs) -> Tensor:
     """
     group = recipe.group_for(tensor)
     method = methods.get(group.method)
-    base = inputs.model(recipe.base, tensor) if recipe.base and method.uses_base(recipe.base) else None
-    if method.uses_task_vectors(recipe.base):
-        assert recipe.base is not None
-        tensors = [inputs.task_vector(source, recipe.base, tensor) for source in group.sources]
+    origin = recipe.base_of(group)
+    at_base = shifted(tensor, group.base_shift)
+    base = inputs.model(origin, at_base) if origin and method.uses_base(origin) else None
+    if method.uses_task_vectors(origin):
+        assert origin is not None
+        assert base is not None
+        tensors = [
+            inputs.task_vector(source, origin, name) if name == at_base else inputs.model(source, name) - base
+            for source, name in group.reads(tensor)
+        ]
     else:
-        tensors = [inputs.model(source, tensor) for source in group.sources]
+        tensors = [inputs.model(source, name) for source, name in group.reads(tensor)]
     merged = apply(group, base, tensors, seed=recipe.seed, tensor=tensor)
     return rounded(merged, recipe.dtype, tensor, group)
 
@@ -140,12 +147,12 @@ def write(
     sources = open_used(recipe) if sources is None else sources
     check(recipe, sources)
     pattern = sources[recipe.tokenizer]
-    shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
+    shards = plan_shards(output_headers(recipe, sources), recipe.dtype, max_shard_bytes)
     parent = _existing_parent(out)
     _check_space(parent, shards)
     with _staged(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
-        _write_rest(recipe, pattern, folder)
+        _write_rest(recipe, pattern, stacked_config(recipe, sources), folder)
         for name, text in (extra or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
@@ -184,11 +191,10 @@ def _write_weights(
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
-def _write_rest(recipe: Recipe, pattern: Source, folder: Path) -> None:
+def _write_rest(recipe: Recipe, pattern: Source, config: dict[str, Any], folder: Path) -> None:
     for name in COPIED:
         if (pattern.folder / name).is_file():
             shutil.copyfile(pattern.folder / name, folder / name)
-    config = read_json(pattern.folder / "config.json")
     config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
     _write_json(folder / "config.json", config | {"dtype": recipe.dtype})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

@@ -12,15 +12,20 @@ computes in, so what is scored is what `engine.write` exports.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor
-from evomerge.merging.recipe import Recipe
+from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import Source, open_sources
+from evomerge.merging.stacking import COUNTS, output_headers, stacked_config
+from evomerge.merging.tensorfile import Header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +37,8 @@ class Workbench:
 
     models, base: names and locations as in a Recipe. tokenizer: the model that gives config and
         tokenizer (default as in a Recipe: the base, else the first).
+    stack: a recipe whose layers the live model has (default: as many as the models have). Recipes with
+        another number or other kinds of layers are then refused.
     device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
 
     Raises ModelError where the models can't be used or do not fit each other.
@@ -43,6 +50,7 @@ class Workbench:
         base: str | None = None,
         *,
         tokenizer: str = "",
+        stack: Recipe | None = None,
         device: str = "cpu",
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
@@ -54,13 +62,22 @@ class Workbench:
         self._pattern = tokenizer or base or next(iter(models))
         self.sources = open_sources(models, base)
         pattern = {self._pattern: self.sources[self._pattern]}
-        self.notes = check_models(pattern | self.sources)
+        stacked = stack is not None and stack.stacked
+        self.notes = check_models(pattern | self.sources, stacked=stacked)
+        self._config = self.sources[self._pattern].config
+        headers = self.sources[self._pattern].headers
+        if stack is not None and stacked:
+            check(stack, self.sources)
+            self._config = stacked_config(stack, self.sources)
+            headers = output_headers(stack, self.sources)
         self._inputs = _WarmInputs(self.sources)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
-        self.model: PreTrainedModel = _build(self.sources[self._pattern], compute_dtype, attn_implementation)
+        self.model: PreTrainedModel = _build(
+            self.sources[self._pattern], self._config, compute_dtype, attn_implementation
+        )
         self.model.to(device)  # type: ignore[arg-type]
-        self._targets = _targets(self.model, self.sources[self._pattern])
+        self._targets = _targets(self.model, self.sources[self._pattern].location, headers)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -93,9 +110,10 @@ class Workbench:
                 got=recipe.tokenizer,
                 fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
             )
-        shape = tuple((group.layers, group.match, group.method, group.sources) for group in recipe.groups)
+        shape = (recipe.num_layers, *((g.layers, g.match, *_made_from(recipe, g)) for g in recipe.groups))
         if shape not in self._checked:
             check(recipe, self.sources)
+            _check_stack(stacked_config(recipe, self.sources), self._config)
             self._checked.add(shape)
         keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
         for name in self._targets:
@@ -135,23 +153,43 @@ def _key(recipe: Recipe, position: int) -> Hashable:
     group = recipe.groups[position]
     method = methods.get(group.method)
     return (
-        group.method,
-        group.sources,
+        *_made_from(recipe, group),
         tuple(group.parameters.items()),
         recipe.dtype,
-        recipe.base if method.uses_base(recipe.base) else None,
         recipe.seed if method.random else None,
     )
 
 
-def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel:
+def _made_from(recipe: Recipe, group: TensorGroup) -> tuple[Hashable, ...]:
+    """Return what a group reads, and how."""
+    base = recipe.base_of(group)
+    used = base if methods.get(group.method).uses_base(base) else None
+    return group.method, group.sources, group.shifts, used, group.base_shift
+
+
+def _check_stack(config: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    """Refuse a recipe whose model has other layers than the live one."""
+    differing = [key for key in config if config[key] != live.get(key)]
+    if differing:
+        key = next((key for key in COUNTS if key in differing), differing[0])
+        raise ConfigError(
+            "workbench: the recipe makes a model with other layers than the live one",
+            expected=f"{key} {live.get(key)}",
+            got=str(config[key]),
+            fix="open the workbench with stack= such a recipe",
+        )
+
+
+def _build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
     """Make the live model without reading or initialising its weights; they are put in later."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(data), encoding="utf-8")
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=getattr(torch, dtype), attn_implementation=attention
@@ -169,27 +207,27 @@ def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _targets(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
-    """Return tensor name -> storage in the live model, for every tensor of the source."""
+def _targets(model: PreTrainedModel, location: str, headers: Mapping[str, Header]) -> dict[str, Tensor]:
+    """Return tensor name -> storage in the live model, for every tensor of the result."""
     live = {name: tensor.data for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
-    missing = [name for name in live if name not in source.headers and name not in tied]
-    extra = [name for name in source.headers if name not in live]
+    missing = [name for name in live if name not in headers and name not in tied]
+    extra = [name for name in headers if name not in live]
     if missing or extra:
         raise ModelError(
-            f"{source.location}: its tensors are not those of {type(model).__name__}",
+            f"{location}: its tensors are not those of {type(model).__name__}",
             expected=_some(missing) or "no other tensors",
             got=_some(extra) or "no such tensors",
             fix="save the model again with a current transformers version",
         )
-    for name, header in source.headers.items():
+    for name, header in headers.items():
         if tuple(live[name].shape) != header.shape:
             raise ModelError(
-                f"{source.location}: tensor {name!r} does not have the shape its config asks for",
+                f"{location}: tensor {name!r} does not have the shape its config asks for",
                 expected=str(list(live[name].shape)),
                 got=str(list(header.shape)),
             )
-    return {name: live[name] for name in source.headers}
+    return {name: live[name] for name in headers}
 
 
 def _some(names: Iterable[str]) -> str:
