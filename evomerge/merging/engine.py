@@ -89,7 +89,7 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs) -> Tensor:
     method = methods.get(group.method)
     origin = recipe.base_of(group)
     at_base = shifted(tensor, group.base_shift)
-    base = inputs.model(origin, at_base) if origin and method.uses_base(origin) else None
+    base = inputs.model(origin, at_base) if origin else None
     if method.uses_task_vectors(origin):
         assert origin is not None
         assert base is not None

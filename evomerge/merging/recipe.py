@@ -292,8 +292,9 @@ class Recipe:
         )
 
     def base_of(self, group: TensorGroup) -> str | None:
-        """Return the name of the base model of a group: its own, else the recipe's."""
-        return self.base if group.base is None else group.base
+        """Return the base model a group reads, its own or the recipe's; None where it reads none."""
+        base = self.base if group.base is None else group.base
+        return base if methods.get(group.method).uses_base(base) else None
 
     @property
     def stacked(self) -> bool:
@@ -318,8 +319,7 @@ class Recipe:
     def used_models(self) -> tuple[str, ...]:
         """Return the names of the models that are read, base first, in the order of `models`."""
         used = {source for group in self.groups for source in group.sources}
-        bases = [(methods.get(group.method), self.base_of(group)) for group in self.groups]
-        used |= {base for method, base in bases if base and method.uses_base(base)}
+        used |= {base for group in self.groups if (base := self.base_of(group))}
         first = [self.base] if self.base in used else []
         return tuple(first + [name for name in self.models if name in used and name != self.base])
 

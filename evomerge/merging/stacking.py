@@ -15,7 +15,6 @@ from typing import Any
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.checkpoint import natural_order
-from evomerge.merging.methods import get
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of, shifted
 from evomerge.merging.source import Source
 from evomerge.merging.tensorfile import Header
@@ -41,7 +40,9 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
     headers = {}
     for name in names:
         group = recipe.group_for(name)
-        reads = [*group.reads(name), *_base_read(recipe, group, name)]
+        reads = list(group.reads(name))
+        if (base := recipe.base_of(group)) is not None:
+            reads.append((base, shifted(name, group.base_shift)))
         for source, tensor in reads:
             if tensor not in sources[source].headers:
                 raise _missing(name, source, tensor, sources[source].num_layers)
@@ -150,13 +151,6 @@ def _makers(recipe: Recipe, layer: int) -> list[TensorGroup]:
             if not group.match:
                 break
     return makers
-
-
-def _base_read(recipe: Recipe, group: TensorGroup, name: str) -> tuple[tuple[str, str], ...]:
-    base = recipe.base_of(group)
-    if base is None or not get(group.method).uses_base(base):
-        return ()
-    return ((base, shifted(name, group.base_shift)),)
 
 
 def _missing(name: str, source: str, tensor: str, num_layers: int) -> ConfigError:

@@ -162,9 +162,7 @@ def _key(recipe: Recipe, position: int) -> Hashable:
 
 def _made_from(recipe: Recipe, group: TensorGroup) -> tuple[Hashable, ...]:
     """Return what a group reads, and how."""
-    base = recipe.base_of(group)
-    used = base if methods.get(group.method).uses_base(base) else None
-    return group.method, group.sources, group.shifts, used, group.base_shift
+    return group.method, group.sources, group.shifts, recipe.base_of(group), group.base_shift
 
 
 def _check_stack(config: Mapping[str, Any], live: Mapping[str, Any]) -> None:
