@@ -31,18 +31,19 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
     they are read from the headers of the tokenizer's model. Left out, because mergekit takes them from
     elsewhere: the seed of random masks (its command line).
     """
-    used = {group.method for group in recipe.groups}
+    used = {group.method for group in recipe.groups if not _is_copy(group)} or {"passthrough"}
     if len(used) > 1:
         raise _inexpressible("one file has one merge method", f"methods {', '.join(sorted(used))}")
     plain = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
     names: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     if plain and not recipe.stacked:
-        data = _head(recipe) | {"models": _models(recipe, [(None, recipe.groups[0])])}
+        data = _head(recipe, *used) | {"models": _models(recipe, [(None, recipe.groups[0])])}
         data["parameters"] = _shared([(None, recipe.groups[0])])
     else:
         names, own = _names(recipe, tensors)
-        data = _head(recipe) | {"slices": _slices(recipe, names)}
+        data = _head(recipe, *used)
+        data |= {"slices": _slices(recipe, names, data.get("base_model"))}
     text = yaml.safe_dump(
         {key: value for key, value in data.items() if value}, sort_keys=False, default_flow_style=None
     )
@@ -62,11 +63,15 @@ def _names(recipe: Recipe, tensors: Iterable[str] | None) -> tuple[tuple[str, ..
     return tuple(output_names(recipe, opened, recipe.num_layers or _num_layers(own))), own
 
 
-def _head(recipe: Recipe) -> dict[str, Any]:
-    method = recipe.groups[0].method
+def _is_copy(group: TensorGroup) -> bool:
+    """Whether a group is one model as it is; in files of other methods, a slice with one source can be."""
+    return group.method == "passthrough" and group.per_source("scale") == (1.0,)
+
+
+def _head(recipe: Recipe, method: str) -> dict[str, Any]:
     data: dict[str, Any] = {"merge_method": method}
-    bases = [base for group in recipe.groups if (base := _base(recipe, group))]
-    if bases:  # slices with another one name it themselves
+    bases = [_base(recipe, group) for group in recipe.groups if group.method == method]
+    if bases[0] is not None and None not in bases:  # slices with another one name it themselves
         data["base_model"] = recipe.models[bases[0]]
     default = data.get("base_model") or recipe.models[recipe.groups[0].sources[0]]
     if recipe.models[recipe.tokenizer] != default:
@@ -75,8 +80,7 @@ def _head(recipe: Recipe) -> dict[str, Any]:
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
 
 
-def _slices(recipe: Recipe, names: Sequence[str]) -> list[dict[str, Any]]:
-    base_model = _head(recipe).get("base_model")
+def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> list[dict[str, Any]]:
     by_layer: dict[int | None, list[str]] = {layer: [] for layer in (None, *range(_num_layers(names)))}
     for name in names:
         by_layer[layer_of(name)].append(name)
@@ -149,7 +153,8 @@ def _models(
     names, base = sources.pop()
     if len({recipe.models[name] for name in names}) < len(names):
         raise _inexpressible("each source once", f"sources {', '.join(names)}")
-    declared = methods.get(recipe.groups[0].method).parameters.values()
+    copied = _is_copy(branches[-1][1]) and any(g.method != "passthrough" for g in recipe.groups)
+    declared = () if copied else methods.get(branches[-1][1].method).parameters.values()
     per_source = [parameter.name for parameter in declared if parameter.per_source]
     entries = []
     for index, name in enumerate(names):
@@ -185,7 +190,10 @@ def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:
 
 def _verify(recipe: Recipe, text: str, names: Sequence[str], tensors: Sequence[str]) -> None:
     """Read the text back and compare what every tensor is made of."""
-    again = mergekit.read(text, seed=recipe.seed, tensors=tensors or None)
+    try:
+        again = mergekit.read(text, seed=recipe.seed, tensors=tensors or None)
+    except ConfigError as error:
+        raise _inexpressible("a file that reads back", error.what) from None
     if _num_layers(names) != (again.num_layers or _num_layers(tensors)):
         raise _inexpressible(f"{_num_layers(names)} layers", f"{again.num_layers} when read back")
     for name in names or ("",):

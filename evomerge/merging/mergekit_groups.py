@@ -155,7 +155,7 @@ def _rules(
     """Return ordered rules for all tensors, for those of one layer, or for those outside the layers."""
     chains = [chain for chains in part.conditions.values() for chain in chains]
     orders = {order for chain in chains if (order := _filters(chain))}
-    numbered = isinstance(scope, int) and any(_numbered(each) for order in orders for each in order)
+    numbered = any(_numbered(each) for order in orders for each in order)
     if len(orders) <= 1 and not numbered:
         order = next(iter(orders), ())
         named: list[Rule] = [((each,), _resolve(part, position, each)) for each in order]

@@ -120,14 +120,14 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = 
     by itself; a tensor of one dimension is one row.
 
     Deviation: the formula has a pole at c = -1 / (N - 1), where the task vectors cancel; c is kept at or
-    above half of that, so |t| <= N / (N - 1). The paper assumes c >= 0.
+    above 0.9 of that, so |t| <= 9 N / (N - 1). The paper assumes c >= 0.
 
     >>> import torch
     >>> model_stock(torch.zeros(2), [torch.ones(2), torch.ones(2)])
     tensor([1., 1.])
     """
     count = len(tensors)
-    lowest = -0.5 / (count - 1)
+    lowest = -0.9 / (count - 1)
     if filter_wise:
         cos = row_cosines(tensors).clamp(min=lowest)
         ratios = (count * cos / (1.0 + (count - 1) * cos)).to(base.dtype)
