@@ -24,6 +24,9 @@ COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_section")
 """Ends of the names of config lists that have nothing to do with layers, whatever their length."""
 
+INDICES = ("mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices")
+"""Config lists of the layers that are of some kind."""
+
 
 def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Header]:
     """Return the headers of the tensors a recipe makes: output name -> shape and type as in a source.
@@ -43,9 +46,9 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
         reads = list(group.reads(name))
         if (base := recipe.base_of(group)) is not None:
             reads.append((base, shifted(name, group.base_shift)))
-        for source, tensor in reads:
+        for (source, tensor), shift in zip(reads, (*group.shifts, group.base_shift), strict=False):
             if tensor not in sources[source].headers:
-                raise _missing(name, source, tensor, sources[source].num_layers)
+                raise _missing(name, source, shift, sources[source].num_layers)
         first, tensor = reads[0]
         headers[name] = sources[first].headers[tensor]
         for source, other in reads[1:]:
@@ -93,8 +96,9 @@ def stacked_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, A
     """Return the config.json of the result: that of the tokenizer's model, its layers remapped.
 
     The number of layers becomes the recipe's. A list with one entry per layer takes each entry from
-    the first source of the group that makes the layer's first tensor. Both are looked for at the top
-    and in `text_config`.
+    the first source of the group that makes the layer's first tensor, and a list of layers of some kind
+    follows them. All are looked for in `text_config` where that gives the number of layers, else at the
+    top.
     """
     config = dict(sources[recipe.tokenizer].config)
     if not recipe.stacked:
@@ -128,6 +132,8 @@ def _remapped(
     for key, value in config.items():
         if key in COUNTS:
             new[key] = len(taken)
+        elif key in INDICES and isinstance(value, list):
+            new[key] = [i for i, (source, at) in enumerate(taken) if at in (configs[source].get(key) or ())]
         elif isinstance(value, list) and len(value) == own and not key.endswith(NOT_PER_LAYER):
             lists = {
                 source: found if isinstance(found := configs[source].get(key), list) else value
@@ -153,16 +159,17 @@ def _makers(recipe: Recipe, layer: int) -> list[TensorGroup]:
     return makers
 
 
-def _missing(name: str, source: str, tensor: str, num_layers: int) -> ConfigError:
-    layer = layer_of(tensor)
-    if layer is not None and not 0 <= layer < num_layers:
+def _missing(name: str, source: str, shift: int, num_layers: int) -> ConfigError:
+    layer = layer_of(name)
+    if layer is not None and not 0 <= layer + shift < num_layers:
         return ConfigError(
-            f"recipe: layer {layer_of(name)} of the result takes layer {layer} of {source}",
+            f"recipe: layer {layer} of the result takes layer {layer + shift} of {source}",
             expected=f"a layer from 0 to {num_layers - 1}, which {source} has",
-            got=str(layer),
+            got=str(layer + shift),
         )
     return ConfigError(
-        f"recipe: {name!r} of the result takes {tensor!r} of {source}", got="no such tensor there"
+        f"recipe: {name!r} of the result takes {shifted(name, shift)!r} of {source}",
+        got="no such tensor there",
     )
 
 
