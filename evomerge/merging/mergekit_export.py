@@ -44,6 +44,8 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
         names, own = _names(recipe, tensors)
         data = _head(recipe, *used)
         data |= {"slices": _slices(recipe, names, data.get("base_model"))}
+        if "slerp" in used and any(map(_is_copy, recipe.groups)):
+            data["parameters"] = {"t": 0.0}  # mergekit wants one even where it copies
     text = yaml.safe_dump(
         {key: value for key, value in data.items() if value}, sort_keys=False, default_flow_style=None
     )
@@ -108,6 +110,9 @@ def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> lis
         if shared := _shared(branches):
             part["parameters"] = shared
         written.append(part)
+    first, last = (len(written[end]["sources"]) for end in (0, -1))
+    if first < last:  # mergekit would leave them out of the final norm and the head, without a word
+        raise _inexpressible("no more sources in the last slice than in the first", f"{last} after {first}")
     return written
 
 

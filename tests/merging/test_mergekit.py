@@ -203,6 +203,21 @@ def test_layers_become_slices_and_names_become_filters() -> None:
             "the same sources for all tensors of a slice",
         ),
         ((TensorGroup(method="task_arithmetic", sources=("a", "base")),), "all tensors made by"),
+        (
+            (
+                TensorGroup(method="linear", sources=("a",), layers=(0, 1)),
+                TensorGroup(method="linear", sources=("a",), match=("embed",)),
+                TensorGroup(method="linear", sources=("a", "b")),
+            ),
+            "no more sources in the last slice than in the first\n  got: 2 after 1",
+        ),
+        (
+            (
+                TensorGroup(method="linear", sources=("a", "b"), match=("mlp",), shift=(0, 1), layers=(0,)),
+                TensorGroup(method="linear", sources=("a", "b")),
+            ),
+            "one shift for all tensors of a layer",
+        ),
     ],
 )
 def test_what_one_file_can_not_say_is_refused(groups: tuple[TensorGroup, ...], message: str) -> None:
