@@ -15,7 +15,7 @@ import yaml
 
 from evomerge.errors import ConfigError
 from evomerge.merging import mergekit, methods
-from evomerge.merging.mergekit_groups import EMBEDDINGS
+from evomerge.merging.mergekit_groups import is_before_layers
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup, layer_of, shifted
 from evomerge.merging.source import open_used
 from evomerge.merging.stacking import output_names
@@ -98,7 +98,7 @@ def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> lis
         raise _inexpressible("slices of layers", "a model without layers")
     written = []
     for index, (start, end, inner) in enumerate(runs):
-        ends = [each for each in outside if _is_first(each[0]) is (index == 0) or len(runs) == 1]
+        ends = [each for each in outside if is_before_layers(each[0] or "") is (index == 0) or len(runs) == 1]
         ends = ends if index in (0, len(runs) - 1) else []
         branches = [*(each for each in ends if _falls_elsewhere(each, inner)), *inner]
         shifts = {(group.shifts, group.base_shift) for _, group in inner}
@@ -114,11 +114,6 @@ def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> lis
     if first < last:  # mergekit would leave them out of the final norm and the head, without a word
         raise _inexpressible("no more sources in the last slice than in the first", f"{last} after {first}")
     return written
-
-
-def _is_first(name: str | None) -> bool:
-    """Whether a tensor outside the layers takes its parameters from the first slice, not the last."""
-    return any(part in (name or "") for part in EMBEDDINGS)
 
 
 def _base(recipe: Recipe, group: TensorGroup) -> str | None:

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
-from evomerge.merging.checkpoint import Layout
+from evomerge.merging.checkpoint import HEADS, Layout
 from evomerge.merging.recipe import OUTSIDE, Setting, TensorGroup, layer_of, shifted
 from evomerge.merging.source import Source, open_source
 
 EMBEDDINGS = ("embed", "wte", "wpe")
-"""Parts of the names of tensors before the first layer; mergekit gives them the first slice's parameters."""
+"""Parts of the names of tensors before the first layer, which are the first slice's."""
 STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 Condition = tuple[str | None, tuple[Any, ...]]
@@ -96,6 +96,11 @@ class Headers:
         return STORED[next(iter(self._source(location).headers.values())).dtype]
 
 
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside the layers comes before them, as embeddings do."""
+    return any(part in name for part in EMBEDDINGS) and not name.endswith(HEADS)
+
+
 def groups(
     slices: Sequence[Slice], names: Mapping[str, str], base: str | None, headers: Headers
 ) -> tuple[TensorGroup, ...]:
@@ -144,7 +149,7 @@ def _places(
     )
     if first != last:
         outside = headers.layout(slices[0].made.sources[0]).outside
-        names = [name for name in outside if any(part in name for part in EMBEDDINGS)]
+        names = [name for name in outside if is_before_layers(name)]
         places.append((OUTSIDE, first[0], _exact_rules(slices[0], 0.0, names)))
     return [*places, (OUTSIDE, *last)]
 

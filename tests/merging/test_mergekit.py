@@ -458,6 +458,24 @@ parameters: {lambda: [{filter: layers.2., value: 0.3}, {value: 1}]}
     }
 
 
+@pytest.mark.parametrize(
+    ("embeddings", "norm", "head"),
+    [
+        ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+        ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.bias", "embed_out.weight"),
+        ("transformer.wpe.weight", "transformer.ln_f.weight", "lm_head.weight"),
+    ],
+)
+def test_embeddings_are_the_first_slices_norm_and_head_the_last_ones(
+    embeddings: str, norm: str, head: str
+) -> None:
+    tensors = [embeddings, "x.layers.0.mlp.weight", "x.layers.1.mlp.weight", norm, head]
+    recipe = read(slices([("a", 0, 1)], [("b", 0, 1)]), tensors=tensors)
+    assert [recipe.group_for(name).sources for name in tensors] == [("a",), ("a",), ("b",), ("b",), ("b",)]
+    again = read(recipe.to_mergekit_yaml(tensors), tensors=tensors)
+    assert again.groups == recipe.groups
+
+
 def test_the_number_of_layers_is_said_only_where_it_is_another() -> None:
     plain = slices([("a", 0, 2)], [("a", 2, 4)])
     assert read(plain, tensors=TENSORS).num_layers is None
