@@ -274,6 +274,10 @@ def _parameters(
                 f"{where}: {name} holds for all sources of a tensor", fix="move it out of the source"
             )
         found[name] = _conditions(setting, f"{where}.{name}")
+        if declared.kind == "flag":  # mergekit takes 0 and 1 as well
+            found[name] = tuple(
+                (p, tuple(bool(v) if v in (0, 1) else v for v in vs)) for p, vs in found[name]
+            )
     return found
 
 
@@ -291,11 +295,19 @@ def _conditions(setting: object, where: str) -> tuple[Condition, ...]:
 
 
 def _values(value: object, where: str) -> tuple[Any, ...]:
-    values = value if isinstance(value, list) else [value]
+    values = [_number(each) for each in (value if isinstance(value, list) else [value])]
     numbers = all(isinstance(v, int | float) for v in values)
     if not values or not numbers or (len(values) > 1 and any(isinstance(v, bool) for v in values)):
         raise ConfigError(f"{where}", expected="a number, a list of numbers, or filters", got=repr(value))
     return tuple(values)
+
+
+def _number(value: object) -> object:
+    """Return the number a text like `1e-5` is, which YAML 1.1 takes for a text; all else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:

@@ -525,6 +525,23 @@ def test_a_base_models_do_not_list_is_averaged_too_as_in_mergekit() -> None:
         read(yaml.safe_dump(plain))
 
 
+def test_numbers_and_flags_may_be_written_as_mergekit_takes_them() -> None:
+    text = """
+merge_method: linear
+dtype: float32
+parameters: {normalize: [{filter: mlp, value: 0}, {value: 1.0}]}
+models:
+  - {model: m/a, parameters: &same {weight: [{filter: norm, value: 1e-3}, {value: 2}]}}
+  - {model: m/b, parameters: {<<: *same}}
+"""
+    groups = read(text, tensors=TENSORS).groups
+    found = {(group.parameters["weight"], group.parameters["normalize"]) for group in groups}
+    assert found == {((0.001, 0.001), True), ((2.0, 2.0), True), ((2.0, 2.0), False)}
+    for value in ("'2'", "2", "no way"):
+        with pytest.raises(ConfigError, match="normalize"):
+            read(text.replace("value: 0}", f"value: {value}}}"), tensors=TENSORS)
+
+
 def test_models_may_be_mappings() -> None:
     entry = {"model": {"path": "m/a"}, "lora": {"path": "lora"}}
     data = {"merge_method": "linear", "dtype": "float32", "models": [{"model": entry}]}
