@@ -10,7 +10,9 @@ the result back and compares: what can't be said exactly is refused.
 Deviations from mergekit: we compute in float32 whatever `dtype` says (it writes `out_dtype`, else
 `dtype`, else the stored type, and so do we); DARE rescales by 1/density; misspelt keys are errors; a
 model that appears twice in a slice stays two sources; a base that slices do not list is read at the
-layers of their sources; `weight` may be left out. What slices mean is in `mergekit_groups`.
+layers of their sources; `weight` may be left out; the final norm and the head are made of all sources of
+the last slice (mergekit takes no more than the first slice has). What slices mean is in
+`mergekit_groups`.
 """
 
 from __future__ import annotations
