@@ -152,6 +152,26 @@ def test_evaluate_scores_one_model(tiny_zoo: Path, tmp_path: Path) -> None:
     assert "demo_upper" in succeed("evaluate", adapted, "--suite", suite)
 
 
+def test_a_stack_of_layers_is_merged_and_scored(tiny_zoo: Path, tmp_path: Path) -> None:
+    """The result is an ordinary model with more layers than its sources."""
+    slices = [
+        {"sources": [{"model": str(tiny_zoo / name), "layer_range": [0, 2]}]} for name in ("base", "reverse")
+    ]
+    stack = {"merge_method": "passthrough", "dtype": "float32", "slices": slices}
+    (tmp_path / "stack.yaml").write_text(yaml.safe_dump(stack))
+    succeed("merge", tmp_path / "stack.yaml", tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+    succeed("merge", tmp_path / "out" / "recipe.yaml", tmp_path / "again")
+    again, first = (tmp_path / name / "model.safetensors" for name in ("again", "out"))
+    assert again.read_bytes() == first.read_bytes()
+    assert "demo_upper" in succeed("evaluate", tmp_path / "out", "--suite", write_suite(tmp_path))
+    slices[1]["sources"][0]["layer_range"] = [1, 3]
+    (tmp_path / "stack.yaml").write_text(yaml.safe_dump(stack))
+    message = refuse("merge", tmp_path / "stack.yaml", tmp_path / "third", folder=tmp_path)
+    assert "slices[1]" in message
+    assert "an end of at most 2" in message
+
+
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import HEADS
-from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.merging.source import Source
+from evomerge.merging.stacking import COUNTS, output_headers, stacked_config
+from evomerge.merging.tensorfile import Header
 from evomerge.merging.vocabulary import Aligned
 
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -38,25 +40,26 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     for name in names:
         if name not in sources:
             raise ConfigError(f"recipe: model {name!r} was not opened", fix=nearest(name, sources))
-    notes = check_models({name: sources[name] for name in names})
-    _check_groups(recipe, sources[recipe.pattern])
+    notes = check_models({name: sources[name] for name in names}, stacked=recipe.stacked)
+    _check_groups(recipe, sources)
     return notes
 
 
-def check_models(sources: Mapping[str, Source]) -> tuple[str, ...]:
+def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tuple[str, ...]:
     """Check that models have one architecture, one set of tensors, and one vocabulary; return notes.
 
-    All are compared with the first.
+    All are compared with the first. stacked: whether their layers are combined freely; then they need
+    not have the same layers, and `output_headers` says which fit.
     """
     pattern_name, pattern = next(iter(sources.items()))
     notes: list[str] = []
     for name, source in sources.items():
         pair = (name, source, pattern_name, pattern)
         _check_types(name, source)
-        _check_architecture(*pair)
-        _check_tensors(*pair)
+        _check_architecture(*pair, stacked)
+        _check_tensors(*pair, stacked)
         _check_vocabulary(*pair)
-        _check_shapes(*pair)
+        _check_shapes(*pair, stacked)
         notes += [source.note] if isinstance(source, Aligned) else []
         notes += [
             f"{key} differs: {name} has {source.config[key]!r}, {pattern_name} {pattern.config[key]!r}"
@@ -87,9 +90,9 @@ def _check_types(name: str, source: Source) -> None:
             )
 
 
-def _check_architecture(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
+def _check_architecture(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
     ours, theirs = source.config, pattern.config
-    keys = [key for key in SAME if key in ours and key in theirs]
+    keys = [k for k in SAME if k in ours and k in theirs and not (stacked and k in COUNTS)]
     if ours.get("architectures") and theirs.get("architectures"):
         keys.insert(0, "architectures")
     for key in keys:
@@ -110,9 +113,13 @@ def _check_architecture(name: str, source: Source, pattern_name: str, pattern: S
         )
 
 
-def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
-    missing = [tensor for tensor in pattern.headers if tensor not in source.headers]
-    extra = [tensor for tensor in source.headers if tensor not in pattern.headers]
+def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
+    expected, found = (
+        [tensor for tensor in model.headers if not stacked or layer_of(tensor) is None]
+        for model in (pattern, source)
+    )
+    missing = [tensor for tensor in expected if tensor not in source.headers]
+    extra = [tensor for tensor in found if tensor not in pattern.headers]
     if missing or extra:
         heads = any(tensor.endswith(HEADS) for tensor in missing + extra)
         raise ModelError(
@@ -127,8 +134,10 @@ def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source
         )
 
 
-def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
+def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
     for tensor, header in source.headers.items():
+        if stacked and layer_of(tensor) is not None:
+            continue  # output_headers compares what is really put together
         if header.shape != pattern.headers[tensor].shape:
             raise ModelError(
                 f"tensor {tensor!r} has another shape in {name!r} than in {pattern_name!r}",
@@ -156,24 +165,33 @@ def _check_vocabulary(name: str, source: Source, pattern_name: str, pattern: Sou
     )
 
 
-def _check_groups(recipe: Recipe, pattern: Source) -> None:
-    for tensor in pattern.headers:
+def _check_groups(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    pattern = sources[recipe.pattern]
+    count = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
+    for group in recipe.groups:
+        _check_layers(group, count)
+    headers = output_headers(recipe, sources)
+    for tensor in headers:
         recipe.group_for(tensor)
     for group in recipe.groups:
-        _check_reach(group, pattern)
+        _check_reach(group, pattern, headers)
         _try(group)
+    stacked_config(recipe, sources)
 
 
-def _check_reach(group: TensorGroup, pattern: Source) -> None:
-    """Refuse a group that could never match anything: a misspelt name would else be silent."""
-    wrong = [layer for layer in group.layers or () if layer >= pattern.num_layers]
+def _check_layers(group: TensorGroup, count: int) -> None:
+    wrong = [layer for layer in group.layers or () if layer >= count]
     if wrong:
         raise ConfigError(
             f"recipe: group {group.label()!r} names layers the model does not have",
-            expected=f"layers 0 to {pattern.num_layers - 1}",
+            expected=f"layers 0 to {count - 1}",
             got=", ".join(map(str, wrong)),
         )
-    reached = [part for part in group.match if any(part in tensor for tensor in pattern.headers)]
+
+
+def _check_reach(group: TensorGroup, pattern: Source, headers: Mapping[str, Header]) -> None:
+    """Refuse a group that could never match anything: a misspelt name would else be silent."""
+    reached = [part for part in group.match if any(part in tensor for tensor in headers)]
     heads = pattern.tied and any(part in head for part in group.match for head in HEADS)
     if group.match and not reached and not heads:
         raise ConfigError(

@@ -26,15 +26,16 @@ from evomerge.merging import kernels, methods
 from evomerge.merging.application import arguments
 from evomerge.merging.checkpoint import INDEX, SINGLE
 from evomerge.merging.compatibility import check
-from evomerge.merging.inputs import FileInputs, Inputs
+from evomerge.merging.inputs import Difference, FileInputs, Inputs
 from evomerge.merging.kernels import Operand
 from evomerge.merging.live_weights import Place
 from evomerge.merging.methods import blend
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import as_rows, gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
-from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 from evomerge.merging.source import Source, open_used
+from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, sync
 from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
@@ -82,12 +83,13 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Place | No
 
     group = recipe.group_for(tensor)
     method = methods.get(group.method)
-    base = recipe.base if method.uses_base(recipe.base) else None
-    subtracted = base if method.uses_task_vectors(recipe.base) else None
-    operands = [inputs.operand(source, tensor, subtracted) for source in group.sources]
-    origin = None if base is None else inputs.operand(base, tensor, None).tensor
+    base, at_base = recipe.base_of(group), shifted(tensor, group.base_shift)
+    subtracted = None if base is None or not method.uses_task_vectors(base) else (base, at_base)
+    reads = group.reads(tensor)
+    operands = [inputs.operand(*read, subtracted) for read in reads]
+    origin = None if base is None else inputs.operand(base, at_base, None).tensor
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
-    measure = _Measure(inputs, group.sources, tensor, subtracted, operands, origin)
+    measure = _Measure(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
     dtype = getattr(torch, recipe.dtype)
     if plan is None:
@@ -195,14 +197,12 @@ class _Measure:
     def __init__(
         self,
         inputs: Inputs,
-        sources: tuple[str, ...],
-        tensor: str,
-        base: str | None,
+        places: list[Difference],
         operands: list[Operand],
         origin: Tensor | None,
     ) -> None:
         self._inputs, self._operands, self._origin = inputs, operands, origin
-        self._places = [(source, base, tensor) for source in sources]
+        self._places = places
         self.count, self.size = len(operands), operands[0].tensor.numel()
 
     def gram(self) -> list[list[float]]:
@@ -248,13 +248,13 @@ def write(
     check(recipe, sources)
     _return_memory()
     pattern = sources[recipe.pattern]
-    shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
+    shards = plan_shards(output_headers(recipe, sources), recipe.dtype, max_shard_bytes)
     extended = isinstance(pattern, Aligned) and pattern.additions
     tokenizer = open_tokenizer(pattern) if extended else None  # now: it may refuse
     check_space(out, shards)
     with staged(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
-        _write_rest(recipe, pattern, tokenizer, folder)
+        _write_rest(recipe, pattern, tokenizer, stacked_config(recipe, sources), folder)
         for name, text in (extra or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
@@ -334,14 +334,17 @@ def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Heade
 
 
 def _write_rest(
-    recipe: Recipe, pattern: Source, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    recipe: Recipe,
+    pattern: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: dict[str, Any],
+    folder: Path,
 ) -> None:
     for name in COPIED if tokenizer is None else COPIED[:1]:
         if (pattern.folder / name).is_file():
             shutil.copyfile(pattern.folder / name, folder / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    config = dict(pattern.config)
     config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
     _write_json(folder / "config.json", config | {"dtype": recipe.dtype})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

@@ -12,23 +12,25 @@ from evomerge.merging.source import AdaptedCheckpoint, Source, task_vector
 if TYPE_CHECKING:
     from torch import Tensor
 
-Place = tuple[str, str | None, str]
-"""Source, the base subtracted from it (None: nothing), tensor."""
+Place = tuple[str, str]
+"""A model and one of its tensors, by name."""
+Difference = tuple[Place, Place | None]
+"""A tensor, and the base's that is subtracted from it (None: nothing)."""
 Gram = list[list[float]]
 
 
 class Inputs(Protocol):
     """What `merge_tensor` asks for. Statistics come with a way to compute them where they are not known."""
 
-    def operand(self, source: str, tensor: str, base: str | None) -> Operand:
+    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
         """Return a source's tensor, float32 or bfloat16, and whether `base` is still to be subtracted."""
         ...
 
-    def gram(self, places: tuple[Place, ...], compute: Callable[[], Gram]) -> Gram:
+    def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         """Return the inner products of what is at some places."""
         ...
 
-    def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
         """Return the boundary above which `rank` elements of what is at a place are.
 
         magnitudes: makes them, (n,) float32, to use up.
@@ -42,13 +44,13 @@ class FileInputs:
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = sources
 
-    def operand(self, source: str, tensor: str, base: str | None) -> Operand:
+    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=False)
 
-    def gram(self, places: tuple[Place, ...], compute: Callable[[], Gram]) -> Gram:
+    def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
 
-    def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
         return boundary(magnitudes(), rank, reorder=True)
 
 
@@ -62,23 +64,23 @@ class WarmInputs:
 
     def __init__(self, sources: Mapping[str, Source], *, low_memory: bool = False) -> None:
         self._sources, self._low_memory = sources, low_memory
-        self._grams: dict[tuple[Place, ...], Gram] = {}
-        self._spectra: dict[Place, Spectrum] = {}
+        self._grams: dict[tuple[Difference, ...], Gram] = {}
+        self._spectra: dict[Difference, Spectrum] = {}
 
     @property
     def nbytes(self) -> int:
         """The memory the statistics take."""
         return sum(each.nbytes for each in self._spectra.values())
 
-    def operand(self, source: str, tensor: str, base: str | None) -> Operand:
+    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=True)
 
-    def gram(self, places: tuple[Place, ...], compute: Callable[[], Gram]) -> Gram:
+    def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         if places not in self._grams:
             self._grams[places] = compute()
         return self._grams[places]
 
-    def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
         if self._low_memory:
             return boundary(magnitudes(), rank, reorder=True)
         if place not in self._spectra:
@@ -87,15 +89,15 @@ class WarmInputs:
 
 
 def _operand(
-    sources: Mapping[str, Source], source: str, tensor: str, base: str | None, *, mapped: bool
+    sources: Mapping[str, Source], source: str, tensor: str, base: Place | None, *, mapped: bool
 ) -> Operand:
     """Return a model, or a task vector: as a difference still to be taken, or an adapter's own update."""
     import torch
 
     found = sources[source]
-    if base is None or not isinstance(found, AdaptedCheckpoint):
+    if base is None or base[1] != tensor or not isinstance(found, AdaptedCheckpoint):
         return Operand(_computable(found.stored(tensor, mapped=mapped)), base is not None)
-    vector = task_vector(found, sources[base], tensor)
+    vector = task_vector(found, sources[base[0]], tensor)
     return Operand(torch.zeros(found.headers[tensor].shape) if vector is None else vector, False)
 
 

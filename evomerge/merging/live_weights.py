@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from evomerge.merging.source import Source
+    from evomerge.merging.tensorfile import Header
 
 
 BLOCK = 2**24
@@ -89,31 +89,33 @@ class _Group:
     members: list[tuple[str, str]] = field(default_factory=list)
 
 
-def locate(model: PreTrainedModel, source: Source) -> dict[str, Place]:
-    """Return tensor name -> its storage in the live model, for every tensor of the source.
+def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str) -> dict[str, Place]:
+    """Return tensor name -> its storage in the live model, for every tensor of a checkpoint.
 
-    Raises ModelError unless every tensor of the source has a place of its own, and every weight of the live
+    location: what messages call the checkpoint.
+
+    Raises ModelError unless every tensor has a place of its own, and every weight of the live
     model is reached.
     """
     live = {name: tensor.data for name, tensor in model.state_dict().items()}
-    groups, extra = _groups(model, source.headers, live)
+    groups, extra = _groups(model, headers, live)
     places: dict[str, Place] = {}
     reached = set(model.all_tied_weights_keys)
     known: dict[object, list[_View | _Scattered]] = {}
     for first, group in groups.items():
         if group.converter is None:
             name = group.members[0][0]
-            _check_shape(source, name, tuple(live[first].shape))
+            _check_shape(headers, location, name, tuple(live[first].shape))
             places[name] = live[first]
             reached.add(first)
             continue
-        shapes = [(pattern, source.headers[name].shape) for name, pattern in group.members]
+        shapes = [(pattern, headers[name].shape) for name, pattern in group.members]
         single = len(group.converter.target_patterns) == 1
         key = (*shapes, tuple(live[first].shape))
         if single and key in known:
             names, found = [first], known[key]
         else:
-            names, found = _follow(model, source, first, group, live)
+            names, found = _follow(model, headers, location, first, group, live)
             known |= {key: found} if single else {}
         parameters = [live[name].view(-1) for name in names]
         places |= {name: each.of(parameters) for (name, _), each in zip(group.members, found, strict=True)}
@@ -121,12 +123,12 @@ def locate(model: PreTrainedModel, source: Source) -> dict[str, Place]:
     missing = [name for name in live if name not in reached]
     if missing or extra:
         raise ModelError(
-            f"{source.location}: its tensors are not those of {type(model).__name__}",
+            f"{location}: its tensors are not those of {type(model).__name__}",
             expected=_some(missing) or "no other tensors",
             got=_some(extra) or "no such tensors",
             fix="save the model again with a current transformers version",
         )
-    return {name: places[name] for name in source.headers}
+    return {name: places[name] for name in headers}
 
 
 def _groups(
@@ -160,43 +162,48 @@ def _groups(
 
 
 def _follow(
-    model: PreTrainedModel, source: Source, first: str, group: _Group, live: Mapping[str, Tensor]
+    model: PreTrainedModel,
+    headers: Mapping[str, Header],
+    location: str,
+    first: str,
+    group: _Group,
+    live: Mapping[str, Tensor],
 ) -> tuple[list[str], list[_View | _Scattered]]:
     """Return the live parameters a group fills, and where in them each of its tensors goes."""
     import torch
 
     converter = copy.deepcopy(group.converter)
-    headers = [source.headers[name] for name, _ in group.members]
-    bounds = list(itertools.accumulate((header.count for header in headers), initial=0))
+    members = [headers[name] for name, _ in group.members]
+    bounds = list(itertools.accumulate((header.count for header in members), initial=0))
     whole = torch.int32 if bounds[-1] < 2**31 else torch.int64
-    for (name, pattern), header, start in zip(group.members, headers, bounds, strict=False):
+    for (name, pattern), header, start in zip(group.members, members, bounds, strict=False):
         numbers = torch.arange(start, start + header.count, dtype=whole).reshape(header.shape)
         converter.add_tensor(first, name, pattern, numbers)
         del numbers  # the converter lets go of them one by one
     try:
         made = converter.convert(first, model=model, config=model.config)
     except (ValueError, RuntimeError, KeyError, AttributeError, IndexError, TypeError) as error:
-        raise _refused(model, source, group, f"{type(error).__name__}: {error}") from None
+        raise _refused(model, location, group, f"{type(error).__name__}: {error}") from None
     arrived = {n: (each[0] if isinstance(each, list) else each).contiguous() for n, each in made.items()}
     for name, tensor in arrived.items():
         shape = list(live[name].shape) if name in live else "no such weight"
         if list(tensor.shape) != shape or not live[name].is_contiguous():
-            raise _refused(model, source, group, f"{name} of shape {list(tensor.shape)}, not {shape}")
+            raise _refused(model, location, group, f"{name} of shape {list(tensor.shape)}, not {shape}")
     starts = list(itertools.accumulate((tensor.numel() for tensor in arrived.values()), initial=0))
     if starts[-1] != bounds[-1] or any(tensor.dtype != whole for tensor in arrived.values()):
-        raise _refused(model, source, group, "numbers computed from them")
+        raise _refused(model, location, group, "numbers computed from them")
     places = torch.full((bounds[-1],), -1, dtype=whole)
     for tensor, start in zip(arrived.values(), starts, strict=False):
         for block in range(0, tensor.numel(), BLOCK):
             order = tensor.view(-1)[block : block + BLOCK].long()
             if int(order.min()) < 0 or int(order.max()) >= len(places):
-                raise _refused(model, source, group, "numbers computed from them")
+                raise _refused(model, location, group, "numbers computed from them")
             places[order] = torch.arange(start + block, start + block + len(order), dtype=whole)
     if int(places.min()) < 0:
-        raise _refused(model, source, group, "numbers computed from them")
+        raise _refused(model, location, group, "numbers computed from them")
     found = [
         _part(places[start:end].reshape(header.shape), starts)
-        for header, (start, end) in zip(headers, itertools.pairwise(bounds), strict=True)
+        for header, (start, end) in zip(members, itertools.pairwise(bounds), strict=True)
     ]
     return list(arrived), found
 
@@ -224,18 +231,18 @@ def _part(places: Tensor, starts: Sequence[int]) -> _View | _Scattered:
     return _Scattered(parts=tuple(parts))
 
 
-def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
-    if source.headers[name].shape != shape:
+def _check_shape(headers: Mapping[str, Header], location: str, name: str, shape: tuple[int, ...]) -> None:
+    if headers[name].shape != shape:
         raise ModelError(
-            f"{source.location}: tensor {name!r} does not have the shape its config asks for",
+            f"{location}: tensor {name!r} does not have the shape its config asks for",
             expected=str(list(shape)),
-            got=str(list(source.headers[name].shape)),
+            got=str(list(headers[name].shape)),
         )
 
 
-def _refused(model: PreTrainedModel, source: Source, group: _Group, got: str) -> ModelError:
+def _refused(model: PreTrainedModel, location: str, group: _Group, got: str) -> ModelError:
     return ModelError(
-        f"{source.location}: its tensors can't be put into {type(model).__name__} as they are",
+        f"{location}: its tensors can't be put into {type(model).__name__} as they are",
         expected=f"a place for every element of {_some(name for name, _ in group.members)}",
         got=got[:300],
         fix="load the model with a current transformers version and save_pretrained it again",

@@ -1,32 +1,42 @@
 """Recipes as mergekit YAML, both ways.
 
 Reading understands the configuration grammar for the methods we have: `models`, `slices` or one module;
-parameters as numbers, gradients over the layers, or ordered filters, looked up from the source over its
-slice and module to the whole file; `base_model` per slice; `dtype` and `out_dtype`; `path+adapter`.
+slices that stack, skip, repeat and shift layers; parameters as numbers, gradients over the layers, or
+ordered filters, looked up from the source over its slice and module to the whole file; `base_model` per
+slice, with a `layer_range` of its own; `dtype` and `out_dtype`; `path+adapter`.
 Writing puts every run of layers with equal parameters into a slice and the rest into filters, then reads
 the result back and compares: what can't be said exactly is refused.
 
 Deviations from mergekit: we compute in float32 whatever `dtype` says (it writes `out_dtype`, else
-`dtype`, else the stored type, and so do we); DARE rescales by 1/density; misspelt keys are errors.
-Not covered yet: slices that stack, skip or shift layers.
+`dtype`, else the stored type, and so do we); DARE rescales by 1/density; misspelt keys are errors; a
+model that appears twice in a slice stays two sources; a base that slices do not list is read at the
+layers of their sources; `weight` may be left out; the final norm and the head are made of all sources of
+the last slice (mergekit takes no more than the first slice has). What slices mean is in
+`mergekit_groups`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
-from evomerge.merging.checkpoint import Layout
+from evomerge.merging.mergekit_groups import (
+    Condition,
+    Headers,
+    Made,
+    Slice,
+    check_ranges,
+    groups,
+    placed,
+)
 from evomerge.merging.methods import Method
-from evomerge.merging.recipe import DTYPES, OUTSIDE, UNION, Recipe, Setting, TensorGroup
-from evomerge.merging.source import Source, open_source
+from evomerge.merging.recipe import DTYPES, UNION, Recipe
 from evomerge.schema import parse_yaml
 
 KEYS = (
@@ -42,22 +52,10 @@ KEYS = (
     "tokenizer",
     "chat_template",
 )
-SUMMING = (
-    "task_arithmetic",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "della",
-    "della_linear",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-)
-"""mergekit's generalised task arithmetic: its parameter list holds for all of them."""
-UNUSED = dict.fromkeys(SUMMING, ("int8_mask",)) | {
-    "task_arithmetic": ("density", "rescale", "int8_mask"),
-    "sce": ("int8_mask",),
-}
+UNUSED = {"task_arithmetic": ("density", "rescale")}
 """Parameters mergekit accepts for a method although they do not change what it computes."""
+NEVER_USED = "int8_mask"
+"""A parameter of mergekit that saves it memory and never changes what any method computes."""
 NEUTRAL = {
     "ties": {"rescale": False},
     "breadcrumbs": {"rescale": False},
@@ -66,49 +64,19 @@ NEUTRAL = {
     "multislerp": {"normalize_weights": True},
 }
 """Parameters we understand only at the value that changes nothing; any other is refused by name."""
-EMBEDDINGS = ("embed", "wte", "wpe")
-"""Parts of the names of tensors before the first layer; mergekit gives them the first slice's parameters."""
-STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-Condition = tuple[str | None, tuple[Any, ...]]
-"""A filter (None: always) and its value: one number, or a gradient over the slice's layers."""
-Rule = tuple[tuple[str, ...], tuple[tuple[str, Setting], ...]]
-"""Substrings of tensor names and the parameters of the tensors that contain one of them."""
+COPYING = ("slerp", "arcee_fusion")
+"""Methods that take the only source of a slice as it is."""
+Conditions = Mapping[str, tuple[Condition, ...]]
+"""Parameter -> ordered conditions, of one level of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Slice:
-    """Consecutive layers [start, end) of the same models; end None: all layers of the model."""
+class _Entry:
+    """One source of a slice: its location, its own parameters, and the first of its layers."""
 
-    start: int
-    end: int | None
-    sources: tuple[str, ...]
-    conditions: Mapping[str, tuple[tuple[Condition, ...], ...]]
-    """Parameter -> for each source (one entry for parameters of the group) its ordered conditions."""
-
-    @property
-    def graded(self) -> bool:
-        return any(len(values) > 1 for chains in self.conditions.values() for c in chains for _, values in c)
-
-
-class _Model:
-    """Facts about the first model that a file leaves open, read from its headers when first needed."""
-
-    def __init__(self, location: str, tensors: Iterable[str] | None) -> None:
-        self._location = location
-        self._tensors = None if tensors is None else tuple(tensors)
-
-    @functools.cached_property
-    def _source(self) -> Source:
-        return open_source(self._location)
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        return self._source.layout if self._tensors is None else Layout.of(self._tensors)
-
-    @property
-    def dtype(self) -> str:
-        return STORED[next(iter(self._source.headers.values())).dtype]
+    model: str
+    parameters: Conditions
+    start: int = 0
 
 
 def read(
@@ -118,8 +86,8 @@ def read(
 
     root: folder where relative model paths start (default: the current one). seed: owner of random
     masks, which mergekit takes from its command line. tensors: names of the model's tensors. Without
-    them, the headers of the first model are read where the file needs them: for gradients over `models`,
-    filters that overlap, or slices that end in different parameters.
+    them, the headers of the models are read where the file needs them: for slices, gradients over
+    `models`, and filters that overlap.
 
     Raises ConfigError, naming the nearest valid key for an unknown one.
     """
@@ -131,38 +99,43 @@ def read(
     if "merge_method" not in data:
         raise ConfigError("mergekit file: missing key 'merge_method'")
     method = methods.get(str(data["merge_method"]))
-    slices = _slices(data, method)
-    base = data.get("base_model")
+    slices = placed(_slices(data, method))
+    base = _base(data, "mergekit file")
     tokenizer = _tokenizer(data)
-    sources = [source for part in slices for source in part.sources]
+    used = [each for part in slices for each in (part.made.base, *part.made.sources)]
     if tokenizer == "base":
-        tokenizer = base or sources[0]
-    locations = [each for each in (base, *sources, tokenizer) if each and each != UNION]
+        tokenizer = base or slices[0].made.sources[0]
+    named = (base, *used, tokenizer)
+    locations = list(dict.fromkeys(each for each in named if each and each != UNION))
     names = _names(locations)
-    model = _Model(resolved(locations[0], root), tensors)
-    groups = [
-        TensorGroup(
-            method=method.name,
-            sources=tuple(names[source] for source in sources),
-            parameters=dict(parameters),
-            layers=layers,
-            match=match,
-        )
-        for layers, sources, rules in _places(slices, model)
-        for match, parameters in rules
-    ]
+    places = {location: resolved(location, root) for location in locations}
+    headers = Headers(places, tensors, base)
+    length = None
+    if slices[0].length is not None:
+        length = slices[-1].start + (slices[-1].length or 0)
+        try:
+            check_ranges(slices, headers)
+            own = locations[0] if tokenizer in (None, UNION) else tokenizer
+            if length == headers.layout(own).num_layers:
+                length = None
+        except ModelError:
+            pass  # the models are not at hand; whoever merges checks the layers again
+    pattern = tokenizer or base
+    if any(methods.get(part.made.method).uses_base(base) and part.made.base is None for part in slices):
+        base = None  # so that groups without a base have none; the others name theirs
     return Recipe(
-        models={name: resolved(location, root) for location, name in names.items()},
+        models={names[location]: place for location, place in places.items()},
         base=names[base] if base else None,
-        groups=tuple(groups),
-        dtype=_dtype(data, model),
-        tokenizer=names.get(tokenizer, UNION) if tokenizer else "",
+        groups=groups(slices, names, base, headers),
+        dtype=_dtype(data, headers, locations[0]),
+        tokenizer=names.get(pattern, UNION) if pattern and (tokenizer or base is None) else "",
         seed=seed,
+        num_layers=length,
     )
 
 
-def _slices(data: Mapping[str, Any], method: Method) -> list[_Slice]:
-    """Bring `models`, `slices` and `modules` to one form."""
+def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
+    """Bring `models`, `slices` and `modules` to one form; shifts are still the sources' first layers."""
     given = [key for key in ("models", "slices", "modules") if data.get(key)]
     if len(given) != 1:
         raise ConfigError(
@@ -177,81 +150,117 @@ def _slices(data: Mapping[str, Any], method: Method) -> list[_Slice]:
         where = f"modules.{name}."
         content = _checked(content, ("models", "slices", "parameters"), f"mergekit file: modules.{name}")
         levels.insert(0, _parameters(content, method, f"{where}parameters"))
+    base = _base(data, "mergekit file")
     if content.get("models"):
         entries = _list(content["models"], f"{where}models")
-        return [_slice(entries, data.get("base_model"), method, levels, f"{where}models", ranged=False)]
+        return [_slice(entries, base, method, levels, f"{where}models", ranged=False)]
     slices = []
     for index, entry in enumerate(_list(content.get("slices"), f"{where}slices")):
         place = f"{where}slices[{index}]"
         part = _checked(entry, ("sources", "parameters", "base_model"), f"mergekit file: {place}")
         entries = _list(part.get("sources"), f"{place}.sources")
-        base = part.get("base_model") or data.get("base_model")
-        if method.uses_base(base) and base != data.get("base_model"):
-            raise ConfigError(f"mergekit file: {place}: another base_model than the file's is not supported")
+        own = _base(part, f"mergekit file: {place}") or base
         inner = [_parameters(part, method, f"{place}.parameters"), *levels]
-        slices.append(_slice(entries, base, method, inner, f"{place}.sources", ranged=True))
-    _check_consecutive(slices)
+        slices.append(_slice(entries, own, method, inner, f"{place}.sources", ranged=True))
     return slices
 
 
 def _slice(
-    entries: Sequence[Any],
+    given: Sequence[Any],
     base: str | None,
     method: Method,
-    levels: Sequence[Mapping[str, tuple[Condition, ...]]],
+    levels: Sequence[Conditions],
     where: str,
     *,
     ranged: bool,
-) -> _Slice:
+) -> Slice:
     valid = ("model", "parameters", *(("layer_range",) if ranged else ()))
-    own: list[tuple[str, Mapping[str, tuple[Condition, ...]]]] = []
-    ranges = []
-    for index, given in enumerate(entries):
-        entry = _checked(given, valid, f"mergekit file: {where}[{index}]")
-        if not isinstance(entry.get("model"), str):
-            raise ConfigError(f"mergekit file: {where}[{index}]: model", expected="a path or hub id")
-        own.append((entry["model"], _parameters(entry, method, f"{where}[{index}].parameters", source=True)))
-        ranges.append(_layer_range(entry, f"{where}[{index}]") if ranged else (0, None))
-    if len(set(ranges)) > 1:
+    entries, lengths = [], []
+    for index, each in enumerate(given):
+        place = f"{where}[{index}]"
+        entry = _checked(each, valid, f"mergekit file: {place}")
+        model = _location(entry.get("model"), f"mergekit file: {place}: model")
+        parameters = _parameters(entry, method, f"{place}.parameters", source=True)
+        start, end = _layer_range(entry, place) if ranged else (0, None)
+        entries.append(_Entry(model=model, parameters=parameters, start=start))
+        lengths.append(None if end is None else end - start)
+    if len(set(lengths)) > 1:
+        ranges = [
+            f"{e.model} [{e.start}, {e.start + (n or 0)}]" for e, n in zip(entries, lengths, strict=True)
+        ]
         raise ConfigError(
-            f"mergekit file: {where}: shifted slices are not supported",
-            expected="one layer_range for all sources of a slice",
-            got=", ".join(map(str, ranges)),
+            f"mergekit file: {where}: the sources of a slice have different numbers of layers",
+            expected="layer_ranges of the same length",
+            got=", ".join(ranges),
         )
-    own = _ordered(own, base, method, where)
+    if ranged and _is_copy(method, entries, base):
+        made = Made(method="passthrough", sources=(entries[0].model,), shift=(entries[0].start,), base=None)
+        return Slice(length=lengths[0], made=made, conditions={"scale": (((None, (1.0,)),),)})
+    made, entries = _roles(method, entries, base, levels, where, ranged=ranged)
     conditions = {}
     for name, parameter in method.parameters.items():
-        chains = [settings.get(name, ()) for _, settings in own] if parameter.per_source else [()]
+        chains = [entry.parameters.get(name, ()) for entry in entries] if parameter.per_source else [()]
         outer = tuple(c for level in levels for c in level.get(name, ()))
         conditions[name] = tuple((*chain, *outer, (None, (parameter.default,))) for chain in chains)
-    start, end = ranges[0]
-    return _Slice(start=start, end=end, sources=tuple(model for model, _ in own), conditions=conditions)
+    return Slice(length=lengths[0], made=made, conditions=conditions)
 
 
-def _ordered(
-    own: list[tuple[str, Mapping[str, tuple[Condition, ...]]]], base: str | None, method: Method, where: str
-) -> list[tuple[str, Mapping[str, tuple[Condition, ...]]]]:
-    """Give the base model its role: it is no task vector of its own, and it is slerp's t = 0."""
-    if method.uses_base(base):
-        return [entry for entry in own if entry[0] != base]
-    if method.name == "slerp":
-        if base is None:
-            raise ConfigError(f"mergekit file: {where}: slerp needs base_model, the model at t = 0")
-        return [(base, {}), *(entry for entry in own if entry[0] != base)]
-    return own
+def _is_copy(method: Method, entries: Sequence[_Entry], base: str | None) -> bool:
+    """Whether a slice of these sources is one model as it is: nothing is added to it."""
+    if len(entries) != 1:
+        return False
+    return method.name in COPYING or (method.uses_base(base) and entries[0].model == base)
 
 
-def _check_consecutive(slices: Sequence[_Slice]) -> None:
-    expected = 0
-    for index, part in enumerate(slices):
-        if part.start != expected:
+def _roles(
+    method: Method,
+    entries: list[_Entry],
+    base: str | None,
+    levels: Sequence[Conditions],
+    where: str,
+    *,
+    ranged: bool,
+) -> tuple[Made, list[_Entry]]:
+    """Give the base model its role: it is no task vector of its own, and it is slerp's t = 0.
+
+    mergekit adds an unlisted base to `models`, where methods without a base average it like any other,
+    but not to the sources of slices.
+    """
+    where = f"mergekit file: {where}"
+    listed = [entry for entry in entries if entry.model == base]
+    own, base_start = base if method.uses_base(base) else None, 0
+    if own is not None and ranged and not listed and not method.needs_base and method.name != "nuslerp":
+        own = None
+    if own is not None:
+        entries = [entry for entry in entries if entry.model != base]
+        starts = {entry.start for entry in listed or entries}
+        if len(listed) > 1 or len(starts) > 1:
             raise ConfigError(
-                f"mergekit file: slices[{index}]: stacked or skipped layers are not supported",
-                expected=f"a layer_range that starts at {expected}",
-                got=f"[{part.start}, {part.end}]",
+                f"{where}: at which layers is the base {base} read?",
+                expected="the base among the sources, once, with its layer_range",
+                got=f"{len(listed)} times",
             )
-        assert part.end is not None
-        expected = part.end
+        base_start = starts.pop() if starts else 0
+    elif method.name == "slerp":
+        if base is None:
+            raise ConfigError(f"{where}: slerp needs base_model, the model at t = 0")
+        first = listed[0] if listed else _Entry(model=base, parameters={})
+        entries = [first, *(entry for entry in entries if entry is not first)]
+    elif base is not None and not ranged and not listed and method.max_sources != len(entries):
+        if "weight" in method.parameters and not any("weight" in level for level in levels):
+            raise ConfigError(
+                f"{where}: {method.name} averages base_model with the models, and nothing gives it a weight",
+                expected=f"{base} among the models with a weight, or no base_model",
+            )
+        entries = [*entries, _Entry(model=base, parameters={})]
+    made = Made(
+        method=method.name,
+        sources=tuple(entry.model for entry in entries),
+        shift=tuple(entry.start for entry in entries),
+        base=own,
+        base_shift=base_start,
+    )
+    return made, entries
 
 
 def _parameters(
@@ -262,7 +271,8 @@ def _parameters(
     where = f"mergekit file: {where}"
     for name, setting in _mapping(data.get("parameters") or {}, where).items():
         neutral = NEUTRAL.get(method.name, {})
-        if name in UNUSED.get(method.name, ()) or (name in neutral and setting == neutral[name]):
+        unused = name == NEVER_USED or name in UNUSED.get(method.name, ())
+        if unused or (name in neutral and setting == neutral[name]):
             continue
         declared = method.parameter(str(name), where)
         if source and not declared.per_source:
@@ -270,6 +280,10 @@ def _parameters(
                 f"{where}: {name} holds for all sources of a tensor", fix="move it out of the source"
             )
         found[name] = _conditions(setting, f"{where}.{name}")
+        if declared.kind == "flag":  # mergekit takes 0 and 1 as well
+            found[name] = tuple(
+                (p, tuple(bool(v) if v in (0, 1) else v for v in vs)) for p, vs in found[name]
+            )
     return found
 
 
@@ -287,102 +301,19 @@ def _conditions(setting: object, where: str) -> tuple[Condition, ...]:
 
 
 def _values(value: object, where: str) -> tuple[Any, ...]:
-    values = value if isinstance(value, list) else [value]
+    values = [_number(each) for each in (value if isinstance(value, list) else [value])]
     numbers = all(isinstance(v, int | float) for v in values)
     if not values or not numbers or (len(values) > 1 and any(isinstance(v, bool) for v in values)):
         raise ConfigError(f"{where}", expected="a number, a list of numbers, or filters", got=repr(value))
     return tuple(values)
 
 
-def _places(
-    slices: Sequence[_Slice], model: _Model
-) -> list[tuple[tuple[int, ...] | None, tuple[str, ...], list[Rule]]]:
-    """Return the recipe's groups: (layers, sources, rules), one place for each run of equal layers."""
-    if len(slices) == 1 and slices[0].end is None and not slices[0].graded:
-        return [(None, slices[0].sources, _rules(slices[0], 0.0, model, "all"))]
-    by_layer: list[tuple[tuple[str, ...], list[Rule]]] = []
-    for part in slices:
-        count = (model.layout.num_layers if part.end is None else part.end) - part.start
-        for index in range(count):
-            position = index / (count - 1) if count > 1 else 1.0
-            by_layer.append((part.sources, _rules(part, position, model, "layer")))
-    runs: list[tuple[list[int], tuple[str, ...], list[Rule]]] = []
-    for layer, (sources, rules) in enumerate(by_layer):
-        if runs and runs[-1][1:] == (sources, rules):
-            runs[-1][0].append(layer)
-        else:
-            runs.append(([layer], sources, rules))
-    first, last = (_rules(part, 0.0, model, "outside") for part in (slices[0], slices[-1]))
-    places = [(tuple(layers), sources, rules) for layers, sources, rules in runs]
-    if (first, slices[0].sources) != (last, slices[-1].sources):
-        names = [name for name in model.layout.outside if any(part in name for part in EMBEDDINGS)]
-        places.append((OUTSIDE, slices[0].sources, _exact_rules(slices[0], 0.0, names)))
-    return [*places, (OUTSIDE, slices[-1].sources, last)]
-
-
-def _rules(
-    part: _Slice, position: float, model: _Model, scope: Literal["all", "layer", "outside"]
-) -> list[Rule]:
-    """Return ordered rules for all tensors, for those of a layer, or for those outside the layers."""
-    chains = [chain for chains in part.conditions.values() for chain in chains]
-    orders = {order for chain in chains if (order := _filters(chain))}
-    if len(orders) <= 1:
-        order = next(iter(orders), ())
-        named: list[Rule] = [((each,), _resolve(part, position, each)) for each in order]
-        return _joined([*named, ((), _resolve(part, position, ""))])
-    # Filters of several parameters overlap in their own ways: ask the tensors themselves.
-    outside = model.layout.outside if scope != "layer" else ()
-    inside = [f".{module}" for module in model.layout.modules] if scope != "outside" else ()
-    rules = _exact_rules(part, position, (*outside, *inside))
-    return [((), rules[0][1])] if len(rules) == 1 else rules
-
-
-def _exact_rules(part: _Slice, position: float, names: Sequence[str]) -> list[Rule]:
-    """Return rules by full names, one for each set of equal parameters."""
-    by_setting: dict[tuple[tuple[str, Setting], ...], list[str]] = {}
-    for name in names:
-        by_setting.setdefault(_resolve(part, position, name), []).append(name)
-    return [(tuple(found), settings) for settings, found in by_setting.items()]
-
-
-def _joined(rules: list[Rule]) -> list[Rule]:
-    """Join neighbouring rules with equal parameters, and drop what the default says anyway."""
-    joined: list[Rule] = []
-    for match, settings in rules:
-        if joined and joined[-1][1] == settings:
-            joined[-1] = ((*joined[-1][0], *match) if match else (), settings)
-        else:
-            joined.append((match, settings))
-    return joined
-
-
-def _filters(chain: Sequence[Condition]) -> tuple[str, ...]:
-    """Return the filters of a chain up to its first unconditional value."""
-    found: dict[str, None] = {}
-    for part, _ in chain:
-        if part is None:
-            break
-        found[part] = None
-    return tuple(found)
-
-
-def _resolve(part: _Slice, position: float, name: str) -> tuple[tuple[str, Setting], ...]:
-    """Return the parameters of a tensor by name, in the method's order."""
-    settings: list[tuple[str, Setting]] = []
-    for parameter, chains in part.conditions.items():
-        values = tuple(_value(chain, position, name) for chain in chains)
-        settings.append((parameter, values[0] if len(values) == 1 else values))
-    return tuple(settings)
-
-
-def _value(chain: Sequence[Condition], position: float, name: str) -> float | int | bool:
-    values = next(values for part, values in chain if part is None or part in name)
-    if len(values) == 1:
-        return values[0]  # type: ignore[no-any-return]
-    place = position * (len(values) - 1)
-    left = min(int(place), len(values) - 2)
-    share = place - left
-    return float(values[left] * (1.0 - share) + values[left + 1] * share)
+def _number(value: object) -> object:
+    """Return the number a text like `1e-5` is, which YAML 1.1 takes for a text; all else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
@@ -415,12 +346,29 @@ def resolved(location: str, root: str | Path | None) -> str:
     return "+".join(parts)
 
 
-def _dtype(data: Mapping[str, Any], model: _Model) -> str:
+def _base(data: Mapping[str, Any], where: str) -> str | None:
+    given = data.get("base_model")
+    return None if given is None else _location(given, f"{where}: base_model")
+
+
+def _location(given: object, where: str) -> str:
+    """Return a model's location, written as a text or as mergekit's own mapping of model and lora."""
+    if isinstance(given, dict) and "model" in given:
+        parts = _checked(given, ("model", "lora"), where)
+        return "+".join(_location(parts[key], where) for key in ("model", "lora") if parts.get(key))
+    if isinstance(given, dict) and "path" in given:
+        return str(_checked(given, ("path",), where)["path"])
+    if not isinstance(given, str):
+        raise ConfigError(where, expected="a path or hub id", got=repr(given))
+    return given
+
+
+def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
     for key in ("dtype", "out_dtype"):
         if data.get(key) is not None and data[key] not in DTYPES:
             raise ConfigError(f"mergekit file: {key}: {data[key]!r}", fix=nearest(str(data[key]), DTYPES))
     given = data.get("out_dtype") or data.get("dtype")
-    return str(given) if given else model.dtype
+    return str(given) if given else headers.dtype(location)
 
 
 def _tokenizer(data: Mapping[str, Any]) -> str | None:

@@ -1,21 +1,24 @@
 """Write a recipe as mergekit YAML, or say why it can't be said there.
 
-One method for all groups; runs of layers with equal groups become slices, names become filters, and the
-tensors outside the layers are filtered by their full names. What is written is read back and compared
+One method for all groups; runs of layers with equal groups become slices, each source with its own
+layers and the base among them; names become filters, and the tensors outside the layers are filtered by
+their full names in the first slice (embeddings) and the last. What is written is read back and compared
 tensor by tensor, so nothing wrong is ever written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
 
 from evomerge.errors import ConfigError
 from evomerge.merging import mergekit, methods
-from evomerge.merging.recipe import Recipe, Setting, TensorGroup, layer_of
-from evomerge.merging.source import open_source
+from evomerge.merging.mergekit_groups import is_before_layers
+from evomerge.merging.recipe import Recipe, Setting, TensorGroup, layer_of, shifted
+from evomerge.merging.source import open_used
+from evomerge.merging.stacking import output_names
 
 Branch = tuple[str | None, TensorGroup]
 """A filter (None: everything else) and the group it leads to."""
@@ -28,35 +31,50 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
     they are read from the headers of the tokenizer's model. Left out, because mergekit takes them from
     elsewhere: the seed of random masks (its command line).
     """
-    used = {group.method for group in recipe.groups}
+    used = {group.method for group in recipe.groups if not _is_copy(group)} or {"passthrough"}
     if len(used) > 1:
         raise _inexpressible("one file has one merge method", f"methods {', '.join(sorted(used))}")
-    if len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match:
-        names: tuple[str, ...] = ()
-        data = _head(recipe) | {"models": _models(recipe, [(None, recipe.groups[0])])}
+    plain = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
+    names: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    if plain and not recipe.stacked:
+        data = _head(recipe, *used) | {"models": _models(recipe, [(None, recipe.groups[0])])}
         data["parameters"] = _shared([(None, recipe.groups[0])])
     else:
-        below = recipe.models[recipe.base] if recipe.base else None
-        opened = tensors or open_source(recipe.models[recipe.pattern], base=below).headers
-        names = tuple(opened)
-        data = _head(recipe) | {"slices": _slices(recipe, names)}
+        names, own = _names(recipe, tensors)
+        data = _head(recipe, *used)
+        data |= {"slices": _slices(recipe, names, data.get("base_model"))}
+        if "slerp" in used and any(map(_is_copy, recipe.groups)):
+            data["parameters"] = {"t": 0.0}  # mergekit wants one even where it copies
     text = yaml.safe_dump(
         {key: value for key, value in data.items() if value}, sort_keys=False, default_flow_style=None
     )
-    _verify(recipe, text, names)
+    _verify(recipe, text, names, own)
     return text
 
 
-def _head(recipe: Recipe) -> dict[str, Any]:
-    method = recipe.groups[0].method
+def _names(recipe: Recipe, tensors: Iterable[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the result's tensors, and those of the tokenizer's model."""
+    if tensors is None:
+        opened = {name: tuple(source.headers) for name, source in open_used(recipe).items()}
+    else:
+        opened = dict.fromkeys(recipe.models, tuple(tensors))
+    own = opened[recipe.pattern]
+    if not recipe.stacked:
+        return own, own
+    return tuple(output_names(recipe, opened, recipe.num_layers or _num_layers(own))), own
+
+
+def _is_copy(group: TensorGroup) -> bool:
+    """Whether a group is one model as it is; in files of other methods, a slice with one source can be."""
+    return group.method == "passthrough" and group.per_source("scale") == (1.0,)
+
+
+def _head(recipe: Recipe, method: str) -> dict[str, Any]:
     data: dict[str, Any] = {"merge_method": method}
-    firsts = {group.sources[0] for group in recipe.groups}
-    if method == "slerp":
-        if len(firsts) > 1:
-            raise _inexpressible("slerp has one base_model, its t = 0", f"{' and '.join(sorted(firsts))}")
-        data["base_model"] = recipe.models[firsts.pop()]
-    elif recipe.base and methods.get(method).uses_base(recipe.base):
-        data["base_model"] = recipe.models[recipe.base]
+    bases = [_base(recipe, group) for group in recipe.groups if group.method == method]
+    if bases[0] is not None and None not in bases:  # slices with another one name it themselves
+        data["base_model"] = recipe.models[bases[0]]
     default = data.get("base_model") or recipe.models[recipe.groups[0].sources[0]]
     if recipe.tokenizer not in recipe.models:
         data["tokenizer_source"] = recipe.tokenizer
@@ -66,9 +84,8 @@ def _head(recipe: Recipe) -> dict[str, Any]:
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
 
 
-def _slices(recipe: Recipe, names: Sequence[str]) -> list[dict[str, Any]]:
-    count = 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
-    by_layer: dict[int | None, list[str]] = {layer: [] for layer in (None, *range(count))}
+def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> list[dict[str, Any]]:
+    by_layer: dict[int | None, list[str]] = {layer: [] for layer in (None, *range(_num_layers(names)))}
     for name in names:
         by_layer[layer_of(name)].append(name)
     outside: list[Branch] = [(name, recipe.group_for(name)) for name in by_layer.pop(None)]
@@ -83,14 +100,27 @@ def _slices(recipe: Recipe, names: Sequence[str]) -> list[dict[str, Any]]:
         raise _inexpressible("slices of layers", "a model without layers")
     written = []
     for index, (start, end, inner) in enumerate(runs):
-        branches = inner
-        if index in (0, len(runs) - 1):
-            branches = [*(each for each in outside if _falls_elsewhere(each, inner)), *inner]
-        part: dict[str, Any] = {"sources": _models(recipe, branches, layers=(start, end))}
+        ends = [each for each in outside if is_before_layers(each[0] or "") is (index == 0) or len(runs) == 1]
+        ends = ends if index in (0, len(runs) - 1) else []
+        branches = [*(each for each in ends if _falls_elsewhere(each, inner)), *inner]
+        shifts = {(group.shifts, group.base_shift) for _, group in inner}
+        if len(shifts) > 1:
+            raise _inexpressible("one shift for all tensors of a layer", f"several in layer {start}")
+        part: dict[str, Any] = {"sources": _models(recipe, branches, layers=(start, end), shift=shifts.pop())}
+        if (base := _base(recipe, inner[0][1])) and recipe.models[base] != base_model:
+            part["base_model"] = recipe.models[base]
         if shared := _shared(branches):
             part["parameters"] = shared
         written.append(part)
+    first, last = (len(written[end]["sources"]) for end in (0, -1))
+    if first < last:  # mergekit would leave them out of the final norm and the head, without a word
+        raise _inexpressible("no more sources in the last slice than in the first", f"{last} after {first}")
     return written
+
+
+def _base(recipe: Recipe, group: TensorGroup) -> str | None:
+    """Return what mergekit calls the base_model of a group: the base it reads, or slerp's t = 0."""
+    return group.sources[0] if group.method == "slerp" else recipe.base_of(group)
 
 
 def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
@@ -112,29 +142,36 @@ def _falls_elsewhere(branch: Branch, branches: Sequence[Branch]) -> bool:
 
 
 def _models(
-    recipe: Recipe, branches: Sequence[Branch], layers: tuple[int, int] | None = None
+    recipe: Recipe,
+    branches: Sequence[Branch],
+    layers: tuple[int, int] | None = None,
+    shift: tuple[tuple[int, ...], int] = ((), 0),
 ) -> list[dict[str, Any]]:
-    sources = {group.sources for _, group in branches}
+    sources = {(group.sources, _base(recipe, group)) for _, group in branches}
     if len(sources) > 1:
         raise _inexpressible(
             "the same sources for all tensors of a slice", f"{len(sources)} lists of sources"
         )
-    names = sources.pop()
+    names, base = sources.pop()
     if len({recipe.models[name] for name in names}) < len(names):
         raise _inexpressible("each source once", f"sources {', '.join(names)}")
-    declared = methods.get(recipe.groups[0].method).parameters.values()
+    copied = _is_copy(branches[-1][1]) and any(g.method != "passthrough" for g in recipe.groups)
+    declared = () if copied else methods.get(branches[-1][1].method).parameters.values()
     per_source = [parameter.name for parameter in declared if parameter.per_source]
     entries = []
     for index, name in enumerate(names):
         entry: dict[str, Any] = {"model": recipe.models[name]}
         if layers is not None:
-            entry["layer_range"] = list(layers)
+            entry["layer_range"] = [end + shift[0][index] for end in layers]
         if per_source:
             entry["parameters"] = {
                 p: _setting([(part, group.per_source(p)[index]) for part, group in branches])
                 for p in per_source
             }
         entries.append(entry)
+    if layers is not None and base is not None and base not in names:
+        ranged = [end + shift[1] for end in layers]
+        entries.insert(0, {"model": recipe.models[base], "layer_range": ranged})
     return entries
 
 
@@ -153,21 +190,30 @@ def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:
     return [{"value": value} if part is None else {"filter": part, "value": value} for part, value in values]
 
 
-def _verify(recipe: Recipe, text: str, names: Sequence[str]) -> None:
+def _verify(recipe: Recipe, text: str, names: Sequence[str], tensors: Sequence[str]) -> None:
     """Read the text back and compare what every tensor is made of."""
-    again = mergekit.read(text, seed=recipe.seed, tensors=names or None)
+    try:
+        again = mergekit.read(text, seed=recipe.seed, tensors=tensors or None)
+    except ConfigError as error:
+        raise _inexpressible("a file that reads back", error.what) from None
+    if _num_layers(names) != (again.num_layers or _num_layers(tensors)):
+        raise _inexpressible(f"{_num_layers(names)} layers", f"{again.num_layers} when read back")
     for name in names or ("",):
         ours, theirs = (_made_of(each, name) for each in (recipe, again))
         if ours != theirs:
             raise _inexpressible(f"{name or 'all tensors'} made by {ours}", f"{theirs} when read back")
 
 
+def _num_layers(names: Iterable[str]) -> int:
+    return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+
+
 def _made_of(recipe: Recipe, name: str) -> tuple[Any, ...]:
     group = recipe.group_for(name)
-    base = recipe.base if methods.get(group.method).uses_base(recipe.base) else None
-    locations = [recipe.models[each] for each in group.sources]
-    parameters: Mapping[str, Setting] = dict(group.parameters)
-    return group.method, locations, base and recipe.models[base], parameters, recipe.dtype
+    base = recipe.base_of(group)
+    reads = [(recipe.models[source], tensor) for source, tensor in group.reads(name)]
+    below = None if base is None else (recipe.models[base], shifted(name, group.base_shift))
+    return group.method, reads, below, dict(group.parameters), recipe.dtype
 
 
 def _inexpressible(expected: str, got: str) -> ConfigError:

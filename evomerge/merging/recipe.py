@@ -85,14 +85,30 @@ def tokenizer_of(tokenizer: str, base: str | None, models: Iterable[str]) -> str
     )
 
 
+def shifted(tensor: str, shift: int) -> str:
+    """Return the name of the same tensor `shift` layers further; names outside the layers stay.
+
+    >>> shifted("model.layers.3.mlp.up_proj.weight", -2)
+    'model.layers.1.mlp.up_proj.weight'
+    """
+    layer = layer_of(tensor)
+    return tensor if not shift or layer is None else tensor.replace(f".{layer}.", f".{layer + shift}.", 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorGroup:
     """How one group of output tensors is made.
 
-    layers: indices of layers; None means every tensor, `OUTSIDE` those outside the layers.
+    layers: indices of layers of the result; None means every tensor, `OUTSIDE` those outside the layers.
     match: substrings, any of which the tensor's name must contain; () means any name.
     parameters: a number, or for per-source parameters one number per source. A single number for a
         per-source parameter holds for every source. Missing ones take the method's default.
+    shift: per source, how many layers further than the result's its layers are; () means none.
+    base, base_shift: the group's own base model (None: the recipe's), and how its layers are shifted.
+
+    >>> group = TensorGroup(method="passthrough", sources=("a",), layers=(4, 5), shift=(-2,))
+    >>> group.reads("h.4.mlp.weight"), group.reads("norm.weight")
+    ((('a', 'h.2.mlp.weight'),), (('a', 'norm.weight'),))
     """
 
     method: str
@@ -100,6 +116,9 @@ class TensorGroup:
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     match: tuple[str, ...] = ()
+    shift: tuple[int, ...] = ()
+    base: str | None = None
+    base_shift: int = 0
 
     def __post_init__(self) -> None:
         declared = methods.get(self.method)
@@ -115,6 +134,13 @@ class TensorGroup:
                 got=str(count),
             )
         object.__setattr__(self, "parameters", self._complete(declared, where))
+        if self.shift and len(self.shift) != count:
+            raise ConfigError(
+                f"{where}: shift needs one value per source",
+                expected=f"{count} ({', '.join(self.sources)})",
+                got=str(len(self.shift)),
+            )
+        object.__setattr__(self, "shift", tuple(self.shift) if any(self.shift) else ())
 
     def _complete(self, declared: Method, where: str) -> Mapping[str, Setting]:
         for name in self.parameters:
@@ -159,6 +185,15 @@ class TensorGroup:
                 return False
         return not self.match or any(part in tensor for part in self.match)
 
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """The shift of every source, zeros included."""
+        return self.shift or (0,) * len(self.sources)
+
+    def reads(self, tensor: str) -> tuple[tuple[str, str], ...]:
+        """Return what an output tensor is made of: each source with the name of its tensor there."""
+        return tuple((name, shifted(tensor, by)) for name, by in zip(self.sources, self.shifts, strict=True))
+
     def per_source(self, name: str) -> tuple[float, ...]:
         """Return the values of a per-source parameter, in the order of `sources`."""
         return cast(tuple[float, ...], self.parameters[name])
@@ -179,11 +214,18 @@ class TensorGroup:
                 shown[name] = value
         if shown:
             data["parameters"] = shown
+        if self.shift:
+            by_name = {name: by for name, by in zip(self.sources, self.shift, strict=True) if by}
+            data["shift"] = by_name if distinct else list(self.shift)
+        if self.base is not None:
+            data["base"] = self.base
+        if self.base_shift:
+            data["base_shift"] = self.base_shift
         return data
 
     @classmethod
     def _from_data(cls, data: Mapping[str, Any], where: str) -> TensorGroup:
-        valid = ("method", "sources", "parameters", "layers", "match")
+        valid = ("method", "sources", "parameters", "layers", "match", "shift", "base", "base_shift")
         _check_keys(data, valid, required=("method", "sources"), where=where)
         sources = tuple(_strings(data["sources"], f"{where}: sources"))
         parameters: dict[str, Setting] = {}
@@ -209,6 +251,9 @@ class TensorGroup:
             parameters=parameters,
             layers=None if layers is None else tuple(sorted(set(layers))),
             match=tuple(_strings(data.get("match") or [], f"{where}: match")),
+            shift=_shifts(data.get("shift"), sources, where),
+            base=_optional_name(data.get("base"), f"{where}: base"),
+            base_shift=_whole(data.get("base_shift", 0), f"{where}: base_shift"),
         )
 
 
@@ -224,6 +269,7 @@ class Recipe:
         else the first model), `base`, or `union`: the base's and then all tokens of the others. Embedding
         rows are matched by token; models with other tokens are merged only if one of these is asked for.
     seed: owner of the random masks of DARE-like methods.
+    num_layers: of the result; None means as many as its sources have.
     """
 
     models: Mapping[str, str]
@@ -232,6 +278,7 @@ class Recipe:
     dtype: str = "bfloat16"
     tokenizer: str = ""
     seed: int = 0
+    num_layers: int | None = None
     asked: bool = field(default=False, init=False, compare=False, repr=False)
     """Whether `tokenizer` was given, as it is in every written recipe. No part of the identity: it decides
     what is refused, not what is made."""
@@ -246,20 +293,19 @@ class Recipe:
         if self.dtype not in DTYPES:
             raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(self.dtype, DTYPES))
         named: list[tuple[str, str | None]] = [("base", self.base)]
-        named += [(f"group {g.label()!r}", source) for g in self.groups for source in g.sources]
+        named += [(f"group {g.label()!r}", name) for g in self.groups for name in (*g.sources, g.base)]
         for where, name in named:
             if name is not None and name not in self.models:
                 raise ConfigError(
                     f"recipe: {where} names an unknown model {name!r}", fix=nearest(name, self.models)
                 )
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
-        if self.base is None:
-            for group in self.groups:
-                if methods.get(group.method).needs_base:
-                    raise ConfigError(
-                        f"recipe: {group.method} works on task vectors and needs a base model",
-                        fix="set `base`",
-                    )
+        for group in self.groups:
+            if methods.get(group.method).needs_base and self.base_of(group) is None:
+                raise ConfigError(
+                    f"recipe: {group.method} works on task vectors and needs a base model",
+                    fix="set `base`",
+                )
 
     @classmethod
     def copy_of(cls, location: str, *, dtype: str) -> Recipe:
@@ -278,6 +324,17 @@ class Recipe:
         raise ConfigError(
             f"recipe: no group matches tensor {tensor!r}", fix="add a last group without layers and match"
         )
+
+    def base_of(self, group: TensorGroup) -> str | None:
+        """Return the base model a group reads, its own or the recipe's; None where it reads none."""
+        base = self.base if group.base is None else group.base
+        return base if methods.get(group.method).uses_base(base) else None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether layers of the result are other layers of its sources, or not as many."""
+        shift = any(group.shift or group.base_shift for group in self.groups)
+        return self.num_layers is not None or shift
 
     @property
     def hash(self) -> str:
@@ -301,8 +358,7 @@ class Recipe:
     def used_models(self) -> tuple[str, ...]:
         """Return the names of the models that are read, base first, in the order of `models`."""
         used = {source for group in self.groups for source in group.sources}
-        if self.base and any(methods.get(group.method).uses_base(self.base) for group in self.groups):
-            used.add(self.base)
+        used |= {base for group in self.groups if (base := self.base_of(group))}
         first = [self.base] if self.base in used else []
         return tuple(first + [name for name in self.models if name in used and name != self.base])
 
@@ -312,6 +368,8 @@ class Recipe:
         if self.base is not None:
             data["base"] = self.base
         data |= {"tokenizer": self.tokenizer, "dtype": self.dtype, "seed": self.seed}
+        if self.num_layers is not None:
+            data["num_layers"] = self.num_layers
         data["groups"] = [group._as_data() for group in self.groups]
         return data
 
@@ -319,22 +377,26 @@ class Recipe:
     def from_data(cls, data: object) -> Recipe:
         """Build a recipe from plain data; unknown keys are errors that name the nearest valid key."""
         data = _mapping(data, "recipe")
-        valid = ("format", "models", "base", "tokenizer", "dtype", "seed", "groups")
+        valid = ("format", "models", "base", "tokenizer", "dtype", "seed", "num_layers", "groups")
         _check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
             raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
         seed = data.get("seed", 0)
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ConfigError("recipe: seed", expected="a whole number >= 0", got=repr(seed))
+        layers = data.get("num_layers")
+        if layers is not None and _whole(layers, "recipe: num_layers") < 1:
+            raise ConfigError("recipe: num_layers", expected="a whole number >= 1", got=repr(layers))
         groups = data["groups"]
         if not isinstance(groups, list):
             raise ConfigError("recipe: groups", expected="a list", got=type(groups).__name__)
         return cls(
             models={str(k): str(v) for k, v in _mapping(data["models"], "recipe: models").items()},
-            base=data.get("base"),
+            base=_optional_name(data.get("base"), "recipe: base"),
             tokenizer=data.get("tokenizer") or "",
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
+            num_layers=layers,
             groups=tuple(
                 TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)
@@ -398,6 +460,31 @@ def _mapping(data: object, where: str) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise ConfigError(where, expected="a mapping", got=type(data).__name__)
     return data
+
+
+def _optional_name(value: object, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(where, expected="the name of a model", got=repr(value))
+    return value
+
+
+def _whole(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(where, expected="a whole number", got=repr(value))
+    return value
+
+
+def _shifts(given: object, sources: Sequence[str], where: str) -> tuple[int, ...]:
+    """Return one shift per source; a mapping may leave out sources that are not shifted."""
+    where = f"{where}: shift"
+    if isinstance(given, Mapping):
+        _check_keys(given, sources, required=(), where=where)
+        if len(set(sources)) < len(sources):
+            raise ConfigError(where, expected="a list, because a source appears twice", got="a mapping")
+        return tuple(_whole(given.get(source, 0), where) for source in sources)
+    if given is not None and not isinstance(given, list):
+        raise ConfigError(where, expected="source: whole number, or a list of them", got=repr(given))
+    return tuple(_whole(value, where) for value in given or ())
 
 
 def _strings(data: object, where: str) -> list[str]:

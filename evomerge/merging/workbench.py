@@ -12,7 +12,10 @@ recipe's dtype before they go into the live model, whatever it computes in, so w
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
@@ -21,9 +24,10 @@ from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor, pool
 from evomerge.merging.inputs import WarmInputs
 from evomerge.merging.live_weights import locate
-from evomerge.merging.recipe import Recipe, tokenizer_of
+from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
 from evomerge.merging.source import Source, open_sources
-from evomerge.merging.vocabulary import Aligned, open_tokenizer, rows_of
+from evomerge.merging.stacking import COUNTS, output_headers, stacked_config
+from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +41,8 @@ class Workbench:
     """Holds the models of a search, opened once, and one live model to score candidates with.
 
     models, base, tokenizer: as in a Recipe.
+    stack: a recipe whose layers the live model has (default: as many as the models have). Recipes with
+        another number or other kinds of layers are then refused.
     device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
     low_memory: remember nothing of trimmed task vectors; such candidates then take longer.
 
@@ -49,6 +55,7 @@ class Workbench:
         base: str | None = None,
         *,
         tokenizer: str = "",
+        stack: Recipe | None = None,
         device: str = "cpu",
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
@@ -61,13 +68,22 @@ class Workbench:
         self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
         self.sources = open_sources(models, base, tokenizer=tokenizer)
         pattern = {self._pattern: self.sources[self._pattern]}
-        self.notes = check_models(pattern | self.sources)
+        stacked = stack is not None and stack.stacked
+        self.notes = check_models(pattern | self.sources, stacked=stacked)
+        self._config = self.sources[self._pattern].config
+        self._headers = self.sources[self._pattern].headers
+        if stack is not None and stacked:
+            check(stack, self.sources)
+            self._config = stacked_config(stack, self.sources)
+            self._headers = output_headers(stack, self.sources)
         self._inputs = WarmInputs(self.sources, low_memory=low_memory)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
-        self.model: PreTrainedModel = _build(self.sources[self._pattern], compute_dtype, attn_implementation)
+        self.model: PreTrainedModel = _build(
+            self.sources[self._pattern], self._config, compute_dtype, attn_implementation
+        )
         self.model.to(device)  # type: ignore[arg-type]
-        self._targets = locate(self.model, self.sources[self._pattern])
+        self._targets = locate(self.model, self._headers, self.sources[self._pattern].location)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -104,9 +120,10 @@ class Workbench:
                 got=f"models {', '.join(recipe.models)} with base {recipe.base}",
                 fix="give the recipe the workbench's models and base",
             )
-        shape = tuple((group.layers, group.match, group.method, group.sources) for group in recipe.groups)
+        shape = (recipe.num_layers, *((g.layers, g.match, *_made_from(recipe, g)) for g in recipe.groups))
         if shape not in self._checked:
             check(recipe, self.sources)
+            _check_stack(stacked_config(recipe, self.sources), self._config)
             self._checked.add(shape)
         keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
         wanted = {name: keys[id(recipe.group_for(name))] for name in self._targets}
@@ -124,7 +141,7 @@ class Workbench:
             merge_tensor(recipe, name, self._inputs, out=self._targets[name])
             return name
 
-        sizes = {name: self.sources[self._pattern].headers[name].count for name in names}
+        sizes = {name: self._headers[name].count for name in names}
         if torch.get_num_threads() == 1 or sum(sizes.values()) < WORTH_THREADS:
             yield from map(merge, names)
             return
@@ -137,25 +154,41 @@ def _key(recipe: Recipe, position: int) -> Hashable:
     group = recipe.groups[position]
     method = methods.get(group.method)
     return (
-        group.method,
-        group.sources,
+        *_made_from(recipe, group),
         tuple(group.parameters.items()),
         recipe.dtype,
-        recipe.base if method.uses_base(recipe.base) else None,
         recipe.seed if method.random else None,
     )
 
 
-def _build(source: Source, dtype: str, attention: str | None) -> PreTrainedModel:
+def _made_from(recipe: Recipe, group: TensorGroup) -> tuple[Hashable, ...]:
+    """Return what a group reads, and how."""
+    return group.method, group.sources, group.shifts, recipe.base_of(group), group.base_shift
+
+
+def _check_stack(config: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    """Refuse a recipe whose model has other layers than the live one."""
+    differing = [key for key in config if config[key] != live.get(key)]
+    if differing:
+        key = next((key for key in COUNTS if key in differing), differing[0])
+        raise ConfigError(
+            "workbench: the recipe makes a model with other layers than the live one",
+            expected=f"{key} {live.get(key)}",
+            got=str(config[key]),
+            fix="open the workbench with stack= such a recipe",
+        )
+
+
+def _build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
     """Make the live model without reading or initialising its weights; they are put in later."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        if isinstance(source, Aligned):
-            config.get_text_config().vocab_size = rows_of(source)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(data), encoding="utf-8")
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=getattr(torch, dtype), attn_implementation=attention

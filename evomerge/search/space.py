@@ -177,6 +177,8 @@ class SearchSpace:
         The recipe may cut the model into groups differently; what counts is what each tensor gets.
         Sources it leaves out get weight 0.
         """
+        if recipe.stacked or any(group.base is not None for group in recipe.groups):
+            return None
         u = np.full(self.dimension, np.nan)
         for cell in self._cells:
             groups = {id(g): g for g in map(recipe.group_for, cell.tensors)}

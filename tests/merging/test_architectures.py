@@ -266,7 +266,7 @@ def test_what_transformers_splits_or_reorders_is_followed(
         )
     )
     bench = Workbench(models)
-    places = live_weights.locate(bench.model, bench.sources["base"])
+    places = live_weights.locate(bench.model, bench.sources["base"].headers, "base")
     assert [name for name, place in places.items() if isinstance(place, Spread)] == [
         f"model.layers.{layer}.mlp.fused.weight" for layer in range(2)
     ]

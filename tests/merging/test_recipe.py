@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -41,12 +42,25 @@ def recipes(draw: st.DrawFn) -> Recipe:
             parameters[p.name] = tuple(draw(one) for _ in sources) if p.per_source else draw(one)
         layers = draw(st.none() | st.lists(st.integers(0, 40), unique=True).map(sorted).map(tuple))
         match = tuple(draw(st.lists(st.sampled_from(["mlp", "self_attn", "norm"]), unique=True)))
+        shift = draw(st.just(()) | st.tuples(*[st.integers(-9, 9)] * count))
         groups.append(
             TensorGroup(
-                method=method.name, sources=tuple(sources), parameters=parameters, layers=layers, match=match
+                method=method.name,
+                sources=tuple(sources),
+                parameters=parameters,
+                layers=layers,
+                match=match,
+                shift=shift,
+                base=draw(st.sampled_from([None, *MODELS])),
+                base_shift=draw(st.integers(-2, 2)),
             )
         )
-    return recipe(groups=tuple(groups), dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 2**40)))
+    return recipe(
+        groups=tuple(groups),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 2**40)),
+        num_layers=draw(st.none() | st.integers(1, 9)),
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -66,6 +80,16 @@ def test_the_hash_is_what_changes_the_bits() -> None:
     assert recipe("dare_ties").hash != recipe("dare_ties", seed=4).hash
     different = [plain, recipe(dtype="float16"), recipe(parameters={"density": 0.5}), recipe("dare_ties")]
     assert len({each.hash for each in different}) == 4
+    (group,) = plain.groups
+    stacks = [{"shift": (0, 1)}, {"base": "a"}, {"base_shift": 1}]
+    moved = [recipe(groups=(dataclasses.replace(group, **changes),)) for changes in stacks]
+    assert len({each.hash for each in (plain, recipe(num_layers=3), *moved)}) == 5
+
+
+def test_hashes_of_recipes_that_stack_nothing_stay_what_they_were() -> None:
+    assert recipe().hash == "6f9b82f31ae5f6bf9373bbc21c4ff77a2db46492caa9a44ff0ed12649dccab5c"
+    same = dataclasses.replace(recipe().groups[0], shift=(0, 0), base=None, base_shift=0)
+    assert recipe(groups=(same,)).hash == recipe().hash
 
 
 @pytest.mark.parametrize(

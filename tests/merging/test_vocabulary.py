@@ -438,7 +438,7 @@ def test_what_happens_to_the_tokens_is_noted(family: dict[str, str]) -> None:
 
 def test_the_command_says_so_too(family: dict[str, str], tmp_path: Path) -> None:
     path, out = tmp_path / "merge.yaml", tmp_path / "out"
-    text = f"merge_method: linear\nbase_model: {family['base']}\nmodels: [{{model: {family['chat']}}}]\n"
+    text = f"merge_method: ties\nbase_model: {family['base']}\nmodels: [{{model: {family['chat']}}}]\n"
     path.write_text(f"{text}dtype: float32\n")
     refused = CliRunner().invoke(app, ["merge", str(path), str(out)])
     assert refused.exit_code == 2

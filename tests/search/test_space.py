@@ -117,6 +117,16 @@ def test_what_a_space_cannot_express(method: str, parameters: Any, sources: tupl
     assert make("task_arithmetic_layers").encode(recipe) is None
 
 
+@pytest.mark.parametrize("changes", [{"shift": (0, 1)}, {"base_shift": 1}, {"base": "a"}, {"num_layers": 3}])
+def test_a_space_of_plain_recipes_cannot_express_stacks_and_other_bases(changes: dict[str, Any]) -> None:
+    of_recipe = {key: value for key, value in changes.items() if key == "num_layers"}
+    of_group = {key: value for key, value in changes.items() if key not in of_recipe}
+    group = TensorGroup(method="task_arithmetic", sources=("a", "b"), parameters={"weight": 0.5}, **of_group)
+    models = {"base": "base", "a": "a", "b": "b"}
+    recipe = Recipe(models=models, base="base", groups=(group,), **of_recipe)
+    assert make("task_arithmetic_layers").encode(recipe) is None
+
+
 def test_a_source_left_out_counts_as_weight_zero() -> None:
     space = make("global_weights")
     group = TensorGroup(method="task_arithmetic", sources=("b",), parameters={"weight": 0.5})

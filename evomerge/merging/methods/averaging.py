@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CANCELLED = 1e-3
 """Weights cancel when |sum| is at most this share of the sum of their absolute values."""
+LOWEST = -0.9
+"""Model Stock keeps mean cosine * (number of task vectors - 1) at or above this: its pole is at -1."""
 WEIGHT_LIMIT = 1e4
 """Bound on weights and scales: anything larger leaves float16 and means a slip of the decimal point."""
 
@@ -95,7 +97,7 @@ def _stock(tensors: Measure, *, filter_wise: bool = False) -> Blend | None:
     count = tensors.count
     cos = cosines(tensors.gram())
     pairs = [cos[i][j] for i in range(count) for j in range(i)]
-    c = max(math.fsum(pairs) / len(pairs), -0.5 / (count - 1))
+    c = max(math.fsum(pairs) / len(pairs), LOWEST / (count - 1))
     ratio = count * c / (1.0 + (count - 1) * c)
     return Blend(weights=(ratio / count,) * count)
 
@@ -120,7 +122,7 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = 
     by itself; a tensor of one dimension is one row.
 
     Deviation: the formula has a pole at c = -1 / (N - 1), where the task vectors cancel; c is kept at or
-    above half of that, so |t| <= N / (N - 1). The paper assumes c >= 0.
+    above 0.9 of that, so |t| <= 9 N / (N - 1). The paper assumes c >= 0.
 
     >>> import torch
     >>> model_stock(torch.zeros(2), [torch.ones(2), torch.ones(2)])
@@ -131,7 +133,7 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = 
         assert blend is not None
         return run(blend, base, tensors)
     count = len(tensors)
-    cos = row_cosines(tensors).clamp(min=-0.5 / (count - 1))
+    cos = row_cosines(tensors).clamp(min=LOWEST / (count - 1))
     ratios = (count * cos / (1.0 + (count - 1) * cos)).to(base.dtype)
     mix = weighted_sum(tensors, (1.0 / count,) * count)
     mix = (as_rows(mix) * ratios[:, None]).view(base.shape)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from evomerge.merging.methods.draws import STEPS, short
+from evomerge.merging.methods.draws import short
 from evomerge.merging.methods.reduction import gram
 from evomerge.merging.methods.selection import Boundary, boundary
 
@@ -174,8 +174,6 @@ def _kept(vector: Tensor, rule: Ranks | Draws) -> Tensor:
 
     if isinstance(rule, Ranks):
         return keep_ranks(vector, rule)
-    if rule.share >= STEPS:
-        return vector
     mask = torch.from_numpy(short(rule.key, vector.numel()) >= rule.share).view(vector.shape)
     kept = vector.masked_fill(mask.to(vector.device), 0.0)
     return kept * rule.factor if rule.factor != 1.0 else kept

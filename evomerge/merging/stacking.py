@@ -1,0 +1,185 @@
+"""Which tensors a recipe makes, and the config of the model they are, where layers are stacked or shifted.
+
+A group's layers may be other layers of its sources (`shift`), and a recipe may have more or fewer layers
+than its sources (`num_layers`). Everything is found by tensor names and by the config's own lists.
+
+Not covered: configs that give layers their kind by arithmetic on the index (`first_k_dense_replace`,
+`sliding_window_pattern` and the like). Where such a config also has a list of kinds, as those that
+transformers saves do, the list is remapped and rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from evomerge.errors import ConfigError, ModelError
+from evomerge.merging.checkpoint import natural_order
+from evomerge.merging.recipe import Recipe, TensorGroup, layer_of, shifted
+from evomerge.merging.source import Source
+from evomerge.merging.tensorfile import Header
+
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names under which a config.json says how many layers a model has."""
+NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_section")
+"""Ends of the names of config lists that have nothing to do with layers, whatever their length."""
+
+INDICES = ("mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices")
+"""Config lists of the layers that are of some kind."""
+
+
+def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Header]:
+    """Return the headers of the tensors a recipe makes: output name -> shape and type as in a source.
+
+    A layer's tensors are those of the first source of the groups that make it, renamed, so layers may
+    have different modules. Raises ConfigError where a layer or a tensor would have no maker, or a
+    source does not have the layer it is asked for.
+    """
+    pattern = sources[recipe.pattern]
+    if not recipe.stacked:
+        return dict(pattern.headers)
+    count = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
+    names = output_names(recipe, {name: source.headers for name, source in sources.items()}, count)
+    headers = {}
+    for name in names:
+        group = recipe.group_for(name)
+        reads = list(group.reads(name))
+        if (base := recipe.base_of(group)) is not None:
+            reads.append((base, shifted(name, group.base_shift)))
+        for (source, tensor), shift in zip(reads, (*group.shifts, group.base_shift), strict=False):
+            if tensor not in sources[source].headers:
+                raise _missing(name, source, shift, sources[source].num_layers)
+        first, tensor = reads[0]
+        headers[name] = sources[first].headers[tensor]
+        for source, other in reads[1:]:
+            shape = sources[source].headers[other].shape
+            if shape != headers[name].shape:
+                raise ModelError(
+                    f"tensor {name!r} of the result is made of tensors of different shapes",
+                    expected=f"{list(headers[name].shape)} as {tensor!r} of {first}",
+                    got=f"{list(shape)}, {other!r} of {source}",
+                )
+    return headers
+
+
+def output_names(recipe: Recipe, names: Mapping[str, Iterable[str]], num_layers: int) -> list[str]:
+    """Return the names of the tensors of the result, in natural order.
+
+    names: for each model, the names of its tensors. Raises ConfigError for a layer without tensors and
+    for a tensor that no group makes.
+    """
+    by_layer: dict[str, dict[int | None, list[str]]] = {}
+    for model, found in names.items():
+        layers = by_layer.setdefault(model, {})
+        for name in found:
+            layers.setdefault(layer_of(name), []).append(name)
+    made = list(by_layer[recipe.pattern].get(None, ()))
+    for name in made:
+        recipe.group_for(name)
+    for layer in range(num_layers):
+        inside: dict[str, None] = {}
+        for group in _makers(recipe, layer):
+            shift = group.shifts[0]
+            for tensor in by_layer[group.sources[0]].get(layer + shift, ()):
+                name = shifted(tensor, -shift)
+                if recipe.group_for(name) is group:
+                    inside[name] = None
+        if not inside:
+            raise _no_maker(
+                recipe, layer, {model: max(filter(None, n), default=0) for model, n in by_layer.items()}
+            )
+        made += inside
+    return sorted(made, key=natural_order)
+
+
+def stacked_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Return the config.json of the result: that of the tokenizer's model, its layers remapped.
+
+    The number of layers becomes the recipe's. A list with one entry per layer takes each entry from
+    the first source of the group that makes the layer's first tensor, and a list of layers of some kind
+    follows them. All are looked for in `text_config` where that gives the number of layers, else at the
+    top.
+    """
+    config = dict(sources[recipe.pattern].config)
+    if not recipe.stacked:
+        return config
+    origins: dict[int, tuple[str, int]] = {}
+    for name in output_headers(recipe, sources):
+        layer = layer_of(name)
+        if layer is not None and layer not in origins:
+            group = recipe.group_for(name)
+            origins[layer] = (group.sources[0], layer + group.shifts[0])
+    taken = [origins[layer] for layer in sorted(origins)]
+    text = config.get("text_config")
+    if isinstance(text, dict) and any(key in text for key in COUNTS):
+        nested = {name: source.config.get("text_config") or {} for name, source in sources.items()}
+        return config | {"text_config": _remapped(text, nested, taken)}
+    if not any(key in config for key in COUNTS):
+        raise ModelError(
+            f"{sources[recipe.pattern].location}: config.json does not say how many layers the model has",
+            expected=" or ".join(COUNTS),
+            fix="layers of such a model can't be stacked or shifted",
+        )
+    return _remapped(config, {name: source.config for name, source in sources.items()}, taken)
+
+
+def _remapped(
+    config: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]], taken: list[tuple[str, int]]
+) -> dict[str, Any]:
+    """Return a config with the layers `taken`, pairs of a source and its layer."""
+    new = dict(config)
+    own = _count(config)
+    for key, value in config.items():
+        if key in COUNTS:
+            new[key] = len(taken)
+        elif key in INDICES and isinstance(value, list):
+            new[key] = [i for i, (source, at) in enumerate(taken) if at in (configs[source].get(key) or ())]
+        elif isinstance(value, list) and len(value) == own and not key.endswith(NOT_PER_LAYER):
+            lists = {
+                source: found if isinstance(found := configs[source].get(key), list) else value
+                for source, _ in taken
+            }
+            if all(layer < len(lists[source]) for source, layer in taken):
+                new[key] = [lists[source][layer] for source, layer in taken]
+    return new
+
+
+def _count(config: Mapping[str, Any]) -> int:
+    return next(int(config[key]) for key in COUNTS if key in config)
+
+
+def _makers(recipe: Recipe, layer: int) -> list[TensorGroup]:
+    """Return the groups that may make a tensor of a layer, the last of them all that are left."""
+    makers = []
+    for group in recipe.groups:
+        if group.layers is None or layer in group.layers:
+            makers.append(group)
+            if not group.match:
+                break
+    return makers
+
+
+def _missing(name: str, source: str, shift: int, num_layers: int) -> ConfigError:
+    layer = layer_of(name)
+    if layer is not None and not 0 <= layer + shift < num_layers:
+        return ConfigError(
+            f"recipe: layer {layer} of the result takes layer {layer + shift} of {source}",
+            expected=f"a layer from 0 to {num_layers - 1}, which {source} has",
+            got=str(layer + shift),
+        )
+    return ConfigError(
+        f"recipe: {name!r} of the result takes {shifted(name, shift)!r} of {source}",
+        got="no such tensor there",
+    )
+
+
+def _no_maker(recipe: Recipe, layer: int, last: Mapping[str, int]) -> ConfigError:
+    makers = _makers(recipe, layer)
+    reach = [(group.sources[0], layer + group.shifts[0]) for group in makers]
+    return ConfigError(
+        f"recipe: nothing makes layer {layer} of the result",
+        expected="a group whose layers include it and whose first source has the layer it takes",
+        got=", ".join(f"layer {at} of {name}, which has layers 0 to {last[name]}" for name, at in reach)
+        or f"no group for layer {layer}",
+        fix="add the layer to a group, or set num_layers",
+    )
