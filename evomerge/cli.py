@@ -300,6 +300,41 @@ def merge(
     _out.data({"folder": str(out), "recipe": found.hash})
 
 
+@_command(app, "analyze")
+def analyze(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A run config, recipe.yaml or mergekit YAML.")
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base: a model of the file, or a location.")
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(min=0.0, help="Changed: |task vector| above this multiple of its mean in a tensor."),
+    ] = 1.0,
+    top: Annotated[float, typer.Option(help="Share of largest elements compared between models.")] = 0.2,
+    shown: Annotated[str, typer.Option("--map", help="conflict, cosine, overlap or norm.")] = "conflict",
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
+) -> None:
+    """Say from the files alone where fine-tunes agree or conflict, and which method to start from."""
+    from evomerge.delivery import interference as delivery
+    from evomerge.delivery import interference_page
+    from evomerge.errors import ConfigError, nearest
+    from evomerge.merging.advice import advise
+    from evomerge.merging.interference import measure
+
+    if shown not in delivery.MEASURES:
+        raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, delivery.MEASURES))
+    models, origin = delivery.read_models(config, base)
+    found = measure(models, origin, threshold=threshold, top=top)
+    advised = advise(found)
+    _out.say(delivery.terminal(found, advised, measure=shown, width=_out.console.width))
+    if html is not None:
+        page = interference_page.write_html(found, advised, html)
+        _out.say(f"page: {_shown(page)}")
+    _out.data(delivery.as_data(found, advised))
+
+
 @_command(app, "evaluate")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
