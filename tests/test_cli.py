@@ -20,7 +20,8 @@ from evomerge.cli import app
 from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
-NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "evaluate", "demo", "zoo"]
+NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "analyze", "evaluate"]
+NAMES += ["demo", "zoo"]
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,37 @@ def test_evaluate_scores_one_model(tiny_zoo: Path, tmp_path: Path) -> None:
     assert by_task["demo_reverse"]["items"] == 40
     adapted = f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"
     assert "demo_upper" in succeed("evaluate", adapted, "--suite", suite)
+
+
+def test_analyze_sees_into_a_merge(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    path, page = config(), tmp_path / "page.html"
+    text = succeed("analyze", path, "--map", "cosine", "--html", page)
+    assert "upper - reverse" in text
+    assert "page.html" in text
+    assert page.read_text().startswith("<!doctype html>")
+    data = json.loads(succeed("analyze", path, "--threshold", "0.5", "--top", "0.1", "--json"))
+    assert data["settings"]["threshold"] == 0.5
+    assert data["settings"]["chance_overlap"] == pytest.approx(0.1 / 1.9)
+    assert set(data["total"]["models"]) == {"upper", "reverse"}
+    adapted = _models(base=tiny_zoo / "base", upper=tiny_zoo / "upper", add=tiny_zoo / "add")
+    assert "upper - add" in succeed("analyze", config(models=adapted))
+
+
+def test_mistakes_of_analyze(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    alone = config(models=_models(base=tiny_zoo / "base", upper=tiny_zoo / "upper"))
+    assert "at least two other models" in refuse("analyze", alone, folder=tmp_path)
+    wider = AutoModelForCausalLM.from_config(
+        LlamaConfig.from_pretrained(tiny_zoo / "base", intermediate_size=96)
+    )
+    wider.save_pretrained(tmp_path / "wider")
+    named = _models(base=tiny_zoo / "base", upper=tiny_zoo / "upper", wide=tmp_path / "wider")
+    page = tmp_path / "page.html"
+    message = refuse("analyze", config(models=named), "--html", page, folder=tmp_path)
+    assert "another shape" in message
+    assert "from the same base" in message
+    assert "did you mean 'conflict'?" in refuse("analyze", alone, "--map", "conflicts", folder=tmp_path)
+    assert "top" in refuse("analyze", config(), "--top", "2", folder=tmp_path)
+    assert "no such file" in refuse("analyze", tmp_path / "none.yaml", folder=tmp_path)
 
 
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(

@@ -191,7 +191,7 @@ def _models(found: Interference, total: Tally) -> Table:
 
 
 def _pairs(found: Interference, total: Tally, advised: Advised) -> Table:
-    table = _table("pair", "cosine", "both change %", "opposite %", "top overlap %", "")
+    table = _table("pair", "cosine", "both %", "opposite %", "top %", "")
     for i, j in found.pairs:
         both = total.same[i, j] + total.opposite[i, j]
         table.add_row(
@@ -203,7 +203,8 @@ def _pairs(found: Interference, total: Tally, advised: Advised) -> Table:
             advised.relations[i, j],
         )
     table.caption = (
-        f"opposite: of what both change (chance 50). Top overlap by chance: {100 * found.chance_overlap:.0f}"
+        "both: parameters both change. opposite: in opposite directions, of these (chance 50). "
+        f"top: overlap of the largest (chance {100 * found.chance_overlap:.0f})"
     )
     table.caption_justify = "left"
     return table

@@ -279,8 +279,8 @@ def _complementary(
         rule="complementary",
         text=f"the models change different things ({_cosines(found, total)}; tops overlap "
         f"{_range(overlaps)}, chance {_percent(found.chance_overlap)}; opposite on {_range(conflicts)} of "
-        f"what both change, chance 50 %).{besides} Start from task_arithmetic with task_arithmetic_layers, or "
-        "with global_weights where a candidate is expensive to score",
+        f"what both change, chance 50 %).{besides} Start from task_arithmetic with task_arithmetic_layers, "
+        "or with global_weights where a candidate is expensive to score",
     )
 
 
