@@ -335,6 +335,39 @@ def analyze(
     _out.data(delivery.as_data(found, advised))
 
 
+@_command(app, "fisher")
+def fisher(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, one sequence per line.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
+    labels: Annotated[
+        str, typer.Option(help="text: the empirical Fisher; model: tokens drawn from its own predictions.")
+    ] = "text",
+    sequences: Annotated[int | None, typer.Option(min=1, help="Use the first lines only.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a line that count.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawn tokens, with --labels model.")] = 0,
+) -> None:
+    """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
+    from rich.progress import Progress
+
+    from evomerge.merging.fisher import estimate
+
+    with Progress(console=_out.console, transient=True, disable=_out.quiet or _out.json) as progress:
+        task = progress.add_task("sequences", total=None)
+        done = estimate(
+            model,
+            text,
+            out,
+            labels=labels,
+            sequences=sequences,
+            max_length=max_length,
+            seed=seed,
+            progress=lambda number, total: progress.update(task, completed=number, total=total),
+        )
+    _out.say(f"wrote {_shown(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})")
+    _out.data({"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "mean": done.mean})
+
+
 @_command(app, "evaluate")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],

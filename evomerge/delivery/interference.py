@@ -256,11 +256,13 @@ def _map(found: Interference, measure: Measure, width: int) -> list[RenderableTy
     layers = {layer: tally for layer, tally in found.by_layer().items() if layer is not None}
     columns = found.by_kind()
     parts: list[RenderableType] = []
+    cell = max(len(_cell(measure, tally)) for tally in (*cells.values(), *layers.values()))
+    widths = [max(len(label), cell) + 2 for label in short]  # a space and a divider each
     start = 0
     while start < len(kinds):
-        stop, used = start, len("layer") + 9
-        while stop < len(kinds) and (stop == start or used + max(len(short[stop]), 4) + 2 <= width):
-            used += max(len(short[stop]), 4) + 2
+        stop, used = start + 1, len("layer") + cell + 6 + widths[start]
+        while stop < len(kinds) and used + widths[stop] <= width:
+            used += widths[stop]
             stop += 1
         shown = kinds[start:stop]
         table = _table("layer", *short[start:stop], "all", title=measure.title if not start else None)

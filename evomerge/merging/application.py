@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 
 
 def apply(
-    group: TensorGroup, base: Tensor | None, tensors: Sequence[Tensor], *, seed: int, tensor: str
+    group: TensorGroup,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    *,
+    seed: int,
+    tensor: str,
+    fishers: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the group's method applied to float32 tensors, one per source; they are not modified.
 
-    seed and tensor (the output tensor's name) own the draws of random methods.
+    seed and tensor (the output tensor's name) own the draws of random methods. fishers: one tensor per
+    source, for methods that need them.
 
     >>> import torch
     >>> half = TensorGroup(method="linear", sources=("a", "b"))
@@ -32,6 +39,8 @@ def apply(
     }
     if method.random:
         arguments["generators"] = generators(seed, tensor, group.sources)
+    if method.fisher:
+        arguments["fishers"] = fishers
     return method.function(base, tensors, **arguments)
 
 

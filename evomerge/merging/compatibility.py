@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.merging import fisher
 from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import HEADS
 from evomerge.merging.recipe import Recipe, TensorGroup
@@ -39,6 +40,7 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
             raise ConfigError(f"recipe: model {name!r} was not opened", fix=nearest(name, sources))
     notes = check_models({name: sources[name] for name in names})
     _check_groups(recipe, sources[recipe.tokenizer])
+    fisher.check(recipe, sources[recipe.tokenizer].headers)
     return notes
 
 
@@ -181,7 +183,7 @@ def _try(group: TensorGroup) -> None:
     import torch
 
     ones = [torch.ones(1) for _ in group.sources]
-    apply(group, torch.ones(1), ones, seed=0, tensor="")
+    apply(group, torch.ones(1), ones, seed=0, tensor="", fishers=ones)
 
 
 def _row(vocabulary: Mapping[str, int], token: str) -> str:

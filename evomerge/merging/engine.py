@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.errors import DiskError, NonFiniteError
-from evomerge.merging import methods
+from evomerge.merging import fisher, methods
 from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
 from evomerge.merging.compatibility import check
@@ -58,6 +58,7 @@ class Inputs(Protocol):
 
     def model(self, source: str, tensor: str) -> Tensor: ...
     def task_vector(self, source: str, base: str, tensor: str) -> Tensor: ...
+    def fisher(self, file: str, tensor: str) -> Tensor: ...
 
 
 class FileInputs:
@@ -78,6 +79,9 @@ class FileInputs:
     def task_vector(self, source: str, base: str, tensor: str) -> Tensor:
         return self.model(source, tensor) - self.model(base, tensor)
 
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
+
 
 def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs) -> Tensor:
     """Return one output tensor of a recipe, rounded to the recipe's dtype.
@@ -92,7 +96,9 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs) -> Tensor:
         tensors = [inputs.task_vector(source, recipe.base, tensor) for source in group.sources]
     else:
         tensors = [inputs.model(source, tensor) for source in group.sources]
-    merged = apply(group, base, tensors, seed=recipe.seed, tensor=tensor)
+    files = [recipe.fisher[source] for source in group.sources] if method.fisher else []
+    fishers = [inputs.fisher(file, tensor) for file in files]
+    merged = apply(group, base, tensors, seed=recipe.seed, tensor=tensor, fishers=fishers)
     return rounded(merged, recipe.dtype, tensor, group)
 
 

@@ -66,6 +66,8 @@ NEUTRAL = {
     "multislerp": {"normalize_weights": True},
 }
 """Parameters we understand only at the value that changes nothing; any other is refused by name."""
+OURS = ("chained_slerp", "fisher")
+"""Methods mergekit does not have."""
 EMBEDDINGS = ("embed", "wte", "wpe")
 """Parts of the names of tensors before the first layer; mergekit gives them the first slice's parameters."""
 STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -131,6 +133,10 @@ def read(
     if "merge_method" not in data:
         raise ConfigError("mergekit file: missing key 'merge_method'")
     method = methods.get(str(data["merge_method"]))
+    if method.name in OURS:
+        raise ConfigError(
+            f"mergekit file: {method.name} is not one of its methods", fix="write a recipe.yaml"
+        )
     slices = _slices(data, method)
     base = data.get("base_model")
     tokenizer = _tokenizer(data)

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
-from evomerge.merging import methods
+from evomerge.merging import fisher, methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor
 from evomerge.merging.recipe import Recipe
@@ -93,7 +93,8 @@ class Workbench:
                 got=recipe.tokenizer,
                 fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
             )
-        shape = tuple((group.layers, group.match, group.method, group.sources) for group in recipe.groups)
+        places = tuple((group.layers, group.match, group.method, group.sources) for group in recipe.groups)
+        shape = places, tuple(recipe.fisher.items())
         if shape not in self._checked:
             check(recipe, self.sources)
             self._checked.add(shape)
@@ -129,6 +130,9 @@ class _WarmInputs:
             self._vectors[key] = self._sources[source].tensor(tensor) - self._bases[base, tensor]
         return self._vectors[key]
 
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
+
 
 def _key(recipe: Recipe, position: int) -> Hashable:
     """Return what determines the bits a group makes of a tensor."""
@@ -141,6 +145,7 @@ def _key(recipe: Recipe, position: int) -> Hashable:
         recipe.dtype,
         recipe.base if method.uses_base(recipe.base) else None,
         recipe.seed if method.random else None,
+        tuple(recipe.fisher[source] for source in group.sources) if method.fisher else None,
     )
 
 

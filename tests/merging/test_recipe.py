@@ -46,7 +46,13 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 method=method.name, sources=tuple(sources), parameters=parameters, layers=layers, match=match
             )
         )
-    return recipe(groups=tuple(groups), dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 2**40)))
+    fisher = {name: f"m/{name}.safetensors" for name in MODELS}
+    return recipe(
+        groups=tuple(groups),
+        fisher=fisher,
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 2**40)),
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -66,6 +72,18 @@ def test_the_hash_is_what_changes_the_bits() -> None:
     assert recipe("dare_ties").hash != recipe("dare_ties", seed=4).hash
     different = [plain, recipe(dtype="float16"), recipe(parameters={"density": 0.5}), recipe("dare_ties")]
     assert len({each.hash for each in different}) == 4
+    files = {"a": "a.fisher", "b": "b.fisher"}
+    assert recipe(fisher=files).hash == plain.hash  # ties reads none
+    assert recipe("fisher", fisher=files).hash != recipe("fisher", fisher=files | {"b": "c.fisher"}).hash
+
+
+def test_a_fisher_method_needs_a_file_for_every_source() -> None:
+    with pytest.raises(
+        ConfigError, match=r"Fisher information\n.*\n  got: none for b\n  do: evomerge fisher"
+    ):
+        recipe("fisher", fisher={"a": "a.fisher"})
+    with pytest.raises(ConfigError, match="fisher names an unknown model 'c'"):
+        recipe(fisher={"c": "c.fisher"})
 
 
 @pytest.mark.parametrize(

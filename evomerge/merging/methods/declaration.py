@@ -65,7 +65,7 @@ class Method:
 
     `inputs` says what the function's second argument holds, one tensor per source: the sources' own
     weights ("models"), their differences from the base ("task_vectors"), or "either": differences where
-    the recipe has a base, else weights.
+    the recipe has a base, else weights. `fisher` methods also get the Fisher tensors of their sources.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Method:
     min_sources: int
     max_sources: int | None
     random: bool
+    fisher: bool
     parameters: Mapping[str, Parameter]
 
     def parameter(self, name: str, where: str) -> Parameter:
@@ -101,6 +102,16 @@ INPUTS: dict[Inputs, str] = {
     "task_vectors": "the sources' task vectors",
     "either": "the sources' task vectors where the recipe has a base, else on their own weights",
 }
+ALIASES = {
+    "uniform soup (Wortsman et al. 2022, section 2)": "`linear` with equal weights, its default",
+    "greedy soup (the same, algorithm 1)": "a baseline of every run, which has the scores it needs; its "
+    "recipe is `linear` over the ingredients it kept",
+    "task-vector addition (Ilharco et al. 2022, section 4)": "`task_arithmetic`, a weight per source",
+    "task-vector negation (the same, section 3)": "`task_arithmetic` with negative weights",
+    "task-vector scaling": "`task_arithmetic` with one source: its `weight`, or `lambda` for all sources",
+    "linear interpolation (LERP)": "`linear` with weights 1 - t and t",
+}
+"""Merges that have a name of their own but are one of the methods here."""
 _REGISTRY: dict[str, Method] = {}
 
 
@@ -112,12 +123,14 @@ def method(
     needs_base: bool | None = None,
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
+    fisher: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a merge method; the decorated function keeps working as a plain function.
 
     It is called as `function(base, tensors, **parameters)`; per-source parameters arrive as tuples in
-    source order, `lambda` arrives as `lambda_`, and a random method also gets `generators`, one
-    `torch.Generator` per source. The first line of its docstring becomes the summary.
+    source order, `lambda` arrives as `lambda_`. A random method also gets `generators`, one
+    `torch.Generator` per source; a fisher method `fishers`, one tensor per source. The first line of its
+    docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,6 +145,7 @@ def method(
             min_sources=sources[0],
             max_sources=sources[1],
             random=random,
+            fisher=fisher,
             parameters={p.name: p for p in parameters},
         )
         return function
@@ -157,6 +171,10 @@ def markdown() -> str:
         "# Merge methods",
         "",
         "Made from the declarations by `python -m evomerge.merging.methods > docs/methods.md`.",
+        "",
+        "Also known as:",
+        "",
+        *(f"- {name}: {how}." for name, how in ALIASES.items()),
     ]
     for name in names():
         found = _REGISTRY[name]
@@ -172,7 +190,8 @@ def markdown() -> str:
             "",
             f"Works on {needs}; {count}"
             f"{'; needs a base' if found.needs_base else ''}"
-            f"{'; draws masks from the recipe seed' if found.random else ''}. Paper: {found.paper}.",
+            f"{'; draws masks from the recipe seed' if found.random else ''}"
+            f"{'; needs a Fisher file per source' if found.fisher else ''}. Paper: {found.paper}.",
         ]
         if found.parameters:
             lines += ["", "| parameter | one per | default | range | meaning |", "|---|---|---|---|---|"]
