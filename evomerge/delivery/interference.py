@@ -156,7 +156,7 @@ def terminal(found: Interference, advised: Advised, *, measure: str, width: int)
     parts += [_models(found, total), _pairs(found, total, advised)]
     parts.append(Text(_shares(total)))
     parts += _map(found, measures(found)[measure], width)
-    parts.append(Text(f"{advised.verdict}: start from {advised.method}, {advised.preset}", style="bold"))
+    parts.append(Text(f"\n{advised.verdict}: start from {advised.method}, {advised.preset}", style="bold"))
     parts.append(_advice(advised))
     parts += [Text(f"note: {note}", style="yellow") for note in found.notes]
     return Group(*parts)
@@ -256,7 +256,7 @@ def _map(found: Interference, measure: Measure, width: int) -> list[RenderableTy
     layers = {layer: tally for layer, tally in found.by_layer().items() if layer is not None}
     columns = found.by_kind()
     parts: list[RenderableType] = []
-    cell = max(len(_cell(measure, tally)) for tally in (*cells.values(), *layers.values()))
+    cell = max((len(_cell(measure, tally)) for tally in (*cells.values(), *layers.values())), default=0)
     widths = [max(len(label), cell) + 2 for label in short]  # a space and a divider each
     start = 0
     while start < len(kinds):

@@ -38,7 +38,10 @@ def write_html(found: Interference, advised: Advised, out: Path) -> Path:
         found=found,
         advised=advised,
         total=total,
-        kinds=[(kind, tally, _mean(tally.relative)) for kind, tally in kinds.items()],
+        kinds=[
+            (kind, tally, _mean(tally.relative), f"{round(tally.mean_cosine, 3) + 0.0:.3f}")
+            for kind, tally in kinds.items()
+        ],
         rules=RULES.values(),
         caveat=CAVEAT,
         shares=list(zip(SHARES, total.shares / max(total.count, 1), total.chance_shares, strict=True)),
@@ -98,7 +101,8 @@ def _map(found: Interference) -> go.Figure:
     known = measures(found)
     for index, measure in enumerate(known.values()):
         values = [[_value(measure, cells.get((layer, kind))) for kind in kinds] for layer in layers]
-        rows = [f"layer {layer}" for layer in layers]
+        rows = [f"layer {layer}" for layer in layers] or ["-"]
+        values = values or [[]]
         columns = list(short)
         for label, tally in zip(labels(list(rest)), rest.values(), strict=True):
             columns.append(label)
@@ -127,7 +131,7 @@ def _map(found: Interference) -> go.Figure:
                 "xanchor": "left",
                 "y": 1.0,
                 "yanchor": "bottom",
-                "pad": {"b": 34},
+                "pad": {"b": 30},
                 "showactive": True,
                 "buttons": [
                     {
@@ -142,7 +146,7 @@ def _map(found: Interference) -> go.Figure:
     )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(side="top", showgrid=False, tickangle=0 if len(kinds) < 14 else -45)
-    return _styled(figure, height=26 * len(layers) + 170, top=110)
+    return _styled(figure, height=26 * len(layers) + 130, top=75)
 
 
 def _heat(

@@ -136,7 +136,6 @@ def test_the_page_is_self_contained_and_drawn(measured: tuple[Interference, Advi
     text = page.read_text()
     outside = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(src|href)=[\"'](?!data:)", outside)
-    assert all(rule.split(" {")[0] in outside for rule in ("task_arithmetic",))
     for each in measured[1].advice:
         assert each.text.split(" (")[0] in outside.replace("&#39;", "'")
     if CHROMIUM is None:
