@@ -111,6 +111,10 @@ class AdaptedCheckpoint:
         parts = [self.base.fingerprint, self._settings, sample_hash(self.adapter / WEIGHTS)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
+        """Return the tensor in float32 where the adapter changes it, else as stored."""
+        return self.tensor(name) if name in self.updates else self.base.stored(name, mapped=mapped)
+
     def tensor(self, name: str) -> Tensor:
         """Return base + scale * B A in float32. It must not be modified."""
         base = self.base.tensor(name)

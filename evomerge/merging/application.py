@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge.merging import methods
+from evomerge.merging.methods.draws import keys
 from evomerge.merging.recipe import TensorGroup
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 
 def apply(
@@ -33,29 +32,18 @@ def apply(
     >>> apply(half, None, [torch.zeros(1), torch.ones(1)], seed=0, tensor="norm.weight")
     tensor([0.5000])
     """
-    method = methods.get(group.method)
-    arguments: dict[str, Any] = {
+    function = methods.get(group.method).function
+    found = arguments(group, seed=seed, tensor=tensor)
+    if methods.get(group.method).fisher:
+        found["fishers"] = fishers
+    return function(base, tensors, **found)
+
+
+def arguments(group: TensorGroup, *, seed: int, tensor: str) -> dict[str, Any]:
+    """Return what the group's method is called with besides tensors."""
+    named: dict[str, Any] = {
         "lambda_" if name == "lambda" else name: value for name, value in group.parameters.items()
     }
-    if method.random:
-        arguments["generators"] = generators(seed, tensor, group.sources)
-    if method.fisher:
-        arguments["fishers"] = fishers
-    return method.function(base, tensors, **arguments)
-
-
-def generators(seed: int, tensor: str, sources: Sequence[str]) -> list[Generator]:
-    """Return the random generator of each source for one tensor.
-
-    Owned by (seed, tensor, source), so neither the order of work nor other sources change the draws. A
-    source that appears twice draws independently the second time. The masks of random methods are
-    always drawn on the CPU: other devices have other generators.
-    """
-    import torch
-
-    made = []
-    for position, source in enumerate(sources):
-        occurrence = sources[:position].count(source)
-        digest = hashlib.sha256(json.dumps([seed, tensor, source, occurrence]).encode()).digest()
-        made.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little")))
-    return made
+    if methods.get(group.method).random:
+        named["keys"] = keys(seed, tensor, group.sources)
+    return named

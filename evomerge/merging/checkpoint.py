@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
-from evomerge.merging.tensorfile import Header, read_header
+from evomerge.merging.tensorfile import ITEM_SIZES, TYPES, Header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,11 +139,35 @@ class Checkpoint:
         text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def stored(self, name: str) -> Tensor:
-        """Return a tensor as stored, memory-mapped. It must not be modified."""
+    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
+        """Return a tensor as stored. It must not be modified.
+
+        mapped: a view of the mapped file, which stays in memory as long as the system likes; else a copy
+        that goes when the caller lets it go.
+        """
+        if not mapped:
+            return self._read(name)
         if name not in self._views:
             self._views[name] = self._handle(self._files[name]).get_tensor(name)
         return self._views[name]
+
+    def _read(self, name: str) -> Tensor:
+        import torch
+
+        header, path = self._stored[name], self._files[name]
+        data = torch.empty(header.count * ITEM_SIZES[header.dtype], dtype=torch.uint8)
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(header.offset)
+                view = memoryview(data.numpy())  # type: ignore[arg-type]
+                while view:
+                    done = file.readinto(view)
+                    if not done:
+                        raise ModelError(f"{path}: ends within tensor {name!r}", fix="copy the model again")
+                    view = view[done:]
+        except OSError as error:
+            raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+        return data.view(getattr(torch, TYPES[header.dtype])).view(header.shape)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in float32. It must not be modified: it may be the mapped file itself."""

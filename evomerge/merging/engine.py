@@ -6,6 +6,7 @@ and that is why what was scored is what is exported, bit for bit.
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import json
 import math
@@ -13,16 +14,24 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import DiskError, NonFiniteError
-from evomerge.merging import fisher, methods
-from evomerge.merging.application import apply
+from evomerge.merging import kernels, methods
+from evomerge.merging.application import arguments
 from evomerge.merging.checkpoint import INDEX, SINGLE, read_json
 from evomerge.merging.compatibility import check
+from evomerge.merging.inputs import FileInputs, Inputs
+from evomerge.merging.kernels import Operand
+from evomerge.merging.methods import blend
+from evomerge.merging.methods.declaration import Method
+from evomerge.merging.methods.reduction import as_rows, gram
+from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import Source, open_used
 from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, sync
@@ -31,6 +40,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
+MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
+"""mallopt's parameter (malloc.h) for the size from which blocks are mapped one by one, and that size."""
+ROWS_AT_ONCE = 1 << 18
+"""Elements that methods working row by row are given at a time."""
 DISK_MARGIN = 64_000_000
 """Bytes kept free beside the weights: tokenizer, config, and the file system's own."""
 COPIED = (
@@ -53,69 +66,144 @@ class NonFiniteWeights(NonFiniteError):  # noqa: N818  (named for what it report
     """A merged tensor has NaN or infinite elements: the recipe's parameters make no model."""
 
 
-class Inputs(Protocol):
-    """Where `merge_tensor` gets tensors from: files, or the workbench's caches. All float32."""
-
-    def model(self, source: str, tensor: str) -> Tensor: ...
-    def task_vector(self, source: str, base: str, tensor: str) -> Tensor: ...
-    def fisher(self, file: str, tensor: str) -> Tensor: ...
-
-
-class FileInputs:
-    """Tensors straight from the sources; only those of the tensor being made are kept."""
-
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self._sources = sources
-        self._current = ""
-        self._kept: dict[str, Tensor] = {}
-
-    def model(self, source: str, tensor: str) -> Tensor:
-        if tensor != self._current:
-            self._current, self._kept = tensor, {}
-        if source not in self._kept:
-            self._kept[source] = self._sources[source].tensor(tensor)
-        return self._kept[source]
-
-    def task_vector(self, source: str, base: str, tensor: str) -> Tensor:
-        return self.model(source, tensor) - self.model(base, tensor)
-
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher.tensor(file, tensor)
-
-
-def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs) -> Tensor:
+def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | None = None) -> Tensor:
     """Return one output tensor of a recipe, rounded to the recipe's dtype.
 
     The method computes in float32; rounding is to nearest, ties to even. Raises NonFiniteWeights.
+
+    out: a tensor of a live model to write into (then returned); it may have another type than the
+        recipe's, and then holds the rounded values.
     """
-    group = recipe.group_for(tensor)
-    method = methods.get(group.method)
-    base = inputs.model(recipe.base, tensor) if recipe.base and method.uses_base(recipe.base) else None
-    if method.uses_task_vectors(recipe.base):
-        assert recipe.base is not None
-        tensors = [inputs.task_vector(source, recipe.base, tensor) for source in group.sources]
-    else:
-        tensors = [inputs.model(source, tensor) for source in group.sources]
-    files = [recipe.fisher[source] for source in group.sources] if method.fisher else []
-    fishers = [inputs.fisher(file, tensor) for file in files]
-    merged = apply(group, base, tensors, seed=recipe.seed, tensor=tensor, fishers=fishers)
-    return rounded(merged, recipe.dtype, tensor, group)
-
-
-def rounded(merged: Tensor, dtype: str, tensor: str, group: TensorGroup | None = None) -> Tensor:
-    """Round a tensor to a recipe's dtype, or raise NonFiniteWeights naming it."""
     import torch
 
-    result = merged.to(getattr(torch, dtype))
-    if result.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(result)).tolist())):
-        made = "" if group is None else f" by group {group.label()!r} ({group.method})"
-        raise NonFiniteWeights(
-            f"the merged tensor {tensor!r} is not finite",
-            expected=f"finite {dtype} numbers",
-            got=f"NaN or infinite elements made{made}",
-            fix="use smaller weights or lambda, and check that the sources themselves are finite",
+    group = recipe.group_for(tensor)
+    method = methods.get(group.method)
+    base = recipe.base if method.uses_base(recipe.base) else None
+    subtracted = base if method.uses_task_vectors(recipe.base) else None
+    operands = [inputs.operand(source, tensor, subtracted) for source in group.sources]
+    origin = None if base is None else inputs.operand(base, tensor, None).tensor
+    settings = arguments(group, seed=recipe.seed, tensor=tensor)
+    if method.fisher:
+        settings["fishers"] = [inputs.fisher(recipe.fisher[source], tensor) for source in group.sources]
+    measure = _Measure(inputs, group.sources, tensor, subtracted, operands, origin)
+    plan = None if method.blend is None else method.blend(measure, **settings)
+    dtype = getattr(torch, recipe.dtype)
+    if plan is None:
+        merged = _by_function(method, origin, operands, settings, dtype)
+        return _delivered(merged, out, tensor, group)
+    if not kernels.available():
+        full = None if origin is None else origin.to(torch.float32)
+        merged = blend.run(plan, full, [_alone(each, origin) for each in operands])
+        return _delivered(merged.to(dtype), out, tensor, group)
+    computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    direct = out is not None and kernels.fits(out) and (out.dtype == dtype or recipe.dtype == "bfloat16")
+    space = out if direct else torch.empty(operands[0].tensor.shape, dtype=computed)
+    assert space is not None
+    rounded = recipe.dtype == "bfloat16"
+    finite = kernels.blend(
+        plan, origin, operands, measure.boundary, space, add_base=subtracted is not None, rounded=rounded
+    )
+    if not finite:
+        raise _not_finite(tensor, recipe.dtype, group)
+    return space if direct else _delivered(space.to(dtype), out, tensor, group)
+
+
+def _by_function(
+    method: Method, base: Tensor | None, operands: list[Operand], settings: dict[str, Any], dtype: Any
+) -> Tensor:
+    """Call a method that is no blend, some rows at a time where it lets us, and round the result."""
+    import torch
+
+    shape = operands[0].tensor.shape
+    if not method.by_rows or len(shape) < 2:
+        full = None if base is None else base.to(torch.float32)
+        inputs = [_alone(operands.pop(0), base) for _ in range(len(operands))]  # used up: half the memory
+        return method.function(full, inputs, **settings).to(dtype)
+    rows = [as_rows(each.tensor) for each in operands]
+    count, columns = rows[0].shape
+    step = max(1, ROWS_AT_ONCE // max(columns, 1))
+    merged = torch.empty((count, columns), dtype=dtype)
+    for start in range(0, count, step):
+        here = slice(start, start + step)
+        origin = None if base is None else as_rows(base)[here]
+        inputs = [
+            _alone(Operand(matrix[here], each.minus_base), origin)
+            for matrix, each in zip(rows, operands, strict=True)
+        ]
+        full = None if origin is None else origin.to(torch.float32)
+        first = {"first": start * columns} if method.random else {}
+        merged[here] = method.function(full, inputs, **settings, **first).to(dtype)
+    return merged.view(shape)
+
+
+def _alone(operand: Operand, base: Tensor | None) -> Tensor:
+    """Return an operand as a method takes it: float32, its base subtracted."""
+    import torch
+
+    tensor = operand.tensor.to(torch.float32)
+    if not operand.minus_base:
+        return tensor
+    assert base is not None
+    return tensor - base.to(torch.float32)
+
+
+def _delivered(merged: Tensor, out: Tensor | None, tensor: str, group: TensorGroup) -> Tensor:
+    """Check a merged tensor, and put it into `out` if there is one."""
+    if not all_finite(merged):
+        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), group)
+    return merged if out is None else out.copy_(merged)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Say whether no element is NaN or infinite."""
+    import torch
+
+    return not tensor.numel() or all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
+
+
+def _not_finite(tensor: str, dtype: str, group: TensorGroup) -> NonFiniteWeights:
+    return NonFiniteWeights(
+        f"the merged tensor {tensor!r} is not finite",
+        expected=f"finite {dtype} numbers",
+        got=f"NaN or infinite elements made by group {group.label()!r} ({group.method})",
+        fix="use smaller weights or lambda, and check that the sources themselves are finite",
+    )
+
+
+class _Measure:
+    """What a method may ask about the inputs of one tensor, answered by `Inputs` if it has been before."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        sources: tuple[str, ...],
+        tensor: str,
+        base: str | None,
+        operands: list[Operand],
+        origin: Tensor | None,
+    ) -> None:
+        self._inputs, self._operands, self._origin = inputs, operands, origin
+        self._places = [(source, base, tensor) for source in sources]
+        self.count, self.size = len(operands), operands[0].tensor.numel()
+
+    def gram(self) -> list[list[float]]:
+        def compute() -> list[list[float]]:
+            if kernels.available():
+                return kernels.gram(self._origin, self._operands)
+            return gram([_alone(each, self._origin) for each in self._operands])
+
+        return self._inputs.gram(tuple(self._places), compute)
+
+    def boundary(self, index: int, rank: int) -> Boundary:
+        """Return the boundary above which `rank` elements of an operand are."""
+        if rank <= 0:
+            return NOTHING
+        if rank >= self.size:
+            return EVERYTHING
+        operand = self._operands[index]
+        return self._inputs.boundary(
+            self._places[index], rank, lambda: kernels.magnitudes(operand, self._origin)
         )
-    return result
 
 
 def write(
@@ -145,6 +233,7 @@ def write(
         )
     sources = open_used(recipe) if sources is None else sources
     check(recipe, sources)
+    _return_memory()
     pattern = sources[recipe.tokenizer]
     shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
     parent = _existing_parent(out)
@@ -180,14 +269,37 @@ def plan_shards(
 def _write_weights(
     recipe: Recipe, inputs: Inputs, shards: Mapping[str, Mapping[str, Header]], folder: Path
 ) -> None:
+    merged = _in_order(recipe, inputs, [each for headers in shards.values() for each in headers.items()])
     for file, headers in shards.items():
         with ShardWriter(folder / file, headers) as writer:
             for name in headers:
-                writer.add(name, merge_tensor(recipe, name, inputs))
+                writer.add(name, next(merged))
     if len(shards) > 1:
         size = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
         where = {name: file for file, headers in shards.items() for name in headers}
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Tensor]:
+    """Yield merged tensors in order, merging ahead on torch's number of threads.
+
+    No more elements are under way at a time than the largest tensor has, so memory stays that of one.
+    """
+    import torch
+
+    most = max((header.count for _, header in tensors), default=0)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        ahead: deque[tuple[int, Future[Tensor]]] = deque()
+        try:
+            for name, header in tensors:
+                while ahead and sum(count for count, _ in ahead) + header.count > most:
+                    yield ahead.popleft()[1].result()
+                ahead.append((header.count, pool.submit(merge_tensor, recipe, name, inputs)))
+            while ahead:
+                yield ahead.popleft()[1].result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
 
 
 def _write_rest(recipe: Recipe, pattern: Source, folder: Path) -> None:
@@ -202,6 +314,12 @@ def _write_rest(recipe: Recipe, pattern: Source, folder: Path) -> None:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _return_memory() -> None:
+    """Have the C library hand large blocks back to the system when they are freed, where it can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _existing_parent(out: Path) -> Path:

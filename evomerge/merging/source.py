@@ -42,6 +42,10 @@ class Source(Protocol):
         """Return a tensor in float32; callers must not modify it."""
         ...
 
+    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
+        """Return a tensor in the type it has; a view of the mapped file if there is one and `mapped`."""
+        ...
+
 
 def open_source(location: str, *, base: str | None = None) -> Source:
     """Open a model folder, hub id, `path+adapter`, or adapter folder; raise ModelError.

@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -38,6 +38,8 @@ ITEM_SIZES = {
     "U8": 1,
     "BOOL": 1,
 }
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The types a merge can read, by code."""
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 HEADER_LIMIT = 100_000_000
 """Largest header the safetensors library accepts, in bytes."""
@@ -45,10 +47,14 @@ HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a file says about one tensor: its shape, its type in safetensors' code, e.g. `BF16`."""
+    """What a file says about one tensor: its shape, its type in safetensors' code, e.g. `BF16`.
+
+    offset: where its data begin, in bytes from the start of the file; no part of its identity.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    offset: int = field(default=0, compare=False)
 
     @property
     def count(self) -> int:
@@ -81,15 +87,16 @@ def read_header(path: Path) -> dict[str, Header]:
     if not isinstance(data, dict):
         raise _damaged(path, "a header that is not a mapping")
     data.pop("__metadata__", None)
-    return _validated(path, data, size - 8 - length)
+    return _validated(path, data, 8 + length, size)
 
 
-def _validated(path: Path, data: Mapping[str, Any], available: int) -> dict[str, Header]:
+def _validated(path: Path, data: Mapping[str, Any], begin: int, size: int) -> dict[str, Header]:
     entries = []
     for name, entry in data.items():
         try:
-            header = Header(shape=tuple(map(int, entry["shape"])), dtype=str(entry["dtype"]))
             start, end = map(int, entry["data_offsets"])
+            shape = tuple(map(int, entry["shape"]))
+            header = Header(shape=shape, dtype=str(entry["dtype"]), offset=begin + start)
         except (KeyError, TypeError, ValueError):
             raise _damaged(path, f"an unreadable entry for tensor {name!r}") from None
         if header.dtype not in ITEM_SIZES:
@@ -103,8 +110,8 @@ def _validated(path: Path, data: Mapping[str, Any], available: int) -> dict[str,
         if start != expected:
             raise _damaged(path, f"tensor {name!r} at byte {start} instead of {expected}")
         expected = end
-    if expected != available:
-        raise _damaged(path, f"{available} bytes of weights where the header announces {expected}")
+    if expected != size - begin:
+        raise _damaged(path, f"{size - begin} bytes of weights where the header announces {expected}")
     return {name: header for _, _, name, header in entries}
 
 

@@ -4,21 +4,23 @@
     bench.load(recipe)          # bench.model now has the recipe's weights
     bench.load(next_recipe)     # only tensors whose group changed are merged again
 
-Memory beside the live model: four bytes per parameter for the base and for each source, once a method
-on task vectors has used them. Methods on the models themselves (linear, slerp) read the memory-mapped
-files instead. Weights are rounded to the recipe's dtype before they go into the live model, whatever it
-computes in, so what is scored is what `engine.write` exports.
+Memory beside the live model: the sources' files, memory-mapped (shared by all processes that map them),
+and what trimming by magnitude remembers of each task vector (see `Spectrum`). Weights are rounded to the
+recipe's dtype before they go into the live model, whatever it computes in, so what is scored is what
+`engine.write` exports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
-from evomerge.merging import fisher, methods
+from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.engine import merge_tensor
+from evomerge.merging.inputs import WarmInputs
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import Source, open_sources
 
@@ -27,12 +29,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+WORTH_THREADS = 1_000_000
+"""Parameters to merge from which on several threads are faster than one."""
+
+
 class Workbench:
     """Holds the models of a search, opened once, and one live model to score candidates with.
 
     models, base: names and locations as in a Recipe. tokenizer: the model that gives config and
         tokenizer (default as in a Recipe: the base, else the first).
     device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
+    low_memory: remember nothing of trimmed task vectors; such candidates then take longer.
 
     Raises ModelError where the models can't be used or do not fit each other.
     """
@@ -46,6 +53,7 @@ class Workbench:
         device: str = "cpu",
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
+        low_memory: bool = False,
     ) -> None:
         for name in filter(None, (base, tokenizer)):
             if name not in models:
@@ -55,7 +63,7 @@ class Workbench:
         self.sources = open_sources(models, base)
         pattern = {self._pattern: self.sources[self._pattern]}
         self.notes = check_models(pattern | self.sources)
-        self._inputs = _WarmInputs(self.sources)
+        self._inputs = WarmInputs(self.sources, low_memory=low_memory)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
         self.model: PreTrainedModel = _build(self.sources[self._pattern], compute_dtype, attn_implementation)
@@ -79,6 +87,11 @@ class Workbench:
         assert self._tokenizer is not None
         return self._tokenizer
 
+    @property
+    def nbytes(self) -> int:
+        """The memory kept beside the live model and the mapped files, in bytes."""
+        return self._inputs.nbytes
+
     def load(self, recipe: Recipe) -> None:
         """Put a recipe's weights into the live model.
 
@@ -99,39 +112,27 @@ class Workbench:
             check(recipe, self.sources)
             self._checked.add(shape)
         keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
-        for name in self._targets:
-            key = keys[id(recipe.group_for(name))]
-            if self._loaded.get(name) != key:
-                self._put(name, merge_tensor(recipe, name, self._inputs), key)
+        wanted = {name: keys[id(recipe.group_for(name))] for name in self._targets}
+        changed = [name for name, key in wanted.items() if self._loaded.get(name) != key]
+        for name in changed:
+            self._loaded.pop(name, None)
+        for name in self._merged(recipe, changed):
+            self._loaded[name] = wanted[name]
 
-    def _put(self, name: str, weights: Tensor, key: Hashable) -> None:
-        self._loaded.pop(name, None)
-        self._targets[name].copy_(weights)
-        self._loaded[name] = key
+    def _merged(self, recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+        """Merge tensors into the live model, the largest first on torch's number of threads."""
+        import torch
 
+        def merge(name: str) -> str:
+            merge_tensor(recipe, name, self._inputs, out=self._targets[name])
+            return name
 
-class _WarmInputs:
-    """Tensors for `merge_tensor`: the base and the task vectors are kept in float32 once used."""
-
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self._sources = sources
-        self._bases: dict[tuple[str, str], Tensor] = {}
-        self._vectors: dict[tuple[str, str, str], Tensor] = {}
-
-    def model(self, source: str, tensor: str) -> Tensor:
-        kept = self._bases.get((source, tensor))
-        return self._sources[source].tensor(tensor) if kept is None else kept
-
-    def task_vector(self, source: str, base: str, tensor: str) -> Tensor:
-        key = (source, base, tensor)
-        if key not in self._vectors:
-            if (base, tensor) not in self._bases:
-                self._bases[base, tensor] = self._sources[base].tensor(tensor)
-            self._vectors[key] = self._sources[source].tensor(tensor) - self._bases[base, tensor]
-        return self._vectors[key]
-
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher.tensor(file, tensor)
+        threads = torch.get_num_threads()
+        if threads == 1 or sum(self._targets[name].numel() for name in names) < WORTH_THREADS:
+            yield from map(merge, names)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(merge, sorted(names, key=lambda name: -self._targets[name].numel()))
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -30,9 +32,9 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     merge = workbench.merge_tensor
 
-    def counting(recipe: Recipe, name: str, inputs: object) -> torch.Tensor:
+    def counting(recipe: Recipe, name: str, inputs: Any, **options: Any) -> torch.Tensor:
         names.append(name)
-        return merge(recipe, name, inputs)  # type: ignore[arg-type]
+        return merge(recipe, name, inputs, **options)
 
     monkeypatch.setattr(workbench, "merge_tensor", counting)
     return names

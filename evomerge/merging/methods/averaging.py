@@ -1,8 +1,7 @@
 """Methods that average the models themselves: linear, model_stock, and passthrough of a single one.
 
-Pure functions of float32 tensors; rounding, devices and files are the engine's business. Elementwise
-steps are separate multiplications and additions, never fused ones, and sums over a whole tensor go
-through `reduction`, so that results do not depend on the number of threads.
+All but filter-wise Model Stock are blends: coefficients, found without touching a tensor or from inner
+products of whole tensors alone.
 """
 
 from __future__ import annotations
@@ -12,27 +11,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError
-from evomerge.merging.methods.declaration import Parameter, method
+from evomerge.merging.methods.blend import Blend, Measure, Measured, run, weighted_sum
+from evomerge.merging.methods.declaration import Parameter, blended, method
 from evomerge.merging.methods.reduction import as_rows, cosines, row_cosines
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CANCELLED = 1e-3
+"""Weights cancel when |sum| is at most this share of the sum of their absolute values."""
 WEIGHT_LIMIT = 1e4
 """Bound on weights and scales: anything larger leaves float16 and means a slip of the decimal point."""
-CANCELLED = 1e-3
-"""Weights cancel when |sum| falls below this share of the sum of their absolute values."""
 
 
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return the sum of `weight * tensor` in source order, as a new tensor."""
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total += tensor * weight
-    return total
-
-
-@method(
+@blended(
     "linear",
     Parameter(
         name="weight",
@@ -46,13 +38,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     paper="Wortsman et al. 2022, Model soups, arXiv:2203.05482",
     inputs="models",
 )
-def linear(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
-    *,
-    weight: tuple[float, ...],
-    normalize: bool = True,
-) -> Tensor:
+def linear(tensors: Measure, *, weight: tuple[float, ...], normalize: bool = True) -> Blend:
     """Average the models with weights: sum(w x) / sum(w).
 
     The uniform soup of the paper (section 2) is all weights equal; other weights make the learned soup
@@ -66,7 +52,7 @@ def linear(
     tensor([0.2500, 0.2500])
     """
     if not normalize:
-        return weighted_sum(tensors, weight)
+        return Blend(weights=weight)
     total = math.fsum(weight)
     if abs(total) <= CANCELLED * math.fsum(map(abs, weight)):
         raise ConfigError(
@@ -75,10 +61,10 @@ def linear(
             got=f"weights {', '.join(f'{w:g}' for w in weight)} with sum {total:g}",
             fix="change a weight, set normalize: false, or use task_arithmetic to subtract a model",
         )
-    return weighted_sum(tensors, [w / total for w in weight])
+    return Blend(weights=tuple(w / total for w in weight))
 
 
-@method(
+@blended(
     "passthrough",
     Parameter(
         name="scale",
@@ -92,14 +78,26 @@ def linear(
     inputs="models",
     sources=(1, 1),
 )
-def passthrough(base: Tensor | None, tensors: Sequence[Tensor], *, scale: tuple[float, ...]) -> Tensor:
+def passthrough(tensors: Measure, *, scale: tuple[float, ...]) -> Blend:
     """Take one model's weights as they are, times a factor.
 
     >>> import torch
     >>> passthrough(None, [torch.ones(2)], scale=(0.5,))
     tensor([0.5000, 0.5000])
     """
-    return tensors[0] * scale[0]
+    return Blend(weights=scale)
+
+
+def _stock(tensors: Measure, *, filter_wise: bool = False) -> Blend | None:
+    """Return the blend of whole-tensor Model Stock; filter-wise ratios are none."""
+    if filter_wise:
+        return None
+    count = tensors.count
+    cos = cosines(tensors.gram())
+    pairs = [cos[i][j] for i in range(count) for j in range(i)]
+    c = max(math.fsum(pairs) / len(pairs), -0.5 / (count - 1))
+    ratio = count * c / (1.0 + (count - 1) * c)
+    return Blend(weights=(ratio / count,) * count)
 
 
 @method(
@@ -110,6 +108,8 @@ def passthrough(base: Tensor | None, tensors: Sequence[Tensor], *, scale: tuple[
     paper="Jang et al. 2024, Model Stock, arXiv:2403.19522",
     inputs="task_vectors",
     sources=(2, None),
+    blend=_stock,
+    by_rows=True,
 )
 def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = False) -> Tensor:
     """Move from the base towards the models' mean as far as their agreement allows.
@@ -126,18 +126,14 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = 
     >>> model_stock(torch.zeros(2), [torch.ones(2), torch.ones(2)])
     tensor([1., 1.])
     """
+    if not filter_wise:
+        blend = _stock(Measured(tensors))
+        assert blend is not None
+        return run(blend, base, tensors)
     count = len(tensors)
-    lowest = -0.5 / (count - 1)
-    if filter_wise:
-        cos = row_cosines(tensors).clamp(min=lowest)
-        ratios = (count * cos / (1.0 + (count - 1) * cos)).to(base.dtype)
-        mix = weighted_sum(tensors, (1.0 / count,) * count)
-        mix = (as_rows(mix) * ratios[:, None]).view(base.shape)
-    else:
-        angles = cosines(tensors)
-        pairs = [angles[i][j] for i in range(count) for j in range(i)]
-        c = max(math.fsum(pairs) / len(pairs), lowest)
-        ratio = count * c / (1.0 + (count - 1) * c)
-        mix = weighted_sum(tensors, (ratio / count,) * count)
+    cos = row_cosines(tensors).clamp(min=-0.5 / (count - 1))
+    ratios = (count * cos / (1.0 + (count - 1) * cos)).to(base.dtype)
+    mix = weighted_sum(tensors, (1.0 / count,) * count)
+    mix = (as_rows(mix) * ratios[:, None]).view(base.shape)
     mix += base
     return mix

@@ -6,12 +6,14 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.merging.methods.blend import Blend, Measured, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,10 +68,17 @@ class Method:
     `inputs` says what the function's second argument holds, one tensor per source: the sources' own
     weights ("models"), their differences from the base ("task_vectors"), or "either": differences where
     the recipe has a base, else weights. `fisher` methods also get the Fisher tensors of their sources.
+
+    blend: says the method as a `Blend` where it is one (with these parameters: else None).
+    by_rows: rows (the last dimension) are made independently, so a large tensor may be handed to the
+        function some rows at a time; a random one then also takes `first`, the index of their first
+        element in the whole tensor.
     """
 
     name: str
     function: Callable[..., Tensor]
+    blend: Callable[..., Blend | None] | None
+    by_rows: bool
     summary: str
     paper: str
     inputs: Inputs
@@ -124,13 +133,15 @@ def method(
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
     fisher: bool = False,
+    blend: Callable[..., Blend | None] | None = None,
+    by_rows: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a merge method; the decorated function keeps working as a plain function.
 
     It is called as `function(base, tensors, **parameters)`; per-source parameters arrive as tuples in
-    source order, `lambda` arrives as `lambda_`. A random method also gets `generators`, one
-    `torch.Generator` per source; a fisher method `fishers`, one tensor per source. The first line of its
-    docstring becomes the summary.
+    source order, `lambda` arrives as `lambda_`. A random method also gets `keys`, the key of each
+    source's draws (see `draws`), a fisher method `fishers`, one tensor per source. `blend`, if given, says
+    the same as data. The first line of its docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,6 +149,8 @@ def method(
         _REGISTRY[name] = Method(
             name=name,
             function=function,
+            blend=blend,
+            by_rows=by_rows,
             summary=(function.__doc__ or "").strip().splitlines()[0],
             paper=paper,
             inputs=inputs,
@@ -149,6 +162,26 @@ def method(
             parameters={p.name: p for p in parameters},
         )
         return function
+
+    return register
+
+
+def blended(
+    name: str, *parameters: Parameter, **declaration: Any
+) -> Callable[[Callable[..., Blend]], Callable[..., Any]]:
+    """Declare a merge method that says its `Blend` and leaves the tensors to whoever runs it.
+
+    The decorated function takes a `Measure` of the inputs in place of `base, tensors`, and the parameters
+    as in `method`. What it is decorated into takes base and tensors, like every method.
+    """
+
+    def register(blend: Callable[..., Blend]) -> Callable[..., Any]:
+        @functools.wraps(blend)
+        def function(base: Tensor | None, tensors: Sequence[Tensor], **settings: Any) -> Tensor:
+            added = None if declaration["inputs"] == "models" else base
+            return run(blend(Measured(tensors), **settings), added, tensors)
+
+        return method(name, *parameters, blend=blend, **declaration)(function)
 
     return register
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT, weighted_sum
+from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.blend import weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
 
 if TYPE_CHECKING:

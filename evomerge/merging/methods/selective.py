@@ -10,14 +10,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT, weighted_sum
+from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.blend import Ranks, keep_ranks, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
-from evomerge.merging.methods.reduction import BLOCK, as_rows, gram
-from evomerge.merging.methods.task_vectors import keep_count
+from evomerge.merging.methods.reduction import BLOCK, as_rows, norm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIECE = 1 << 18
+"""Elements of a tensor worked on at a time where there are several intermediate results."""
 QUARTILES = (0.25, 0.5, 0.75)
 OUTLYING = 1.5
 """Interquartile ranges above the median from which an importance stands out."""
@@ -52,25 +54,50 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
     """
     import torch
 
+    vectors = [tensor.reshape(-1) for tensor in tensors]
+    pieces = [slice(start, start + PIECE) for start in range(0, base.numel(), PIECE)]
+    kept: Tensor | None = None
     if select_topk < 1.0:
-        mean = weighted_sum(tensors, (1.0 / len(tensors),) * len(tensors))
-        variance = weighted_sum([(d - mean).square() for d in tensors], (1.0 / len(tensors),) * len(tensors))
-        mask = keep_count(variance, int(select_topk * int(torch.count_nonzero(variance)))) > 0.0
-        tensors = [d * mask for d in tensors]
-    products = gram(tensors)
-    energy = [products[i][i] for i in range(len(tensors))]
+        variance = torch.empty_like(base).view(-1)
+        for piece in pieces:
+            variance[piece] = _variance([vector[piece] for vector in vectors])
+        varied = int(select_topk * int(torch.count_nonzero(variance)))
+        kept = keep_ranks(variance, Ranks(last=varied)) > 0.0
+        del variance
+
+    def selected(piece: slice) -> list[Tensor]:
+        return [vector[piece] if kept is None else vector[piece] * kept[piece] for vector in vectors]
+
+    squares = [[norm(each) ** 2 for each in selected(piece)] for piece in pieces]
+    energy = [math.fsum(column) for column in zip(*squares, strict=True)]
     total = math.fsum(energy)
     if total == 0.0:
         return base.clone()
-    sign = torch.copysign(torch.ones_like(base), weighted_sum(tensors, (1.0,) * len(tensors)) + 0.0)
-    mix, divisor = torch.zeros_like(base), torch.zeros_like(base)
-    for vector, share in zip(tensors, energy, strict=True):
+    mix = base.clone().view(-1)
+    for piece in pieces:
+        mix[piece] += _by_majority(selected(piece), [each / total for each in energy])
+    return mix.view(base.shape)
+
+
+def _variance(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the variance of each element across some vectors."""
+    even = (1.0 / len(vectors),) * len(vectors)
+    mean = weighted_sum(vectors, even)
+    return weighted_sum([(d - mean).square() for d in vectors], even)
+
+
+def _by_majority(vectors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return the weighted mean, per element, of those that have the sign of the sum of all."""
+    import torch
+
+    sign = torch.copysign(torch.ones_like(vectors[0]), weighted_sum(vectors, (1.0,) * len(vectors)) + 0.0)
+    mix, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
+    for vector, share in zip(vectors, shares, strict=True):
         agreeing = vector * sign
-        divisor += (agreeing > 0.0) * (share / total)
-        mix += agreeing.clamp_(min=0.0).mul_(share / total)
+        divisor += (agreeing > 0.0) * share
+        mix += agreeing.clamp_(min=0.0).mul_(share)
     mix /= divisor + (divisor == 0.0)
     mix *= sign
-    mix += base
     return mix
 
 
@@ -80,6 +107,7 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
     paper="none; Alchemonaut 2024, QuartetAnemoi-70B model card; mergekit's nearswap",
     inputs="task_vectors",
     sources=(1, 1),
+    by_rows=True,
 )
 def nearswap(base: Tensor, tensors: Sequence[Tensor], *, t: float) -> Tensor:
     """Move each element of the base towards the source by at most t.

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT, weighted_sum
-from evomerge.merging.methods.declaration import Parameter, method
-from evomerge.merging.methods.reduction import SHORTEST, cosines, gram
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.blend import Blend, Measure
+from evomerge.merging.methods.declaration import Parameter, blended
+from evomerge.merging.methods.reduction import SHORTEST, cosines
 
 NEARLY_PARALLEL = 0.9995
 """Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
@@ -30,7 +27,7 @@ SHARE = Parameter(
 )
 
 
-@method(
+@blended(
     "slerp",
     Parameter(
         name="t", default=0.5, low=0.0, high=1.0, help="0 is the first source, 1 the second, along the arc"
@@ -40,11 +37,10 @@ SHARE = Parameter(
     sources=(2, 2),
 )
 def slerp(
-    base: Tensor | None,
-    tensors: Sequence[Tensor],
+    tensors: Measure,
     *,
     t: float,
-) -> Tensor:
+) -> Blend:
     """Interpolate between two models along the arc between them.
 
     Shoemake's equation with the angle between the whole tensors read as vectors; lengths are not
@@ -56,17 +52,17 @@ def slerp(
     >>> slerp(None, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], t=0.5)
     tensor([0.7071, 0.7071])
     """
-    return weighted_sum(tensors, _arc(cosines(tensors)[0][1], t))
+    return Blend(weights=_arc(cosines(tensors.gram())[0][1], t))
 
 
-@method(
+@blended(
     "chained_slerp",
     SHARE,
     paper="Shoemake 1985, Animating rotation with quaternion curves, applied source by source",
     inputs="models",
     sources=(2, None),
 )
-def chained_slerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[float, ...]) -> Tensor:
+def chained_slerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     """Interpolate along arcs source by source, in their order: slerp of slerps.
 
     Starts at the first source; the i-th moves the result so far towards itself, as slerp does, by
@@ -82,9 +78,9 @@ def chained_slerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tup
     >>> chained_slerp(None, [x, y, x], weight=(1.0, 1.0, 2.0))
     tensor([0.9239, 0.3827])
     """
-    shares, products = _shares(weight), gram(tensors)
+    shares, products = _shares(weight), tensors.gram()
     point, passed = [1.0], shares[0]
-    for i in range(1, len(tensors)):
+    for i in range(1, len(shares)):
         passed += shares[i]
         t = shares[i] / passed if shares[i] > 0.0 else 0.0
         square = math.fsum(a * b * products[j][k] for j, a in enumerate(point) for k, b in enumerate(point))
@@ -92,18 +88,18 @@ def chained_slerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tup
         inner = math.fsum(a * products[i][j] for j, a in enumerate(point))
         cos = max(-1.0, min(1.0, inner / lengths)) if lengths > SHORTEST else 0.0
         stay, move = _arc(cos, t)
-        point = [stay * c for c in point] + [move]
-    return weighted_sum(tensors, point)
+        point = [*(stay * c for c in point), move]
+    return Blend(weights=tuple(point))
 
 
-@method(
+@blended(
     "nuslerp",
     SHARE,
     paper="Shoemake 1985, Animating rotation with quaternion curves; mergekit's nuslerp",
     inputs="either",
     sources=(2, 2),
 )
-def nuslerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[float, ...]) -> Tensor:
+def nuslerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     """Interpolate along the arc by relative weights; between task vectors where there is a base.
 
     slerp with t = w2 / (w1 + w2); weights that are all 0 count as equal. With a base, `tensors` are task
@@ -117,21 +113,21 @@ def nuslerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[flo
     tensor([1.7071, 1.7071])
     """
     first, second = _shares(weight)
-    cos = cosines(tensors)[0][1]
+    cos = cosines(tensors.gram())[0][1]
     angle = math.acos(cos)
     sine = math.sin(angle)
     if cos >= -NEARLY_PARALLEL and sine >= SMALLEST_SINE:
         first, second = math.sin(first * angle) / sine, math.sin(second * angle) / sine
-    return _from(base, weighted_sum(tensors, (first, second)))
+    return Blend(weights=(first, second))
 
 
-@method(
+@blended(
     "multislerp",
     SHARE,
     paper="Goddard 2025, multislerp in mergekit; after Buss and Fillmore 2001, Spherical averages",
     inputs="either",
 )
-def multislerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[float, ...]) -> Tensor:
+def multislerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     """Average directions on the sphere by weights, and give the mean the weighted mean length.
 
     The direction is that of m = sum(w u) over unit tensors u. A further step in the tangent space at
@@ -147,11 +143,11 @@ def multislerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[
     tensor([1.4142, 1.4142])
     """
     shares = _shares(weight)
-    lengths, cos = _angles(tensors)
-    return _from(base, _pointed(tensors, shares, lengths, cos, shares))
+    lengths, cos = _angles(tensors.gram())
+    return Blend(weights=_pointed(shares, lengths, cos, shares))
 
 
-@method(
+@blended(
     "karcher",
     Parameter(
         name="max_iter", default=10, low=1, high=100, kind="integer", help="most steps towards the mean"
@@ -160,9 +156,7 @@ def multislerp(base: Tensor | None, tensors: Sequence[Tensor], *, weight: tuple[
     paper="Karcher 1977, Riemannian center of mass and mollifier smoothing",
     inputs="models",
 )
-def karcher(
-    base: Tensor | None, tensors: Sequence[Tensor], *, max_iter: int = 10, tol: float = 1e-5
-) -> Tensor:
+def karcher(tensors: Measure, *, max_iter: int = 10, tol: float = 1e-5) -> Blend:
     """Find the Riemannian mean of the directions by iteration; give it the mean length.
 
     Gradient descent with step 1 on the sum of squared arcs: from the normalised mean of the unit tensors,
@@ -177,8 +171,8 @@ def karcher(
     >>> karcher(None, [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])])
     tensor([1.4142, 1.4142])
     """
-    lengths, cos = _angles(tensors)
-    count = len(tensors)
+    lengths, cos = _angles(tensors.gram())
+    count = tensors.count
     pointing = [1.0 if length > 0.0 else 0.0 for length in lengths]
     point = [each / max(math.fsum(pointing), 1.0) for each in pointing]
     size = _length(point, cos)
@@ -192,7 +186,7 @@ def karcher(
             point = [math.cos(size) * c + math.sin(size) / size * s for c, s in zip(point, step, strict=True)]
             length = _length(point, cos)
             point = [c / length for c in point]
-    return _pointed(tensors, (1.0 / count,) * count, lengths, cos, point)
+    return Blend(weights=_pointed((1.0 / count,) * count, lengths, cos, point))
 
 
 def _mean_logarithm(
@@ -227,10 +221,9 @@ def _shares(weight: Sequence[float]) -> tuple[float, ...]:
     return tuple(w / total for w in weight) if total > 0.0 else (1.0 / len(weight),) * len(weight)
 
 
-def _angles(tensors: Sequence[Tensor]) -> tuple[list[float], list[list[float]]]:
+def _angles(products: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
     """Return the tensors' lengths and the inner products of their directions (0 without a length)."""
-    products = gram(tensors)
-    lengths = [math.sqrt(products[i][i]) for i in range(len(tensors))]
+    lengths = [math.sqrt(products[i][i]) for i in range(len(products))]
     lengths = [length if length > SHORTEST_LENGTH else 0.0 for length in lengths]
     cos = [
         [
@@ -249,23 +242,14 @@ def _length(point: Sequence[float], cos: Sequence[Sequence[float]]) -> float:
 
 
 def _pointed(
-    tensors: Sequence[Tensor],
     shares: Sequence[float],
     lengths: Sequence[float],
     cos: Sequence[Sequence[float]],
     point: Sequence[float],
-) -> Tensor:
-    """Return the tensor that points where `point` does and has the tensors' mean length by `shares`."""
+) -> tuple[float, ...]:
+    """Return what to multiply the tensors with to get where `point` points, at their mean length."""
     size = _length(point, cos)
     if size < SHORTEST_MEAN:
-        return weighted_sum(tensors, shares)
+        return tuple(shares)
     scale = math.fsum(s * length for s, length in zip(shares, lengths, strict=True)) / size
-    return weighted_sum(
-        tensors, [scale * c / length if length else 0.0 for c, length in zip(point, lengths, strict=True)]
-    )
-
-
-def _from(base: Tensor | None, mix: Tensor) -> Tensor:
-    if base is not None:
-        mix += base
-    return mix
+    return tuple(scale * c / length if length else 0.0 for c, length in zip(point, lengths, strict=True))

@@ -1,0 +1,103 @@
+"""Where a merge gets its tensors and their statistics from: files, read once, or a search's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from evomerge.merging import fisher
+from evomerge.merging.kernels import Operand
+from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
+from evomerge.merging.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Place = tuple[str, str | None, str]
+"""Source, the base subtracted from it (None: nothing), tensor."""
+Gram = list[list[float]]
+
+
+class Inputs(Protocol):
+    """What `merge_tensor` asks for. Statistics come with a way to compute them where they are not known."""
+
+    def operand(self, source: str, tensor: str, base: str | None) -> Operand:
+        """Return a source's tensor, float32 or bfloat16, and whether `base` is still to be subtracted."""
+        ...
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        """Return a tensor of a Fisher file, in float32."""
+        ...
+
+    def gram(self, places: tuple[Place, ...], compute: Callable[[], Gram]) -> Gram:
+        """Return the inner products of what is at some places."""
+        ...
+
+    def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+        """Return the boundary above which `rank` elements of what is at a place are.
+
+        magnitudes: makes them, (n,) float32, to use up.
+        """
+        ...
+
+
+class FileInputs:
+    """Tensors read from the files each time, and nothing remembered: for writing a model once."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = sources
+
+    def operand(self, source: str, tensor: str, base: str | None) -> Operand:
+        return Operand(_computable(self._sources[source].stored(tensor, mapped=False)), base is not None)
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
+
+    def gram(self, places: tuple[Place, ...], compute: Callable[[], Gram]) -> Gram:
+        return compute()
+
+    def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+        return boundary(magnitudes(), rank, reorder=True)
+
+
+class WarmInputs:
+    """Tensors as they lie in the mapped files, and statistics kept once computed: for many candidates.
+
+    Kept: the inner products a method asked for (a few numbers per tensor), and the spectrum of each task
+    vector that was trimmed (see `Spectrum`), unless `low_memory`: then every trim selects again.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], *, low_memory: bool = False) -> None:
+        self._sources, self._low_memory = sources, low_memory
+        self._grams: dict[tuple[Place, ...], Gram] = {}
+        self._spectra: dict[Place, Spectrum] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The memory the statistics take."""
+        return sum(each.nbytes for each in self._spectra.values())
+
+    def operand(self, source: str, tensor: str, base: str | None) -> Operand:
+        return Operand(_computable(self._sources[source].stored(tensor)), base is not None)
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
+
+    def gram(self, places: tuple[Place, ...], compute: Callable[[], Gram]) -> Gram:
+        if places not in self._grams:
+            self._grams[places] = compute()
+        return self._grams[places]
+
+    def boundary(self, place: Place, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+        if self._low_memory:
+            return boundary(magnitudes(), rank, reorder=True)
+        if place not in self._spectra:
+            self._spectra[place] = Spectrum(magnitudes())
+        return self._spectra[place].boundary(rank)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """Return a tensor in a type merging computes with; other types are widened or narrowed to float32."""
+    import torch
+
+    return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.to(torch.float32)

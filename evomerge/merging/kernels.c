@@ -1,0 +1,223 @@
+/* One pass over memory for one blend: see methods/blend.py, whose bits this repeats, and kernels.py.
+
+   Compiled once per shape of a blend, with
+     SOURCES(S)  S(0, F, D) S(1, F, D) ...   format of each source; D: 1 where the base is subtracted from it
+     K           how many
+     BASE        format of the base, where something is subtracted from or added to: else undefined
+     ADD         the base is added to the result
+     RANKED, TOP magnitudes from a boundary on are kept (and, TOP, those from a higher one on are not)
+     DRAWN       elements are kept at random
+     ELECT, MEAN elements of the majority sign alone; their mean
+     OUT         format of the result; ROUND: rounded to bfloat16 first
+   No fused multiply-adds, no reordering: -ffp-contract=off, and never -ffast-math. */
+
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t i64;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define BLOCK 2048 /* draws.CHUNK: the halves of a hash belong to the halves of a block */
+#define GRAM_BLOCK 16384
+#define LANES 16
+
+typedef u16 bf16_t;
+typedef float f32_t;
+
+static inline u32 as_bits(float x) { u32 u; memcpy(&u, &x, 4); return u; }
+static inline float as_float(u32 u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float read_bf16(u16 x) { return as_float((u32)x << 16); }
+static inline float read_f32(float x) { return x; }
+static inline u32 round_bf16(u32 u) { return (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u; }
+static inline float size_of(float x) { return as_float(as_bits(x) & 0x7fffffffu); }
+
+#ifdef ROUND
+#define ROUNDED(u) round_bf16(u)
+#else
+#define ROUNDED(u) (u)
+#endif
+static inline u16 write_bf16(u32 u) { return (u16)(u >> 16); }
+static inline float write_f32(u32 u) { return as_float(u); }
+
+#define GLUE_(a, b) a##b
+#define GLUE(a, b) GLUE_(a, b)
+#define READ(format, x) GLUE(read_, format)(x)
+#define TYPE(format) GLUE(format, _t)
+
+static inline u32 hashed(u32 x, u64 key) {
+    x ^= (u32)key;
+    x ^= x >> 16;
+    x *= 0x21f0aaadu;
+    x ^= x >> 15;
+    x += (u32)(key >> 32);
+    x *= 0xd35a2d97u;
+    return x ^ (x >> 15);
+}
+
+typedef struct {
+    float weight, size, factor;
+    float limit, top;      /* magnitudes of the boundaries */
+    i64 ties, top_ties;    /* how many elements equal to them are above them, from the lowest index on */
+    u64 key;
+    u32 share;
+} source_t;
+
+/* The result of one element from its K task vectors (or model weights), dropped ones 0. */
+static inline float blended(const float *restrict d, const source_t *restrict s, float base, float scale, float guard) {
+    float p[K], mix;
+    UNROLL for (int k = 0; k < K; k++) p[k] = d[k] * s[k].weight;
+    mix = p[0];
+    UNROLL for (int k = 1; k < K; k++) mix += p[k];
+#ifdef ELECT
+    u32 sign = as_bits(mix) & 0x80000000u;
+    float divisor = 0.0f, size = 0.0f;
+    mix = 0.0f;
+    UNROLL for (int k = 0; k < K; k++) {
+        float agreeing = as_float(as_bits(p[k]) ^ sign);
+        int part = agreeing > 0.0f;
+        divisor += part ? s[k].weight : 0.0f;
+        size += part ? s[k].size : 0.0f;
+        mix += agreeing < 0.0f ? 0.0f : agreeing; /* NaN passes */
+    }
+    mix = as_float(as_bits(mix) ^ sign);
+#ifdef MEAN
+    mix /= size_of(divisor) <= size * guard ? 1.0f : divisor;
+#endif
+#endif
+    mix *= scale;
+#ifdef ADD
+    mix += base;
+#endif
+    return mix;
+}
+
+#ifdef BASE
+#define LOAD_BASE float b = READ(BASE, base[i]);
+#define POINT_BASE const TYPE(BASE) *restrict base = (const TYPE(BASE) *)base_ + start;
+#else
+#define LOAD_BASE float b = 0.0f;
+#define POINT_BASE
+#endif
+#define POINT(k, format, delta) const TYPE(format) *restrict x##k = (const TYPE(format) *)x_[k] + start;
+#define TAKE(k, format, delta) d[k] = (delta) ? READ(format, x##k[i]) - b : READ(format, x##k[i]);
+
+#ifdef OUT
+/* Returns 1 where a result is not finite. `sources` is used up: boundaries move past their ties. */
+int blend(i64 n, const void *base_, const void *const *x_, source_t *sources, float scale, float guard, void *out_) {
+    u32 bad = 0;
+    for (i64 start = 0; start < n; start += BLOCK) {
+        const i64 m = n - start < BLOCK ? n - start : BLOCK;
+        source_t s[K];
+        memcpy(s, sources, sizeof s);
+        POINT_BASE
+        SOURCES(POINT)
+        TYPE(OUT) *restrict out = (TYPE(OUT) *)out_ + start;
+#ifdef DRAWN
+        u16 draws[K][BLOCK];
+        UNROLL for (int k = 0; k < K; k++)
+            for (int j = 0; j < BLOCK / 2; j++) {
+                u32 h = hashed((u32)(start / 2) + j, s[k].key);
+                draws[k][j] = (u16)h;
+                draws[k][j + BLOCK / 2] = (u16)(h >> 16);
+            }
+#endif
+        i64 split = 0;
+#ifdef RANKED
+        u32 equal[K] = {0}, top_equal[K] = {0};
+#endif
+        for (i64 i = 0; i < m; i++) {
+            float d[K];
+            LOAD_BASE
+            SOURCES(TAKE)
+            (void)b;
+            UNROLL for (int k = 0; k < K; k++) {
+#ifdef RANKED
+                float size = size_of(d[k]);
+                equal[k] += size == s[k].limit;
+                d[k] = size < s[k].limit ? 0.0f : d[k];
+#ifdef TOP
+                top_equal[k] += size == s[k].top;
+                d[k] = size >= s[k].top ? 0.0f : d[k];
+#endif
+#endif
+#ifdef DRAWN
+                d[k] = draws[k][i] < s[k].share ? d[k] * s[k].factor : 0.0f;
+#endif
+            }
+            u32 u = ROUNDED(as_bits(blended(d, s, b, scale, guard)));
+            bad |= (u & 0x7f800000u) == 0x7f800000u;
+            out[i] = GLUE(write_, OUT)(u);
+        }
+#ifdef RANKED
+        /* Ties: all of this block were taken as above their boundary. Where one runs out, go again by hand. */
+        UNROLL for (int k = 0; k < K; k++)
+            split |= equal[k] > sources[k].ties || top_equal[k] > sources[k].top_ties;
+        if (!split)
+            UNROLL for (int k = 0; k < K; k++) {
+                sources[k].ties -= equal[k];
+                sources[k].top_ties -= top_equal[k];
+            }
+#endif
+        for (i64 i = 0; split && i < m; i++) {
+            float d[K];
+            LOAD_BASE
+            SOURCES(TAKE)
+            (void)b;
+            UNROLL for (int k = 0; k < K; k++) {
+                float size = size_of(d[k]);
+                int above = size > s[k].limit || (size == s[k].limit && sources[k].ties-- > 0);
+                int too_far = size > s[k].top || (size == s[k].top && sources[k].top_ties-- > 0);
+                d[k] = above && !too_far ? d[k] : 0.0f;
+            }
+            u32 u = ROUNDED(as_bits(blended(d, s, b, scale, guard)));
+            bad |= (u & 0x7f800000u) == 0x7f800000u;
+            out[i] = GLUE(write_, OUT)(u);
+        }
+        for (int k = 0; split && k < K; k++) { /* none are left: from here on, only larger magnitudes pass */
+            if (sources[k].ties <= 0 && sources[k].limit < 3e38f) {
+                sources[k].limit = as_float(as_bits(sources[k].limit) + 1);
+                sources[k].ties = (i64)1 << 62;
+            }
+            if (sources[k].top_ties <= 0 && sources[k].top < 3e38f) {
+                sources[k].top = as_float(as_bits(sources[k].top) + 1);
+                sources[k].top_ties = (i64)1 << 62;
+            }
+        }
+    }
+    return bad != 0;
+}
+#else
+/* sums: (blocks, K (K + 1) / 2), the lower triangle row by row; order as in methods/reduction.py. */
+int gram(i64 n, const void *base_, const void *const *x_, double *sums) {
+    for (i64 start = 0; start < n; start += GRAM_BLOCK, sums += K * (K + 1) / 2) {
+        const i64 m = n - start < GRAM_BLOCK ? n - start : GRAM_BLOCK;
+        double lanes[K * (K + 1) / 2][LANES] = {{0}};
+        POINT_BASE
+        SOURCES(POINT)
+        for (i64 row = 0; row < m; row += LANES) {
+            double v[K][LANES] = {{0}};
+            const i64 end = m - row < LANES ? m - row : LANES;
+            for (i64 l = 0; l < end; l++) {
+                const i64 i = row + l;
+                float d[K];
+                LOAD_BASE
+                SOURCES(TAKE)
+                (void)b;
+                UNROLL for (int k = 0; k < K; k++) v[k][l] = d[k];
+            }
+            for (int i = 0, pair = 0; i < K; i++)
+                for (int j = 0; j <= i; j++, pair++)
+                    for (int l = 0; l < LANES; l++) lanes[pair][l] += v[i][l] * v[j][l];
+        }
+        for (int pair = 0; pair < K * (K + 1) / 2; pair++) {
+            double total = lanes[pair][0];
+            for (int l = 1; l < LANES; l++) total += lanes[pair][l];
+            sums[pair] = total;
+        }
+    }
+    return 0;
+}
+#endif

@@ -1,0 +1,260 @@
+"""Blends in one compiled pass over memory: kernels.c, built by the machine's C compiler when first needed.
+
+A kernel is compiled for one shape of a blend (number and formats of the sources, which rules it has) in
+under a second and kept in the user's cache folder. It reads weights as they are stored, subtracts the base,
+chooses, weighs, elects, adds, rounds, and writes straight into the file's buffer or the live model, and
+it gives the bits of `methods.blend.run`. Without a C compiler (or with EVOMERGE_KERNELS=0) that one is used
+instead: the same weights, many times slower.
+
+Covered: float32 and bfloat16 tensors on the CPU. Everything else is brought to float32 first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
+from evomerge.merging.methods.reduction import BLOCK, symmetric
+from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+EXACT = (
+    "-O3",
+    "-std=gnu11",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
+FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+"""Flags tried in turn for the processor at hand; none of them changes a result."""
+FORMATS = {"torch.float32": "f32", "torch.bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One input of a merge as a kernel takes it: a tensor, and whether the base is to be subtracted."""
+
+    tensor: Tensor
+    minus_base: bool
+
+
+class _Source(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_float),
+        ("size", ctypes.c_float),
+        ("factor", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        ("top", ctypes.c_float),
+        ("ties", ctypes.c_int64),
+        ("top_ties", ctypes.c_int64),
+        ("key", ctypes.c_uint64),
+        ("share", ctypes.c_uint32),
+    )
+
+
+def available() -> bool:
+    """Say whether kernels can be compiled here; if not, a warning has been logged once."""
+    return _compiler() is not None
+
+
+def blend(
+    plan: Blend,
+    base: Tensor | None,
+    operands: Sequence[Operand],
+    boundaries: Callable[[int, int], Boundary],
+    out: Tensor,
+    *,
+    add_base: bool,
+    rounded: bool = False,
+) -> bool:
+    """Write a blend into `out` and say whether all of it is finite.
+
+    base: subtracted from operands that ask for it, and added to the result if `add_base`.
+    boundaries: (operand's index, rank) -> the boundary above which that many elements are.
+    out: contiguous float32 or bfloat16 on the CPU; `rounded` rounds a float32 one to bfloat16.
+    """
+    ranked = bool(plan.kept) and isinstance(plan.kept[0], Ranks)
+    drawn = bool(plan.kept) and not ranked
+    top = ranked and any(isinstance(rule, Ranks) and rule.first for rule in plan.kept)
+    settings = (_Source * len(operands))()
+    for index, setting in enumerate(settings):
+        setting.weight, setting.size = plan.weights[index], plan.sizes[index]
+        setting.factor, setting.top = 1.0, NOTHING.magnitude
+        setting.ties = setting.top_ties = EVERYTHING.ties
+        rule = plan.kept[index] if plan.kept else None
+        if isinstance(rule, Draws):
+            setting.key, setting.share, setting.factor = rule.key, rule.share, rule.factor
+        elif isinstance(rule, Ranks):
+            limit = boundaries(index, rule.last)
+            setting.limit, setting.ties = limit.magnitude, limit.ties
+            if rule.first:
+                limit = boundaries(index, rule.first)
+                setting.top, setting.top_ties = limit.magnitude, limit.ties
+    flags = (
+        *("ADD",) * add_base,
+        *("RANKED",) * ranked,
+        *("TOP",) * top,
+        *("DRAWN",) * drawn,
+        *("ELECT",) * plan.elect,
+        *("MEAN",) * (plan.elect and plan.mean),
+        *("ROUND",) * (rounded or FORMATS[str(out.dtype)] == "bf16"),
+        f"OUT={FORMATS[str(out.dtype)]}",
+    )
+    kernel = _kernel("blend", *_shape(base, operands, needed=add_base), *flags)
+    pointers = _pointers(operands)
+    count = ctypes.c_int64(out.numel())
+    scale, guard = ctypes.c_float(plan.scale), ctypes.c_float(GUARD)
+    bad = kernel(count, _pointer(base), pointers, settings, scale, guard, _pointer(out))
+    return not bad
+
+
+def gram(base: Tensor | None, operands: Sequence[Operand]) -> list[list[float]]:
+    """Return the inner products of all pairs of operands, the bits of `methods.reduction.gram`."""
+    count, size = len(operands), operands[0].tensor.numel()
+    blocks, pairs = -(-size // BLOCK), count * (count + 1) // 2
+    sums = (ctypes.c_double * (blocks * pairs))()
+    kernel = _kernel("gram", *_shape(base, operands, needed=False))
+    kernel(ctypes.c_int64(size), _pointer(base), _pointers(operands), sums)
+    values = list(sums)
+    return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
+
+
+def magnitudes(operand: Operand, base: Tensor | None) -> Tensor:
+    """Return the magnitudes of an operand's elements, (n,) float32, new."""
+    import torch
+
+    found = torch.empty(operand.tensor.numel())
+    alone = Blend(weights=(1.0,))
+    blend(alone, base, [operand], lambda *_: NOTHING, found, add_base=False)
+    return found.abs_()
+
+
+def fits(tensor: Tensor) -> bool:
+    """Say whether a kernel can work on a tensor in place."""
+    return str(tensor.dtype) in FORMATS and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _shape(base: Tensor | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
+    sources = " ".join(
+        f"S({k},{FORMATS[str(each.tensor.dtype)]},{int(each.minus_base)})" for k, each in enumerate(operands)
+    )
+    found = (f"SOURCES(S)={sources}", f"K={len(operands)}")
+    if base is not None and (needed or any(each.minus_base for each in operands)):
+        return (*found, f"BASE={FORMATS[str(base.dtype)]}")
+    return found
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _pointers(operands: Sequence[Operand]) -> Any:
+    return (ctypes.c_void_p * len(operands))(*(each.tensor.data_ptr() for each in operands))
+
+
+@functools.cache
+def _kernel(name: str, *definitions: str) -> Any:
+    """Return the compiled function of that shape, from the cache folder where it is there."""
+    compiler = _compiler()
+    assert compiler is not None
+    identity = repr((_source(), compiler, EXACT, definitions, _processor()))
+    path = _folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    if not path.is_file():
+        _compile(compiler, definitions, path)
+    function = getattr(ctypes.CDLL(str(path)), name)
+    function.restype = ctypes.c_int
+    return function
+
+
+def _compile(compiler: str, definitions: Sequence[str], path: Path) -> None:
+    """Compile to a temporary file and rename: several processes may be at it."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        code, built = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
+        code.write_text(_source(), encoding="utf-8")
+        for flags in FASTEST:
+            defined = [f"-D{each}" for each in definitions]
+            command = [compiler, *EXACT, *flags, *defined, str(code), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                built.replace(path)
+                return
+        raise RuntimeError(f"{compiler} can't compile {code.name}: {done.stderr[:2000]}")
+
+
+@functools.cache
+def _compiler() -> str | None:
+    """Return a C compiler that works here, or None after a warning."""
+    if os.environ.get("EVOMERGE_KERNELS") == "0":
+        return None
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        found = shutil.which(name) if name else None
+        if found and _works(found):
+            return found
+    log.warning(
+        "no working C compiler found (CC, cc, gcc, clang): merging without compiled kernels; the weights are "
+        "the same, but merging takes many times longer. Installing gcc or clang mends that."
+    )
+    return None
+
+
+def _works(compiler: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        code, built = Path(folder) / "works.c", Path(folder) / "works.so"
+        code.write_text("#include <stdint.h>\nint works(void) { return 1; }\n")
+        command = [compiler, *EXACT, str(code), "-o", str(built)]
+        try:
+            subprocess.run(command, capture_output=True, check=True, timeout=60)
+            return bool(ctypes.CDLL(str(built)).works())
+        except (OSError, subprocess.SubprocessError):
+            return False
+
+
+@functools.cache
+def _source() -> str:
+    return files("evomerge.merging").joinpath("kernels.c").read_text(encoding="utf-8")
+
+
+@functools.cache
+def _processor() -> str:
+    """Return what -march=native depends on, so that a shared cache folder serves unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        kept = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    except OSError:
+        kept = []
+    return "\n".join((platform.machine(), platform.processor(), *kept))
+
+
+@functools.cache
+def _folder() -> Path:
+    """Return the folder of compiled kernels; one of this process alone where the cache can't be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "evomerge" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):
+        own = Path(tempfile.mkdtemp(prefix="evomerge-kernels-"))
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return own
