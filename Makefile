@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MERGEKIT := .venv-mergekit
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow lint format clean help
+.PHONY: demo test slow lint format bench-merge clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -28,8 +29,14 @@ format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its own) and beside copying
+	@test -x $(MERGEKIT)/bin/mergekit-yaml || { $(PYTHON) -m venv $(MERGEKIT) \
+	  && $(MERGEKIT)/bin/python -m pip install -q --disable-pip-version-check mergekit==0.1.4 torch==2.13.0; } \
+	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
+	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
+
 clean:           ## remove the virtual environment and the demo's run
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(MERGEKIT) runs/demo
 
 # Pinned versions; a second run installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -98,6 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
             threads=threads,
             max_length=config.executor.max_length,
             attention=config.executor.attention,
+            low_memory=config.executor.low_memory,
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),

@@ -113,7 +113,7 @@ class RunConfig(Strict):
         for name in ("budget", "out", "suite"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
-        for name in ("name", "workers", "threads", "timeout"):
+        for name in ("name", "workers", "threads", "timeout", "low_memory"):
             del data["executor"][name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

@@ -280,21 +280,26 @@ def _write_weights(
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
+def pool() -> ThreadPoolExecutor:
+    """Return as many threads as torch has, to merge one tensor on each."""
+    import torch
+
+    return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+
+
 def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Tensor]:
     """Yield merged tensors in order, merging ahead on torch's number of threads.
 
     No more elements are under way at a time than the largest tensor has, so memory stays that of one.
     """
-    import torch
-
     most = max((header.count for _, header in tensors), default=0)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with pool() as threads:
         ahead: deque[tuple[int, Future[Tensor]]] = deque()
         try:
             for name, header in tensors:
                 while ahead and sum(count for count, _ in ahead) + header.count > most:
                     yield ahead.popleft()[1].result()
-                ahead.append((header.count, pool.submit(merge_tensor, recipe, name, inputs)))
+                ahead.append((header.count, threads.submit(merge_tensor, recipe, name, inputs)))
             while ahead:
                 yield ahead.popleft()[1].result()
         finally:

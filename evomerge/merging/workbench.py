@@ -13,13 +13,12 @@ recipe's dtype before they go into the live model, whatever it computes in, so w
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.engine import merge_tensor
+from evomerge.merging.engine import merge_tensor, pool
 from evomerge.merging.inputs import WarmInputs
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import Source, open_sources
@@ -127,12 +126,11 @@ class Workbench:
             merge_tensor(recipe, name, self._inputs, out=self._targets[name])
             return name
 
-        threads = torch.get_num_threads()
-        if threads == 1 or sum(self._targets[name].numel() for name in names) < WORTH_THREADS:
+        if torch.get_num_threads() == 1 or sum(self._targets[name].numel() for name in names) < WORTH_THREADS:
             yield from map(merge, names)
             return
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(merge, sorted(names, key=lambda name: -self._targets[name].numel()))
+        with pool() as threads:
+            yield from threads.map(merge, sorted(names, key=lambda name: -self._targets[name].numel()))
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:

@@ -35,6 +35,7 @@ class ExecutorSpec(Strict):
     them, or OMP_NUM_THREADS). timeout: seconds a candidate may take on one split. batch_size: requests
     per forward pass. dtype: of the forward pass; "auto" is float32 on a CPU and bfloat16 on a GPU.
     max_length: in tokens; default the model's own. attention: the implementation transformers uses.
+    low_memory: keep no statistics of trimmed task vectors (docs/performance.md); the weights are the same.
     """
 
     name: Literal["local", "inline"] = "local"
@@ -46,6 +47,7 @@ class ExecutorSpec(Strict):
     batch_size: int = Field(default=64, ge=1)
     max_length: int | None = Field(default=None, ge=8)
     attention: str | None = None
+    low_memory: bool = False
 
 
 class Runs(Protocol):

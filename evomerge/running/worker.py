@@ -50,6 +50,7 @@ class WorkerSpec:
     threads: int
     max_length: int | None = None
     attention: str | None = None
+    low_memory: bool = False
 
 
 class Worker:
@@ -72,6 +73,7 @@ class Worker:
             device=spec.device,
             compute_dtype=spec.dtype,
             attn_implementation=spec.attention,
+            low_memory=spec.low_memory,
         )
         self._harness = Harness(
             spec.suite,
