@@ -346,12 +346,15 @@ def fisher(
     sequences: Annotated[int | None, typer.Option(min=1, help="Use the first lines only.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a line that count.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawn tokens, with --labels model.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
     from rich.progress import Progress
 
     from evomerge.merging.fisher import estimate
+    from evomerge.running.executors import ExecutorSpec, resolve
 
+    place, _, _ = resolve(ExecutorSpec(device=device))
     with Progress(console=_out.console, transient=True, disable=_out.quiet or _out.json) as progress:
         task = progress.add_task("sequences", total=None)
         done = estimate(
@@ -362,6 +365,7 @@ def fisher(
             sequences=sequences,
             max_length=max_length,
             seed=seed,
+            device=place,
             progress=lambda number, total: progress.update(task, completed=number, total=total),
         )
     _out.say(f"wrote {_shown(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})")

@@ -148,6 +148,8 @@ def test_fisher_and_the_merge_that_uses_it(tiny_zoo: Path, tmp_path: Path) -> No
         words = ("fisher", tiny_zoo / name, tmp_path / "text.txt", tmp_path / f"{name}.safetensors")
         assert "2 sequences" in succeed(*words)
     assert "already exists" in refuse(*words, folder=tmp_path)
+    new = tmp_path / "new.safetensors"
+    assert "'gpu' can't be used here" in refuse(*words[:3], new, "--device", "gpu", folder=tmp_path)
     drawn = (*words[:3], tmp_path / "drawn.safetensors", "--labels", "model", "--sequences", "1", "--json")
     assert json.loads(succeed(*drawn))["sequences"] == 1
     recipe = {

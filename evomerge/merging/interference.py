@@ -265,8 +265,15 @@ def measure(
 def _read(
     sources: Mapping[str, Source], base: str, names: Sequence[str], tensor: str
 ) -> tuple[Tensor, list[Tensor]]:
-    origin = sources[base].tensor(tensor)
-    return origin, [sources[name].tensor(tensor) - origin for name in names]
+    """Return the base's tensor and the task vectors, from copies: a mapped file would stay in memory."""
+
+    def read(name: str) -> Tensor:
+        import torch
+
+        return sources[name].stored(tensor, mapped=False).to(torch.float32)
+
+    origin = read(base)
+    return origin, [read(name) - origin for name in names]
 
 
 def tally(
