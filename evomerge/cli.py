@@ -13,8 +13,8 @@ import os
 import shlex
 import signal
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -326,7 +326,8 @@ def analyze(
     if shown not in delivery.MEASURES:
         raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, delivery.MEASURES))
     models, origin = delivery.read_models(config, base)
-    found = measure(models, origin, threshold=threshold, top=top)
+    with _progress("reading") as progress:
+        found = measure(models, origin, threshold=threshold, top=top, progress=progress)
     advised = advise(found)
     _out.say(delivery.terminal(found, advised, measure=shown, width=_out.console.width))
     if html is not None:
@@ -349,14 +350,11 @@ def fisher(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
-    from rich.progress import Progress
-
     from evomerge.merging.fisher import estimate
     from evomerge.running.executors import ExecutorSpec, resolve
 
     place, _, _ = resolve(ExecutorSpec(device=device))
-    with Progress(console=_out.console, transient=True, disable=_out.quiet or _out.json) as progress:
-        task = progress.add_task("sequences", total=None)
+    with _progress("sequences") as progress:
         done = estimate(
             model,
             text,
@@ -366,7 +364,7 @@ def fisher(
             max_length=max_length,
             seed=seed,
             device=place,
-            progress=lambda number, total: progress.update(task, completed=number, total=total),
+            progress=progress,
         )
     _out.say(f"wrote {_shown(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})")
     _out.data({"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "mean": done.mean})
@@ -432,6 +430,17 @@ def demo(
             f"{model}: the exported model does not score as the winner did", fix="please report this"
         )
     _out.say(f"exported the winner to {_shown(model)}; loaded back, it scores the same on every test item")
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what a long step tells how much of how much is done; a bar where somebody looks at it."""
+    from rich.progress import Progress
+
+    disabled = _out.quiet or _out.json or not _out.console.is_terminal
+    with Progress(console=_out.console, transient=True, disable=disabled) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 
 def _shown(path: Path) -> str:

@@ -212,13 +212,19 @@ def kind_of(tensor: str) -> str:
 
 
 def measure(
-    models: Mapping[str, str], base: str, *, threshold: float = THRESHOLD, top: float = TOP
+    models: Mapping[str, str],
+    base: str,
+    *,
+    threshold: float = THRESHOLD,
+    top: float = TOP,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Interference:
     """Measure every tensor of the fine-tunes of one base.
 
     models: name -> location, base and at least two fine-tunes of it among them; adapters given alone may
     rest on the base. threshold: an element counts as changed above this multiple of the mean |task
-    vector| of its tensor. top: share of largest elements compared.
+    vector| of its tensor. top: share of largest elements compared. progress: told after each tensor how many
+    elements of how many are done.
 
     Raises ConfigError for an unknown base, fewer than two fine-tunes or settings out of range, ModelError
     where models do not fit each other or hold weights that are not finite.
@@ -239,8 +245,9 @@ def measure(
         raise ConfigError("analysis: top", expected="0 < top <= 1", got=f"{top:g}")
     sources = open_sources(models, base)
     notes = check_models({base: sources[base]} | sources)
-    tensors = {}
-    for tensor in sources[base].headers:
+    tensors: dict[str, Tally] = {}
+    done, whole = 0, sum(header.count for header in sources[base].headers.values())
+    for tensor, header in sources[base].headers.items():
         origin, vectors = _read(sources, base, names, tensor)
         one = tally(origin, vectors, threshold=threshold, top=top)
         if not (math.isfinite(one.base) and np.isfinite(one.products).all()):
@@ -251,6 +258,9 @@ def measure(
                 fix="use a sound copy of the model",
             )
         tensors[tensor] = one
+        done += header.count
+        if progress is not None:
+            progress(done, whole)
     return Interference(
         base=base,
         models=names,

@@ -164,7 +164,11 @@ def weights(location: str) -> dict[str, Tensor]:
 
 
 def test_files_are_measured_as_memory_is(models: dict[str, str]) -> None:
-    found = measure(models, "base")
+    steps: list[tuple[int, int]] = []
+    found = measure(models, "base", progress=lambda done, whole: steps.append((done, whole)))
+    assert steps == sorted(steps)
+    assert len(steps) == len(found.tensors)
+    assert steps[-1] == (found.total.count, found.total.count)
     loaded = {name: weights(location) for name, location in models.items()}
     assert found.models == ("a", "b", "c")
     assert set(found.tensors) == set(loaded["base"])
