@@ -23,11 +23,12 @@ import typer
 from rich.console import Console
 
 from evomerge import __version__
-from evomerge.errors import UserError
+from evomerge.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
+    from evomerge.merging.adapter_export import AdapterReport
     from evomerge.running.budget import BudgetSpec
 
 app = typer.Typer(
@@ -72,6 +73,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YAML).")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+OutAs = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; of YAML forms the file.")]
 Evaluations = Annotated[
     int | None,
     typer.Option("--evaluations", min=1, help="Replace this limit of the budget: candidates to ask for."),
@@ -81,6 +83,14 @@ Generations = Annotated[
 ]
 Hours = Annotated[
     float | None, typer.Option("--hours", min=0.0, help="Replace this limit of the budget: hours of work.")
+]
+As = Annotated[str, typer.Option("--as", help="The form: model, adapter, mergekit; of a run also recipe.")]
+Rank = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="Of an adapter that can't be exact: cut each layer's change to this."),
+]
+KeepRest = Annotated[
+    bool, typer.Option("--keep-rest", help="In an adapter, store whole what a LoRA can't hold.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
 
@@ -266,19 +276,34 @@ def _report(folder: Path) -> None:
 @_command(app, "export")
 def export(
     run: Run,
-    out: Out,
+    out: OutAs,
     pick: Annotated[
         str, typer.Option(help="winner, best-baseline, a row of the report, or the start of a recipe hash.")
     ] = "winner",
+    form: As = "model",
+    rank: Rank = None,
+    keep_rest: KeepRest = False,
 ) -> None:
-    """Write a run's winner as a model folder with its recipe and a model card."""
+    """Write a run's winner as a model with its recipe and card, as a LoRA adapter, or as a YAML file."""
     from evomerge import compose
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.running.store import RunStore
 
+    _check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
     with RunStore.read(run) as store:
-        done = delivery.export(store, Summary(store, compose.stored_suite(store)), out, pick=pick)
+        summary = Summary(store, compose.stored_suite(store))
+        if form == "adapter":
+            made = delivery.export_adapter(store, summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
+            _out.say(delivery.comparison(made))
+            _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
+            return
+        if form != "model":
+            recipe = delivery.find(store, summary, pick).recipe
+            delivery.write_text(out, recipe.to_yaml() if form == "recipe" else recipe.to_mergekit_yaml())
+            _say_file(out, recipe.hash)
+            return
+        done = delivery.export(store, summary, out, pick=pick)
     _out.say(f"exported {done.pick.name} to {_shown(done.folder)}")
     if done.no_mergekit:
         _out.say(f"no mergekit.yaml: {done.no_mergekit}")
@@ -288,16 +313,69 @@ def export(
 @_command(app, "merge")
 def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml, or a mergekit YAML.")],
-    out: Out,
+    out: OutAs,
+    form: As = "model",
+    rank: Rank = None,
+    keep_rest: KeepRest = False,
 ) -> None:
-    """Write the merged model a recipe (or a mergekit YAML) describes."""
+    """Write the merge a recipe (or a mergekit YAML) describes: a model, a LoRA adapter, or mergekit YAML."""
     from evomerge.merging import engine
     from evomerge.merging.reading import read_recipe
 
+    _check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
     found = read_recipe(recipe)
+    if form == "adapter":
+        from evomerge.merging.adapter_export import write_adapter
+
+        report = write_adapter(found, out, rank=rank, keep_rest=keep_rest)
+        _say_adapter(out, found.hash, report)
+        return
+    if form == "mergekit":
+        from evomerge.delivery.export import write_text
+
+        write_text(out, found.to_mergekit_yaml())
+        _say_file(out, found.hash)
+        return
     engine.write(found, out)
     _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")
     _out.data({"folder": str(out), "recipe": found.hash})
+
+
+def _check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
+    if form not in valid:
+        raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))
+    for option, given in (("--rank", rank is not None), ("--keep-rest", keep_rest)):
+        if given and form != "adapter":
+            raise ConfigError(
+                f"{option} is for adapters",
+                got=f"--as {form}",
+                fix=f"leave {option} out, or add --as adapter",
+            )
+
+
+def _say_adapter(
+    out: Path, recipe: str, report: AdapterReport, scores: list[tuple[str, float, float]] | None = None
+) -> None:
+    _out.say(f"wrote {_shown(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
+    _out.say(report.summary())
+    data: dict[str, Any] = {
+        "folder": str(out),
+        "recipe": recipe,
+        "base": report.base,
+        "exact": report.exact,
+        "rank": report.rank,
+        "energy": report.energy,
+        "whole": list(report.whole),
+        "lost": list(report.lost),
+    }
+    if scores is not None:
+        data["test"] = [{"task": task, "merge": whole, "adapter": mine} for task, whole, mine in scores]
+    _out.data(data)
+
+
+def _say_file(out: Path, recipe: str) -> None:
+    _out.say(f"wrote {_shown(out)} (recipe {recipe[:12]})")
+    _out.data({"file": str(out), "recipe": recipe})
 
 
 @_command(app, "analyze")
@@ -319,7 +397,6 @@ def analyze(
     """Say from the files alone where fine-tunes agree or conflict, and which method to start from."""
     from evomerge.delivery import interference as delivery
     from evomerge.delivery import interference_page
-    from evomerge.errors import ConfigError, nearest
     from evomerge.merging.advice import advise
     from evomerge.merging.interference import measure
 

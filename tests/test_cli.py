@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner, Result
 
 from evomerge.cli import app
+from evomerge.merging.reading import read_recipe
 from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
@@ -96,6 +97,48 @@ def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path)
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "third").state_dict()
     first = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_a_run_as_adapter_and_as_yaml(finished_run: Path, tmp_path: Path) -> None:
+    text = succeed("export", finished_run, tmp_path / "small", "--as", "adapter", "--rank", "4")
+    assert "rank 4, captures" in text
+    assert "whole merge" in text
+    words = ("export", finished_run, tmp_path / "rest", "--as", "adapter", "--rank", 4, "--keep-rest")
+    data = json.loads(invoke(*words, "--json").stdout)
+    assert data["lost"] == []
+    assert data["whole"]
+    assert 0 < data["energy"] < 1
+    assert {row["task"] for row in data["test"]} >= {"demo_upper", "demo_reverse"}
+    config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == data["base"]
+
+    assert "merge.yaml" in succeed("export", finished_run, tmp_path / "merge.yaml", "--as", "recipe")
+    winner = json.loads(succeed("status", finished_run, "--json"))["winner"]
+    assert read_recipe(tmp_path / "merge.yaml").hash == winner
+    data = json.loads(succeed("export", finished_run, tmp_path / "mk.yml", "--as", "mergekit", "--json"))
+    assert data == {"file": str(tmp_path / "mk.yml"), "recipe": winner}
+    assert "merge_method" in yaml.safe_load((tmp_path / "mk.yml").read_text())
+    assert "mk2.yaml" in succeed("merge", tmp_path / "merge.yaml", tmp_path / "mk2.yaml", "--as", "mergekit")
+    assert (tmp_path / "mk2.yaml").read_text() == (tmp_path / "mk.yml").read_text()
+
+
+def test_merging_adapters_into_one(tiny_zoo: Path, tmp_path: Path) -> None:
+    adapted = f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"
+    recipe = tmp_path / "recipe.yaml"
+    data: dict[str, Any] = {
+        "models": {"base": str(tiny_zoo / "base"), "add": adapted},
+        "base": "base",
+        "groups": [{"method": "task_arithmetic", "sources": ["add"], "parameters": {"weight": 0.5}}],
+    }
+    recipe.write_text(yaml.safe_dump(data))
+    text = succeed("merge", recipe, tmp_path / "half", "--as", "adapter")
+    assert "exact" in text
+    suite = write_suite(tmp_path)
+    place = f"{tiny_zoo / 'base'}+{tmp_path / 'half'}"
+    ours = json.loads(succeed("evaluate", place, "--suite", suite, "--json"))
+    succeed("merge", recipe, tmp_path / "whole")
+    theirs = json.loads(succeed("evaluate", tmp_path / "whole", "--suite", suite, "--json"))
+    assert ours["tasks"] == theirs["tasks"]  # both are rounded to bfloat16 before they are scored
 
 
 def test_evaluate_scores_one_model(tiny_zoo: Path, tmp_path: Path) -> None:
@@ -423,6 +466,47 @@ def test_exporting_over_files_or_something_unknown(finished_run: Path, tmp_path:
 def test_mistakes_in_a_recipe(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     assert message in refuse("merge", tmp_path / "recipe.yaml", tmp_path / "out", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--as", "adaptor"], "did you mean 'adapter'?"),
+        (["--as", "recipe", "--rank", "3"], "--rank is for adapters"),
+        (["--rank", "3"], "--rank is for adapters\n  got: --as model"),
+        (["--keep-rest"], "--keep-rest is for adapters"),
+        (["--as", "adapter"], "choose a rank (--rank 16, say)"),
+        (["--as", "mergekit"], "a name that ends in .yaml"),
+        (["--as", "recipe"], "a name that ends in .yaml"),
+        (["--as", "adapter", "--rank", "3", "--pick", "TIE"], "did you mean 'TIES'?"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_in_the_form_of_an_export(
+    finished_run: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    assert message in refuse("export", finished_run, tmp_path / "out", *options, folder=tmp_path)
+
+
+def test_mistakes_in_the_form_of_a_merge(tiny_zoo: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    groups = [
+        {"method": "ties", "layers": [0], "sources": ["a", "b"]},
+        {"method": "linear", "sources": ["a", "b"]},
+    ]
+    models = {"base": tiny_zoo / "base", "a": tiny_zoo / "upper", "b": tiny_zoo / "reverse"}
+    data = {"models": {k: str(v) for k, v in models.items()}, "base": "base", "groups": groups}
+    recipe.write_text(yaml.safe_dump(data))
+    words = ("merge", recipe, tmp_path / "out.yaml", "--as")
+    assert "can't be written as mergekit YAML" in refuse(*words, "mergekit", folder=tmp_path)
+    assert "no such form" in refuse(*words, "recipe", folder=tmp_path)
+    assert "--rank is for adapters" in refuse(*words, "mergekit", "--rank", "2", folder=tmp_path)
+    assert "has to be truncated" in refuse(*words, "adapter", folder=tmp_path)
+    (tmp_path / "out.yaml").write_text("mine")
+    data["groups"] = groups[1:]
+    recipe.write_text(yaml.safe_dump(data))
+    assert "already exists" in refuse(*words, "mergekit", folder=tmp_path)
+    assert "already exists" in refuse(*words, "adapter", "--rank", "2", folder=tmp_path)
 
 
 def test_mistakes_of_evaluate(tiny_zoo: Path, tmp_path: Path) -> None:

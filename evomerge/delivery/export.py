@@ -1,24 +1,32 @@
-"""Export: the winner (or any other recipe of a run) as a model folder for production.
+"""Export: the winner (or any other recipe of a run) as a model folder, an adapter, or a text file.
 
-The folder holds the weights the run scored, bit for bit, with config and tokenizer, the recipe, the
-same merge as mergekit YAML where that language can say it, and a model card.
+A model folder holds the weights the run scored, bit for bit, with config and tokenizer, the recipe, the
+same merge as mergekit YAML where that language can say it, and a model card. An adapter is another model
+than the one that was scored, so it is loaded back and scored before it gets its name.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import jinja2
+from rich.table import Table
 
+from evomerge import compose
 from evomerge.delivery.report import percent
 from evomerge.delivery.summary import Summary
-from evomerge.errors import ConfigError, StoreError, nearest
+from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.merging import engine
+from evomerge.merging.adapter_export import AdapterReport, write_adapter
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.source import open_source
+from evomerge.merging.tensorfile import sync
 from evomerge.running.store import RunStore
-from evomerge.running.worker import WorkerSpec
+from evomerge.running.worker import Job, Worker, WorkerSpec
 from evomerge.search.baselines import Named
 
 
@@ -46,6 +54,105 @@ def export(store: RunStore, summary: Summary, out: Path, *, pick: str = "winner"
         no_mergekit = error.what
     engine.write(chosen.recipe, out, extra=extra)
     return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredAdapter:
+    """An adapter that was written: what it holds, and its test scores beside the whole merge's."""
+
+    folder: Path
+    pick: Named
+    report: AdapterReport
+    keep_rest: bool
+    merge: Scores
+    adapter: Scores
+
+    def arguments(self) -> str:
+        """Return the options of `evomerge merge` that make this adapter."""
+        rank = "" if self.report.exact else f" --rank {self.report.rank}"
+        return f" --as adapter{rank}{' --keep-rest' * self.keep_rest}"
+
+    def rows(self) -> list[tuple[str, float, float]]:
+        """Return task, mean score of the whole merge, and of the adapter."""
+        return [(whole.task, whole.mean, self.adapter[whole.task].mean) for whole in self.merge]
+
+
+def export_adapter(
+    store: RunStore,
+    summary: Summary,
+    out: Path,
+    *,
+    pick: str = "winner",
+    rank: int | None = None,
+    keep_rest: bool = False,
+) -> ScoredAdapter:
+    """Write one recipe of a run as a LoRA adapter on the run's base, and score it on the test items.
+
+    rank, keep_rest: as in `write_adapter`. It is scored as peft loads it, with the run's own settings.
+    Raises what `export` and `write_adapter` do.
+    """
+    chosen = find(store, summary, pick)
+    engine.new_folder(out)
+    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    found: list[ScoredAdapter] = []
+
+    def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
+        whole = _test_scores(store, chosen.recipe, worker)
+        base = open_source(report.base).folder
+        adapter = rescore(folder, worker, "test", base=base)
+        found.append(
+            ScoredAdapter(
+                folder=out,
+                pick=chosen,
+                report=report,
+                keep_rest=keep_rest,
+                merge=whole,
+                adapter=adapter,
+            )
+        )
+        return {"README.md": card(store, summary, chosen, adapter=found[0])}
+
+    write_adapter(chosen.recipe, out, rank=rank, keep_rest=keep_rest, finish=finish)
+    return found[0]
+
+
+def _test_scores(store: RunStore, recipe: Recipe, worker: WorkerSpec) -> Scores:
+    stored = store.result(recipe.hash, "test")
+    outcome = stored if stored is not None else Worker(worker).run(Job(recipe=recipe, split="test")).outcome
+    if not isinstance(outcome, Scores):
+        raise UserError(f"recipe {recipe.hash[:12]} could not be scored: {outcome.reason}")
+    return outcome
+
+
+def comparison(done: ScoredAdapter) -> Table:
+    """Return the adapter's scores beside the whole merge's as a table for the terminal."""
+    shown = Table(title="test items, mean score", title_justify="left")
+    shown.add_column("task")
+    for name in ("whole merge", "adapter"):
+        shown.add_column(name, justify="right")
+    for task, whole, adapter in done.rows():
+        shown.add_row(task, f"{whole:.3f}", f"{adapter:.3f}")
+    return shown
+
+
+def write_text(out: Path, text: str) -> None:
+    """Write a YAML file under a new name ending in .yaml or .yml, complete or not at all."""
+    if out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{out}: one YAML file is written here, not a folder",
+            expected="a name that ends in .yaml",
+            fix=f"write to {out}.yaml",
+        )
+    if out.exists():
+        raise DiskError(f"{out}: already exists", fix="choose another name or remove it yourself")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync([part])
+        part.rename(out)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def find(store: RunStore, summary: Summary, pick: str) -> Named:
@@ -77,8 +184,11 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
     )
 
 
-def card(store: RunStore, summary: Summary, chosen: Named) -> str:
-    """Return the model card (Markdown with the hub's YAML header) of one recipe of a run."""
+def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
+    """Return the model card (Markdown with the hub's YAML header) of one recipe of a run.
+
+    adapter: what the recipe was exported as, where that is not the whole model.
+    """
     rows = summary.rows()
     mine = next((row for row in rows if row.recipe == chosen.recipe.hash), None)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -89,6 +199,7 @@ def card(store: RunStore, summary: Summary, chosen: Named) -> str:
     shown += [row for row in (best, mine) if row is not None and row not in shown]
     return environment.from_string(template).render(
         chosen=chosen,
+        adapter=adapter,
         recipe=chosen.recipe,
         is_winner=summary.winner is not None and chosen.recipe.hash == summary.winner.recipe.hash,
         rows=shown,
@@ -104,11 +215,14 @@ def card(store: RunStore, summary: Summary, chosen: Named) -> str:
     )
 
 
-def rescore(folder: Path, worker: WorkerSpec, split: Split) -> Scores:
+def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None = None) -> Scores:
     """Load an exported folder the way any user would, and score it on a split.
 
-    With the run's own worker settings the result equals the stored scores bit for bit.
+    With the run's own worker settings the result of a model folder equals the stored scores bit for bit.
+    base: the model's folder, where `folder` holds an adapter on it.
     """
+    import warnings
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,11 +230,17 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split) -> Scores:
 
     torch.set_num_threads(worker.threads)
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, worker.dtype), attn_implementation=worker.attention
+        base or folder, dtype=getattr(torch, worker.dtype), attn_implementation=worker.attention
     )
+    if base is not None:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft calls what transformers deprecates
+            model = PeftModel.from_pretrained(model, str(folder))
     harness = Harness(
         worker.suite,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(base or folder),
         batch_size=worker.batch_size,
         max_length=worker.max_length,
     )

@@ -89,7 +89,9 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | N
     plan = None if method.blend is None else method.blend(measure, **settings)
     dtype = getattr(torch, recipe.dtype)
     if plan is None:
-        merged = _by_function(method, origin, operands, settings, dtype)
+        bases = [] if origin is None else [origin]
+        del origin, measure
+        merged = _by_function(method, bases, operands, settings, dtype)
         return _delivered(merged, out, tensor, group)
     if not kernels.available():
         full = None if origin is None else origin.to(torch.float32)
@@ -109,15 +111,18 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Tensor | N
 
 
 def _by_function(
-    method: Method, base: Tensor | None, operands: list[Operand], settings: dict[str, Any], dtype: Any
+    method: Method, bases: list[Tensor], operands: list[Operand], settings: dict[str, Any], dtype: Any
 ) -> Tensor:
-    """Call a method that is no blend, some rows at a time where it lets us, and round the result."""
+    """Call a method that is no blend, some rows at a time where it lets us, and round the result.
+
+    bases: the base's tensor, or none. Both lists are used up: what is widened need not stay as stored.
+    """
     import torch
 
     shape = operands[0].tensor.shape
     if not method.by_rows or len(shape) < 2:
-        full = None if base is None else base.to(torch.float32)
-        inputs = [_alone(operands.pop(0), base) for _ in range(len(operands))]  # used up: half the memory
+        full = bases.pop().to(torch.float32) if bases else None
+        inputs = [_alone(operands.pop(0), full) for _ in range(len(operands))]
         return method.function(full, inputs, **settings).to(dtype)
     rows = [as_rows(each.tensor) for each in operands]
     count, columns = rows[0].shape
@@ -125,7 +130,7 @@ def _by_function(
     merged = torch.empty((count, columns), dtype=dtype)
     for start in range(0, count, step):
         here = slice(start, start + step)
-        origin = None if base is None else as_rows(base)[here]
+        origin = as_rows(bases[0])[here] if bases else None
         inputs = [
             _alone(Operand(matrix[here], each.minus_base), origin)
             for matrix, each in zip(rows, operands, strict=True)
@@ -149,23 +154,25 @@ def _alone(operand: Operand, base: Tensor | None) -> Tensor:
 
 def _delivered(merged: Tensor, out: Tensor | None, tensor: str, group: TensorGroup) -> Tensor:
     """Check a merged tensor, and put it into `out` if there is one."""
-    if not all_finite(merged):
-        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), group)
+    checked(merged, tensor, group)
     return merged if out is None else out.copy_(merged)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Say whether no element is NaN or infinite."""
+def checked(merged: Tensor, tensor: str, group: TensorGroup | None = None) -> Tensor:
+    """Return a tensor as it is, or raise NonFiniteWeights naming it and who made it."""
     import torch
 
-    return not tensor.numel() or all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
+    if merged.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(merged)).tolist())):
+        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), group)
+    return merged
 
 
-def _not_finite(tensor: str, dtype: str, group: TensorGroup) -> NonFiniteWeights:
+def _not_finite(tensor: str, dtype: str, group: TensorGroup | None) -> NonFiniteWeights:
+    made = "" if group is None else f" made by group {group.label()!r} ({group.method})"
     return NonFiniteWeights(
         f"the merged tensor {tensor!r} is not finite",
         expected=f"finite {dtype} numbers",
-        got=f"NaN or infinite elements made by group {group.label()!r} ({group.method})",
+        got=f"NaN or infinite elements{made}",
         fix="use smaller weights or lambda, and check that the sources themselves are finite",
     )
 
@@ -224,6 +231,23 @@ def write(
     extra: text files (name -> content) that belong into the folder, such as a model card.
     Raises ModelError and ConfigError where `check` does, DiskError, and NonFiniteWeights.
     """
+    out = new_folder(out)
+    sources = open_used(recipe) if sources is None else sources
+    check(recipe, sources)
+    _return_memory()
+    pattern = sources[recipe.tokenizer]
+    shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
+    check_space(out, shards)
+    with staged(out) as folder:
+        _write_weights(recipe, FileInputs(sources), shards, folder)
+        _write_rest(recipe, pattern, folder)
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return out
+
+
+def new_folder(out: str | Path) -> Path:
+    """Return the path of a folder to write, or raise DiskError where something is there already."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiskError(
@@ -231,18 +255,6 @@ def write(
             expected="a new folder",
             fix="choose another name or remove it yourself",
         )
-    sources = open_used(recipe) if sources is None else sources
-    check(recipe, sources)
-    _return_memory()
-    pattern = sources[recipe.tokenizer]
-    shards = plan_shards(pattern.headers, recipe.dtype, max_shard_bytes)
-    parent = _existing_parent(out)
-    _check_space(parent, shards)
-    with _staged(out) as folder:
-        _write_weights(recipe, FileInputs(sources), shards, folder)
-        _write_rest(recipe, pattern, folder)
-        for name, text in (extra or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
     return out
 
 
@@ -334,7 +346,9 @@ def _existing_parent(out: Path) -> Path:
     return parent
 
 
-def _check_space(parent: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
+def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
+    """Raise DiskError where there is no room for these files; shards: file name -> headers."""
+    parent = _existing_parent(out)
     needed = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
     free = shutil.disk_usage(parent).free
     if free < needed + DISK_MARGIN:
@@ -359,7 +373,7 @@ def _remove_abandoned(out: Path) -> None:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` on success and disappears on failure."""
     out = out.absolute()
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from evomerge.merging import fisher
 from evomerge.merging.kernels import Operand
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
-from evomerge.merging.source import Source
+from evomerge.merging.source import AdaptedCheckpoint, Source, task_vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class FileInputs:
         self._sources = sources
 
     def operand(self, source: str, tensor: str, base: str | None) -> Operand:
-        return Operand(_computable(self._sources[source].stored(tensor, mapped=False)), base is not None)
+        return _operand(self._sources, source, tensor, base, mapped=False)
 
     def fisher(self, file: str, tensor: str) -> Tensor:
         return fisher.tensor(file, tensor)
@@ -64,7 +64,8 @@ class WarmInputs:
     """Tensors as they lie in the mapped files, and statistics kept once computed: for many candidates.
 
     Kept: the inner products a method asked for (a few numbers per tensor), and the spectrum of each task
-    vector that was trimmed (see `Spectrum`), unless `low_memory`: then every trim selects again.
+    vector that was trimmed (see `Spectrum`), unless `low_memory`: then every trim selects again. Updates
+    of adapters stay factored; their product is made for each candidate that uses it.
     """
 
     def __init__(self, sources: Mapping[str, Source], *, low_memory: bool = False) -> None:
@@ -78,7 +79,7 @@ class WarmInputs:
         return sum(each.nbytes for each in self._spectra.values())
 
     def operand(self, source: str, tensor: str, base: str | None) -> Operand:
-        return Operand(_computable(self._sources[source].stored(tensor)), base is not None)
+        return _operand(self._sources, source, tensor, base, mapped=True)
 
     def fisher(self, file: str, tensor: str) -> Tensor:
         return fisher.tensor(file, tensor)
@@ -94,6 +95,19 @@ class WarmInputs:
         if place not in self._spectra:
             self._spectra[place] = Spectrum(magnitudes())
         return self._spectra[place].boundary(rank)
+
+
+def _operand(
+    sources: Mapping[str, Source], source: str, tensor: str, base: str | None, *, mapped: bool
+) -> Operand:
+    """Return a model, or a task vector: as a difference still to be taken, or an adapter's own update."""
+    import torch
+
+    found = sources[source]
+    if base is None or not isinstance(found, AdaptedCheckpoint):
+        return Operand(_computable(found.stored(tensor, mapped=mapped)), base is not None)
+    vector = task_vector(found, sources[base], tensor)
+    return Operand(torch.zeros(found.headers[tensor].shape) if vector is None else vector, False)
 
 
 def _computable(tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ from evomerge.merging.tensorfile import Header
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AdaptedCheckpoint", "Checkpoint", "Source", "open_source", "open_sources"]
+__all__ = ["AdaptedCheckpoint", "Checkpoint", "Source", "open_source", "open_sources", "task_vector"]
 
 
 class Source(Protocol):
@@ -45,6 +46,38 @@ class Source(Protocol):
     def stored(self, name: str, *, mapped: bool = True) -> Tensor:
         """Return a tensor in the type it has; a view of the mapped file if there is one and `mapped`."""
         ...
+
+
+def same_base(one: Source, other: Source) -> bool:
+    """Say whether two models, adapters taken off, are one folder, however it was named."""
+    return one.folder.resolve() == other.folder.resolve()
+
+
+def task_vector(
+    source: Source, base: Source, name: str, origin: Callable[[], Tensor] | None = None
+) -> Tensor | None:
+    """Return source - base of one tensor in float32, or None where it is known to be zero unread.
+
+    An adapter on the very files of the base has the task vector scale * B A, computed from its factors
+    and not by adding them to the base and taking the base away again; of a tensor it does not touch, none.
+    An adapter on another model has that model's task vector plus scale * B A. Everything else is a
+    difference. All who need a task vector get it here, so that they get the same bits.
+
+    origin: gives the base's tensor where the caller keeps it; it is called only if the base is needed.
+    """
+    origin = origin or functools.partial(base.tensor, name)
+    if isinstance(base, AdaptedCheckpoint):
+        return source.tensor(name) - origin()
+    same = same_base(source, base)
+    if not isinstance(source, AdaptedCheckpoint):
+        return None if same else source.tensor(name) - origin()
+    if name in source.replaced:
+        return source.tensor(name) - origin()
+    update = source.update(name)
+    if same:
+        return update
+    moved = source.base.tensor(name) - origin()
+    return moved if update is None else moved + update
 
 
 def open_source(location: str, *, base: str | None = None) -> Source:

@@ -103,6 +103,79 @@ def test_other_rows_can_be_picked(opened: tuple[RunStore, Summary], tmp_path: Pa
     assert delivery.export(store, summary, tmp_path / "name", pick="TIES").pick.name == "TIES"
 
 
+def test_an_adapter_is_scored_before_it_gets_its_name(
+    opened: tuple[RunStore, Summary], tmp_path: Path
+) -> None:
+    store, summary = opened
+    done = delivery.export_adapter(store, summary, tmp_path / "small", rank=4)
+    assert not done.report.exact
+    assert 0 < done.report.energy < 1
+    assert (done.report.rank, done.report.base) == (4, done.pick.recipe.models["base"])
+    stored = store.result(done.pick.recipe.hash, "test")
+    assert isinstance(stored, Scores)
+    assert done.merge.same_as(stored)
+    assert not done.adapter.same_as(stored)
+    assert [task for task, _, _ in done.rows()] == [scores.task for scores in stored]
+    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    base = Path(done.report.base)
+    assert delivery.rescore(tmp_path / "small", worker, "test", base=base).same_as(done.adapter)
+
+    text = (tmp_path / "small" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert (front["library_name"], front["base_model"]) == ("peft", done.report.base)
+    assert f"{done.report.summary()}. It was loaded with peft" in text
+    assert "evomerge merge recipe.yaml OUT --as adapter --rank 4\n" in text
+    assert "It approximates the merge" in text
+    assert "bit for bit" not in text
+    for task, whole, mine in done.rows():
+        assert f"| {task} | {whole:.3f} | {mine:.3f} |" in text
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "recipe.yaml",
+    ]
+
+
+def test_an_adapter_that_holds_everything_scores_like_the_merge(
+    opened: tuple[RunStore, Summary], tmp_path: Path
+) -> None:
+    store, summary = opened
+    done = delivery.export_adapter(
+        store, summary, tmp_path / "big", pick="best-baseline", rank=999, keep_rest=True
+    )
+    assert done.report.energy >= 1 - 1e-6
+    likelihoods = [(s.task, s.metric, done.adapter[s.task].metric) for s in done.merge if s.smooth is None]
+    assert any(task == "demo_text" for task, _, _ in likelihoods)
+    for task, whole, mine in likelihoods:
+        if task == "demo_text":  # the stored merge is rounded to bfloat16, the adapter is not
+            assert mine == pytest.approx(whole, abs=0.02)
+    text = (tmp_path / "big" / "README.md").read_text()
+    assert f"--as adapter --rank {done.report.rank} --keep-rest\n" in text
+
+
+def test_an_adapter_of_a_recipe_that_was_never_tested(
+    opened: tuple[RunStore, Summary], tmp_path: Path
+) -> None:
+    store, summary = opened
+    searched = [recipe for generation in store.generations() for recipe in generation.recipes]
+    untested = next(recipe for recipe in searched if store.result(recipe, "test") is None)
+    done = delivery.export_adapter(store, summary, tmp_path / "small", pick=untested[:12], rank=2)
+    assert (done.merge.split, done.merge.items) == ("test", done.adapter.items)
+    assert store.result(untested, "test") is None
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert "This is not the winner" in text
+
+
+def test_an_adapter_nobody_can_score_is_not_written(
+    opened: tuple[RunStore, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "rescore", lambda *_, **__: (_ for _ in ()).throw(StoreError("no")))
+    with pytest.raises(StoreError):
+        delivery.export_adapter(*opened, tmp_path / "small", rank=4)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_without_a_winner_says_so(opened: tuple[RunStore, Summary], tmp_path: Path) -> None:
     store, summary = opened
     unfinished = Summary(store, summary.suite)

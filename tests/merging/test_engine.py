@@ -99,6 +99,17 @@ def test_scored_is_exported_per_layer_with_an_adapter_and_any_number_of_threads(
     assert_same_bits(bench, out)
 
 
+@pytest.mark.parametrize("method", [name for name in methods.names() if methods.get(name).by_rows])
+def test_rows_at_a_time_change_no_bit(
+    method: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for at_once in (1, 100, 1 << 18):
+        monkeypatch.setattr(engine, "ROWS_AT_ONCE", at_once)
+        files.append(write(one(models, method), tmp_path / str(at_once)) / "model.safetensors")
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_export_is_a_complete_model_folder(models: dict[str, str], tmp_path: Path) -> None:
     recipe = one(models, "linear", dtype="float16")
     out = write(recipe, tmp_path / "deep" / "out")

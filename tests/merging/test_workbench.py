@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.errors import ConfigError, ModelError
-from evomerge.merging import workbench
+from evomerge.merging import engine, workbench
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.source import AdaptedCheckpoint, open_source
 from evomerge.merging.workbench import Workbench
 
 from .conftest import llama, save
@@ -133,3 +135,31 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(tmp_path) -> None:  #
     config.write_text(config.read_text().replace('"llama"', '"lama"').replace("Llama", "Lama"))
     with pytest.raises(ModelError, match="transformers can't build this model"):
         Workbench({"m": str(folder)})
+
+
+def test_adapters_are_loaded_as_they_are_written_and_cost_their_factors(
+    models: dict[str, str], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    places = {"base": models["base"], "p": adapters["plain"], "q": f"{models['a']}+{adapters['patterns']}"}
+    bench = Workbench(places, "base")
+    recipe = Recipe(
+        models=places,
+        base="base",
+        groups=(
+            TensorGroup(method="task_arithmetic", sources=("p",), layers=(0,), parameters={"weight": 0.4}),
+            TensorGroup(method="ties", sources=("p", "q"), parameters={"density": 0.6}),
+        ),
+    )
+    bench.load(recipe)
+    written = open_source(str(engine.write(recipe, tmp_path / "out")))
+    live = bench.model.state_dict()
+    for name in written.headers:
+        assert torch.equal(live[name], written.tensor(name)), name
+    adapter = bench.sources["p"]
+    assert isinstance(adapter, AdaptedCheckpoint)
+    assert {part.split(".lora_")[0] for part in adapter._factors} == {
+        f"base_model.model.{name.removesuffix('.weight')}" for name in adapter.updates
+    }
+    bench = Workbench(places, "base", low_memory=True)
+    bench.load(recipe)
+    assert bench.nbytes == 0

@@ -193,13 +193,13 @@ def keep_ranks(vector: Tensor, ranks: Ranks) -> Tensor:
     if ranks.first == 0 and ranks.last >= vector.numel():
         return vector
     magnitudes = vector.abs().flatten()
-    dropped = ~_reaches(magnitudes, boundary(magnitudes, ranks.last))
+    dropped = ~reaches(magnitudes, boundary(magnitudes, ranks.last))
     if ranks.first:
-        dropped |= _reaches(magnitudes, boundary(magnitudes, ranks.first))
+        dropped |= reaches(magnitudes, boundary(magnitudes, ranks.first))
     return vector.masked_fill((dropped & ~magnitudes.isnan()).view(vector.shape), 0.0)
 
 
-def _reaches(magnitudes: Tensor, limit: Boundary) -> Tensor:
+def reaches(magnitudes: Tensor, limit: Boundary) -> Tensor:
     """Return where the elements above a boundary are, as a mask."""
     mask = magnitudes >= limit.magnitude
     if limit.magnitude > 0.0:

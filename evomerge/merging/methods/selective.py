@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
-from evomerge.merging.methods.blend import Ranks, keep_ranks, weighted_sum
+from evomerge.merging.methods.blend import reaches, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
 from evomerge.merging.methods.reduction import BLOCK, as_rows, norm
+from evomerge.merging.methods.selection import boundary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,7 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
         for piece in pieces:
             variance[piece] = _variance([vector[piece] for vector in vectors])
         varied = int(select_topk * int(torch.count_nonzero(variance)))
-        kept = keep_ranks(variance, Ranks(last=varied)) > 0.0
+        kept = reaches(variance, boundary(variance, varied)).logical_and_(variance > 0.0)
         del variance
 
     def selected(piece: slice) -> list[Tensor]:
@@ -155,10 +156,16 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     if not base.numel():
         return base.clone()
     rows, origin = as_rows(source), as_rows(base)
-    importance = (rows - origin).abs_().mul_(_divergence(rows, origin).to(base.dtype)[:, None])
-    low, middle, high = _quartiles(importance)
-    outlying = importance.view(base.shape) > middle + OUTLYING * (high - low)
-    return source.where(outlying, base)
+    divergence = _divergence(rows, origin).to(base.dtype)[:, None]
+    low, middle, high = _quartiles((rows - origin).abs_().mul_(divergence))
+    limit = middle + OUTLYING * (high - low)
+    merged = origin.clone()
+    step = max(1, PIECE // max(rows.shape[1], 1))
+    for start in range(0, len(rows), step):  # importances again, piece by piece: they need not be kept
+        here = slice(start, start + step)
+        outlying = (rows[here] - origin[here]).abs_().mul_(divergence[here]) > limit
+        merged[here] = rows[here].where(outlying, origin[here])
+    return merged.view(base.shape)
 
 
 def _divergence(rows: Tensor, origin: Tensor) -> Tensor:
@@ -191,9 +198,8 @@ def _log_total(rows: Tensor) -> Tensor:
 
 
 def _quartiles(values: Tensor) -> list[float]:
-    """Return the elements at a quarter, half and three quarters of the ascending order."""
-    import numpy
-
+    """Return the elements at a quarter, half and three quarters of the ascending order; reorders them."""
     ranks = [int(share * (values.numel() - 1)) for share in QUARTILES]
-    ordered = numpy.partition(values.detach().cpu().numpy().ravel(), ranks)
+    ordered = values.detach().cpu().numpy().reshape(-1)
+    ordered.partition(ranks)
     return [float(ordered[rank]) for rank in ranks]
