@@ -13,8 +13,8 @@ import os
 import shlex
 import signal
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -382,6 +382,75 @@ def _say_file(out: Path, recipe: str) -> None:
     _out.data({"file": str(out), "recipe": recipe})
 
 
+@_command(app, "analyze")
+def analyze(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A run config, recipe.yaml or mergekit YAML.")
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base: a model of the file, or a location.")
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(min=0.0, help="Changed: |task vector| above this multiple of its mean in a tensor."),
+    ] = 1.0,
+    top: Annotated[float, typer.Option(help="Share of largest elements compared between models.")] = 0.2,
+    shown: Annotated[str, typer.Option("--map", help="conflict, cosine, overlap or norm.")] = "conflict",
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
+) -> None:
+    """Say from the files alone where fine-tunes agree or conflict, and which method to start from."""
+    from evomerge.delivery import interference as delivery
+    from evomerge.delivery import interference_page
+    from evomerge.merging.advice import advise
+    from evomerge.merging.interference import measure
+
+    if shown not in delivery.MEASURES:
+        raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, delivery.MEASURES))
+    models, origin = delivery.read_models(config, base)
+    with _progress("reading") as progress:
+        found = measure(models, origin, threshold=threshold, top=top, progress=progress)
+    advised = advise(found)
+    _out.say(delivery.terminal(found, advised, measure=shown, width=_out.console.width))
+    if html is not None:
+        page = interference_page.write_html(found, advised, html)
+        _out.say(f"page: {_shown(page)}")
+    _out.data(delivery.as_data(found, advised))
+
+
+@_command(app, "fisher")
+def fisher(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, one sequence per line.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
+    labels: Annotated[
+        str, typer.Option(help="text: the empirical Fisher; model: tokens drawn from its own predictions.")
+    ] = "text",
+    sequences: Annotated[int | None, typer.Option(min=1, help="Use the first lines only.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a line that count.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawn tokens, with --labels model.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+) -> None:
+    """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
+    from evomerge.merging.fisher import estimate
+    from evomerge.running.executors import ExecutorSpec, resolve
+
+    place, _, _ = resolve(ExecutorSpec(device=device))
+    with _progress("sequences") as progress:
+        done = estimate(
+            model,
+            text,
+            out,
+            labels=labels,
+            sequences=sequences,
+            max_length=max_length,
+            seed=seed,
+            device=place,
+            progress=progress,
+        )
+    _out.say(f"wrote {_shown(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})")
+    _out.data({"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "mean": done.mean})
+
+
 @_command(app, "evaluate")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
@@ -442,6 +511,17 @@ def demo(
             f"{model}: the exported model does not score as the winner did", fix="please report this"
         )
     _out.say(f"exported the winner to {_shown(model)}; loaded back, it scores the same on every test item")
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what a long step tells how much of how much is done; a bar where somebody looks at it."""
+    from rich.progress import Progress
+
+    disabled = _out.quiet or _out.json or not _out.console.is_terminal
+    with Progress(console=_out.console, transient=True, disable=disabled) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)
 
 
 def _shown(path: Path) -> str:

@@ -21,7 +21,8 @@ from evomerge.merging.reading import read_recipe
 from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
-NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "evaluate", "demo", "zoo"]
+NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "analyze", "fisher"]
+NAMES += ["evaluate", "demo", "zoo"]
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,89 @@ def test_a_stack_of_layers_is_merged_and_scored(tiny_zoo: Path, tmp_path: Path) 
     message = refuse("merge", tmp_path / "stack.yaml", tmp_path / "third", folder=tmp_path)
     assert "slices[1]" in message
     assert "an end of at most 2" in message
+
+
+def test_analyze_sees_into_a_merge(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    path, page = config(), tmp_path / "page.html"
+    text = succeed("analyze", path, "--map", "cosine", "--html", page)
+    assert "upper - reverse" in text
+    assert "page.html" in text
+    assert page.read_text().startswith("<!doctype html>")
+    data = json.loads(succeed("analyze", path, "--threshold", "0.5", "--top", "0.1", "--json"))
+    assert data["settings"]["threshold"] == 0.5
+    assert data["settings"]["chance_overlap"] == pytest.approx(0.1 / 1.9)
+    assert set(data["total"]["models"]) == {"upper", "reverse"}
+    adapted = _models(base=tiny_zoo / "base", upper=tiny_zoo / "upper", add=tiny_zoo / "add")
+    assert "upper - add" in succeed("analyze", config(models=adapted))
+
+
+def test_mistakes_of_analyze(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    alone = config(models=_models(base=tiny_zoo / "base", upper=tiny_zoo / "upper"))
+    assert "at least two other models" in refuse("analyze", alone, folder=tmp_path)
+    wider = AutoModelForCausalLM.from_config(
+        LlamaConfig.from_pretrained(tiny_zoo / "base", intermediate_size=96)
+    )
+    wider.save_pretrained(tmp_path / "wider")
+    named = _models(base=tiny_zoo / "base", upper=tiny_zoo / "upper", wide=tmp_path / "wider")
+    page = tmp_path / "page.html"
+    message = refuse("analyze", config(models=named), "--html", page, folder=tmp_path)
+    assert "another shape" in message
+    assert "from the same base" in message
+    assert "did you mean 'conflict'?" in refuse("analyze", alone, "--map", "conflicts", folder=tmp_path)
+    assert "top" in refuse("analyze", config(), "--top", "2", folder=tmp_path)
+    assert "no such file" in refuse("analyze", tmp_path / "none.yaml", folder=tmp_path)
+
+
+def test_fisher_and_the_merge_that_uses_it(tiny_zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat is old .\nthe dog is here .\n")
+    names = ("upper", "reverse")
+    for name in names:
+        words = ("fisher", tiny_zoo / name, tmp_path / "text.txt", tmp_path / f"{name}.safetensors")
+        assert "2 sequences" in succeed(*words)
+    assert "already exists" in refuse(*words, folder=tmp_path)
+    new = tmp_path / "new.safetensors"
+    assert "'gpu' can't be used here" in refuse(*words[:3], new, "--device", "gpu", folder=tmp_path)
+    drawn = (*words[:3], tmp_path / "drawn.safetensors", "--labels", "model", "--sequences", "1", "--json")
+    assert json.loads(succeed(*drawn))["sequences"] == 1
+    recipe = {
+        "models": {name: str(tiny_zoo / name) for name in names},
+        "fisher": {name: f"{name}.safetensors" for name in names},
+        "groups": [{"method": "fisher", "sources": list(names)}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    succeed("merge", tmp_path / "recipe.yaml", tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({**recipe, "fisher": {"upper": "upper.safetensors"}})
+    )
+    message = refuse("merge", tmp_path / "recipe.yaml", tmp_path / "again", folder=tmp_path)
+    assert "none for reverse" in message
+    assert "evomerge fisher" in message
+
+
+def test_task_vectors_are_added_negated_and_scaled_by_a_recipe(tiny_zoo: Path, tmp_path: Path) -> None:
+    names = ("base", "upper", "reverse")
+    loaded = {n: AutoModelForCausalLM.from_pretrained(tiny_zoo / n).float().state_dict() for n in names}
+    for index, (weights, scale) in enumerate(
+        (
+            ({"upper": 1.0, "reverse": 1.0}, 1.0),
+            ({"upper": -1.0}, 1.0),
+            ({"upper": 1.0, "reverse": -0.5}, 0.3),
+        )
+    ):
+        group = {
+            "method": "task_arithmetic",
+            "sources": list(weights),
+            "parameters": {"weight": weights, "lambda": scale},
+        }
+        places = {n: str(tiny_zoo / n) for n in names}
+        recipe = {"models": places, "base": "base", "dtype": "float32", "groups": [group]}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        succeed("merge", tmp_path / "recipe.yaml", tmp_path / str(index))
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(index)).state_dict()
+        for key, origin in loaded["base"].items():
+            expected = origin + scale * sum(w * (loaded[n][key] - origin) for n, w in weights.items())
+            torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(

@@ -46,10 +46,15 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evomerge").symlink_to(ROOT / "evomerge")
     listed = [c for c in commands(README) if not c.startswith(SLOW)]
-    assert len(listed) == 11
+    assert len(listed) == 13
+    (tmp_path / "text.txt").write_text("the cat is old .\nthe dog is here .\n")
     output = {command: run(SMALLER.get(command, command)) for command in listed}
     assert "search" in output["evomerge run evomerge/zoo/demo.yaml"]
     assert (tmp_path / "merged" / "README.md").exists()
+    shown = README[README.index("```\n pair ") :][4:]
+    shown = shown[: shown.index("\n```")].replace("...\n", "").splitlines()
+    said = [line.rstrip() for line in output["evomerge analyze evomerge/zoo/demo.yaml"].splitlines()]
+    assert [line for line in shown if line not in said] == []
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "again")]
     assert same[0] == same[1]
     assert "rank 16, captures" in output["evomerge export runs/demo small --as adapter --rank 16"]

@@ -14,11 +14,18 @@ if TYPE_CHECKING:
 
 
 def apply(
-    group: TensorGroup, base: Tensor | None, tensors: Sequence[Tensor], *, seed: int, tensor: str
+    group: TensorGroup,
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    *,
+    seed: int,
+    tensor: str,
+    fishers: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the group's method applied to float32 tensors, one per source; they are not modified.
 
-    seed and tensor (the output tensor's name) own the draws of random methods.
+    seed and tensor (the output tensor's name) own the draws of random methods. fishers: one tensor per
+    source, for methods that need them.
 
     >>> import torch
     >>> half = TensorGroup(method="linear", sources=("a", "b"))
@@ -26,7 +33,10 @@ def apply(
     tensor([0.5000])
     """
     function = methods.get(group.method).function
-    return function(base, tensors, **arguments(group, seed=seed, tensor=tensor))
+    found = arguments(group, seed=seed, tensor=tensor)
+    if methods.get(group.method).fisher:
+        found["fishers"] = fishers
+    return function(base, tensors, **found)
 
 
 def arguments(group: TensorGroup, *, seed: int, tensor: str) -> dict[str, Any]:

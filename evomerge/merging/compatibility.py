@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.merging import fisher
 from evomerge.merging.application import apply
 from evomerge.merging.checkpoint import HEADS
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
@@ -42,6 +43,14 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
             raise ConfigError(f"recipe: model {name!r} was not opened", fix=nearest(name, sources))
     notes = check_models({name: sources[name] for name in names}, stacked=recipe.stacked)
     _check_groups(recipe, sources)
+    if any(isinstance(sources[name], Aligned) for name in recipe.used_fishers()):
+        raise ConfigError(
+            "recipe: Fisher files have one row per token of their own model",
+            expected="sources of one vocabulary",
+            got="rows that move",
+            fix="use another method, or merge models that share a tokenizer",
+        )
+    fisher.check(recipe, sources[recipe.pattern].headers)
     return notes
 
 
@@ -205,7 +214,7 @@ def _try(group: TensorGroup) -> None:
     import torch
 
     ones = [torch.ones(1) for _ in group.sources]
-    apply(group, torch.ones(1), ones, seed=0, tensor="")
+    apply(group, torch.ones(1), ones, seed=0, tensor="", fishers=ones)
 
 
 def _row(vocabulary: Mapping[str, int], token: str) -> str:

@@ -89,6 +89,8 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Place | No
     operands = [inputs.operand(*read, subtracted) for read in reads]
     origin = None if base is None else inputs.operand(base, at_base, None).tensor
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
+    if method.fisher:
+        settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
     measure = _Measure(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
     dtype = getattr(torch, recipe.dtype)

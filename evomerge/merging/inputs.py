@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from evomerge.merging import fisher
 from evomerge.merging.kernels import Operand
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
 from evomerge.merging.source import AdaptedCheckpoint, Source, task_vector
@@ -24,6 +25,10 @@ class Inputs(Protocol):
 
     def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
         """Return a source's tensor, float32 or bfloat16, and whether `base` is still to be subtracted."""
+        ...
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        """Return a tensor of a Fisher file, in float32."""
         ...
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
@@ -46,6 +51,9 @@ class FileInputs:
 
     def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=False)
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
@@ -74,6 +82,9 @@ class WarmInputs:
 
     def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=True)
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         if places not in self._grams:

@@ -64,6 +64,8 @@ NEUTRAL = {
     "multislerp": {"normalize_weights": True},
 }
 """Parameters we understand only at the value that changes nothing; any other is refused by name."""
+OURS = ("chained_slerp", "fisher")
+"""Methods mergekit does not have."""
 COPYING = ("slerp", "arcee_fusion")
 """Methods that take the only source of a slice as it is."""
 Conditions = Mapping[str, tuple[Condition, ...]]
@@ -99,6 +101,10 @@ def read(
     if "merge_method" not in data:
         raise ConfigError("mergekit file: missing key 'merge_method'")
     method = methods.get(str(data["merge_method"]))
+    if method.name in OURS:
+        raise ConfigError(
+            f"mergekit file: {method.name} is not one of its methods", fix="write a recipe.yaml"
+        )
     slices = placed(_slices(data, method))
     base = _base(data, "mergekit file")
     tokenizer = _tokenizer(data)

@@ -34,6 +34,8 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
     used = {group.method for group in recipe.groups if not _is_copy(group)} or {"passthrough"}
     if len(used) > 1:
         raise _inexpressible("one file has one merge method", f"methods {', '.join(sorted(used))}")
+    if ours := used & set(mergekit.OURS):
+        raise _inexpressible("a method of mergekit's", ", ".join(sorted(ours)))
     plain = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
     names: tuple[str, ...] = ()
     own: tuple[str, ...] = ()

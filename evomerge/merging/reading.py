@@ -28,4 +28,5 @@ def read_recipe(path: str | Path) -> Recipe:
             f"{path}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
         ) from None
     located = {name: mergekit.resolved(place, path.parent) for name, place in recipe.models.items()}
-    return dataclasses.replace(recipe, models=located)
+    fishers = {name: mergekit.resolved(place, path.parent) for name, place in recipe.fisher.items()}
+    return dataclasses.replace(recipe, models=located, fisher=fishers)

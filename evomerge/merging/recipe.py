@@ -270,6 +270,8 @@ class Recipe:
         rows are matched by token; models with other tokens are merged only if one of these is asked for.
     seed: owner of the random masks of DARE-like methods.
     num_layers: of the result; None means as many as its sources have.
+    fisher: name -> file of a model's diagonal Fisher, for every source of a group that needs it. Unlike
+        models, the files have no other identity than their place, so that is part of the hash.
     """
 
     models: Mapping[str, str]
@@ -279,6 +281,7 @@ class Recipe:
     tokenizer: str = ""
     seed: int = 0
     num_layers: int | None = None
+    fisher: Mapping[str, str] = field(default_factory=dict)
     asked: bool = field(default=False, init=False, compare=False, repr=False)
     """Whether `tokenizer` was given, as it is in every written recipe. No part of the identity: it decides
     what is refused, not what is made."""
@@ -289,11 +292,13 @@ class Recipe:
         if not self.groups:
             raise ConfigError("recipe: no groups")
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
+        object.__setattr__(self, "fisher", MappingProxyType(dict(self.fisher)))
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
             raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(self.dtype, DTYPES))
         named: list[tuple[str, str | None]] = [("base", self.base)]
         named += [(f"group {g.label()!r}", name) for g in self.groups for name in (*g.sources, g.base)]
+        named += [("fisher", name) for name in self.fisher]
         for where, name in named:
             if name is not None and name not in self.models:
                 raise ConfigError(
@@ -306,6 +311,14 @@ class Recipe:
                     f"recipe: {group.method} works on task vectors and needs a base model",
                     fix="set `base`",
                 )
+        bare = [name for name in self.used_fishers() if name not in self.fisher]
+        if bare:
+            raise ConfigError(
+                "recipe: a method weights its sources by their Fisher information",
+                expected="a file for each of them: `fisher: {name: file}`",
+                got=f"none for {', '.join(bare)}",
+                fix=f"evomerge fisher {self.models[bare[0]]} TEXT OUT",
+            )
 
     @classmethod
     def copy_of(cls, location: str, *, dtype: str) -> Recipe:
@@ -347,6 +360,8 @@ class Recipe:
         del data["models"]
         if not any(methods.get(group.method).random for group in self.groups):
             del data["seed"]
+        if not self.used_fishers():
+            data.pop("fisher", None)
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -362,6 +377,11 @@ class Recipe:
         first = [self.base] if self.base in used else []
         return tuple(first + [name for name in self.models if name in used and name != self.base])
 
+    def used_fishers(self) -> tuple[str, ...]:
+        """Return the names of the models whose Fisher file is read, in the order of `models`."""
+        used = {source for g in self.groups if methods.get(g.method).fisher for source in g.sources}
+        return tuple(name for name in self.models if name in used)
+
     def to_data(self) -> dict[str, Any]:
         """Return the recipe as plain data, the inverse of `from_data`."""
         data: dict[str, Any] = {"format": FORMAT, "models": dict(self.models)}
@@ -370,6 +390,8 @@ class Recipe:
         data |= {"tokenizer": self.tokenizer, "dtype": self.dtype, "seed": self.seed}
         if self.num_layers is not None:
             data["num_layers"] = self.num_layers
+        if self.fisher:
+            data["fisher"] = dict(self.fisher)
         data["groups"] = [group._as_data() for group in self.groups]
         return data
 
@@ -377,7 +399,7 @@ class Recipe:
     def from_data(cls, data: object) -> Recipe:
         """Build a recipe from plain data; unknown keys are errors that name the nearest valid key."""
         data = _mapping(data, "recipe")
-        valid = ("format", "models", "base", "tokenizer", "dtype", "seed", "num_layers", "groups")
+        valid = ("format", "models", "base", "tokenizer", "dtype", "seed", "num_layers", "fisher", "groups")
         _check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
             raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
@@ -397,6 +419,7 @@ class Recipe:
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
+            fisher={str(k): str(v) for k, v in _mapping(data.get("fisher") or {}, "recipe: fisher").items()},
             groups=tuple(
                 TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)

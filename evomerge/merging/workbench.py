@@ -120,7 +120,8 @@ class Workbench:
                 got=f"models {', '.join(recipe.models)} with base {recipe.base}",
                 fix="give the recipe the workbench's models and base",
             )
-        shape = (recipe.num_layers, *((g.layers, g.match, *_made_from(recipe, g)) for g in recipe.groups))
+        made = ((g.layers, g.match, *_made_from(recipe, g)) for g in recipe.groups)
+        shape = (recipe.num_layers, tuple(recipe.fisher.items()), *made)
         if shape not in self._checked:
             check(recipe, self.sources)
             _check_stack(stacked_config(recipe, self.sources), self._config)
@@ -158,6 +159,7 @@ def _key(recipe: Recipe, position: int) -> Hashable:
         tuple(group.parameters.items()),
         recipe.dtype,
         recipe.seed if method.random else None,
+        tuple(recipe.fisher[source] for source in group.sources) if method.fisher else None,
     )
 
 

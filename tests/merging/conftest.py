@@ -13,6 +13,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -75,12 +76,20 @@ def perturb(model: LlamaForCausalLM, seed: int, size: float = 0.02) -> LlamaForC
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Name -> folder of a base and of three fine-tunes `a`, `b`, `c`; `c` is sharded."""
+    """Name -> folder of a base and of three fine-tunes `a`, `b`, `c`; `c` is sharded.
+
+    Beside each fine-tune lies a made-up Fisher of it.
+    """
     folder = tmp_path_factory.mktemp("models")
     made = {"base": str(save(llama(), folder / "base"))}
     for seed, name in enumerate("abc", start=1):
         options = {"max_shard_size": "6KB"} if name == "c" else {}
         made[name] = str(save(perturb(llama(), seed), folder / name, **options))
+        generator = torch.Generator().manual_seed(seed)
+        fishers = {
+            key: torch.rand(p.shape, generator=generator).square() for key, p in llama().named_parameters()
+        }
+        save_file(fishers, f"{made[name]}.fisher.safetensors")
     return made
 
 

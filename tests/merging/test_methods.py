@@ -21,11 +21,12 @@ from evomerge.merging.methods.averaging import linear, model_stock, passthrough
 from evomerge.merging.methods.blend import Ranks, keep_ranks
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.draws import keys, short, uniform
+from evomerge.merging.methods.fisher import fisher
 from evomerge.merging.methods.reduction import BLOCK, cosines, gram, norm
 from evomerge.merging.methods.selection import Spectrum, boundary
 from evomerge.merging.methods.selective import arcee_fusion, nearswap, sce
 from evomerge.merging.methods.sparse import breadcrumbs, della, della_linear, keep_by_rank, middle_ranks
-from evomerge.merging.methods.spherical import karcher, multislerp, nuslerp, slerp
+from evomerge.merging.methods.spherical import chained_slerp, karcher, multislerp, nuslerp, slerp
 from evomerge.merging.methods.task_vectors import (
     dare_linear,
     dare_ties,
@@ -46,7 +47,8 @@ def declared(row: str) -> Method:
     return methods.get(row.removesuffix(ALONE))
 
 
-SYMMETRIC = [row for row in ALL if row != "slerp" and declared(row).max_sources != 1]
+CHAINS = ("slerp", "chained_slerp")
+SYMMETRIC = [row for row in ALL if row not in CHAINS and declared(row).max_sources != 1]
 """Methods that treat their sources alike."""
 WEIGHTED = [row for row in ALL if "weight" in declared(row).parameters]
 NAMES = ("a", "b", "c")
@@ -70,7 +72,12 @@ def run(
     inputs = list(models)
     if declared(method).uses_task_vectors(given):
         inputs = [model - base for model in models]
-    return apply(group, base if given else None, inputs, seed=seed, tensor="w")
+    return apply(group, base if given else None, inputs, seed=seed, tensor="w", fishers=sure(models))
+
+
+def sure(models: Sequence[Tensor]) -> list[Tensor]:
+    """Return a Fisher for each model that belongs to it whatever the order, zeros among them."""
+    return [(model.abs() - 0.3).clamp(min=0.0) for model in models]
 
 
 @st.composite
@@ -142,7 +149,8 @@ def test_the_order_of_sources_does_not_matter(method: str) -> None:
         )
         vectors = declared(method).uses_task_vectors(given)
         inputs = [models[i] - base if vectors else models[i] for i in order]
-        results.append(apply(group, base if given else None, inputs, seed=3, tensor="w"))
+        fishers = sure([models[i] for i in order])
+        results.append(apply(group, base if given else None, inputs, seed=3, tensor="w", fishers=fishers))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
@@ -458,7 +466,91 @@ def test_della_masks_belong_to_the_keys(method: Any) -> None:
     assert torch.equal(merged(1)[kept], (base + vector)[kept])
 
 
+# Weighted by Fisher information --------------------------------------------------------------------
+
+
+@quick
+@given(st.data())
+def test_fisher_is_its_definition(data: st.DataObject) -> None:
+    size, count = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4))
+    row = st.lists(coarse, min_size=size, max_size=size)
+    models = [data.draw(row) for _ in range(count)]
+    fishers = [[abs(f) for f in data.draw(row)] for _ in range(count)]
+    weight = [data.draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])) for _ in range(count)]
+    floor = data.draw(st.sampled_from([1e-6, 0.01, 0.5]))
+    merged = fisher(
+        None,
+        [torch.tensor(m) for m in models],
+        weight=tuple(weight),
+        floor=floor,
+        fishers=[torch.tensor(f) for f in fishers],
+    )
+    top = max(max(f) for f in fishers)
+    shares = weight if sum(weight) else [1.0] * count
+    for i in range(size):
+        sure_of = [w * max(f[i], floor * top) if top else w for w, f in zip(shares, fishers, strict=True)]
+        expected = sum(s * m[i] for s, m in zip(sure_of, models, strict=True)) / sum(sure_of)
+        assert merged[i].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_fisher_of_equal_fishers_is_linear_whatever_their_scale() -> None:
+    models = list(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)))
+    weight = (0.2, 0.5, 0.9)
+    expected = linear(None, models, weight=weight)
+    for scale in (1e-30, 1.0, 1e30):
+        fishers = [torch.full((50,), scale)] * 3
+        merged = fisher(None, models, weight=weight, fishers=fishers)
+        torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        fisher(None, models, weight=weight, fishers=[torch.zeros(50)] * 3), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_fisher_follows_the_source_that_is_sure() -> None:
+    models = [torch.zeros(2), torch.ones(2)]
+    fishers = [torch.tensor([1e6, 0.0]), torch.tensor([0.0, 1e6])]
+    merged = fisher(None, models, weight=(1.0, 1.0), fishers=fishers)
+    torch.testing.assert_close(merged, torch.tensor([0.0, 1.0]), rtol=0, atol=2e-6)
+
+
+# Under other names ---------------------------------------------------------------------------------
+
+
+def test_a_uniform_soup_is_linear_by_default() -> None:
+    base, *models = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(run("linear", base, models, {}), sum(models) / 3)
+
+
+def test_task_vectors_are_added_negated_and_scaled() -> None:
+    base, a, b = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    close = torch.testing.assert_close
+    close(run("task_arithmetic", base, [a, b], {}), base + (a - base) + (b - base))
+    close(run("task_arithmetic", base, [a], {"weight": -1.0}), base - (a - base))
+    close(run("task_arithmetic", base, [a, b], {"weight": (1.0, -0.5)}), base + (a - base) - 0.5 * (b - base))
+    close(run("task_arithmetic", base, [a], {"weight": 0.3}), base + 0.3 * (a - base))
+    close(run("task_arithmetic", base, [a, b], {"lambda": 0.3}), base + 0.3 * (a + b - 2 * base))
+
+
 # On the sphere -------------------------------------------------------------------------------------
+
+
+def test_chained_slerp_is_slerp_after_slerp_in_the_order_of_the_sources() -> None:
+    x, y, z = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for weight in ((1.0, 1.0, 1.0), (0.2, 0.7, 0.4), (0.0, 2.0, 1.0), (1.0, 0.0, 3.0)):
+        first = slerp(None, [x, y], t=weight[1] / (weight[0] + weight[1]))
+        expected = slerp(None, [first, z], t=weight[2] / sum(weight))
+        merged = chained_slerp(None, [x, y, z], weight=weight)
+        torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
+    uniform = chained_slerp(None, [x, y, z], weight=(0.0, 0.0, 0.0))
+    assert torch.equal(uniform, chained_slerp(None, [x, y, z], weight=(2.0, 2.0, 2.0)))
+    assert not torch.allclose(uniform, chained_slerp(None, [z, y, x], weight=(1.0, 1.0, 1.0)), atol=1e-3)
+
+
+def test_chained_slerp_of_two_is_slerp() -> None:
+    x, y = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    for weight, t in (((1.0, 1.0), 0.5), ((3.0, 1.0), 0.25), ((1.0, 0.0), 0.0), ((0.0, 1.0), 1.0)):
+        for pair in ([x, y], [x, 2 * x], [x, -x], [0 * x, y]):
+            assert torch.equal(chained_slerp(None, pair, weight=weight), slerp(None, pair, t=t))
 
 
 def test_nuslerp_is_slerp_by_relative_weights() -> None:

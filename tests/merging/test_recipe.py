@@ -59,6 +59,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         groups=tuple(groups),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**40)),
+        fisher={name: f"m/{name}.safetensors" for name in MODELS},
         num_layers=draw(st.none() | st.integers(1, 9)),
     )
 
@@ -90,6 +91,21 @@ def test_hashes_of_recipes_that_stack_nothing_stay_what_they_were() -> None:
     assert recipe().hash == "6f9b82f31ae5f6bf9373bbc21c4ff77a2db46492caa9a44ff0ed12649dccab5c"
     same = dataclasses.replace(recipe().groups[0], shift=(0, 0), base=None, base_shift=0)
     assert recipe(groups=(same,)).hash == recipe().hash
+
+
+def test_a_fisher_file_is_part_of_the_hash_where_it_is_read() -> None:
+    files = {"a": "a.fisher", "b": "b.fisher"}
+    assert recipe(fisher=files).hash == recipe().hash  # ties reads none
+    assert recipe("fisher", fisher=files).hash != recipe("fisher", fisher=files | {"b": "c.fisher"}).hash
+
+
+def test_a_fisher_method_needs_a_file_for_every_source() -> None:
+    with pytest.raises(
+        ConfigError, match=r"Fisher information\n.*\n  got: none for b\n  do: evomerge fisher"
+    ):
+        recipe("fisher", fisher={"a": "a.fisher"})
+    with pytest.raises(ConfigError, match="fisher names an unknown model 'c'"):
+        recipe(fisher={"c": "c.fisher"})
 
 
 @pytest.mark.parametrize(

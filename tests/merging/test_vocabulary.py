@@ -261,10 +261,18 @@ def test_a_one_hot_merge_under_union_is_the_source(name: str, family: dict[str, 
         )
 
 
+def test_fisher_files_do_not_follow_moved_rows(family: dict[str, str]) -> None:
+    group = TensorGroup(method="fisher", sources=("chat", "other"))
+    files = {"chat": "chat.safetensors", "other": "other.safetensors"}
+    recipe = Recipe(models=family, base="base", groups=(group,), tokenizer="union", fisher=files)
+    with pytest.raises(ConfigError, match="Fisher files have one row per token of their own model"):
+        recipe.check(open_used(recipe))
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "method"),
     [
-        *(("union", method) for method in methods.names()),
+        *(("union", method) for method in methods.names() if not methods.get(method).fisher),
         *((tokenizer, method) for tokenizer in ("base", "chat", "other") for method in ("ties", "slerp")),
     ],
 )

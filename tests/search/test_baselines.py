@@ -50,6 +50,23 @@ def test_greedy_soup_keeps_only_what_helps() -> None:
     assert soup.recipe.groups[0].sources == ("a", "b")
 
 
+def test_greedy_soup_enters_in_the_order_of_scores_and_keeps_ties() -> None:
+    asked = []
+
+    def loss_of(recipe: Recipe) -> float:
+        asked.append(recipe.groups[0].sources)
+        return 0.1
+
+    losses = {"a": 0.3, "b": 0.1, "c": 0.2}
+    soup = baselines.greedy_soup(TEMPLATE, NAMES, losses, loss_of)
+    assert asked == [("b", "c"), ("a", "b", "c")]
+    assert soup.recipe.groups[0].sources == NAMES
+    assert (soup.recipe.groups[0].method, soup.recipe.groups[0].per_source("weight")) == (
+        "linear",
+        (1.0,) * 3,
+    )
+
+
 def test_finalists_are_distinct_and_best_first() -> None:
     recipes = [row.recipe for row in baselines.parents(TEMPLATE, NAMES)]
     found = [

@@ -67,7 +67,7 @@ class Method:
 
     `inputs` says what the function's second argument holds, one tensor per source: the sources' own
     weights ("models"), their differences from the base ("task_vectors"), or "either": differences where
-    the recipe has a base, else weights.
+    the recipe has a base, else weights. `fisher` methods also get the Fisher tensors of their sources.
 
     blend: says the method as a `Blend` where it is one (with these parameters: else None).
     by_rows: rows (the last dimension) are made independently, so a large tensor may be handed to the
@@ -86,6 +86,7 @@ class Method:
     min_sources: int
     max_sources: int | None
     random: bool
+    fisher: bool
     parameters: Mapping[str, Parameter]
 
     def parameter(self, name: str, where: str) -> Parameter:
@@ -110,6 +111,16 @@ INPUTS: dict[Inputs, str] = {
     "task_vectors": "the sources' task vectors",
     "either": "the sources' task vectors where the recipe has a base, else on their own weights",
 }
+ALIASES = {
+    "uniform soup (Wortsman et al. 2022, section 2)": "`linear` with equal weights, its default",
+    "greedy soup (the same, algorithm 1)": "a baseline of every run, which has the scores it needs; its "
+    "recipe is `linear` over the ingredients it kept",
+    "task-vector addition (Ilharco et al. 2022, section 4)": "`task_arithmetic`, a weight per source",
+    "task-vector negation (the same, section 3)": "`task_arithmetic` with negative weights",
+    "task-vector scaling": "`task_arithmetic` with one source: its `weight`, or `lambda` for all sources",
+    "linear interpolation (LERP)": "`linear` with weights 1 - t and t",
+}
+"""Merges that have a name of their own but are one of the methods here."""
 _REGISTRY: dict[str, Method] = {}
 
 
@@ -121,15 +132,16 @@ def method(
     needs_base: bool | None = None,
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
+    fisher: bool = False,
     blend: Callable[..., Blend | None] | None = None,
     by_rows: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a merge method; the decorated function keeps working as a plain function.
 
     It is called as `function(base, tensors, **parameters)`; per-source parameters arrive as tuples in
-    source order, `lambda` arrives as `lambda_`, and a random method also gets `keys`, the key of each
-    source's draws (see `draws`). `blend`, if given, says the same as data. The
-    first line of its docstring becomes the summary.
+    source order, `lambda` arrives as `lambda_`. A random method also gets `keys`, the key of each
+    source's draws (see `draws`), a fisher method `fishers`, one tensor per source. `blend`, if given, says
+    the same as data. The first line of its docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,6 +158,7 @@ def method(
             min_sources=sources[0],
             max_sources=sources[1],
             random=random,
+            fisher=fisher,
             parameters={p.name: p for p in parameters},
         )
         return function
@@ -191,6 +204,10 @@ def markdown() -> str:
         "# Merge methods",
         "",
         "Made from the declarations by `python -m evomerge.merging.methods > docs/methods.md`.",
+        "",
+        "Also known as:",
+        "",
+        *(f"- {name}: {how}." for name, how in ALIASES.items()),
     ]
     for name in names():
         found = _REGISTRY[name]
@@ -206,7 +223,8 @@ def markdown() -> str:
             "",
             f"Works on {needs}; {count}"
             f"{'; needs a base' if found.needs_base else ''}"
-            f"{'; draws masks from the recipe seed' if found.random else ''}. Paper: {found.paper}.",
+            f"{'; draws masks from the recipe seed' if found.random else ''}"
+            f"{'; needs a Fisher file per source' if found.fisher else ''}. Paper: {found.paper}.",
         ]
         if found.parameters:
             lines += ["", "| parameter | one per | default | range | meaning |", "|---|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Methods on the sphere: slerp, nuslerp, multislerp, karcher.
+"""Methods on the sphere: slerp, chained_slerp, nuslerp, multislerp, karcher.
 
 Each finds a point on the arcs between directions, so its result is a linear combination of its inputs
 whose coefficients depend only on lengths and angles. Those come from one Gram matrix in float64, and no
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
 from evomerge.merging.methods.blend import Blend, Measure
 from evomerge.merging.methods.declaration import Parameter, blended
-from evomerge.merging.methods.reduction import cosines
+from evomerge.merging.methods.reduction import SHORTEST, cosines
 
 NEARLY_PARALLEL = 0.9995
 """Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
@@ -52,12 +52,44 @@ def slerp(
     >>> slerp(None, [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], t=0.5)
     tensor([0.7071, 0.7071])
     """
-    cos = cosines(tensors.gram())[0][1]
-    if abs(cos) > NEARLY_PARALLEL:
-        return Blend(weights=(1.0 - t, t))
-    angle = math.acos(cos)
-    sine = math.sin(angle)
-    return Blend(weights=(math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine))
+    return Blend(weights=_arc(cosines(tensors.gram())[0][1], t))
+
+
+@blended(
+    "chained_slerp",
+    SHARE,
+    paper="Shoemake 1985, Animating rotation with quaternion curves, applied source by source",
+    inputs="models",
+    sources=(2, None),
+)
+def chained_slerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
+    """Interpolate along arcs source by source, in their order: slerp of slerps.
+
+    Starts at the first source; the i-th moves the result so far towards itself, as slerp does, by
+    t = w_i / (w_1 + ... + w_i). Equal weights, the default, give t = 1/i, as in a running mean. Two
+    sources are slerp with t = w_2 / (w_1 + w_2). The order matters: arcs do not commute, so another chain
+    ends elsewhere (multislerp and karcher have no order). A source of weight 0 is passed by; weights that
+    are all 0 count as equal.
+
+    The result so far is a combination of the sources, so its angles come from their Gram matrix.
+
+    >>> import torch
+    >>> x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    >>> chained_slerp(None, [x, y, x], weight=(1.0, 1.0, 2.0))
+    tensor([0.9239, 0.3827])
+    """
+    shares, products = _shares(weight), tensors.gram()
+    point, passed = [1.0], shares[0]
+    for i in range(1, len(shares)):
+        passed += shares[i]
+        t = shares[i] / passed if shares[i] > 0.0 else 0.0
+        square = math.fsum(a * b * products[j][k] for j, a in enumerate(point) for k, b in enumerate(point))
+        lengths = math.sqrt(max(square, 0.0)) * math.sqrt(products[i][i])
+        inner = math.fsum(a * products[i][j] for j, a in enumerate(point))
+        cos = max(-1.0, min(1.0, inner / lengths)) if lengths > SHORTEST else 0.0
+        stay, move = _arc(cos, t)
+        point = [*(stay * c for c in point), move]
+    return Blend(weights=tuple(point))
 
 
 @blended(
@@ -172,6 +204,15 @@ def _mean_logarithm(
         step = [s - stretch * near * c for s, c in zip(step, point, strict=True)]
         step[i] += stretch
     return step
+
+
+def _arc(cos: float, t: float) -> tuple[float, float]:
+    """Return slerp's coefficients at t between two tensors of that cosine."""
+    if abs(cos) > NEARLY_PARALLEL:
+        return 1.0 - t, t
+    angle = math.acos(cos)
+    sine = math.sin(angle)
+    return math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine
 
 
 def _shares(weight: Sequence[float]) -> tuple[float, ...]:

@@ -1,0 +1,72 @@
+"""Fisher-weighted averaging: every source counts at an element by how sure it is of it.
+
+The Fisher tensors come from files a recipe names (`evomerge fisher` makes them, `merging.fisher` reads
+them); here they are just a second list of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.blend import weighted_sum
+from evomerge.merging.methods.declaration import Parameter, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    "fisher",
+    Parameter(
+        name="weight", default=1.0, low=0.0, high=WEIGHT_LIMIT, per_source=True, help="share of each model"
+    ),
+    Parameter(
+        name="floor",
+        default=1e-6,
+        low=1e-12,
+        high=1.0,
+        help="smallest Fisher that counts, as a share of the largest of the tensor in any source",
+    ),
+    paper="Matena and Raffel 2022, Merging Models with Fisher-Weighted Averaging, arXiv:2111.09832",
+    inputs="models",
+    fisher=True,
+)
+def fisher(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    floor: float = 1e-6,
+    fishers: Sequence[Tensor],
+) -> Tensor:
+    """Average the models, each element weighted by its Fisher information: sum(w F x) / sum(w F).
+
+    The paper's closed form for diagonal Fishers F, one non-negative tensor of x's shape per source;
+    `weight` is its lambda. Equal Fishers make it `linear`. Weights that are all 0 count as equal.
+
+    Deviations: the Fisher below which an element has no say is relative. Smaller ones than `floor` times
+    the largest of this tensor in any source count as that much, so where no source is sure of an element
+    it becomes the plain weighted mean; the scale common to all Fishers has no effect. The Fishers are not
+    normalised against each other: a source with larger ones counts more, as in the paper.
+
+    >>> import torch
+    >>> sure = [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])]
+    >>> fisher(None, [torch.ones(2), torch.zeros(2)], weight=(1.0, 1.0), fishers=sure)
+    tensor([0.7500, 0.5000])
+    """
+    import torch
+
+    whole = math.fsum(weight)
+    shares = [w / whole if whole > 0.0 else 1.0 / len(weight) for w in weight]
+    largest = max((float(f.max()) for f in fishers if f.numel()), default=0.0)
+    if largest <= 0.0:
+        return weighted_sum(tensors, shares)
+    mix, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])
+    for tensor, own, share in zip(tensors, fishers, shares, strict=True):
+        part = (own / largest).clamp_(min=floor) * share
+        total += part
+        mix += part * tensor
+    return mix.div_(total)
