@@ -95,11 +95,11 @@ def test_the_example_config_and_suite_are_valid(tmp_path: Path) -> None:
 def test_the_file_tree_names_every_file_of_the_package() -> None:
     tree = README[README.index("```\nevomerge/\n") :]
     tree = tree[: tree.index("\n```\n")]
-    listed = set(re.findall(r"^\s+([\w.]+\.(?:py|jinja|yaml))\s+\S", tree, flags=re.MULTILINE))
+    listed = set(re.findall(r"^\s+([\w.]+\.(?:py|c|jinja|yaml))\s+\S", tree, flags=re.MULTILINE))
     there = {
         path.name
         for path in (ROOT / "evomerge").rglob("*")
-        if path.suffix in (".py", ".jinja") and not path.name.startswith("__")
+        if path.suffix in (".py", ".c", ".jinja") and not path.name.startswith("__")
     }
     assert listed - {"demo.yaml"} == there
 

@@ -32,6 +32,7 @@ from evomerge.merging.checkpoint import HEADS, Checkpoint
 from evomerge.merging.compatibility import check
 from evomerge.merging.inputs import FileInputs
 from evomerge.merging.methods.reduction import norm
+from evomerge.merging.one_tensor import checked, merge_tensor
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import Source, open_source, open_used, same_base
 from evomerge.merging.tensorfile import CODES, Header, ShardWriter
@@ -271,7 +272,7 @@ def _truncated(
     inputs, names = FileInputs(sources), set(layers.names)
     for name in base.headers:
         origin = base.tensor(name)
-        change = engine.merge_tensor(recipe, name, inputs) - origin
+        change = merge_tensor(recipe, name, inputs) - origin
         size = norm(change)
         if size <= ROUNDING * norm(origin):
             continue
@@ -435,13 +436,13 @@ def _write_weights(
     inputs = FileInputs(sources)
     with ShardWriter(path, _headers(plan, stored, base, recipe.dtype, layers)) as writer:
         for name, (_, made) in plan.factors.items():
-            up, down = (engine.checked(each, name) for each in made())
+            up, down = (checked(each, name) for each in made())
             for key, factor in zip(
                 _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
             ):
                 writer.add(key, factor)
         for name in stored:
-            merged = engine.merge_tensor(recipe, name, inputs)
+            merged = merge_tensor(recipe, name, inputs)
             for key in _stored_names(name, plan, layers):
                 writer.add(key, merged)
 

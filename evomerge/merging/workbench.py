@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.engine import merge_tensor, pool
+from evomerge.merging.engine import pool
 from evomerge.merging.inputs import WarmInputs
 from evomerge.merging.live_weights import locate
+from evomerge.merging.one_tensor import merge_tensor
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
 from evomerge.merging.source import Source, open_sources
 from evomerge.merging.stacking import COUNTS, output_headers, stacked_config

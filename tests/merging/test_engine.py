@@ -17,8 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.errors import ConfigError, DiskError
-from evomerge.merging import engine, methods
-from evomerge.merging.engine import NonFiniteWeights, write
+from evomerge.merging import engine, methods, one_tensor
+from evomerge.merging.engine import write
+from evomerge.merging.one_tensor import NonFiniteWeights
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensorfile import Header, ShardWriter, read_header
 from evomerge.merging.workbench import Workbench
@@ -105,7 +106,7 @@ def test_rows_at_a_time_change_no_bit(
 ) -> None:
     files = []
     for at_once in (1, 100, 1 << 18):
-        monkeypatch.setattr(engine, "ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr(one_tensor, "ROWS_AT_ONCE", at_once)
         files.append(write(one(models, method), tmp_path / str(at_once)) / "model.safetensors")
     assert len({file.read_bytes() for file in files}) == 1
 
@@ -162,7 +163,7 @@ def test_no_room_is_said_before_anything_is_written(
 def test_a_failed_write_leaves_nothing(
     error: BaseException, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge, calls = engine.merge_tensor, []
+    merge, calls = one_tensor.merge_tensor, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(arguments)

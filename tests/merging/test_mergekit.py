@@ -16,9 +16,9 @@ from torch import Tensor
 
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
-from evomerge.merging.engine import merge_tensor
 from evomerge.merging.inputs import FileInputs
 from evomerge.merging.mergekit import OURS
+from evomerge.merging.one_tensor import merge_tensor
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of, shifted
 from evomerge.merging.source import Source, open_used
 from evomerge.merging.stacking import output_headers, output_names

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from evomerge.errors import ConfigError
-from evomerge.merging import engine
+from evomerge.merging import engine, one_tensor
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import open_source
 from evomerge.merging.tensorfile import read_header
@@ -288,7 +288,7 @@ def test_an_interrupted_merge_of_an_adapter_leaves_nothing(
     text = "{merge_method: linear, dtype: float32, models: [{model: a}, {model: lora}]}"
     around = [Path(files.models["base"]), Path(adapters["plain"]), Path(adapters["plain"]).parent]
     before = [sorted(folder.iterdir()) for folder in around]
-    merge, calls = engine.merge_tensor, 0
+    merge, calls = one_tensor.merge_tensor, 0
 
     def interrupted(*arguments: Any) -> Tensor:
         nonlocal calls
