@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.arrays import Array, of_tensor
 from evomerge.merging.checkpoint import HEADS, Checkpoint, Layout, read_json, sample_hash
 from evomerge.merging.tensorfile import Header, read_header
 
@@ -143,10 +144,10 @@ class AdaptedCheckpoint:
         parts = [self.base.fingerprint, self._settings, sample_hash(self.adapter / WEIGHTS)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
+    def array(self, name: str, *, mapped: bool = True) -> Array:
         """Return the tensor in float32 where the adapter changes it, else as stored."""
         changed = name in self.updates or name in self.replaced
-        return self.tensor(name) if changed else self.base.stored(name, mapped=mapped)
+        return of_tensor(self.tensor(name)) if changed else self.base.array(name, mapped=mapped)
 
     def tensor(self, name: str) -> Tensor:
         """Return the adapted tensor in float32: base + scale * B A. It must not be modified."""

@@ -28,6 +28,7 @@ from evomerge.errors import ConfigError, ModelError
 from evomerge.merging import engine, methods
 from evomerge.merging.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
 from evomerge.merging.application import apply
+from evomerge.merging.arrays import of_tensor
 from evomerge.merging.checkpoint import HEADS, Checkpoint
 from evomerge.merging.compatibility import check
 from evomerge.merging.inputs import FileInputs
@@ -440,11 +441,11 @@ def _write_weights(
             for key, factor in zip(
                 _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
             ):
-                writer.add(key, factor)
+                writer.add(key, of_tensor(factor))
         for name in stored:
             merged = merge_tensor(recipe, name, inputs)
             for key in _stored_names(name, plan, layers):
-                writer.add(key, merged)
+                writer.add(key, of_tensor(merged))
 
 
 def _write_config(

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.arrays import Array, to_tensor
 from evomerge.merging.recipe import layer_of
-from evomerge.merging.tensorfile import ITEM_SIZES, TYPES, Header, read_header
+from evomerge.merging.tensorfile import ITEM_SIZES, Header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ARRAY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
+"""The types a merge can read: safetensors' code -> numpy's name."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -71,7 +74,7 @@ class Checkpoint:
         self.folder, self.location = folder, location
         self.config = read_json(folder / "config.json")
         self._files: dict[str, Path] = {}
-        self._views: dict[str, Tensor] = {}  # of the mapped files, so they cost no memory
+        self._maps: dict[Path, Array] = {}
         stored: dict[str, Header] = {}
         for path, names in _weight_files(folder, location):
             found = read_header(path)
@@ -145,35 +148,24 @@ class Checkpoint:
         text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
-        """Return a tensor as stored. It must not be modified.
+    def array(self, name: str, *, mapped: bool = True) -> Array:
+        """Return a tensor as stored, as an array (see `arrays`). It must not be modified.
 
         mapped: a view of the mapped file, which stays in memory as long as the system likes; else a copy
         that goes when the caller lets it go.
         """
-        if not mapped:
-            return self._read(name)
-        if name not in self._views:
-            self._views[name] = self._handle(self._files[name]).get_tensor(name)
-        return self._views[name]
-
-    def _read(self, name: str) -> Tensor:
-        import torch
-
         header, path = self._stored[name], self._files[name]
-        data = torch.empty(header.count * ITEM_SIZES[header.dtype], dtype=torch.uint8)
-        try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(header.offset)
-                view = memoryview(data.numpy())  # type: ignore[arg-type]
-                while view:
-                    done = file.readinto(view)
-                    if not done:
-                        raise ModelError(f"{path}: ends within tensor {name!r}", fix="copy the model again")
-                    view = view[done:]
-        except OSError as error:
-            raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
-        return data.view(getattr(torch, TYPES[header.dtype])).view(header.shape)
+        size = header.count * ITEM_SIZES[header.dtype]
+        if mapped:
+            data = self._map(path)[header.offset : header.offset + size]
+            data = data if header.offset % 8 == 0 else data.copy()  # old files may not be aligned
+        else:
+            data = _read(path, header.offset, size)
+        return data.view(ARRAY_TYPES[header.dtype]).reshape(header.shape)
+
+    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
+        """Return what `array` returns as a tensor of the stored type."""
+        return to_tensor(self.array(name, mapped=mapped))
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in float32. It must not be modified: it may be the mapped file itself."""
@@ -181,19 +173,35 @@ class Checkpoint:
 
         return self.stored(name).to(torch.float32)
 
-    def _handle(self, path: Path) -> Any:
-        if path not in self._handles:
-            from safetensors import SafetensorError, safe_open
+    def _map(self, path: Path) -> Array:
+        if path not in self._maps:
+            import numpy
 
-            try:
-                self._handles[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: can't be read", got=str(error)) from None
-        return self._handles[path]
+            try:  # copy-on-write: torch warns of memory it may not write to, although nobody writes
+                self._maps[path] = numpy.memmap(path, dtype=numpy.uint8, mode="c").view(numpy.ndarray)
+            except OSError as error:
+                raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+        return self._maps[path]
 
-    @functools.cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
+
+def _read(path: Path, offset: int, size: int) -> Array:
+    import numpy
+
+    data = numpy.empty(size, dtype=numpy.uint8)
+    view = memoryview(data)  # type: ignore[arg-type]
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while view:
+                done = file.readinto(view)
+                if not done:
+                    raise ModelError(
+                        f"{path}: ends before byte {offset + size}", fix="download or copy the model again"
+                    )
+                view = view[done:]
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+    return data
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:

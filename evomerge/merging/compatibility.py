@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
-from evomerge.merging import fisher
-from evomerge.merging.application import apply
+from evomerge.merging import fisher, methods
+from evomerge.merging.application import apply, arguments
 from evomerge.merging.checkpoint import HEADS
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.merging.source import Source
@@ -211,10 +211,26 @@ def _check_reach(group: TensorGroup, pattern: Source, headers: Mapping[str, Head
 
 def _try(group: TensorGroup) -> None:
     """Run the method on single numbers, so that parameters it refuses are refused now."""
+    method = methods.get(group.method)
+    settings = arguments(group, seed=0, tensor="")
+    if method.blend is not None and method.blend(_Ones(len(group.sources)), **settings) is not None:
+        return
     import torch
 
     ones = [torch.ones(1) for _ in group.sources]
     apply(group, torch.ones(1), ones, seed=0, tensor="", fishers=ones)
+
+
+class _Ones:
+    """The measure of inputs that are all the number 1."""
+
+    size = 1
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def gram(self) -> list[list[float]]:
+        return [[1.0] * self.count for _ in range(self.count)]
 
 
 def _row(vocabulary: Mapping[str, int], token: str) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import DiskError
+from evomerge.merging.arrays import Array
 from evomerge.merging.checkpoint import INDEX, SINGLE
 from evomerge.merging.compatibility import check
 from evomerge.merging.inputs import FileInputs, Inputs
-from evomerge.merging.one_tensor import merge_tensor
+from evomerge.merging.one_tensor import merge_array
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import Source, open_used
 from evomerge.merging.stacking import output_headers, stacked_config
@@ -28,7 +30,6 @@ from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, 
 from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -134,25 +135,36 @@ def _write_weights(
 
 
 def pool() -> ThreadPoolExecutor:
-    """Return as many threads as torch has, to merge one tensor on each."""
-    import torch
-
-    return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    """Return as many threads as torch has or would have, to merge one tensor on each."""
+    return ThreadPoolExecutor(threads(), initializer=_one_thread_each)
 
 
-def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Tensor]:
+def threads() -> int:
+    """Return torch's number of threads; where it is not imported, OMP_NUM_THREADS or the cores given."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()  # type: ignore[no-any-return]
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+
+
+def _one_thread_each() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Array]:
     """Yield merged tensors in order, merging ahead on torch's number of threads.
 
     No more elements are under way at a time than the largest tensor has, so memory stays that of one.
     """
     most = max((header.count for _, header in tensors), default=0)
-    with pool() as threads:
-        ahead: deque[tuple[int, Future[Tensor]]] = deque()
+    with pool() as workers:
+        ahead: deque[tuple[int, Future[Array]]] = deque()
         try:
             for name, header in tensors:
                 while ahead and sum(count for count, _ in ahead) + header.count > most:
                     yield ahead.popleft()[1].result()
-                ahead.append((header.count, threads.submit(merge_tensor, recipe, name, inputs)))
+                ahead.append((header.count, workers.submit(merge_array, recipe, name, inputs)))
             while ahead:
                 yield ahead.popleft()[1].result()
         finally:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+import numpy
+
 from evomerge.merging import fisher
+from evomerge.merging.arrays import Array, computable, of_tensor
 from evomerge.merging.kernels import Operand
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
 from evomerge.merging.source import AdaptedCheckpoint, Source, task_vector
@@ -35,7 +38,7 @@ class Inputs(Protocol):
         """Return the inner products of what is at some places."""
         ...
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
         """Return the boundary above which `rank` elements of what is at a place are.
 
         magnitudes: makes them, (n,) float32, to use up.
@@ -58,7 +61,7 @@ class FileInputs:
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
         return boundary(magnitudes(), rank, reorder=True)
 
 
@@ -91,7 +94,7 @@ class WarmInputs:
             self._grams[places] = compute()
         return self._grams[places]
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Tensor]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
         if self._low_memory:
             return boundary(magnitudes(), rank, reorder=True)
         if place not in self._spectra:
@@ -103,17 +106,10 @@ def _operand(
     sources: Mapping[str, Source], source: str, tensor: str, base: Place | None, *, mapped: bool
 ) -> Operand:
     """Return a model, or a task vector: as a difference still to be taken, or an adapter's own update."""
-    import torch
-
     found = sources[source]
     if base is None or base[1] != tensor or not isinstance(found, AdaptedCheckpoint):
-        return Operand(_computable(found.stored(tensor, mapped=mapped)), base is not None)
+        return Operand(computable(found.array(tensor, mapped=mapped)), base is not None)
     vector = task_vector(found, sources[base[0]], tensor)
-    return Operand(torch.zeros(found.headers[tensor].shape) if vector is None else vector, False)
-
-
-def _computable(tensor: Tensor) -> Tensor:
-    """Return a tensor in a type merging computes with; other types are widened or narrowed to float32."""
-    import torch
-
-    return tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.to(torch.float32)
+    if vector is None:
+        return Operand(numpy.zeros(found.headers[tensor].shape, dtype=numpy.float32), False)
+    return Operand(of_tensor(vector), False)

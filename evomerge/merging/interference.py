@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.merging.arrays import to_tensor, widened
 from evomerge.merging.compatibility import check_models
 from evomerge.merging.recipe import layer_of
 from evomerge.merging.source import Source, open_sources
@@ -278,9 +279,8 @@ def _read(
     """Return the base's tensor and the task vectors, from copies: a mapped file would stay in memory."""
 
     def read(name: str) -> Tensor:
-        import torch
 
-        return sources[name].stored(tensor, mapped=False).to(torch.float32)
+        return to_tensor(widened(sources[name].array(tensor, mapped=False)))
 
     origin = read(base)
     return origin, [read(name) - origin for name in names]

@@ -6,7 +6,7 @@ chooses, weighs, elects, adds, rounds, and writes straight into the file's buffe
 it gives the bits of `methods.blend.run`. Without a C compiler (or with EVOMERGE_KERNELS=0) that one is used
 instead: the same weights, many times slower.
 
-Covered: float32 and bfloat16 tensors on the CPU. Everything else is brought to float32 first.
+Covered: float32 and bfloat16 in main memory. Everything else is brought to float32 first.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy
+
+from evomerge.merging.arrays import Array
 from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,18 @@ EXACT = (
 )
 FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 """Flags tried in turn for the processor at hand; none of them changes a result."""
-FORMATS = {"torch.float32": "f32", "torch.bfloat16": "bf16"}
+FORMATS = {"float32": "f32", "uint16": "bf16"}
+"""numpy type -> what kernels.c calls it; bfloat16 comes as its bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One input of a merge as a kernel takes it: a tensor, and whether the base is to be subtracted."""
+    """One input of a merge as a kernel takes it: weights, and whether the base is to be subtracted.
 
-    tensor: Tensor
+    data: float32, or bfloat16 as its bits in uint16 (see `arrays`); contiguous.
+    """
+
+    data: Array
     minus_base: bool
 
 
@@ -79,10 +83,10 @@ def available() -> bool:
 
 def blend(
     plan: Blend,
-    base: Tensor | None,
+    base: Array | None,
     operands: Sequence[Operand],
     boundaries: Callable[[int, int], Boundary],
-    out: Tensor,
+    out: Array,
     *,
     add_base: bool,
     rounded: bool = False,
@@ -117,20 +121,20 @@ def blend(
         *("DRAWN",) * drawn,
         *("ELECT",) * plan.elect,
         *("MEAN",) * (plan.elect and plan.mean),
-        *("ROUND",) * (rounded or FORMATS[str(out.dtype)] == "bf16"),
-        f"OUT={FORMATS[str(out.dtype)]}",
+        *("ROUND",) * (rounded or FORMATS[out.dtype.name] == "bf16"),
+        f"OUT={FORMATS[out.dtype.name]}",
     )
     kernel = _kernel("blend", *_shape(base, operands, needed=add_base), *flags)
     pointers = _pointers(operands)
-    count = ctypes.c_int64(out.numel())
+    count = ctypes.c_int64(out.size)
     scale, guard = ctypes.c_float(plan.scale), ctypes.c_float(GUARD)
     bad = kernel(count, _pointer(base), pointers, settings, scale, guard, _pointer(out))
     return not bad
 
 
-def gram(base: Tensor | None, operands: Sequence[Operand]) -> list[list[float]]:
+def gram(base: Array | None, operands: Sequence[Operand]) -> list[list[float]]:
     """Return the inner products of all pairs of operands, the bits of `methods.reduction.gram`."""
-    count, size = len(operands), operands[0].tensor.numel()
+    count, size = len(operands), operands[0].data.size
     blocks, pairs = -(-size // BLOCK), count * (count + 1) // 2
     sums = (ctypes.c_double * (blocks * pairs))()
     kernel = _kernel("gram", *_shape(base, operands, needed=False))
@@ -139,37 +143,30 @@ def gram(base: Tensor | None, operands: Sequence[Operand]) -> list[list[float]]:
     return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
 
 
-def magnitudes(operand: Operand, base: Tensor | None) -> Tensor:
+def magnitudes(operand: Operand, base: Array | None) -> Array:
     """Return the magnitudes of an operand's elements, (n,) float32, new."""
-    import torch
-
-    found = torch.empty(operand.tensor.numel())
-    alone = Blend(weights=(1.0,))
-    blend(alone, base, [operand], lambda *_: NOTHING, found, add_base=False)
-    return found.abs_()
+    found = numpy.empty(operand.data.size, dtype=numpy.float32)
+    blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, found, add_base=False)
+    return numpy.abs(found, out=found)
 
 
-def fits(tensor: Tensor) -> bool:
-    """Say whether a kernel can work on a tensor in place."""
-    return str(tensor.dtype) in FORMATS and tensor.device.type == "cpu" and tensor.is_contiguous()
-
-
-def _shape(base: Tensor | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
+def _shape(base: Array | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
     sources = " ".join(
-        f"S({k},{FORMATS[str(each.tensor.dtype)]},{int(each.minus_base)})" for k, each in enumerate(operands)
+        f"S({k},{FORMATS[each.data.dtype.name]},{int(each.minus_base)})" for k, each in enumerate(operands)
     )
     found = (f"SOURCES(S)={sources}", f"K={len(operands)}")
     if base is not None and (needed or any(each.minus_base for each in operands)):
-        return (*found, f"BASE={FORMATS[str(base.dtype)]}")
+        return (*found, f"BASE={FORMATS[base.dtype.name]}")
     return found
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(array: Array | None) -> ctypes.c_void_p:
+    assert array is None or array.flags.c_contiguous
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
 
 def _pointers(operands: Sequence[Operand]) -> Any:
-    return (ctypes.c_void_p * len(operands))(*(each.tensor.data_ptr() for each in operands))
+    return (ctypes.c_void_p * len(operands))(*(_pointer(each.data) for each in operands))
 
 
 @functools.cache

@@ -6,23 +6,24 @@ Blends run as compiled kernels where there are any, else in torch; all other met
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
+
+import numpy
 
 from evomerge.errors import NonFiniteError
 from evomerge.merging import kernels, methods
 from evomerge.merging.application import arguments
+from evomerge.merging.arrays import DTYPES, Array, is_finite, of_tensor, to_tensor, widened
 from evomerge.merging.inputs import Difference, Inputs
 from evomerge.merging.kernels import Operand
 from evomerge.merging.live_weights import Place
-from evomerge.merging.methods import blend
+from evomerge.merging.methods.blend import Blend, run
 from evomerge.merging.methods.declaration import Method
-from evomerge.merging.methods.reduction import as_rows, gram
+from evomerge.merging.methods.reduction import gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 ROWS_AT_ONCE = 1 << 18
@@ -41,107 +42,122 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Place | No
     out: where the tensor lies in a live model, to be written into; it may have another type than the
         recipe's, and then holds the rounded values.
     """
-    import torch
+    space = _space(out, recipe.dtype)
+    merged = to_tensor(merge_array(recipe, tensor, inputs, out=space))
+    if out is not None and space is None:
+        out.copy_(merged)
+    return merged
 
+
+def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | None = None) -> Array:
+    """Return what `merge_tensor` returns, as an array (see `arrays`); blends then need no torch.
+
+    out: contiguous memory to write to, of the recipe's dtype; float32 where that is bfloat16 is fine, too.
+    """
     group = recipe.group_for(tensor)
     method = methods.get(group.method)
     base, at_base = recipe.base_of(group), shifted(tensor, group.base_shift)
     subtracted = None if base is None or not method.uses_task_vectors(base) else (base, at_base)
     reads = group.reads(tensor)
     operands = [inputs.operand(*read, subtracted) for read in reads]
-    origin = None if base is None else inputs.operand(base, at_base, None).tensor
+    origin = None if base is None else inputs.operand(base, at_base, None).data
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
     if method.fisher:
         settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
     measure = _Measure(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
-    dtype = getattr(torch, recipe.dtype)
-    if plan is None:
+    if plan is not None and kernels.available():
+        shape = operands[0].data.shape
+        computed = recipe.dtype if recipe.dtype in ("float32", "bfloat16") else "float32"
+        merged = numpy.empty(shape, dtype=DTYPES[computed]) if out is None else out
+        finite = kernels.blend(
+            plan,
+            origin,
+            operands,
+            measure.boundary,
+            merged,
+            add_base=subtracted is not None,
+            rounded=recipe.dtype == "bfloat16",
+        )
+        if finite and computed != recipe.dtype:
+            with numpy.errstate(over="ignore"):
+                merged = merged.astype(DTYPES[recipe.dtype])
+            finite = is_finite(merged)
+    else:
         bases = [] if origin is None else [origin]
         del origin, measure
-        merged = _by_function(method, bases, operands, settings, dtype)
-        return _delivered(merged, out, tensor, group)
-    if not kernels.available():
-        full = None if origin is None else origin.to(torch.float32)
-        merged = blend.run(plan, full, [_alone(each, origin) for each in operands])
-        return _delivered(merged.to(dtype), out, tensor, group)
-    computed = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    space = torch.empty(operands[0].tensor.shape, dtype=computed) if not _direct(out, dtype) else out
-    assert isinstance(space, torch.Tensor)
-    rounded = recipe.dtype == "bfloat16"
-    finite = kernels.blend(
-        plan, origin, operands, measure.boundary, space, add_base=subtracted is not None, rounded=rounded
-    )
+        merged = _in_torch(method, plan, bases, operands, settings, recipe.dtype)
+        finite = is_finite(merged)
+        if out is not None:
+            out[...] = merged if out.dtype == merged.dtype else widened(merged)
+            merged = out
     if not finite:
         raise _not_finite(tensor, recipe.dtype, group)
-    return space if space is out else _delivered(space.to(dtype), out, tensor, group)
+    return merged
 
 
-def _by_function(
-    method: Method, bases: list[Tensor], operands: list[Operand], settings: dict[str, Any], dtype: Any
-) -> Tensor:
-    """Call a method that is no blend, some rows at a time where it lets us, and round the result.
+def _in_torch(
+    method: Method,
+    plan: Blend | None,
+    bases: list[Array],
+    operands: list[Operand],
+    settings: dict[str, Any],
+    dtype: str,
+) -> Array:
+    """Merge by calling the method's function, some rows at a time where it lets us, and round the result.
 
-    bases: the base's tensor, or none. Both lists are used up: what is widened need not stay as stored.
+    bases: the base's weights, or none. Both lists are used up: what is widened need not stay as stored.
     """
     import torch
 
-    shape = operands[0].tensor.shape
-    if not method.by_rows or len(shape) < 2:
-        full = bases.pop().to(torch.float32) if bases else None
+    type_ = getattr(torch, dtype)
+    shape = operands[0].data.shape
+    if not method.by_rows or len(shape) < 2 or plan is not None:
+        full = to_tensor(widened(bases.pop())) if bases else None
         inputs = [_alone(operands.pop(0), full) for _ in range(len(operands))]
-        return method.function(full, inputs, **settings).to(dtype)
-    rows = [as_rows(each.tensor) for each in operands]
-    count, columns = rows[0].shape
+        if plan is not None:
+            return of_tensor(run(plan, full, inputs).to(type_))
+        return of_tensor(method.function(full, inputs, **settings).to(type_))
+    columns = shape[-1]
+    rows = [each.data.reshape(-1, columns) for each in operands]
     step = max(1, ROWS_AT_ONCE // max(columns, 1))
-    merged = torch.empty((count, columns), dtype=dtype)
-    for start in range(0, count, step):
+    merged = numpy.empty(rows[0].shape, dtype=DTYPES[dtype])
+    for start in range(0, len(rows[0]), step):
         here = slice(start, start + step)
-        origin = as_rows(bases[0])[here] if bases else None
+        full = to_tensor(widened(bases[0].reshape(-1, columns)[here])) if bases else None
         inputs = [
-            _alone(Operand(matrix[here], each.minus_base), origin)
+            _alone(Operand(matrix[here], each.minus_base), full)
             for matrix, each in zip(rows, operands, strict=True)
         ]
-        full = None if origin is None else origin.to(torch.float32)
         first = {"first": start * columns} if method.random else {}
-        merged[here] = method.function(full, inputs, **settings, **first).to(dtype)
-    return merged.view(shape)
+        merged[here] = of_tensor(method.function(full, inputs, **settings, **first).to(type_))
+    return merged.reshape(shape)
 
 
 def _alone(operand: Operand, base: Tensor | None) -> Tensor:
     """Return an operand as a method takes it: float32, its base subtracted."""
-    import torch
-
-    tensor = operand.tensor.to(torch.float32)
+    tensor = to_tensor(widened(operand.data))
     if not operand.minus_base:
         return tensor
     assert base is not None
-    return tensor - base.to(torch.float32)
+    return tensor - base
 
 
-def _direct(out: Place | None, dtype: torch.dtype) -> bool:
-    """Say whether a kernel can write a tensor of that type straight into its place."""
+def _space(out: Place | None, dtype: str) -> Array | None:
+    """Return the memory of a live tensor where a merge can be written straight into it."""
     import torch
 
-    if not isinstance(out, torch.Tensor) or not kernels.fits(out):
-        return False
-    return out.dtype == dtype or (out.dtype == torch.float32 and dtype == torch.bfloat16)
+    if not isinstance(out, torch.Tensor) or out.device.type != "cpu" or not out.is_contiguous():
+        return None
+    if out.dtype == getattr(torch, dtype) or (out.dtype == torch.float32 and dtype == "bfloat16"):
+        return of_tensor(out) if out.dtype != torch.float16 else None
+    return None
 
 
-def _delivered(merged: Tensor, out: Place | None, tensor: str, group: TensorGroup) -> Tensor:
-    """Check a merged tensor, and put it into its place if it has one."""
-    checked(merged, tensor, group)
-    if out is not None:
-        out.copy_(merged)
-    return merged
-
-
-def checked(merged: Tensor, tensor: str, group: TensorGroup | None = None) -> Tensor:
-    """Return a tensor as it is, or raise NonFiniteWeights naming it and who made it."""
-    import torch
-
-    if merged.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(merged)).tolist())):
-        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), group)
+def checked(merged: Tensor, tensor: str) -> Tensor:
+    """Return a tensor as it is, or raise NonFiniteWeights naming it."""
+    if not is_finite(of_tensor(merged)):
+        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), None)
     return merged
 
 
@@ -163,17 +179,18 @@ class _Measure:
         inputs: Inputs,
         places: list[Difference],
         operands: list[Operand],
-        origin: Tensor | None,
+        origin: Array | None,
     ) -> None:
         self._inputs, self._operands, self._origin = inputs, operands, origin
         self._places = places
-        self.count, self.size = len(operands), operands[0].tensor.numel()
+        self.count, self.size = len(operands), operands[0].data.size
 
     def gram(self) -> list[list[float]]:
         def compute() -> list[list[float]]:
             if kernels.available():
                 return kernels.gram(self._origin, self._operands)
-            return gram([_alone(each, self._origin) for each in self._operands])
+            base = None if self._origin is None else to_tensor(widened(self._origin))
+            return gram([_alone(each, base) for each in self._operands])
 
         return self._inputs.gram(tuple(self._places), compute)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.merging.adapter import AdaptedCheckpoint, is_adapter, open_adapter, split_location
+from evomerge.merging.arrays import Array
 from evomerge.merging.checkpoint import Checkpoint, Layout
 from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.tensorfile import Header
@@ -44,8 +45,8 @@ class Source(Protocol):
         """Return a tensor in float32; callers must not modify it."""
         ...
 
-    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
-        """Return a tensor in the type it has; a view of the mapped file if there is one and `mapped`."""
+    def array(self, name: str, *, mapped: bool = True) -> Array:
+        """Return a tensor in the type it has (see `arrays`), mapped from its file if possible."""
         ...
 
 

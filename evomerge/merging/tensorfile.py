@@ -14,12 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from evomerge.errors import ModelError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from evomerge.merging.arrays import DTYPES, Array
 
 ITEM_SIZES = {
     "F64": 8,
@@ -38,9 +36,8 @@ ITEM_SIZES = {
     "U8": 1,
     "BOOL": 1,
 }
-TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The types a merge can read, by code."""
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+NAMES = {code: name for name, code in CODES.items()}
 HEADER_LIMIT = 100_000_000
 """Largest header the safetensors library accepts, in bytes."""
 
@@ -127,11 +124,11 @@ def _damaged(path: Path, got: str) -> ModelError:
 class ShardWriter:
     """Write one safetensors file, one tensor after the other, in the announced order.
 
-    >>> import tempfile, torch
+    >>> import tempfile, numpy
     >>> headers = {"a": Header(shape=(2,), dtype="F32")}
     >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
     >>> with ShardWriter(path, headers) as writer:
-    ...     writer.add("a", torch.zeros(2))
+    ...     writer.add("a", numpy.zeros(2, dtype="float32"))
     >>> read_header(path) == headers
     True
     """
@@ -141,16 +138,13 @@ class ShardWriter:
         self._file: BinaryIO = path.open("xb")
         self._file.write(_encoded(headers))
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, array: Array) -> None:
         """Append the next tensor; its name, shape and type must be those announced."""
-        import torch
-
         expected, header = self._pending.pop()
         assert name == expected, (name, expected)
-        assert tuple(tensor.shape) == header.shape, name
-        assert CODES[str(tensor.dtype).removeprefix("torch.")] == header.dtype, tensor.dtype
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(flat.view(torch.uint8).numpy().data)
+        assert array.shape == header.shape, name
+        assert array.dtype == DTYPES[NAMES[header.dtype]], (array.dtype, header.dtype)
+        self._file.write(array.reshape(-1).view("uint8").data)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.errors import ModelError
+from evomerge.merging.arrays import Array, of_tensor
 from evomerge.merging.checkpoint import HEADS, Layout, read_json
 from evomerge.merging.recipe import layer_of
 from evomerge.merging.tensorfile import Header
@@ -278,10 +279,10 @@ class Aligned:
         """SHA-256 over the source's fingerprint and all that decides its rows."""
         return hashlib.sha256(f"{self.source.fingerprint} {self._table.mark()}".encode()).hexdigest()
 
-    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
+    def array(self, name: str, *, mapped: bool = True) -> Array:
         """Return the tensor in float32 where its rows move, else as the source has it."""
         moved = name in self._table.tensors
-        return self.tensor(name) if moved else self.source.stored(name, mapped=mapped)
+        return of_tensor(self.tensor(name)) if moved else self.source.array(name, mapped=mapped)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in float32, its rows in the target's order. It must not be modified."""

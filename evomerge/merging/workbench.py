@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.engine import pool
+from evomerge.merging.engine import pool, threads
 from evomerge.merging.inputs import WarmInputs
 from evomerge.merging.live_weights import locate
 from evomerge.merging.one_tensor import merge_tensor
@@ -137,18 +137,17 @@ class Workbench:
 
     def _merged(self, recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
         """Merge tensors into the live model, the largest first on torch's number of threads."""
-        import torch
 
         def merge(name: str) -> str:
             merge_tensor(recipe, name, self._inputs, out=self._targets[name])
             return name
 
         sizes = {name: self._headers[name].count for name in names}
-        if torch.get_num_threads() == 1 or sum(sizes.values()) < WORTH_THREADS:
+        if threads() == 1 or sum(sizes.values()) < WORTH_THREADS:
             yield from map(merge, names)
             return
-        with pool() as threads:
-            yield from threads.map(merge, sorted(names, key=lambda name: -sizes[name]))
+        with pool() as workers:
+            yield from workers.map(merge, sorted(names, key=lambda name: -sizes[name]))
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:

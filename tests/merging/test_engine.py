@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.errors import ConfigError, DiskError
 from evomerge.merging import engine, methods, one_tensor
+from evomerge.merging.arrays import of_tensor
 from evomerge.merging.engine import write
 from evomerge.merging.one_tensor import NonFiniteWeights
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
@@ -163,7 +164,7 @@ def test_no_room_is_said_before_anything_is_written(
 def test_a_failed_write_leaves_nothing(
     error: BaseException, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge, calls = one_tensor.merge_tensor, []
+    merge, calls = one_tensor.merge_array, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -171,7 +172,7 @@ def test_a_failed_write_leaves_nothing(
             raise error
         return merge(*arguments)
 
-    monkeypatch.setattr(engine, "merge_tensor", failing)
+    monkeypatch.setattr(engine, "merge_array", failing)
     with pytest.raises(DiskError if isinstance(error, OSError) else KeyboardInterrupt):
         write(one(models, "linear"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -227,7 +228,7 @@ def test_our_files_are_read_by_the_library(tmp_path: Path) -> None:
     headers = {name: Header(shape=tuple(t.shape), dtype=codes[name]) for name, t in tensors.items()}
     with ShardWriter(tmp_path / "x.safetensors", headers) as writer:
         for name, tensor in tensors.items():
-            writer.add(name, tensor)
+            writer.add(name, of_tensor(tensor))
     loaded = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert read_header(tmp_path / "x.safetensors") == headers

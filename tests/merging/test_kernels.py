@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.merging import kernels
+from evomerge.merging.arrays import of_tensor, to_tensor
 from evomerge.merging.kernels import Operand
 from evomerge.merging.methods.blend import Blend, Draws, Ranks, run
 from evomerge.merging.methods.draws import CHUNK
@@ -48,14 +49,14 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
 
 def as_torch(base: Tensor | None, operands: Sequence[Operand]) -> list[Tensor]:
     return [
-        each.tensor.float() - (base.float() if each.minus_base and base is not None else 0.0)
+        to_tensor(each.data).float() - (base.float() if each.minus_base and base is not None else 0.0)
         for each in operands
     ]
 
 
 def boundaries(vectors: Sequence[Tensor]) -> Any:
     def at(index: int, rank: int) -> Boundary:
-        return boundary(vectors[index].abs(), rank)
+        return boundary(vectors[index].abs().numpy(), rank)
 
     return at
 
@@ -92,17 +93,27 @@ def test_a_kernel_gives_the_bits_of_torch(data: st.DataObject) -> None:
         count + 1, size, dtypes, coarse=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99))
     )
     vectors = data.draw(st.booleans())
-    operands = [Operand(model, vectors and model.dtype == dtypes[0]) for model in models]
+    operands = [Operand(of_tensor(model), vectors and model.dtype == dtypes[0]) for model in models]
     plan = data.draw(blends(count, size))
     inputs = as_torch(base, operands)
     expected = run(plan, base.float() if vectors else None, inputs)
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.empty(size, dtype=dtype)
-        finite = kernels.blend(plan, base, operands, boundaries(inputs), out, add_base=vectors)
+        finite = kernels.blend(
+            plan, of_tensor(base), operands, boundaries(inputs), of_tensor(out), add_base=vectors
+        )
         assert finite == bool(expected.to(dtype).isfinite().all())
         assert same_bits(out, expected.to(dtype))
     live = torch.empty(size)
-    kernels.blend(plan, base, operands, boundaries(inputs), live, add_base=vectors, rounded=True)
+    kernels.blend(
+        plan,
+        of_tensor(base),
+        operands,
+        boundaries(inputs),
+        of_tensor(live),
+        add_base=vectors,
+        rounded=True,
+    )
     assert same_bits(live, expected.to(torch.bfloat16).float())
 
 
@@ -112,23 +123,23 @@ def test_a_kernel_gives_the_bits_of_torch(data: st.DataObject) -> None:
 )
 def test_inner_products_have_the_bits_of_numpy(count: int, size: int, seed: int) -> None:
     base, *models = tensors(count + 1, size, [torch.bfloat16, torch.float32], coarse=False, seed=seed)
-    operands = [Operand(model, True) for model in models]
-    assert kernels.gram(base, operands) == gram(as_torch(base, operands))
+    operands = [Operand(of_tensor(model), True) for model in models]
+    assert kernels.gram(of_tensor(base), operands) == gram(as_torch(base, operands))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.3e38])
 def test_what_is_not_finite_is_said(value: float) -> None:
     base, model = torch.zeros(5000), torch.zeros(5000)
     model[4321] = value
-    out = torch.empty(5000, dtype=torch.bfloat16)
+    out = of_tensor(torch.empty(5000, dtype=torch.bfloat16))
+    zeros, operand = of_tensor(base), Operand(of_tensor(model), True)
     for plan in (
         Blend(weights=(1.5,)),
         Blend(weights=(1.5,), kept=(Ranks(last=2500),), elect=True, mean=True),
     ):
-        assert not kernels.blend(plan, base, [Operand(model, True)], boundaries([model]), out, add_base=True)
-    assert kernels.blend(
-        Blend(weights=(0.0,)), base, [Operand(base, True)], boundaries([]), out, add_base=True
-    )
+        assert not kernels.blend(plan, zeros, [operand], boundaries([model]), out, add_base=True)
+    nothing = Blend(weights=(0.0,))
+    assert kernels.blend(nothing, zeros, [Operand(zeros, True)], boundaries([]), out, add_base=True)
 
 
 def test_without_a_compiler_the_weights_are_the_same(
@@ -163,9 +174,9 @@ def test_without_a_compiler_the_weights_are_the_same(
 
 def test_kernels_are_kept_and_several_processes_may_build_them(tmp_path: Path) -> None:
     script = (
-        "import torch\n"
+        "import numpy\n"
         "from evomerge.merging import kernels\nfrom evomerge.merging.methods.blend import Blend\n"
-        "x = torch.ones(9); out = torch.empty(9)\n"
+        "x = numpy.ones(9, dtype='float32'); out = numpy.empty(9, dtype='float32')\n"
         "kernels.blend(Blend(weights=(2.0,)), None, [kernels.Operand(x, False)], None, out, add_base=False)\n"
         "assert out.tolist() == [2.0] * 9"
     )

@@ -288,7 +288,7 @@ def test_an_interrupted_merge_of_an_adapter_leaves_nothing(
     text = "{merge_method: linear, dtype: float32, models: [{model: a}, {model: lora}]}"
     around = [Path(files.models["base"]), Path(adapters["plain"]), Path(adapters["plain"]).parent]
     before = [sorted(folder.iterdir()) for folder in around]
-    merge, calls = one_tensor.merge_tensor, 0
+    merge, calls = one_tensor.merge_array, 0
 
     def interrupted(*arguments: Any) -> Tensor:
         nonlocal calls
@@ -297,7 +297,7 @@ def test_an_interrupted_merge_of_an_adapter_leaves_nothing(
             raise KeyboardInterrupt
         return merge(*arguments)
 
-    monkeypatch.setattr(engine, "merge_tensor", interrupted)
+    monkeypatch.setattr(engine, "merge_array", interrupted)
     with pytest.raises(KeyboardInterrupt):
         files.merge(text)
     assert list(files.folder.iterdir()) == []

@@ -191,9 +191,10 @@ def keep_ranks(vector: Tensor, ranks: Ranks) -> Tensor:
     if ranks.first == 0 and ranks.last >= vector.numel():
         return vector
     magnitudes = vector.abs().flatten()
-    dropped = ~reaches(magnitudes, boundary(magnitudes, ranks.last))
+    on_cpu = magnitudes.cpu().numpy()
+    dropped = ~reaches(magnitudes, boundary(on_cpu, ranks.last))
     if ranks.first:
-        dropped |= reaches(magnitudes, boundary(magnitudes, ranks.first))
+        dropped |= reaches(magnitudes, boundary(on_cpu, ranks.first))
     return vector.masked_fill((dropped & ~magnitudes.isnan()).view(vector.shape), 0.0)
 
 

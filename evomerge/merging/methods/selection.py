@@ -7,10 +7,10 @@ for any k at once, which makes a density a look-up in a search.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy import ndarray
 
 MANY = 1 << 62
 
@@ -30,31 +30,26 @@ NOTHING = Boundary(float("inf"), 0)
 EVERYTHING = Boundary(0.0, MANY)
 
 
-def boundary(magnitudes: Tensor, kept: int, *, reorder: bool = False) -> Boundary:
+def boundary(magnitudes: ndarray[Any, Any], kept: int, *, reorder: bool = False) -> Boundary:
     """Return the boundary of the `kept` largest of some magnitudes, (n,) float32.
 
     reorder: they may be left in another order, which saves a copy.
 
-    >>> import torch
-    >>> boundary(torch.tensor([1.0, 3.0, 1.0, 2.0]), 3)
+    >>> import numpy
+    >>> boundary(numpy.array([1.0, 3.0, 1.0, 2.0]), 3)
     Boundary(magnitude=1.0, ties=1)
     """
     import numpy
-    import torch
 
     if kept <= 0:
         return NOTHING
-    rank = magnitudes.numel() - kept
+    rank = len(magnitudes) - kept
     if rank <= 0:
         return EVERYTHING
-    if magnitudes.device.type == "cpu":  # numpy's vectorised selection is ten times faster than kthvalue
-        ordered = magnitudes.numpy() if reorder else magnitudes.numpy().copy()
-        ordered.partition(rank)
-        limit = float(ordered[rank])
-        above = int(numpy.count_nonzero(ordered[rank:] > limit))
-    else:
-        limit = float(torch.kthvalue(magnitudes, rank + 1).values)
-        above = int((magnitudes > limit).sum())
+    ordered = magnitudes if reorder else magnitudes.copy()
+    ordered.partition(rank)
+    limit = float(ordered[rank])
+    above = int(numpy.count_nonzero(ordered[rank:] > ordered[rank]))
     return Boundary(limit, kept - above) if limit else EVERYTHING
 
 
@@ -65,11 +60,11 @@ class Spectrum:
     that is shorter than the sorted magnitudes (4 bytes each): differences of bfloat16 weights have few.
     """
 
-    def __init__(self, magnitudes: Tensor) -> None:
-        """Sort the magnitudes, (n,) float32 on the CPU, in place."""
+    def __init__(self, magnitudes: ndarray[Any, Any]) -> None:
+        """Sort the magnitudes, (n,) float32, in place."""
         import numpy
 
-        ordered = magnitudes.numpy()
+        ordered = magnitudes
         ordered.sort()
         self._count = len(ordered)
         ends = numpy.append(numpy.flatnonzero(ordered[1:] != ordered[:-1]) + 1, self._count)
@@ -85,8 +80,8 @@ class Spectrum:
     def boundary(self, kept: int) -> Boundary:
         """Return what the function `boundary` returns for the same magnitudes.
 
-        >>> import torch
-        >>> Spectrum(torch.tensor([1.0, 3.0, 1.0, 2.0])).boundary(3)
+        >>> import numpy
+        >>> Spectrum(numpy.array([1.0, 3.0, 1.0, 2.0])).boundary(3)
         Boundary(magnitude=1.0, ties=1)
         """
         if kept <= 0:

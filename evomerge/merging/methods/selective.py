@@ -63,7 +63,7 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
         for piece in pieces:
             variance[piece] = _variance([vector[piece] for vector in vectors])
         varied = int(select_topk * int(torch.count_nonzero(variance)))
-        kept = reaches(variance, boundary(variance, varied)).logical_and_(variance > 0.0)
+        kept = reaches(variance, boundary(variance.cpu().numpy(), varied)).logical_and_(variance > 0.0)
         del variance
 
     def selected(piece: slice) -> list[Tensor]:

@@ -1,0 +1,59 @@
+"""Weights as numpy arrays: a merge that only adds and selects needs no torch, which takes a second to import.
+
+numpy has no bfloat16, so such weights are their bits, in uint16; float32 and float16 are themselves.
+Conversions to and from torch share memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = numpy.ndarray[Any, Any]
+DTYPES = {"float32": numpy.float32, "float16": numpy.float16, "bfloat16": numpy.uint16}
+
+
+def of_tensor(tensor: Tensor) -> Array:
+    """Return a CPU tensor's memory as an array; types other than the three are converted to float32."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(numpy.uint16)
+    known = tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.to(torch.float32)
+    return known.numpy()
+
+
+def to_tensor(array: Array) -> Tensor:
+    """Return an array's memory as a tensor."""
+    import torch
+
+    if array.dtype == numpy.uint16:
+        return torch.from_numpy(array.view(numpy.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def computable(array: Array) -> Array:
+    """Return weights in a type merging computes with: float32, or bfloat16; others become float32."""
+    return array if array.dtype in (numpy.float32, numpy.uint16) else array.astype(numpy.float32)
+
+
+def widened(array: Array) -> Array:
+    """Return weights in float32.
+
+    >>> widened(numpy.array([0x3F80], dtype=numpy.uint16))
+    array([1.], dtype=float32)
+    """
+    if array.dtype == numpy.uint16:
+        return (array.astype(numpy.uint32) << numpy.uint32(16)).view(numpy.float32)
+    return array.astype(numpy.float32, copy=False)
+
+
+def is_finite(array: Array) -> bool:
+    """Say whether no weight is NaN or infinite."""
+    if array.dtype == numpy.uint16:
+        return not ((array & numpy.uint16(0x7F80)) == numpy.uint16(0x7F80)).any()
+    return array.size == 0 or bool(numpy.isfinite(array.min()) and numpy.isfinite(array.max()))
