@@ -11,7 +11,7 @@ from evomerge.merging import fisher
 from evomerge.merging.arrays import Array, computable, of_tensor
 from evomerge.merging.kernels import Operand
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
-from evomerge.merging.source import AdaptedCheckpoint, Source, task_vector
+from evomerge.merging.source import AdaptedCheckpoint, Checkpoint, Source, task_vector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,7 @@ class WarmInputs:
         self._sources, self._low_memory = sources, low_memory
         self._grams: dict[tuple[Difference, ...], Gram] = {}
         self._spectra: dict[Difference, Spectrum] = {}
+        self._mapped: dict[Difference, Operand] = {}
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +85,13 @@ class WarmInputs:
         return sum(each.nbytes for each in self._spectra.values())
 
     def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
-        return _operand(self._sources, source, tensor, base, mapped=True)
+        place = (source, tensor), base
+        if place in self._mapped:
+            return self._mapped[place]
+        found = _operand(self._sources, source, tensor, base, mapped=True)
+        if found.data.base is not None and isinstance(self._sources[source], Checkpoint):
+            self._mapped[place] = found  # a view of the file: keeping it costs nothing
+        return found
 
     def fisher(self, file: str, tensor: str) -> Tensor:
         return fisher.tensor(file, tensor)

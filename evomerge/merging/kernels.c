@@ -23,6 +23,9 @@ typedef uint64_t u64;
 #define BLOCK 2048 /* draws.CHUNK: the halves of a hash belong to the halves of a block */
 #define GRAM_BLOCK 16384
 #define LANES 16
+#define MANY ((i64)1 << 62)
+#define MOST_SHARES 4 /* sources up to which the reciprocals of all sums of weights are made beforehand */
+#define GUARD 0.01f   /* blend.GUARD */
 
 typedef u16 bf16_t;
 typedef float f32_t;
@@ -59,32 +62,44 @@ static inline u32 hashed(u32 x, u64 key) {
 
 typedef struct {
     float weight, size, factor;
-    float limit, top;      /* magnitudes of the boundaries */
-    i64 ties, top_ties;    /* how many elements equal to them are above them, from the lowest index on */
+    float limit, top;      /* magnitudes of the boundaries; NaN: there is none */
+    i64 ties, top_ties;    /* how many elements equal to them are above them, from the lowest index on: at least 1 */
     u64 key;
     u32 share;
 } source_t;
 
 /* The result of one element from its K task vectors (or model weights), dropped ones 0. */
-static inline float blended(const float *restrict d, const source_t *restrict s, float base, float scale, float guard) {
+static inline float blended(const float *restrict d, const source_t *restrict s, float base, float scale,
+                            const float *restrict shares) {
     float p[K], mix;
     UNROLL for (int k = 0; k < K; k++) p[k] = d[k] * s[k].weight;
     mix = p[0];
     UNROLL for (int k = 1; k < K; k++) mix += p[k];
 #ifdef ELECT
     u32 sign = as_bits(mix) & 0x80000000u;
-    float divisor = 0.0f, size = 0.0f;
+    int part[K];
     mix = 0.0f;
     UNROLL for (int k = 0; k < K; k++) {
         float agreeing = as_float(as_bits(p[k]) ^ sign);
-        int part = agreeing > 0.0f;
-        divisor += part ? s[k].weight : 0.0f;
-        size += part ? s[k].size : 0.0f;
+        part[k] = agreeing > 0.0f;
         mix += agreeing < 0.0f ? 0.0f : agreeing; /* NaN passes */
     }
     mix = as_float(as_bits(mix) ^ sign);
 #ifdef MEAN
-    mix /= size_of(divisor) <= size * guard ? 1.0f : divisor;
+#if K <= MOST_SHARES
+    float share[1 << K];
+    UNROLL for (int j = 0; j < 1 << K; j++) share[j] = shares[j];
+    UNROLL for (int k = 0; k < K; k++)
+        UNROLL for (int j = 0; j < 1 << (K - 1 - k); j++) share[j] = part[k] ? share[2 * j + 1] : share[2 * j];
+    mix *= share[0];
+#else
+    float divisor = 0.0f, size = 0.0f;
+    UNROLL for (int k = 0; k < K; k++) {
+        divisor += part[k] ? s[k].weight : 0.0f;
+        size += part[k] ? s[k].size : 0.0f;
+    }
+    mix *= size_of(divisor) <= size * GUARD ? 1.0f : 1.0f / divisor;
+#endif
 #endif
 #endif
     mix *= scale;
@@ -106,12 +121,19 @@ static inline float blended(const float *restrict d, const source_t *restrict s,
 
 #ifdef OUT
 /* Returns 1 where a result is not finite. `sources` is used up: boundaries move past their ties. */
-int blend(i64 n, const void *base_, const void *const *x_, source_t *sources, float scale, float guard, void *out_) {
+int blend(i64 n, const void *base_, const void *const *x_, source_t *sources, float scale, void *out_) {
     u32 bad = 0;
+    float shares[1 << MOST_SHARES] = {0};
+    for (int j = 0; K <= MOST_SHARES && j < 1 << K; j++) { /* of the sources in the bits of j */
+        float divisor = 0.0f, size = 0.0f;
+        for (int k = 0; k < K; k++) {
+            divisor += j >> k & 1 ? sources[k].weight : 0.0f;
+            size += j >> k & 1 ? sources[k].size : 0.0f;
+        }
+        shares[j] = size_of(divisor) <= size * GUARD ? 1.0f : 1.0f / divisor;
+    }
     for (i64 start = 0; start < n; start += BLOCK) {
         const i64 m = n - start < BLOCK ? n - start : BLOCK;
-        source_t s[K];
-        memcpy(s, sources, sizeof s);
         POINT_BASE
         SOURCES(POINT)
         TYPE(OUT) *restrict out = (TYPE(OUT) *)out_ + start;
@@ -119,72 +141,77 @@ int blend(i64 n, const void *base_, const void *const *x_, source_t *sources, fl
         u16 draws[K][BLOCK];
         UNROLL for (int k = 0; k < K; k++)
             for (int j = 0; j < BLOCK / 2; j++) {
-                u32 h = hashed((u32)(start / 2) + j, s[k].key);
+                u32 h = hashed((u32)(start / 2) + j, sources[k].key);
                 draws[k][j] = (u16)h;
                 draws[k][j + BLOCK / 2] = (u16)(h >> 16);
             }
 #endif
-        i64 split = 0;
+        for (i64 from = 0, to = m; from < m;) {
+            source_t s[K];
+            memcpy(s, sources, sizeof s);
+            u32 not_finite = 0;
 #ifdef RANKED
-        u32 equal[K] = {0}, top_equal[K] = {0};
+            u32 equal[K] = {0}, top_equal[K] = {0};
 #endif
-        for (i64 i = 0; i < m; i++) {
-            float d[K];
-            LOAD_BASE
-            SOURCES(TAKE)
-            (void)b;
-            UNROLL for (int k = 0; k < K; k++) {
+            for (i64 i = from; i < to; i++) {
+                float d[K];
+                LOAD_BASE
+                SOURCES(TAKE)
+                (void)b;
+                UNROLL for (int k = 0; k < K; k++) {
 #ifdef RANKED
-                float size = size_of(d[k]);
-                equal[k] += size == s[k].limit;
-                d[k] = size < s[k].limit ? 0.0f : d[k];
+                    float size = size_of(d[k]);
+                    equal[k] += size == s[k].limit;
+                    d[k] = size < s[k].limit ? 0.0f : d[k];
 #ifdef TOP
-                top_equal[k] += size == s[k].top;
-                d[k] = size >= s[k].top ? 0.0f : d[k];
+                    top_equal[k] += size == s[k].top;
+                    d[k] = size >= s[k].top ? 0.0f : d[k];
 #endif
 #endif
 #ifdef DRAWN
-                d[k] = draws[k][i] < s[k].share ? d[k] * s[k].factor : 0.0f;
+                    d[k] = draws[k][i] < s[k].share ? d[k] * s[k].factor : 0.0f;
 #endif
+                }
+                u32 u = ROUNDED(as_bits(blended(d, s, b, scale, shares)));
+                not_finite |= (u & 0x7f800000u) == 0x7f800000u;
+                out[i] = GLUE(write_, OUT)(u);
             }
-            u32 u = ROUNDED(as_bits(blended(d, s, b, scale, guard)));
-            bad |= (u & 0x7f800000u) == 0x7f800000u;
-            out[i] = GLUE(write_, OUT)(u);
-        }
 #ifdef RANKED
-        /* Ties: all of this block were taken as above their boundary. Where one runs out, go again by hand. */
-        UNROLL for (int k = 0; k < K; k++)
-            split |= equal[k] > sources[k].ties || top_equal[k] > sources[k].top_ties;
-        if (!split)
-            UNROLL for (int k = 0; k < K; k++) {
+            /* All ties here were taken as above their boundary. Where one has run out, go only as far again. */
+            int run_out = 0;
+            UNROLL for (int k = 0; k < K; k++)
+                run_out |= equal[k] > sources[k].ties || top_equal[k] > sources[k].top_ties;
+            if (run_out) {
+                i64 used[K] = {0}, top_used[K] = {0};
+                for (i64 i = from; i < to; i++) {
+                    float d[K];
+                    LOAD_BASE
+                    SOURCES(TAKE)
+                    (void)b;
+                    for (int k = 0; k < K; k++) {
+                        used[k] += size_of(d[k]) == s[k].limit;
+                        top_used[k] += size_of(d[k]) == s[k].top;
+                        if (used[k] > s[k].ties || top_used[k] > s[k].top_ties) to = i;
+                    }
+                }
+                continue;
+            }
+            for (int k = 0; k < K; k++) { /* none left: from here on only larger magnitudes are above */
                 sources[k].ties -= equal[k];
                 sources[k].top_ties -= top_equal[k];
+                if (sources[k].ties == 0) {
+                    sources[k].limit = as_float(as_bits(sources[k].limit) + 1);
+                    sources[k].ties = MANY;
+                }
+                if (sources[k].top_ties == 0) {
+                    sources[k].top = as_float(as_bits(sources[k].top) + 1);
+                    sources[k].top_ties = MANY;
+                }
             }
 #endif
-        for (i64 i = 0; split && i < m; i++) {
-            float d[K];
-            LOAD_BASE
-            SOURCES(TAKE)
-            (void)b;
-            UNROLL for (int k = 0; k < K; k++) {
-                float size = size_of(d[k]);
-                int above = size > s[k].limit || (size == s[k].limit && sources[k].ties-- > 0);
-                int too_far = size > s[k].top || (size == s[k].top && sources[k].top_ties-- > 0);
-                d[k] = above && !too_far ? d[k] : 0.0f;
-            }
-            u32 u = ROUNDED(as_bits(blended(d, s, b, scale, guard)));
-            bad |= (u & 0x7f800000u) == 0x7f800000u;
-            out[i] = GLUE(write_, OUT)(u);
-        }
-        for (int k = 0; split && k < K; k++) { /* none are left: from here on, only larger magnitudes pass */
-            if (sources[k].ties <= 0 && sources[k].limit < 3e38f) {
-                sources[k].limit = as_float(as_bits(sources[k].limit) + 1);
-                sources[k].ties = (i64)1 << 62;
-            }
-            if (sources[k].top_ties <= 0 && sources[k].top < 3e38f) {
-                sources[k].top = as_float(as_bits(sources[k].top) + 1);
-                sources[k].top_ties = (i64)1 << 62;
-            }
+            bad |= not_finite;
+            from = to;
+            to = m;
         }
     }
     return bad != 0;

@@ -16,13 +16,14 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 import numpy
 
 from evomerge.merging.arrays import Array
-from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
+from evomerge.merging.methods.blend import Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 
@@ -47,8 +48,25 @@ EXACT = (
 )
 FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 """Flags tried in turn for the processor at hand; none of them changes a result."""
-FORMATS = {"float32": "f32", "uint16": "bf16"}
+FORMATS = {numpy.dtype("float32"): "f32", numpy.dtype("uint16"): "bf16"}
 """numpy type -> what kernels.c calls it; bfloat16 comes as its bits."""
+
+
+SOURCE = numpy.dtype(
+    [
+        ("weight", "f4"),
+        ("size", "f4"),
+        ("factor", "f4"),
+        ("limit", "f4"),
+        ("top", "f4"),
+        ("ties", "i8"),
+        ("top_ties", "i8"),
+        ("key", "u8"),
+        ("share", "u4"),
+    ],
+    align=True,
+)
+"""`source_t` of kernels.c."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +77,17 @@ class Operand:
     """
 
     data: Array
-    minus_base: bool
+    minus_base: bool = False
+    address: int = field(init=False)
 
+    def __post_init__(self) -> None:
+        assert self.data.flags.c_contiguous
+        object.__setattr__(self, "address", self.data.__array_interface__["data"][0])
 
-class _Source(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_float),
-        ("size", ctypes.c_float),
-        ("factor", ctypes.c_float),
-        ("limit", ctypes.c_float),
-        ("top", ctypes.c_float),
-        ("ties", ctypes.c_int64),
-        ("top_ties", ctypes.c_int64),
-        ("key", ctypes.c_uint64),
-        ("share", ctypes.c_uint32),
-    )
+    @property
+    def format(self) -> str:
+        """What kernels.c calls the type."""
+        return FORMATS[self.data.dtype]
 
 
 def available() -> bool:
@@ -83,7 +97,7 @@ def available() -> bool:
 
 def blend(
     plan: Blend,
-    base: Array | None,
+    base: Operand | None,
     operands: Sequence[Operand],
     boundaries: Callable[[int, int], Boundary],
     out: Array,
@@ -100,20 +114,21 @@ def blend(
     ranked = bool(plan.kept) and isinstance(plan.kept[0], Ranks)
     drawn = bool(plan.kept) and not ranked
     top = ranked and any(isinstance(rule, Ranks) and rule.first for rule in plan.kept)
-    settings = (_Source * len(operands))()
-    for index, setting in enumerate(settings):
-        setting.weight, setting.size = plan.weights[index], plan.sizes[index]
-        setting.factor, setting.top = 1.0, NOTHING.magnitude
-        setting.ties = setting.top_ties = EVERYTHING.ties
-        rule = plan.kept[index] if plan.kept else None
+    settings = numpy.empty(len(operands), dtype=SOURCE)
+    rules = plan.kept or (None,) * len(operands)
+    for index, (weight, size, rule) in enumerate(zip(plan.weights, plan.sizes, rules, strict=True)):
+        limit, above = EVERYTHING, Boundary(math.nan, EVERYTHING.ties)
+        key, share, factor = 0, 0, 1.0
         if isinstance(rule, Draws):
-            setting.key, setting.share, setting.factor = rule.key, rule.share, rule.factor
+            key, share, factor = rule.key, rule.share, rule.factor
         elif isinstance(rule, Ranks):
             limit = boundaries(index, rule.last)
-            setting.limit, setting.ties = limit.magnitude, limit.ties
-            if rule.first:
-                limit = boundaries(index, rule.first)
-                setting.top, setting.top_ties = limit.magnitude, limit.ties
+            above = boundaries(index, rule.first) if rule.first else above
+        settings[index] = (
+            *(weight, size, factor),
+            *(limit.magnitude, above.magnitude, limit.ties, above.ties, key, share),
+        )
+    result = Operand(out)
     flags = (
         *("ADD",) * add_base,
         *("RANKED",) * ranked,
@@ -121,52 +136,47 @@ def blend(
         *("DRAWN",) * drawn,
         *("ELECT",) * plan.elect,
         *("MEAN",) * (plan.elect and plan.mean),
-        *("ROUND",) * (rounded or FORMATS[out.dtype.name] == "bf16"),
-        f"OUT={FORMATS[out.dtype.name]}",
+        *("ROUND",) * (rounded or result.format == "bf16"),
+        f"OUT={result.format}",
     )
     kernel = _kernel("blend", *_shape(base, operands, needed=add_base), *flags)
-    pointers = _pointers(operands)
-    count = ctypes.c_int64(out.size)
-    scale, guard = ctypes.c_float(plan.scale), ctypes.c_float(GUARD)
-    bad = kernel(count, _pointer(base), pointers, settings, scale, guard, _pointer(out))
+    scale = ctypes.c_float(plan.scale)
+    bad = kernel(out.size, _address(base), _addresses(operands), settings.ctypes.data, scale, result.address)
     return not bad
 
 
-def gram(base: Array | None, operands: Sequence[Operand]) -> list[list[float]]:
+def gram(base: Operand | None, operands: Sequence[Operand]) -> list[list[float]]:
     """Return the inner products of all pairs of operands, the bits of `methods.reduction.gram`."""
     count, size = len(operands), operands[0].data.size
     blocks, pairs = -(-size // BLOCK), count * (count + 1) // 2
     sums = (ctypes.c_double * (blocks * pairs))()
     kernel = _kernel("gram", *_shape(base, operands, needed=False))
-    kernel(ctypes.c_int64(size), _pointer(base), _pointers(operands), sums)
+    kernel(size, _address(base), _addresses(operands), sums)
     values = list(sums)
     return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
 
 
-def magnitudes(operand: Operand, base: Array | None) -> Array:
+def magnitudes(operand: Operand, base: Operand | None) -> Array:
     """Return the magnitudes of an operand's elements, (n,) float32, new."""
     found = numpy.empty(operand.data.size, dtype=numpy.float32)
     blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, found, add_base=False)
     return numpy.abs(found, out=found)
 
 
-def _shape(base: Array | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
-    sources = " ".join(
-        f"S({k},{FORMATS[each.data.dtype.name]},{int(each.minus_base)})" for k, each in enumerate(operands)
-    )
+def _shape(base: Operand | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
+    sources = " ".join(f"S({k},{each.format},{int(each.minus_base)})" for k, each in enumerate(operands))
     found = (f"SOURCES(S)={sources}", f"K={len(operands)}")
     if base is not None and (needed or any(each.minus_base for each in operands)):
-        return (*found, f"BASE={FORMATS[base.dtype.name]}")
+        return (*found, f"BASE={base.format}")
     return found
 
 
-def _pointer(array: Array | None) -> ctypes.c_void_p:
-    assert array is None or array.flags.c_contiguous
-    return ctypes.c_void_p(None if array is None else array.ctypes.data)
+def _address(operand: Operand | None) -> int | None:
+    return None if operand is None else operand.address
 
 
-def _pointers(operands: Sequence[Operand]) -> Any:
-    return (ctypes.c_void_p * len(operands))(*(_pointer(each.data) for each in operands))
+def _addresses(operands: Sequence[Operand]) -> Any:
+    return (ctypes.c_void_p * len(operands))(*(each.address for each in operands))
 
 
 @functools.cache
@@ -180,6 +190,11 @@ def _kernel(name: str, *definitions: str) -> Any:
         _compile(compiler, definitions, path)
     function = getattr(ctypes.CDLL(str(path)), name)
     function.restype = ctypes.c_int
+    pointer = ctypes.c_void_p
+    if name == "blend":
+        function.argtypes = (ctypes.c_int64, pointer, pointer, pointer, ctypes.c_float, pointer)
+    else:
+        function.argtypes = (ctypes.c_int64, pointer, pointer, pointer)
     return function
 
 

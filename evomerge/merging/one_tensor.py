@@ -60,7 +60,7 @@ def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | Non
     subtracted = None if base is None or not method.uses_task_vectors(base) else (base, at_base)
     reads = group.reads(tensor)
     operands = [inputs.operand(*read, subtracted) for read in reads]
-    origin = None if base is None else inputs.operand(base, at_base, None).data
+    origin = None if base is None else inputs.operand(base, at_base, None)
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
     if method.fisher:
         settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
@@ -84,7 +84,7 @@ def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | Non
                 merged = merged.astype(DTYPES[recipe.dtype])
             finite = is_finite(merged)
     else:
-        bases = [] if origin is None else [origin]
+        bases = [] if origin is None else [origin.data]
         del origin, measure
         merged = _in_torch(method, plan, bases, operands, settings, recipe.dtype)
         finite = is_finite(merged)
@@ -179,7 +179,7 @@ class _Measure:
         inputs: Inputs,
         places: list[Difference],
         operands: list[Operand],
-        origin: Array | None,
+        origin: Operand | None,
     ) -> None:
         self._inputs, self._operands, self._origin = inputs, operands, origin
         self._places = places
@@ -189,7 +189,7 @@ class _Measure:
         def compute() -> list[list[float]]:
             if kernels.available():
                 return kernels.gram(self._origin, self._operands)
-            base = None if self._origin is None else to_tensor(widened(self._origin))
+            base = None if self._origin is None else to_tensor(widened(self._origin.data))
             return gram([_alone(each, base) for each in self._operands])
 
         return self._inputs.gram(tuple(self._places), compute)

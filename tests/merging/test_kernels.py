@@ -100,14 +100,14 @@ def test_a_kernel_gives_the_bits_of_torch(data: st.DataObject) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.empty(size, dtype=dtype)
         finite = kernels.blend(
-            plan, of_tensor(base), operands, boundaries(inputs), of_tensor(out), add_base=vectors
+            plan, Operand(of_tensor(base)), operands, boundaries(inputs), of_tensor(out), add_base=vectors
         )
         assert finite == bool(expected.to(dtype).isfinite().all())
         assert same_bits(out, expected.to(dtype))
     live = torch.empty(size)
     kernels.blend(
         plan,
-        of_tensor(base),
+        Operand(of_tensor(base)),
         operands,
         boundaries(inputs),
         of_tensor(live),
@@ -124,7 +124,7 @@ def test_a_kernel_gives_the_bits_of_torch(data: st.DataObject) -> None:
 def test_inner_products_have_the_bits_of_numpy(count: int, size: int, seed: int) -> None:
     base, *models = tensors(count + 1, size, [torch.bfloat16, torch.float32], coarse=False, seed=seed)
     operands = [Operand(of_tensor(model), True) for model in models]
-    assert kernels.gram(of_tensor(base), operands) == gram(as_torch(base, operands))
+    assert kernels.gram(Operand(of_tensor(base)), operands) == gram(as_torch(base, operands))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.3e38])
@@ -132,14 +132,14 @@ def test_what_is_not_finite_is_said(value: float) -> None:
     base, model = torch.zeros(5000), torch.zeros(5000)
     model[4321] = value
     out = of_tensor(torch.empty(5000, dtype=torch.bfloat16))
-    zeros, operand = of_tensor(base), Operand(of_tensor(model), True)
+    zeros, operand = Operand(of_tensor(base)), Operand(of_tensor(model), True)
     for plan in (
         Blend(weights=(1.5,)),
         Blend(weights=(1.5,), kept=(Ranks(last=2500),), elect=True, mean=True),
     ):
         assert not kernels.blend(plan, zeros, [operand], boundaries([model]), out, add_base=True)
     nothing = Blend(weights=(0.0,))
-    assert kernels.blend(nothing, zeros, [Operand(zeros, True)], boundaries([]), out, add_base=True)
+    assert kernels.blend(nothing, zeros, [Operand(zeros.data, True)], boundaries([]), out, add_base=True)
 
 
 def test_without_a_compiler_the_weights_are_the_same(

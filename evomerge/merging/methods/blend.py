@@ -165,7 +165,7 @@ def elected(vectors: Sequence[Tensor], blend: Blend) -> Tensor:
         torch.le(divisor.abs(), size * GUARD, out=taking_part)
         divisor *= 1.0 - taking_part
         divisor += taking_part
-        mix /= divisor
+        mix *= divisor.reciprocal()  # as kernels do, which know the few possible ones beforehand
     return mix
 
 

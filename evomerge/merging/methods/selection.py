@@ -26,7 +26,7 @@ class Boundary:
     ties: int
 
 
-NOTHING = Boundary(float("inf"), 0)
+NOTHING = Boundary(float("inf"), MANY)
 EVERYTHING = Boundary(0.0, MANY)
 
 
