@@ -159,6 +159,8 @@ def candidate(method: str, models: dict[str, str], turn: int) -> Recipe:
 def warm(folder: Path, rounds: int, *, low_memory: bool) -> None:
     """Print the time of a new candidate in a used workbench beside that of copying the same bytes."""
     models = {name: str(folder / name) for name in ("base", *SOURCES)}
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (theirs, not the merge's)
+
     start = anonymous()
     bench = Workbench(models, "base", compute_dtype="bfloat16", low_memory=low_memory)
     source = bench.sources["m1"]
@@ -172,7 +174,7 @@ def warm(folder: Path, rounds: int, *, low_memory: bool) -> None:
         for name in names:
             live[name].copy_(source.stored(name))
 
-    print(f"\n## Warm: a new candidate in the live model, {torch.get_num_threads()} threads", end="")
+    print(f"## Warm: a new candidate in the live model, {torch.get_num_threads()} threads", end="")
     print(f"{', low memory' if low_memory else ''}\n")
     print("| method | first s | candidate ms | `copy_` ms | ratio |")
     print("|---|---|---|---|---|")
@@ -222,7 +224,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)  # the models; a process of its own
+    parser.add_argument("--low-memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.warm:
+        warm(given.warm, 3 * given.rounds, low_memory=given.low_memory)
+        return
     mergekit = given.mergekit
     if mergekit and not shutil.which(mergekit):
         print(f"{mergekit} is not there: measuring evomerge alone")
@@ -231,10 +238,12 @@ def main() -> None:
         folder = Path(name)
         count = build(folder, given.hidden, given.layers, given.vocabulary)
         how = "compiled" if kernels.available() else "none"
-        print(f"{count / 1e6:.1f}M parameters, bfloat16; kernels: {how}")
+        print(f"{count / 1e6:.1f}M parameters, bfloat16; kernels: {how}", flush=True)
         one_shot(folder, mergekit, given.rounds)
-        warm(folder, 3 * given.rounds, low_memory=False)
-        warm(folder, given.rounds, low_memory=True)
+        again = [sys.executable, __file__, "--warm", name, "--rounds", str(given.rounds)]
+        for options in ([], ["--low-memory"]):
+            print(flush=True)
+            subprocess.run([*again, *options], check=True)
 
 
 if __name__ == "__main__":

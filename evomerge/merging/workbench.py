@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,22 +132,20 @@ class Workbench:
         changed = [name for name, key in wanted.items() if self._loaded.get(name) != key]
         for name in changed:
             self._loaded.pop(name, None)
-        for name in self._merged(recipe, changed):
-            self._loaded[name] = wanted[name]
+        sizes = {name: self._headers[name].count for name in changed}
+        waiting = iter(sorted(changed, key=lambda name: -sizes[name]))
 
-    def _merged(self, recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
-        """Merge tensors into the live model, the largest first on torch's number of threads."""
+        def work() -> None:
+            for name in waiting:  # threads draw from one iterator, the largest tensors first
+                merge_tensor(recipe, name, self._inputs, out=self._targets[name])
+                self._loaded[name] = wanted[name]
 
-        def merge(name: str) -> str:
-            merge_tensor(recipe, name, self._inputs, out=self._targets[name])
-            return name
-
-        sizes = {name: self._headers[name].count for name in names}
         if threads() == 1 or sum(sizes.values()) < WORTH_THREADS:
-            yield from map(merge, names)
-            return
-        with pool() as workers:
-            yield from workers.map(merge, sorted(names, key=lambda name: -sizes[name]))
+            work()
+        else:
+            with pool() as workers:
+                for done in [workers.submit(work) for _ in range(threads())]:
+                    done.result()
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:
