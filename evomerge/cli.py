@@ -213,8 +213,11 @@ def resume(
 
 def _run(config: RunConfig) -> None:
     from evomerge import compose
+    from evomerge.merging import kernels
     from evomerge.running.store import RunStore
 
+    for note in kernels.notes():
+        _out.say(f"note: {note}")
     folder = Path(config.out)
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -319,7 +322,7 @@ def merge(
     keep_rest: KeepRest = False,
 ) -> None:
     """Write the merge a recipe (or a mergekit YAML) describes: a model, a LoRA adapter, or mergekit YAML."""
-    from evomerge.merging import engine
+    from evomerge.merging import engine, kernels
     from evomerge.merging.reading import read_recipe
     from evomerge.merging.source import open_used
 
@@ -338,7 +341,7 @@ def merge(
         _say_file(out, found.hash)
         return
     sources = open_used(found)
-    for note in found.check(sources):
+    for note in (*found.check(sources), *kernels.notes()):
         _out.say(f"note: {note}")
     engine.write(found, out, sources=sources)
     _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")

@@ -23,6 +23,7 @@ from evomerge.errors import ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure
 from evomerge.evaluation.suite import Suite
+from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running import executors
 from evomerge.running.budget import Budget
@@ -76,7 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer=config.tokenizer,
         seed=config.seed,
     )
-    notes = check(template, sources)
+    notes = (*check(template, sources), *kernels.notes())
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
     assert isinstance(config.space, SpaceSpec)

@@ -9,6 +9,7 @@
      DRAWN       elements are kept at random
      ELECT, MEAN elements of the majority sign alone; their mean
      OUT         format of the result; ROUND: rounded to bfloat16 first
+     GUARD       share of the weights' size below which a divisor counts as 0
    No fused multiply-adds, no reordering: -ffp-contract=off, and never -ffast-math. */
 
 #include <stdint.h>
@@ -25,7 +26,6 @@ typedef uint64_t u64;
 #define LANES 16
 #define MANY ((i64)1 << 62)
 #define MOST_SHARES 4 /* sources up to which the reciprocals of all sums of weights are made beforehand */
-#define GUARD 0.01f   /* blend.GUARD */
 
 typedef u16 bf16_t;
 typedef float f32_t;

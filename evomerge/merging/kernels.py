@@ -15,7 +15,6 @@ import atexit
 import ctypes
 import functools
 import hashlib
-import logging
 import math
 import os
 import platform
@@ -31,11 +30,14 @@ from typing import Any
 import numpy
 
 from evomerge.merging.arrays import Array
-from evomerge.merging.methods.blend import Blend, Draws, Ranks
+from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 
-log = logging.getLogger(__name__)
+MISSING = (
+    "no working C compiler found (CC, cc, gcc, clang), so merging goes without compiled kernels: the weights are "
+    "the same, merging takes many times longer"
+)
 
 EXACT = (
     "-O3",
@@ -91,8 +93,13 @@ class Operand:
 
 
 def available() -> bool:
-    """Say whether kernels can be compiled here; if not, a warning has been logged once."""
+    """Say whether kernels can be compiled here."""
     return _compiler() is not None
+
+
+def notes() -> tuple[str, ...]:
+    """Return what a user should know: that merging goes without kernels, if it does."""
+    return () if available() else (MISSING,)
 
 
 def blend(
@@ -184,11 +191,7 @@ def _kernel(name: str, *definitions: str) -> Any:
     """Return the compiled function of that shape, from the cache folder where it is there."""
     compiler = _compiler()
     assert compiler is not None
-    identity = repr((_source(), compiler, EXACT, definitions, _processor()))
-    path = _folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    if not path.is_file():
-        _compile(compiler, definitions, path)
-    function = getattr(ctypes.CDLL(str(path)), name)
+    function = getattr(ctypes.CDLL(str(_built(compiler, name, definitions))), name)
     function.restype = ctypes.c_int
     pointer = ctypes.c_void_p
     if name == "blend":
@@ -198,47 +201,49 @@ def _kernel(name: str, *definitions: str) -> Any:
     return function
 
 
-def _compile(compiler: str, definitions: Sequence[str], path: Path) -> None:
-    """Compile to a temporary file and rename: several processes may be at it."""
+def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
+    """Return the library with that function, compiling it if it is not in the cache folder.
+
+    Compiled to a temporary file and renamed, for several processes may be at it. Raises OSError,
+    subprocess.SubprocessError.
+    """
+    identity = repr((_source(), compiler, EXACT, GUARD, definitions, _processor()))
+    path = _folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    if path.is_file():
+        return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         code, built = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
         code.write_text(_source(), encoding="utf-8")
+        defined = [f"-D{each}" for each in (f"GUARD={GUARD}f", *definitions)]
         for flags in FASTEST:
-            defined = [f"-D{each}" for each in definitions]
             command = [compiler, *EXACT, *flags, *defined, str(code), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, check=False, timeout=300)
             if done.returncode == 0:
                 built.replace(path)
-                return
-        raise RuntimeError(f"{compiler} can't compile {code.name}: {done.stderr[:2000]}")
+                return path
+        done.check_returncode()
+    raise AssertionError("unreachable")
 
 
 @functools.cache
 def _compiler() -> str | None:
-    """Return a C compiler that works here, or None after a warning."""
+    """Return a C compiler that works here, or None."""
     if os.environ.get("EVOMERGE_KERNELS") == "0":
         return None
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         found = shutil.which(name) if name else None
         if found and _works(found):
             return found
-    log.warning(
-        "no working C compiler found (CC, cc, gcc, clang): merging without compiled kernels; the weights are "
-        "the same, but merging takes many times longer. Installing gcc or clang mends that."
-    )
     return None
 
 
 def _works(compiler: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        code, built = Path(folder) / "works.c", Path(folder) / "works.so"
-        code.write_text("#include <stdint.h>\nint works(void) { return 1; }\n")
-        command = [compiler, *EXACT, str(code), "-o", str(built)]
-        try:
-            subprocess.run(command, capture_output=True, check=True, timeout=60)
-            return bool(ctypes.CDLL(str(built)).works())
-        except (OSError, subprocess.SubprocessError):
-            return False
+    """Say whether a compiler makes a kernel that can be loaded."""
+    try:
+        ctypes.CDLL(str(_built(compiler, "blend", ("SOURCES(S)=S(0,f32,0)", "K=1", "OUT=f32"))))
+        return True
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 @functools.cache
