@@ -35,8 +35,8 @@ from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 
 MISSING = (
-    "no working C compiler found (CC, cc, gcc, clang), so merging goes without compiled kernels: the weights are "
-    "the same, merging takes many times longer"
+    "no working C compiler found (CC, cc, gcc, clang), so merging goes without compiled kernels: "
+    "the weights are the same, merging takes many times longer"
 )
 
 EXACT = (
@@ -50,6 +50,8 @@ EXACT = (
 )
 FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 """Flags tried in turn for the processor at hand; none of them changes a result."""
+CODE = files("evomerge.merging").joinpath("kernels.c").read_text(encoding="utf-8")
+"""Read now: a long run must not meet the C code of a version installed later."""
 FORMATS = {numpy.dtype("float32"): "f32", numpy.dtype("uint16"): "bf16"}
 """numpy type -> what kernels.c calls it; bfloat16 comes as its bits."""
 
@@ -207,13 +209,13 @@ def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
     Compiled to a temporary file and renamed, for several processes may be at it. Raises OSError,
     subprocess.SubprocessError.
     """
-    identity = repr((_source(), compiler, EXACT, GUARD, definitions, _processor()))
+    identity = repr((CODE, compiler, EXACT, GUARD, definitions, _processor()))
     path = _folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if path.is_file():
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         code, built = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
-        code.write_text(_source(), encoding="utf-8")
+        code.write_text(CODE, encoding="utf-8")
         defined = [f"-D{each}" for each in (f"GUARD={GUARD}f", *definitions)]
         for flags in FASTEST:
             command = [compiler, *EXACT, *flags, *defined, str(code), "-o", str(built)]
@@ -244,11 +246,6 @@ def _works(compiler: str) -> bool:
         return True
     except (OSError, subprocess.SubprocessError):
         return False
-
-
-@functools.cache
-def _source() -> str:
-    return files("evomerge.merging").joinpath("kernels.c").read_text(encoding="utf-8")
 
 
 @functools.cache

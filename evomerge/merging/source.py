@@ -52,7 +52,12 @@ class Source(Protocol):
 
 def same_base(one: Source, other: Source) -> bool:
     """Say whether two models, adapters taken off, are one folder, however it was named."""
-    return one.folder.resolve() == other.folder.resolve()
+    return _resolved(one.folder) == _resolved(other.folder)
+
+
+@functools.cache
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()  # asked for every tensor of every candidate
 
 
 def task_vector(
