@@ -144,7 +144,9 @@ def threads() -> int:
     if "torch" in sys.modules:
         return sys.modules["torch"].get_num_threads()  # type: ignore[no-any-return]
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_thread_each() -> None:
