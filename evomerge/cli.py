@@ -84,13 +84,19 @@ Generations = Annotated[
 Hours = Annotated[
     float | None, typer.Option("--hours", min=0.0, help="Replace this limit of the budget: hours of work.")
 ]
-As = Annotated[str, typer.Option("--as", help="The form: model, adapter, mergekit; of a run also recipe.")]
+As = Annotated[
+    str, typer.Option("--as", help="What to write: model, adapter or mergekit (`export`: also recipe).")
+]
 Rank = Annotated[
     int | None,
-    typer.Option("--rank", min=1, help="Of an adapter that can't be exact: cut each layer's change to this."),
+    typer.Option(
+        "--rank",
+        min=1,
+        help="With --as adapter, where it can't be exact: cut each layer's change to this rank.",
+    ),
 ]
 KeepRest = Annotated[
-    bool, typer.Option("--keep-rest", help="In an adapter, store whole what a LoRA can't hold.")
+    bool, typer.Option("--keep-rest", help="With --as adapter: store whole what a LoRA can't hold.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
 

@@ -6,6 +6,7 @@ name the nearest valid key, and every problem of the file is listed at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -59,9 +60,17 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_UniqueKeys.add_implicit_resolver(  # YAML 1.2 and everybody's reading; PyYAML takes 1e-9 for text
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def parse_yaml(text: str) -> Any:
     """Read YAML without code execution and without doubled keys; raise yaml.YAMLError."""
-    return yaml.load(text, Loader=_UniqueKeys)
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 import plotly.offline
 
 from evomerge.delivery.interference import CAVEAT, SHARES, Measure, grid, labels, measures, outside
+from evomerge.errors import DiskError
 from evomerge.merging.advice import RULES, Advised
 from evomerge.merging.interference import Interference, Tally
 
@@ -23,7 +24,12 @@ _SHARES = ("#e6e9ef", "#9db8ee", "#40916c", "#c84b3c")
 
 
 def write_html(found: Interference, advised: Advised, out: Path) -> Path:
-    """Write the analysis as one HTML file with everything inside, and return its path."""
+    """Write the analysis as one HTML file with everything inside, and return its path.
+
+    Raises DiskError where another kind of file has that name.
+    """
+    if out.exists() and not (out.is_file() and out.read_bytes()[:15].lower().startswith(b"<!doctype html")):
+        raise DiskError(f"{out}: already exists and is not an HTML page", fix="choose another name")
     template = files("evomerge.delivery").joinpath("interference.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": _percent}

@@ -140,6 +140,12 @@ def write_adapter(
     """
     if rank is not None and rank < 1:
         raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
+    if recipe.stacked:
+        raise ConfigError(
+            "this merge takes layers from other places, and an adapter changes layers where they are",
+            expected="a recipe without num_layers, shift and base_shift",
+            fix="write a whole model",
+        )
     out = engine.new_folder(out)
     opened = dict(open_used(recipe) if sources is None else sources)
     check(recipe, opened)
@@ -231,6 +237,8 @@ def _exact(
         shares = sums[id(group)]
         if shares is None:
             return None, f"group {group.label()!r} ({group.method})"
+        if recipe.base_of(group) not in (None, recipe.base):
+            return None, f"group {group.label()!r}, which has a base of its own"
         terms: list[Term] = []
         for share, each in zip(shares, group.sources, strict=True):
             source = sources[each]

@@ -50,7 +50,8 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
             got="rows that move",
             fix="use another method, or merge models that share a tokenizer",
         )
-    fisher.check(recipe, sources[recipe.pattern].headers)
+    prints = {name: sources[name].fingerprint for name in recipe.used_fishers()}
+    fisher.check(recipe, sources[recipe.pattern].headers, prints)
     return notes
 
 

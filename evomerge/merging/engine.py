@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import glob
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -224,10 +224,15 @@ def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
 
 def _remove_abandoned(out: Path) -> None:
     """Remove what killed processes of this machine left of earlier attempts at the same folder."""
-    for stale in out.parent.glob(f".{glob.escape(out.name)}.partial-*-{socket.gethostname()}-*"):
-        pid = int(stale.name.split(".partial-")[1].split("-")[0])
+    pattern = re.compile(
+        rf"\.{re.escape(out.name)}\.partial-(\d{{1,9}})-{re.escape(socket.gethostname())}-\w+"
+    )
+    for stale in out.parent.iterdir():
+        found = pattern.fullmatch(stale.name)
+        if found is None:
+            continue
         try:
-            os.kill(pid, 0)
+            os.kill(int(found[1]), 0)
         except ProcessLookupError:
             shutil.rmtree(stale, ignore_errors=True)
         except PermissionError:

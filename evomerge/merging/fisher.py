@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Labels = Literal["text", "model"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
 MAX_LENGTH = 512
+KIND = "diagonal Fisher information"
+"""What a Fisher file says it is, so that a model's own weights are not taken for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +59,34 @@ def tensor(file: str, name: str) -> Tensor:
     """Return one Fisher tensor in float32. It must not be modified: it may be the mapped file itself."""
     import torch
 
-    found: Tensor = _opened(file, _stamp(file)).get_tensor(name)
-    return found.to(torch.float32)
+    found: Tensor = _opened(file, _stamp(file)).get_tensor(name).to(torch.float32)
+    if found.numel() and not (found.min() >= 0 and torch.isfinite(found.max())):
+        raise ModelError(f"{file}: {name!r} has elements that are negative or not finite")
+    return found
 
 
-def check(recipe: Recipe, pattern: Mapping[str, Header]) -> None:
-    """Check from headers that the Fisher files a recipe uses have every tensor of the model.
+def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[str, str]) -> None:
+    """Check from headers that the Fisher files a recipe uses are those of its models.
 
-    pattern: the headers of the models. Raises ModelError naming the file and the tensor.
+    pattern: the headers of the models. fingerprints: model -> its fingerprint, compared where a file has
+    one. Raises ModelError naming the file and the tensor.
     """
     for name in recipe.used_fishers():
         file = recipe.fisher[name]
         found = headers(file)
+        facts = _opened(file, _stamp(file)).metadata() or {}
+        if facts.get("kind") != KIND:
+            raise ModelError(
+                f"{file}: not a Fisher file",
+                expected=f"kind: {KIND!r} in its metadata",
+                got=repr(facts.get("kind")),
+                fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
+            )
+        if facts.get("model_fingerprint") not in (None, fingerprints[name]):
+            raise ModelError(
+                f"{file}: the Fisher of another model than {name!r}",
+                fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
+            )
         for wanted, header in pattern.items():
             if wanted not in found or found[wanted].shape != header.shape:
                 raise ModelError(
@@ -168,7 +186,7 @@ def estimate(
     tokens_seen = sum(map(len, rows))
     made = {
         "format": "pt",
-        "kind": "diagonal Fisher information",
+        "kind": KIND,
         "labels": labels,
         "sequences": str(len(rows)),
         "tokens": str(tokens_seen),

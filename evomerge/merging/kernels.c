@@ -24,6 +24,7 @@ typedef uint64_t u64;
 #define BLOCK 2048 /* draws.CHUNK: the halves of a hash belong to the halves of a block */
 #define GRAM_BLOCK 16384
 #define LANES 16
+#define INFINITE 0x7f800000u /* the exponent of NaN and infinity; rounding may lose it, or make it */
 #define MANY ((i64)1 << 62)
 #define MOST_SHARES 4 /* sources up to which the reciprocals of all sums of weights are made beforehand */
 
@@ -172,8 +173,8 @@ int blend(i64 n, const void *base_, const void *const *x_, source_t *sources, fl
                     d[k] = draws[k][i] < s[k].share ? d[k] * s[k].factor : 0.0f;
 #endif
                 }
-                u32 u = ROUNDED(as_bits(blended(d, s, b, scale, shares)));
-                not_finite |= (u & 0x7f800000u) == 0x7f800000u;
+                u32 exact = as_bits(blended(d, s, b, scale, shares)), u = ROUNDED(exact);
+                not_finite |= (u & INFINITE) == INFINITE || (exact & INFINITE) == INFINITE;
                 out[i] = GLUE(write_, OUT)(u);
             }
 #ifdef RANKED

@@ -15,6 +15,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -34,6 +35,7 @@ from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 
+log = logging.getLogger(__name__)
 MISSING = (
     "no working C compiler found (CC, cc, gcc, clang), so merging goes without compiled kernels: "
     "the weights are the same, merging takes many times longer"
@@ -101,7 +103,11 @@ def available() -> bool:
 
 def notes() -> tuple[str, ...]:
     """Return what a user should know: that merging goes without kernels, if it does."""
-    return () if available() else (MISSING,)
+    return () if available() or _declined() else (MISSING,)
+
+
+def _declined() -> bool:
+    return os.environ.get("EVOMERGE_KERNELS") == "0"
 
 
 def blend(
@@ -148,7 +154,7 @@ def blend(
         *("ROUND",) * (rounded or result.format == "bf16"),
         f"OUT={result.format}",
     )
-    kernel = _kernel("blend", *_shape(base, operands, needed=add_base), *flags)
+    kernel = _found("blend", *_shape(base, operands, needed=add_base), *flags)
     scale = ctypes.c_float(plan.scale)
     bad = kernel(out.size, _address(base), _addresses(operands), settings.ctypes.data, scale, result.address)
     return not bad
@@ -159,7 +165,7 @@ def gram(base: Operand | None, operands: Sequence[Operand]) -> list[list[float]]
     count, size = len(operands), operands[0].data.size
     blocks, pairs = -(-size // BLOCK), count * (count + 1) // 2
     sums = (ctypes.c_double * (blocks * pairs))()
-    kernel = _kernel("gram", *_shape(base, operands, needed=False))
+    kernel = _found("gram", *_shape(base, operands, needed=False))
     kernel(size, _address(base), _addresses(operands), sums)
     values = list(sums)
     return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
@@ -188,12 +194,28 @@ def _addresses(operands: Sequence[Operand]) -> Any:
     return (ctypes.c_void_p * len(operands))(*(each.address for each in operands))
 
 
+class NoKernelError(Exception):
+    """This kernel can't be had although others could: torch has to do it."""
+
+
+def _found(name: str, *definitions: str) -> Any:
+    kernel = _kernel(name, *definitions)
+    if kernel is None:
+        raise NoKernelError
+    return kernel
+
+
 @functools.cache
 def _kernel(name: str, *definitions: str) -> Any:
-    """Return the compiled function of that shape, from the cache folder where it is there."""
+    """Return the compiled function of that shape, or None after saying why there is none."""
     compiler = _compiler()
     assert compiler is not None
-    function = getattr(ctypes.CDLL(str(_built(compiler, name, definitions))), name)
+    try:
+        function = getattr(ctypes.CDLL(str(_built(compiler, name, definitions))), name)
+    except (OSError, subprocess.SubprocessError) as error:
+        # An error, for the command line silences warnings.
+        log.error("%s fails to compile a merge kernel (%s): merging goes on without, slower", compiler, error)
+        return None
     function.restype = ctypes.c_int
     pointer = ctypes.c_void_p
     if name == "blend":
@@ -206,14 +228,16 @@ def _kernel(name: str, *definitions: str) -> Any:
 def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
     """Return the library with that function, compiling it if it is not in the cache folder.
 
-    Compiled to a temporary file and renamed, for several processes may be at it. Raises OSError,
-    subprocess.SubprocessError.
+    Its name ends in the hash of its content: one that a full disk or a crash cut short is made again, for
+    loading it would end the process. Compiled to a temporary file and renamed, for several processes may
+    be at it. Raises OSError, subprocess.SubprocessError.
     """
-    identity = repr((CODE, compiler, EXACT, GUARD, definitions, _processor()))
-    path = _folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    identity = _digest(repr((CODE, compiler, EXACT, GUARD, definitions, _processor())).encode())
+    for found in _folder().glob(f"{name}-{identity}-*.so"):
+        if found.stem.endswith(_digest(found.read_bytes())):
+            return found
+        found.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=_folder()) as folder:
         code, built = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
         code.write_text(CODE, encoding="utf-8")
         defined = [f"-D{each}" for each in (f"GUARD={GUARD}f", *definitions)]
@@ -221,16 +245,21 @@ def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
             command = [compiler, *EXACT, *flags, *defined, str(code), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, check=False, timeout=300)
             if done.returncode == 0:
+                path = _folder() / f"{name}-{identity}-{_digest(built.read_bytes())}.so"
                 built.replace(path)
                 return path
         done.check_returncode()
     raise AssertionError("unreachable")
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
 @functools.cache
 def _compiler() -> str | None:
     """Return a C compiler that works here, or None."""
-    if os.environ.get("EVOMERGE_KERNELS") == "0":
+    if _declined():
         return None
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         found = shutil.which(name) if name else None

@@ -6,6 +6,7 @@ Blends run as compiled kernels where there are any, else in torch; all other met
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -66,24 +67,26 @@ def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | Non
         settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
     measure = _Measure(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
+    finite = None
     if plan is not None and kernels.available():
         shape = operands[0].data.shape
         computed = recipe.dtype if recipe.dtype in ("float32", "bfloat16") else "float32"
         merged = numpy.empty(shape, dtype=DTYPES[computed]) if out is None else out
-        finite = kernels.blend(
-            plan,
-            origin,
-            operands,
-            measure.boundary,
-            merged,
-            add_base=subtracted is not None,
-            rounded=recipe.dtype == "bfloat16",
-        )
+        with suppress(kernels.NoKernelError):
+            finite = kernels.blend(
+                plan,
+                origin,
+                operands,
+                measure.boundary,
+                merged,
+                add_base=subtracted is not None,
+                rounded=recipe.dtype == "bfloat16",
+            )
         if finite and computed != recipe.dtype:
             with numpy.errstate(over="ignore"):
                 merged = merged.astype(DTYPES[recipe.dtype])
             finite = is_finite(merged)
-    else:
+    if finite is None:
         bases = [] if origin is None else [origin.data]
         del origin, measure
         merged = _in_torch(method, plan, bases, operands, settings, recipe.dtype)
@@ -188,7 +191,8 @@ class _Measure:
     def gram(self) -> list[list[float]]:
         def compute() -> list[list[float]]:
             if kernels.available():
-                return kernels.gram(self._origin, self._operands)
+                with suppress(kernels.NoKernelError):
+                    return kernels.gram(self._origin, self._operands)
             base = None if self._origin is None else to_tensor(widened(self._origin.data))
             return gram([_alone(each, base) for each in self._operands])
 

@@ -295,7 +295,7 @@ class Recipe:
         object.__setattr__(self, "fisher", MappingProxyType(dict(self.fisher)))
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
-            raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(self.dtype, DTYPES))
+            raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(str(self.dtype), DTYPES))
         named: list[tuple[str, str | None]] = [("base", self.base)]
         named += [(f"group {g.label()!r}", name) for g in self.groups for name in (*g.sources, g.base)]
         named += [("fisher", name) for name in self.fisher]
@@ -413,13 +413,13 @@ class Recipe:
         if not isinstance(groups, list):
             raise ConfigError("recipe: groups", expected="a list", got=type(groups).__name__)
         return cls(
-            models={str(k): str(v) for k, v in _mapping(data["models"], "recipe: models").items()},
+            models=_locations(data["models"], "recipe: models"),
             base=_optional_name(data.get("base"), "recipe: base"),
-            tokenizer=data.get("tokenizer") or "",
+            tokenizer=str(data.get("tokenizer") or ""),
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
-            fisher={str(k): str(v) for k, v in _mapping(data.get("fisher") or {}, "recipe: fisher").items()},
+            fisher=_locations(data.get("fisher") or {}, "recipe: fisher"),
             groups=tuple(
                 TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)
@@ -508,6 +508,14 @@ def _shifts(given: object, sources: Sequence[str], where: str) -> tuple[int, ...
     if given is not None and not isinstance(given, list):
         raise ConfigError(where, expected="source: whole number, or a list of them", got=repr(given))
     return tuple(_whole(value, where) for value in given or ())
+
+
+def _locations(data: object, where: str) -> dict[str, str]:
+    found = _mapping(data, where)
+    for name, place in found.items():
+        if not name or not isinstance(place, str) or not place:
+            raise ConfigError(f"{where}: {name!r}", expected="a name and a location (text)", got=repr(place))
+    return {str(name): place for name, place in found.items()}
 
 
 def _strings(data: object, where: str) -> list[str]:

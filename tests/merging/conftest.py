@@ -20,6 +20,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from evomerge.merging.fisher import KIND
+
 logging.disable_progress_bar()
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(28))]
@@ -89,7 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         fishers = {
             key: torch.rand(p.shape, generator=generator).square() for key, p in llama().named_parameters()
         }
-        save_file(fishers, f"{made[name]}.fisher.safetensors")
+        save_file(fishers, f"{made[name]}.fisher.safetensors", {"kind": KIND})
     return made
 
 

@@ -377,6 +377,10 @@ def test_what_can_not_be_an_adapter(models: dict[str, str], adapters: dict[str, 
         write_adapter(Recipe(models=places, base="base", groups=(group("linear", "base"),)), out)
     with pytest.raises(ConfigError, match="at least 1"):
         write_adapter(ties(models), out, rank=0)
+    moved = (TensorGroup(method="ties", sources=("a",), shift=(1,)),)
+    for stacked in ({"num_layers": 1}, {"groups": moved}):
+        with pytest.raises(ConfigError, match="takes layers from other places"):
+            write_adapter(dataclasses.replace(ties(models), **stacked), out, rank=1)
     out.mkdir()
     (out / "mine.txt").write_text("")
     with pytest.raises(DiskError, match="already exists"):

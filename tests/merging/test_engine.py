@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -191,6 +192,16 @@ def test_what_a_killed_write_left_is_removed_by_the_next(models: dict[str, str],
     assert len(list(tmp_path.iterdir())) == 1
     write(one(models, "linear"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("mark", ["abc", "99999999999999999999", "1"])
+def test_folders_that_only_look_abandoned_are_left_alone(
+    mark: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    other = tmp_path / f".out.partial-{mark}-{socket.gethostname()}-x"
+    other.mkdir()
+    write(one(models, "linear"), tmp_path / "out")
+    assert other.is_dir()
 
 
 def test_weights_that_are_not_finite_are_refused(models: dict[str, str], tmp_path: Path) -> None:

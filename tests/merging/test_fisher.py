@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge.errors import ConfigError, DiskError, ModelError
 from evomerge.merging import fisher
 from evomerge.merging.engine import write
-from evomerge.merging.fisher import estimate
+from evomerge.merging.fisher import KIND, estimate
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.source import open_source
@@ -145,14 +145,21 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(
     good = Path(f"{models['a']}.fisher.safetensors")
     tensors = load_file(good)
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "short")
-    save_file(tensors | {name: torch.ones(2)}, tmp_path / "small")
+    kind = {"kind": KIND}
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "short", kind)
+    save_file(tensors | {name: torch.ones(2)}, tmp_path / "small", kind)
+    save_file(tensors, tmp_path / "weights")
+    save_file(tensors, tmp_path / "other", kind | {"model_fingerprint": "0"})
+    save_file(tensors | {name: -tensors[name]}, tmp_path / "negative", kind)
     (tmp_path / "torn").write_bytes(good.read_bytes()[:-8])
     for file, message in (
         ("short", f"not a Fisher of model 'b'\n  expected: tensor '{name}'"),
         ("small", "got: shape [2]"),
         ("torn", "truncated or corrupt"),
         ("none", "no such Fisher file"),
+        ("weights", "not a Fisher file"),
+        ("other", "the Fisher of another model than 'b'"),
+        ("negative", f"{name!r} has elements that are negative"),
     ):
         with pytest.raises(ModelError) as caught:
             write(recipe(models, a=good, b=tmp_path / file), tmp_path / "out")

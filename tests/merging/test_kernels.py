@@ -200,3 +200,54 @@ def test_kernels_are_kept_and_several_processes_may_build_them(tmp_path: Path) -
     assert all(kept.suffix == ".so" for kept in before)
     assert subprocess.run(command, env=environment, check=False).returncode == 0
     assert {kept: kept.stat().st_mtime_ns for kept in folder.iterdir()} == before
+
+
+def test_a_nan_that_rounding_would_lose_is_said() -> None:
+    base = of_tensor(torch.zeros(5000))
+    model = base.copy()
+    out = of_tensor(torch.empty(5000, dtype=torch.bfloat16))
+    for payload in (0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8001):
+        model.view("uint32")[4321] = payload
+        for plan in (Blend(weights=(1.0,)), Blend(weights=(1.0,), elect=True, mean=True)):
+            operands = [Operand(model, True)]
+            assert not kernels.blend(plan, Operand(base), operands, boundaries([]), out, add_base=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_a_damaged_kernel_is_made_again(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels._folder.cache_clear()
+    compiler = kernels._compiler()
+    assert compiler is not None
+    shape = ("SOURCES(S)=S(0,f32,0)", "K=1", "OUT=f32")
+    path = kernels._built(compiler, "blend", shape)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 4] if content is None else content)
+    again = kernels._built(compiler, "blend", shape)
+    assert again.stem.endswith(kernels._digest(again.read_bytes()))
+    monkeypatch.undo()
+    kernels._folder.cache_clear()
+
+
+def test_a_compile_that_fails_later_leaves_it_to_torch(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = TensorGroup(method="slerp", sources=("a", "b"))
+    recipe = Recipe(models=models, base="base", groups=(group,))
+    bench = Workbench(models, "base")
+    bench.load(recipe)
+    expected = torch.cat([p.flatten() for p in bench.model.parameters()])
+
+    def broken(*_: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    kernels._kernel.cache_clear()
+    monkeypatch.setattr(kernels, "_built", broken)
+    bench = Workbench(models, "base")
+    bench.load(recipe)
+    assert torch.equal(torch.cat([p.flatten() for p in bench.model.parameters()]), expected)
+    assert all("fails to compile a merge kernel" in record.message for record in caplog.records)
+    assert 1 <= len(caplog.records) <= 2  # once for each kernel, not for each tensor
+    kernels._kernel.cache_clear()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +92,28 @@ def test_hashes_of_recipes_that_stack_nothing_stay_what_they_were() -> None:
     assert recipe().hash == "6f9b82f31ae5f6bf9373bbc21c4ff77a2db46492caa9a44ff0ed12649dccab5c"
     same = dataclasses.replace(recipe().groups[0], shift=(0, 0), base=None, base_shift=0)
     assert recipe(groups=(same,)).hash == recipe().hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("dtype: null", "unknown dtype None"),
+        ("tokenizer: 5", "unknown model '5'"),
+        ("models: {base: null, a: m/a, b: m/b}", "models: 'base'"),
+        ("fisher: {a: null}", "fisher: 'a'"),
+        ("seed: " + "[" * 5000, "not valid YAML"),
+    ],
+)
+def test_odd_values_are_refused(change: str, message: str) -> None:
+    data = recipe().to_data()
+    data.pop(change.partition(": ")[0], None)
+    with pytest.raises(ConfigError, match=message):
+        Recipe.from_yaml(f"{yaml.safe_dump(data)}{change}\n")
+
+
+def test_numbers_in_short_scientific_form_are_numbers() -> None:
+    text = recipe().to_yaml().replace("lambda: 1.0", "lambda: 1e-1")
+    assert Recipe.from_yaml(text).groups[0].parameters["lambda"] == 0.1
 
 
 def test_a_fisher_file_is_part_of_the_hash_where_it_is_read() -> None:
