@@ -24,7 +24,6 @@ typedef uint64_t u64;
 #define BLOCK 2048 /* draws.CHUNK: the halves of a hash belong to the halves of a block */
 #define GRAM_BLOCK 16384
 #define LANES 16
-#define INFINITE 0x7f800000u /* the exponent of NaN and infinity; rounding may lose it, or make it */
 #define MANY ((i64)1 << 62)
 #define MOST_SHARES 4 /* sources up to which the reciprocals of all sums of weights are made beforehand */
 
@@ -40,8 +39,10 @@ static inline float size_of(float x) { return as_float(as_bits(x) & 0x7fffffffu)
 
 #ifdef ROUND
 #define ROUNDED(u) round_bf16(u)
+#define LEAST_INFINITE 0x7f7f8000u /* rounds to infinity; above it are infinity and NaN, which rounding may lose */
 #else
 #define ROUNDED(u) (u)
+#define LEAST_INFINITE 0x7f800000u
 #endif
 static inline u16 write_bf16(u32 u) { return (u16)(u >> 16); }
 static inline float write_f32(u32 u) { return as_float(u); }
@@ -173,9 +174,9 @@ int blend(i64 n, const void *base_, const void *const *x_, source_t *sources, fl
                     d[k] = draws[k][i] < s[k].share ? d[k] * s[k].factor : 0.0f;
 #endif
                 }
-                u32 exact = as_bits(blended(d, s, b, scale, shares)), u = ROUNDED(exact);
-                not_finite |= (u & INFINITE) == INFINITE || (exact & INFINITE) == INFINITE;
-                out[i] = GLUE(write_, OUT)(u);
+                u32 exact = as_bits(blended(d, s, b, scale, shares));
+                not_finite |= (exact & 0x7fffffffu) >= LEAST_INFINITE;
+                out[i] = GLUE(write_, OUT)(ROUNDED(exact));
             }
 #ifdef RANKED
             /* All ties here were taken as above their boundary. Where one has run out, go only as far again. */
