@@ -217,10 +217,17 @@ def anonymous() -> int:
     return 0
 
 
+def answers(command: str) -> bool:
+    """Say whether a command is there and starts."""
+    if not shutil.which(command):
+        return False
+    return subprocess.run([command, "--help"], capture_output=True, check=False).returncode == 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--mergekit", help="the mergekit-yaml to compare with")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -231,8 +238,8 @@ def main() -> None:
         warm(given.warm, 3 * given.rounds, low_memory=given.low_memory)
         return
     mergekit = given.mergekit
-    if mergekit and not shutil.which(mergekit):
-        print(f"{mergekit} is not there: measuring evomerge alone")
+    if mergekit and not answers(mergekit):
+        print(f"{mergekit} is not there or does not start: measuring evomerge alone")
         mergekit = None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.errors import ConfigError, DiskError
-from evomerge.merging import engine, methods, one_tensor
+from evomerge.merging import engine, kernels, methods, one_tensor
 from evomerge.merging.arrays import of_tensor
 from evomerge.merging.engine import write
 from evomerge.merging.one_tensor import NonFiniteWeights
@@ -192,6 +192,21 @@ def test_what_a_killed_write_left_is_removed_by_the_next(models: dict[str, str],
     assert len(list(tmp_path.iterdir())) == 1
     write(one(models, "linear"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C compiler")
+def test_a_merge_of_blends_does_not_import_torch(models: dict[str, str], tmp_path: Path) -> None:
+    """Importing it takes longer than many a merge."""
+    script = (
+        "import sys; from pathlib import Path; from evomerge.merging import engine\n"
+        "from evomerge.merging.recipe import Recipe\n"
+        "engine.write(Recipe.from_yaml(sys.stdin.read()), Path(sys.argv[1]))\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    done = subprocess.run(command, input=one(models, "ties").to_yaml(), text=True, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("mark", ["abc", "99999999999999999999", "1"])
