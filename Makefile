@@ -31,7 +31,7 @@ format: $(INSTALLED) ## rewrite the code in the house format
 
 bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its own) and beside copying
 	@test -x $(MERGEKIT)/bin/mergekit-yaml || { $(PYTHON) -m venv $(MERGEKIT) \
-	  && $(MERGEKIT)/bin/python -m pip install -q --disable-pip-version-check mergekit==0.1.4 torch==2.13.0; } \
+	  && $(MERGEKIT)/bin/python -m pip install -q --disable-pip-version-check mergekit==0.1.4 torch==2.13.0 transformers==4.52.4; } \
 	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
 	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
