@@ -29,6 +29,9 @@ from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import TaskBuilder, build, is_number
 
+_SURE = 1e3
+"""Margins, in nats, are cut off here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TaskItems:
@@ -170,10 +173,11 @@ class Harness:
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
+        margin = likelihoods.margin[start:stop]
         if task.texts:
             sums = np.add.reduceat(ll, layout.windows[task.name])
             return TaskScores(task=task.name, metric=sums / [len(text) for text in task.texts])
-        return _answered(task, ll, greedy)
+        return _answered(task, ll, greedy, margin)
 
 
 def _refuse_glued(builder: TaskBuilder, backend: Backend) -> None:
@@ -245,21 +249,23 @@ def _layout(items: Items, backend: Backend, batch_size: int, max_length: int) ->
     return Layout(plan=laid, bounds=bounds, windows=windows)
 
 
-def _answered(task: TaskItems, ll: Array, greedy: np.ndarray[Any, np.dtype[np.bool_]]) -> TaskScores:
+def _answered(
+    task: TaskItems, ll: Array, greedy: np.ndarray[Any, np.dtype[np.bool_]], margin: Array
+) -> TaskScores:
     """Score a loglikelihood or multiple-choice task from the answers to its requests."""
     answers = iter(zip(ll.tolist(), greedy.tolist(), strict=True))
     for group in task.groups:
         for instance in group:
             instance.resps = [next(answers)]
     if task.gold:
-        smooth = _choice_probability(task, ll)
+        smooth, margin = _choices(task, ll)
     else:
         smooth = np.exp(ll / [len(continuation) for _, continuation in task.pairs])
-    return TaskScores(task=task.name, metric=_metric(task), smooth=smooth)
+    return TaskScores(task=task.name, metric=_metric(task), smooth=smooth, margin=margin)
 
 
-def _choice_probability(task: TaskItems, ll: Array) -> Array:
-    """Return (n,) the right choices' share of the probability of all choices of each item."""
+def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
+    """Return (n,) the right choices' share of the probability of all choices, and their lead in nats."""
     choices = [len(task.task.doc_to_choice(group[0].doc)) for group in task.groups]
     table = np.full((len(choices), max(choices)), -np.inf)
     right = np.zeros_like(table)
@@ -271,7 +277,9 @@ def _choice_probability(task: TaskItems, ll: Array) -> Array:
         right[row, [index for index in task.gold[row] if 0 <= index < count]] = 1.0
     probability = np.exp(table - table.max(axis=1, keepdims=True))
     share: Array = (probability * right).sum(axis=1) / probability.sum(axis=1)
-    return share
+    best = np.where(right > 0, table, -np.inf).max(axis=1)
+    wrong = np.where(right > 0, -np.inf, table).max(axis=1)
+    return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
 def _generated(task: TaskItems, backend: Backend) -> TaskScores:

@@ -43,10 +43,16 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Likelihoods:
-    """Answers in the order of the pairs: ll (n,) sums of log-likelihoods in nats; greedy (n,) of bool."""
+    """Answers in the order of the pairs.
+
+    ll: (n,) sums of log-likelihoods in nats. greedy: (n,) whether every token is the arg-max.
+    margin: (n,) the least lead, in nats, that any token of the answer has over the best other token;
+        above 0 where the answer is greedy, and it says how far from it where it is not.
+    """
 
     ll: Array
     greedy: NDArray[np.bool_]
+    margin: Array
     forward_seconds: float
 
 
@@ -70,16 +76,17 @@ class Plan:
         Raises:
             NonFiniteScores: some log-likelihood is NaN or infinite.
         """
-        sums, hits, seconds = [], [], 0.0
+        sums, hits, leads, seconds = [], [], [], 0.0
         trims = _trims(model)
         with torch.no_grad():
             for batch in self.batches:
                 start = time.perf_counter()
                 logits = _forward(model, batch, trims)
                 seconds += time.perf_counter() - start
-                likelihood, hit = _read(logits, batch)
+                likelihood, hit, lead = _read(logits, batch)
                 sums.append(likelihood)
                 hits.append(hit)
+                leads.append(lead)
         tokens = torch.cat(sums).to("cpu", torch.float64).numpy()
         if not np.isfinite(tokens).all():
             raise NonFiniteScores(
@@ -90,7 +97,10 @@ class Plan:
         greedy = np.empty(len(self.order), dtype=np.bool_)
         ll[self.order] = np.add.reduceat(tokens, self.starts)
         greedy[self.order] = np.logical_and.reduceat(torch.cat(hits).cpu().numpy(), self.starts)
-        return Likelihoods(ll=ll, greedy=greedy, forward_seconds=seconds)
+        margin = np.empty(len(self.order))
+        lead_of_tokens = torch.cat(leads).to("cpu", torch.float64).numpy()
+        margin[self.order] = np.minimum.reduceat(lead_of_tokens, self.starts)
+        return Likelihoods(ll=ll, greedy=greedy, margin=margin, forward_seconds=seconds)
 
 
 def plan(pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequence[str]) -> Plan:
@@ -178,10 +188,13 @@ def _forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
     return logits
 
 
-def _read(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (tokens,) log-likelihoods of the gold tokens in float32, and whether each is the arg-max."""
+def _read(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (tokens,) the gold tokens' log-likelihoods in float32, whether each is the arg-max, its lead."""
     device = logits.device
     gold = batch.gold.to(device)
     scored = logits[batch.row.to(device), batch.column.to(device)].float()
-    likelihood = scored.gather(1, gold[:, None])[:, 0] - scored.logsumexp(1)
-    return likelihood, scored.argmax(1) == gold
+    own = scored.gather(1, gold[:, None])
+    likelihood = own[:, 0] - scored.logsumexp(1)
+    hit = scored.argmax(1) == gold
+    others = scored.scatter_(1, gold[:, None], -torch.inf).amax(1)  # `scored` is a copy of the logits
+    return likelihood, hit, own[:, 0] - others

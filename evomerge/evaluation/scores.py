@@ -33,17 +33,22 @@ class TaskScores:
     smooth: (n,) a continuous companion in [0, 1]: the geometric-mean probability of the gold tokens
         (of the gold choice, normalised over the choices, for multiple choice). None where the task
         yields no likelihoods (free generation).
+    margin: (n,) in nats, how far the right answer is ahead: of all other tokens at its weakest token, or
+        for multiple choice of the best wrong choice. It changes smoothly with the weights and is above 0
+        where the answer is right. None where there are no right answers to tokens (text, generation).
     """
 
     task: str
     metric: Array
     smooth: Array | None = None
+    margin: Array | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metric", read_only(self.metric))
-        if self.smooth is not None:
-            object.__setattr__(self, "smooth", read_only(self.smooth))
-            assert self.smooth.shape == self.metric.shape, self.task
+        for name in ("smooth", "margin"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, read_only(values))
+                assert getattr(self, name).shape == self.metric.shape, self.task
 
     @property
     def mean(self) -> float:
@@ -77,8 +82,9 @@ class Scores:
         return self.split == other.split and [_bits(t) for t in self] == [_bits(t) for t in other]
 
 
-def _bits(scores: TaskScores) -> tuple[str, bytes, bytes | None]:
-    return scores.task, scores.metric.tobytes(), None if scores.smooth is None else scores.smooth.tobytes()
+def _bits(scores: TaskScores) -> tuple[str, list[bytes | None]]:
+    vectors = (scores.metric, scores.smooth, scores.margin)
+    return scores.task, [None if vector is None else vector.tobytes() for vector in vectors]
 
 
 class NonFiniteScores(NonFiniteError):  # noqa: N818  # names what was found, as a Failure's kind does

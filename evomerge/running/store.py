@@ -34,7 +34,7 @@ from evomerge.search.baselines import Named
 FILE = "run.sqlite"
 BASE = "base"
 """The name the base model has in every recipe and table."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x65766F6D  # "evom"
 
 _SCHEMA = """
@@ -48,7 +48,7 @@ CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
 CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL,
     at REAL NOT NULL);
 CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, task TEXT, position INTEGER NOT NULL,
-    metric BLOB NOT NULL, smooth BLOB, PRIMARY KEY (recipe, split, task));
+    metric BLOB NOT NULL, smooth BLOB, margin BLOB, PRIMARY KEY (recipe, split, task));
 CREATE TABLE failure (recipe TEXT REFERENCES recipe, split TEXT, kind TEXT NOT NULL, reason TEXT NOT NULL,
     at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
 CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, seconds REAL NOT NULL,
@@ -280,9 +280,9 @@ class RunStore:
         with self._writing() as db:
             self._put_recipes(db, [recipe])
             for position, task in enumerate(scores):
-                smooth = None if task.smooth is None else _pack(task.smooth)
-                row = (recipe.hash, scores.split, task.task, position, _pack(task.metric), smooth)
-                db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?)", row)
+                vectors = (_pack(task.metric), _pack(task.smooth), _pack(task.margin))
+                row = (recipe.hash, scores.split, task.task, position, *vectors)
+                db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?)", row)
             db.execute(
                 "INSERT INTO timing VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -307,14 +307,16 @@ class RunStore:
 
     def result(self, recipe: str, split: Split) -> Scores | Failure | None:
         """Return what is stored about a recipe (by hash) on a split, or None."""
-        query = "SELECT task, metric, smooth FROM score WHERE recipe = ? AND split = ? ORDER BY position"
+        query = (
+            "SELECT task, metric, smooth, margin FROM score WHERE recipe = ? AND split = ? ORDER BY position"
+        )
         rows = self._db.execute(query, (recipe, split)).fetchall()
         if rows:
             tasks = tuple(
                 TaskScores(
-                    task=task, metric=_unpack(metric), smooth=None if smooth is None else _unpack(smooth)
+                    task=task, metric=_unpack(metric), smooth=_perhaps(smooth), margin=_perhaps(margin)
                 )
-                for task, metric, smooth in rows
+                for task, metric, smooth, margin in rows
             )
             return Scores(split=split, tasks=tasks)
         query = "SELECT kind, reason FROM failure WHERE recipe = ? AND split = ?"
@@ -389,10 +391,14 @@ class RunStore:
         ):
             for row in self._db.execute(query):
                 found.update(repr(row).encode())
-        query = "SELECT recipe, split, task, position, metric, smooth FROM score ORDER BY recipe, split, task"
-        for *key, metric, smooth in self._db.execute(query):
-            found.update(repr(key).encode() + _unpack(metric).tobytes())
-            found.update(b"" if smooth is None else _unpack(smooth).tobytes())
+        query = (
+            "SELECT recipe, split, task, position, metric, smooth, margin FROM score "
+            "ORDER BY recipe, split, task"
+        )
+        for *key, metric, smooth, margin in self._db.execute(query):
+            found.update(repr(key).encode())
+            for vector in (metric, smooth, margin):
+                found.update(b"" if vector is None else _unpack(vector).tobytes())
         return found.hexdigest()
 
     # -- inside -----------------------------------------------------------------------------------
@@ -479,9 +485,13 @@ def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False)  # keys keep their order: that of the sources is the genome's
 
 
-def _pack(values: NDArray[np.float64]) -> bytes:
-    return zlib.compress(values.astype("<f8").tobytes(), 1)
+def _pack(values: NDArray[np.float64] | None) -> bytes | None:
+    return None if values is None else zlib.compress(values.astype("<f8").tobytes(), 1)
 
 
 def _unpack(blob: bytes) -> NDArray[np.float64]:
     return np.frombuffer(zlib.decompress(blob), dtype="<f8")
+
+
+def _perhaps(blob: bytes | None) -> NDArray[np.float64] | None:
+    return None if blob is None else _unpack(blob)

@@ -22,10 +22,10 @@ from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, optimizers
 from evomerge.search.baselines import Named
+from evomerge.search.genes import Genome, Space
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.selection import Candidate, finalists
-from evomerge.search.space import Genome, SearchSpace
 
 
 class Scorer(Protocol):
@@ -82,7 +82,7 @@ class SearchPlan:
     """
 
     suite: Suite
-    space: SearchSpace
+    space: Space
     template: Recipe
     norms: Mapping[str, float]
     optimizer: OptimizerSpec

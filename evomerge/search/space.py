@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from evomerge.errors import ConfigError
@@ -21,8 +20,8 @@ from evomerge.merging import methods
 from evomerge.merging.methods import Parameter
 from evomerge.merging.recipe import OUTSIDE, Recipe, Setting, TensorGroup, layer_of
 from evomerge.schema import Strict
+from evomerge.search.genes import Coordinate, Genome
 
-Genome = NDArray[np.float64]
 Axis = Literal["source", "layers", "modules"]
 
 DIGITS = 6
@@ -145,6 +144,11 @@ class SearchSpace:
     def dimension(self) -> int:
         """Number of genes."""
         return len(self._genes)
+
+    @property
+    def coordinates(self) -> tuple[Coordinate, ...]:
+        """The kind of every coordinate: all continuous."""
+        return (Coordinate(),) * self.dimension
 
     def decode(self, genome: Genome) -> Recipe:
         """Return the recipe of a genome, shape (dimension,), values in [0, 1]."""

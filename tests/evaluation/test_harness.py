@@ -102,6 +102,26 @@ def test_smooth_is_the_right_choices_share(task: str, scores: Scores, reference:
     np.testing.assert_allclose(scores[task].smooth, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("task", ["first", "copy", "fewshot", "choice", "letter"])
+def test_margins_say_right_or_wrong(task: str, scores: Scores) -> None:
+    found = scores[task]
+    assert found.margin is not None
+    np.testing.assert_array_equal(found.margin > 0, found.metric == 1)
+    assert len(np.unique(found.margin)) > len(found.margin) // 2  # not only its sign is told
+
+
+@pytest.mark.parametrize("task", ["choice", "letter"])
+def test_margin_of_a_choice_is_its_lead_over_the_best_other(
+    task: str, scores: Scores, reference: dict[str, Any]
+) -> None:
+    expected = []
+    for sample in reference[task]:
+        odds = [answer[0][0] for answer in sample["resps"]]
+        right = odds.pop(sample["doc"]["gold"])
+        expected.append(right - max(odds))
+    np.testing.assert_allclose(scores[task].margin, expected, atol=1e-5)
+
+
 def test_generation_has_no_smooth_companion(scores: Scores) -> None:
     assert scores["write"].smooth is None
 

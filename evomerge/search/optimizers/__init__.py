@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from evomerge.schema import Strict
+from evomerge.search.genes import Genome
 from evomerge.search.optimizers.cma_es import CmaEs
-from evomerge.search.space import Genome
 
 __all__ = ["Optimizer", "OptimizerSpec", "create"]
 

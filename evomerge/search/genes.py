@@ -1,0 +1,79 @@
+"""What a genome is: a point of the unit cube, coordinate by coordinate, and what a search space does with it.
+
+Optimizers know the coordinates and nothing else of a space; spaces know nothing of optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.merging.recipe import Recipe
+
+Genome = NDArray[np.float64]
+"""Shape (dimension,), values in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinate:
+    """One coordinate of the unit cube.
+
+    levels: None where it is continuous; else [0, 1] is cut into that many equal bins, all points of a
+        bin mean the same, and its middle stands for it.
+    ordered: whether neighbouring bins are alike (whole numbers are, names are not).
+
+    >>> Coordinate(levels=4).level(0.6), Coordinate(levels=4).middle(2)
+    (2, 0.625)
+    """
+
+    levels: int | None = None
+    ordered: bool = True
+
+    def level(self, u: float) -> int:
+        """Return the bin of a value in [0, 1]."""
+        assert self.levels is not None
+        return min(int(u * self.levels), self.levels - 1)
+
+    def middle(self, level: int) -> float:
+        """Return the middle of a bin."""
+        assert self.levels is not None
+        return (level + 0.5) / self.levels
+
+
+class Space(Protocol):
+    """What a run needs of a search space, whatever kind it is."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the models that are merged, without the base."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates."""
+        ...
+
+    @property
+    def coordinates(self) -> Sequence[Coordinate]:
+        """The kind of every coordinate, in genome order."""
+        ...
+
+    def decode(self, genome: Genome) -> Recipe:
+        """Return the recipe a genome means."""
+        ...
+
+    def encode(self, recipe: Recipe) -> Genome | None:
+        """Return the canonical genome of a recipe, or None where the space can't express it.
+
+        `encode(decode(u))` is the canonical form of `u`: bins at their middles, 0.5 for what has no
+        effect. `decode` gives the same recipe for both.
+        """
+        ...
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        ...
