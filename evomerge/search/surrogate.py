@@ -1,0 +1,366 @@
+"""The surrogate: a model of the scores of recipes not yet scored, learnt from those that were.
+
+It does not model the loss. It models every item's margin (how far the right answer is ahead) as a Gaussian
+process over genomes and counts, with that, the answers that would be right: a composite objective
+(Astudillo and Frazier 2019, arXiv:1906.01537). One evaluation then teaches as many numbers as it has items,
+where a model of the loss learns one; all items share one kernel matrix, so they cost one factorisation.
+
+Margins come from a model's own likelihoods (`TaskScores.margin`); tasks without them (generation) are
+modelled by their metric, and retention by its mean log-likelihood.
+
+Kernel: squared exponential, with or without a linear term, on coordinates in [0, 1] (names are one-hot);
+its length, the linear term and the noise are those with the highest marginal likelihood on a grid
+(Rasmussen and Williams 2006, eq. 5.8), all items pooled, each with its own mean and variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from evomerge.search.genes import Coordinate, Genome
+
+Array = NDArray[np.float64]
+
+NEAREST = 256
+"""Scored genomes, those nearest to where the model is asked, that a fit takes in."""
+ENOUGH = 8
+"""Scored genomes from which on a block is modelled."""
+SOFTNESS = 1.0
+"""In nats: how soft the step from wrong to right is. It keeps a slope where all items are decided."""
+CLIP = 6.0
+"""In nats: margins beyond are clipped; how wrong a hopeless answer is says nothing about the rest."""
+
+LossOf = Callable[[Array], tuple[float, Array]]
+"""The loss of tasks' values (tasks,) and its slope (tasks,): weights and head-room are its business."""
+
+_LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+_NOISES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_LINEAR = (0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What a block's outputs mean: the columns of its observations.
+
+    task: (columns,) index of the task of each column. margins: (columns,) whether it is a margin; else it
+    is taken as it is, a task's value being the mean over its columns.
+    """
+
+    task: NDArray[np.intp]
+    margins: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Means of the tasks' values at one genome, and how they change with it.
+
+    values: (tasks,) on the tasks' own scales (share of right answers, mean log-likelihood).
+    slopes: (tasks, dimension).
+    uncertainty: the posterior standard deviation in units of the prior's, 0 at scored genomes, 1 far away.
+    """
+
+    values: Array
+    slopes: Array
+    uncertainty: float
+
+
+class Surrogate:
+    """Observations of blocks of items at genomes, and the models fitted to them.
+
+    coordinates: of the genomes. outputs: for each block what its columns are. tasks: how many tasks.
+    """
+
+    def __init__(
+        self, coordinates: Sequence[Coordinate], outputs: Sequence[Outputs], *, tasks: int
+    ) -> None:
+        self._features = _Features(coordinates)
+        self._outputs = tuple(outputs)
+        self._tasks = tasks
+        self._seen: list[dict[bytes, int]] = [{} for _ in outputs]
+        self._rows: list[list[Array]] = [[] for _ in outputs]
+        self._values: list[list[Array]] = [[] for _ in outputs]
+        self._kernel: _Kernel | None = None
+
+    def learn(self, genome: Genome, block: int, columns: Array) -> None:
+        """Take in what a genome scored on a block: (columns,) in the order of its `Outputs`."""
+        key = genome.tobytes()
+        if key in self._seen[block]:
+            return
+        self._seen[block][key] = len(self._rows[block])
+        self._rows[block].append(self._features(genome))
+        bounded = np.where(self._outputs[block].margins, np.clip(columns, -CLIP, CLIP), columns)
+        self._values[block].append(bounded)
+
+    def count(self, block: int) -> int:
+        """Return how many genomes were scored on a block."""
+        return len(self._rows[block])
+
+    def fit(self, around: Genome, blocks: Sequence[int], *, tune: bool = True) -> Model | None:
+        """Return the model of the tasks' means over some blocks, near a genome.
+
+        tune: choose the kernel anew (else the last choice stays). None where no block has enough data.
+        """
+        known = [block for block in blocks if len(self._rows[block]) >= ENOUGH]
+        if not known:
+            return None
+        with threadpool_limits(1):
+            here = self._features(around)
+            near = {block: self._near(block, here) for block in known}
+            if tune or self._kernel is None:
+                largest = max(known, key=lambda block: len(near[block]))
+                rows, values = self._taken(largest, near[largest])
+                self._kernel = _tuned(rows, values)
+            fitted = [
+                _Block.fit(*self._taken(block, near[block]), self._outputs[block], self._kernel)
+                for block in known
+            ]
+        return Model(self._features, fitted, tasks=self._tasks)
+
+    def _near(self, block: int, here: Array) -> list[int]:
+        rows = np.array(self._rows[block])
+        if len(rows) <= NEAREST:
+            return list(range(len(rows)))
+        order = np.argsort(((rows - here) ** 2).sum(axis=1), kind="stable")
+        return sorted(int(i) for i in order[:NEAREST])
+
+    def _taken(self, block: int, indices: Sequence[int]) -> tuple[Array, Array]:
+        rows, values = self._rows[block], self._values[block]
+        return np.array([rows[i] for i in indices]), np.array([values[i] for i in indices])
+
+
+class Model:
+    """A fitted surrogate. Get one from `Surrogate.fit`."""
+
+    def __init__(self, features: _Features, blocks: Sequence[_Block], *, tasks: int) -> None:
+        self._features, self._blocks, self._tasks = features, tuple(blocks), tasks
+        counts = np.zeros(tasks)
+        for block in self._blocks:
+            counts += np.bincount(block.outputs.task, minlength=tasks)
+        self._counts = np.maximum(counts, 1)
+
+    def predict(self, genome: Genome, *, optimism: float = 0.0, pending: Pending | None = None) -> Prediction:
+        """Predict at a genome.
+
+        optimism: in posterior standard deviations, added to every margin (an upper confidence bound).
+        pending: genomes that will be scored anyway, so that what they will teach counts as known.
+        """
+        here = self._features(genome)
+        values = np.zeros(self._tasks)
+        slopes = np.zeros((self._tasks, len(here)))
+        spread = 0.0
+        for index, block in enumerate(self._blocks):
+            factor = None if pending is None else pending.factors[index]
+            spread = max(
+                spread, block.predict(here, values, slopes, self._tasks, optimism=optimism, factor=factor)
+            )
+        values /= self._counts
+        slopes /= self._counts[:, None]
+        return Prediction(
+            values=values, slopes=slopes @ self._features.slope, uncertainty=spread
+        )
+
+    def left_out(self) -> Array:
+        """Return (n, tasks): each genome of the largest block as the others predict it (leave-one-out).
+
+        Rasmussen and Williams 2006, eq. 5.12. Rows are in the order in which they were learnt.
+        """
+        block = max(self._blocks, key=lambda b: len(b.rows))
+        found = np.zeros((len(block.rows), self._tasks))
+        for row, (mean, deviation) in enumerate(zip(*block.left_out(), strict=True)):
+            _counted(found[row], block.outputs, mean, deviation)
+        own = np.maximum(np.bincount(block.outputs.task, minlength=self._tasks), 1)
+        return found / own
+
+
+class Pending:
+    """Genomes about to be scored, in whose light a model is less uncertain (Desautels et al. 2014)."""
+
+    def __init__(self, model: Model, genomes: Sequence[Genome]) -> None:
+        extra = np.array([model._features(genome) for genome in genomes])
+        self.factors = [block.extended(extra) for block in model._blocks]
+
+
+class _Features:
+    """Genomes as points in which distances mean something: names one-hot, the rest as it is."""
+
+    def __init__(self, coordinates: Sequence[Coordinate]) -> None:
+        self._coordinates = tuple(coordinates)
+        self._plain = all(c.levels is None or c.ordered for c in coordinates)
+        width = sum(1 if c.levels is None or c.ordered else c.levels for c in coordinates)
+        self.slope = np.zeros((width, len(coordinates)))
+        """(features, dimension): how features change with the continuous coordinates."""
+        at = 0
+        for index, coordinate in enumerate(coordinates):
+            if coordinate.levels is None:
+                self.slope[at, index] = 1.0
+            at += 1 if coordinate.levels is None or coordinate.ordered else coordinate.levels
+
+    def __call__(self, genome: Genome) -> Array:
+        found: list[float] = []
+        for value, coordinate in zip(genome.tolist(), self._coordinates, strict=True):
+            if coordinate.levels is None:
+                found.append(value)
+            elif coordinate.ordered:
+                found.append(coordinate.middle(coordinate.level(value)))
+            else:
+                level = coordinate.level(value)
+                found += [0.5 * (i == level) for i in range(coordinate.levels)]
+        return np.array(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kernel:
+    length: float
+    linear: float
+    noise: float
+
+    def __call__(self, a: Array, b: Array, origin: Array) -> Array:
+        a, b = a - origin, b - origin
+        inner = a @ b.T
+        squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * inner
+        found: Array = np.exp(-np.maximum(squares, 0.0) / (2 * self.length**2))
+        return found + self.linear * inner / self.length**2
+
+
+def _tuned(rows: Array, values: Array) -> _Kernel:
+    """Return the kernel with the highest marginal likelihood of all columns, each scaled to variance 1."""
+    origin = rows.mean(axis=0)
+    centred = values - values.mean(axis=0)
+    scale = centred.std(axis=0)
+    scaled = centred[:, scale > 0] / scale[scale > 0]
+    energy = scaled @ scaled.T
+    columns, count = max(scaled.shape[1], 1), len(rows)
+    best, chosen = np.inf, _Kernel(length=1.0, linear=0.0, noise=1e-2)
+    for linear in _LINEAR:
+        for length in _LENGTHS:
+            kernel = _Kernel(length=length, linear=linear, noise=0.0)
+            eigenvalues, vectors = scipy.linalg.eigh(kernel(rows, rows, origin), driver="evd")
+            along = ((energy @ vectors) * vectors).sum(axis=0)
+            for noise in _NOISES:
+                lifted = np.maximum(eigenvalues, 0.0) + noise
+                variance = float((along / lifted).sum()) / (columns * count)
+                loss = count * np.log(max(variance, 1e-300)) + float(np.log(lifted).sum())
+                if loss < best:
+                    best, chosen = loss, _Kernel(length=length, linear=linear, noise=noise)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """The Gaussian processes of one block's columns; they share kernel and factor.
+
+    rows: (n, features). origin: (features,) of the linear term. factor: (n, n) lower Cholesky factor.
+    weights: (n, columns). mean, variance: (columns,).
+    """
+
+    rows: Array
+    origin: Array
+    factor: Array
+    weights: Array
+    residuals: Array
+    mean: Array
+    variance: Array
+    kernel: _Kernel
+    outputs: Outputs
+
+    @classmethod
+    def fit(cls, rows: Array, values: Array, outputs: Outputs, kernel: _Kernel) -> _Block:
+        origin = rows.mean(axis=0)
+        gram = kernel(rows, rows, origin)
+        gram[np.diag_indices_from(gram)] += kernel.noise + 1e-10
+        factor = scipy.linalg.cholesky(gram, lower=True, check_finite=False)
+        mean = values.mean(axis=0)
+        residuals = values - mean
+        half = scipy.linalg.solve_triangular(factor, residuals, lower=True, check_finite=False)
+        weights = scipy.linalg.solve_triangular(factor, half, lower=True, trans="T", check_finite=False)
+        return cls(
+            rows=rows,
+            origin=origin,
+            factor=factor,
+            weights=weights,
+            residuals=residuals,
+            mean=mean,
+            variance=(half**2).mean(axis=0),
+            kernel=kernel,
+            outputs=outputs,
+        )
+
+    def predict(
+        self,
+        here: Array,
+        values: Array,
+        slopes: Array,
+        tasks: int,
+        *,
+        optimism: float,
+        factor: tuple[Array, Array] | None,
+    ) -> float:
+        """Add this block's sums to `values` and `slopes`; return the relative standard deviation."""
+        along, change = self._column(here, self.rows)
+        mean = self.mean + along @ self.weights
+        rows, lower = (self.rows, self.factor) if factor is None else factor
+        known, known_change = (along, change) if factor is None else self._column(here, rows)
+        half = scipy.linalg.solve_triangular(lower, known, lower=True, check_finite=False)
+        linear = self.kernel.linear / self.kernel.length**2
+        shifted = here - self.origin
+        prior = 1.0 + linear * float(shifted @ shifted)
+        spread = float(np.sqrt(max(prior - float(half @ half), 1e-12)))
+        back = scipy.linalg.solve_triangular(lower, half, lower=True, trans="T", check_finite=False)
+        spread_change = (linear * shifted - back @ known_change) / spread
+        deviation = np.sqrt(self.variance)
+        margins = self.outputs.margins
+        width = np.where(margins, np.sqrt(SOFTNESS**2 + spread**2 * self.variance), 1.0)
+        lifted = mean + optimism * spread * deviation
+        score = lifted / width
+        density = np.exp(-0.5 * score**2) / np.sqrt(2 * np.pi)
+        value = np.where(margins, scipy.special.ndtr(score), lifted)
+        # d value = by_mean d mean + by_spread d spread
+        by_mean = np.where(margins, density / width, 1.0)
+        by_spread = by_mean * optimism * deviation
+        by_spread -= np.where(margins, density * lifted * spread * self.variance / width**3, 0.0)
+        for task in range(tasks):
+            mine = self.outputs.task == task
+            values[task] += value[mine].sum()
+            slopes[task] += (self.weights[:, mine] @ by_mean[mine]) @ change
+            slopes[task] += by_spread[mine].sum() * spread_change
+        return spread
+
+    def extended(self, extra: Array) -> tuple[Array, Array]:
+        """Return rows and factor with further rows, whose values are not known yet."""
+        rows = np.vstack([self.rows, extra])
+        gram = self.kernel(rows, rows, self.origin)
+        gram[np.diag_indices_from(gram)] += self.kernel.noise + 1e-10
+        return rows, scipy.linalg.cholesky(gram, lower=True, check_finite=False)
+
+    def left_out(self) -> tuple[Array, Array]:
+        """Return leave-one-out means and standard deviations, both (n, columns)."""
+        inverse = scipy.linalg.cho_solve((self.factor, True), np.eye(len(self.rows)), check_finite=False)
+        own = np.diag(inverse)[:, None]
+        means = self.mean + self.residuals - self.weights / own
+        return means, np.sqrt(self.variance / own)
+
+    def _column(self, here: Array, rows: Array) -> tuple[Array, Array]:
+        """Return the kernel between `here` and rows, (n,), and its change with `here`, (n, features)."""
+        steps = rows - here
+        length = self.kernel.length
+        bell = np.exp(-(steps**2).sum(axis=1) / (2 * length**2))
+        linear = self.kernel.linear / length**2
+        shifted = rows - self.origin
+        column: Array = bell + linear * (shifted @ (here - self.origin))
+        return column, bell[:, None] * steps / length**2 + linear * shifted
+
+
+def _counted(sums: Array, outputs: Outputs, mean: Array, deviation: Array) -> None:
+    value = np.where(
+        outputs.margins, scipy.special.ndtr(mean / np.sqrt(SOFTNESS**2 + deviation**2)), mean
+    )
+    sums += np.bincount(outputs.task, weights=value, minlength=len(sums))
+
+
