@@ -35,7 +35,10 @@ from evomerge.search import baselines, optimizers
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.space import SearchSpace, SpaceSpec
 
-_LIBRARIES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy", "cma")
+_LIBRARIES = (
+    *("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy"),
+    *("cma", "cmaes", "pymoo", "optuna"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class Prepared:
     """A run config found sound, with everything it names opened (headers only).
 
     fingerprints: model name -> hash of its config, headers, sizes and sampled weights. parameters:
-    number of the base model's weights.
+    number of the base model's weights. optimizer: its name and why it was picked.
     notes: what is worth knowing about the models, though nothing is wrong.
     """
 
@@ -54,6 +57,7 @@ class Prepared:
     worker: WorkerSpec
     fingerprints: dict[str, str]
     parameters: int
+    optimizer: str
     notes: tuple[str, ...]
 
     @property
@@ -84,6 +88,7 @@ def prepare(config: RunConfig) -> Prepared:
     space = SearchSpace(
         config.space, template=template, sources=tuple(config.models.sources), tensors=tuple(headers)
     )
+    _optimizer(config, space)
     device, dtype, threads = executors.resolve(config.executor)
     return Prepared(
         config=config,
@@ -105,6 +110,7 @@ def prepare(config: RunConfig) -> Prepared:
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
+        optimizer=optimizers.choose(config.optimizer, space.coordinates)[1],
         notes=notes,
     )
 
@@ -181,10 +187,19 @@ def probe(prepared: Prepared) -> Probe:
 def _searched(prepared: Prepared) -> int | None:
     """Return how many candidates the budget lets the optimizer ask for, None where only time limits it."""
     budget = prepared.config.budget
-    start = np.full(prepared.space.dimension, 0.5)
-    optimizer = optimizers.create(prepared.config.optimizer, start=start, seed=np.random.SeedSequence(0))
-    limits = [budget.evaluations, budget.generations and budget.generations * len(optimizer.ask())]
+    optimizer = _optimizer(prepared.config, prepared.space)
+    limits = [budget.evaluations, budget.generations and budget.generations * optimizer.population]
     return min((limit for limit in limits if limit), default=None)
+
+
+def _optimizer(config: RunConfig, space: SearchSpace) -> optimizers.Optimizer:
+    """Return the run's optimizer as it would begin in the middle of the space; ConfigError if it can't."""
+    return optimizers.create(
+        config.optimizer,
+        coordinates=space.coordinates,
+        starts=[np.full(space.dimension, 0.5)],
+        seed=np.random.SeedSequence(0),
+    )
 
 
 def _execute(prepared: Prepared, observer: Observer) -> Outcome:
@@ -247,6 +262,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "fingerprints": prepared.fingerprints,
         "suite": prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
         "suite_digest": prepared.suite.digest(),
+        "optimizer": prepared.optimizer,
         "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
     }
 

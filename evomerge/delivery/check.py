@@ -14,6 +14,7 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
         "parameters": prepared.parameters,
         "space": prepared.space.spec.name,
         "dimension": prepared.space.dimension,
+        "optimizer": prepared.optimizer,
         "suite": prepared.suite.name,
         "items": probe.items,
         "seconds_per_candidate": probe.seconds,
@@ -32,6 +33,7 @@ def text(prepared: Prepared, probe: Probe) -> str:
         f"models: base and {count} sources of {prepared.parameters / 1e6:.1f} M parameters; "
         "architecture, shapes and vocabulary fit",
         f"space:  {prepared.space.describe()}",
+        f"search: {prepared.optimizer}",
         f"suite:  {prepared.suite.name}; one candidate takes {per_split}",
         f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
         f"out:    {prepared.folder}",

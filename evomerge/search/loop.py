@@ -149,13 +149,14 @@ class Search:
     def _losses(self, objective: Objective, recipes: Sequence[Recipe], phase: str) -> list[float]:
         return [float(x) for x in objective.losses(self._scorer.score(recipes, "search", phase))[:, 0]]
 
-    def _start(self, hand_made: Sequence[tuple[Named, float]]) -> Genome:
-        """The genome of the best baseline the space can express, else the middle of the space."""
+    def _starts(self, hand_made: Sequence[tuple[Named, float]]) -> list[Genome]:
+        """The different genomes of the baselines the space can express, best first, else its middle."""
+        genomes: dict[bytes, Genome] = {}
         for named, _ in sorted(hand_made, key=lambda pair: pair[1]):
             genome = self._plan.space.encode(named.recipe)
             if genome is not None:
-                return genome
-        return np.full(self._plan.space.dimension, 0.5)
+                genomes.setdefault(genome.tobytes(), genome)
+        return list(genomes.values()) or [np.full(self._plan.space.dimension, 0.5)]
 
     def _evolve(
         self, objective: Objective, hand_made: Sequence[tuple[Named, float]]
@@ -163,7 +164,9 @@ class Search:
         """Run generations until the budget or the optimizer says stop."""
         space, journal = self._plan.space, self._journal
         seed = np.random.SeedSequence(self._plan.seed).spawn(1)[0]
-        optimizer = optimizers.create(self._plan.optimizer, start=self._start(hand_made), seed=seed)
+        optimizer = optimizers.create(
+            self._plan.optimizer, coordinates=space.coordinates, starts=self._starts(hand_made), seed=seed
+        )
         found: list[Candidate] = []
         best, generation, asked = -np.inf, 0, 0
         while True:

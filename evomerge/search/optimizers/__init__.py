@@ -1,59 +1,152 @@
 """Optimizers: ask for genomes, tell their losses. One file each; `create` builds one by name.
 
 An optimizer works in the unit cube, minimises, owns its random generator, and is exactly replayable:
-told the same losses it asks for the same genomes, bit for bit, in any process.
+told the same losses it asks for the same genomes, bit for bit, in any process. What all have in common
+(order of calls, shapes, starts, injected points) is in ask_tell.py.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
+from evomerge.errors import ConfigError
 from evomerge.schema import Strict
-from evomerge.search.genes import Genome
-from evomerge.search.optimizers.cma_es import CmaEs
+from evomerge.search.genes import Coordinate, Genome
+from evomerge.search.optimizers.ask_tell import Algorithm, AskTell, Optimizer
+from evomerge.search.optimizers.catcma import CatCma, ComoCatCma
+from evomerge.search.optimizers.cma_es import SEPARABLE_ABOVE, CmaEs, Restarts
+from evomerge.search.optimizers.cube import Cube
+from evomerge.search.optimizers.nsga import Nsga
+from evomerge.search.optimizers.random import Random
+from evomerge.search.optimizers.sobol import Sobol
+from evomerge.search.optimizers.tpe import Tpe
 
-__all__ = ["Optimizer", "OptimizerSpec", "create"]
+__all__ = ["Optimizer", "OptimizerSpec", "choose", "create"]
 
-
-class Optimizer(Protocol):
-    """The contract every optimizer meets (tests/search/test_optimizers.py holds the table)."""
-
-    def ask(self) -> NDArray[np.float64]:
-        """Return the next generation, shape (n, dimension), values in [0, 1], read-only."""
-        ...
-
-    def tell(self, losses: NDArray[np.float64]) -> None:
-        """Take the losses of the last asked generation, shape (n, objectives), all finite."""
-        ...
-
-    def stop_reason(self) -> str | None:
-        """Say why another generation is pointless, or None."""
-        ...
-
-    def favourite(self) -> Genome | None:
-        """Return the genome the optimizer itself believes in most (CMA-ES: the mean), if it has one."""
-        ...
+Name = Literal["auto", "cma_es", "catcma", "nsga2", "nsga3", "tpe", "random", "sobol"]
 
 
 class OptimizerSpec(Strict):
     """The `optimizer` part of a run config.
 
-    sigma: initial standard deviation in the unit cube. population: candidates per generation (default:
-    the algorithm's own, 4 + 3 ln(dimension)).
+    name: "auto" picks by the coordinates and the number of objectives (`choose`).
+    sigma: initial standard deviation in the unit cube (cma_es, catcma). population: candidates per
+    generation (default: the algorithm's own, 4 + 3 ln(dimension) for most). restarts: what cma_es does
+    when it has converged: go on with twice the population (ipop), alternate that with small ones (bipop),
+    or stop (none).
     """
 
-    name: Literal["cma_es"] = "cma_es"
+    name: Name = "auto"
     sigma: float = Field(default=0.15, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
+    restarts: Restarts = "ipop"
 
 
-def create(spec: OptimizerSpec, *, start: Genome, seed: np.random.SeedSequence) -> Optimizer:
-    """Build the optimizer a run config names, starting around `start`."""
-    return _OPTIMIZERS[spec.name](start, sigma=spec.sigma, population=spec.population, seed=seed)
+def choose(
+    spec: OptimizerSpec, coordinates: Sequence[Coordinate], objectives: int = 1
+) -> tuple[OptimizerSpec, str]:
+    """Return the spec with "auto" replaced by an optimizer, and one sentence that says why.
+
+    >>> choose(OptimizerSpec(), [Coordinate(), Coordinate(levels=3)])[1]
+    'catcma: 1 of 2 coordinates is discrete'
+    """
+    if spec.name != "auto":
+        return spec, f"{spec.name}: named in the config"
+    discrete = sum(c.levels is not None for c in coordinates)
+    name: Name
+    if objectives > 3:
+        name, why = "nsga3", f"{objectives} objectives, of which hardly any candidate dominates another"
+    elif objectives > 1:
+        name, why = "nsga2", f"{objectives} objectives"
+    elif discrete:
+        name, why = "catcma", f"{discrete} of {len(coordinates)} coordinates {_are(discrete)} discrete"
+    else:
+        name, why = "cma_es", f"one objective and {len(coordinates)} coordinates, all continuous"
+        if len(coordinates) > SEPARABLE_ABOVE:
+            why += ", so many that only their variances are learned (sep-CMA)"
+    return spec.model_copy(update={"name": name}), f"{name}: {why}"
 
 
-_OPTIMIZERS = {"cma_es": CmaEs}
+def create(
+    spec: OptimizerSpec,
+    *,
+    coordinates: Sequence[Coordinate],
+    objectives: int = 1,
+    starts: Sequence[Genome],
+    seed: np.random.SeedSequence,
+) -> Optimizer:
+    """Build the optimizer a run config names.
+
+    starts: at least one genome, best first. CMA-ES and CatCMA begin around the first; the others
+    ask for all of them in their first generations. Raises ConfigError where the optimizer can't search
+    such coordinates or so many objectives.
+    """
+    spec, _ = choose(spec, coordinates, objectives)
+    seed = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key)  # libraries spawn from theirs
+    cube = Cube(coordinates)
+    if not cube.dimension:
+        raise ConfigError("no coordinate of the search space can vary, so there is nothing to search")
+    centres = cube.snap(np.array(starts, dtype=np.float64)[:, cube.free])
+    algorithm = _algorithm(spec, cube, objectives, centres, seed)
+    queued = () if spec.name in ("cma_es", "catcma") else tuple(np.array(starts, dtype=np.float64))
+    return AskTell(spec.name, algorithm, cube, objectives=objectives, starts=queued)
+
+
+def _algorithm(
+    spec: OptimizerSpec,
+    cube: Cube,
+    objectives: int,
+    starts: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    seed: np.random.SeedSequence,
+) -> Algorithm:
+    population = spec.population
+    match spec.name:
+        case "cma_es":
+            _check_cma_es(cube, objectives)
+            return CmaEs(
+                cube,
+                starts=starts,
+                sigma=spec.sigma,
+                population=population,
+                restarts=spec.restarts,
+                seed=seed,
+            )
+        case "catcma" if objectives == 1:
+            return CatCma(cube, start=starts[0], sigma=spec.sigma, population=population, seed=seed)
+        case "catcma" if objectives == 2:
+            return ComoCatCma(cube, starts=starts, sigma=spec.sigma, population=population, seed=seed)
+        case "catcma":
+            raise ConfigError(
+                f"optimizer catcma: it knows one or two objectives, and there are {objectives}",
+                fix="use nsga2 or nsga3",
+            )
+        case "nsga2" | "nsga3":
+            return Nsga(spec.name, cube, objectives=objectives, population=population, seed=seed)
+        case "tpe":
+            return Tpe(cube, objectives=objectives, population=population, seed=seed)
+        case "sobol":
+            return Sobol(cube, population=population, seed=seed)
+        case _:
+            return Random(cube, population=population, seed=seed)
+
+
+def _check_cma_es(cube: Cube, objectives: int) -> None:
+    if objectives > 1:
+        raise ConfigError(
+            f"optimizer cma_es: it minimises one objective, and there are {objectives}",
+            fix="use nsga2, nsga3 or catcma (two objectives), or a weighted mean",
+        )
+    if discrete := len(cube.ordered) + len(cube.named):
+        raise ConfigError(
+            f"optimizer cma_es: {discrete} of {cube.dimension} coordinates {_are(discrete)} discrete",
+            expected="a space of continuous coordinates",
+            fix="use catcma, which is CMA-ES for mixed spaces",
+        )
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
