@@ -107,6 +107,8 @@ def prepare(config: RunConfig) -> Prepared:
             max_length=config.executor.max_length,
             attention=config.executor.attention,
             low_memory=config.executor.low_memory,
+            blocks=config.racing.blocks,
+            block_seed=config.seed,
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
@@ -164,14 +166,14 @@ def probe(prepared: Prepared) -> Probe:
     items: dict[str, int] = {}
     seconds: dict[str, float] = {}
     for split in SPLITS:
-        job = Job(recipe=prepared.template, split=split)
+        job = Job(recipe=prepared.template, split=split, blocks=prepared.worker.blocks_of(split))
         _, result = inline.run([job, job])  # the first time warms caches
         if isinstance(result.outcome, Failure):
             raise UserError(f"the uniform average could not be scored on {split}: {result.outcome.reason}")
         assert result.timing is not None
         items[split], seconds[split] = result.outcome.items, result.timing.total
     config, workers = prepared.config, executors.worker_count(prepared.config.executor)
-    searched = _searched(prepared)
+    searched = _searched(prepared, items["search"])
     estimate = None
     if searched is not None:
         sources = tuple(config.models.sources)
@@ -184,11 +186,18 @@ def probe(prepared: Prepared) -> Probe:
     return Probe(items=items, seconds=seconds, workers=workers, estimate=estimate)
 
 
-def _searched(prepared: Prepared) -> int | None:
-    """Return how many candidates the budget lets the optimizer ask for, None where only time limits it."""
+def _searched(prepared: Prepared, full: int) -> float | None:
+    """Return how many full evaluations the budget allows, None where only time limits it.
+
+    full: items of one. A limit in generations counts as if no candidate stopped early.
+    """
     budget = prepared.config.budget
     optimizer = _optimizer(prepared.config, prepared.space)
-    limits = [budget.evaluations, budget.generations and budget.generations * optimizer.population]
+    limits = [
+        budget.evaluations,
+        budget.items and budget.items / full,
+        budget.generations and budget.generations * optimizer.population,
+    ]
     return min((limit for limit in limits if limit), default=None)
 
 
@@ -220,6 +229,7 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                     norms=store.fact("norms"),
                     optimizer=prepared.config.optimizer,
                     objective=prepared.config.objective,
+                    racing=prepared.config.racing,
                     finalists=prepared.config.finalists,
                     seed=prepared.config.seed,
                 ),
@@ -259,6 +269,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
         "identity": config.identity(),
+        "blocks": prepared.worker.blocks,
         "fingerprints": prepared.fingerprints,
         "suite": prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
         "suite_digest": prepared.suite.digest(),

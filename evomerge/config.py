@@ -21,6 +21,7 @@ from evomerge.running.store import BASE
 from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.racing import RacingSpec
 from evomerge.search.space import SpaceSpec
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
@@ -47,6 +48,7 @@ class RunConfig(Strict):
     """A run, as written in its YAML file.
 
     space, suite: the name of a preset or the path of a file; `space` may also be written out in place.
+    racing: how candidates that are clearly worse stop early; `off` scores all of them in full.
     finalists: how many of the best candidates are scored again on `select`.
     dtype: what the merged weights are stored as, and rounded to before they are scored.
     tokenizer: whose vocabulary the merged models get where models differ: base, union, or a source's name.
@@ -59,11 +61,17 @@ class RunConfig(Strict):
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
     budget: BudgetSpec
     executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
+    racing: RacingSpec = Field(default_factory=RacingSpec)
     finalists: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tokenizer: str = ""
     seed: int = Field(default=0, ge=0)
     out: str
+
+    @field_validator("racing", mode="before")
+    @classmethod
+    def _off(cls, racing: object) -> object:
+        return {"blocks": 1} if racing in ("off", False) else racing  # YAML reads a bare off as false
 
     @field_validator("space", mode="before")
     @classmethod
@@ -74,7 +82,7 @@ class RunConfig(Strict):
     def load(cls, path: Path, *, seed: int | None = None, out: str | None = None, **budget: Any) -> RunConfig:
         """Read a config file and resolve what it names; keyword arguments replace what it says.
 
-        budget: single limits (evaluations, generations, hours), each replacing the file's.
+        budget: single limits (evaluations, items, generations, hours), each replacing the file's.
         The result does not depend on the file any more: paths are absolute and the search space is
         written out. A packaged suite keeps its name.
         """

@@ -243,5 +243,7 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None
         tokenizer=AutoTokenizer.from_pretrained(base or folder),
         batch_size=worker.batch_size,
         max_length=worker.max_length,
+        blocks=worker.blocks,
+        block_seed=worker.block_seed,
     )
-    return harness.evaluate(model.to(worker.device), harness.items(split))
+    return harness.evaluate_split(model.to(worker.device), split)

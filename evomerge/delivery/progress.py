@@ -21,7 +21,7 @@ class Silent:
 
     def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
 
-    def generation_done(self, generation: int, candidates: int, best: float) -> None: ...
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
 
     def __enter__(self) -> Silent:
         return self
@@ -59,7 +59,10 @@ class Live:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="loading models and tasks")
-        self._fresh, self._asked, self._failures = 0, 0, 0
+        self._fresh, self._failures = 0, 0
+        self._told, self._spent = 0.0, 0.0
+        """Evaluations used when the last generation was told, and when this session's work began."""
+        self._pace: float | None = None
         self._best: float | None = None
         self._searching = False
         self._pace_since: float | None = None
@@ -93,9 +96,14 @@ class Live:
             self._pace_since = self._pace_since or time.monotonic()
         self._bar.update(self._task, advance=1, note=self._note())
 
-    def generation_done(self, generation: int, candidates: int, best: float) -> None:
-        """Note the best mean score so far."""
-        self._asked += candidates
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """Note the best mean score so far, and how fast the budget is being used."""
+        if self._fresh and self._pace_since is not None:
+            spent = evaluations - self._spent
+            self._pace = (time.monotonic() - self._pace_since) / spent if spent else None
+        else:
+            self._spent = evaluations
+        self._told = evaluations
         self._best = best
         self._bar.update(self._task, note=self._note())
         if not self._console.is_terminal and (generation + 1) % 10 == 0:
@@ -111,11 +119,10 @@ class Live:
         return ", ".join(parts)
 
     def _seconds_left(self) -> float | None:
-        """Time to the end of the search, from the pace of the candidates scored in this session."""
-        if self._pace_since is None or self._fresh < 2 or self._budget.evaluations is None:
+        """Time to the end of the search, from the pace of the generations scored in this session."""
+        if self._pace is None or self._budget.evaluations is None:
             return None
-        pace = (time.monotonic() - self._pace_since) / (self._fresh - 1)
-        return max(0.0, pace * (self._budget.evaluations - self._asked))
+        return max(0.0, self._pace * (self._budget.evaluations - self._told))
 
 
 def _clock(seconds: float) -> str:

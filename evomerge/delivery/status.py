@@ -19,7 +19,8 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "state": "finished" if store.fact("stopped") else "running" if store.held() else "stopped",
         "stopped": store.fact("stopped"),
         "generations": len(told),
-        "evaluations": sum(len(g.recipes) for g in told),
+        "candidates": sum(len(g.recipes) for g in told),
+        "evaluations": round(summary.evaluations(), 2),
         "budget": store.fact("config")["budget"],
         "hours": round(store.hours(), 4),
         "best_on_search": progress.best_so_far[-1] if progress.best_so_far else None,
@@ -37,8 +38,8 @@ def text(data: dict[str, Any]) -> str:
     limits = ", ".join(f"{v:g} {k}" for k, v in data["budget"].items() if v is not None)
     lines = [
         f"{data['run']}: {data['state']}" + (f" ({data['stopped']})" if data["stopped"] else ""),
-        f"  {data['evaluations']} candidates in {data['generations']} generations, "
-        f"{60 * data['hours']:.1f} minutes (budget: {limits})",
+        f"  {data['candidates']} candidates in {data['generations']} generations, "
+        f"{data['evaluations']:.4g} evaluations, {60 * data['hours']:.1f} minutes (budget: {limits})",
     ]
     if data["best_on_search"] is not None:
         lines.append(f"  best so far on search: {100 * data['best_on_search']:.1f} points")

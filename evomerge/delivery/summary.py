@@ -13,7 +13,7 @@ import numpy as np
 
 from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
-from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite, SuiteTask
 from evomerge.running.store import RunStore
@@ -208,10 +208,10 @@ class Summary:
         normaliser = self.normaliser("search")
         numbers, best, median = [], [], []
         for generation in self._store.generations():
-            means = [m for r in generation.recipes if (m := self._mean(r, "search")) is not None]
-            if means:
+            complete, means = self._means(generation.recipes)
+            if complete:
                 numbers.append(generation.number)
-                best.append(max(means))
+                best.append(max(complete))
                 median.append(float(np.median(means)))
         ranked = [
             (m, b.name) for b in self.baselines if (m := self._mean(b.recipe.hash, "search")) is not None
@@ -225,6 +225,47 @@ class Summary:
             best_baseline=top[0],
             best_baseline_name=top[1],
         )
+
+    def evaluations(self) -> float:
+        """Return what the search has had scored, in full evaluations; baselines and repeats don't count."""
+        base = self._parts(self.parents[0].recipe.hash) if self.parents else []
+        if len(base) < self._store.blocks("search"):
+            return 0.0
+        free = {named.recipe.hash for named in (*self.parents, *self.baselines)}
+        asked = {r for generation in self._store.generations() for r in generation.recipes} - free
+        scored = self._store.scored_blocks("search")
+        items = [part.items for part in base]
+        return sum(items[block] for recipe in asked for block in scored.get(recipe, ())) / sum(items)
+
+    def _parts(self, recipe: str) -> list[Scores]:
+        """Return what there is of a recipe's scores on the blocks of `search`."""
+        blocks = range(self._store.blocks("search"))
+        found = [self._store.result(recipe, "search", block) for block in blocks]
+        return [part for part in found if isinstance(part, Scores)]
+
+    def _means(self, recipes: Iterable[str]) -> tuple[list[float], list[float]]:
+        """Return a generation's means on `search`: of those scored on all blocks, and of all scored.
+
+        One that left a race early has, as what the optimizer was told, an estimate: its difference to the
+        mean of the complete ones on the blocks it met, added to their mean on all.
+        """
+        normaliser = self.normaliser("search")
+        if normaliser is None:
+            return [], []
+        parts = [found for recipe in recipes if (found := self._parts(recipe))]
+        count = self._store.blocks("search")
+        whole = [own for own in parts if len(own) == count]
+        complete = [normaliser.mean(joined(own)) for own in whole]
+        base = self._parts(self.parents[0].recipe.hash)
+        estimates = []
+        for own in parts:
+            met = [part.blocks[0] for part in own]
+            if not complete or len(own) == count:
+                continue
+            there = normaliser.on(joined([base[block] for block in met]))
+            rivals = [there.mean(joined([one[block] for block in met])) for one in whole]
+            estimates.append(there.mean(joined(own)) + float(np.mean(complete) - np.mean(rivals)))
+        return complete, [*complete, *estimates]
 
     def finalists(self) -> list[Finalist]:
         """Return the finalists in the order of their search loss, the optimizer's favourite last."""

@@ -12,6 +12,8 @@ they reseed global generators, or would hand a candidate the previous one's answ
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from evomerge.errors import ConfigError
 from evomerge.evaluation.backend import Backend, Pair, compiled_templates
 from evomerge.evaluation.likelihood import Likelihoods, Plan, plan
-from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores
+from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import TaskBuilder, build, is_number
 
@@ -56,10 +58,11 @@ class TaskItems:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Items:
-    """The prebuilt items of one split. Get them from `Harness.items`."""
+    """The prebuilt items of one block of a split. Get them from `Harness.items`."""
 
     split: Split
     tasks: tuple[TaskItems, ...]
+    block: int = 0
     plans: dict[int, Layout] = field(default_factory=dict)
 
     @property
@@ -91,14 +94,25 @@ class Harness:
 
     suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass; part of
     the result's bits, so keep it fixed within a run. max_length: longest input in tokens; None takes each
-    model's own. seed: which items are drawn where splits are given as numbers.
+    model's own. seed: which items are drawn where splits are given as numbers. blocks: into how many item
+    blocks the `search` split is cut, at random by `block_seed`; every block has its share of every task's
+    items, and batches of its own, so that its scores have the same bits whatever else is scored.
 
     Raises:
-        ConfigError: the suite names unknown tasks, metrics or dataset splits, or splits share items.
+        ConfigError: the suite names unknown tasks, metrics or dataset splits, or splits share items, or a
+            task has fewer items than there are blocks.
     """
 
     def __init__(
-        self, suite: Suite, *, tokenizer: Any, batch_size: int, max_length: int | None, seed: int = 0
+        self,
+        suite: Suite,
+        *,
+        tokenizer: Any,
+        batch_size: int,
+        max_length: int | None,
+        seed: int = 0,
+        blocks: int = 1,
+        block_seed: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
@@ -110,18 +124,28 @@ class Harness:
         self._builders = build(suite, seed=seed)
         for builder in self._builders:
             _refuse_glued(builder, self._backend)
-        self._items: dict[Split, Items] = {}
+        self._blocks, self._block_seed = blocks, block_seed
+        for builder in self._builders:
+            _refuse_few(builder, blocks)
+        self._items: dict[Split, tuple[Items, ...]] = {}
 
-    def items(self, split: Split) -> Items:
-        """Return a split's items: rendered, tokenised, in a fixed order. Built once."""
+    def blocks(self, split: Split) -> int:
+        """Return how many item blocks a split has."""
+        return self._blocks if split == "search" else 1
+
+    def items(self, split: Split, block: int = 0) -> Items:
+        """Return the items of a split's block: rendered, tokenised, in a fixed order. Built once."""
         if split not in self._items:
-            built = (
+            whole = [
                 _task_items(builder, split, self._backend)
                 for builder in self._builders
                 if split in builder.documents
+            ]
+            self._items[split] = tuple(
+                Items(split=split, tasks=tasks, block=number)
+                for number, tasks in enumerate(_cut(whole, self.blocks(split), self._block_seed))
             )
-            self._items[split] = Items(split=split, tasks=tuple(built))
-        return self._items[split]
+        return self._items[split][block]
 
     def prepare(self, model: Any) -> None:
         """Build the items of all splits and check that they fit the model's context.
@@ -129,10 +153,10 @@ class Harness:
         Raises ConfigError, before anything is scored.
         """
         for split in SPLITS:
-            items = self.items(split)
             self._backend.attach(model)
             try:
-                self._layout(items, self._backend.max_length)
+                for block in range(self.blocks(split)):
+                    self._layout(self.items(split, block), self._backend.max_length)
             finally:
                 self._backend.detach()
 
@@ -146,7 +170,7 @@ class Harness:
             NonFiniteScores: the model's logits are not finite.
             ConfigError: an answer does not fit the model's context.
         """
-        assert self._items.get(items.split) is items, "items of another harness"
+        assert self._items[items.split][items.block] is items, "items of another harness"
         backend = self._backend
         backend.attach(model)
         backend.forward_seconds = 0.0
@@ -159,7 +183,16 @@ class Harness:
         self.forward_seconds = backend.forward_seconds
         if likelihoods is not None:
             self.forward_seconds += likelihoods.forward_seconds
-        return Scores(split=items.split, tasks=tuple(scores))
+        return Scores(split=items.split, tasks=tuple(scores), blocks=(items.block,))
+
+    def evaluate_split(self, model: Any, split: Split) -> Scores:
+        """Score a model on all items of a split, block by block. Raises what `evaluate` does."""
+        parts, seconds = [], 0.0
+        for block in range(self.blocks(split)):
+            parts.append(self.evaluate(model, self.items(split, block)))
+            seconds += self.forward_seconds
+        self.forward_seconds = seconds
+        return joined(parts)
 
     def _layout(self, items: Items, max_length: int) -> Layout:
         if max_length not in items.plans:
@@ -225,6 +258,52 @@ def _task_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskIte
         if builder.output_type == "multiple_choice":
             gold = tuple(tuple(builder.gold(group[0].doc)) for group in groups)
     return TaskItems(builder=builder, task=task, groups=groups, pairs=tuple(backend.pairs(flat)), gold=gold)
+
+
+def _refuse_few(builder: TaskBuilder, blocks: int) -> None:
+    count = len(builder.documents.get("search", ()))
+    if 0 < count < blocks:
+        raise ConfigError(
+            f"task {builder.spec.task!r} has too few search items for {blocks} item blocks",
+            expected=f"{blocks} or more",
+            got=str(count),
+            fix=f"give the task more items, or set racing.blocks to {count} (1 turns racing off)",
+        )
+
+
+def _cut(whole: Sequence[TaskItems], blocks: int, seed: int) -> list[tuple[TaskItems, ...]]:
+    """Return the items of every block: of each task a random share, as equal as can be, in item order."""
+    if blocks == 1:
+        return [tuple(whole)]
+    cut: list[list[TaskItems]] = [[] for _ in range(blocks)]
+    spare = 0  # the first block to get one item more, so that blocks differ by few items over all tasks
+    for task in whole:
+        count = len(task.groups)
+        name = int.from_bytes(hashlib.sha256(task.name.encode()).digest()[:8], "big")
+        order = np.random.default_rng([seed, name]).permutation(count)
+        block_of = np.empty(count, dtype=np.intp)
+        block_of[order] = (np.arange(count) + spare) % blocks
+        spare = (spare + count) % blocks
+        for block, parts in enumerate(cut):
+            parts.append(_sliced(task, np.flatnonzero(block_of == block).tolist()))
+    return [tuple(parts) for parts in cut]
+
+
+def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
+    """Return some items of a task, with an lm-eval task of their own, whose filters see only them."""
+    groups = tuple(task.groups[item] for item in chosen)
+    view = copy.copy(task.task)
+    view._instances = [instance for group in groups for instance in group]
+    ends = np.cumsum([len(group) for group in task.groups]).tolist()
+    pairs = [task.pairs[ends[i] - len(task.groups[i]) : ends[i]] for i in chosen] if task.pairs else ()
+    return TaskItems(
+        builder=task.builder,
+        task=view,
+        groups=groups,
+        pairs=tuple(pair for part in pairs for pair in part),
+        texts=tuple(task.texts[item] for item in chosen) if task.texts else (),
+        gold=tuple(task.gold[item] for item in chosen) if task.gold else (),
+    )
 
 
 def _layout(items: Items, backend: Backend, batch_size: int, max_length: int) -> Layout:

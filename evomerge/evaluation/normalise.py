@@ -6,9 +6,10 @@ parent). A merge with 0.6 on average has six tenths of what the specialists lear
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import Array, Scores, TaskScores, read_only
@@ -67,9 +68,10 @@ class Normaliser:
 
     def __init__(self, suite: Suite, *, base: Scores, parents: Mapping[str, Scores]) -> None:
         assert parents, "no parent to compare with"
-        assert all(parent.split == base.split for parent in parents.values()), "scores of different splits"
+        places = {(scores.split, scores.blocks) for scores in (base, *parents.values())}
+        assert len(places) == 1, f"scores of different items: {places}"
         check_specialists(suite, parents)
-        self.split = base.split
+        self.split, self.blocks = base.split, base.blocks
         present = suite.of(base.split)
         skills = [spec for spec in present if spec.role == "skill"]
         self._counted = [spec for spec in skills if spec.counted]
@@ -88,9 +90,56 @@ class Normaliser:
         )
         """Tasks whose specialist is hardly better than the base: their normalised scores mean little."""
 
+    def on(self, base: Scores) -> Normaliser:
+        """Return this scale for scores on other item blocks: 0 is the base there, the unit is the same.
+
+        A difference of two models' means is then an unbiased estimate of their difference on all blocks.
+        """
+        assert base.split == self.split, "scores of another split"
+        moved = copy.copy(self)
+        moved.blocks = base.blocks
+        moved._retention = [(spec, base[spec.task].mean) for spec, _ in self._retention]
+        moved._scales = {
+            name: (
+                replace(scale, zero=base[name].mean),
+                None if smooth is None else replace(smooth, zero=_mean(base[name].smooth)),
+            )
+            for name, (scale, smooth) in self._scales.items()
+        }
+        return moved
+
+    def contributions(self, scores: Scores, *, smooth: float, retention: float) -> list[Array]:
+        """Return per task what each item adds to a loss: their means over the items sum to the loss.
+
+        The loss is minus the mean score, `smooth` of it the companion's, plus `retention` for each unit of
+        it that is lost; see `search.objective`. Retention is not a mean over items; it is linearised
+        around the model's own mean (the delta method), which leaves the sum as it is and makes the
+        spread over the items what decides the sum's error.
+        """
+        self._check(scores)
+        found = []
+        for spec, weight in zip(self._counted, self.weights.tolist(), strict=True):
+            task, (scale, smooth_scale) = scores[spec.task], self._scales[spec.task]
+            values = (task.metric - scale.zero) / scale.headroom
+            if smooth_scale is not None and task.smooth is not None:
+                second = (task.smooth - smooth_scale.zero) / smooth_scale.headroom
+                values = (1 - smooth) * values + smooth * second
+            found.append(-weight * values)
+        kept, total = self.retention(scores), math.fsum(spec.weight for spec, _ in self._retention)
+        for spec, base_mean in self._retention:
+            assert kept is not None
+            task, share = scores[spec.task], spec.weight / total
+            slope = share * math.exp(task.mean - base_mean) if kept < 1 else 0.0
+            found.append(retention * (share * max(0.0, 1 - kept) - slope * (task.metric - task.mean)))
+        return found
+
+    def _check(self, scores: Scores) -> None:
+        assert scores.split == self.split, "scores of another split"
+        assert scores.blocks == self.blocks, f"scores on blocks {scores.blocks}, not on {self.blocks}"
+
     def task(self, scores: Scores) -> dict[str, float]:
         """Return each skill task's normalised mean, those with weight 0 included, in suite order."""
-        assert scores.split == self.split, "scores of another split"
+        self._check(scores)
         return {name: scale(scores[name].mean) for name, (scale, _) in self._scales.items()}
 
     def mean(self, scores: Scores) -> float:
@@ -100,7 +149,7 @@ class Normaliser:
 
     def smooth_mean(self, scores: Scores) -> float:
         """Return the same mean of the smooth companions; of the metric where a task has none."""
-        assert scores.split == self.split, "scores of another split"
+        self._check(scores)
         values = []
         for spec in self._counted:
             found = scores[spec.task]
@@ -117,7 +166,7 @@ class Normaliser:
         1 is as good as the base, less is worse, more is better; averaged by weight over the retention
         tasks, None if there are none. For one task it is the ratio of the perplexities, base / model.
         """
-        assert scores.split == self.split, "scores of another split"
+        self._check(scores)
         if not self._retention:
             return None
         total = math.fsum(spec.weight for spec, _ in self._retention)
@@ -134,7 +183,7 @@ class Normaliser:
 
         The weighted mean of their means is `mean(scores)`.
         """
-        assert scores.split == self.split, "scores of another split"
+        self._check(scores)
         values = []
         for spec in self._counted:
             scale, _ = self._scales[spec.task]
@@ -143,6 +192,11 @@ class Normaliser:
 
     def _weighted(self, values: list[float]) -> float:
         return math.fsum(weight * value for weight, value in zip(self.weights.tolist(), values, strict=True))
+
+
+def _mean(values: Array | None) -> float:
+    assert values is not None, "a task with a smooth companion on some blocks only"
+    return float(values.mean())
 
 
 def _reference(spec: SuiteTask, parents: Mapping[str, Scores]) -> TaskScores:
@@ -155,5 +209,5 @@ def _scales(base: TaskScores, reference: TaskScores) -> tuple[_Scale, _Scale | N
     metric = _Scale(zero=base.mean, headroom=max(reference.mean - base.mean, HEADROOM_FLOOR))
     if base.smooth is None or reference.smooth is None:
         return metric, None
-    zero, one = float(base.smooth.mean()), float(reference.smooth.mean())
+    zero, one = _mean(base.smooth), _mean(reference.smooth)
     return metric, _Scale(zero=zero, headroom=max(one - zero, HEADROOM_FLOOR))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -58,10 +58,14 @@ class TaskScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
-    """One model's results on one split: the tasks of the suite that have items there, in suite order."""
+    """One model's results on one split: the tasks of the suite that have items there, in suite order.
+
+    blocks: the item blocks of the split that these are the results on, in order.
+    """
 
     split: Split
     tasks: tuple[TaskScores, ...]
+    blocks: tuple[int, ...] = (0,)
 
     def __iter__(self) -> Iterator[TaskScores]:
         return iter(self.tasks)
@@ -79,12 +83,54 @@ class Scores:
 
     def same_as(self, other: Scores) -> bool:
         """Say whether every number is bitwise the same."""
-        return self.split == other.split and [_bits(t) for t in self] == [_bits(t) for t in other]
+        if (self.split, self.blocks) != (other.split, other.blocks):
+            return False
+        return [_bits(t) for t in self] == [_bits(t) for t in other]
 
 
 def _bits(scores: TaskScores) -> tuple[str, list[bytes | None]]:
     vectors = (scores.metric, scores.smooth, scores.margin)
     return scores.task, [None if vector is None else vector.tobytes() for vector in vectors]
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Return one model's results on several blocks of a split as one: per task, block after block.
+
+    parts: of one split and different blocks; they are put in the order of their blocks.
+
+    >>> halves = [
+    ...     Scores(split="test", tasks=(TaskScores(task="t", metric=np.array([n])),), blocks=(n,))
+    ...     for n in (1, 0)
+    ... ]
+    >>> whole = joined(halves)
+    >>> whole.blocks, whole["t"].metric.tolist()
+    ((0, 1), [0.0, 1.0])
+    """
+    assert parts, "nothing to join"
+    if len(parts) == 1:
+        return parts[0]
+    ordered = sorted(parts, key=lambda part: part.blocks)
+    blocks = tuple(block for part in ordered for block in part.blocks)
+    assert list(blocks) == sorted(set(blocks)), f"blocks {blocks}"
+    assert len({part.split for part in ordered}) == 1, "scores of different splits"
+    tasks = []
+    for rows in zip(*(part.tasks for part in ordered), strict=True):
+        assert len({row.task for row in rows}) == 1, "scores of different suites"
+        tasks.append(
+            TaskScores(
+                task=rows[0].task,
+                metric=np.concatenate([row.metric for row in rows]),
+                smooth=_together([row.smooth for row in rows]),
+                margin=_together([row.margin for row in rows]),
+            )
+        )
+    return Scores(split=ordered[0].split, tasks=tuple(tasks), blocks=blocks)
+
+
+def _together(vectors: Sequence[Array | None]) -> Array | None:
+    found = [vector for vector in vectors if vector is not None]
+    assert len(found) in (0, len(vectors)), "blocks of different kinds"
+    return np.concatenate(found) if found else None
 
 
 class NonFiniteScores(NonFiniteError):  # noqa: N818  # names what was found, as a Failure's kind does

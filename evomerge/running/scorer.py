@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from evomerge.errors import UserError
-from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Executor
 from evomerge.running.store import RunStore, Timing
@@ -26,29 +26,38 @@ class Observer(Protocol):
         """A recipe was just scored, or failed."""
         ...
 
-    def generation_done(self, generation: int, candidates: int, best: float) -> None:
-        """A generation was told; `best` is the highest mean normalised `search` score so far."""
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """A generation was told.
+
+        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
+        """
         ...
 
 
 class Scorer:
-    """Scores recipes through an executor; every recipe only once per split in the life of a run."""
+    """Scores recipes through an executor; every recipe only once per item block in the life of a run."""
 
     def __init__(self, store: RunStore, executor: Executor, observer: Observer) -> None:
         self._store, self._executor, self._observer = store, executor, observer
         self.seconds = 0.0
         """Time this process spent on storing and looking up, not waiting for workers."""
 
-    def score(self, recipes: Sequence[Recipe], split: Split, phase: str) -> list[Scores | Failure]:
-        """Return one result per recipe, in order; failures are recorded and stay failures."""
-        return self._score(recipes, split, phase, keep_failures=True)
+    def score(
+        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
+    ) -> list[Scores | Failure]:
+        """Return one result per recipe, in order; failures are recorded and stay failures.
+
+        blocks: the item blocks to score on (default: all of the split). Only those not scored yet are
+        executed, in the order given; a failure on one of them is the recipe's failure on the split.
+        """
+        return self._score(recipes, split, phase, blocks, keep_failures=True)
 
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
         """Like `score` for recipes the run can't do without: the first failure raises UserError.
 
         Such a failure is not recorded, so that the run can be resumed once its cause is gone.
         """
-        results = self._score([n.recipe for n in named], split, phase, keep_failures=False)
+        results = self._score([n.recipe for n in named], split, phase, None, keep_failures=False)
         scores = []
         for entry, result in zip(named, results, strict=True):
             if isinstance(result, Failure):
@@ -60,18 +69,33 @@ class Scorer:
         return scores
 
     def _score(
-        self, recipes: Sequence[Recipe], split: Split, phase: str, *, keep_failures: bool
+        self,
+        recipes: Sequence[Recipe],
+        split: Split,
+        phase: str,
+        blocks: Sequence[int] | None,
+        *,
+        keep_failures: bool,
     ) -> list[Scores | Failure]:
         started = time.perf_counter()
         hashes = [recipe.hash for recipe in recipes]
         results: dict[str, Scores | Failure] = {}
+        found: dict[str, list[Scores]] = {}
         jobs: dict[str, Job] = {}
+        wanted = range(self._store.blocks(split)) if blocks is None else blocks
         for hash_, recipe in zip(hashes, recipes, strict=True):
-            known = self._store.result(hash_, split)
-            if known is not None:
-                results[hash_] = known
+            if hash_ in found:
+                continue
+            known = [self._store.result(hash_, split, block) for block in wanted]
+            failure = next((part for part in known if isinstance(part, Failure)), None)
+            missing = tuple(block for block, part in zip(wanted, known, strict=True) if part is None)
+            found[hash_] = [part for part in known if isinstance(part, Scores)]
+            if failure is not None:
+                results[hash_] = failure
+            elif missing:
+                jobs[hash_] = Job(recipe=recipe, split=split, blocks=missing)
             else:
-                jobs.setdefault(hash_, Job(recipe=recipe, split=split))
+                results[hash_] = joined(found[hash_])
         self._observer.phase(phase, len(set(hashes)), len(results))
         self.seconds += time.perf_counter() - started
         for result in self._executor.run(list(jobs.values())):
@@ -79,7 +103,9 @@ class Scorer:
             recipe, outcome = result.job.recipe, result.outcome
             if isinstance(outcome, Scores):
                 assert result.timing is not None
-                self._store.record_scores(recipe, outcome, result.timing)
+                parts = result.parts or (outcome,)
+                self._store.record_scores(recipe, parts, result.timing)
+                outcome = joined([*found[recipe.hash], *parts])
             elif keep_failures:
                 self._store.record_failure(recipe, split, outcome)
             results[recipe.hash] = outcome

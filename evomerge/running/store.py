@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import DiskError, ReplayError, StoreError
-from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
+from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.search.baselines import Named
 
@@ -47,13 +47,14 @@ CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
     PRIMARY KEY (generation, position)) WITHOUT ROWID;
 CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL,
     at REAL NOT NULL);
-CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, task TEXT, position INTEGER NOT NULL,
-    metric BLOB NOT NULL, smooth BLOB, margin BLOB, PRIMARY KEY (recipe, split, task));
+CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, task TEXT,
+    position INTEGER NOT NULL, metric BLOB NOT NULL, smooth BLOB, margin BLOB,
+    PRIMARY KEY (recipe, split, block, task));
 CREATE TABLE failure (recipe TEXT REFERENCES recipe, split TEXT, kind TEXT NOT NULL, reason TEXT NOT NULL,
     at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
-CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, seconds REAL NOT NULL,
+CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, seconds REAL NOT NULL,
     merge_seconds REAL NOT NULL, forward_seconds REAL NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL,
-    PRIMARY KEY (recipe, split)) WITHOUT ROWID;
+    PRIMARY KEY (recipe, split, block)) WITHOUT ROWID;
 CREATE TABLE session (started REAL PRIMARY KEY, last REAL NOT NULL, versions TEXT NOT NULL) WITHOUT ROWID;
 """
 
@@ -91,6 +92,7 @@ class RunStore:
         self._db = connection
         self._lock = lock
         self._session = 0.0
+        self._blocks: int | None = None
 
     # -- opening and closing ------------------------------------------------------------------------
 
@@ -202,6 +204,12 @@ class RunStore:
         with self._writing() as db:
             db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, _json(value)))
 
+    def blocks(self, split: Split) -> int:
+        """Return how many item blocks a split has in this run (fact `blocks`, for `search`)."""
+        if self._blocks is None:
+            self._blocks = self.fact("blocks") or 1
+        return self._blocks if split == "search" else 1
+
     def begin_session(self, versions: Mapping[str, str]) -> None:
         """Note that a process starts working on the run, with which library versions."""
         self._session = time.time()
@@ -275,19 +283,26 @@ class RunStore:
 
     # -- what the workers find --------------------------------------------------------------------
 
-    def record_scores(self, recipe: Recipe, scores: Scores, timing: Timing) -> None:
-        """Store all per-item scores of a recipe on a split, in one transaction."""
+    def record_scores(self, recipe: Recipe, scores: Scores | Sequence[Scores], timing: Timing) -> None:
+        """Store per-item scores of a recipe, each on one block of one split, in one transaction.
+
+        timing: of them together; it is filed under the first block.
+        """
+        parts = [scores] if isinstance(scores, Scores) else scores
         with self._writing() as db:
             self._put_recipes(db, [recipe])
-            for position, task in enumerate(scores):
-                vectors = (_pack(task.metric), _pack(task.smooth), _pack(task.margin))
-                row = (recipe.hash, scores.split, task.task, position, *vectors)
-                db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            for part in parts:
+                (block,) = part.blocks
+                for position, task in enumerate(part):
+                    vectors = (_pack(task.metric), _pack(task.smooth), _pack(task.margin))
+                    row = (recipe.hash, part.split, block, task.task, position, *vectors)
+                    db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             db.execute(
-                "INSERT INTO timing VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO timing VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     recipe.hash,
-                    scores.split,
+                    parts[0].split,
+                    parts[0].blocks[0],
                     timing.total,
                     timing.merge,
                     timing.forward,
@@ -297,7 +312,7 @@ class RunStore:
             )
 
     def record_failure(self, recipe: Recipe, split: Split, failure: Failure) -> None:
-        """Store that a recipe could not be scored, and why."""
+        """Store that a recipe could not be scored on (some block of) a split, and why."""
         with self._writing() as db:
             self._put_recipes(db, [recipe])
             row = (recipe.hash, split, failure.kind, failure.reason, time.time())
@@ -305,23 +320,40 @@ class RunStore:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def result(self, recipe: str, split: Split) -> Scores | Failure | None:
-        """Return what is stored about a recipe (by hash) on a split, or None."""
-        query = (
-            "SELECT task, metric, smooth, margin FROM score WHERE recipe = ? AND split = ? ORDER BY position"
-        )
-        rows = self._db.execute(query, (recipe, split)).fetchall()
-        if rows:
-            tasks = tuple(
-                TaskScores(
-                    task=task, metric=_unpack(metric), smooth=_perhaps(smooth), margin=_perhaps(margin)
-                )
-                for task, metric, smooth, margin in rows
-            )
-            return Scores(split=split, tasks=tasks)
+    def result(self, recipe: str, split: Split, block: int | None = None) -> Scores | Failure | None:
+        """Return what is stored about a recipe (by hash) on a block of a split, or None.
+
+        block: None means the whole split; then there is an answer once all its blocks are scored, or one
+        has failed.
+        """
+        wanted = range(self.blocks(split)) if block is None else (block,)
+        parts = [self._part(recipe, split, number) for number in wanted]
+        scored = [part for part in parts if part is not None]
+        if len(scored) == len(parts):
+            return joined(scored)
         query = "SELECT kind, reason FROM failure WHERE recipe = ? AND split = ?"
         row = self._db.execute(query, (recipe, split)).fetchone()
         return None if row is None else Failure(kind=row[0], reason=row[1])
+
+    def _part(self, recipe: str, split: Split, block: int) -> Scores | None:
+        query = (
+            "SELECT task, metric, smooth, margin FROM score "
+            "WHERE recipe = ? AND split = ? AND block = ? ORDER BY position"
+        )
+        rows = self._db.execute(query, (recipe, split, block)).fetchall()
+        tasks = tuple(
+            TaskScores(task=task, metric=_unpack(metric), smooth=_perhaps(smooth), margin=_perhaps(margin))
+            for task, metric, smooth, margin in rows
+        )
+        return Scores(split=split, tasks=tasks, blocks=(block,)) if tasks else None
+
+    def scored_blocks(self, split: Split) -> dict[str, tuple[int, ...]]:
+        """Return the blocks of a split on which each recipe (by hash) is scored, in order."""
+        query = "SELECT DISTINCT recipe, block FROM score WHERE split = ? ORDER BY recipe, block"
+        found: dict[str, list[int]] = {}
+        for recipe, block in self._db.execute(query, (split,)):
+            found.setdefault(recipe, []).append(block)
+        return {recipe: tuple(blocks) for recipe, blocks in found.items()}
 
     def recipe(self, start: str) -> Recipe:
         """Return the recipe whose hash begins with `start`, or raise StoreError.
@@ -369,9 +401,15 @@ class RunStore:
         return [(r, s, Failure(kind=k, reason=why)) for r, s, k, why in self._db.execute(query)]
 
     def timings(self, split: Split) -> dict[str, Timing]:
-        """Return the timings of everything scored on a split, by recipe hash."""
-        query = "SELECT recipe, seconds, merge_seconds, forward_seconds, worker FROM timing WHERE split = ?"
-        rows = self._db.execute(query, (split,)).fetchall()
+        """Return the timings of everything scored on a split, by recipe hash; blocks are added up.
+
+        worker: the one that scored the last of its blocks.
+        """
+        query = (
+            "SELECT recipe, TOTAL(seconds), TOTAL(merge_seconds), TOTAL(forward_seconds), worker, MAX(at) "
+            "FROM timing WHERE split = ? GROUP BY recipe"
+        )
+        rows = [row[:5] for row in self._db.execute(query, (split,))]
         return {r: Timing(total=t, merge=m, forward=f, worker=w) for r, t, m, f, w in rows}
 
     def digest(self) -> str:
@@ -392,8 +430,8 @@ class RunStore:
             for row in self._db.execute(query):
                 found.update(repr(row).encode())
         query = (
-            "SELECT recipe, split, task, position, metric, smooth, margin FROM score "
-            "ORDER BY recipe, split, task"
+            "SELECT recipe, split, block, task, position, metric, smooth, margin FROM score "
+            "ORDER BY recipe, split, block, task"
         )
         for *key, metric, smooth, margin in self._db.execute(query):
             found.update(repr(key).encode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evomerge.errors import NonFiniteError, UserError
-from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import Timing
@@ -16,19 +16,24 @@ from evomerge.running.store import Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One thing to do: score a recipe on a split."""
+    """One thing to do: score a recipe on some item blocks of a split."""
 
     recipe: Recipe
     split: Split
+    blocks: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What became of a job; `timing` is None where there are no scores."""
+    """What became of a job; `timing` is None where there are no scores.
+
+    outcome: the scores of all its blocks together. parts: of each block, where there are several.
+    """
 
     job: Job
     outcome: Scores | Failure
     timing: Timing | None = None
+    parts: tuple[Scores, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,7 @@ class WorkerSpec:
     models, base, tokenizer: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16");
     weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, part of a
     run's identity because it changes the last bits of scores. max_length: in tokens; None takes the
-    model's. threads: of each worker.
+    model's. threads: of each worker. blocks, block_seed: as in Harness.
     """
 
     models: Mapping[str, str]
@@ -52,6 +57,12 @@ class WorkerSpec:
     attention: str | None = None
     low_memory: bool = False
     tokenizer: str = ""
+    blocks: int = 1
+    block_seed: int = 0
+
+    def blocks_of(self, split: Split) -> tuple[int, ...]:
+        """Return the item blocks of a split."""
+        return tuple(range(self.blocks if split == "search" else 1))
 
 
 class Worker:
@@ -82,25 +93,29 @@ class Worker:
             tokenizer=self._bench.tokenizer,
             batch_size=spec.batch_size,
             max_length=spec.max_length,
+            blocks=spec.blocks,
+            block_seed=spec.block_seed,
         )
         self._harness.prepare(self._bench.model)
 
     def run(self, job: Job) -> Result:
         """Score one recipe; whatever goes wrong with it is a Failure, never an exception."""
-        started = time.perf_counter()
+        started, forward, parts = time.perf_counter(), 0.0, []
         try:
             self._bench.load(job.recipe)
             merged = time.perf_counter()
-            scores = self._harness.evaluate(self._bench.model, self._harness.items(job.split))
+            for block in job.blocks:
+                parts.append(self._harness.evaluate(self._bench.model, self._harness.items(job.split, block)))
+                forward += self._harness.forward_seconds
         except Exception as error:
             return Result(job=job, outcome=failure_of(error))
         timing = Timing(
             total=time.perf_counter() - started,
             merge=merged - started,
-            forward=self._harness.forward_seconds,
+            forward=forward,
             worker=self.name,
         )
-        return Result(job=job, outcome=scores, timing=timing)
+        return Result(job=job, outcome=joined(parts), timing=timing, parts=tuple(parts))
 
 
 def failure_of(error: Exception) -> Failure:

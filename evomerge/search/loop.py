@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, optimizers
 from evomerge.search.baselines import Named
 from evomerge.search.genes import Genome, Space
+from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate, finalists
 
 
@@ -36,8 +38,13 @@ class Scorer(Protocol):
 
     seconds: float
 
-    def score(self, recipes: Sequence[Recipe], split: Split, phase: str) -> list[Scores | Failure]:
-        """Return one result per recipe, in order. `phase` is shown to the user."""
+    def score(
+        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
+    ) -> list[Scores | Failure]:
+        """Return one result per recipe, in order. `phase` is shown to the user.
+
+        blocks: item blocks of the split to score on; None means all.
+        """
         ...
 
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
@@ -62,14 +69,17 @@ class Journal(Protocol):
 class Budget(Protocol):
     """Says when to stop asking."""
 
-    def stop_reason(self, *, generations: int, evaluations: int, population: int) -> str | None: ...
+    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None: ...
 
 
 class Observer(Protocol):
     """Is told what happens, for progress displays and logs."""
 
-    def generation_done(self, generation: int, candidates: int, best: float) -> None:
-        """A generation was told; `best` is the highest mean normalised `search` score so far."""
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """A generation was told.
+
+        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
+        """
         ...
 
 
@@ -89,6 +99,7 @@ class SearchPlan:
     objective: ObjectiveSpec
     finalists: int
     seed: int
+    racing: RacingSpec = NO_RACING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +179,8 @@ class Search:
             self._plan.optimizer, coordinates=space.coordinates, starts=self._starts(hand_made), seed=seed
         )
         found: list[Candidate] = []
-        best, generation, asked = -np.inf, 0, 0
+        views, order, ledger = self._blocks(objective, hand_made)
+        best, generation, pace = -np.inf, 0, 0.0
         while True:
             started, book_keeping = time.perf_counter(), self._scorer.seconds
             stopped = optimizer.stop_reason()
@@ -176,16 +188,27 @@ class Search:
                 genomes = optimizer.ask()
                 if not journal.has_ask(generation):  # a stored generation is finished whatever the clock says
                     stopped = self._budget.stop_reason(
-                        generations=generation, evaluations=asked, population=len(genomes)
+                        generations=generation,
+                        items=ledger.items,
+                        forecast=round(pace * len(genomes)),
+                        full=ledger.full,
                     )
             if stopped is not None:
                 break
             recipes = [space.decode(u) for u in genomes]
             journal.record_ask(generation, genomes, recipes)
             own = time.perf_counter() - started
-            results = self._scorer.score(recipes, "search", f"generation {generation}")
+            raced = race(
+                recipes,
+                scorer=self._scorer,
+                views=views,
+                spec=self._plan.racing,
+                order=order,
+                phase=f"generation {generation}",
+            )
             started = time.perf_counter()
-            losses = objective.losses(results)
+            losses = raced.losses
+            pace = ledger.charge(zip((r.hash for r in recipes), raced.blocks, strict=True)) / len(recipes)
             optimizer.tell(losses)
             own += time.perf_counter() - started + self._scorer.seconds - book_keeping
             journal.record_tell(generation, losses, own)
@@ -194,15 +217,36 @@ class Search:
                     name=f"generation {generation}, candidate {i}", recipe=recipe, loss=float(losses[i, 0])
                 )
                 for i, recipe in enumerate(recipes)
-                if isinstance(results[i], Scores)
+                if raced.complete[i]
             ]
-            best = max(best, *(objective.mean(r) for r in results if isinstance(r, Scores)), -np.inf)
-            self._observer.generation_done(generation, len(recipes), best)
-            generation, asked = generation + 1, asked + len(genomes)
+            whole = [r for r, done in zip(raced.results, raced.complete, strict=True) if done]
+            best = max(best, *(objective.mean(r) for r in whole if isinstance(r, Scores)), -np.inf)
+            self._observer.generation_done(generation, ledger.evaluations, best)
+            generation += 1
         favourite = None
         if generation and (genome := optimizer.favourite()) is not None:
             favourite = Candidate(name="mean of the search", recipe=space.decode(genome), loss=np.inf)
         return found, favourite, stopped
+
+    def _blocks(
+        self, objective: Objective, hand_made: Sequence[tuple[Named, float]]
+    ) -> tuple[Views, tuple[int, ...], Ledger]:
+        """Return the objective on each item block, the order to score them in, and the ledger of the search.
+
+        Whatever was scored before the first generation is answered by the store, and free.
+        """
+        named = [*self._parents, *(named for named, _ in hand_made)]
+        blocks = range(self._plan.racing.blocks)
+        parts = [
+            self._scorer.score([n.recipe for n in named], "search", "baselines", [block]) for block in blocks
+        ]
+        base = [part for (part, *_) in parts if isinstance(part, Scores)]
+        views = Views(objective, base)
+        ledger = Ledger(views.sizes)
+        for one in named:
+            ledger.give(one.recipe.hash, blocks)
+        scored = [own for own in zip(*parts, strict=True) if not any(isinstance(p, Failure) for p in own)]
+        return views, block_order(views, cast(list[tuple[Scores, ...]], scored)), ledger
 
     def _select(self, found: Sequence[Candidate], favourite: Candidate | None) -> Named:
         """Score the best candidates again on items the search never saw, and return the best of them."""

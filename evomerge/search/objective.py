@@ -48,6 +48,16 @@ class Objective:
         lost = 0.0 if retention is None else max(0.0, 1.0 - retention)
         return self._spec.retention * lost - gain
 
+    def on(self, base: Scores) -> Objective:
+        """Return this objective for scores on other item blocks, of which `base` is the base's scores."""
+        return Objective(self._spec, self._normaliser.on(base))
+
+    def contributions(self, scores: Scores) -> list[NDArray[np.float64]]:
+        """Return per counted task (items,) what each item adds to the loss; the means sum to `loss`."""
+        return self._normaliser.contributions(
+            scores, smooth=self._spec.smooth, retention=self._spec.retention
+        )
+
     def mean(self, scores: Scores) -> float:
         """Return the mean normalised score alone: what tables show."""
         return self._normaliser.mean(scores)

@@ -104,7 +104,7 @@ def facts(folder: Path) -> dict[str, Any]:
             for query in (
                 "SELECT generation, position, genome, recipe FROM ask ORDER BY 1, 2",
                 "SELECT generation, losses FROM tell ORDER BY 1",
-                "SELECT recipe, split, task, metric, smooth, margin FROM score ORDER BY 1, 2, 3",
+                "SELECT recipe, split, block, task, metric, smooth, margin FROM score ORDER BY 1, 2, 3, 4",
                 "SELECT role, position, name, recipe FROM entry ORDER BY 1, 2",
                 "SELECT recipe, split, kind, reason FROM failure ORDER BY 1, 2",
             )

@@ -41,7 +41,9 @@ class FakeScorer:
         self.asked: list[tuple[str, Split, str]] = []
         self.fail, self.fail_share = fail, fail_share
 
-    def score(self, recipes: Sequence[Recipe], split: Split, phase: str) -> list[Scores | Failure]:
+    def score(
+        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
+    ) -> list[Scores | Failure]:
         self.asked += [(recipe.hash, split, phase) for recipe in recipes]
         return [self._one(recipe, split, phase) for recipe in recipes]
 
@@ -95,11 +97,11 @@ class FakeBudget:
     def __init__(self, generations: int) -> None:
         self.generations = generations
 
-    def stop_reason(self, *, generations: int, evaluations: int, population: int) -> str | None:
+    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None:
         return "enough" if generations >= self.generations else None
 
 
 class Quiet:
     """An observer that looks away."""
 
-    def generation_done(self, generation: int, candidates: int, best: float) -> None: ...
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...

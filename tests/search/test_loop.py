@@ -85,7 +85,9 @@ def test_when_everything_fails_there_is_a_sentence() -> None:
 
 def test_when_no_finalist_can_be_scored_there_is_no_winner() -> None:
     class FailsOnSelect(FakeScorer):
-        def score(self, recipes: Sequence[Recipe], split: Split, phase: str) -> list[Scores | Failure]:
+        def score(
+            self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
+        ) -> list[Scores | Failure]:
             found = super().score(recipes, split, phase)
             return [Failure(kind="error", reason="no")] * len(found) if phase == "selection" else found
 
