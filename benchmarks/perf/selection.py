@@ -1,8 +1,8 @@
 """Which rule finds the winner that holds up: searches whose truth is known, one after the other.
 
-A model answers an item where a margin is above 0. The margin falls with the squared distance of the genome from
-the best one, has the item's own difficulty, and leans its own way: what is good for an item is not good for all.
-CMA-ES searches on few items, each rule picks a winner, and a large set of fresh items says what it is worth.
+A model answers an item where a margin is above 0. The margin falls with the squared distance of the genome
+from the best one, has the item's own difficulty, and leans its own way: what is good for an item is not good
+for all. CMA-ES searches on few items, each rule picks a winner, and many fresh items say what it is worth.
 
     python benchmarks/perf/selection.py [SEARCHES]
 """

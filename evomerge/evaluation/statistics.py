@@ -28,10 +28,10 @@ RESAMPLES_CONTINUOUS = 4_000
 0.04 standard errors of the estimate (0.03 with 10,000)."""
 
 LUCK_RESAMPLES = 2_000
-"""Bootstrap resamples of the luck of the best of many. Its Monte-Carlo error is then 2 % of one model's own."""
+"""Bootstrap resamples of the luck of the best of many. Its sampling error is 2 % of one model's."""
 
 WINDOW = 8
-"""Models a group needs to speak for itself when its values are shrunk; a smaller one borrows from the nearest."""
+"""Models a group has at least when its values are shrunk; a smaller one borrows from the nearest."""
 
 LEVEL = 0.95
 
@@ -150,7 +150,7 @@ def paired_items(a: Array, b: Array, *, seed: Seed) -> PairedTest:
 def holm(p: Sequence[float]) -> list[float]:
     """Return the p-values of several claims, adjusted so that all of them can be read together.
 
-    Holding those up to 0.05 to be true, the chance that any of these is false is at most 5 %, however the claims
+    If all claims up to 0.05 are made, the chance that any of them is false is at most 5 %, however they
     depend on each other (Holm 1979).
 
     >>> holm([0.01, 0.04, 0.03])
@@ -170,9 +170,9 @@ def shrunk(values: Array, errors: Array, groups: Array | None = None) -> Array:
     resamplings of its items, the same for all of them, scaled so that a row's squares add up to its variance.
     groups: (k,) numbers in which near means alike; by default all are one group.
 
-    Within a group, values are drawn to its mean by the positive-part estimator of James & Stein (1961; Efron &
-    Morris 1975, JASA 70, eq. 1.4): the factor is 1 - (k - 3) noise / sum of squares. A group of fewer than
-    WINDOW borrows from the nearest ones for mean and factor. The noise is that of differences: errors that all
+    Within a group, values are drawn to its mean by the positive-part estimator of James & Stein (1961; Efron
+    & Morris 1975, JASA 70): the factor is 1 - (k - 3) noise / sum of squares. A group of fewer than WINDOW
+    borrows from the nearest ones for mean and factor. The noise is that of differences: errors that all
     models share rank none of them, and count for nothing.
 
     >>> shrunk(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.sqrt(2.0) * np.eye(5)).tolist()
@@ -203,11 +203,11 @@ def expected_luck(
     samples: per task (models, n) per-item scores of all models on the same items. weights: as in `interval`.
     groups: as in `shrunk`.
 
-    Items are resampled for all models together, which keeps what their errors share; the errors of their means
-    are added to estimates of the true means; and the error of whichever then looks best is averaged. The
-    estimates are the means as `shrunk` returns them: taken as they are, past luck would count as ability, and
-    the luck would be understated. Among alike models it is the expected maximum of their errors; a model far
-    ahead of the others needs no luck.
+    Items are resampled for all models together, which keeps what their errors share; the errors of their
+    means are added to estimates of the true means; and the error of whichever then looks best is averaged.
+    The estimates are the means as `shrunk` returns them: taken as they are, past luck would count as ability,
+    and the luck would be understated. Among alike models it is the expected maximum of their errors; a model
+    far ahead of the others needs no luck.
     """
     assert len({len(sample) for sample in samples}) == 1, "every task needs the same models"
     shares = _shares(samples, weights)
