@@ -180,7 +180,8 @@ def probe(prepared: Prepared) -> Probe:
         parents = len(sources) + 1
         hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
         work = (searched + parents + hand_made + len(sources)) * seconds["search"]
-        work += (config.finalists + 1 + parents) * seconds["select"]
+        work += config.finalists * seconds["search"]  # their soup, and the optimizer's favourite
+        work += (config.finalists + 2 + parents) * seconds["select"]
         work += (parents + hand_made + 2) * seconds["test"]
         estimate = work / workers
     return Probe(items=items, seconds=seconds, workers=workers, estimate=estimate)

@@ -49,7 +49,7 @@ class RunConfig(Strict):
 
     space, suite: the name of a preset or the path of a file; `space` may also be written out in place.
     racing: how candidates that are clearly worse stop early; `off` scores all of them in full.
-    finalists: how many of the best candidates are scored again on `select`.
+    finalists: how many of the best candidates are scored again on `select`, beside their soup.
     dtype: what the merged weights are stored as, and rounded to before they are scored.
     tokenizer: whose vocabulary the merged models get where models differ: base, union, or a source's name.
     """

@@ -16,7 +16,7 @@ import jinja2
 from rich.table import Table
 
 from evomerge import compose
-from evomerge.delivery.report import percent
+from evomerge.delivery.report import kept_line, percent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
 from evomerge.evaluation.scores import Scores, Split
@@ -164,7 +164,7 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
                 fix=f"finish the run (evomerge resume {store.folder}), or --pick a baseline or a recipe hash",
             )
         return summary.winner
-    named = {n.name: n for n in (*summary.parents, *summary.baselines)}
+    named = {n.name: n for n in (*summary.parents, *summary.baselines, *summary.starts)}
     if pick == "best-baseline":
         best = summary.best_unsearched(summary.rows())
         if best is None:
@@ -207,6 +207,7 @@ def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAda
         tasks=[t.task for t in summary.shown_tasks],
         verdict=summary.verdict(rows),
         weakest=summary.weakest(rows),
+        kept=kept_line(summary.shares(rows)),
         suite=summary.suite,
         seed=store.fact("config")["seed"],
         config=store.fact("config"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.delivery.summary import Row, Summary
+from evomerge.delivery.summary import Claim, Luck, Row, Share, Summary
 from evomerge.evaluation.statistics import Interval
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import RunStore
@@ -38,6 +39,7 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
     if verdict is not None:
         parts.append(Text(verdict.sentence, style="bold green" if verdict.helped else "bold yellow"))
         parts.append(Text(summary.weakest(rows) or ""))
+        parts += [Text(line) for line in (kept_line(summary.shares(rows)), luck_line(summary.luck())) if line]
         if not verdict.helped:
             folder = shlex.quote(str(store.folder))
             parts.append(Text(f"the best baseline: evomerge export {folder} OUT --pick best-baseline"))
@@ -108,6 +110,29 @@ def _plus_minus(interval: Interval, *, digits: int) -> str:
     return f"{middle:.{digits}f} ±{50 * (interval.high - interval.low):.{digits}f}"
 
 
+def kept_line(shares: Sequence[Share]) -> str | None:
+    """Say in one line how much of the specialists' scores the winner keeps, and what costs nothing keeps."""
+    found = []
+    for name in ("winner", "baseline", "uniform"):
+        values = [value for share in shares if (value := getattr(share, name)) is not None]
+        if values:
+            label = {"baseline": "best baseline", "uniform": "uniform average"}.get(name, name)
+            found.append(f"{label} {100 * sum(values) / len(values):.0f} %")
+    return f"of its specialist's score a task keeps, on average: {', '.join(found)}" if found else None
+
+
+def luck_line(luck: Luck | None) -> str | None:
+    """Return in one line what luck the best of the candidates may have had, and what became of the winner."""
+    if luck is None:
+        return None
+    seen = [("search", luck.search), ("select", luck.select), ("test", luck.test)]
+    course = ", ".join(f"{100 * value:.1f} on {split}" for split, value in seen if value is not None)
+    return (
+        f"luck: the best of {luck.candidates} candidates is expected to look {100 * luck.expected:.1f} "
+        f"points better than it is; the winner has {course}"
+    )
+
+
 def percent(share: float | None) -> str:
     """Return a share as a percentage for tables, without a sign on zero.
 
@@ -124,7 +149,7 @@ def _short(task: str, summary: Summary) -> str:
 def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     """Return the report as plain data for scripts (`report --json`)."""
     rows = summary.rows()
-    verdict, cost = summary.verdict(rows), summary.cost()
+    verdict, cost, luck = summary.verdict(rows), summary.cost(), summary.luck()
     return {
         "run": str(store.folder),
         "digest": store.digest(),
@@ -139,6 +164,21 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "high": 100 * verdict.test.high,
             "p": verdict.test.p,
         },
+        "claims": [
+            {
+                "task": claim.task,
+                "against": claim.role,
+                "rival": claim.rival,
+                "points": 100 * claim.test.estimate,
+                "low": 100 * claim.test.low,
+                "high": 100 * claim.test.high,
+                "p": claim.test.p,
+                "p_holm": claim.adjusted,
+            }
+            for claim in summary.claims(rows)
+        ],
+        "kept": [asdict(share) for share in summary.shares(rows)],
+        "luck": None if luck is None else asdict(luck),
         "rows": [
             {
                 "role": row.role,
@@ -182,6 +222,9 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         best=summary.best_unsearched(rows),
         verdict=summary.verdict(rows),
         weakest=summary.weakest(rows),
+        claims=_claim_table(summary, summary.claims(rows)),
+        shares=summary.shares(rows),
+        luck=summary.luck(),
         notes=summary.notes(),
         cost=summary.cost(),
         finalists=summary.finalists(),
@@ -199,6 +242,14 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
     draft.write_text(page, encoding="utf-8")
     draft.replace(out)
     return out
+
+
+def _claim_table(summary: Summary, claims: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
+    """Group claims by what they are about: the mean first, then task by task."""
+    found: dict[str | None, list[Claim]] = {}
+    for claim in claims:
+        found.setdefault(claim.task, []).append(claim)
+    return [("mean" if t is None else _short(t, summary), rows) for t, rows in found.items()]
 
 
 def _progress(summary: Summary) -> go.Figure | None:

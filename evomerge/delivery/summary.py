@@ -65,6 +65,48 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One comparison of the winner with another row on `test`.
+
+    task: None for the mean over the tasks, in normalised points; else of its raw scores. role: of the rival:
+    "best baseline", "specialist" or "parent". adjusted: p after Holm, over all claims of the run together.
+    """
+
+    task: str | None
+    role: str
+    rival: str
+    test: PairedTest
+    adjusted: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What the winner and two others keep of a specialist's raw score on its task; None where that is 0."""
+
+    task: str
+    specialist: str
+    score: float
+    winner: float | None
+    baseline: float | None
+    uniform: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Luck:
+    """How much of the winner's score on `search` was luck: expected beforehand, and seen afterwards.
+
+    expected: by how much the best of the candidates looks better than it is, in mean normalised score.
+    search, select, test: the winner's mean normalised score on each split.
+    """
+
+    candidates: int
+    expected: float
+    search: float
+    select: float | None
+    test: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Best and median mean normalised `search` score per generation, and where baselines stand there."""
 
@@ -111,6 +153,7 @@ class Summary:
         self.suite = suite
         self.parents = store.entries("base") + store.entries("parent")
         self.baselines = store.entries("baseline")
+        self.starts = store.entries("start")
         winners = store.entries("winner") if store.fact("stopped") else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
@@ -138,12 +181,13 @@ class Summary:
         return self._normalisers[split]
 
     def rows(self) -> list[Row]:
-        """Return the comparison table: base, parents, baselines, winner; only what is scored on `test`."""
+        """Return the comparison table, from base to winner; only what is scored on `test`."""
         normaliser = self.normaliser("test")
         if normaliser is None:
             return []
         labelled = [("base", self.parents[0])] + [("parent", p) for p in self.parents[1:]]
         labelled += [("baseline", b) for b in self.baselines]
+        labelled += [("start", start) for start in self.starts]
         labelled += [("winner", self.winner)] if self.winner else []
         rows = []
         for role, named in labelled:
@@ -177,7 +221,7 @@ class Summary:
 
         Choosing it on `test` favours the baselines: the winner was not chosen there.
         """
-        rivals = [row for row in rows if row.role != "winner"]
+        rivals = [row for row in rows if row.role not in ("winner", "start")]
         return max(rivals, key=lambda row: row.mean.estimate) if rivals else None
 
     def weakest(self, rows: Iterable[Row]) -> str | None:
@@ -202,6 +246,121 @@ class Summary:
             normaliser.items(ours), normaliser.items(theirs), normaliser.weights, seed=_SEED
         )
         return Verdict(rival=rival.name, test=test, items=sum(map(len, normaliser.items(ours))))
+
+    def claims(self, rows: Iterable[Row]) -> list[Claim]:
+        """Return all comparisons of the winner: with best baseline and parents, on the mean and task by task.
+
+        The first one is the verdict's. It was fixed before the run and its interval stands by itself; read
+        together with the others, the adjusted p counts.
+        """
+        rows = list(rows)
+        verdict, normaliser = self.verdict(rows), self.normaliser("test")
+        best, ours = self.best_unsearched(rows), self._tested(self._row_of(rows, "winner"))
+        if verdict is None or normaliser is None or best is None or ours is None:
+            return []
+        found: list[tuple[str | None, str, str, PairedTest]] = [
+            (None, "best baseline", best.name, verdict.test)
+        ]
+        parents = {row.name: row for row in rows if row.role == "parent"}
+        for parent in parents.values():
+            theirs = self._tested(parent)
+            if theirs is not None and parent is not best:
+                test = statistics.paired_difference(
+                    normaliser.items(ours), normaliser.items(theirs), normaliser.weights, seed=_SEED
+                )
+                found.append((None, "parent", parent.name, test))
+        for task in self.shown_tasks:
+            specialist = self._specialist(task, parents.values())
+            for role, rival in (("best baseline", best), ("specialist", specialist)):
+                theirs = self._tested(rival)
+                if rival is None or theirs is None or (role == "specialist" and rival is best):
+                    continue
+                pair = ours[task.task].metric, theirs[task.task].metric
+                found.append((task.task, role, rival.name, statistics.paired_items(*pair, seed=_SEED)))
+        adjusted = statistics.holm([test.p for *_, test in found])
+        return [
+            Claim(task=task, role=role, rival=rival, test=test, adjusted=p)
+            for (task, role, rival, test), p in zip(found, adjusted, strict=True)
+        ]
+
+    def shares(self, rows: Iterable[Row]) -> list[Share]:
+        """Return how much of every specialist's raw score the winner keeps, and what costs nothing keeps."""
+        rows = list(rows)
+        winner, best = self._row_of(rows, "winner"), self.best_unsearched(rows)
+        uniform = next((row for row in rows if row.name == "uniform average"), None)
+        parents = [row for row in rows if row.role == "parent"]
+        found = []
+        for task in self.shown_tasks if winner is not None else ():
+            specialist = self._specialist(task, parents)
+            if specialist is None:
+                continue
+            score = specialist.tasks[task.task].estimate
+            kept = [
+                None if row is None or score <= 0 else row.tasks[task.task].estimate / score
+                for row in (winner, best, uniform)
+            ]
+            found.append(
+                Share(
+                    task=task.task,
+                    specialist=specialist.name,
+                    score=score,
+                    winner=kept[0],
+                    baseline=kept[1],
+                    uniform=kept[2],
+                )
+            )
+        return found
+
+    def luck(self) -> Luck | None:
+        """Return how much of the winner's search score was to be expected from luck, and how much it lost.
+
+        Candidates that were scored on a part of the items only were far behind: they would win no draw.
+        """
+        normaliser = self.normaliser("search")
+        mine = None if self.winner is None else self.winner.recipe.hash
+        search = None if mine is None else self._mean(mine, "search")
+        if normaliser is None or mine is None or search is None:
+            return None
+        first: dict[str, int] = {}
+        asked = 0
+        for generation in self._store.generations():
+            asked += len(generation.recipes)
+            for recipe in generation.recipes:
+                first.setdefault(recipe, generation.number)
+        scored = [
+            (n, s) for r, n in first.items() if isinstance(s := self._store.result(r, "search"), Scores)
+        ]
+        most = max((s.items for _, s in scored), default=0)
+        whole = [(number, normaliser.items(s)) for number, s in scored if s.items == most]
+        if not whole:
+            return None
+        expected = statistics.expected_luck(
+            [np.stack(task) for task in zip(*(items for _, items in whole), strict=True)],
+            normaliser.weights,
+            np.array([number for number, _ in whole]),
+            seed=_SEED,
+        )
+        return Luck(
+            candidates=asked,
+            expected=expected,
+            search=search,
+            select=self._mean(mine, "select"),
+            test=self._mean(mine, "test"),
+        )
+
+    def _specialist(self, task: SuiteTask, parents: Iterable[Row]) -> Row | None:
+        """Return the parent the suite names for a task, else the best one on it."""
+        parents = list(parents)
+        named = [row for row in parents if row.name == task.specialist]
+        return max(named or parents, key=lambda row: row.tasks[task.task].estimate, default=None)
+
+    def _tested(self, row: Row | None) -> Scores | None:
+        scores = None if row is None else self._store.result(row.recipe, "test")
+        return scores if isinstance(scores, Scores) else None
+
+    @staticmethod
+    def _row_of(rows: Iterable[Row], role: str) -> Row | None:
+        return next((row for row in rows if row.role == role), None)
 
     def progress(self) -> Progress:
         """Return the search's course on the `search` split."""
@@ -268,7 +427,7 @@ class Summary:
         return complete, [*complete, *estimates]
 
     def finalists(self) -> list[Finalist]:
-        """Return the finalists in the order of their search loss, the optimizer's favourite last."""
+        """Return the finalists by their estimate, then their soup and the optimizer's favourite."""
         return [
             Finalist(
                 name=f.name,
@@ -286,7 +445,7 @@ class Summary:
             found.append(
                 f"{task}: its specialist is hardly better than the base; its share of the mean is noise"
             )
-        known = {named.recipe.hash for named in (*self.parents, *self.baselines)}
+        known = {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
         tested = set(self._store.timings("test")) - known
         if len(tested) > 1:
             found.append(

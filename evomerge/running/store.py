@@ -281,6 +281,13 @@ class RunStore:
                 (role, position, entry.name, entry.recipe.hash),
             )
 
+    def trim_entries(self, role: str, count: int) -> None:
+        """Forget the rows of a role from position `count` on: an earlier end of the run had more of them."""
+        query = "SELECT count(*) FROM entry WHERE role = ? AND position >= ?"
+        if self._db.execute(query, (role, count)).fetchone()[0]:
+            with self._writing() as db:
+                db.execute("DELETE FROM entry WHERE role = ? AND position >= ?", (role, count))
+
     # -- what the workers find --------------------------------------------------------------------
 
     def record_scores(self, recipe: Recipe, scores: Scores | Sequence[Scores], timing: Timing) -> None:

@@ -20,7 +20,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search import baselines, optimizers
+from evomerge.search import baselines, optimizers, selection
 from evomerge.search.baselines import Named
 from evomerge.search.genes import Genome, Space
 from evomerge.search.ledger import Ledger
@@ -63,6 +63,8 @@ class Journal(Protocol):
 
     def record_entry(self, role: str, position: int, entry: Named) -> None: ...
 
+    def trim_entries(self, role: str, count: int) -> None: ...
+
     def has_ask(self, generation: int) -> bool: ...
 
 
@@ -88,7 +90,8 @@ class SearchPlan:
     """Everything that determines the search: the same plan and seed end in the same winner.
 
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
-    finalists: how many of the best candidates are scored again on `select`.
+    finalists: how many of the best candidates are scored again on `select`, beside their soup and the
+        optimizer's favourite.
     """
 
     suite: Suite
@@ -127,7 +130,7 @@ class Search:
         objective = Objective(self._plan.objective, self._references("search", self._parents))
         hand_made = self._score_baselines(objective)
         found, favourite, stopped = self._evolve(objective, hand_made)
-        winner = self._select(found, favourite)
+        winner = self._select(found, favourite, objective)
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
         self._scorer.score([named.recipe for named, _ in hand_made], "test", "test of the baselines")
@@ -171,7 +174,7 @@ class Search:
 
     def _evolve(
         self, objective: Objective, hand_made: Sequence[tuple[Named, float]]
-    ) -> tuple[list[Candidate], Candidate | None, str]:
+    ) -> tuple[list[Candidate], Genome | None, str]:
         """Run generations until the budget or the optimizer says stop."""
         space, journal = self._plan.space, self._journal
         seed = np.random.SeedSequence(self._plan.seed).spawn(1)[0]
@@ -210,6 +213,13 @@ class Search:
             losses = raced.losses
             pace = ledger.charge(zip((r.hash for r in recipes), raced.blocks, strict=True)) / len(recipes)
             optimizer.tell(losses)
+            found += [
+                self._candidate(
+                    f"generation {generation}, candidate {i}", genomes[i], generation, result, objective
+                )
+                for i, result in enumerate(results)
+                if isinstance(result, Scores)
+            ]
             own += time.perf_counter() - started + self._scorer.seconds - book_keeping
             journal.record_tell(generation, losses, own)
             found += [
@@ -255,16 +265,48 @@ class Search:
                 "no candidate could be scored, so there is no winner",
                 fix="look at the failures (evomerge status RUN), then raise the budget and resume",
             )
-        chosen = finalists(found, self._plan.finalists) + ([favourite] if favourite else [])
-        objective = Objective(self._plan.objective, self._references("select", self._parents))
+        chosen = self._finalists(found, favourite, objective)
         for position, candidate in enumerate(chosen):
             named = Named(name=candidate.name, recipe=candidate.recipe)
             self._journal.record_entry("finalist", position, named)
+        self._journal.trim_entries("finalist", len(chosen))
+        again = Objective(self._plan.objective, self._references("select", self._parents))
         results = self._scorer.score([c.recipe for c in chosen], "select", "selection")
-        if not any(isinstance(result, Scores) for result in results):
+        scored = [(c, r) for c, r in zip(chosen, results, strict=True) if isinstance(r, Scores)]
+        if not scored:
             raise UserError(
                 "none of the finalists could be scored on `select`, so there is no winner",
                 fix="look at the failures (evomerge status RUN), then raise the budget and resume",
             )
-        winner = chosen[int(np.argmin(objective.losses(results)[:, 0]))]
-        return Named(name=winner.name, recipe=winner.recipe)
+        everyone = list(dict.fromkeys([*found, *chosen]))
+        believed = dict(zip(everyone, self._estimates(everyone), strict=True))
+        best = selection.winner(
+            np.array([believed[c] for c, _ in scored]),
+            again.losses([r for _, r in scored])[:, 0],
+            items=(scored[0][0].items, self._items(scored[0][1])),
+        )
+        return Named(name=scored[best][0].name, recipe=scored[best][0].recipe)
+
+    def _finalists(
+        self, found: Sequence[Candidate], favourite: Genome | None, objective: Objective
+    ) -> list[Candidate]:
+        """Return the candidates believed best, their soup and the optimizer's favourite, each once."""
+
+        def score(name: str, genome: Genome, generation: int) -> Candidate | None:
+            result = self._scorer.score([self._plan.space.decode(genome)], "search", name)[0]
+            if isinstance(result, Failure):
+                return None
+            return self._candidate(name, genome, generation, result, objective)
+
+        chosen = selection.finalists(found, self._plan.finalists, self._estimates(found))
+        extra = [
+            selection.greedy_soup(
+                chosen,
+                self._plan.space.coordinates,
+                lambda genome: score("soup of the finalists", genome, chosen[0].generation),
+            )
+        ]
+        if favourite is not None:
+            extra.append(score("mean of the search", favourite, found[-1].generation))
+        distinct = {c.recipe.hash: c for c in reversed([*chosen, *(e for e in extra if e is not None)])}
+        return list(reversed(distinct.values()))

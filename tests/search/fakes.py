@@ -87,6 +87,9 @@ class FakeJournal:
     def record_entry(self, role: str, position: int, entry: Named) -> None:
         self.entries.append((role, position, entry))
 
+    def trim_entries(self, role: str, count: int) -> None:
+        self.entries = [e for e in self.entries if e[0] != role or e[1] < count]
+
     def has_ask(self, generation: int) -> bool:
         return False
 
