@@ -24,7 +24,7 @@ from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
-from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors
 from evomerge.running.budget import Budget
 from evomerge.running.scorer import Observer, Scorer
@@ -43,7 +43,7 @@ class Prepared:
     """A run config found sound, with everything it names opened (headers only).
 
     fingerprints: model name -> hash of its config, headers, sizes and sampled weights. parameters:
-    number of the base model's weights.
+    number of the base model's weights. layers: the base model's.
     notes: what is worth knowing about the models, though nothing is wrong.
     """
 
@@ -54,6 +54,7 @@ class Prepared:
     worker: WorkerSpec
     fingerprints: dict[str, str]
     parameters: int
+    layers: int
     notes: tuple[str, ...]
 
     @property
@@ -67,7 +68,8 @@ def prepare(config: RunConfig) -> Prepared:
     from evomerge.merging.compatibility import check
     from evomerge.merging.source import open_sources
 
-    suite = Suite.load(config.suite)
+    suite = Suite.load(config.suite).weighted(config.objective.weights)
+    config.objective.check(suite)
     sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
     template = Recipe(
         models=config.locations,
@@ -105,6 +107,7 @@ def prepare(config: RunConfig) -> Prepared:
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
+        layers=len({layer_of(name) for name in headers} - {None}),
         notes=notes,
     )
 
@@ -172,7 +175,8 @@ def probe(prepared: Prepared) -> Probe:
         parents = len(sources) + 1
         hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
         work = (searched + parents + hand_made + len(sources)) * seconds["search"]
-        work += (config.finalists + 1 + parents) * seconds["select"]
+        again = hand_made if config.objective.several else 0
+        work += (config.finalists + 1 + parents + again) * seconds["select"]
         work += (parents + hand_made + 2) * seconds["test"]
         estimate = work / workers
     return Probe(items=items, seconds=seconds, workers=workers, estimate=estimate)
@@ -207,6 +211,7 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                     objective=prepared.config.objective,
                     finalists=prepared.config.finalists,
                     seed=prepared.config.seed,
+                    layers=prepared.layers,
                 ),
                 scorer=Scorer(store, executor, observer),
                 journal=store,

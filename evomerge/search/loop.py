@@ -20,7 +20,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search import baselines, optimizers
+from evomerge.search import baselines, optimizers, pareto
 from evomerge.search.baselines import Named
 from evomerge.search.genes import Genome, Space
 from evomerge.search.objective import Objective, ObjectiveSpec
@@ -58,6 +58,10 @@ class Journal(Protocol):
 
     def has_ask(self, generation: int) -> bool: ...
 
+    def record_front(
+        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None: ...
+
 
 class Budget(Protocol):
     """Says when to stop asking."""
@@ -79,6 +83,7 @@ class SearchPlan:
 
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
     finalists: how many of the best candidates are scored again on `select`.
+    layers: of the base model, which recipes of another depth are measured by.
     """
 
     suite: Suite
@@ -89,6 +94,7 @@ class SearchPlan:
     objective: ObjectiveSpec
     finalists: int
     seed: int
+    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +119,14 @@ class Search:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
         for position, parent in enumerate(self._parents):
             self._journal.record_entry("parent" if position else "base", max(position - 1, 0), parent)
-        objective = Objective(self._plan.objective, self._references("search", self._parents))
+        objective = self._objective("search")
         hand_made = self._score_baselines(objective)
-        found, favourite, stopped = self._evolve(objective, hand_made)
-        winner = self._select(found, favourite)
+        archive = self._archive(objective, hand_made) if objective.count > 1 else None
+        found, favourite, stopped = self._evolve(objective, hand_made, archive)
+        if archive is None:
+            winner = self._select(found, favourite)
+        else:
+            winner = self._select_on_front(archive, hand_made)
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
         self._scorer.score([named.recipe for named, _ in hand_made], "test", "test of the baselines")
@@ -127,6 +137,10 @@ class Search:
         scores = self._scorer.require(parents, split, "base and parents")
         by_name = {p.name: s for p, s in zip(parents[1:], scores[1:], strict=True)}
         return Normaliser(self._plan.suite, base=scores[0], parents=by_name)
+
+    def _objective(self, split: Split) -> Objective:
+        references = self._references(split, self._parents)
+        return Objective(self._plan.objective, references, layers=self._plan.layers)
 
     def _score_baselines(self, objective: Objective) -> list[tuple[Named, float]]:
         """Score the hand-made merges on `search`; return them with their losses."""
@@ -147,7 +161,8 @@ class Search:
         return list(zip(rows, losses, strict=True))
 
     def _losses(self, objective: Objective, recipes: Sequence[Recipe], phase: str) -> list[float]:
-        return [float(x) for x in objective.losses(self._scorer.score(recipes, "search", phase))[:, 0]]
+        results = self._scorer.score(recipes, "search", phase)
+        return [float(x) for x in objective.scalar_losses(results, recipes)]
 
     def _start(self, hand_made: Sequence[tuple[Named, float]]) -> Genome:
         """The genome of the best baseline the space can express, else the middle of the space."""
@@ -158,7 +173,10 @@ class Search:
         return np.full(self._plan.space.dimension, 0.5)
 
     def _evolve(
-        self, objective: Objective, hand_made: Sequence[tuple[Named, float]]
+        self,
+        objective: Objective,
+        hand_made: Sequence[tuple[Named, float]],
+        archive: pareto.Archive | None = None,
     ) -> tuple[list[Candidate], Candidate | None, str]:
         """Run generations until the budget or the optimizer says stop."""
         space, journal = self._plan.space, self._journal
@@ -182,7 +200,7 @@ class Search:
             own = time.perf_counter() - started
             results = self._scorer.score(recipes, "search", f"generation {generation}")
             started = time.perf_counter()
-            losses = objective.losses(results)
+            losses = objective.losses(results, recipes)
             optimizer.tell(losses)
             own += time.perf_counter() - started + self._scorer.seconds - book_keeping
             journal.record_tell(generation, losses, own)
@@ -193,6 +211,10 @@ class Search:
                 for i, recipe in enumerate(recipes)
                 if isinstance(results[i], Scores)
             ]
+            if archive is not None:
+                scored = [i for i, result in enumerate(results) if isinstance(result, Scores)]
+                archive.add(found[len(found) - len(scored) :], losses[scored])
+                journal.record_front(generation, archive.hypervolume, archive.reference, archive.recipes)
             best = max(best, *(objective.mean(r) for r in results if isinstance(r, Scores)), -np.inf)
             self._observer.generation_done(generation, len(recipes), best)
             generation, asked = generation + 1, asked + len(genomes)
@@ -201,23 +223,52 @@ class Search:
             favourite = Candidate(name="mean of the search", recipe=space.decode(genome), loss=np.inf)
         return found, favourite, stopped
 
+    def _archive(self, objective: Objective, hand_made: Sequence[tuple[Named, float]]) -> pareto.Archive:
+        """An empty front, measured from what was not searched."""
+        recipes = [named.recipe for named in (*self._parents, *(named for named, _ in hand_made))]
+        known = self._scorer.score(recipes, "search", "baselines")
+        return pareto.Archive(objective.reference_point(known, recipes))
+
+    def _select_on_front(self, archive: pareto.Archive, hand_made: Sequence[tuple[Named, float]]) -> Named:
+        """Score candidates that stand for the front on `select`, and return the knee there.
+
+        What was not searched is scored there too, so that the front can be seen beside it.
+        """
+        if not archive.members:
+            raise _no_winner("no candidate could be scored")
+        chosen = archive.finalists(self._plan.finalists)
+        objective = self._objective("select")
+        for position, candidate in enumerate(chosen):
+            named = Named(name=candidate.name, recipe=candidate.recipe)
+            self._journal.record_entry("finalist", position, named)
+        recipes = [candidate.recipe for candidate in chosen]
+        results = self._scorer.score(recipes, "select", "selection")
+        self._scorer.score([named.recipe for named, _ in hand_made], "select", "selection")
+        scored = [i for i, result in enumerate(results) if isinstance(result, Scores)]
+        if not scored:
+            raise _no_winner("none of the finalists could be scored on `select`")
+        winner = chosen[scored[pareto.knee(objective.losses(results, recipes)[scored])]]
+        return Named(name=winner.name, recipe=winner.recipe)
+
     def _select(self, found: Sequence[Candidate], favourite: Candidate | None) -> Named:
         """Score the best candidates again on items the search never saw, and return the best of them."""
         if not found:
-            raise UserError(
-                "no candidate could be scored, so there is no winner",
-                fix="look at the failures (evomerge status RUN), then raise the budget and resume",
-            )
+            raise _no_winner("no candidate could be scored")
         chosen = finalists(found, self._plan.finalists) + ([favourite] if favourite else [])
-        objective = Objective(self._plan.objective, self._references("select", self._parents))
+        objective = self._objective("select")
         for position, candidate in enumerate(chosen):
             named = Named(name=candidate.name, recipe=candidate.recipe)
             self._journal.record_entry("finalist", position, named)
         results = self._scorer.score([c.recipe for c in chosen], "select", "selection")
         if not any(isinstance(result, Scores) for result in results):
-            raise UserError(
-                "none of the finalists could be scored on `select`, so there is no winner",
-                fix="look at the failures (evomerge status RUN), then raise the budget and resume",
-            )
-        winner = chosen[int(np.argmin(objective.losses(results)[:, 0]))]
+            raise _no_winner("none of the finalists could be scored on `select`")
+        losses = objective.losses(results, [c.recipe for c in chosen])
+        winner = chosen[int(np.argmin(losses[:, 0]))]
         return Named(name=winner.name, recipe=winner.recipe)
+
+
+def _no_winner(reason: str) -> UserError:
+    return UserError(
+        f"{reason}, so there is no winner",
+        fix="look at the failures (evomerge status RUN), then raise the budget and resume",
+    )
