@@ -100,7 +100,7 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         """
         order: list[tuple[str, str]] = []  # lm-eval's own order: prompt and answer, as they are decoded
         ends: list[bool] = []
-        hook: Any = self.cache_hook  # type: ignore[has-type]  # as above
+        hook: Any = self.cache_hook  # type: ignore[has-type]
         self._ended = ends
         self.cache_hook = SimpleNamespace(
             add_partial=lambda _, request, answer: order.append((request[0], answer))
