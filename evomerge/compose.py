@@ -252,6 +252,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "fingerprints": prepared.fingerprints,
         "suite": prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
         "suite_digest": prepared.suite.digest(),
+        "layers": prepared.layers,
         "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
     }
 

@@ -150,6 +150,11 @@ class Objective:
         """Number of objectives."""
         return len(self._spec.several) or 1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the objectives."""
+        return self._spec.names
+
     def loss(self, scores: Scores, recipe: Recipe | None = None) -> float:
         """Return the one loss of a scored candidate: minus its mean score, plus the price of what is lost."""
         spec = self._spec

@@ -124,14 +124,14 @@ def candidate(number: int) -> Candidate:
 class Scatter:
     """Asks for points all over the square, always as many; needs losses of two objectives."""
 
-    def __init__(self, seed: np.random.SeedSequence) -> None:
-        self._generator = np.random.default_rng(seed)
+    def __init__(self, seed: np.random.SeedSequence, *, count: int = 10) -> None:
+        self._generator, self._count = np.random.default_rng(seed), count
 
     def ask(self) -> np.ndarray:
-        return self._generator.random((10, 2))
+        return self._generator.random((self._count, 2))
 
     def tell(self, losses: np.ndarray) -> None:
-        assert losses.shape == (10, 2)
+        assert losses.shape == (self._count, 2)
         assert np.isfinite(losses).all()
 
     def stop_reason(self) -> str | None:
