@@ -287,7 +287,11 @@ def export(
     run: Run,
     out: OutAs,
     pick: Annotated[
-        str, typer.Option(help="winner, best-baseline, a row of the report, or the start of a recipe hash.")
+        str,
+        typer.Option(
+            help="winner, best-baseline, knee, best:TASK, weights:TASK=0.7,OTHER=0.3, a row of the report, "
+            "or the start of a recipe hash."
+        ),
     ] = "winner",
     form: As = "model",
     rank: Rank = None,

@@ -24,7 +24,7 @@ from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
-from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors
 from evomerge.running.budget import Budget
 from evomerge.running.scorer import Observer, Scorer
@@ -46,7 +46,7 @@ class Prepared:
     """A run config found sound, with everything it names opened (headers only).
 
     fingerprints: model name -> hash of its config, headers, sizes and sampled weights. parameters:
-    number of the base model's weights. optimizer: its name and why it was picked.
+    number of the base model's weights. layers: the base model's. optimizer: its name and why it was picked.
     notes: what is worth knowing about the models, though nothing is wrong.
     """
 
@@ -57,6 +57,7 @@ class Prepared:
     worker: WorkerSpec
     fingerprints: dict[str, str]
     parameters: int
+    layers: int
     optimizer: str
     notes: tuple[str, ...]
 
@@ -71,7 +72,8 @@ def prepare(config: RunConfig) -> Prepared:
     from evomerge.merging.compatibility import check
     from evomerge.merging.source import open_sources
 
-    suite = Suite.load(config.suite)
+    suite = Suite.load(config.suite).weighted(config.objective.weights)
+    config.objective.check(suite)
     sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
     template = Recipe(
         models=config.locations,
@@ -113,6 +115,7 @@ def prepare(config: RunConfig) -> Prepared:
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
         optimizer=optimizers.choose(config.optimizer, space.coordinates)[1],
+        layers=len({layer_of(name) for name in headers} - {None}),
         notes=notes,
     )
 
@@ -180,8 +183,9 @@ def probe(prepared: Prepared) -> Probe:
         parents = len(sources) + 1
         hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
         work = (searched + parents + hand_made + len(sources)) * seconds["search"]
+        again = hand_made if config.objective.several else 0
         work += config.finalists * seconds["search"]  # their soup, and the optimizer's favourite
-        work += (config.finalists + 2 + parents) * seconds["select"]
+        work += (config.finalists + 2 + parents + again) * seconds["select"]
         work += (parents + hand_made + 2) * seconds["test"]
         estimate = work / workers
     return Probe(items=items, seconds=seconds, workers=workers, estimate=estimate)
@@ -233,6 +237,7 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                     racing=prepared.config.racing,
                     finalists=prepared.config.finalists,
                     seed=prepared.config.seed,
+                    layers=prepared.layers,
                 ),
                 scorer=Scorer(store, executor, observer),
                 journal=store,
@@ -275,6 +280,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "suite": prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
         "suite_digest": prepared.suite.digest(),
         "optimizer": prepared.optimizer,
+        "layers": prepared.layers,
         "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
     }
 

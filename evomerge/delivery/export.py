@@ -16,6 +16,7 @@ import jinja2
 from rich.table import Table
 
 from evomerge import compose
+from evomerge.delivery import objectives
 from evomerge.delivery.report import kept_line, percent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
@@ -42,7 +43,8 @@ class Exported:
 def export(store: RunStore, summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
     """Write one recipe of a run as a Hugging Face model folder.
 
-    pick: "winner", "best-baseline", the name of a row of the report, or the start of a recipe hash.
+    pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
+        of the report, or the start of a recipe hash.
     Raises StoreError where there is no such recipe, DiskError where `out` has files or no room.
     """
     chosen = find(store, summary, pick)
@@ -174,13 +176,16 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
         return named[best.name]
     if pick in named:
         return named[pick]
+    if pick == "knee" or pick.startswith(("best:", "weights:")):
+        return objectives.picked(store, summary, pick)
     if len(pick) >= 6 and set(pick) <= set("0123456789abcdef"):
         recipe = store.recipe(pick)
         return Named(name=f"recipe {recipe.hash[:12]}", recipe=recipe)
     raise ConfigError(
         f"nothing in this run is called {pick!r}",
-        expected="winner, best-baseline, a row of the report, or 6 or more digits of a recipe hash",
-        fix=nearest(pick, ["winner", "best-baseline", *named]),
+        expected=f"winner, best-baseline, {', '.join(objectives.PICKS)}, a row of the report, "
+        "or 6 or more digits of a recipe hash",
+        fix=nearest(pick, ["winner", "best-baseline", "knee", *named]),
     )
 
 
@@ -195,7 +200,7 @@ def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAda
     environment.filters |= {"percent": percent}
     template = files("evomerge.delivery").joinpath("card.md.jinja").read_text(encoding="utf-8")
     shown = [row for row in rows if row.role in ("base", "parent")]
-    best = summary.best_unsearched(rows)
+    best, front = summary.best_unsearched(rows), objectives.front(store, summary)
     shown += [row for row in (best, mine) if row is not None and row not in shown]
     return environment.from_string(template).render(
         chosen=chosen,
@@ -208,6 +213,9 @@ def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAda
         verdict=summary.verdict(rows),
         weakest=summary.weakest(rows),
         kept=kept_line(summary.shares(rows)),
+        constraints=objectives.constraints(store, summary),
+        front=front,
+        place=next((p for p in front.searched if p.recipe == chosen.recipe.hash), None) if front else None,
         suite=summary.suite,
         seed=store.fact("config")["seed"],
         config=store.fact("config"),

@@ -18,6 +18,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from evomerge.delivery import front_plots, objectives
+from evomerge.delivery.objectives import Front
 from evomerge.delivery.summary import Claim, Luck, Row, Share, Summary
 from evomerge.evaluation.statistics import Interval
 from evomerge.merging.recipe import Recipe
@@ -35,6 +37,10 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
     parts: list[RenderableType] = []
     if rows:
         parts.append(_table(summary, rows, width))
+    front = objectives.front(store, summary)
+    if front is not None and front.generations:
+        parts += [_front(front)] if front.searched else []
+        parts.append(Text(front.sentence))
     verdict = summary.verdict(rows)
     if verdict is not None:
         parts.append(Text(verdict.sentence, style="bold green" if verdict.helped else "bold yellow"))
@@ -100,6 +106,27 @@ def _table(summary: Summary, rows: Sequence[Row], width: int) -> Table:
     return table
 
 
+def _front(front: Front) -> Table:
+    table = Table(
+        title="the front on `select`",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="* the winner: the knee; - dominated there. Others: evomerge export --pick best:TASK, RECIPE",
+        caption_justify="left",
+    )
+    table.add_column("candidate", overflow="fold")
+    table.add_column("recipe", no_wrap=True)
+    for name in front.objectives:
+        table.add_column(objectives.axis(name), justify="right", overflow="fold")
+    for point in front.searched:
+        mark = " *" if point.role == "winner" else "" if point.on_front else " -"
+        values = [percent(value) for value in point.values]
+        style = "bold" if point.role == "winner" else "" if point.on_front else "dim"
+        table.add_row(point.name + mark, point.recipe[:8], *values, style=style)
+    return table
+
+
 def _ends(row: Row, rows: Sequence[Row]) -> bool:
     after = rows[rows.index(row) + 1 :]
     return bool(after) and after[0].role != row.role and row.role != "base"
@@ -150,6 +177,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     """Return the report as plain data for scripts (`report --json`)."""
     rows = summary.rows()
     verdict, cost, luck = summary.verdict(rows), summary.cost(), summary.luck()
+    front = objectives.front(store, summary)
     return {
         "run": str(store.folder),
         "digest": store.digest(),
@@ -199,6 +227,8 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "overhead": cost.overhead,
         },
         "notes": summary.notes(),
+        "front": None if front is None else front.as_data(),
+        "constraints": objectives.constraints(store, summary),
         "failures": [
             {"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()
         ],
@@ -211,11 +241,15 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
     template = files("evomerge.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": percent}
+    front = objectives.front(store, summary)
     figures = {
         "progress": _progress(summary),
         "tasks": _tasks(summary, rows),
         "genome": _genome(summary.winner),
     }
+    if front is not None:
+        figures["front"] = _dressed(front_plots.front_figure(front))
+        figures["hypervolume"] = _dressed(front_plots.hypervolume_figure(front))
     page = environment.from_string(template).render(
         summary=summary,
         rows=rows,
@@ -228,6 +262,8 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         notes=summary.notes(),
         cost=summary.cost(),
         finalists=summary.finalists(),
+        front=front,
+        axes=[objectives.axis(name) for name in front.objectives] if front else [],
         failures=store.failures(),
         tasks=[(t.task, _short(t.task, summary)) for t in summary.shown_tasks],
         config=json.dumps(store.fact("config"), indent=2),
@@ -362,6 +398,15 @@ def _group_name(recipe: Recipe, index: int) -> str:
     place = group.label().split("|")[0]
     earlier = any(g.layers == group.layers and g.match for g in recipe.groups[:index])
     return f"{place} rest" if not group.match and earlier else place
+
+
+def _dressed(figure: go.Figure | None) -> go.Figure | None:
+    """The page's style, with the figure's own titles and height."""
+    if figure is None:
+        return None
+    own = figure.layout
+    height, x, y = own.height, own.xaxis.title.text or "", own.yaxis.title.text or ""
+    return _styled(figure, x=x, y=y).update_layout(height=height)
 
 
 def _styled(figure: go.Figure, *, x: str, y: str) -> go.Figure:

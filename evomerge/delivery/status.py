@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
 from evomerge.running.store import RunStore
 
@@ -13,7 +14,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     generations = store.generations()
     told = [g for g in generations if g.losses is not None]
     progress, failures = summary.progress(), store.failures()
-    verdict = summary.verdict(summary.rows())
+    verdict, front = summary.verdict(summary.rows()), objectives.front(store, summary)
     return {
         "run": str(store.folder),
         "state": "finished" if store.fact("stopped") else "running" if store.held() else "stopped",
@@ -30,6 +31,8 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "last_failure": failures[-1][2].reason if failures else None,
         "winner": summary.winner.recipe.hash if summary.winner else None,
         "verdict": verdict.sentence if verdict else None,
+        "front": front.as_data() | {"sentence": front.sentence} if front else None,
+        "constraints": objectives.constraints(store, summary),
     }
 
 
@@ -48,8 +51,12 @@ def text(data: dict[str, Any]) -> str:
         lines.append(f"  best baseline on search: {points:.1f} points ({data['best_baseline']})")
     if data["failures"]:
         lines.append(f"  {data['failures']} failed, the last: {data['last_failure']}")
+    if data["front"]:
+        lines.append(f"  {data['front']['sentence']}")
     if data["verdict"]:
         lines.append(f"  {data['verdict']}")
+    if data["constraints"]:
+        lines.append(f"  {data['constraints']}")
     if data["state"] == "stopped":
         lines.append(f"  go on with: evomerge resume {data['run']}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evomerge.delivery import objectives
 from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
@@ -440,7 +441,7 @@ class Summary:
 
     def notes(self) -> list[str]:
         """Return what a reader must know to read the table right, one sentence each."""
-        found, normaliser = [], self.normaliser("test")
+        found, normaliser = objectives.notes(self._store, self), self.normaliser("test")
         for task in normaliser.floored if normaliser is not None else ():
             found.append(
                 f"{task}: its specialist is hardly better than the base; its share of the mean is noise"

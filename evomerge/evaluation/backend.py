@@ -50,6 +50,7 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                 max_length=max_length,
             )
         self.forward_seconds = 0.0
+        self._ended: list[bool] | None = None
 
     def attach(self, model: Any) -> None:
         """Make `model` the live one, in evaluation mode."""
@@ -92,6 +93,31 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
         return answers
 
+    def generate_to_the_end(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
+        """Generate, and say of each answer whether it ended by itself, before its length limit.
+
+        Raises what `generate` does.
+        """
+        order: list[tuple[str, str]] = []  # lm-eval's own order: prompt and answer, as they are decoded
+        ends: list[bool] = []
+        hook: Any = self.cache_hook  # type: ignore[has-type]
+        self._ended = ends
+        self.cache_hook = SimpleNamespace(
+            add_partial=lambda _, request, answer: order.append((request[0], answer))
+        )
+        try:
+            answers = self.generate(instances)
+        finally:
+            self.cache_hook, self._ended = hook, None
+        ended: dict[tuple[str, str], list[bool]] = {}
+        for key, end in zip(order, ends, strict=True):
+            ended.setdefault(key, []).append(end)
+        prompts = [instance.args[0] for instance in instances]
+        return [
+            (answer, ended[key].pop(0))
+            for answer, key in zip(answers, zip(prompts, answers, strict=True), strict=True)
+        ]
+
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         check = _FiniteLogits()
         start = time.perf_counter()
@@ -105,6 +131,9 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         self.forward_seconds += time.perf_counter() - start
         if check.broken is not None and bool(check.broken):
             raise NonFiniteScores("the model's logits are not finite", got="NaN while generating")
+        if self._ended is not None:
+            for row in tokens[:, context.shape[1] :].tolist():
+                self._ended.append(self.eot_token_id in row or any(s in self.tok_decode(row) for s in stop))
         return tokens
 
 

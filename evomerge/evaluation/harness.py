@@ -26,6 +26,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation.backend import Backend, Pair, compiled_templates
+from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.likelihood import Likelihoods, Plan, plan
 from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
 from evomerge.evaluation.suite import Suite
@@ -366,6 +367,8 @@ def _generated(task: TaskItems, backend: Backend) -> TaskScores:
     flat = [instance for group in task.groups for instance in group]
     kind = flat[0].request_type
     repeated = [instance for instance in flat for _ in range(instance.repeats or 1)]
+    if task.builder.spec.role == "coherence":
+        return _coherent(task, repeated, backend)
     answers: Sequence[Any]
     if kind == "generate_until":
         answers = backend.generate(repeated)
@@ -376,6 +379,15 @@ def _generated(task: TaskItems, backend: Backend) -> TaskScores:
     for instance, answer in zip(repeated, answers, strict=True):
         instance.resps.append(answer)
     return TaskScores(task=task.name, metric=_metric(task))
+
+
+def _coherent(task: TaskItems, requests: Sequence[Any], backend: Backend) -> TaskScores:
+    """Score generations by their form alone: the mean coherence of an item's answers."""
+    found: dict[int, list[float]] = {}
+    for request, (answer, ended) in zip(requests, backend.generate_to_the_end(requests), strict=True):
+        tokens = backend.tok_encode(answer, add_special_tokens=False)
+        found.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
+    return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in found.values()]))
 
 
 def _metric(task: TaskItems) -> Array:

@@ -78,6 +78,11 @@ class Normaliser:
         self._retention = [
             (spec, base[spec.task].mean) for spec in present if spec.role == "retention" and spec.counted
         ]
+        self._coherence = [
+            (spec, max(base[spec.task].mean, HEADROOM_FLOOR))
+            for spec in present
+            if spec.role == "coherence" and spec.counted
+        ]
         total = math.fsum(spec.weight for spec in self._counted)
         self.weights = read_only([spec.weight / total for spec in self._counted])
         """(tasks,) shares of the tasks in the mean, summing to 1; in the order of `items`."""
@@ -85,6 +90,8 @@ class Normaliser:
         for spec in skills:
             reference = _reference(spec, parents)
             self._scales[spec.task] = _scales(base[spec.task], reference)
+        self.counted = tuple(spec.task for spec in self._counted)
+        """The skill tasks of the mean."""
         self.floored = tuple(
             s.task for s in self._counted if self._scales[s.task][0].headroom <= HEADROOM_FLOOR
         )
@@ -99,6 +106,7 @@ class Normaliser:
         moved = copy.copy(self)
         moved.blocks = base.blocks
         moved._retention = [(spec, base[spec.task].mean) for spec, _ in self._retention]
+        moved._coherence = [(spec, max(base[spec.task].mean, HEADROOM_FLOOR)) for spec, _ in self._coherence]
         moved._scales = {
             name: (
                 replace(scale, zero=base[name].mean),
@@ -147,18 +155,22 @@ class Normaliser:
         tasks = self.task(scores)
         return self._weighted([tasks[spec.task] for spec in self._counted])
 
+    def smooth_task(self, scores: Scores) -> dict[str, float]:
+        """Return what `task` does, of the smooth companions; of the metric where a task has none."""
+        self._check(scores)
+        values = {}
+        for name, (scale, smooth_scale) in self._scales.items():
+            found = scores[name]
+            if smooth_scale is None or found.smooth is None:
+                values[name] = scale(found.mean)
+            else:
+                values[name] = smooth_scale(float(found.smooth.mean()))
+        return values
+
     def smooth_mean(self, scores: Scores) -> float:
         """Return the same mean of the smooth companions; of the metric where a task has none."""
-        self._check(scores)
-        values = []
-        for spec in self._counted:
-            found = scores[spec.task]
-            scale, smooth_scale = self._scales[spec.task]
-            if smooth_scale is None or found.smooth is None:
-                values.append(scale(found.mean))
-            else:
-                values.append(smooth_scale(float(found.smooth.mean())))
-        return self._weighted(values)
+        tasks = self.smooth_task(scores)
+        return self._weighted([tasks[spec.task] for spec in self._counted])
 
     def retention(self, scores: Scores) -> float | None:
         """Return how well the model keeps what the base could: exp of the difference in mean log-likelihood.
@@ -177,6 +189,19 @@ class Normaliser:
             )
             / total
         )
+
+    def coherence(self, scores: Scores) -> float | None:
+        """Return the coherence of the model's free generations relative to the base's.
+
+        1 is as coherent as the base, less is worse; averaged by weight over the coherence tasks, None if
+        there are none.
+        """
+        self._check(scores)
+        if not self._coherence:
+            return None
+        total = math.fsum(spec.weight for spec, _ in self._coherence)
+        shares = (spec.weight * scores[spec.task].mean / base_mean for spec, base_mean in self._coherence)
+        return math.fsum(shares) / total
 
     def items(self, scores: Scores) -> list[Array]:
         """Return each counted skill task's normalised items; with `weights`, what the statistics take.

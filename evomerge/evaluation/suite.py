@@ -11,7 +11,7 @@ A suite file::
     tasks:
       - task: demo_add                # the lm-eval task
         metric: acc                   # one of the task's per-item metrics; "metric,filter" picks a filter
-        role: skill                   # skill (default) or retention
+        role: skill                   # skill (default), retention or coherence
         weight: 1                     # in the mean over skills; 0 = shown, not counted
         specialist: add               # the source that masters it; default: the best parent
         splits: {search: search, select: select, test: test}
@@ -30,12 +30,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.schema import Strict, find_preset, load_yaml, parse
 
 LOGLIKELIHOOD = "loglikelihood"
 """The one metric of likelihood (rolling) tasks: mean log-likelihood per token, in nats."""
+
+COHERENCE = "coherence"
+"""The one metric of coherence tasks: see `evomerge.evaluation.coherence`."""
+
+_OWN_METRIC = {"retention": LOGLIKELIHOOD, "coherence": COHERENCE}
 
 _NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
 
@@ -88,16 +93,16 @@ class SuiteTask(Strict):
 
     task: str = Field(min_length=1)
     metric: str = Field(min_length=1)
-    role: Literal["skill", "retention"] = "skill"
+    role: Literal["skill", "retention", "coherence"] = "skill"
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     specialist: str | None = None
     splits: Splits
 
     @model_validator(mode="before")
     @classmethod
-    def _retention_metric(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("role") == "retention":
-            return {"metric": LOGLIKELIHOOD, **data}
+    def _own_metric(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and (metric := _OWN_METRIC.get(str(data.get("role")))):
+            return {"metric": metric, **data}
         return data
 
     @model_validator(mode="after")
@@ -106,13 +111,15 @@ class SuiteTask(Strict):
             raise ValueError(
                 f"a retention task is measured by {LOGLIKELIHOOD!r} (nats per token), not by {self.metric!r}"
             )
-        if self.role == "retention" and self.specialist is not None:
-            raise ValueError("a retention task is compared with the base model; it has no specialist")
+        if self.role == "coherence" and self.metric.partition(",")[0] != COHERENCE:
+            raise ValueError(f"a coherence task is measured by {COHERENCE!r}, not by {self.metric!r}")
+        if self.role != "skill" and self.specialist is not None:
+            raise ValueError(f"a {self.role} task is compared with the base model; it has no specialist")
         return self
 
     @property
     def counted(self) -> bool:
-        """Say whether the task counts: in the mean (skill) or in the retention; otherwise it is only shown.
+        """Say whether the task counts: in the mean, the retention or the coherence; else it is only shown.
 
         A task without search items never counts, whatever its weight: what is searched for and what is
         judged are the same mean.
@@ -165,6 +172,20 @@ class Suite(Strict):
                 )
             data = {**data, "tasks_dir": tasks_dir}
         return parse(cls, data, where)
+
+    def weighted(self, weights: Mapping[str, float]) -> Suite:
+        """Return the suite with the weights of some of its tasks replaced.
+
+        Raises:
+            ConfigError: there is no such task, or nothing would be left to search for.
+        """
+        if unknown := [name for name in weights if name not in {task.task for task in self.tasks}]:
+            raise ConfigError(
+                f"suite {self.name!r} has no task {unknown[0]!r} to weigh",
+                fix=nearest(unknown[0], [task.task for task in self.tasks]),
+            )
+        tasks = [task.model_dump() | {"weight": weights.get(task.task, task.weight)} for task in self.tasks]
+        return parse(Suite, self.model_dump() | {"tasks": tasks}, f"suite {self.name!r}, weighed anew")
 
     def digest(self) -> str:
         """Return a sha256 over everything that decides what is scored.

@@ -24,7 +24,7 @@ from lm_eval.api.task import ConfigurableTask
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.backend import compiled_templates, quiet
 from evomerge.evaluation.scores import SPLITS, Split
-from evomerge.evaluation.suite import LOGLIKELIHOOD, Suite, SuiteTask
+from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
 
 FEWSHOT_SEED = 1234
 """Seed of the few-shot examples; lm-eval's own default, so that its prompts are reproduced."""
@@ -200,6 +200,12 @@ class TaskBuilder:
                 expected="a task with output_type: loglikelihood_rolling",
                 got=f"output_type: {self.output_type}",
             )
+        if self.spec.role == "coherence" and self.output_type != "generate_until":
+            raise ConfigError(
+                f"task {self.spec.task!r} can't measure coherence",
+                expected="a task with output_type: generate_until",
+                got=f"output_type: {self.output_type}",
+            )
         view = self._view("test", self.documents["test"][:_SAMPLE])
         self.sample = tuple(view.instances)
         first = [instance for instance in view.instances if instance.doc_id == 0]
@@ -214,6 +220,8 @@ class TaskBuilder:
                     f"task {self.spec.task!r} has no filter {chosen!r}", fix=nearest(chosen, filters)
                 )
             key = chosen or filters[0]
+            if self.spec.role == "coherence":
+                return COHERENCE, key
             found = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
         except ConfigError:
             raise

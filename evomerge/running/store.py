@@ -34,7 +34,7 @@ from evomerge.search.baselines import Named
 FILE = "run.sqlite"
 BASE = "base"
 """The name the base model has in every recipe and table."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x65766F6D  # "evom"
 
 _SCHEMA = """
@@ -47,6 +47,8 @@ CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
     PRIMARY KEY (generation, position)) WITHOUT ROWID;
 CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL,
     at REAL NOT NULL);
+CREATE TABLE front (generation INTEGER PRIMARY KEY, hypervolume REAL NOT NULL, reference TEXT NOT NULL,
+    recipes TEXT NOT NULL);
 CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, task TEXT,
     position INTEGER NOT NULL, metric BLOB NOT NULL, smooth BLOB, margin BLOB,
     PRIMARY KEY (recipe, split, block, task));
@@ -82,6 +84,16 @@ class Generation:
     genomes: NDArray[np.float64]
     losses: NDArray[np.float64] | None
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFront:
+    """The recipes (hashes) nothing dominated after a generation, and what they cover up to `reference`."""
+
+    generation: int
+    hypervolume: float
+    reference: tuple[float, ...]
+    recipes: tuple[str, ...]
 
 
 class RunStore:
@@ -269,6 +281,23 @@ class RunStore:
         with self._writing() as db:
             db.execute("INSERT INTO tell VALUES (?, ?, ?, ?)", (generation, blob, seconds, time.time()))
 
+    def record_front(
+        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None:
+        """Store the Pareto front after a generation, or check it against the stored one.
+
+        reference: (objectives,) the corner up to which the hypervolume counts.
+        """
+        row = (hypervolume, _json(reference.tolist()), _json([recipe.hash for recipe in recipes]))
+        query = "SELECT hypervolume, reference, recipes FROM front WHERE generation = ?"
+        stored = self._db.execute(query, (generation,)).fetchone()
+        if stored is not None:
+            if stored != row:
+                raise self._diverged(f"the front of generation {generation}")
+            return
+        with self._writing() as db:
+            db.execute("INSERT INTO front VALUES (?, ?, ?, ?)", (generation, *row))
+
     def record_entry(self, role: str, position: int, entry: Named) -> None:
         """Store a named row: role "base", "parent", "baseline", "finalist" or "winner"."""
         query = "SELECT name, recipe FROM entry WHERE role = ? AND position = ?"
@@ -402,6 +431,19 @@ class RunStore:
             for number, rows in asks.items()
         ]
 
+    def fronts(self) -> list[StoredFront]:
+        """Return the Pareto front after each generation, in order; empty for runs with one objective."""
+        query = "SELECT generation, hypervolume, reference, recipes FROM front ORDER BY generation"
+        return [
+            StoredFront(
+                generation=number,
+                hypervolume=volume,
+                reference=tuple(json.loads(reference)),
+                recipes=tuple(json.loads(recipes)),
+            )
+            for number, volume, reference, recipes in self._db.execute(query)
+        ]
+
     def failures(self) -> list[tuple[str, Split, Failure]]:
         """Return (recipe hash, split, failure) of everything that failed, oldest first."""
         query = "SELECT recipe, split, kind, reason FROM failure ORDER BY at"
@@ -432,6 +474,7 @@ class RunStore:
             "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",
             "SELECT generation, losses FROM tell ORDER BY generation",
+            "SELECT generation, hypervolume, reference, recipes FROM front ORDER BY generation",
             "SELECT recipe, split, kind, reason FROM failure ORDER BY recipe, split",
         ):
             for row in self._db.execute(query):

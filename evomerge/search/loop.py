@@ -67,6 +67,10 @@ class Journal(Protocol):
 
     def has_ask(self, generation: int) -> bool: ...
 
+    def record_front(
+        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None: ...
+
 
 class Budget(Protocol):
     """Says when to stop asking."""
@@ -127,7 +131,7 @@ class Search:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
         for position, parent in enumerate(self._parents):
             self._journal.record_entry("parent" if position else "base", max(position - 1, 0), parent)
-        objective = Objective(self._plan.objective, self._references("search", self._parents))
+        objective = self._objective("search")
         hand_made = self._score_baselines(objective)
         found, favourite, stopped = self._evolve(objective, hand_made)
         winner = self._select(found, favourite, objective)
@@ -141,6 +145,10 @@ class Search:
         scores = self._scorer.require(parents, split, "base and parents")
         by_name = {p.name: s for p, s in zip(parents[1:], scores[1:], strict=True)}
         return Normaliser(self._plan.suite, base=scores[0], parents=by_name)
+
+    def _objective(self, split: Split) -> Objective:
+        references = self._references(split, self._parents)
+        return Objective(self._plan.objective, references, layers=self._plan.layers)
 
     def _score_baselines(self, objective: Objective) -> list[tuple[Named, float]]:
         """Score the hand-made merges on `search`; return them with their losses."""
@@ -161,7 +169,8 @@ class Search:
         return list(zip(rows, losses, strict=True))
 
     def _losses(self, objective: Objective, recipes: Sequence[Recipe], phase: str) -> list[float]:
-        return [float(x) for x in objective.losses(self._scorer.score(recipes, "search", phase))[:, 0]]
+        results = self._scorer.score(recipes, "search", phase)
+        return [float(x) for x in objective.scalar_losses(results, recipes)]
 
     def _starts(self, hand_made: Sequence[tuple[Named, float]]) -> list[Genome]:
         """The different genomes of the baselines the space can express, best first, else its middle."""

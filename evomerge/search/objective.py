@@ -1,19 +1,52 @@
-"""The objective: Scores on the `search` split become one loss per candidate, lower is better."""
+"""The objective: Scores on one split become the losses of a candidate, lower is better.
+
+One scale everywhere: 0 is the base, -1 a specialist, so a loss is minus what was gained on the way from
+one to the other. What can only be lost (retention, coherence) starts at 0; at 1 all of it is gone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.recipe import Recipe
 from evomerge.schema import Strict
 
 FAILURE_MARGIN = 1.0
 """How much worse than the worst finite loss a failed candidate is: one whole specialist."""
+
+INFEASIBLE = 1.0
+"""The loss at the border of what constraints allow; see `Objective.losses`."""
+
+READY_MADE = ("mean", "retention", "coherence", "depth")
+"""The objectives that are not a task's name."""
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class ConstraintsSpec(Strict):
+    """What a candidate must not fall below.
+
+    tasks: share of its specialist, the normalised score (0 is the base, 1 the specialist), that every
+        task of the mean must reach; or a share for each task named. retention, coherence: relative to
+        the base.
+    """
+
+    tasks: float | dict[str, float] | None = None
+    retention: float | None = Field(default=None, gt=0)
+    coherence: float | None = Field(default=None, gt=0)
+
+    def __bool__(self) -> bool:
+        return self.tasks is not None or self.retention is not None or self.coherence is not None
 
 
 class ObjectiveSpec(Strict):
@@ -21,32 +54,161 @@ class ObjectiveSpec(Strict):
 
     smooth: share, in [0, 1], of the continuous companion of the metrics (probability of the gold
         answer). Accuracies tie often and move in steps; the companion never does.
-    retention: loss per unit of the base model's general ability that is lost.
+    retention, coherence: loss per unit of the base model's general ability, or of the coherence of its
+        free generations, that is lost. depth: loss for every layer more, in units of the base's number
+        of layers; layers saved are a gain.
+    weights: replaces the suite's task weights, in the search, the selection and the verdict alike.
+    several: two or more objectives instead of one: "mean", "retention", "coherence", "depth", a task, or
+        a weighted group of tasks {task: weight, ...}. The prices above don't enter them.
+    constraints: what no candidate may fall below; one that does ranks behind all that don't.
     """
 
     smooth: float = Field(default=0.3, ge=0, le=1)
     retention: float = Field(default=0.2, ge=0)
+    coherence: float = Field(default=0.2, ge=0)
+    depth: float = Field(default=0.0, ge=0)
+    weights: dict[str, Weight] = Field(default={})
+    several: tuple[str | dict[str, Weight], ...] = ()
+    constraints: ConstraintsSpec = Field(default_factory=ConstraintsSpec)
+
+    @field_validator("several")
+    @classmethod
+    def _at_least_two(cls, several: tuple[str | dict[str, float], ...]) -> tuple[str | dict[str, float], ...]:
+        names = [label(each) for each in several]
+        if len(names) == 1:
+            raise ValueError("one objective is not several; for a mean of your own use `weights`")
+        if len(set(names)) < len(names):
+            raise ValueError("the same objective stands twice")
+        if any(isinstance(each, dict) and not sum(each.values()) for each in several):
+            raise ValueError("a group of tasks needs a weight above 0")
+        return several
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives' names, in the order of the losses; ("loss",) where there is only one."""
+        return tuple(label(each) for each in self.several) or ("loss",)
+
+    def check(self, suite: Suite) -> None:
+        """Check that the suite has what the objective names.
+
+        Raises:
+            ConfigError: a task is unknown or has no search items, or no task measures what is wanted.
+        """
+        skills = [task.task for task in suite.of("search") if task.role == "skill"]
+        named = [task for each in self.several for task in ([each] if isinstance(each, str) else each)]
+        limits = self.constraints
+        limited = list(limits.tasks) if isinstance(limits.tasks, Mapping) else []
+        for where, tasks in (("several", named), ("constraints.tasks", limited)):
+            valid = [*skills, *(READY_MADE if where == "several" else ())]
+            for task in tasks:
+                if task not in valid:
+                    raise ConfigError(
+                        f"objective: {where}: {task!r} is no skill task of suite {suite.name!r} "
+                        "with search items",
+                        fix=nearest(task, valid),
+                    )
+        groups = [task for each in self.several if isinstance(each, dict) for task in each]
+        if wrong := [task for task in groups if task in READY_MADE and task not in skills]:
+            raise ConfigError(
+                f"objective: several: {wrong[0]!r} can't be part of a group of tasks",
+                fix="make it an objective of its own",
+            )
+        for role in ("retention", "coherence"):
+            wanted = role in named or getattr(limits, role) is not None
+            if wanted and not any(task.role == role and task.counted for task in suite.tasks):
+                raise ConfigError(
+                    f"objective: {role} is wanted, but no task of suite {suite.name!r} measures it",
+                    expected=f"a task with `role: {role}`, search items and a weight above 0",
+                    fix="add one to the suite",
+                )
+
+
+def label(objective: str | Mapping[str, float]) -> str:
+    """Return an objective's name in tables: a group's tasks with their weights.
+
+    >>> label("mean"), label({"add": 0.7, "sort": 0.3})
+    ('mean', '0.7 add + 0.3 sort')
+    """
+    if isinstance(objective, str):
+        return objective
+    return " + ".join(f"{weight:g} {task}" for task, weight in objective.items())
 
 
 class Objective:
-    """The loss of a candidate: minus its mean normalised score, plus a price for lost retention.
+    """The losses of candidates: one number each, or a vector for several objectives.
 
-    The unit is the same everywhere: 1 is the distance from the base to a specialist.
+    layers: of the base model, which `depth` is measured in; None where every recipe has as many.
     """
 
-    def __init__(self, spec: ObjectiveSpec, normaliser: Normaliser) -> None:
+    def __init__(self, spec: ObjectiveSpec, normaliser: Normaliser, *, layers: int | None = None) -> None:
         self._spec = spec
         self._normaliser = normaliser
+        self._layers = layers
 
-    def loss(self, scores: Scores) -> float:
-        """Return the loss of one scored candidate."""
-        smooth = self._spec.smooth
-        gain = (1 - smooth) * self._normaliser.mean(scores)
-        if smooth:
-            gain += smooth * self._normaliser.smooth_mean(scores)
-        retention = self._normaliser.retention(scores)
-        lost = 0.0 if retention is None else max(0.0, 1.0 - retention)
-        return self._spec.retention * lost - gain
+    @property
+    def count(self) -> int:
+        """Number of objectives."""
+        return len(self._spec.several) or 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the objectives."""
+        return self._spec.names
+
+    def loss(self, scores: Scores, recipe: Recipe | None = None) -> float:
+        """Return the one loss of a scored candidate: minus its mean score, plus the price of what is lost."""
+        spec = self._spec
+        loss = -self._blend(self._normaliser.mean(scores), self._normaliser.smooth_mean(scores))
+        for price, kept in (
+            (spec.retention, self._normaliser.retention(scores)),
+            (spec.coherence, self._normaliser.coherence(scores)),
+        ):
+            loss += price * _lost(kept)
+        return loss + spec.depth * self.depth(recipe)
+
+    def point(self, scores: Scores, recipe: Recipe | None = None) -> NDArray[np.float64]:
+        """Return the losses of one scored candidate, shape (objectives,), whatever the constraints say."""
+        if not self._spec.several:
+            return np.array([self.loss(scores, recipe)])
+        tasks = self._tasks(scores)
+        return np.array([self._one(each, scores, tasks, recipe) for each in self._spec.several])
+
+    def violation(self, scores: Scores) -> float:
+        """Return by how much a candidate falls short of the constraints, all added up; 0 where it meets them.
+
+        Whether a task is short is decided by its metric alone. By how much is the mean of what metric and
+        smooth companion are short of: a skill that is gone by the metric (0 of 100 right) would otherwise
+        give no hint of the way back.
+        """
+        limits, normaliser = self._spec.constraints, self._normaliser
+        short = 0.0
+        if limits.tasks is not None:
+            metric, smooth = normaliser.task(scores), normaliser.smooth_task(scores)
+            for task, limit in self._limits().items():
+                if metric[task] < limit:
+                    short += 0.5 * (limit - metric[task]) + 0.5 * max(0.0, limit - smooth[task])
+        for least, kept in (
+            (limits.retention, normaliser.retention(scores)),
+            (limits.coherence, normaliser.coherence(scores)),
+        ):
+            if least is not None and kept is not None:
+                short += max(0.0, least - kept)
+        return short
+
+    def shortfalls(self, scores: Scores) -> dict[str, tuple[float, float]]:
+        """Return what a candidate falls short of: name -> (what it reaches, the limit)."""
+        limits, normaliser = self._spec.constraints, self._normaliser
+        reached: dict[str, float | None] = {}
+        wanted: dict[str, float | None] = {}
+        if limits.tasks is not None:
+            wanted, reached = {**self._limits()}, {**normaliser.task(scores)}
+        wanted |= {"retention": limits.retention, "coherence": limits.coherence}
+        reached |= {"retention": normaliser.retention(scores), "coherence": normaliser.coherence(scores)}
+        return {
+            name: (value, limit)
+            for name, limit in wanted.items()
+            if limit is not None and (value := reached[name]) is not None and value < limit
+        }
 
     def on(self, base: Scores) -> Objective:
         """Return this objective for scores on other item blocks, of which `base` is the base's scores."""
@@ -62,14 +224,121 @@ class Objective:
         """Return the mean normalised score alone: what tables show."""
         return self._normaliser.mean(scores)
 
-    def losses(self, results: Sequence[Scores | Failure]) -> NDArray[np.float64]:
-        """Return the losses of a generation, shape (n, 1), all finite.
+    def depth(self, recipe: Recipe | None) -> float:
+        """Return how many layers more than the base's a recipe has, as a share of the base's."""
+        if recipe is None or recipe.num_layers is None:
+            return 0.0
+        assert self._layers is not None, "depth of a stacked recipe, and no base to compare with"
+        return recipe.num_layers / self._layers - 1
+
+    def losses(
+        self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
+    ) -> NDArray[np.float64]:
+        """Return the losses of a generation, shape (n, objectives), all finite.
+
+        recipes: of the results; only `depth` needs them.
+
+        With constraints the rules of Deb (2000, CMAME 186, section 3) hold for every single loss: one that
+        meets them is below INFEASIBLE (losses above 0, the base's, are squeezed into [0, 1)), one that
+        does not has INFEASIBLE plus its violation, whatever its scores. Deb's penalty starts at the worst
+        feasible member of the population; a fixed start ranks the same and keeps losses of different
+        generations comparable. Several objectives all get the same penalised loss, so that a smaller
+        violation dominates a larger one (Deb et al. 2002, section VI).
 
         A failure, and a loss that is not finite, gets the worst finite loss of the generation (at least
         0, the base's) plus FAILURE_MARGIN.
         """
-        losses = np.array([np.nan if isinstance(r, Failure) else self.loss(r) for r in results])
-        finite = np.isfinite(losses)
-        worst = max(0.0, float(losses[finite].max())) if finite.any() else 0.0
-        losses[~finite] = worst + FAILURE_MARGIN
-        return losses[:, None]
+        points = np.full((len(results), self.count), np.nan)
+        for row, result in enumerate(results):
+            if isinstance(result, Scores):
+                points[row] = self._constrained(result, recipes[row] if recipes is not None else None)
+        return _with_failures(points)
+
+    def scalar_losses(
+        self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
+    ) -> NDArray[np.float64]:
+        """Return the one loss of each result, shape (n,), as if there were not several objectives."""
+        alone = Objective(
+            self._spec.model_copy(update={"several": ()}), self._normaliser, layers=self._layers
+        )
+        return alone.losses(results, recipes)[:, 0]
+
+    def reference_point(
+        self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
+    ) -> NDArray[np.float64]:
+        """Return the corner up to which hypervolume counts, from the results of what was not searched.
+
+        A tenth of their range behind their worst loss in each objective, so that extremes count too; one
+        unit behind it where they are all alike. Nothing that violates a constraint lies before it.
+        """
+        points = np.array(
+            [
+                self._squeezed(self.point(result, recipes[row] if recipes is not None else None))
+                for row, result in enumerate(results)
+                if isinstance(result, Scores)
+            ]
+        )
+        points = points[np.isfinite(points).all(axis=1)]
+        worst, spread = points.max(axis=0), np.ptp(points, axis=0)
+        reference: NDArray[np.float64] = worst + np.where(spread > 0, 0.1 * spread, 1.0)
+        return np.minimum(reference, INFEASIBLE) if self._spec.constraints else reference
+
+    def _constrained(self, scores: Scores, recipe: Recipe | None) -> NDArray[np.float64]:
+        violation = self.violation(scores)
+        if violation > 0:
+            return np.full(self.count, INFEASIBLE + violation)
+        return self._squeezed(self.point(scores, recipe))
+
+    def _squeezed(self, point: NDArray[np.float64]) -> NDArray[np.float64]:
+        if not self._spec.constraints:
+            return point
+        over = np.maximum(point, 0.0)
+        return np.where(point > 0, over / (1 + over), point)
+
+    def _blend(self, metric: float, smooth: float) -> float:
+        share = self._spec.smooth
+        return (1 - share) * metric + share * smooth if share else metric
+
+    def _tasks(self, scores: Scores) -> dict[str, float]:
+        smooth = self._normaliser.smooth_task(scores)
+        return {
+            name: self._blend(value, smooth[name]) for name, value in self._normaliser.task(scores).items()
+        }
+
+    def _one(
+        self,
+        objective: str | Mapping[str, float],
+        scores: Scores,
+        tasks: Mapping[str, float],
+        recipe: Recipe | None,
+    ) -> float:
+        normaliser = self._normaliser
+        if isinstance(objective, Mapping):
+            total = math.fsum(objective.values())
+            return -math.fsum(weight / total * tasks[task] for task, weight in objective.items())
+        if objective == "mean":
+            return -self._blend(normaliser.mean(scores), normaliser.smooth_mean(scores))
+        if objective == "retention":
+            return _lost(normaliser.retention(scores))
+        if objective == "coherence":
+            return _lost(normaliser.coherence(scores))
+        return self.depth(recipe) if objective == "depth" else -tasks[objective]
+
+    def _limits(self) -> dict[str, float]:
+        tasks = self._spec.constraints.tasks
+        if isinstance(tasks, Mapping):
+            return dict(tasks)
+        return {} if tasks is None else dict.fromkeys(self._normaliser.counted, tasks)
+
+
+def _lost(kept: float | None) -> float:
+    """What is lost of what the base had; more than the base had is no gain."""
+    return 0.0 if kept is None else max(0.0, 1.0 - kept)
+
+
+def _with_failures(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give every row that is not finite its place behind all others."""
+    finite = np.isfinite(points).all(axis=1)
+    worst = np.maximum(points[finite].max(axis=0), 0.0) if finite.any() else np.zeros(points.shape[1])
+    points[~finite] = worst + FAILURE_MARGIN
+    return points

@@ -148,6 +148,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"tasks": [skill(), skill(task="r", role="retention", metric=None, specialist="x")]},
         "tasks.1: a retention task is compared with the base model; it has no specialist",
     ),
+    (
+        "coherence by accuracy",
+        {"tasks": [skill(), skill(task="c", role="coherence")]},
+        "tasks.1: a coherence task is measured by 'coherence', not by 'acc'",
+    ),
 ]
 
 
@@ -157,6 +162,19 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: st
     with pytest.raises(ConfigError) as caught:
         Suite.load(path)
     assert caught.value.what == f"{path}: {message}"
+
+
+def test_weights_can_be_replaced(tmp_path: Path) -> None:
+    coherence = skill(task="c", role="coherence", metric=None)
+    suite = Suite.load(suite_file(tmp_path, tasks=[skill(), skill(task="u", weight=2), coherence]))
+    other = suite.weighted({"u": 0, "c": 3})
+    assert [task.weight for task in other.tasks] == [1, 0, 3]
+    assert suite.weighted({}) == suite
+    assert suite.digest() != other.digest()
+    with pytest.raises(ConfigError, match="has no task 'v' to weigh"):
+        suite.weighted({"v": 1})
+    with pytest.raises(ConfigError, match="nothing to search for"):
+        suite.weighted({"t": 0, "u": 0})
 
 
 def test_a_missing_task_folder_is_named(tmp_path: Path) -> None:

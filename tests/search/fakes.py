@@ -76,6 +76,7 @@ class FakeJournal:
         self.events: list[tuple[str, object]] = []
         self.entries: list[tuple[str, int, Named]] = []
         self.tells: list[NDArray[np.float64]] = []
+        self.fronts: list[tuple[float, NDArray[np.float64], list[str]]] = []
 
     def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
         self.events.append(("ask", generation))
@@ -89,6 +90,11 @@ class FakeJournal:
 
     def trim_entries(self, role: str, count: int) -> None:
         self.entries = [e for e in self.entries if e[0] != role or e[1] < count]
+
+    def record_front(
+        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None:
+        self.fronts.append((hypervolume, reference, [recipe.hash for recipe in recipes]))
 
     def has_ask(self, generation: int) -> bool:
         return False

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from evomerge.errors import ConfigError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, TaskScores
 from evomerge.evaluation.suite import Suite
-from evomerge.search.objective import FAILURE_MARGIN, Objective, ObjectiveSpec
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.schema import parse
+from evomerge.search.objective import FAILURE_MARGIN, INFEASIBLE, Objective, ObjectiveSpec
 
 SPLITS = {"search": "search", "select": "select", "test": "test"}
 SUITE = Suite.model_validate(
@@ -58,3 +63,187 @@ def test_failures_are_worse_than_the_worst() -> None:
     assert losses.shape == (3, 1)
     assert losses[1, 0] == pytest.approx(max(losses[0, 0], losses[2, 0]) + FAILURE_MARGIN)
     assert objective().losses([failure, failure]).tolist() == [[FAILURE_MARGIN], [FAILURE_MARGIN]]
+
+
+# Several objectives, depth, weights ---------------------------------------------------------------------
+
+TWO = Suite.model_validate(
+    {
+        "name": "two",
+        "tasks": [
+            {"task": "a", "metric": "acc", "specialist": "p", "splits": SPLITS},
+            {"task": "b", "metric": "acc", "specialist": "q", "weight": 3, "splits": SPLITS},
+            {"task": "text", "role": "retention", "splits": SPLITS},
+            {"task": "free", "role": "coherence", "splits": SPLITS},
+        ],
+    }
+)
+
+
+def four(a: float, b: float, text: float = 1.0, free: float = 0.8) -> Scores:
+    """Scores with these normalised values of the skills, this retention, and this share of distinct text."""
+    tasks = [
+        TaskScores(task="a", metric=np.full(4, 0.1 + 0.8 * a), smooth=np.full(4, 0.2 + 0.5 * a)),
+        TaskScores(task="b", metric=np.full(4, 0.5 * b), smooth=np.full(4, 0.3 + 0.4 * b)),
+        TaskScores(task="text", metric=np.full(4, -2.0 + np.log(text))),
+        TaskScores(task="free", metric=np.full(4, free)),
+    ]
+    return Scores(split="search", tasks=tuple(tasks))
+
+
+def of(layers: int | None = None, suite: Suite = TWO, **settings: object) -> Objective:
+    references = Normaliser(suite, base=four(0, 0), parents={"p": four(1, 0), "q": four(0, 1)})
+    return Objective(ObjectiveSpec.model_validate(settings), references, layers=layers)
+
+
+def recipe(layers: int | None = None) -> Recipe:
+    group = TensorGroup(method="linear", sources=("p",))
+    return Recipe(models={"base": "x", "p": "y"}, base="base", groups=(group,), num_layers=layers)
+
+
+def test_each_objective_is_zero_for_the_base_and_minus_one_for_the_specialist() -> None:
+    objective = of(several=["a", "b", "mean", {"a": 2, "b": 2}, "retention", "coherence", "depth"])
+    assert objective.count == 7
+    base, one = objective.losses([four(0, 0), four(1, 0, text=0.9, free=0.4)])
+    assert base == pytest.approx(0)
+    assert one == pytest.approx([-1, 0, -0.25, -0.5, 0.1, 0.5, 0])
+
+
+def test_a_group_of_all_tasks_with_the_suites_weights_is_the_mean() -> None:
+    losses = of(several=["mean", {"a": 1, "b": 3}]).losses([four(0.3, 0.9), four(0.7, 0.2)])
+    assert losses[:, 0] == pytest.approx(losses[:, 1])
+
+
+def test_depth_counts_layers_against_the_bases() -> None:
+    deep, flat = recipe(12), recipe()
+    objective = of(layers=8, several=["mean", "depth"])
+    losses = objective.losses([four(0, 0)] * 3, [deep, flat, recipe(6)])
+    assert losses[:, 1] == pytest.approx([0.5, 0, -0.25])
+    priced = of(layers=8, depth=0.2).losses([four(0, 0)] * 3, [deep, flat, recipe(6)])
+    assert priced[:, 0] == pytest.approx([0.1, 0, -0.05])
+
+
+def test_lost_coherence_has_a_price() -> None:
+    assert of(coherence=0.5).loss(four(0, 0, free=0.6)) == pytest.approx(0.5 * 0.25)
+    assert of(coherence=0.5).loss(four(0, 0, free=1.0)) == pytest.approx(0)
+
+
+def test_weights_replace_the_suites() -> None:
+    suite = TWO.weighted({"a": 1, "b": 0})
+    assert of(suite=suite).loss(four(0.4, 0.9)) == pytest.approx(-0.4)
+    assert [task.weight for task in TWO.tasks] == [1, 3, 1, 1]
+
+
+def test_scalar_losses_are_those_of_one_objective() -> None:
+    results = [four(0.3, 0.9), Failure(kind="crash", reason="died"), four(0.7, 0.2, text=0.9)]
+    assert of(several=["a", "b"]).scalar_losses(results).tolist() == of().losses(results)[:, 0].tolist()
+
+
+WRONG: list[tuple[dict[str, object], str]] = [
+    ({"several": ["a", "c"]}, "several: 'c' is no skill task"),
+    ({"several": ["a", {"a": 1, "c": 1}]}, "several: 'c' is no skill task"),
+    ({"several": ["a", {"b": 1, "retention": 1}]}, "can't be part of a group"),
+    ({"several": ["a", "text"]}, "several: 'text' is no skill task"),
+    ({"constraints": {"tasks": {"c": 0.5}}}, "constraints.tasks: 'c' is no skill task"),
+    ({"constraints": {"tasks": {"mean": 0.5}}}, "constraints.tasks: 'mean' is no skill task"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG)
+def test_what_the_suite_does_not_have_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ObjectiveSpec.model_validate(settings).check(TWO)
+
+
+@pytest.mark.parametrize("role", ["retention", "coherence"])
+def test_what_nothing_measures_is_refused(role: str) -> None:
+    bare = Suite.model_validate({"name": "bare", "tasks": [task.model_dump() for task in TWO.tasks[:2]]})
+    for settings in ({"several": ["mean", role]}, {"constraints": {role: 0.9}}):
+        with pytest.raises(ConfigError, match=f"{role} is wanted, but no task"):
+            ObjectiveSpec.model_validate(settings).check(bare)
+        ObjectiveSpec.model_validate(settings).check(TWO)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"several": ["mean"]}, "one objective is not several"),
+        ({"several": ["a", "b", "a"]}, "stands twice"),
+        ({"several": ["a", {"b": 0}]}, "a weight above 0"),
+        ({"constraint": {}}, "did you mean 'constraints'"),
+        ({"constraints": {"retension": 1}}, "did you mean 'retention'"),
+    ],
+)
+def test_a_badly_written_objective_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(ObjectiveSpec, settings, "objective")
+
+
+# Constraints -------------------------------------------------------------------------------------------
+
+SHARE = st.floats(-0.5, 1.5).map(lambda x: round(x, 3))
+SCORED = st.builds(four, SHARE, SHARE, st.floats(0.5, 1.2), st.floats(0.0, 1.0))
+LIMITS = {"tasks": {"a": 0.5, "b": 0.2}, "retention": 0.9, "coherence": 0.7}
+
+
+@given(
+    st.lists(SCORED, min_size=2, max_size=8), st.sampled_from([(), ("a", "b"), ("mean", "retention", "b")])
+)
+def test_feasible_before_infeasible_and_those_by_violation(
+    found: list[Scores], several: tuple[str, ...]
+) -> None:
+    free, limited = of(several=several), of(several=several, constraints=LIMITS)
+    failed = Failure(kind="crash", reason="died")
+    losses = limited.losses([*found, failed])
+    assert np.isfinite(losses).all()
+    assert (losses[-1] >= losses[:-1].max(axis=0) + FAILURE_MARGIN).all()
+    plain = free.losses(found)
+    for i, one in enumerate(found):
+        v = limited.violation(one)
+        assert (v > 0) == bool(limited.shortfalls(one))
+        if v > 0:
+            assert losses[i] == pytest.approx(INFEASIBLE + v)
+        else:
+            assert (losses[i] < INFEASIBLE).all()
+        for j, other in enumerate(found):
+            w = limited.violation(other)
+            if v == w == 0:  # the order of the losses themselves, objective by objective
+                assert ((plain[i] < plain[j] - 1e-9) <= (losses[i] < losses[j])).all()
+            elif v < w:
+                assert (losses[i] < losses[j]).all()
+
+
+def test_a_violation_is_what_is_missing() -> None:
+    objective = of(constraints=LIMITS)
+    assert objective.violation(four(0.5, 0.2, 0.9, 0.56)) == pytest.approx(0, abs=1e-9)
+    assert objective.violation(four(0.3, 0.2, 0.9, 0.6)) == pytest.approx(0.2, abs=1e-9)
+    assert objective.violation(four(0.3, 0.9, 0.85, 0.4)) == pytest.approx(0.2 + 0.05 + 0.2, abs=1e-9)
+    short = objective.shortfalls(four(0.3, 0.9, 0.85, 0.6))
+    assert {name: pytest.approx(pair) for name, pair in short.items()} == {
+        "a": (0.3, 0.5),
+        "retention": (0.85, 0.9),
+    }
+
+
+def test_one_share_for_all_tasks_of_the_mean() -> None:
+    objective = of(constraints={"tasks": 0.5})
+    assert set(objective.shortfalls(four(0.4, 0.1))) == {"a", "b"}
+    assert not objective.shortfalls(four(0.6, 0.51))
+
+
+def test_a_lost_skill_still_shows_the_way_back() -> None:
+    objective = of(constraints={"tasks": 0.2})
+    gone, nearly = four(0.0, 0.5), four(0.0, 0.5)
+    hint = TaskScores(task="a", metric=gone["a"].metric, smooth=np.full(4, 0.24))
+    nearly = Scores(split="search", tasks=(hint, *gone.tasks[1:]))
+    assert 0 < objective.violation(nearly) < objective.violation(gone)
+
+
+@given(st.lists(SCORED, min_size=1, max_size=8))
+def test_no_infeasible_point_lies_before_the_reference(found: list[Scores]) -> None:
+    objective = of(several=["a", "b"], constraints=LIMITS)
+    reference = objective.reference_point([four(0, 0), *found])
+    for losses, scores in zip(objective.losses(found), found, strict=True):
+        if objective.violation(scores) > 0:
+            assert not (losses < reference).all()
+    assert (of(several=["a", "b"]).losses(found) < of(several=["a", "b"]).reference_point(found)).all()

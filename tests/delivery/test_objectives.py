@@ -1,0 +1,255 @@
+"""Pareto runs and constraints as people see them: tables, page, JSON, status, card and picks say the same."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from evomerge import compose
+from evomerge.config import RunConfig
+from evomerge.delivery import export, objectives, report, status
+from evomerge.delivery.progress import Silent
+from evomerge.delivery.summary import Summary
+from evomerge.errors import ConfigError, StoreError
+from evomerge.evaluation.scores import Scores
+from evomerge.running.store import RunStore
+from evomerge.search import loop, pareto
+from tests.conftest import config_data, write_suite
+from tests.search.test_pareto import Scatter
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SEVERAL = ["demo_reverse", "demo_upper"]
+
+Opened = tuple[RunStore, Summary]
+
+
+def start(zoo: Path, folder: Path, **objective: Any) -> Path:
+    write_suite(folder)
+    path = folder / "config.yaml"
+    data = config_data(zoo, folder, objective=objective, finalists=4, budget={"generations": 2})
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.optimizers, "create", lambda _, *, seed, **__: Scatter(seed, count=6))
+        compose.start(RunConfig.load(path), Silent())
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """A finished run with two objectives and a constraint nothing can meet."""
+    limits = {"tasks": {"demo_reverse": 5.0}}
+    folder = start(
+        tiny_zoo, tmp_path_factory.mktemp("pareto"), several=SEVERAL, smooth=0.5, constraints=limits
+    )
+    with RunStore.read(folder) as store:
+        yield store, Summary(store, compose.stored_suite(store))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """A finished run with two objectives."""
+    folder = start(tiny_zoo, tmp_path_factory.mktemp("pareto"), several=SEVERAL, smooth=0.5)
+    with RunStore.read(folder) as store:
+        yield store, Summary(store, compose.stored_suite(store))
+
+
+def test_the_front_is_what_is_stored(plain: Opened) -> None:
+    store, summary = plain
+    front = objectives.front(store, summary)
+    assert front is not None
+    assert front.objectives == tuple(SEVERAL)
+    assert [g.generation for g in front.generations] == [0, 1]
+    told = np.concatenate([g.losses for g in store.generations() if g.losses is not None])
+    last = front.generations[-1]
+    assert last.hypervolume == pytest.approx(pareto.hypervolume(told, np.array(last.reference)))
+    assert len(last.recipes) == len(pareto.front(told))
+    searched = {p.recipe for p in front.searched}
+    assert searched <= set(last.recipes)
+    assert {p.role for p in front.points} >= {"base", "parent", "baseline", "winner"}
+    values = np.array([p.values for p in front.searched])
+    kept = pareto.front(-values)
+    assert [i for i, p in enumerate(front.searched) if p.on_front] == kept
+    assert summary.winner is not None
+    assert front.searched[pareto.knee(-values)].recipe == summary.winner.recipe.hash
+    base = next(p for p in front.points if p.role == "base")
+    assert base.values == pytest.approx((0, 0))
+
+
+def test_only_the_winner_is_tested(plain: Opened) -> None:
+    store, summary = plain
+    assert summary.winner is not None
+    tested = {n.recipe.hash for n in store.entries("finalist") if store.result(n.recipe.hash, "test")}
+    assert tested == {summary.winner.recipe.hash}
+
+
+def test_tables_json_and_status_tell_of_the_front(plain: Opened) -> None:
+    store, summary = plain
+    front = objectives.front(store, summary)
+    assert front is not None
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.terminal(store, summary))
+    text = console.export_text()
+    assert "the front on `select`" in text
+    assert front.sentence in " ".join(text.split())
+    for point in front.searched:
+        assert point.recipe[:8] in text
+    data = json.loads(json.dumps(report.as_data(store, summary), allow_nan=False))
+    assert data["front"] == json.loads(json.dumps(front.as_data()))
+    assert data["constraints"] is None
+    assert any("several objectives" in note for note in data["notes"])
+    state = status.as_data(store, summary)
+    assert state["front"]["hypervolume"] == data["front"]["hypervolume"]
+    assert front.sentence in status.text(state)
+
+
+def test_picks(plain: Opened) -> None:
+    store, summary = plain
+    assert summary.winner is not None
+    assert export.find(store, summary, "knee").recipe == summary.winner.recipe
+    normaliser = summary.normaliser("select")
+    assert normaliser is not None
+    scores = {}
+    for named in store.entries("finalist"):
+        found = store.result(named.recipe.hash, "select")
+        assert isinstance(found, Scores)
+        scores[named.recipe.hash] = normaliser.task(found)
+    for task in SEVERAL:
+        best = export.find(store, summary, f"best:{task}").recipe.hash
+        assert scores[best][task] == max(s[task] for s in scores.values())
+        assert export.find(store, summary, f"weights:{task}=1").recipe.hash == best
+    both = export.find(store, summary, "weights:demo_reverse=0.3, demo_upper=0.7").recipe.hash
+    sums = {h: 0.3 * s["demo_reverse"] + 0.7 * s["demo_upper"] for h, s in scores.items()}
+    assert sums[both] == max(sums.values())
+    kept = export.find(store, summary, "best:retention").recipe.hash
+    assert kept in scores
+    front = objectives.front(store, summary)
+    assert front is not None
+    other = front.searched[0].recipe
+    assert export.find(store, summary, other[:8]).recipe.hash == other
+
+
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        ("best:demo_revers", "no task 'demo_revers'"),
+        ("best:", "no task ''"),
+        ("weights:demo_upper", "can't be read"),
+        ("weights:demo_upper=x", "can't be read"),
+        ("weights:demo_upper=-1", "can't be read"),
+        ("weights:demo_upper=0", "can't be read"),
+        ("weights:demo_upper=nan", "can't be read"),
+        ("wieghts:demo_upper=1", "nothing in this run is called"),
+    ],
+)
+def test_a_pick_that_means_nothing_is_refused(plain: Opened, pick: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export.find(*plain, pick)
+
+
+def test_a_run_with_one_objective_has_finalists_but_no_knee(finished_run: Path) -> None:
+    with RunStore.read(finished_run) as store:
+        summary = Summary(store, compose.stored_suite(store))
+        assert objectives.front(store, summary) is None
+        assert objectives.constraints(store, summary) is None
+        assert status.as_data(store, summary)["front"] is None
+        assert store.fronts() == []
+        with pytest.raises(ConfigError, match="has no knee"):
+            export.find(store, summary, "knee")
+        finalists = {n.recipe.hash for n in store.entries("finalist")}
+        assert export.find(store, summary, "best:demo_upper").recipe.hash in finalists
+
+
+def test_nothing_to_pick_from_before_the_selection(plain: Opened, tmp_path: Path) -> None:
+    shutil.copytree(plain[0].folder, tmp_path / "run")
+    with RunStore.open(tmp_path / "run") as store:
+        store._db.execute("DELETE FROM score WHERE split != 'search'")
+        store._db.execute("DELETE FROM entry WHERE role IN ('winner', 'finalist')")
+        store._db.commit()
+        summary = Summary(store, compose.stored_suite(store))
+        with pytest.raises(StoreError, match="no finalists to pick from yet"):
+            export.find(store, summary, "knee")
+        front = objectives.front(store, summary)
+        assert front is not None
+        assert front.points == ()
+        assert front.sentence in status.text(status.as_data(store, summary))
+        report.write_html(store, summary, tmp_path / "report.html")
+
+
+def test_an_unmet_constraint_is_said_aloud_everywhere(opened: Opened) -> None:
+    store, summary = opened
+    sentence = objectives.constraints(store, summary)
+    assert sentence is not None
+    assert sentence.startswith("no finalist meets the constraints on select; the winner falls short least")
+    assert re.search(r"demo_reverse -?[\d.]+ of 500", sentence)
+    assert sentence in summary.notes()
+    assert sentence in status.text(status.as_data(store, summary))
+    assert report.as_data(store, summary)["constraints"] == sentence
+    assert summary.winner is not None
+    assert f"Constraints: {sentence}." in export.card(store, summary, summary.winner)
+    front = objectives.front(store, summary)
+    assert front is not None
+    assert front.generations[-1].hypervolume == 0  # nothing feasible, nothing covered
+
+
+def test_a_resumed_run_finds_the_same_fronts(plain: Opened, tmp_path: Path) -> None:
+    shutil.copytree(plain[0].folder, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.optimizers, "create", lambda _, *, seed, **__: Scatter(seed, count=6))
+        compose.start(compose.stored_config(tmp_path / "run"), Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        assert store.digest() == plain[0].digest()
+
+
+def test_the_card_says_where_a_pick_stands(plain: Opened) -> None:
+    store, summary = plain
+    text = export.card(store, summary, export.find(store, summary, "best:demo_upper"))
+    assert re.search(
+        r"From the run's Pareto front; on the `select` items: demo_reverse [\d.-]+, demo_upper", text
+    )
+    assert "Constraints" not in text
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> None:
+    store, summary = plain
+    folder = tmp_path / "run"
+    shutil.copytree(store.folder, folder)
+    with RunStore.open(folder) as copy:
+        if count == 3:
+            config = copy.fact("config")
+            config["objective"]["several"].append("retention")
+            copy.set_fact("config", config)
+        summary = Summary(copy, compose.stored_suite(copy))
+        page = report.write_html(copy, summary, tmp_path / "report.html")
+        front = objectives.front(copy, summary)
+    assert front is not None
+    assert front.sentence in page.read_text()
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9"]
+    flags += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
+    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120, check=True)
+    for figure in ("front", "hypervolume"):
+        assert re.search(rf'id="{figure}"[^>]*js-plotly-plot|js-plotly-plot[^>]*id="{figure}"', done.stdout)
+
+
+def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="coherence is wanted, but no task"):
+        compose.prepare(RunConfig.load(config(objective={"several": ["mean", "coherence"]})))
+    with pytest.raises(ConfigError, match="has no task 'demo_revers' to weigh"):
+        compose.prepare(RunConfig.load(config(objective={"weights": {"demo_revers": 2}})))
+    prepared = compose.prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
+    assert prepared.suite["demo_reverse"].weight == 2
+    assert prepared.layers == 2
