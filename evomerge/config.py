@@ -22,6 +22,7 @@ from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.space import SpaceSpec
+from evomerge.search.warm_start import WarmStartSpec
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
@@ -47,6 +48,7 @@ class RunConfig(Strict):
     """A run, as written in its YAML file.
 
     space, suite: the name of a preset or the path of a file; `space` may also be written out in place.
+    warm_start: what the search starts from besides the baselines: another run, recipe files, gradients.
     finalists: how many of the best candidates are scored again on `select`.
     dtype: what the merged weights are stored as, and rounded to before they are scored.
     tokenizer: whose vocabulary the merged models get where models differ: base, union, or a source's name.
@@ -59,6 +61,7 @@ class RunConfig(Strict):
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
     budget: BudgetSpec
     executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
+    warm_start: WarmStartSpec = Field(default_factory=WarmStartSpec)
     finalists: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tokenizer: str = ""
@@ -97,6 +100,7 @@ class RunConfig(Strict):
                 ),
                 "space": load_space(config.space, beside=folder),
                 "suite": _resolve_suite(config.suite, folder),
+                "warm_start": _resolve_warm_start(config.warm_start, folder),
                 "out": str(Path(config.out).expanduser().absolute()),
             }
         )
@@ -119,7 +123,15 @@ class RunConfig(Strict):
             del data["executor"][name]
         if not self.tokenizer:
             del data["tokenizer"]  # runs begun before this setting existed keep their identity
+        if self.warm_start == WarmStartSpec():
+            del data["warm_start"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:
+    run = None if spec.run is None else str(Path(spec.run).expanduser().absolute())
+    recipes = tuple(str((folder / Path(recipe).expanduser()).resolve()) for recipe in spec.recipes)
+    return spec.model_copy(update={"run": run, "recipes": recipes})
 
 
 def _resolve_suite(name: str, folder: Path) -> str:

@@ -129,6 +129,16 @@ class Normaliser:
             / total
         )
 
+    def gains(self) -> dict[str, float]:
+        """Return what the mean rises by for each unit of a counted task's own mean."""
+        shares = zip(self._counted, self.weights.tolist(), strict=True)
+        return {spec.task: share / self._scales[spec.task][0].headroom for spec, share in shares}
+
+    def retention_shares(self) -> dict[str, float]:
+        """Return each retention task's share of the retention, summing to 1; nothing where there is none."""
+        total = math.fsum(spec.weight for spec, _ in self._retention)
+        return {spec.task: spec.weight / total for spec, _ in self._retention}
+
     def items(self, scores: Scores) -> list[Array]:
         """Return each counted skill task's normalised items; with `weights`, what the statistics take.
 

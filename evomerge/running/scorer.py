@@ -8,6 +8,7 @@ from typing import Protocol
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.surrogate import Gradient
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Executor
 from evomerge.running.store import RunStore, Timing
@@ -77,6 +78,7 @@ class Scorer:
         for result in self._executor.run(list(jobs.values())):
             started = time.perf_counter()
             recipe, outcome = result.job.recipe, result.outcome
+            assert not isinstance(outcome, Gradient)
             if isinstance(outcome, Scores):
                 assert result.timing is not None
                 self._store.record_scores(recipe, outcome, result.timing)

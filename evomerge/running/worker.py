@@ -10,6 +10,7 @@ from typing import Literal
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
+from evomerge.evaluation.surrogate import Gradient, Surrogate
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import Timing
 
@@ -23,11 +24,20 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GradientJob:
+    """Another thing to do: differentiate a loss on items of a split by a recipe's parameters."""
+
+    recipe: Recipe
+    loss: Surrogate
+    split: Split = "search"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What became of a job; `timing` is None where there are no scores."""
 
-    job: Job
-    outcome: Scores | Failure
+    job: Job | GradientJob
+    outcome: Scores | Gradient | Failure
     timing: Timing | None = None
 
 
@@ -85,8 +95,10 @@ class Worker:
         )
         self._harness.prepare(self._bench.model)
 
-    def run(self, job: Job) -> Result:
-        """Score one recipe; whatever goes wrong with it is a Failure, never an exception."""
+    def run(self, job: Job | GradientJob) -> Result:
+        """Score or differentiate one recipe; whatever goes wrong with it is a Failure, never an exception."""
+        if isinstance(job, GradientJob):
+            return Result(job=job, outcome=self._gradient(job))
         started = time.perf_counter()
         try:
             self._bench.load(job.recipe)
@@ -101,6 +113,18 @@ class Worker:
             worker=self.name,
         )
         return Result(job=job, outcome=scores, timing=timing)
+
+    def _gradient(self, job: GradientJob) -> Gradient | Failure:
+        from evomerge.evaluation.gradient import differentiable
+
+        try:
+            self._bench.load(job.recipe)
+            with differentiable(self._bench.model):
+                loss = self._harness.backward(self._bench.model, self._harness.items(job.split), job.loss)
+                groups = self._bench.derivatives(job.recipe)
+        except Exception as error:
+            return failure_of(error)
+        return Gradient(loss=loss, groups=tuple(groups))
 
 
 def failure_of(error: Exception) -> Failure:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
+from evomerge.evaluation.surrogate import Surrogate, surrogate
 from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, optimizers
 from evomerge.search.baselines import Named
@@ -26,6 +27,10 @@ from evomerge.search.genes import Genome, Space
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.selection import Candidate, finalists
+from evomerge.search.warm_start import Descent, GradientSpec, Slopes, WarmStart, descend, distinct
+
+_GRADIENTS = (0x67726164,)
+"""The spawn key of the seeds that draw the items of gradient steps."""
 
 
 class Scorer(Protocol):
@@ -79,6 +84,7 @@ class SearchPlan:
 
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
     finalists: how many of the best candidates are scored again on `select`.
+    warm: what the search starts from besides the baselines.
     """
 
     suite: Suite
@@ -89,6 +95,7 @@ class SearchPlan:
     objective: ObjectiveSpec
     finalists: int
     seed: int
+    warm: WarmStart = field(default_factory=WarmStart)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,23 +110,36 @@ class Search:
     """One run: references, baselines, generations, selection, test."""
 
     def __init__(
-        self, plan: SearchPlan, *, scorer: Scorer, journal: Journal, budget: Budget, observer: Observer
+        self,
+        plan: SearchPlan,
+        *,
+        scorer: Scorer,
+        journal: Journal,
+        budget: Budget,
+        observer: Observer,
+        slopes: Slopes | None = None,
     ) -> None:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget
         self._observer = observer
+        self._slopes = slopes
+        self._spent = 0  # on gradients, in evaluations
         self._parents = baselines.parents(plan.template, plan.space.sources)
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
         for position, parent in enumerate(self._parents):
             self._journal.record_entry("parent" if position else "base", max(position - 1, 0), parent)
-        objective = Objective(self._plan.objective, self._references("search", self._parents))
+        references = self._references("search", self._parents)
+        objective = Objective(self._plan.objective, references)
         hand_made = self._score_baselines(objective)
-        found, favourite, stopped = self._evolve(objective, hand_made)
-        winner = self._select(found, favourite)
+        starts = self._score_starts(objective, references, hand_made)
+        found, favourite, stopped = self._evolve(objective, [*hand_made, *starts])
+        given = [Candidate(name=named.name, recipe=named.recipe, loss=loss) for named, loss in starts]
+        winner = self._select([*given, *found], favourite)
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
-        self._scorer.score([named.recipe for named, _ in hand_made], "test", "test of the baselines")
+        unsearched = [named.recipe for named, _ in (*hand_made, *starts)]
+        self._scorer.score(unsearched, "test", "test of the baselines")
         return Outcome(winner=winner, stopped=stopped)
 
     def _references(self, split: Split, parents: Sequence[Named]) -> Normaliser:
@@ -149,13 +169,67 @@ class Search:
     def _losses(self, objective: Objective, recipes: Sequence[Recipe], phase: str) -> list[float]:
         return [float(x) for x in objective.losses(self._scorer.score(recipes, "search", phase))[:, 0]]
 
-    def _start(self, hand_made: Sequence[tuple[Named, float]]) -> Genome:
-        """The genome of the best baseline the space can express, else the middle of the space."""
-        for named, _ in sorted(hand_made, key=lambda pair: pair[1]):
-            genome = self._plan.space.encode(named.recipe)
-            if genome is not None:
-                return genome
-        return np.full(self._plan.space.dimension, 0.5)
+    def _score_starts(
+        self, objective: Objective, references: Normaliser, hand_made: Sequence[tuple[Named, float]]
+    ) -> list[tuple[Named, float]]:
+        """Score what the run is told to start from, and where gradients lead; failures are left out."""
+        warm = self._plan.warm
+        starts = self._scored(objective, list(warm.recipes), "warm start")
+        if warm.gradients is not None:
+            descent = self._descend(objective, references, [*hand_made, *starts], warm.gradients)
+            ends = [descent.last, descent.mean]
+            reached = [Named(name="gradient start", recipe=self._plan.space.decode(u)) for u in ends]
+            scored = self._scored(objective, distinct(reached), "gradient start")
+            starts += sorted(scored, key=lambda pair: pair[1])[:1]
+        for position, (named, _) in enumerate(starts):
+            self._journal.record_entry("start", position, named)
+        return starts
+
+    def _scored(self, objective: Objective, named: Sequence[Named], phase: str) -> list[tuple[Named, float]]:
+        """Score recipes on `search`; return those that could be, with their losses."""
+        results = self._scorer.score([each.recipe for each in named], "search", phase) if named else []
+        return [
+            (each, objective.loss(result))
+            for each, result in zip(named, results, strict=True)
+            if isinstance(result, Scores)
+        ]
+
+    def _descend(
+        self,
+        objective: Objective,
+        references: Normaliser,
+        known: Sequence[tuple[Named, float]],
+        spec: GradientSpec,
+    ) -> Descent:
+        """Follow the gradient from the best point known, and count what that costs."""
+        assert self._slopes is not None
+        (base,) = self._scorer.require(self._parents[:1], "search", "base and parents")
+        if all(base[task].margin is None for task in references.gains()):
+            raise UserError(
+                "warm_start.gradients: no task on `search` has answers with a likelihood",
+                expected="at least one loglikelihood or multiple_choice task: others have no slope",
+                fix="set warm_start.gradients: off",
+            )
+        seeds = np.random.SeedSequence(self._plan.seed, spawn_key=_GRADIENTS).spawn(spec.steps)
+        price = self._plan.objective.retention
+
+        def loss_of(step: int) -> Surrogate:
+            rng = np.random.default_rng(seeds[step])
+            return surrogate(references, base, price=price, softness=spec.softness, share=spec.share, rng=rng)
+
+        descent = descend(self._plan.space, self._starts(known)[0], spec, loss_of, self._slopes)
+        self._spent = -(-descent.items // base.items)
+        return descent
+
+    def _starts(self, known: Sequence[tuple[Named, float]]) -> list[Genome]:
+        """The genomes of what is known before the search, best first, as far as the space can express it.
+
+        The middle of the space where it can express nothing.
+        """
+        ranked = sorted(known, key=lambda pair: pair[1])
+        genomes = [self._plan.space.encode(named.recipe) for named, _ in ranked]
+        found = [genome for genome in genomes if genome is not None]
+        return found or [np.full(self._plan.space.dimension, 0.5)]
 
     def _evolve(
         self, objective: Objective, hand_made: Sequence[tuple[Named, float]]
@@ -163,9 +237,9 @@ class Search:
         """Run generations until the budget or the optimizer says stop."""
         space, journal = self._plan.space, self._journal
         seed = np.random.SeedSequence(self._plan.seed).spawn(1)[0]
-        optimizer = optimizers.create(self._plan.optimizer, start=self._start(hand_made), seed=seed)
+        optimizer = optimizers.create(self._plan.optimizer, start=self._starts(hand_made)[0], seed=seed)
         found: list[Candidate] = []
-        best, generation, asked = -np.inf, 0, 0
+        best, generation, asked = -np.inf, 0, self._spent
         while True:
             started, book_keeping = time.perf_counter(), self._scorer.seconds
             stopped = optimizer.stop_reason()
