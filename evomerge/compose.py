@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,23 @@ import numpy as np
 
 from evomerge import __version__
 from evomerge.config import RunConfig
-from evomerge.errors import ModelError, StoreError, UserError
+from evomerge.errors import ConfigError, ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
-from evomerge.evaluation.scores import SPLITS, Failure
+from evomerge.evaluation.scores import SPLITS, Failure, Scores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
-from evomerge.running import executors
+from evomerge.running import executors, warm_start
 from evomerge.running.budget import Budget
 from evomerge.running.scorer import Observer, Scorer
+from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.space import SearchSpace, SpaceSpec
+from evomerge.search.warm_start import WarmStart
 
 _LIBRARIES = (
     *("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy"),
@@ -60,6 +62,7 @@ class Prepared:
     layers: int
     optimizer: str
     notes: tuple[str, ...]
+    warm: WarmStart = field(default_factory=WarmStart)
 
     @property
     def folder(self) -> Path:
@@ -91,6 +94,10 @@ def prepare(config: RunConfig) -> Prepared:
         config.space, template=template, sources=tuple(config.models.sources), tensors=tuple(headers)
     )
     _optimizer(config, space)
+    warm = warm_start.resolve(config.warm_start, space=space, template=template, folder=Path(config.out))
+    for start in warm.recipes:
+        check(start.recipe, sources)
+    _check_gradients(warm, space)
     device, dtype, threads = executors.resolve(config.executor)
     return Prepared(
         config=config,
@@ -117,7 +124,21 @@ def prepare(config: RunConfig) -> Prepared:
         optimizer=optimizers.choose(config.optimizer, space.coordinates)[1],
         layers=len({layer_of(name) for name in headers} - {None}),
         notes=notes,
+        warm=warm,
     )
+
+
+def _check_gradients(warm: WarmStart, space: SearchSpace) -> None:
+    """Refuse gradients where no method of the space can be differentiated."""
+    from evomerge.merging.derivatives import supports
+
+    used = {group.method for group in space.decode(np.full(space.dimension, 0.5)).groups}
+    if warm.gradients is not None and not any(map(supports, used)):
+        raise ConfigError(
+            f"warm_start.gradients: {', '.join(sorted(used))} can't be differentiated",
+            expected="a space over a method such as linear, task_arithmetic, ties or slerp",
+            fix="set warm_start.gradients: off",
+        )
 
 
 def start(config: RunConfig, observer: Observer) -> Outcome:
@@ -173,6 +194,7 @@ def probe(prepared: Prepared) -> Probe:
         _, result = inline.run([job, job])  # the first time warms caches
         if isinstance(result.outcome, Failure):
             raise UserError(f"the uniform average could not be scored on {split}: {result.outcome.reason}")
+        assert isinstance(result.outcome, Scores)
         assert result.timing is not None
         items[split], seconds[split] = result.outcome.items, result.timing.total
     config, workers = prepared.config, executors.worker_count(prepared.config.executor)
@@ -222,6 +244,8 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
         norms = _norms(prepared)
         with _open_store(prepared) as store:
             store.begin_session(versions())
+            if prepared.warm.recipes and store.fact(warm_start.FACT) is None:
+                store.set_fact(warm_start.FACT, warm_start.to_data(prepared.warm))
             if store.fact("norms") is None:
                 store.set_fact("norms", norms)
             if store.fact("stopped") is not None:
@@ -235,14 +259,17 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                     optimizer=prepared.config.optimizer,
                     objective=prepared.config.objective,
                     racing=prepared.config.racing,
+                    surrogate=None if prepared.config.surrogate == "off" else prepared.config.surrogate,
                     finalists=prepared.config.finalists,
                     seed=prepared.config.seed,
                     layers=prepared.layers,
+                    warm=prepared.warm,
                 ),
                 scorer=Scorer(store, executor, observer),
                 journal=store,
                 budget=Budget(prepared.config.budget, store.hours),
                 observer=observer,
+                slopes=Slopes(store, executor, observer),
             )
             outcome = search.run()
             store.set_fact("stopped", outcome.stopped)

@@ -19,10 +19,12 @@ from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
 from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
+from evomerge.search.guide import SurrogateSpec
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
 from evomerge.search.space import SpaceSpec
+from evomerge.search.warm_start import WarmStartSpec
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
@@ -49,6 +51,8 @@ class RunConfig(Strict):
 
     space, suite: the name of a preset or the path of a file; `space` may also be written out in place.
     racing: how candidates that are clearly worse stop early; `off` scores all of them in full.
+    surrogate: what a model of the scores contributes to the search; `off` leaves it to the optimizer.
+    warm_start: what the search starts from besides the baselines: another run, recipe files, gradients.
     finalists: how many of the best candidates are scored again on `select`, beside their soup.
     dtype: what the merged weights are stored as, and rounded to before they are scored.
     tokenizer: whose vocabulary the merged models get where models differ: base, union, or a source's name.
@@ -62,11 +66,18 @@ class RunConfig(Strict):
     budget: BudgetSpec
     executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
     racing: RacingSpec = Field(default_factory=RacingSpec)
+    surrogate: SurrogateSpec | Literal["off"] = Field(default_factory=SurrogateSpec)
+    warm_start: WarmStartSpec = Field(default_factory=WarmStartSpec)
     finalists: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tokenizer: str = ""
     seed: int = Field(default=0, ge=0)
     out: str
+
+    @field_validator("surrogate", mode="before")
+    @classmethod
+    def _switched_off(cls, surrogate: object) -> object:
+        return "off" if surrogate is False else surrogate
 
     @field_validator("racing", mode="before")
     @classmethod
@@ -105,6 +116,7 @@ class RunConfig(Strict):
                 ),
                 "space": load_space(config.space, beside=folder),
                 "suite": _resolve_suite(config.suite, folder),
+                "warm_start": _resolve_warm_start(config.warm_start, folder),
                 "out": str(Path(config.out).expanduser().absolute()),
             }
         )
@@ -127,7 +139,15 @@ class RunConfig(Strict):
             del data["executor"][name]
         if not self.tokenizer:
             del data["tokenizer"]  # runs begun before this setting existed keep their identity
+        if self.warm_start == WarmStartSpec():
+            del data["warm_start"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:
+    run = None if spec.run is None else str(Path(spec.run).expanduser().absolute())
+    recipes = tuple(str((folder / Path(recipe).expanduser()).resolve()) for recipe in spec.recipes)
+    return spec.model_copy(update={"run": run, "recipes": recipes})
 
 
 def _resolve_suite(name: str, folder: Path) -> str:

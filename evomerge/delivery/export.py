@@ -20,7 +20,7 @@ from evomerge.delivery import objectives
 from evomerge.delivery.report import kept_line, percent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
-from evomerge.evaluation.scores import Scores, Split
+from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging import engine
 from evomerge.merging.adapter_export import AdapterReport, write_adapter
 from evomerge.merging.recipe import Recipe
@@ -121,8 +121,9 @@ def export_adapter(
 def _test_scores(store: RunStore, recipe: Recipe, worker: WorkerSpec) -> Scores:
     stored = store.result(recipe.hash, "test")
     outcome = stored if stored is not None else Worker(worker).run(Job(recipe=recipe, split="test")).outcome
-    if not isinstance(outcome, Scores):
+    if isinstance(outcome, Failure):
         raise UserError(f"recipe {recipe.hash[:12]} could not be scored: {outcome.reason}")
+    assert isinstance(outcome, Scores)
     return outcome
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from evomerge.errors import ConfigError, UserError, nearest
 from evomerge.evaluation import statistics
-from evomerge.evaluation.scores import SPLITS, Failure, Split
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.source import open_source
@@ -40,6 +40,7 @@ def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int
     outcome = worker.run(Job(recipe=recipe, split=split)).outcome
     if isinstance(outcome, Failure):
         raise UserError(f"{location}: could not be scored: {outcome.reason}")
+    assert isinstance(outcome, Scores)
     tasks = []
     for scores in outcome:
         binary = set(scores.metric.tolist()) <= {0.0, 1.0}

@@ -25,10 +25,12 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation import gradient
 from evomerge.evaluation.backend import Backend, Pair, compiled_templates
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.likelihood import Likelihoods, Plan, plan
 from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
+from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import TaskBuilder, build, is_number
 
@@ -194,6 +196,19 @@ class Harness:
             seconds += self.forward_seconds
         self.forward_seconds = seconds
         return joined(parts)
+
+    def backward(self, model: Any, items: Items, loss: SmoothLoss) -> float:
+        """Return a loss on some of the items; its gradient is added to the weights' own (see `gradient`).
+
+        Raises NonFiniteScores.
+        """
+        backend = self._backend
+        backend.attach(model)
+        try:
+            frame = {"max_length": backend.max_length, "prefix": backend.prefix_token_id}
+            return gradient.backward(model, items, loss, batch_size=self.batch_size, **frame)
+        finally:
+            backend.detach()
 
     def _layout(self, items: Items, max_length: int) -> Layout:
         if max_length not in items.plans:

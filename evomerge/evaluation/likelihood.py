@@ -77,11 +77,11 @@ class Plan:
             NonFiniteScores: some log-likelihood is NaN or infinite.
         """
         sums, hits, leads, seconds = [], [], [], 0.0
-        trims = _trims(model)
+        trimmed = trims(model)
         with torch.no_grad():
             for batch in self.batches:
                 start = time.perf_counter()
-                logits = _forward(model, batch, trims)
+                logits = forward(model, batch, trimmed)
                 seconds += time.perf_counter() - start
                 likelihood, hit, lead = _read(logits, batch)
                 sums.append(likelihood)
@@ -168,7 +168,7 @@ def _batch(
     )
 
 
-def _trims(model: Any) -> bool:
+def trims(model: Any) -> bool:
     """Say whether the model can compute logits at chosen positions only (most of transformers' can).
 
     With a vocabulary of 10^5 the logits of a whole batch are gigabytes, nearly all of them unread.
@@ -176,7 +176,7 @@ def _trims(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters
 
 
-def _forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
+def forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
     ids = batch.ids.to(model.device)
     if trims:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=batch.columns.to(ids.device)).logits

@@ -31,6 +31,20 @@ class _Scale:
         return (value - self.zero) / self.headroom
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One task's part of the mean, or of the retention.
+
+    share: of all such tasks, summing to 1. zero: the base's mean, in the metric's units. headroom: from
+    there to the specialist (1 for retention).
+    """
+
+    task: str
+    share: float
+    zero: float
+    headroom: float
+
+
 def check_specialists(suite: Suite, sources: Mapping[str, object]) -> None:
     """Check that every specialist the suite names is among the sources (a mapping with their names as keys).
 
@@ -115,6 +129,24 @@ class Normaliser:
             for name, (scale, smooth) in self._scales.items()
         }
         return moved
+
+    @property
+    def skills(self) -> tuple[Share, ...]:
+        """The counted skill tasks: the mean is the sum of share * (task's mean - zero) / headroom."""
+        return tuple(
+            Share(task=spec.task, share=share, zero=scale.zero, headroom=scale.headroom)
+            for spec, share in zip(self._counted, self.weights.tolist(), strict=True)
+            for scale in (self._scales[spec.task][0],)
+        )
+
+    @property
+    def kept(self) -> tuple[Share, ...]:
+        """The retention tasks: retention is the sum of share * exp(task's mean - zero)."""
+        shares = self.retention_shares()
+        return tuple(
+            Share(task=spec.task, share=shares[spec.task], zero=mean, headroom=1.0)
+            for spec, mean in self._retention
+        )
 
     def contributions(self, scores: Scores, *, smooth: float, retention: float) -> list[Array]:
         """Return per task what each item adds to a loss: their means over the items sum to the loss.
@@ -202,6 +234,16 @@ class Normaliser:
         total = math.fsum(spec.weight for spec, _ in self._coherence)
         shares = (spec.weight * scores[spec.task].mean / base_mean for spec, base_mean in self._coherence)
         return math.fsum(shares) / total
+
+    def gains(self) -> dict[str, float]:
+        """Return what the mean rises by for each unit of a counted task's own mean."""
+        shares = zip(self._counted, self.weights.tolist(), strict=True)
+        return {spec.task: share / self._scales[spec.task][0].headroom for spec, share in shares}
+
+    def retention_shares(self) -> dict[str, float]:
+        """Return each retention task's share of the retention, summing to 1; nothing where there is none."""
+        total = math.fsum(spec.weight for spec, _ in self._retention)
+        return {spec.task: spec.weight / total for spec, _ in self._retention}
 
     def items(self, scores: Scores) -> list[Array]:
         """Return each counted skill task's normalised items; with `weights`, what the statistics take.

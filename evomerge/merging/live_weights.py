@@ -54,6 +54,34 @@ class Spread:
             live[places.to(live.device).long()] = moved
 
 
+def gradient_at(place: Place, parameters: Mapping[int, Tensor]) -> Tensor:
+    """Return the gradient of what lies at a place, float32 and on the CPU, of the checkpoint tensor's shape.
+
+    parameters: the live parameters by the address of their storage, each with its `.grad`; the part of one
+        that no loss reached is zeros. A `Spread` gives a flat tensor.
+    """
+    import torch
+
+    if isinstance(place, Spread):
+        count = sum(len(own) for _, _, own in place.parts)
+        spread = torch.zeros(count)
+        for live, places, own in place.parts:
+            spread[own.long()] = _gradient(live, parameters).reshape(-1)[places.to(live.device).long()].cpu()
+        return spread
+    assert isinstance(place, torch.Tensor)
+    gradient = _gradient(place, parameters)
+    return gradient.as_strided(place.shape, place.stride(), place.storage_offset()).cpu().contiguous()
+
+
+def _gradient(live: Tensor, parameters: Mapping[int, Tensor]) -> Tensor:
+    import torch
+
+    parameter = parameters[live.untyped_storage().data_ptr()]
+    if parameter.grad is None:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    return parameter.grad.to(torch.float32).contiguous()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _View:
     """A tensor that is a regular part of live parameter number `index` of its group."""

@@ -65,7 +65,7 @@ def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | Non
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
     if method.fisher:
         settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
-    measure = _Measure(inputs, [(read, subtracted) for read in reads], operands, origin)
+    measure = InputMeasure(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
     finite = None
     if plan is not None and kernels.available():
@@ -117,7 +117,7 @@ def _in_torch(
     shape = operands[0].data.shape
     if not method.by_rows or len(shape) < 2 or plan is not None:
         full = to_tensor(widened(bases.pop())) if bases else None
-        inputs = [_alone(operands.pop(0), full) for _ in range(len(operands))]
+        inputs = [alone(operands.pop(0), full) for _ in range(len(operands))]
         if plan is not None:
             return of_tensor(run(plan, full, inputs).to(type_))
         return of_tensor(method.function(full, inputs, **settings).to(type_))
@@ -129,7 +129,7 @@ def _in_torch(
         here = slice(start, start + step)
         full = to_tensor(widened(bases[0].reshape(-1, columns)[here])) if bases else None
         inputs = [
-            _alone(Operand(matrix[here], each.minus_base), full)
+            alone(Operand(matrix[here], each.minus_base), full)
             for matrix, each in zip(rows, operands, strict=True)
         ]
         first = {"first": start * columns} if method.random else {}
@@ -137,7 +137,7 @@ def _in_torch(
     return merged.reshape(shape)
 
 
-def _alone(operand: Operand, base: Tensor | None) -> Tensor:
+def alone(operand: Operand, base: Tensor | None) -> Tensor:
     """Return an operand as a method takes it: float32, its base subtracted."""
     tensor = to_tensor(widened(operand.data))
     if not operand.minus_base:
@@ -174,7 +174,7 @@ def _not_finite(tensor: str, dtype: str, group: TensorGroup | None) -> NonFinite
     )
 
 
-class _Measure:
+class InputMeasure:
     """What a method may ask about the inputs of one tensor, answered by `Inputs` if it has been before."""
 
     def __init__(
@@ -194,7 +194,7 @@ class _Measure:
                 with suppress(kernels.NoKernelError):
                     return kernels.gram(self._origin, self._operands)
             base = None if self._origin is None else to_tensor(widened(self._origin.data))
-            return gram([_alone(each, base) for each in self._operands])
+            return gram([alone(each, base) for each in self._operands])
 
         return self._inputs.gram(tuple(self._places), compute)
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
+from evomerge.merging.derivatives import Derivatives, added, tensor_derivatives
 from evomerge.merging.engine import pool, threads
 from evomerge.merging.inputs import WarmInputs
-from evomerge.merging.live_weights import locate
+from evomerge.merging.live_weights import gradient_at, locate
 from evomerge.merging.one_tensor import merge_tensor
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
 from evomerge.merging.source import Source, open_sources
@@ -146,6 +147,21 @@ class Workbench:
             with pool() as workers:
                 for done in [workers.submit(work) for _ in range(threads())]:
                     done.result()
+
+    def derivatives(self, recipe: Recipe) -> list[Derivatives]:
+        """Return dL/dp of every group's parameters p from the gradients in the live model; see `derivatives`.
+
+        Of the last loaded recipe, after a backward pass. A group whose method can't be differentiated, or
+        which makes no tensor, has none. Sums over tensors are taken in one order.
+        """
+        live = {each.untyped_storage().data_ptr(): each for each in self.model.parameters()}
+        found: dict[int, list[Derivatives]] = {}
+        for name in sorted(self._targets):
+            gradient = gradient_at(self._targets[name], live).view(self._headers[name].shape).numpy()
+            of_tensor = tensor_derivatives(recipe, name, gradient, self._inputs)
+            if of_tensor is not None:
+                found.setdefault(id(recipe.group_for(name)), []).append(of_tensor)
+        return [added(found.get(id(group), [])) for group in recipe.groups]
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:

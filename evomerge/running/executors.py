@@ -24,7 +24,7 @@ from pydantic import Field
 
 from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.scores import Failure
-from evomerge.running.worker import Job, Result, Worker, WorkerSpec
+from evomerge.running.worker import GradientJob, Job, Result, Worker, WorkerSpec
 from evomerge.schema import Strict
 
 
@@ -53,13 +53,13 @@ class ExecutorSpec(Strict):
 class Runs(Protocol):
     """What a worker process needs of its worker."""
 
-    def run(self, job: Job) -> Result: ...
+    def run(self, job: Any) -> Result: ...
 
 
 class Executor(Protocol):
     """Runs jobs. Results come in any order."""
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+    def run(self, jobs: Sequence[Job | GradientJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes."""
         ...
 
@@ -74,7 +74,7 @@ class Inline:
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = Worker(spec, "inline")
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+    def run(self, jobs: Sequence[Job | GradientJob]) -> Iterator[Result]:
         """Run the jobs in order."""
         for job in jobs:
             yield self._worker.run(job)
@@ -88,7 +88,7 @@ class _Process:
     process: BaseProcess
     pipe: connection.Connection
     ready: bool = False
-    job: Job | None = None
+    job: Job | GradientJob | None = None
     deadline: float = 0.0
 
 
@@ -118,7 +118,7 @@ class LocalProcesses:
             _start_fork_server()
         self._started = 0
         self._processes: list[_Process] = []
-        self._waiting: collections.deque[Job] = collections.deque()
+        self._waiting: collections.deque[Job | GradientJob] = collections.deque()
         self._deaths: collections.Counter[tuple[str, str]] = collections.Counter()
         try:
             self._processes.append(self._start())
@@ -127,7 +127,7 @@ class LocalProcesses:
             self.close()
             raise
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+    def run(self, jobs: Sequence[Job | GradientJob]) -> Iterator[Result]:
         """Run the jobs, keeping every worker busy; yield results as they complete."""
         waiting = self._waiting = collections.deque(jobs)
         self._deaths.clear()
@@ -157,7 +157,7 @@ class LocalProcesses:
             process.process.join()
         self._processes.clear()
 
-    def _give(self, process: _Process, job: Job) -> None:
+    def _give(self, process: _Process, job: Job | GradientJob) -> None:
         process.job = job
         process.deadline = time.monotonic() + self._timeout
         with contextlib.suppress(ConnectionError):  # it is dead: `_collect` finds the end of its pipe

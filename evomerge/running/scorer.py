@@ -8,6 +8,7 @@ from typing import Protocol
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.evaluation.smooth_loss import Gradient
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Executor
 from evomerge.running.store import RunStore, Timing
@@ -101,6 +102,7 @@ class Scorer:
         for result in self._executor.run(list(jobs.values())):
             started = time.perf_counter()
             recipe, outcome = result.job.recipe, result.outcome
+            assert not isinstance(outcome, Gradient)
             if isinstance(outcome, Scores):
                 assert result.timing is not None
                 parts = result.parts or (outcome,)

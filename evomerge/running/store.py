@@ -30,6 +30,7 @@ from evomerge.errors import DiskError, ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.search.baselines import Named
+from evomerge.search.guide import GuideState
 
 FILE = "run.sqlite"
 BASE = "base"
@@ -47,6 +48,8 @@ CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
     PRIMARY KEY (generation, position)) WITHOUT ROWID;
 CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL,
     at REAL NOT NULL);
+CREATE TABLE guide (generation INTEGER PRIMARY KEY, correlation REAL, proposed INTEGER NOT NULL,
+    blocks INTEGER NOT NULL, radius REAL NOT NULL);
 CREATE TABLE front (generation INTEGER PRIMARY KEY, hypervolume REAL NOT NULL, reference TEXT NOT NULL,
     recipes TEXT NOT NULL);
 CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, task TEXT,
@@ -298,6 +301,22 @@ class RunStore:
         with self._writing() as db:
             db.execute("INSERT INTO front VALUES (?, ?, ?, ?)", (generation, *row))
 
+    def record_guide(self, generation: int, state: GuideState) -> None:
+        """Store what the surrogate did in a generation."""
+        with self._writing() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO guide VALUES (?, ?, ?, ?, ?)",
+                (generation, state.correlation, state.proposed, state.blocks, state.radius),
+            )
+
+    def guide(self) -> list[GuideState]:
+        """Return what the surrogate did, generation by generation; nothing where there is none."""
+        query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
+        return [
+            GuideState(correlation=c, proposed=p, blocks=b, radius=r)
+            for c, p, b, r in self._db.execute(query)
+        ]
+
     def record_entry(self, role: str, position: int, entry: Named) -> None:
         """Store a named row: role "base", "parent", "baseline", "finalist" or "winner"."""
         query = "SELECT name, recipe FROM entry WHERE role = ? AND position = ?"
@@ -475,6 +494,7 @@ class RunStore:
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",
             "SELECT generation, losses FROM tell ORDER BY generation",
             "SELECT generation, hypervolume, reference, recipes FROM front ORDER BY generation",
+            "SELECT generation, correlation, proposed, blocks, radius FROM guide ORDER BY generation",
             "SELECT recipe, split, kind, reason FROM failure ORDER BY recipe, split",
         ):
             for row in self._db.execute(query):

@@ -9,6 +9,7 @@ from typing import Literal
 
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import Timing
@@ -24,14 +25,23 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GradientJob:
+    """Another thing to do: differentiate a loss on items of a split by a recipe's parameters."""
+
+    recipe: Recipe
+    loss: SmoothLoss
+    split: Split = "search"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What became of a job; `timing` is None where there are no scores.
 
     outcome: the scores of all its blocks together. parts: of each block, where there are several.
     """
 
-    job: Job
-    outcome: Scores | Failure
+    job: Job | GradientJob
+    outcome: Scores | Gradient | Failure
     timing: Timing | None = None
     parts: tuple[Scores, ...] = ()
 
@@ -98,8 +108,10 @@ class Worker:
         )
         self._harness.prepare(self._bench.model)
 
-    def run(self, job: Job) -> Result:
-        """Score one recipe; whatever goes wrong with it is a Failure, never an exception."""
+    def run(self, job: Job | GradientJob) -> Result:
+        """Score or differentiate one recipe; whatever goes wrong with it is a Failure, never an exception."""
+        if isinstance(job, GradientJob):
+            return Result(job=job, outcome=self._gradient(job))
         started, forward, parts = time.perf_counter(), 0.0, []
         try:
             self._bench.load(job.recipe)
@@ -116,6 +128,18 @@ class Worker:
             worker=self.name,
         )
         return Result(job=job, outcome=joined(parts), timing=timing, parts=tuple(parts))
+
+    def _gradient(self, job: GradientJob) -> Gradient | Failure:
+        from evomerge.evaluation.gradient import differentiable
+
+        try:
+            self._bench.load(job.recipe)
+            with differentiable(self._bench.model):
+                loss = self._harness.backward(self._bench.model, self._harness.items(job.split), job.loss)
+                groups = self._bench.derivatives(job.recipe)
+        except Exception as error:
+            return failure_of(error)
+        return Gradient(loss=loss, groups=tuple(groups))
 
 
 def failure_of(error: Exception) -> Failure:

@@ -77,6 +77,12 @@ def greedy_soup(
     return Named(name="greedy soup", recipe=_global(template, "linear", kept, weight=1.0))
 
 
+def as_task_vectors(template: Recipe, sources: Sequence[str], model: str) -> Recipe:
+    """Return a model's weights (the base's, or a source's) as a task-arithmetic merge of the sources."""
+    weights = tuple(float(source == model) for source in sources)
+    return _global(template, "task_arithmetic", sources, weight=weights)
+
+
 def _global(template: Recipe, method: str, sources: Sequence[str], **parameters: Setting) -> Recipe:
     """One method with the same parameters for every tensor."""
     return Recipe(

@@ -24,7 +24,6 @@ from threadpoolctl import threadpool_limits
 
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores
-from evomerge.evaluation.suite import Suite
 from evomerge.schema import Strict
 from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.optimizers import Optimizer
@@ -314,4 +313,3 @@ class Guide:
         losses = [(self._loss(genome, blocks), key) for key, (genome, _) in self._known.items()]
         loss, key = min(losses, default=(np.inf, b""), key=lambda pair: pair[0])
         return None if not np.isfinite(loss) else (self._known[key][0], loss)
-

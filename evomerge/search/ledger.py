@@ -34,6 +34,10 @@ class Ledger:
         """What was charged so far, in full evaluations."""
         return self.items / self.full
 
+    def spend(self, items: int) -> None:
+        """Charge items that no candidate was scored on: those of gradients."""
+        self.items += items
+
     def give(self, recipe: str, blocks: Iterable[int]) -> None:
         """Note blocks of a recipe (by hash) that the search need not pay for."""
         self._paid.update((recipe, block) for block in blocks)

@@ -7,86 +7,40 @@ each ask and tell with what is stored. So an interrupted run ends in the same bi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search import baselines, optimizers, selection
+from evomerge.search import baselines, generations, pareto, selection
 from evomerge.search.baselines import Named
+from evomerge.search.generations import Budget, Found, Generations, Observer, Scorer
 from evomerge.search.genes import Genome, Space
+from evomerge.search.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec
-from evomerge.search.optimizers import OptimizerSpec
-from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
-from evomerge.search.selection import Candidate, finalists
+from evomerge.search.optimizers import OptimizerSpec, create
+from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order
+from evomerge.search.selection import Candidate
+from evomerge.search.warm_start import Descent, GradientSpec, Slopes, WarmStart, descend, distinct
+
+_OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
+"""Which stream of the run's seed is whose."""
 
 
-class Scorer(Protocol):
-    """Scores recipes, each only once in the life of a run.
-
-    seconds: time spent so far on book-keeping, apart from the scoring itself.
-    """
-
-    seconds: float
-
-    def score(
-        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
-    ) -> list[Scores | Failure]:
-        """Return one result per recipe, in order. `phase` is shown to the user.
-
-        blocks: item blocks of the split to score on; None means all.
-        """
-        ...
-
-    def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
-        """Like `score` for recipes the run can't do without: the first failure raises UserError."""
-        ...
-
-
-class Journal(Protocol):
+class Journal(generations.Journal, Protocol):
     """Records what the search decided, or checks it against what a former session recorded."""
-
-    def record_ask(
-        self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]
-    ) -> None: ...
-
-    def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None: ...
 
     def record_entry(self, role: str, position: int, entry: Named) -> None: ...
 
     def trim_entries(self, role: str, count: int) -> None: ...
-
-    def has_ask(self, generation: int) -> bool: ...
-
-    def record_front(
-        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
-    ) -> None: ...
-
-
-class Budget(Protocol):
-    """Says when to stop asking."""
-
-    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None: ...
-
-
-class Observer(Protocol):
-    """Is told what happens, for progress displays and logs."""
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """A generation was told.
-
-        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +49,8 @@ class SearchPlan:
 
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
     finalists: how many of the best candidates are scored again on `select`, beside their soup and the
-        optimizer's favourite.
+        optimizer's favourite. layers: of the base model, which recipes of another depth are measured by.
+    surrogate: None where the optimizer works alone.
     """
 
     suite: Suite
@@ -107,6 +62,9 @@ class SearchPlan:
     finalists: int
     seed: int
     racing: RacingSpec = NO_RACING
+    surrogate: SurrogateSpec | None = None
+    warm: WarmStart = field(default_factory=WarmStart)
+    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,197 +75,313 @@ class Outcome:
     stopped: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """Something scored on all `search` items before the first generation.
+
+    genome: None where the space can't express it.
+    """
+
+    named: Named
+    scores: Scores
+    loss: float
+    genome: Genome | None
+
+
 class Search:
-    """One run: references, baselines, generations, selection, test."""
+    """One run: references, baselines, warm starts, generations, selection, test.
+
+    slopes: needed for a plan with gradients only.
+    """
 
     def __init__(
-        self, plan: SearchPlan, *, scorer: Scorer, journal: Journal, budget: Budget, observer: Observer
+        self,
+        plan: SearchPlan,
+        *,
+        scorer: Scorer,
+        journal: Journal,
+        budget: Budget,
+        observer: Observer,
+        slopes: Slopes | None = None,
     ) -> None:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget
         self._observer = observer
+        self._slopes = slopes
         self._parents = baselines.parents(plan.template, plan.space.sources)
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
         for position, parent in enumerate(self._parents):
             self._journal.record_entry("parent" if position else "base", max(position - 1, 0), parent)
-        objective = self._objective("search")
-        hand_made = self._score_baselines(objective)
-        found, favourite, stopped = self._evolve(objective, hand_made)
-        winner = self._select(found, favourite, objective)
+        references = self._references("search")
+        objective = self._objective(references)
+        parents = self._known(objective, self._parents, "base and parents")
+        hand_made = self._score_baselines(objective, parents)
+        starts, spent = self._score_starts(objective, references, [*hand_made, *parents[1:]])
+        views, order, ledger = self._blocks(objective, [*parents, *hand_made], starts)
+        ledger.spend(spent)
+        known = [*starts, *hand_made]
+        archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
+        guide = self._guide(references, views, order, [*parents, *known])
+        evolution = Generations(
+            space=self._plan.space,
+            optimizer=create(
+                self._plan.optimizer,
+                coordinates=self._plan.space.coordinates,
+                objectives=objective.count,
+                starts=self._starts([*known, *parents[1:]]),
+                seed=self._seed(_OPTIMIZER),
+            ),
+            scorer=self._scorer,
+            journal=self._journal,
+            budget=self._budget,
+            observer=self._observer,
+            views=views,
+            ledger=ledger,
+            order=order,
+            racing=self._racing,
+            guide=guide,
+            archive=archive,
+            counted=self._counted,
+        )
+        found = evolution.run()
+        if archive is None:
+            winner = self._select([self._start(k, views(found.blocks)) for k in starts], found, views)
+        else:
+            winner = self._select_on_front(archive, hand_made)
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
-        self._scorer.score([named.recipe for named, _ in hand_made], "test", "test of the baselines")
-        return Outcome(winner=winner, stopped=stopped)
+        self._scorer.score([k.named.recipe for k in known], "test", "test of the baselines")
+        return Outcome(winner=winner, stopped=found.stopped)
 
-    def _references(self, split: Split, parents: Sequence[Named]) -> Normaliser:
+    @property
+    def _racing(self) -> RacingSpec:
+        """The plan's, but that nobody leaves early where a mean doesn't say who is worse."""
+        objective = self._plan.objective
+        if objective.several or objective.constraints or objective.depth:
+            return self._plan.racing.model_copy(update={"keep": 1.0})
+        return self._plan.racing
+
+    # -- before the first generation ----------------------------------------------------------------
+
+    def _seed(self, stream: tuple[int, ...]) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self._plan.seed, spawn_key=stream)
+
+    def _references(self, split: Split) -> Normaliser:
         """Score base and parents, which everything else is normalised by."""
-        scores = self._scorer.require(parents, split, "base and parents")
-        by_name = {p.name: s for p, s in zip(parents[1:], scores[1:], strict=True)}
+        scores = self._scorer.require(self._parents, split, "base and parents")
+        by_name = {p.name: s for p, s in zip(self._parents[1:], scores[1:], strict=True)}
         return Normaliser(self._plan.suite, base=scores[0], parents=by_name)
 
-    def _objective(self, split: Split) -> Objective:
-        references = self._references(split, self._parents)
+    def _objective(self, references: Normaliser) -> Objective:
         return Objective(self._plan.objective, references, layers=self._plan.layers)
 
-    def _score_baselines(self, objective: Objective) -> list[tuple[Named, float]]:
-        """Score the hand-made merges on `search`; return them with their losses."""
+    def _known(self, objective: Objective, named: Sequence[Named], phase: str) -> list[Known]:
+        """Score recipes on all `search` items; return those that could be."""
+        if not named:
+            return []
+        recipes = [each.recipe for each in named]
+        results = self._scorer.score(recipes, "search", phase)
+        losses = objective.scalar_losses(results, recipes)
+        return [
+            Known(named=each, scores=result, loss=float(loss), genome=self._expressed(each))
+            for each, result, loss in zip(named, results, losses, strict=True)
+            if isinstance(result, Scores)
+        ]
+
+    def _expressed(self, named: Named) -> Genome | None:
+        """The genome of a recipe, or of one with the same weights, where the space has one."""
+        space, template = self._plan.space, self._plan.template
+        genome = space.encode(named.recipe)
+        if genome is None and named in self._parents:
+            same = baselines.as_task_vectors(template, space.sources, named.name)
+            genome = space.encode(same)
+        return genome
+
+    def _score_baselines(self, objective: Objective, parents: Sequence[Known]) -> list[Known]:
+        """Score the hand-made merges on `search`."""
         plan = self._plan
         rows = baselines.hand_made(plan.template, plan.space.sources, plan.norms)
-        losses = self._losses(objective, [row.recipe for row in rows], "baselines")
-        own = self._losses(objective, [p.recipe for p in self._parents[1:]], "baselines")
+        found = self._known(objective, rows, "baselines")
+
+        def loss_of(recipe: Recipe) -> float:
+            results = self._scorer.score([recipe], "search", "greedy soup")
+            return float(objective.scalar_losses(results, [recipe])[0])
+
         soup = baselines.greedy_soup(
-            plan.template,
-            plan.space.sources,
-            dict(zip(plan.space.sources, own, strict=True)),
-            lambda recipe: self._losses(objective, [recipe], "greedy soup")[0],
+            plan.template, plan.space.sources, {k.named.name: k.loss for k in parents[1:]}, loss_of
         )
-        rows.append(soup)
-        losses += self._losses(objective, [soup.recipe], "greedy soup")
-        for position, row in enumerate(rows):
+        for position, row in enumerate([*rows, soup]):
             self._journal.record_entry("baseline", position, row)
-        return list(zip(rows, losses, strict=True))
+        return [*found, *self._known(objective, [soup], "greedy soup")]
 
-    def _losses(self, objective: Objective, recipes: Sequence[Recipe], phase: str) -> list[float]:
-        results = self._scorer.score(recipes, "search", phase)
-        return [float(x) for x in objective.scalar_losses(results, recipes)]
+    def _score_starts(
+        self, objective: Objective, references: Normaliser, known: Sequence[Known]
+    ) -> tuple[list[Known], int]:
+        """Score what the run is told to start from, and where gradients lead; failures are left out.
 
-    def _starts(self, hand_made: Sequence[tuple[Named, float]]) -> list[Genome]:
-        """The different genomes of the baselines the space can express, best first, else its middle."""
-        genomes: dict[bytes, Genome] = {}
-        for named, _ in sorted(hand_made, key=lambda pair: pair[1]):
-            genome = self._plan.space.encode(named.recipe)
-            if genome is not None:
-                genomes.setdefault(genome.tobytes(), genome)
+        Also returns what following the gradients cost, in items.
+        """
+        warm = self._plan.warm
+        starts, spent = self._known(objective, list(warm.recipes), "warm start"), 0
+        if warm.gradients is not None:
+            descent = self._descend(references, [*known, *starts], warm.gradients)
+            ends = [descent.last, descent.mean]
+            reached = [Named(name="gradient start", recipe=self._plan.space.decode(u)) for u in ends]
+            scored = self._known(objective, distinct(reached), "gradient start")
+            starts += sorted(scored, key=lambda k: k.loss)[:1]
+            spent = descent.items + sum(k.scores.items for k in scored)
+        for position, each in enumerate(starts):
+            self._journal.record_entry("start", position, each.named)
+        return starts, spent
+
+    def _descend(self, references: Normaliser, known: Sequence[Known], spec: GradientSpec) -> Descent:
+        """Follow the gradient from the best point known."""
+        assert self._slopes is not None
+        (base,) = self._scorer.require(self._parents[:1], "search", "base and parents")
+        if all(base[task].margin is None for task in references.gains()):
+            raise UserError(
+                "warm_start.gradients: no task on `search` has answers with a likelihood",
+                expected="at least one loglikelihood or multiple_choice task: others have no slope",
+                fix="set warm_start.gradients: off",
+            )
+        seeds = self._seed(_GRADIENTS).spawn(spec.steps)
+        price = self._plan.objective.retention
+
+        def loss_of(step: int) -> SmoothLoss:
+            rng = np.random.default_rng(seeds[step])
+            return smooth_loss(
+                references, base, price=price, softness=spec.softness, share=spec.share, rng=rng
+            )
+
+        return descend(self._plan.space, self._starts(known)[0], spec, loss_of, self._slopes)
+
+    def _starts(self, known: Sequence[Known]) -> list[Genome]:
+        """The genomes of what is known before the search, best first, as far as the space can express it.
+
+        The middle of the space where it can express nothing.
+        """
+        ranked = sorted(known, key=lambda k: k.loss)
+        genomes = {k.genome.tobytes(): k.genome for k in ranked if k.genome is not None}
         return list(genomes.values()) or [np.full(self._plan.space.dimension, 0.5)]
 
-    def _evolve(
-        self, objective: Objective, hand_made: Sequence[tuple[Named, float]]
-    ) -> tuple[list[Candidate], Genome | None, str]:
-        """Run generations until the budget or the optimizer says stop."""
-        space, journal = self._plan.space, self._journal
-        seed = np.random.SeedSequence(self._plan.seed).spawn(1)[0]
-        optimizer = optimizers.create(
-            self._plan.optimizer, coordinates=space.coordinates, starts=self._starts(hand_made), seed=seed
-        )
-        found: list[Candidate] = []
-        views, order, ledger = self._blocks(objective, hand_made)
-        best, generation, pace = -np.inf, 0, 0.0
-        while True:
-            started, book_keeping = time.perf_counter(), self._scorer.seconds
-            stopped = optimizer.stop_reason()
-            if stopped is None:
-                genomes = optimizer.ask()
-                if not journal.has_ask(generation):  # a stored generation is finished whatever the clock says
-                    stopped = self._budget.stop_reason(
-                        generations=generation,
-                        items=ledger.items,
-                        forecast=round(pace * len(genomes)),
-                        full=ledger.full,
-                    )
-            if stopped is not None:
-                break
-            recipes = [space.decode(u) for u in genomes]
-            journal.record_ask(generation, genomes, recipes)
-            own = time.perf_counter() - started
-            raced = race(
-                recipes,
-                scorer=self._scorer,
-                views=views,
-                spec=self._plan.racing,
-                order=order,
-                phase=f"generation {generation}",
-            )
-            started = time.perf_counter()
-            losses = raced.losses
-            pace = ledger.charge(zip((r.hash for r in recipes), raced.blocks, strict=True)) / len(recipes)
-            optimizer.tell(losses)
-            found += [
-                self._candidate(
-                    f"generation {generation}, candidate {i}", genomes[i], generation, result, objective
-                )
-                for i, result in enumerate(results)
-                if isinstance(result, Scores)
-            ]
-            own += time.perf_counter() - started + self._scorer.seconds - book_keeping
-            journal.record_tell(generation, losses, own)
-            found += [
-                Candidate(
-                    name=f"generation {generation}, candidate {i}", recipe=recipe, loss=float(losses[i, 0])
-                )
-                for i, recipe in enumerate(recipes)
-                if raced.complete[i]
-            ]
-            whole = [r for r, done in zip(raced.results, raced.complete, strict=True) if done]
-            best = max(best, *(objective.mean(r) for r in whole if isinstance(r, Scores)), -np.inf)
-            self._observer.generation_done(generation, ledger.evaluations, best)
-            generation += 1
-        favourite = None
-        if generation and (genome := optimizer.favourite()) is not None:
-            favourite = Candidate(name="mean of the search", recipe=space.decode(genome), loss=np.inf)
-        return found, favourite, stopped
-
     def _blocks(
-        self, objective: Objective, hand_made: Sequence[tuple[Named, float]]
+        self, objective: Objective, unsearched: Sequence[Known], starts: Sequence[Known]
     ) -> tuple[Views, tuple[int, ...], Ledger]:
         """Return the objective on each item block, the order to score them in, and the ledger of the search.
 
         Whatever was scored before the first generation is answered by the store, and free.
         """
-        named = [*self._parents, *(named for named, _ in hand_made)]
         blocks = range(self._plan.racing.blocks)
-        parts = [
-            self._scorer.score([n.recipe for n in named], "search", "baselines", [block]) for block in blocks
-        ]
-        base = [part for (part, *_) in parts if isinstance(part, Scores)]
-        views = Views(objective, base)
+        recipes = [k.named.recipe for k in unsearched]
+        parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
+        views = Views(objective, cast(list[Scores], [part[0] for part in parts]))
         ledger = Ledger(views.sizes)
-        for one in named:
-            ledger.give(one.recipe.hash, blocks)
-        scored = [own for own in zip(*parts, strict=True) if not any(isinstance(p, Failure) for p in own)]
-        return views, block_order(views, cast(list[tuple[Scores, ...]], scored)), ledger
+        for each in (*unsearched, *starts):
+            ledger.give(each.named.recipe.hash, blocks)
+        if objective.count > 1:
+            return views, tuple(blocks), ledger
+        return (
+            views,
+            block_order(views, cast(list[tuple[Scores, ...]], list(zip(*parts, strict=True)))),
+            ledger,
+        )
 
-    def _select(self, found: Sequence[Candidate], favourite: Candidate | None) -> Named:
-        """Score the best candidates again on items the search never saw, and return the best of them."""
-        if not found:
-            raise UserError(
-                "no candidate could be scored, so there is no winner",
-                fix="look at the failures (evomerge status RUN), then raise the budget and resume",
-            )
-        chosen = self._finalists(found, favourite, objective)
+    def _guide(
+        self, references: Normaliser, views: Views, order: Sequence[int], known: Sequence[Known]
+    ) -> Guide | None:
+        """Return the surrogate's part in the search, taught by all that is known before."""
+        plan = self._plan
+        if plan.surrogate is None or plan.objective.several:
+            return None
+        limits = self._objective(references).task_limits()
+
+        def loss_on(blocks: Sequence[int]) -> MeanLoss:
+            return MeanLoss(views(blocks).normaliser, retention=plan.objective.retention, limits=limits)
+
+        guide = Guide(
+            plan.surrogate,
+            coordinates=plan.space.coordinates,
+            base=views.base,
+            order=order,
+            loss_on=loss_on,
+            seed=self._seed(_GUIDE),
+        )
+        for each in known:
+            if each.genome is not None:
+                guide.learn(each.genome, each.scores)
+        return guide
+
+    # -- after the last generation -------------------------------------------------------------------
+
+    def _start(self, known: Known, objective: Objective) -> Candidate:
+        """A warm start as a candidate: it may win, too."""
+        blocks = objective.normaliser.blocks
+        (result,) = self._scorer.score([known.named.recipe], "search", "warm start", blocks)
+        assert isinstance(result, Scores)
+        return Candidate(
+            name=known.named.name,
+            recipe=known.named.recipe,
+            loss=float(objective.losses([result], [known.named.recipe])[0, 0]),
+            genome=known.genome,
+            generation=-1,
+            items=self._counted(result),
+        )
+
+    def _counted(self, scores: Scores) -> int:
+        """Return how many items the loss rests on, those of retention and of tasks only shown aside."""
+        counted = {t.task for t in self._plan.suite.tasks if t.role == "skill" and t.counted}
+        return sum(len(task.metric) for task in scores if task.task in counted)
+
+    def _select(self, starts: Sequence[Candidate], found: Found, views: Views) -> Named:
+        """Score the most promising candidates on items the search never saw, and return the winner."""
+        everyone = [*starts, *found.candidates]
+        if not everyone:
+            raise _no_winner("no candidate could be scored")
+        chosen = self._finalists(everyone, found, views(found.blocks))
         for position, candidate in enumerate(chosen):
             named = Named(name=candidate.name, recipe=candidate.recipe)
             self._journal.record_entry("finalist", position, named)
         self._journal.trim_entries("finalist", len(chosen))
-        again = Objective(self._plan.objective, self._references("select", self._parents))
+        again = self._objective(self._references("select"))
         results = self._scorer.score([c.recipe for c in chosen], "select", "selection")
         scored = [(c, r) for c, r in zip(chosen, results, strict=True) if isinstance(r, Scores)]
         if not scored:
-            raise UserError(
-                "none of the finalists could be scored on `select`, so there is no winner",
-                fix="look at the failures (evomerge status RUN), then raise the budget and resume",
-            )
-        everyone = list(dict.fromkeys([*found, *chosen]))
-        believed = dict(zip(everyone, self._estimates(everyone), strict=True))
+            raise _no_winner("none of the finalists could be scored on `select`")
+        everyone = list(dict.fromkeys([*everyone, *chosen]))
+        believed = dict(zip(everyone, found.estimates(everyone), strict=True))
+        held_out = again.losses([r for _, r in scored], [c.recipe for c, _ in scored])[:, 0]
+        feasible = [i for i, (_, r) in enumerate(scored) if not again.violation(r)]
+        allowed = feasible or [int(np.argmin([again.violation(r) for _, r in scored]))]
         best = selection.winner(
-            np.array([believed[c] for c, _ in scored]),
-            again.losses([r for _, r in scored])[:, 0],
-            items=(scored[0][0].items, self._items(scored[0][1])),
+            np.array([believed[scored[i][0]] for i in allowed]),
+            held_out[allowed],
+            items=(scored[0][0].items, self._counted(scored[0][1])),
         )
-        return Named(name=scored[best][0].name, recipe=scored[best][0].recipe)
+        winner = scored[allowed[best]][0]
+        return Named(name=winner.name, recipe=winner.recipe)
 
     def _finalists(
-        self, found: Sequence[Candidate], favourite: Genome | None, objective: Objective
+        self, everyone: Sequence[Candidate], found: Found, objective: Objective
     ) -> list[Candidate]:
         """Return the candidates believed best, their soup and the optimizer's favourite, each once."""
+        decode = self._plan.space.decode
 
         def score(name: str, genome: Genome, generation: int) -> Candidate | None:
-            result = self._scorer.score([self._plan.space.decode(genome)], "search", name)[0]
+            recipe = decode(genome)
+            (result,) = self._scorer.score([recipe], "search", name, found.blocks)
             if isinstance(result, Failure):
                 return None
-            return self._candidate(name, genome, generation, result, objective)
+            return Candidate(
+                name=name,
+                recipe=recipe,
+                loss=float(objective.losses([result], [recipe])[0, 0]),
+                genome=genome,
+                generation=generation,
+                items=self._counted(result),
+            )
 
-        chosen = selection.finalists(found, self._plan.finalists, self._estimates(found))
+        chosen = selection.finalists(everyone, self._plan.finalists, found.estimates(everyone))
         extra = [
             selection.greedy_soup(
                 chosen,
@@ -315,7 +389,41 @@ class Search:
                 lambda genome: score("soup of the finalists", genome, chosen[0].generation),
             )
         ]
-        if favourite is not None:
-            extra.append(score("mean of the search", favourite, found[-1].generation))
-        distinct = {c.recipe.hash: c for c in reversed([*chosen, *(e for e in extra if e is not None)])}
-        return list(reversed(distinct.values()))
+        if found.favourite is not None:
+            extra.append(score("mean of the search", found.favourite, everyone[-1].generation))
+        distinct_ = {c.recipe.hash: c for c in reversed([*chosen, *(e for e in extra if e is not None)])}
+        return list(reversed(distinct_.values()))
+
+    def _archive(self, objective: Objective, unsearched: Sequence[Known]) -> pareto.Archive:
+        """An empty front, measured from what was not searched."""
+        recipes = [k.named.recipe for k in unsearched]
+        return pareto.Archive(objective.reference_point([k.scores for k in unsearched], recipes))
+
+    def _select_on_front(self, archive: pareto.Archive, hand_made: Sequence[Known]) -> Named:
+        """Score candidates that stand for the front on `select`, and return the knee there.
+
+        What was not searched is scored there too, so that the front can be seen beside it.
+        """
+        if not archive.members:
+            raise _no_winner("no candidate could be scored")
+        chosen = archive.finalists(self._plan.finalists)
+        objective = self._objective(self._references("select"))
+        for position, candidate in enumerate(chosen):
+            named = Named(name=candidate.name, recipe=candidate.recipe)
+            self._journal.record_entry("finalist", position, named)
+        self._journal.trim_entries("finalist", len(chosen))
+        recipes = [candidate.recipe for candidate in chosen]
+        results = self._scorer.score(recipes, "select", "selection")
+        self._scorer.score([k.named.recipe for k in hand_made], "select", "selection")
+        scored = [i for i, result in enumerate(results) if isinstance(result, Scores)]
+        if not scored:
+            raise _no_winner("none of the finalists could be scored on `select`")
+        winner = chosen[scored[pareto.knee(objective.losses(results, recipes)[scored])]]
+        return Named(name=winner.name, recipe=winner.recipe)
+
+
+def _no_winner(reason: str) -> UserError:
+    return UserError(
+        f"{reason}, so there is no winner",
+        fix="look at the failures (evomerge status RUN), then raise the budget and resume",
+    )

@@ -146,6 +146,15 @@ class Objective:
         self._layers = layers
 
     @property
+    def normaliser(self) -> Normaliser:
+        """The scale of its scores."""
+        return self._normaliser
+
+    def task_limits(self) -> dict[str, float]:
+        """Return the least normalised score of every task that the constraints limit."""
+        return self._limits()
+
+    @property
     def count(self) -> int:
         """Number of objectives."""
         return len(self._spec.several) or 1

@@ -88,17 +88,17 @@ class Views:
 
     def __init__(self, objective: Objective, base: Sequence[Scores]) -> None:
         self.blocks = tuple(range(len(base)))
-        self._base = tuple(base)
+        self.base = tuple(base)
         self._views = {self.blocks: objective}
 
     @property
     def sizes(self) -> list[int]:
         """Number of items of each block."""
-        return [part.items for part in self._base]
+        return [part.items for part in self.base]
 
     def counts(self, blocks: Sequence[int]) -> list[int]:
         """Return the number of items of each counted task on `blocks`."""
-        base = joined([self._base[block] for block in blocks])
+        base = joined([self.base[block] for block in blocks])
         return [len(values) for values in self(blocks).contributions(base)]
 
     def __call__(self, blocks: Sequence[int]) -> Objective:
@@ -106,7 +106,7 @@ class Views:
         key = tuple(sorted(blocks))
         if key not in self._views:
             whole = self._views[self.blocks]
-            self._views[key] = whole.on(joined([self._base[block] for block in key]))
+            self._views[key] = whole.on(joined([self.base[block] for block in key]))
         return self._views[key]
 
 

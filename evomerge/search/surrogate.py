@@ -32,7 +32,7 @@ NEAREST = 256
 """Scored genomes, those nearest to where the model is asked, that a fit takes in."""
 ENOUGH = 8
 """Scored genomes from which on a block is modelled."""
-SOFTNESS = 1.0
+SOFTNESS = 0.5
 """In nats: how soft the step from wrong to right is. It keeps a slope where all items are decided."""
 CLIP = 6.0
 """In nats: margins beyond are clipped; how wrong a hopeless answer is says nothing about the rest."""
@@ -77,9 +77,7 @@ class Surrogate:
     coordinates: of the genomes. outputs: for each block what its columns are. tasks: how many tasks.
     """
 
-    def __init__(
-        self, coordinates: Sequence[Coordinate], outputs: Sequence[Outputs], *, tasks: int
-    ) -> None:
+    def __init__(self, coordinates: Sequence[Coordinate], outputs: Sequence[Outputs], *, tasks: int) -> None:
         self._features = _Features(coordinates)
         self._outputs = tuple(outputs)
         self._tasks = tasks
@@ -162,9 +160,7 @@ class Model:
             )
         values /= self._counts
         slopes /= self._counts[:, None]
-        return Prediction(
-            values=values, slopes=slopes @ self._features.slope, uncertainty=spread
-        )
+        return Prediction(values=values, slopes=slopes @ self._features.slope, uncertainty=spread)
 
     def left_out(self) -> Array:
         """Return (n, tasks): each genome of the largest block as the others predict it (leave-one-out).
@@ -358,9 +354,5 @@ class _Block:
 
 
 def _counted(sums: Array, outputs: Outputs, mean: Array, deviation: Array) -> None:
-    value = np.where(
-        outputs.margins, scipy.special.ndtr(mean / np.sqrt(SOFTNESS**2 + deviation**2)), mean
-    )
+    value = np.where(outputs.margins, scipy.special.ndtr(mean / np.sqrt(SOFTNESS**2 + deviation**2)), mean)
     sums += np.bincount(outputs.task, weights=value, minlength=len(sums))
-
-

@@ -119,7 +119,7 @@ def run(blend: Blend, base: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
     """
     vectors = list(inputs)
     if blend.kept:
-        vectors = [_kept(vector, rule) for vector, rule in zip(vectors, blend.kept, strict=True)]
+        vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.kept, strict=True)]
     mix = elected(vectors, blend) if blend.elect else weighted_sum(vectors, blend.weights)
     if blend.scale != 1.0:
         mix *= blend.scale
@@ -169,7 +169,7 @@ def elected(vectors: Sequence[Tensor], blend: Blend) -> Tensor:
     return mix
 
 
-def _kept(vector: Tensor, rule: Ranks | Draws) -> Tensor:
+def keep(vector: Tensor, rule: Ranks | Draws) -> Tensor:
     import torch
 
     if isinstance(rule, Ranks):

@@ -120,7 +120,9 @@ class CmaEs:
             "tolx": 1e-6,
         }
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pycma warns where matplotlib, which only its plots need, is missing
+            warnings.simplefilter(
+                "ignore"
+            )  # pycma warns where matplotlib, which only its plots need, is missing
             import cma
         return cma.CMAEvolutionStrategy(self._padded(start), sigma, options)
 

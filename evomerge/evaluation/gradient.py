@@ -1,0 +1,208 @@
+"""Differentiate a surrogate loss: forward and backward over some items, the gradient left in the weights.
+
+Memory: the gradients are as large as the live weights, and one batch's activations are kept at a time.
+The pairs of one item always share a batch, because a choice is right or wrong among its rivals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from evomerge.evaluation.backend import Pair
+from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
+from evomerge.evaluation.scores import NonFiniteScores
+from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.harness import Items, TaskItems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """One item of a skill task: its pairs, which of them are right, and its weight in the loss."""
+
+    task: str
+    pairs: tuple[Pair, ...]
+    right: tuple[int, ...]
+    weight: float
+
+    @property
+    def length(self) -> int:
+        return max(len(context) + len(continuation) for context, continuation in self.pairs)
+
+
+@contextlib.contextmanager
+def differentiable(model: Any) -> Iterator[None]:
+    """Let a live model's weights gather gradients for a while; they are freed at the end."""
+    parameters = list(model.parameters())
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def backward(
+    model: Any, items: Items, loss: SmoothLoss, *, batch_size: int, max_length: int, prefix: int
+) -> float:
+    """Return a loss on some items; its gradient is added to the `.grad` of the model's parameters.
+
+    model: a causal LM, inside `differentiable`. batch_size: pairs per forward pass. prefix: the token that
+        stands before a text's first.
+
+    Raises:
+        NonFiniteScores: the loss is NaN or infinite.
+    """
+    by_name = {task.name: task for task in items.tasks}
+    skills = [item for part in loss.tasks if part.base is None for item in _items(by_name[part.task], part)]
+    total = 0.0
+    for chunk in _chunks(skills, batch_size):
+        total -= _skills(model, chunk, loss.softness, max_length)
+    texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
+    if texts and loss.price:
+        total += _retention(model, texts, loss.price, batch_size, max_length, prefix)
+    if not math.isfinite(total):
+        raise NonFiniteScores("the model's logits are not finite", got=f"a loss of {total}")
+    return total
+
+
+def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
+    """Return the items of a task that take part."""
+    bounds, start = [], 0
+    for number, group in enumerate(task.groups):
+        # Requests past the choices are the unconditional ones of acc_mutual_info.
+        choices = len(task.task.doc_to_choice(group[0].doc)) if task.gold else 1
+        bounds.append((start, start + choices, task.gold[number] if task.gold else (0,)))
+        start += len(group)
+    weight = part.gain / len(part.items)
+    found = []
+    for number in part.items:
+        first, stop, right = bounds[number]
+        found.append(_Item(task=task.name, pairs=task.pairs[first:stop], right=right, weight=weight))
+    return found
+
+
+def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
+    """Cut items, longest first, into runs of at most `batch_size` pairs, each of one item at least."""
+    chunk: list[_Item] = []
+    held = 0
+    for item in sorted(items, key=lambda item: -item.length):
+        if chunk and held + len(item.pairs) > batch_size:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(item)
+        held += len(item.pairs)
+    if chunk:
+        yield chunk
+
+
+def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int) -> float:
+    """Return the weighted sum of the items' soft accuracies; the gradient of minus it is added."""
+    pairs = [pair for item in chunk for pair in item.pairs]
+    names = [item.task for item in chunk for _ in item.pairs]
+    laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names)
+    ll, lead = _answers(model, laid)
+    margins, start = [], 0
+    for item in chunk:
+        stop = start + len(item.pairs)
+        if len(item.pairs) == 1:
+            margins.append(lead[start])
+        else:
+            right = torch.zeros(stop - start, dtype=torch.bool)
+            right[[index for index in item.right if 0 <= index < stop - start]] = True
+            own = ll[start:stop]
+            wrong = own.masked_fill(right.to(own.device), -torch.inf).amax()
+            margins.append(own.masked_fill(~right.to(own.device), -torch.inf).amax() - wrong)
+        start = stop
+    weights = torch.tensor([item.weight for item in chunk], device=ll.device)
+    value = (torch.sigmoid(torch.stack(margins) / softness) * weights).sum()
+    (-value).backward()  # type: ignore[no-untyped-call]
+    return float(value.detach())
+
+
+def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
+    """Return (pairs,) log-likelihoods in nats and least leads, in the order of the pairs, differentiable."""
+    (batch,) = laid.batches
+    likelihood, lead = _tokens(model, batch, trims(model))
+    count = len(laid.order)
+    pair = torch.zeros(len(likelihood), dtype=torch.long)
+    pair[torch.from_numpy(laid.starts[1:])] = 1
+    pair = torch.from_numpy(laid.order)[pair.cumsum(0)].to(likelihood.device)
+    ll = torch.zeros(count, device=likelihood.device).index_add(0, pair, likelihood)
+    least = torch.full((count,), torch.inf, device=lead.device).scatter_reduce(0, pair, lead, "amin")
+    return ll, least
+
+
+def _tokens(model: Any, batch: Batch, trimmed: bool) -> tuple[Tensor, Tensor]:
+    """Return (tokens,) log-likelihoods and leads over the best other token, differentiable."""
+    logits = forward(model, batch, trimmed)
+    gold = batch.gold.to(logits.device)[:, None]
+    scored = logits[batch.row.to(logits.device), batch.column.to(logits.device)].float()
+    own = scored.gather(1, gold)[:, 0]
+    others = scored.scatter(1, gold, -torch.inf).amax(1)
+    return own - scored.logsumexp(1), own - others
+
+
+def _retention(
+    model: Any,
+    texts: Sequence[tuple[TaskItems, SmoothTask]],
+    price: float,
+    batch_size: int,
+    max_length: int,
+    prefix: int,
+) -> float:
+    """Return the price of lost retention; its gradient is added where some is lost.
+
+    The price bends where nothing is lost, so a pass without gradients first finds on which side it is.
+    """
+    laid = [_windows(task, part, batch_size, max_length, prefix) for task, part in texts]
+    parts = [part for _, part in texts]
+    means = [float(each.score(model).ll @ weights) for each, weights in laid]
+    kept = [part.gain * math.exp(mean - (part.base or 0.0)) for part, mean in zip(parts, means, strict=True)]
+    lost = 1.0 - math.fsum(kept)
+    if lost <= 0.0:
+        return 0.0
+    trimmed = trims(model)
+    for (each, weights), slope in zip(laid, kept, strict=True):
+        start = 0
+        by_token = torch.from_numpy(weights[each.order]).repeat_interleave(_lengths(each))
+        for batch in each.batches:
+            likelihood, _ = _tokens(model, batch, trimmed)
+            own = by_token[start : start + len(likelihood)].to(likelihood)
+            (-price * slope * (own * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
+            start += len(likelihood)
+    return price * lost
+
+
+def _windows(
+    task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int
+) -> tuple[Plan, Any]:
+    """Lay out the windows of a task's texts; (pairs,) what each adds to the mean per token and text."""
+    pairs: list[Pair] = []
+    weights: list[float] = []
+    for number in part.items:
+        text = task.texts[number]
+        rolled = get_rolling_token_windows(list(text), prefix, max_length, 1)
+        windows = [make_disjoint_window(window) for window in rolled]
+        pairs += windows
+        weights += [1.0 / (len(text) * len(part.items))] * len(windows)
+    laid = plan(pairs, batch_size=batch_size, max_length=max_length, names=[task.name] * len(pairs))
+    return laid, torch.tensor(weights, dtype=torch.float64).numpy()
+
+
+def _lengths(laid: Plan) -> Tensor:
+    """Return how many tokens each pair has, in the order in which they are scored."""
+    tokens = sum(len(batch.gold) for batch in laid.batches)
+    ends = torch.tensor([*laid.starts[1:].tolist(), tokens])
+    return ends - torch.from_numpy(laid.starts)

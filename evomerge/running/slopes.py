@@ -1,0 +1,50 @@
+"""Gradients through an executor, each computed only once in the life of a run.
+
+A gradient is stored as a fact named after what it is of, so a run killed in the middle of its warm start
+finds all finished steps again and goes on with the next, in the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from evomerge.evaluation.scores import Failure
+from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
+from evomerge.merging.recipe import Recipe
+from evomerge.running.executors import Executor
+from evomerge.running.scorer import Observer
+from evomerge.running.store import RunStore
+from evomerge.running.worker import GradientJob
+
+PHASE = "gradient start"
+
+
+class Slopes:
+    """Differentiates losses by the parameters of recipes."""
+
+    def __init__(self, store: RunStore, executor: Executor, observer: Observer) -> None:
+        self._store, self._executor, self._observer = store, executor, observer
+
+    def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
+        """Return a loss and its derivatives, from the store if they are there.
+
+        step, steps: shown to the user.
+        """
+        key = f"gradient {recipe.hash} {loss.key}"
+        self._observer.phase(PHASE, steps, step)
+        if (known := self._store.fact(key)) is not None:
+            if "reason" in known:
+                return Failure(**known)
+            groups = tuple(
+                {name: tuple(values) for name, values in group.items()} for group in known["groups"]
+            )
+            return Gradient(loss=known["loss"], groups=groups)
+        (result,) = self._executor.run([GradientJob(recipe=recipe, loss=loss)])
+        assert isinstance(result.outcome, Gradient | Failure)
+        if isinstance(result.outcome, Failure):
+            self._observer.scored(recipe, result.outcome, None)
+            self._store.set_fact(key, dataclasses.asdict(result.outcome))
+        else:
+            groups = tuple(dict(group) for group in result.outcome.groups)
+            self._store.set_fact(key, {"loss": result.outcome.loss, "groups": groups})
+        return result.outcome

@@ -1,0 +1,152 @@
+"""Read what a run is told to start from: recipe files and the best of another run, over its own models.
+
+Both are read once, when the run begins, and stored in it: resuming needs neither file nor folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import ConfigError, nearest
+from evomerge.merging.reading import read_recipe
+from evomerge.merging.recipe import Recipe
+from evomerge.running.store import BASE, RunStore
+from evomerge.search.baselines import Named
+from evomerge.search.genes import Space
+from evomerge.search.warm_start import WarmStart, WarmStartSpec, distinct
+
+FACT = "warm_start"
+TAKEN = 5
+"""How many recipes are taken from another run: its winner, and the best of the rest."""
+
+
+def resolve(spec: WarmStartSpec, *, space: Space, template: Recipe, folder: Path) -> WarmStart:
+    """Return what a config names, from the run in `folder` if there is one already.
+
+    Raises ConfigError for recipes over other models, and for a run of which the space can express nothing.
+    """
+    gradients = None if spec.gradients == "off" else spec.gradients
+    if RunStore.exists(folder):
+        with RunStore.read(folder) as store:
+            stored = store.fact(FACT) or []
+        return WarmStart(recipes=tuple(_from_data(each, template) for each in stored), gradients=gradients)
+    found = [
+        Named(name=f"recipe {Path(path).name}", recipe=_over(read_recipe(path), template, path))
+        for path in spec.recipes
+    ]
+    if spec.run is not None:
+        found += _of_run(Path(spec.run), space, template)
+    return WarmStart(recipes=tuple(distinct(found)), gradients=gradients)
+
+
+def to_data(warm: WarmStart) -> list[dict[str, Any]]:
+    """Return the recipes as plain data, without the places of their models."""
+    return [{"name": each.name, "recipe": each.recipe.to_data() | {"models": None}} for each in warm.recipes]
+
+
+def _from_data(data: Mapping[str, Any], template: Recipe) -> Named:
+    recipe = Recipe.from_data({**data["recipe"], "models": dict(template.models)})
+    return Named(name=data["name"], recipe=recipe)
+
+
+def _of_run(folder: Path, space: Space, template: Recipe) -> list[Named]:
+    """Return a run's winner and best candidates, as far as the space can express them."""
+    with RunStore.read(folder) as store:
+        config = store.fact("config")["models"]
+        missing = [name for name in config["sources"] if name not in template.models]
+        if missing:
+            raise ConfigError(
+                f"warm_start.run: {folder} merges other models",
+                expected=f"sources among {', '.join(space.sources)}",
+                got=", ".join(missing),
+                fix="give models that are the same the same names in both configs",
+            )
+        ranked = sorted(
+            (float(loss), recipe)
+            for generation in store.generations()
+            if generation.losses is not None
+            for loss, recipe in zip(generation.losses[:, 0], generation.recipes, strict=True)
+        )
+        found = [*store.entries("winner"), *store.entries("start")]
+        found += [
+            Named(name=f"candidate {recipe[:8]}", recipe=store.recipe(recipe)) for _, recipe in ranked[:100]
+        ]
+    expressed = []
+    for each in found:
+        recipe = _made_here(each.recipe, template)
+        if space.encode(recipe) is not None:
+            expressed.append(Named(name=f"{folder.name}: {each.name}", recipe=recipe))
+    if not expressed:
+        raise ConfigError(
+            f"warm_start.run: nothing of {folder} lies in this run's search space",
+            expected=f"recipes that {space.describe()} can express",
+            got=f"{len(found)} recipes, none of them" if found else "a run without any candidate yet",
+            fix="search the same space, or export a recipe and name it under warm_start.recipes",
+        )
+    return distinct(expressed)[:TAKEN]
+
+
+def _over(recipe: Recipe, template: Recipe, path: str) -> Recipe:
+    """Return a file's recipe over this run's models, which are matched by place, then by name."""
+    names: dict[str, str] = {}
+    by_place = {_place(place): name for name, place in template.models.items()}
+    for name in recipe.used_models():
+        own = by_place.get(_place(recipe.models[name])) or (name if name in template.models else None)
+        if own is None:
+            raise ConfigError(
+                f"warm_start.recipes: {path}: {name!r} is none of this run's models",
+                expected=", ".join(f"{n} ({p})" for n, p in template.models.items()),
+                got=recipe.models[name],
+                fix=nearest(name, template.models),
+            )
+        names[name] = own
+    if recipe.stacked:
+        raise ConfigError(
+            f"warm_start.recipes: {path}: repeats, drops or reorders layers, which this run can't score",
+            fix="leave it out",
+        )
+    bases = {names[base] for group in recipe.groups if (base := recipe.base_of(group)) is not None}
+    if not bases <= {BASE}:
+        raise ConfigError(
+            f"warm_start.recipes: {path}: takes task vectors from another base than this run's",
+            expected=template.models[BASE],
+            got=", ".join(sorted(bases - {BASE})),
+            fix="leave it out, or make a run with that base",
+        )
+    groups = tuple(
+        dataclasses.replace(group, sources=tuple(names[source] for source in group.sources), base=None)
+        for group in recipe.groups
+    )
+    fisher = {names[name]: file for name, file in recipe.fisher.items() if name in names}
+    return _made_here(
+        dataclasses.replace(
+            recipe,
+            models=dict(template.models),
+            groups=groups,
+            base=BASE,
+            fisher=fisher,
+            tokenizer=template.tokenizer,
+        ),
+        template,
+    )
+
+
+def _made_here(recipe: Recipe, template: Recipe) -> Recipe:
+    """Return a recipe with this run's models, dtype, tokenizer and seed."""
+    return dataclasses.replace(
+        recipe,
+        models=dict(template.models),
+        base=template.base,
+        dtype=template.dtype,
+        tokenizer=template.tokenizer,
+        seed=template.seed,
+    )
+
+
+def _place(location: str) -> str:
+    """Return a location with the places on the disk in it resolved."""
+    parts = location.split("+")
+    return "+".join(str(Path(part).resolve()) if Path(part).exists() else part for part in parts)

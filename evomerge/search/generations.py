@@ -1,0 +1,254 @@
+"""The generations of a search: ask, score, tell, until the budget or the optimizer says stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.merging.recipe import Recipe
+from evomerge.search import pareto, selection
+from evomerge.search.baselines import Named
+from evomerge.search.genes import Genome, Space
+from evomerge.search.guide import Asked, Guide, GuideState
+from evomerge.search.ledger import Ledger
+from evomerge.search.optimizers import Optimizer
+from evomerge.search.racing import RaceResult, RacingSpec, Views, race
+from evomerge.search.selection import Candidate
+
+
+class Scorer(Protocol):
+    """Scores recipes, each only once in the life of a run.
+
+    seconds: time spent so far on book-keeping, apart from the scoring itself.
+    """
+
+    seconds: float
+
+    def score(
+        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
+    ) -> list[Scores | Failure]:
+        """Return one result per recipe, in order. `phase` is shown to the user.
+
+        blocks: item blocks of the split to score on; None means all.
+        """
+        ...
+
+    def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
+        """Like `score` for recipes the run can't do without: the first failure raises UserError."""
+        ...
+
+
+class Journal(Protocol):
+    """Records generations, or checks them against what a former session recorded."""
+
+    def record_ask(
+        self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None: ...
+
+    def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None: ...
+
+    def record_guide(self, generation: int, state: GuideState) -> None: ...
+
+    def record_front(
+        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None: ...
+
+    def has_ask(self, generation: int) -> bool: ...
+
+
+class Budget(Protocol):
+    """Says when to stop asking."""
+
+    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None: ...
+
+
+class Observer(Protocol):
+    """Is told what happens, for progress displays and logs."""
+
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """A generation was told.
+
+        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What the generations found.
+
+    candidates: scored on all of `blocks`, each recipe once. favourite: the optimizer's own, if it has one.
+    """
+
+    candidates: tuple[Candidate, ...]
+    blocks: tuple[int, ...]
+    favourite: Genome | None
+    stopped: str
+    guide: Guide | None
+
+    def estimates(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+        """Return the losses on `search` that candidates are believed to have, shape (n,).
+
+        Those of the surrogate where all can be asked of it: their neighbours have their say.
+        """
+        genomes = [c.genome for c in candidates if c.genome is not None]
+        if self.guide is not None and self.guide.trusted and len(genomes) == len(candidates):
+            found = self.guide.estimates(genomes)
+            if found is not None:
+                return found
+        return selection.estimates(candidates)
+
+
+@dataclass(slots=True, kw_only=True)
+class Generations:
+    """The course of a search from its first generation.
+
+    order: the item blocks, the most telling first. racing: how candidates leave a generation early. guide:
+    the surrogate's part, if any. archive: the front, with several objectives. counted: how many items of
+    some scores the loss rests on.
+    """
+
+    space: Space
+    optimizer: Optimizer
+    scorer: Scorer
+    journal: Journal
+    budget: Budget
+    observer: Observer
+    views: Views
+    ledger: Ledger
+    order: tuple[int, ...]
+    racing: RacingSpec
+    guide: Guide | None
+    archive: pareto.Archive | None
+    counted: Callable[[Scores], int]
+
+    def run(self) -> Found:
+        """Go on until the budget or the optimizer says stop."""
+        found: dict[str, Candidate] = {}
+        best, generation, pace = -np.inf, 0, 0.0
+        while True:
+            started, book_keeping = time.perf_counter(), self.scorer.seconds
+            stopped = self.optimizer.stop_reason()
+            if stopped is None:
+                asked = self._ask()
+                if not self.journal.has_ask(generation):  # a stored one is finished whatever the clock says
+                    stopped = self.budget.stop_reason(
+                        generations=generation,
+                        items=self.ledger.items,
+                        forecast=round(pace * len(asked.genomes)),
+                        full=self.ledger.full,
+                    )
+            if stopped is not None:
+                break
+            recipes = [self.space.decode(u) for u in asked.genomes]
+            self.journal.record_ask(generation, asked.genomes, recipes)
+            own = time.perf_counter() - started
+            blocks = self._blocks()
+            raced = race(
+                recipes,
+                scorer=self.scorer,
+                views=self.views,
+                spec=self.racing,
+                order=blocks,
+                phase=f"generation {generation}",
+            )
+            started = time.perf_counter()
+            cost = self.ledger.charge(zip((r.hash for r in recipes), raced.blocks, strict=True))
+            pace = cost / len(recipes)
+            self.optimizer.tell(raced.losses, asked.chosen)
+            again = self._teach(asked, raced)
+            own += time.perf_counter() - started + self.scorer.seconds - book_keeping
+            self.journal.record_tell(generation, raced.losses, own)
+            for row, genome in enumerate(asked.genomes):
+                result = raced.results[row]
+                if raced.complete[row] and isinstance(result, Scores):
+                    name = f"generation {generation}, candidate {row}"
+                    self._keep(found, name, genome, recipes[row], generation, result, raced.losses[row])
+            self._record(generation, found, raced, recipes)
+            self._score_again(again, found, generation)
+            objective = self.views(blocks)
+            whole = [r for r, done in zip(raced.results, raced.complete, strict=True) if done]
+            best = max(best, *(objective.mean(r) for r in whole if isinstance(r, Scores)), -np.inf)
+            self.observer.generation_done(generation, self.ledger.evaluations, best)
+            generation += 1
+        blocks = self._blocks()
+        most = max((c.items for c in found.values()), default=0)
+        return Found(
+            candidates=tuple(c for c in found.values() if c.items == most),
+            blocks=blocks,
+            favourite=self.optimizer.favourite() if generation else None,
+            stopped=stopped,
+            guide=self.guide,
+        )
+
+    def _ask(self) -> Asked:
+        if self.guide is None:
+            return Asked(genomes=self.optimizer.ask())
+        return self.guide.ask(self.optimizer)
+
+    def _blocks(self) -> tuple[int, ...]:
+        return self.order if self.guide is None else self.guide.blocks
+
+    def _teach(self, asked: Asked, raced: RaceResult) -> list[Genome]:
+        """Tell the guide; return the genomes it wants to see on more items."""
+        if self.guide is None:
+            return []
+        results = [r if isinstance(r, Scores) else None for r in raced.results]
+        return self.guide.tell(asked.genomes, results, raced.losses[:, 0])
+
+    def _keep(
+        self,
+        found: dict[str, Candidate],
+        name: str,
+        genome: Genome,
+        recipe: Recipe,
+        generation: int,
+        scores: Scores,
+        loss: NDArray[np.float64],
+    ) -> None:
+        """Note a candidate with the loss on the most items that it was scored on."""
+        items = self.counted(scores)
+        before = found.get(recipe.hash)
+        if before is None or before.items < items:
+            found[recipe.hash] = Candidate(
+                name=name if before is None else before.name,
+                recipe=recipe,
+                loss=float(loss[0]),
+                genome=genome,
+                generation=generation if before is None else before.generation,
+                items=items,
+            )
+
+    def _score_again(self, genomes: Sequence[Genome], found: dict[str, Candidate], generation: int) -> None:
+        """Score genomes on the blocks that are met from now on."""
+        if not genomes or self.guide is None:
+            return
+        blocks = self._blocks()
+        recipes = [self.space.decode(u) for u in genomes]
+        results = self.scorer.score(recipes, "search", f"generation {generation}, more items", blocks)
+        self.ledger.charge((recipe.hash, blocks) for recipe in recipes)
+        losses = self.views(blocks).losses(results, recipes)
+        for genome, recipe, result, loss in zip(genomes, recipes, results, losses, strict=True):
+            if isinstance(result, Scores):
+                self.guide.learn(genome, result)
+                if recipe.hash in found:
+                    self._keep(found, "", genome, recipe, generation, result, loss)
+
+    def _record(
+        self, generation: int, found: dict[str, Candidate], raced: RaceResult, recipes: Sequence[Recipe]
+    ) -> None:
+        """Note what the guide did, and the front so far."""
+        if self.guide is not None:
+            self.journal.record_guide(generation, self.guide.state())
+        if self.archive is not None:
+            scored = [i for i, result in enumerate(raced.results) if isinstance(result, Scores)]
+            self.archive.add([found[recipes[i].hash] for i in scored], raced.losses[scored])
+            self.journal.record_front(
+                generation, self.archive.hypervolume, self.archive.reference, self.archive.recipes
+            )
