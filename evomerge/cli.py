@@ -76,7 +76,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")
 OutAs = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; of YAML forms the file.")]
 Evaluations = Annotated[
     int | None,
-    typer.Option("--evaluations", min=1, help="Replace this limit of the budget: candidates to ask for."),
+    typer.Option("--evaluations", min=1, help="Replace this limit of the budget: full evaluations."),
 ]
 Generations = Annotated[
     int | None, typer.Option("--generations", min=1, help="Replace this limit of the budget.")

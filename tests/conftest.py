@@ -63,6 +63,7 @@ def config_data(zoo: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "optimizer": {"name": "cma_es", "population": 4},
         "budget": {"generations": 3},
         "executor": {"name": "inline", "threads": 1, "batch_size": 32},
+        "racing": {"blocks": 3, "error": 0.5},
         "finalists": 2,
         "seed": 0,
         "out": str(folder / "run"),

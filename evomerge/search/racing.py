@@ -145,6 +145,7 @@ def race(
     alive = list(range(len(recipes)))
     keep = math.ceil(spec.keep * len(recipes))
     looks = range(spec.blocks_min, len(order)) if keep < len(recipes) else range(0)
+    totals = views.counts(order)
     start = 0
     while alive and start < len(order):
         stop = next((look for look in looks if look > start and len(alive) > keep), len(order))
@@ -160,7 +161,7 @@ def race(
             objective = views(order[:stop])
             worse = clearly_worse(
                 [objective.contributions(joined(parts[i])) for i in alive],
-                totals=views.counts(order),
+                totals=totals,
                 keep=keep,
                 level=spec.error / (len(looks) * keep * (len(recipes) - keep)),
             )
