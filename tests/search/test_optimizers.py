@@ -112,9 +112,7 @@ ROWS = {
     "random": Row(spec=_spec(name="random"), beats=False),
     "random-mixed": Row(spec=_spec(name="random"), coordinates=MIXED, losses=mixed, beats=False),
     "sobol": Row(spec=_spec(name="sobol"), beats=False),
-    "sobol-mixed": Row(
-        spec=_spec(name="sobol"), coordinates=MIXED, losses=mixed, objectives=1, beats=False
-    ),
+    "sobol-mixed": Row(spec=_spec(name="sobol"), coordinates=MIXED, losses=mixed, objectives=1, beats=False),
 }
 
 
@@ -172,7 +170,7 @@ def test_global_generators_are_left_alone_and_have_no_say(row: Row) -> None:
     first = run(row.make(0), row, 3)
     assert (np.random.get_state()[1] == before[0]).all()
     assert random.getstate() == before[1]
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)
     random.seed(7)
     assert same(first, run(row.make(0), row, 3))
 

@@ -112,9 +112,7 @@ class _Crossover:
     def __call__(self, problem: Any, parents: Any, *, random_state: np.random.Generator, **_: Any) -> Any:
         offspring = self._numbers(problem, parents, random_state=random_state)
         if len(self._named):
-            first, second = (
-                np.array([pair[i].get("X")[self._named] for pair in parents]) for i in range(2)
-            )
+            first, second = (np.array([pair[i].get("X")[self._named] for pair in parents]) for i in range(2))
             swap = random_state.random(first.shape) < 0.5
             rows = offspring.get("X")
             rows[:, self._named] = np.vstack([np.where(swap, second, first), np.where(swap, first, second)])
