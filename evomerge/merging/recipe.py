@@ -285,6 +285,8 @@ class Recipe:
     asked: bool = field(default=False, init=False, compare=False, repr=False)
     """Whether `tokenizer` was given, as it is in every written recipe. No part of the identity: it decides
     what is refused, not what is made."""
+    _hash: str = field(default="", init=False, compare=False, repr=False)
+    """The hash once it was asked for: it costs milliseconds where there are hundreds of parameters."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -356,6 +358,8 @@ class Recipe:
         Locations are left out (a moved folder stays the same recipe), and so is the seed where no
         method draws at random. Parameters count with their defaults filled in.
         """
+        if self._hash:
+            return self._hash
         data = self.to_data()
         del data["models"]
         if not any(methods.get(group.method).random for group in self.groups):
@@ -363,7 +367,8 @@ class Recipe:
         if not self.used_fishers():
             data.pop("fisher", None)
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        object.__setattr__(self, "_hash", hashlib.sha256(canonical.encode()).hexdigest())
+        return self._hash
 
     @property
     def pattern(self) -> str:

@@ -338,22 +338,17 @@ def test_an_oversized_generation_is_told_in_part_and_in_any_order(row: Row) -> N
     assert not same(screened(0)[:1], screened(1)[:1])
 
 
-def test_screening_helps(row: Row) -> None:
-    """Told only the truly best of each oversized generation, an optimizer does at least as well."""
+def test_told_only_a_part_it_still_learns(row: Row) -> None:
     if not row.beats or row.objectives > 1:
         pytest.skip("not a learner with one objective")
-
-    def best(oversize: int, seed: int) -> float:
-        optimizer, found = row.make(seed), np.inf
-        for _ in range(6):
-            population = optimizer.population
-            losses = row.losses(optimizer.ask(oversize * population))
-            chosen = np.argsort(losses[:, 0], kind="stable")[:population]
-            optimizer.tell(losses[chosen], chosen.tolist())
-            found = min(found, float(losses[chosen].min()))
-        return found
-
-    assert np.mean([best(3, s) for s in range(2)]) <= np.mean([best(1, s) for s in range(2)])
+    optimizer, medians = row.make(0), []
+    for _ in range(8):
+        population = optimizer.population
+        losses = row.losses(optimizer.ask(2 * population))
+        medians.append(float(np.median(losses)))
+        chosen = np.argsort(losses[:, 0], kind="stable")[:population]
+        optimizer.tell(losses[chosen], chosen.tolist())
+    assert medians[-1] < medians[0]
 
 
 def test_refuses_a_choice_that_is_none(row: Row) -> None:

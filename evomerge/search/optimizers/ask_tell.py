@@ -47,7 +47,7 @@ class Optimizer(Protocol):
         ...
 
     def inject(self, genomes: ArrayLike) -> None:
-        """Put points, shape (k, dimension), first into the next generation (what has no room: the one after)."""
+        """Put points, shape (k, dimension), first into the next generation, and the next ones if need be."""
         ...
 
     def stop_reason(self) -> str | None:

@@ -170,7 +170,7 @@ class _Coding:
 
         shares = np.zeros(self._shape)
         for i, column in enumerate(self._cube.named):
-            levels = self._cube.levels[column]
+            levels = int(self._cube.levels[column])
             shares[i, :levels] = 0.5 / levels
             shares[i, self._cube.bin(column, start[column])] += 0.5
         es = CatCMAwM(

@@ -76,7 +76,8 @@ class CmaEs:
         # pycma is told the given rows as they are: it then treats them as points from elsewhere and
         # shortens their steps (Hansen 2011, arXiv:1110.4181).
         self._sampled = [self._padded(row) for row in given] + list(drawn)
-        return np.clip(np.array(self._sampled)[:, : self._dimension], 0.0, 1.0)
+        rows: NDArray[np.float64] = np.clip(np.array(self._sampled)[:, : self._dimension], 0.0, 1.0)
+        return rows
 
     def learn(self, chosen: NDArray[np.int_], losses: NDArray[np.float64]) -> None:
         """Update the distribution, and begin the next run where this one has converged."""

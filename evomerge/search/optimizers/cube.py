@@ -14,9 +14,10 @@ from evomerge.search.genes import Coordinate
 class Cube:
     """The coordinates of a search space that can vary at all, sorted by kind.
 
-    width: number of all coordinates. free: indices among them of those with more than one value; every array an algorithm
-    sees has one column for each of them. continuous, ordered, named: indices of columns. A coordinate
-    with two levels counts as named: between two there is no order to use.
+    width: number of all coordinates. free: indices among them of those with more than one value; arrays
+    that an algorithm sees have one column for each. levels: bins per column, 0 where it is continuous.
+    continuous, ordered, named: indices of columns. A coordinate with two levels counts as named: between
+    two there is no order to use.
 
     >>> cube = Cube([Coordinate(), Coordinate(levels=1), Coordinate(levels=4)])
     >>> cube.dimension, cube.snap(np.array([[0.3, 0.3]])), cube.expand(np.array([[0.3, 0.375]]))
@@ -44,18 +45,19 @@ class Cube:
     def bins(self, rows: NDArray[np.float64]) -> NDArray[np.int_]:
         """Return the bins of the discrete columns of rows, shape (n, discrete)."""
         levels = self.levels[self._discrete]
-        return np.minimum((rows[:, self._discrete] * levels).astype(int), levels - 1)
+        bins: NDArray[np.int_] = np.minimum((rows[:, self._discrete] * levels).astype(int), levels - 1)
+        return bins
 
     def middles(self, bins: NDArray[np.int_]) -> NDArray[np.float64]:
         """Return the middles of bins of the discrete columns, shape (n, discrete)."""
         middles: NDArray[np.float64] = (bins + 0.5) / self.levels[self._discrete]
         return middles
 
-    def bin(self, column: int, u: float) -> int:
+    def bin(self, column: int | np.int_, u: float) -> int:
         """Return the bin of one value of a discrete column."""
         return min(int(u * self.levels[column]), int(self.levels[column]) - 1)
 
-    def middle(self, column: int, bin_: int) -> float:
+    def middle(self, column: int | np.int_, bin_: int | np.int_) -> float:
         """Return the middle of one bin of a discrete column."""
         return float((bin_ + 0.5) / self.levels[column])
 

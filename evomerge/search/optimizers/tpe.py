@@ -1,4 +1,4 @@
-"""The tree-structured Parzen estimator (Bergstra et al. 2011; Watanabe 2023, arXiv:2304.11127), through optuna.
+"""The tree-structured Parzen estimator (Bergstra et al. 2011), through optuna.
 
 Multivariate, with the constant liar for the candidates of one generation. A fresh sampler is an exact
 replay only if it is told everything again from the beginning, which is what the loop does.
@@ -38,11 +38,12 @@ class Tpe:
             ),
         )
         self._sampled: list[Any] = []
+        self._begun = False
 
     def sample(self, count: int, given: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return `count` rows: the given ones, then samples; uniform ones in the first generation."""
         new = count - len(given)
-        if not self._study.trials:
+        if not self._begun:
             rows = self._cube.snap(self._generator.random((new, self._cube.dimension)))
             self._sampled = list(np.vstack([given, rows]))
             return np.vstack([given, rows])
@@ -54,6 +55,7 @@ class Tpe:
         """Complete the chosen trials and give up the others."""
         from optuna.trial import TrialState, create_trial
 
+        self._begun = True
         told = {int(i): row.tolist() for i, row in zip(chosen, losses, strict=True)}
         for i, sampled in enumerate(self._sampled):
             if isinstance(sampled, np.ndarray):
