@@ -17,7 +17,7 @@ import hashlib
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -197,18 +197,33 @@ class Harness:
         self.forward_seconds = seconds
         return joined(parts)
 
-    def backward(self, model: Any, items: Items, loss: SmoothLoss) -> float:
-        """Return a loss on some of the items; its gradient is added to the weights' own (see `gradient`).
+    def backward(self, model: Any, split: Split, loss: SmoothLoss) -> float:
+        """Return a loss on some of a split's items; its gradient is added to the weights' own.
 
-        Raises NonFiniteScores.
+        The items are numbered as in `Scores.joined`: per task, block after block. Raises NonFiniteScores.
         """
-        backend = self._backend
+        items, backend = self._whole(split), self._backend
         backend.attach(model)
         try:
             frame = {"max_length": backend.max_length, "prefix": backend.prefix_token_id}
             return gradient.backward(model, items, loss, batch_size=self.batch_size, **frame)
         finally:
             backend.detach()
+
+    def _whole(self, split: Split) -> Items:
+        """Return all blocks of a split as one."""
+        parts = [self.items(split, block) for block in range(self.blocks(split))]
+        tasks = tuple(
+            replace(
+                rows[0],
+                groups=tuple(group for row in rows for group in row.groups),
+                pairs=tuple(pair for row in rows for pair in row.pairs),
+                texts=tuple(text for row in rows for text in row.texts),
+                gold=tuple(gold for row in rows for gold in row.gold),
+            )
+            for rows in zip(*(part.tasks for part in parts), strict=True)
+        )
+        return Items(split=split, tasks=tasks)
 
     def _layout(self, items: Items, max_length: int) -> Layout:
         if max_length not in items.plans:

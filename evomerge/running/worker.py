@@ -135,7 +135,7 @@ class Worker:
         try:
             self._bench.load(job.recipe)
             with differentiable(self._bench.model):
-                loss = self._harness.backward(self._bench.model, self._harness.items(job.split), job.loss)
+                loss = self._harness.backward(self._bench.model, job.split, job.loss)
                 groups = self._bench.derivatives(job.recipe)
         except Exception as error:
             return failure_of(error)

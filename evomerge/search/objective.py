@@ -221,7 +221,7 @@ class Objective:
 
     def on(self, base: Scores) -> Objective:
         """Return this objective for scores on other item blocks, of which `base` is the base's scores."""
-        return Objective(self._spec, self._normaliser.on(base))
+        return Objective(self._spec, self._normaliser.on(base), layers=self._layers)
 
     def contributions(self, scores: Scores) -> list[NDArray[np.float64]]:
         """Return per counted task (items,) what each item adds to the loss; the means sum to `loss`."""

@@ -15,8 +15,10 @@ from rich.console import Console
 from evomerge import compose
 from evomerge.delivery import report
 from evomerge.delivery.summary import Summary
+from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Scores
 from evomerge.running.store import RunStore
+from evomerge.search.baselines import Named
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -78,9 +80,71 @@ def test_progress_and_finalists(opened: tuple[RunStore, Summary]) -> None:
     assert list(progress.best_so_far) == sorted(progress.best_so_far)
     assert progress.best_baseline is not None
     finalists = opened[1].finalists()
-    assert len(finalists) == 3
+    assert 3 <= len(finalists) <= 4  # with their soup, where it was no worse than the first
     assert finalists[-1].name == "mean of the search"
-    assert all(f.select is not None for f in finalists)
+    assert all(f.search is not None and f.select is not None for f in finalists)
+    assert {f.name for f in finalists[2:-1]} <= {"soup of the finalists"}
+
+
+def test_claims_are_paired_tests_of_the_winner_read_together(opened: tuple[RunStore, Summary]) -> None:
+    store, summary = opened
+    rows = summary.rows()
+    verdict, claims = summary.verdict(rows), summary.claims(rows)
+    assert verdict is not None
+    assert (claims[0].task, claims[0].rival, claims[0].test) == (None, verdict.rival, verdict.test)
+    shown = [t.task for t in summary.shown_tasks]
+    assert list(dict.fromkeys(c.task for c in claims)) == [None, *shown]
+    assert {c.rival for c in claims if c.role == "specialist"} <= {"upper", "reverse"}
+    ours = store.result(rows[-1].recipe, "test")
+    assert isinstance(ours, Scores)
+    for claim in claims[1:]:
+        theirs = store.result(next(r.recipe for r in rows if r.name == claim.rival), "test")
+        assert isinstance(theirs, Scores)
+        if claim.task is not None:
+            a, b = ours[claim.task].metric, theirs[claim.task].metric
+            assert claim.test.estimate == pytest.approx(a.mean() - b.mean())
+            assert claim.test.p == statistics.mcnemar(a, b)
+    assert [c.adjusted for c in claims] == statistics.holm([c.test.p for c in claims])
+
+
+def test_shares_are_of_the_specialists_raw_scores(opened: tuple[RunStore, Summary]) -> None:
+    summary = opened[1]
+    rows = summary.rows()
+    found = {share.task: share for share in summary.shares(rows)}
+    assert found["demo_reverse"].specialist == "reverse"
+    assert found["demo_upper"].specialist == "upper"
+    for task, share in found.items():
+        top = next(r for r in rows if r.name == share.specialist).tasks[task].estimate
+        assert share.score == top
+        if top > 0:
+            assert share.winner == pytest.approx(rows[-1].tasks[task].estimate / top)
+        else:
+            assert share.winner is None
+
+
+def test_luck_says_what_to_expect_and_what_happened(opened: tuple[RunStore, Summary]) -> None:
+    summary = opened[1]
+    luck = summary.luck()
+    assert luck is not None
+    assert luck.candidates == 12
+    assert 0 <= luck.expected < 0.5
+    assert luck.test == pytest.approx(summary.rows()[-1].mean.estimate)
+    assert luck.select is not None
+
+
+def test_a_warm_start_is_shown_but_neither_rival_nor_winner(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    with RunStore.open(tmp_path / "run") as store:
+        before = Summary(store, compose.stored_suite(store))
+        best = before.best_unsearched(before.rows())
+        assert best is not None
+        store.record_entry("start", 0, Named(name="gradient", recipe=before.winner.recipe))  # type: ignore[union-attr]
+        summary = Summary(store, compose.stored_suite(store))
+        rows = summary.rows()
+        assert [row.role for row in rows[-2:]] == ["start", "winner"]
+        after = summary.best_unsearched(rows)
+    assert after is not None
+    assert after.name == best.name
 
 
 def test_cost_adds_up(opened: tuple[RunStore, Summary]) -> None:
@@ -99,12 +163,21 @@ def test_terminal_table_fits_and_ends_with_the_verdict(opened: tuple[RunStore, S
     assert "retention" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    assert "over the best baseline" in " ".join(text.split())
+    said = " ".join(text.split())
+    for each in (
+        "over the best baseline",
+        "luck: the best of 12 candidates",
+        "of its specialist's score a task",
+    ):
+        assert each in said
 
 
 def test_as_data_is_json(opened: tuple[RunStore, Summary]) -> None:
     data = json.loads(json.dumps(report.as_data(*opened)))
     assert len(data["rows"][0]["mean"]) == 3
+    assert data["claims"][0]["p_holm"] >= data["claims"][0]["p"] == data["verdict"]["p"]
+    assert {share["task"] for share in data["kept"]} >= {"demo_reverse", "demo_upper"}
+    assert set(data["luck"]) == {"candidates", "expected", "search", "select", "test"}
     assert data["verdict"]["low"] <= data["verdict"]["points"] <= data["verdict"]["high"]
 
 
@@ -129,6 +202,8 @@ def test_the_page_is_self_contained(page: Path, opened: tuple[RunStore, Summary]
     verdict = opened[1].verdict(opened[1].rows())
     assert verdict is not None
     assert verdict.sentence in text
+    for heading in ("The winner, claim by claim", "What is kept of every specialist"):
+        assert f"<h2>{heading}</h2>" in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -10,6 +10,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Array
 from evomerge.evaluation.statistics import (
     Interval,
@@ -244,7 +245,8 @@ def test_errors_that_all_share_shrink_nothing() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.05, 1.0], ids=["alike", "a little apart", "far apart"])
-def test_luck_is_what_simulation_finds(spread: float) -> None:
+def test_luck_is_what_simulation_finds(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "LUCK_RESAMPLES", 200)
     rng = np.random.default_rng(13)
     models, items, expected, happened = 35, 60, [], []
     for trial in range(60):

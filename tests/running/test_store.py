@@ -130,3 +130,13 @@ def test_a_half_made_file_of_a_killed_process_is_replaced(tmp_path: Path) -> Non
 def test_an_ambiguous_or_unknown_hash(tmp_path: Path) -> None:
     with filled(tmp_path) as store, pytest.raises(StoreError, match="no recipe has a hash"):
         store.recipe("zzzz")
+
+
+def test_rows_left_from_an_earlier_end_are_forgotten(tmp_path: Path) -> None:
+    with filled(tmp_path) as store:
+        for position in range(3):
+            store.record_entry("finalist", position, Named(name=str(position), recipe=recipe(position)))
+        store.trim_entries("finalist", 2)
+        store.trim_entries("finalist", 5)
+        assert [named.name for named in store.entries("finalist")] == ["0", "1"]
+        assert len(store.entries("base")) == 1
