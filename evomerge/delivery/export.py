@@ -165,7 +165,7 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
                 fix=f"finish the run (evomerge resume {store.folder}), or --pick a baseline or a recipe hash",
             )
         return summary.winner
-    named = {n.name: n for n in (*summary.parents, *summary.baselines)}
+    named = {n.name: n for n in (*summary.parents, *summary.baselines, *summary.starts)}
     if pick == "best-baseline":
         best = summary.best_unsearched(summary.rows())
         if best is None:

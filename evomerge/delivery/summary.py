@@ -111,6 +111,7 @@ class Summary:
         self.suite = suite
         self.parents = store.entries("base") + store.entries("parent")
         self.baselines = store.entries("baseline")
+        self.starts = store.entries("start")
         winners = store.entries("winner") if store.fact("stopped") else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
@@ -144,6 +145,7 @@ class Summary:
             return []
         labelled = [("base", self.parents[0])] + [("parent", p) for p in self.parents[1:]]
         labelled += [("baseline", b) for b in self.baselines]
+        labelled += [("start", s) for s in self.starts]
         labelled += [("winner", self.winner)] if self.winner else []
         rows = []
         for role, named in labelled:
@@ -177,7 +179,7 @@ class Summary:
 
         Choosing it on `test` favours the baselines: the winner was not chosen there.
         """
-        rivals = [row for row in rows if row.role != "winner"]
+        rivals = [row for row in rows if row.role not in ("start", "winner")]
         return max(rivals, key=lambda row: row.mean.estimate) if rivals else None
 
     def weakest(self, rows: Iterable[Row]) -> str | None:
@@ -245,7 +247,7 @@ class Summary:
             found.append(
                 f"{task}: its specialist is hardly better than the base; its share of the mean is noise"
             )
-        known = {named.recipe.hash for named in (*self.parents, *self.baselines)}
+        known = {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
         tested = set(self._store.timings("test")) - known
         if len(tested) > 1:
             found.append(
