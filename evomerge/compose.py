@@ -244,8 +244,6 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
         norms = _norms(prepared)
         with _open_store(prepared) as store:
             store.begin_session(versions())
-            if prepared.warm.recipes and store.fact(warm_start.FACT) is None:
-                store.set_fact(warm_start.FACT, warm_start.to_data(prepared.warm))
             if store.fact("norms") is None:
                 store.set_fact("norms", norms)
             if store.fact("stopped") is not None:
@@ -299,7 +297,8 @@ def _norms(prepared: Prepared) -> dict[str, float]:
 
 def _facts(prepared: Prepared) -> dict[str, Any]:
     config = prepared.config
-    return {
+    started = {warm_start.FACT: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
+    return started | {
         "config": config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
         "identity": config.identity(),
         "blocks": prepared.worker.blocks,

@@ -24,7 +24,7 @@ from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.derivatives import Derivatives, added, tensor_derivatives
 from evomerge.merging.engine import pool, threads
 from evomerge.merging.inputs import WarmInputs
-from evomerge.merging.live_weights import gradient_at, locate
+from evomerge.merging.live_weights import address, gradient_at, locate
 from evomerge.merging.one_tensor import merge_tensor
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
 from evomerge.merging.source import Source, open_sources
@@ -156,7 +156,9 @@ class Workbench:
         """
         live = {each.untyped_storage().data_ptr(): each for each in self.model.parameters()}
         found: dict[int, list[Derivatives]] = {}
-        for name in sorted(self._targets):
+        # Tied weights that are stored twice lie in one place, and its gradient counts once.
+        owners = {address(place): name for name, place in self._targets.items()}
+        for name in sorted(owners.values()):
             gradient = gradient_at(self._targets[name], live).view(self._headers[name].shape).numpy()
             of_tensor = tensor_derivatives(recipe, name, gradient, self._inputs)
             if of_tensor is not None:

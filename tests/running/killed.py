@@ -90,6 +90,35 @@ def main(config_path: Path, folder: Path) -> None:
     print(json.dumps({"whole": facts(folder / "whole"), "killed": found}))
 
 
+def gradients(config_path: Path, folder: Path) -> None:
+    """Kill a run with a gradient start before and after its first and last steps; print all contents."""
+    executor = executors.Inline(compose.prepare(RunConfig.load(config_path)).worker)
+    executors.build = lambda *_: executor  # type: ignore[assignment]
+
+    def start(name: str) -> None:
+        compose.start(RunConfig.load(config_path, out=str(folder / name)), Silent())
+
+    assert forked(lambda: (die_at(10**9, before_commit=False), start("whole"), _dump(folder))) == 0
+    names: list[str] = json.loads((folder / "events.json").read_text())
+    steps = [i for i, name in enumerate(names, start=1) if name == "set_fact"][1:-1]  # but norms and the end
+    found = [facts(folder / "whole")]
+    for number in (steps[0], steps[-1]):
+        for before in (False, True):
+            name = f"killed-{number}-{before}"
+            status = forked(
+                lambda number=number, before=before, name=name: (  # type: ignore[misc]
+                    die_at(number, before_commit=before),
+                    start(name),
+                )
+            )
+            assert os.WIFSIGNALED(status), name
+            assert forked(lambda name=name: start(name)) == 0, name  # type: ignore[misc]
+            found.append(facts(folder / name))
+            with RunStore.read(folder / name) as store, RunStore.read(folder / "whole") as whole:
+                assert store.digest() == whole.digest(), name
+    print(json.dumps(found))
+
+
 def _dump(folder: Path) -> None:
     (folder / "events.json").write_text(json.dumps(_events))
 

@@ -1,0 +1,229 @@
+"""Gradients in a run: jobs, stored step by step, the same after a kill; warm starts resolved once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from evomerge import compose
+from evomerge.config import RunConfig
+from evomerge.delivery.progress import Silent
+from evomerge.errors import ConfigError
+from evomerge.evaluation.scores import Failure, Scores
+from evomerge.evaluation.surrogate import Gradient, Surrogate, SurrogateTask
+from evomerge.running import warm_start
+from evomerge.running.executors import LocalProcesses
+from evomerge.running.slopes import Slopes
+from evomerge.running.store import RunStore
+from evomerge.running.worker import GradientJob, Job, Worker
+from evomerge.search.warm_start import GradientSpec
+from tests.running.fakes import recipe
+
+GRADIENTS = {"gradients": {"steps": 3, "share": 0.5}}
+ITEMS = tuple(range(24))
+
+
+class Answers:
+    """An executor that answers each job with what it was given, and counts."""
+
+    def __init__(self, outcome: Gradient | Failure) -> None:
+        self.outcome, self.count = outcome, 0
+
+    def run(self, jobs: Any) -> Any:
+        for job in jobs:
+            self.count += 1
+            yield compose.executors.Result(job=job, outcome=self.outcome)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Gradient(loss=-0.1234567890123, groups=({"weight": (0.1, 1 / 3)}, {})),
+        Failure(kind="non_finite", reason="too large"),
+    ],
+)
+def test_a_gradient_is_computed_once_in_the_life_of_a_run(
+    outcome: Gradient | Failure, tmp_path: Path
+) -> None:
+    loss = Surrogate(tasks=(SurrogateTask(task="skill", gain=1.0, items=(0, 2)),), price=0.2, softness=1.0)
+    other = dataclasses.replace(loss, softness=2.0)
+    executor = Answers(outcome)
+    for _ in range(2):
+        create = RunStore.open if RunStore.exists(tmp_path) else lambda f: RunStore.create(f, {})
+        with create(tmp_path) as store:
+            slopes = Slopes(store, executor, Silent())
+            assert slopes.gradient(recipe(1), loss, step=0, steps=2) == outcome
+            assert slopes.gradient(recipe(1), other, step=1, steps=2) == outcome
+            assert slopes.gradient(recipe(2), loss, step=1, steps=2) == outcome
+    assert executor.count == 3
+
+
+def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> None:
+    """The loss is the scores' own, its derivative that of the loss; the live model is left as it was."""
+    prepared = compose.prepare(RunConfig.load(config(dtype="float32")))
+    worker = Worker(prepared.worker)
+    space = prepared.space
+    tasks = (
+        SurrogateTask(task="demo_reverse", gain=0.7, items=ITEMS),
+        SurrogateTask(task="demo_upper", gain=0.4, items=ITEMS[::2]),
+        SurrogateTask(task="demo_text", gain=1.0, items=ITEMS, base=0.0),
+    )
+    loss = Surrogate(tasks=tasks, price=0.3, softness=2.0)
+
+    def expected(scores: Scores) -> float:
+        value = 0.3 * (1 - np.exp(scores["demo_text"].metric.mean()))
+        for task in tasks[:2]:
+            margin = scores[task.task].margin
+            assert margin is not None
+            value -= task.gain * float(np.mean(1 / (1 + np.exp(-margin[list(task.items)] / 2.0))))
+        return float(value)
+
+    at = np.array([0.4, 0.55])
+    result = worker.run(GradientJob(recipe=space.decode(at), loss=loss)).outcome
+    assert isinstance(result, Gradient), result
+    scored = worker.run(Job(recipe=space.decode(at), split="search")).outcome
+    assert isinstance(scored, Scores)
+    assert result.loss == pytest.approx(expected(scored), rel=1e-5)
+    again = worker.run(GradientJob(recipe=space.decode(at), loss=loss)).outcome
+    assert again == result
+    for index in range(2):
+        ends = []
+        for by in (-5e-3, 5e-3):
+            moved = at.copy()
+            moved[index] += by
+            found = worker.run(Job(recipe=space.decode(moved), split="search")).outcome
+            assert isinstance(found, Scores)
+            ends.append(expected(found))
+        slope = (ends[1] - ends[0]) / (1e-2 * 2)  # the gene's range is 2 wide
+        of_gene = sum(group["weight"][index] for group in result.groups)  # the groups share the gene
+        assert of_gene == pytest.approx(slope, rel=0.05, abs=1e-3)
+    assert not any(p.requires_grad or p.grad is not None for p in worker._bench.model.parameters())
+
+
+def test_a_worker_process_answers_it_too(config: Callable[..., Path]) -> None:
+    prepared = compose.prepare(RunConfig.load(config()))
+    task = SurrogateTask(task="demo_upper", gain=1.0, items=ITEMS)
+    unknown = SurrogateTask(task="no_such_task", gain=1.0, items=(0,))
+    loss = Surrogate(tasks=(task,), price=0.0, softness=1.0)
+    jobs = [
+        GradientJob(recipe=prepared.template, loss=loss),
+        GradientJob(recipe=prepared.template, loss=dataclasses.replace(loss, tasks=(unknown,))),
+    ]
+    executor = LocalProcesses(prepared.worker, workers=1, timeout=120)
+    try:
+        good, bad = (result.outcome for result in executor.run(jobs))
+    finally:
+        executor.close()
+    assert isinstance(good, Gradient)
+    assert good == Worker(prepared.worker).run(jobs[0]).outcome
+    assert isinstance(bad, Failure)
+
+
+def test_a_run_killed_at_a_gradient_step_ends_in_the_same_bits(
+    config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = config(warm_start=GRADIENTS, budget={"generations": 1})
+    code = (
+        "import sys; from pathlib import Path; from tests.running.killed import gradients;"
+        "gradients(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, *killed = json.loads(done.stdout.splitlines()[-1])
+    assert len(killed) == 4
+    assert all(each == whole for each in killed)
+
+
+def test_recipes_and_runs_are_read_once_and_kept(
+    config: Callable[..., Path], finished_run: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(finished_run, earlier)
+    data = RunConfig.load(config())
+    written = {
+        "models": {"b": data.models.base, "x": data.models.sources["reverse"]},
+        "base": "b",
+        "groups": [{"method": "task_arithmetic", "sources": ["x"], "parameters": {"weight": 0.5}}],
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(written))
+    path = config(warm_start={"run": str(earlier), "recipes": ["own.yaml"]}, budget={"generations": 1})
+    compose.start(RunConfig.load(path), Silent())
+    shutil.rmtree(earlier)
+    (tmp_path / "own.yaml").unlink()
+    compose.start(compose.stored_config(tmp_path / "run"), Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        starts = store.entries("start")
+        assert [start.name.partition(":")[0] for start in starts] == ["recipe own.yaml", *["earlier"] * 5]
+        assert starts[0].recipe.groups[0].sources == ("reverse",)  # matched by its place
+        for start in starts:
+            for split in ("search", "test"):
+                assert isinstance(store.result(start.recipe.hash, split), Scores)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"models": {"x": "elsewhere"}, "groups": [{"method": "linear", "sources": ["x"]}]},
+            "none of this run's models",
+        ),
+        (
+            {"models": {"reverse": "r", "upper": "u"}, "base": "upper",
+             "groups": [{"method": "task_arithmetic", "sources": ["reverse"]}]},
+            "another base",
+        ),
+        (
+            {"models": {"reverse": "r"}, "num_layers": 1,
+             "groups": [{"method": "linear", "sources": ["reverse"]}]},
+            "layers",
+        ),
+    ],
+)  # fmt: skip
+def test_recipes_over_something_else_are_refused(
+    config: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(changes))
+    path = config(warm_start={"recipes": ["own.yaml"]})
+    with pytest.raises(ConfigError, match=message):
+        compose.prepare(RunConfig.load(path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_the_space_can_not_express_is_refused(
+    config: Callable[..., Path], finished_run: Path
+) -> None:
+    path = config(warm_start={"run": str(finished_run)}, space="ties_layers")
+    with pytest.raises(ConfigError, match="lies in this run's search space"):
+        compose.prepare(RunConfig.load(path))
+
+
+def test_gradients_need_a_method_with_a_slope(config: Callable[..., Path]) -> None:
+    space = {"name": "s", "about": "", "method": "sce", "genes": {"select_topk": {"low": 0.1, "high": 1.0}}}
+    with pytest.raises(ConfigError, match="sce can't be differentiated"):
+        compose.prepare(RunConfig.load(config(space=space, warm_start={"gradients": True})))
+
+
+def test_runs_from_before_warm_starts_keep_their_identity(config: Callable[..., Path]) -> None:
+    plain = RunConfig.load(config())
+    assert plain.identity() == RunConfig.load(config(warm_start={"gradients": False})).identity()
+    assert plain.identity() != RunConfig.load(config(warm_start=GRADIENTS)).identity()
+    assert RunConfig.load(config(warm_start=GRADIENTS)).warm_start.gradients == GradientSpec(
+        steps=3, share=0.5
+    )
+    assert warm_start.to_data(compose.prepare(plain).warm) == []

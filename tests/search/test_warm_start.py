@@ -1,0 +1,295 @@
+"""Warm starts: descent in genome space on losses with known slopes, and what the loop makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.errors import UserError
+from evomerge.evaluation.normalise import Normaliser
+from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
+from evomerge.evaluation.surrogate import PASSES, Gradient, Surrogate, SurrogateTask, surrogate
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.search.baselines import Named
+from evomerge.search.genes import Coordinate, Genome
+from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.space import SearchSpace
+from evomerge.search.warm_start import (
+    Chain,
+    GradientSpec,
+    WarmStart,
+    WarmStartSpec,
+    descend,
+    distinct,
+    parameters,
+)
+from tests.search.fakes import SUITE, TARGET, FakeBudget, FakeJournal, FakeScorer, Quiet
+from tests.search.test_space import inline, make
+
+LOSS = Surrogate(tasks=(SurrogateTask(task="a", gain=1.0, items=(0, 1, 2)),), price=0.0, softness=1.0)
+
+
+class Bowl:
+    """The squared distance of all real parameters from a target; fails at a step if told to."""
+
+    def __init__(self, target: dict[str, float], fail_at: int | None = None) -> None:
+        self.target, self.fail_at = target, fail_at
+        self.asked: list[tuple[str, Surrogate]] = []
+
+    def gradient(self, recipe: Recipe, loss: Surrogate, *, step: int, steps: int) -> Gradient | Failure:
+        self.asked.append((recipe.hash, loss))
+        if step == self.fail_at:
+            return Failure(kind="non_finite", reason="told to fail")
+        total, groups = 0.0, []
+        for group in recipe.groups:
+            found = {}
+            for name, target in self.target.items():
+                away = np.ravel(group.parameters[name]) - target
+                total += float((away**2).sum())
+                found[name] = tuple((2 * away).tolist())
+            groups.append(found)
+        return Gradient(loss=total, groups=tuple(groups))
+
+
+def gene(low: float, high: float, **changes: Any) -> dict[str, Any]:
+    return {"low": low, "high": high, **changes}
+
+
+LAYERED = inline(layers=1, method="task_arithmetic", genes={"weight": gene(-0.5, 1.5)})
+SHARED = inline(layers=1, genes={"weight": gene(0, 1, per=["source"]), "lambda": gene(0.1, 10, scale="log")})
+
+
+@pytest.mark.parametrize(
+    ("space", "target"),
+    [
+        (make(LAYERED), {"weight": 0.9}),
+        (make(SHARED), {"weight": 0.25, "lambda": 2.0}),
+        (make("slerp_layers"), {"t": 0.1}),
+    ],
+)
+def test_descent_finds_the_bottom_of_a_bowl(space: SearchSpace, target: dict[str, float]) -> None:
+    spec = GradientSpec(steps=120, rate=0.1)
+    found = descend(space, np.full(space.dimension, 0.5), spec, lambda _: LOSS, Bowl(target))
+    assert found.losses[-1] < 1e-3 * found.losses[0]
+    assert found.items == 120 * PASSES * LOSS.items
+    for genome in (found.last, found.mean):
+        for group in space.decode(genome).groups:
+            for name, value in target.items():
+                assert np.ravel(group.parameters[name]) == pytest.approx(value, abs=0.05)
+
+
+def test_it_stays_inside_the_cube_and_discrete_coordinates_stay_as_they_are() -> None:
+    whole = make(LAYERED)
+
+    class Mixed:
+        """The first coordinate a switch that the gradient must not touch."""
+
+        sources, dimension = whole.sources, whole.dimension
+        coordinates = (Coordinate(levels=2), *whole.coordinates[1:])
+
+        def decode(self, genome: Genome) -> Recipe:
+            assert genome[0] == 0.25
+            return whole.decode(genome)
+
+        def encode(self, recipe: Recipe) -> Genome | None:
+            return whole.encode(recipe)
+
+        def describe(self) -> str:
+            return "mixed"
+
+    start = np.full(whole.dimension, 0.5)
+    start[0] = 0.25
+    found = descend(Mixed(), start, GradientSpec(steps=40, rate=0.3), lambda _: LOSS, Bowl({"weight": 9.0}))
+    assert found.last[0] == 0.25
+    assert (found.last[1:] == 1.0).all()
+
+
+def test_a_failed_step_ends_at_the_last_good_point() -> None:
+    space = make(LAYERED)
+    bowl = Bowl({"weight": 0.9}, fail_at=3)
+    found = descend(space, np.full(space.dimension, 0.5), GradientSpec(steps=9), lambda _: LOSS, bowl)
+    assert found.failure is not None
+    assert found.items == 4 * PASSES * LOSS.items  # what failed has cost, too
+    assert space.decode(found.last).hash == bowl.asked[2][0]
+
+
+def test_the_jacobian_is_found_once_where_it_is_constant_and_again_where_it_is_not() -> None:
+    calls = 0
+
+    def counting(space: SearchSpace) -> Any:
+        class Counting:
+            sources, dimension, coordinates = space.sources, space.dimension, space.coordinates
+
+            def decode(self, genome: Genome) -> Recipe:
+                nonlocal calls
+                calls += 1
+                return space.decode(genome)
+
+        return Counting()
+
+    for spec, again in ((LAYERED, 0), (SHARED, 2 * make(SHARED).dimension)):
+        space = make(spec)
+        chain = Chain(counting(space))
+        calls = 0
+        for level in (0.3, 0.6):
+            genome = np.full(space.dimension, level)
+            recipe = space.decode(genome)
+            names = ("weight",) if spec is LAYERED else ("weight", "lambda")
+            bowl = Bowl(dict.fromkeys(names, 0.1))
+            gradient = bowl.gradient(recipe, LOSS, step=0, steps=1)
+            assert isinstance(gradient, Gradient)
+            slope = chain.carried(genome, recipe, gradient)
+            for i in range(space.dimension):
+                ends = []
+                for by in (-1e-2, 1e-2):
+                    moved = genome.copy()
+                    moved[i] += by
+                    at = bowl.gradient(space.decode(moved), LOSS, step=0, steps=1)
+                    assert isinstance(at, Gradient)
+                    ends.append(at.loss)
+                assert slope[i] == pytest.approx((ends[1] - ends[0]) / 2e-2, rel=1e-2, abs=1e-3)
+        assert calls == 2 * space.dimension + again
+
+
+def test_parameters_are_flat_in_order_of_groups() -> None:
+    space = make(SHARED)
+    recipe = space.decode(np.linspace(0.1, 0.9, space.dimension))
+    first = recipe.groups[0].parameters
+    assert parameters(recipe)[:5].tolist() == [*first["weight"], *first["density"], first["lambda"]]  # type: ignore[misc]
+    assert distinct([Named(name="x", recipe=recipe), Named(name="y", recipe=recipe)]) == [
+        Named(name="x", recipe=recipe)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (False, "off"),
+        ("off", "off"),
+        (True, GradientSpec()),
+        ("on", GradientSpec()),
+        ({"steps": 3}, GradientSpec(steps=3)),
+    ],
+)
+def test_gradients_are_switched_as_yaml_reads_it(written: object, meant: object) -> None:
+    assert WarmStartSpec.model_validate({"gradients": written}).gradients == meant
+
+
+def test_the_surrogate_is_the_objective_with_soft_accuracies() -> None:
+    scorer = Margins()
+    base, a, b = (scorer.one(kind) for kind in ("base", "a", "b"))
+    normaliser = Normaliser(SUITE, base=base, parents={"a": a, "b": b})
+    rng = np.random.default_rng(0)
+    whole = surrogate(normaliser, base, price=0.2, softness=0.5, share=1.0, rng=rng)
+    assert [(t.task, t.gain, t.items) for t in whole.tasks] == [
+        ("a", 0.5, tuple(range(10))),
+        ("b", 0.5, tuple(range(10))),
+    ]
+    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+    part = surrogate(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=rng)
+    assert part.items == 8
+    assert part.key != whole.key
+    assert (
+        part.key
+        == surrogate(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=np.random.default_rng(0)).key
+    )
+
+
+class Margins(FakeScorer):
+    """The fake scorer with likelihoods."""
+
+    def one(self, kind: str) -> Scores:
+        tasks = []
+        for task in TARGET:
+            items = np.full(10, 1.0 if kind == task else 0.0)
+            tasks.append(TaskScores(task=task, metric=items, smooth=items, margin=items - 0.5))
+        return Scores(split="search", tasks=tuple(tasks))
+
+    def _one(self, recipe: Recipe, split: Split, phase: str) -> Scores | Failure:
+        found = super()._one(recipe, split, phase)
+        if isinstance(found, Failure):
+            return found
+        tasks = tuple(dataclasses.replace(task, margin=task.metric - 0.5) for task in found)
+        return Scores(split=split, tasks=tasks)
+
+
+class Counts(FakeBudget):
+    """A budget that notes how many evaluations it is told of."""
+
+    def __init__(self, generations: int) -> None:
+        super().__init__(generations)
+        self.seen: list[int] = []
+
+    def stop_reason(self, *, generations: int, evaluations: int, population: int) -> str | None:
+        self.seen.append(evaluations)
+        return super().stop_reason(generations=generations, evaluations=evaluations, population=population)
+
+
+def search(
+    scorer: FakeScorer, journal: FakeJournal, warm: WarmStart, slopes: Bowl, budget: FakeBudget | None = None
+) -> Outcome:
+    space = make("global_weights")
+    plan = SearchPlan(
+        suite=SUITE,
+        space=space,
+        template=space.decode(np.full(2, 0.5)),
+        norms={"a": 1.0, "b": 2.0},
+        optimizer=OptimizerSpec(sigma=0.01),
+        objective=ObjectiveSpec(),
+        finalists=3,
+        seed=0,
+        warm=warm,
+    )
+    budget = budget or FakeBudget(1)
+    return Search(plan, scorer=scorer, journal=journal, budget=budget, observer=Quiet(), slopes=slopes).run()
+
+
+def test_gradients_seed_the_search_have_their_own_row_and_count_towards_the_budget() -> None:
+    scorer, journal, budget, bowl = Margins(), FakeJournal(), Counts(1), Bowl({"weight": 0.7})
+    spec = GradientSpec(steps=50, share=0.5)
+    outcome = search(scorer, journal, WarmStart(gradients=spec), bowl, budget)
+    (start,) = (entry for role, _, entry in journal.entries if role == "start")
+    assert start.name == "gradient start"
+    assert start.recipe.groups[0].per_source("weight") == pytest.approx((0.7, 0.7), abs=0.01)
+    assert (start.recipe.hash, "test", "test of the baselines") in scorer.asked
+    assert outcome.winner.recipe.groups[0].per_source("weight") == pytest.approx((0.7, 0.7), abs=0.15)
+    assert budget.seen[0] == 50 * PASSES * 10 // 20  # of 20 items, each step takes half, three times
+    draws = {loss.key for _, loss in bowl.asked}
+    assert len(draws) == 50  # other items at each step
+    again = Bowl({"weight": 0.7})
+    search(Margins(), FakeJournal(), WarmStart(gradients=spec), again)
+    assert again.asked == bowl.asked
+
+
+def test_given_recipes_are_scored_like_baselines_and_may_win() -> None:
+    space = make("global_weights")
+    template = space.decode(np.full(2, 0.5))
+    group = TensorGroup(
+        method="task_arithmetic", sources=("a", "b"), parameters={"weight": tuple(TARGET.values())}
+    )
+    given = Named(name="earlier run", recipe=dataclasses.replace(template, groups=(group,)))
+    failing = Named(name="bad", recipe=space.decode(np.full(2, 0.123)))
+    scorer, journal = Margins(fail=frozenset({failing.recipe.hash})), FakeJournal()
+    outcome = search(scorer, journal, WarmStart(recipes=(given, failing)), Bowl({}))
+    assert [entry for role, _, entry in journal.entries if role == "start"] == [given]
+    assert outcome.winner.recipe == given.recipe  # nothing beats the target itself
+    assert journal.tells[0].mean() < -0.9  # and the search began there
+
+
+def test_without_likelihoods_there_is_nothing_to_follow() -> None:
+    with pytest.raises(UserError, match="no task on `search` has answers with a likelihood"):
+        search(FakeScorer(), FakeJournal(), WarmStart(gradients=GradientSpec()), Bowl({"weight": 0.5}))
+
+
+def test_an_off_warm_start_asks_for_nothing() -> None:
+    bowl, journal = Bowl({}), FakeJournal()
+    search(Margins(), journal, WarmStart(), bowl)
+    assert not bowl.asked
+    roles: Sequence[str] = [role for role, _, _ in journal.entries]
+    assert "start" not in roles
