@@ -127,8 +127,8 @@ def notes(store: RunStore, summary: Summary) -> list[str]:
     found = []
     if _spec(store).several:
         found.append(
-            "several objectives: the winner is the knee of the front on `select`, and the verdict is about "
-            "its mean alone; numbers of the front are from `select`"
+            "several objectives: the winner is the knee of the front on select, and the verdict is about "
+            "its mean alone; numbers of the front are from select"
         )
     if (sentence := constraints(store, summary)) is not None:
         found.append(sentence)
