@@ -156,11 +156,8 @@ def constraints(store: RunStore, summary: Summary) -> str | None:
     tested = _scored(store, [summary.winner], "test")
     if on_test is not None and tested:
         missing = on_test.shortfalls(tested[0][1])
-        text += (
-            f"; on test it falls short of them: {_listed(missing)}"
-            if missing
-            else "; on test it does meet them"
-        )
+        on = "; on test it falls short: " + _listed(missing) if missing else "; on test it meets them"
+        text += " and on test" if not (short or missing) else on
     return text
 
 
