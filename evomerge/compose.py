@@ -121,7 +121,7 @@ def prepare(config: RunConfig) -> Prepared:
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
-        optimizer=optimizers.choose(config.optimizer, space.coordinates)[1],
+        optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
         layers=len({layer_of(name) for name in headers} - {None}),
         notes=notes,
         warm=warm,
@@ -233,6 +233,7 @@ def _optimizer(config: RunConfig, space: SearchSpace) -> optimizers.Optimizer:
     return optimizers.create(
         config.optimizer,
         coordinates=space.coordinates,
+        objectives=config.objective.count,
         starts=[np.full(space.dimension, 0.5)],
         seed=np.random.SeedSequence(0),
     )

@@ -198,8 +198,9 @@ def run_ours(bench: Bench) -> tuple[Recipe, int]:
     known = {named.recipe.hash for named in (*bench.parents, *bench.hand_made)}
     with RunStore.read(prepared.folder) as store:
         known |= {named.recipe.hash for named in store.entries("baseline")}
-        searched = store._db.execute("SELECT DISTINCT recipe FROM score WHERE split = 'search'").fetchall()
-        items = sum(_all_blocks(store, hash_).items for (hash_,) in searched if hash_ not in known)
+        scored = store.scored_blocks("search")
+        sizes = [part.items for part in _parts(store, bench.prepared.template.hash, scored)]
+        items = sum(sizes[b] for hash_, blocks in scored.items() if hash_ not in known for b in blocks)
         spent = store._db.execute("SELECT count(*) FROM run WHERE key LIKE 'gradient %'").fetchone()[0]
     gradients = prepared.warm.gradients
     if gradients is not None:
@@ -208,12 +209,10 @@ def run_ours(bench: Bench) -> tuple[Recipe, int]:
     return outcome.winner.recipe, items
 
 
-def _all_blocks(store: RunStore, recipe: str) -> Scores:
-    from evomerge.evaluation.scores import joined
-
-    blocks = store.scored_blocks(recipe, "search")
-    parts = [store.result(recipe, "search", block) for block in blocks]
-    return joined([part for part in parts if isinstance(part, Scores)])
+def _parts(store: RunStore, recipe: str, scored: dict[str, tuple[int, ...]]) -> list[Scores]:
+    """The scores of a recipe on each block: what sizes the blocks have."""
+    parts = [store.result(recipe, "search", block) for block in scored[recipe]]
+    return [part for part in parts if isinstance(part, Scores)]
 
 
 def run_one(method: str, seed: int, evaluations: int, results: Path) -> None:

@@ -127,8 +127,8 @@ def notes(store: RunStore, summary: Summary) -> list[str]:
     found = []
     if _spec(store).several:
         found.append(
-            "several objectives: the winner is the knee of the front on `select`, and the verdict is about "
-            "its mean alone; numbers of the front are from `select`"
+            "several objectives: the winner is the knee of the front on select, and the verdict is about "
+            "its mean alone; numbers of the front are from select"
         )
     if (sentence := constraints(store, summary)) is not None:
         found.append(sentence)
@@ -156,11 +156,8 @@ def constraints(store: RunStore, summary: Summary) -> str | None:
     tested = _scored(store, [summary.winner], "test")
     if on_test is not None and tested:
         missing = on_test.shortfalls(tested[0][1])
-        text += (
-            f"; on test it falls short of them: {_listed(missing)}"
-            if missing
-            else "; on test it does meet them"
-        )
+        on = "; on test it falls short: " + _listed(missing) if missing else "; on test it meets them"
+        text += " and on test" if not (short or missing) else on
     return text
 
 

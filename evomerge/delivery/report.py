@@ -405,11 +405,11 @@ def _dressed(figure: go.Figure | None) -> go.Figure | None:
     if figure is None:
         return None
     own = figure.layout
-    height, x, y = own.height, own.xaxis.title.text or "", own.yaxis.title.text or ""
+    height, x, y = own.height, own.xaxis.title.text, own.yaxis.title.text
     return _styled(figure, x=x, y=y).update_layout(height=height)
 
 
-def _styled(figure: go.Figure, *, x: str, y: str) -> go.Figure:
+def _styled(figure: go.Figure, *, x: str | None, y: str | None) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "color": _INK, "size": 13},

@@ -88,6 +88,11 @@ class ObjectiveSpec(Strict):
         """The objectives' names, in the order of the losses; ("loss",) where there is only one."""
         return tuple(label(each) for each in self.several) or ("loss",)
 
+    @property
+    def count(self) -> int:
+        """Number of objectives."""
+        return len(self.names)
+
     def check(self, suite: Suite) -> None:
         """Check that the suite has what the objective names.
 
@@ -157,7 +162,7 @@ class Objective:
     @property
     def count(self) -> int:
         """Number of objectives."""
-        return len(self._spec.several) or 1
+        return self._spec.count
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -79,6 +79,23 @@ def test_a_replay_that_differs_names_candidate_and_versions(tmp_path: Path) -> N
             store.record_ask(0, GENOMES[:1], [recipe(0)])
 
 
+def test_fronts_are_kept_and_checked(tmp_path: Path) -> None:
+    reference = np.array([0.1, 1 / 3])
+    with filled(tmp_path) as store:
+        before = store.digest()
+        assert store.fronts() == []
+        store.record_front(0, 0.25, reference, [recipe(1), recipe(0)])
+        store.record_front(0, 0.25, reference, [recipe(1), recipe(0)])
+        (front,) = store.fronts()
+        assert (front.generation, front.hypervolume) == (0, 0.25)
+        assert front.reference == tuple(reference)
+        assert front.recipes == (recipe(1).hash, recipe(0).hash)
+        assert store.digest() != before
+        for volume, recipes in ((0.5, [recipe(1), recipe(0)]), (0.25, [recipe(0)])):
+            with pytest.raises(ReplayError, match="the front of generation 0"):
+                store.record_front(0, volume, reference, recipes)
+
+
 def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     with filled(tmp_path):
         with RunStore.read(tmp_path) as reader:
