@@ -132,8 +132,8 @@ def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
     Weights of a method that normalises count only in proportion; so do those of methods without a
     `normalize` flag, all of which take shares. Where nothing is normalised, `lambda` is a factor of them.
     """
-    found = []
     vary = {(name, entry.parameter): entry for entry in resolved.varied for name in entry.methods}
+    found: dict[str, list[str]] = {}
     for name in spec.method.choices:
         declared = methods.get(name)
         if (name, "weight") not in vary:
@@ -141,14 +141,16 @@ def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
         flag = declared.parameters.get("normalize")
         shares = flag is None or bool(resolved.fixed[name].get("normalize", flag.default))
         if (name, "normalize") in vary:
-            found.append(f"{name}: where normalize is true, weights count only in proportion to each other")
+            found.setdefault("where normalize is true, weights count only in proportion", []).append(name)
         elif shares:
-            found.append(f"{name}: weights count only in proportion to each other")
+            found.setdefault("weights count only in proportion", []).append(name)
         elif (name, "lambda") in vary:
-            found.append(f"{name}: only the product of weight and lambda counts")
-    if spec.subset is not None and any(parameter == "weight" for _, parameter in vary):
-        found.append("a weight of exactly 0 is as good as a source that is off")
-    return tuple(found)
+            found.setdefault("only the product of weight and lambda counts", []).append(name)
+    notes = [f"{', '.join(names)}: {what}" for what, names in found.items()]
+    weights = [entry for (_, parameter), entry in vary.items() if parameter == "weight"]
+    if resolved.switch is not None and any(entry.domain.unit(0.0) is not None for entry in weights):
+        notes.append("a weight of exactly 0 is as good as a source that is off")
+    return tuple(notes)
 
 
 def _choice(label: str, values: tuple[Choice, ...], per: tuple[Axis, ...], *, per_source: bool) -> Varied:

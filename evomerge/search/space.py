@@ -227,7 +227,9 @@ class SearchSpace:
                 return False
         return True
 
-    def _in_our_order(self, group: TensorGroup, name: str, *, switched: bool) -> list[float | int | bool | None]:
+    def _in_our_order(
+        self, group: TensorGroup, name: str, *, switched: bool
+    ) -> list[float | int | bool | None]:
         """Return a parameter's values in the order of our sources, None where they have no effect.
 
         A source that is left out is off, or has weight 0: nothing else of it has an effect.
