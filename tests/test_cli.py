@@ -153,6 +153,32 @@ def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path)
     assert all(torch.equal(first[name], third[name]) for name in first)
 
 
+def test_a_run_in_a_mixed_space(config: Callable[..., Path], tmp_path: Path) -> None:
+    """Methods, switches and shared genes reach the weights, and the winner can be exported."""
+    mixed = {
+        "name": "mixed",
+        "about": "a bit of everything",
+        "method": {"choices": ["linear", "task_arithmetic", "ties", "karcher"], "per": ["modules"]},
+        "subset": {"per": ["modules"]},
+        "layers": 1,
+        "modules": {"attn": ["attn"], "mlp": []},
+        "genes": {
+            "weight": {"low": 0.1, "high": 0.9},
+            "ties.density": {"low": 0.2, "high": 1.0, "per": ["modules"]},
+            "max_iter": {"low": 1, "high": 5, "per": []},
+        },
+    }
+    succeed("run", config(space=mixed, budget={"generations": 2}))
+    with RunStore.read(tmp_path / "run") as store:
+        recipes = [store.recipe(name) for generation in store.generations() for name in generation.recipes]
+        assert not store.failures()
+    assert len({group.method for recipe in recipes for group in recipe.groups}) >= 3
+    assert len({group.sources for recipe in recipes for group in recipe.groups}) >= 2
+    winner = json.loads(succeed("status", tmp_path / "run", "--json"))["winner"]
+    exported = json.loads(succeed("export", tmp_path / "run", tmp_path / "exported", "--json"))
+    assert exported["recipe"] == winner
+
+
 def test_a_run_as_adapter_and_as_yaml(finished_run: Path, tmp_path: Path) -> None:
     text = succeed("export", finished_run, tmp_path / "small", "--as", "adapter", "--rank", "4")
     assert "rank 4, captures" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def specs(draw: st.DrawFn) -> tuple[SearchSpace, Any]:
     return built, draw(arrays(np.float64, built.dimension, elements=st.floats(0, 1)))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=specs(), data=st.data())
 def test_any_space_has_one_canonical_genome_per_recipe(drawn: tuple[SearchSpace, Any], data: Any) -> None:
     s, u = drawn
@@ -134,7 +135,7 @@ def test_any_space_has_one_canonical_genome_per_recipe(drawn: tuple[SearchSpace,
     assert (other.hash == found.hash) == (other_canonical.tobytes() == canonical.tobytes())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=specs())
 def test_a_written_recipe_is_found_again(drawn: tuple[SearchSpace, Any]) -> None:
     s, u = drawn
@@ -359,6 +360,26 @@ def test_curves_per_source_and_module() -> None:
     s = space(method="ties", layers=1, modules=MODULES, genes={"weight": {**RANGE, "curve": {"points": 4}}})
     assert s.dimension == 2 * 2 * 4 + 2
     assert len({g.name for g in s.genes}) == s.dimension
+
+
+def test_five_hundred_genes_decode_in_a_few_milliseconds() -> None:
+    names = tuple("abcdefghi")
+    s = space(
+        names,
+        method={"choices": ["task_arithmetic", "ties", "della"]},
+        layers=1,
+        modules={part: [part] for part in PARTS[:-1]} | {"rest": []},
+        subset={"per": ["layers"]},
+        genes={"weight": RANGE, "density": RANGE},
+    )
+    assert s.dimension >= 500
+    genomes = np.random.default_rng(0).random((20, s.dimension))
+    seconds = []
+    for u in genomes:
+        started = time.process_time()
+        s.decode(u)
+        seconds.append(time.process_time() - started)
+    assert sorted(seconds)[10] < 0.012  # 5,000 of them in a minute
 
 
 # What can't be.
