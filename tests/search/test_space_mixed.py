@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
+import re
 import time
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,8 @@ from hypothesis.extra.numpy import arrays
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.schema import parse
+from evomerge.schema import parse, parse_yaml
+from evomerge.search import curve, domain, genes
 from evomerge.search.space import SearchSpace, SpaceSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "input_layernorm")
@@ -41,7 +46,7 @@ def space(
         base=base,
         fisher={name: f"{name}.fisher" for name in fisher},
     )
-    data = {"name": "s", "about": "", **spec}
+    data: dict[str, Any] = {"name": "s", "about": "", **spec}
     return SearchSpace(parse(SpaceSpec, data, "s.yaml"), template=template, sources=sources, tensors=TENSORS)
 
 
@@ -380,6 +385,22 @@ def test_five_hundred_genes_decode_in_a_few_milliseconds() -> None:
         s.decode(u)
         seconds.append(time.process_time() - started)
     assert sorted(seconds)[10] < 0.012  # 5,000 of them in a minute
+
+
+def test_the_example_of_the_docs_is_a_space() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "search_spaces.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    s = space(**parse_yaml(example))
+    kinds = {g.parameter: g.domain.kind for g in s.genes}
+    assert kinds == {"method": "choice", "on": "flag", "weight": "real", "density": "log", "lambda": "choice"}
+    assert parse(SpaceSpec, s.spec.model_dump(mode="json"), "stored") == s.spec  # as a run keeps it
+
+
+@pytest.mark.parametrize("module", [curve, domain, genes])
+def test_the_examples_in_the_docstrings_hold(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
 
 
 # What can't be.
