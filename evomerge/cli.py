@@ -39,6 +39,8 @@ app = typer.Typer(
 )
 zoo = typer.Typer(help="The demo models: a small base and its specialists.", no_args_is_help=True)
 app.add_typer(zoo, name="zoo")
+spaces = typer.Typer(help="The search-space presets, and the genes of one.")
+app.add_typer(spaces, name="spaces")
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -98,6 +100,10 @@ Rank = Annotated[
 KeepRest = Annotated[
     bool, typer.Option("--keep-rest", help="With --as adapter: store whole what a LoRA can't hold.")
 ]
+ModelsOf = Annotated[
+    Path | None,
+    typer.Option("--models", metavar="CONFIG", help="Count the genes for the models of a run config."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
 
 
@@ -117,7 +123,10 @@ def _options(
 
 
 def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that also takes `--quiet` and `--json`, and turns UserError into exit code 2."""
+    """Register a command that also takes `--quiet` and `--json`, and turns UserError into exit code 2.
+
+    Without a name it is what the group does by itself.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -146,7 +155,7 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], C
         ]
         wrapped.__signature__ = own.replace(parameters=[*own.parameters.values(), *options])  # type: ignore[attr-defined]
         wrapped.__annotations__ = {**function.__annotations__, "quiet": Quiet, "json_": Json}
-        group.command(name)(wrapped)
+        (group.command(name) if name else group.callback(invoke_without_command=True))(wrapped)
         return function
 
     return register
@@ -492,6 +501,31 @@ def zoo_build(
 
     build_zoo(out, seed=seed, size="tiny" if tiny else "demo", progress=_out.say)
     _out.say(f"built {_shown(out)}")
+
+
+@_command(spaces, "")
+def spaces_list(context: typer.Context, models: ModelsOf = None) -> None:
+    """List the search-space presets: how many genes, which methods, what for."""
+    from evomerge.delivery import spaces as delivery
+
+    if context.invoked_subcommand is not None:
+        return
+    rows = delivery.presets(models)
+    _out.say(delivery.presets_text(rows, models))
+    _out.data(rows)
+
+
+@_command(spaces, "show")
+def spaces_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset's name, or a YAML file.")],
+    models: ModelsOf = None,
+) -> None:
+    """Print the genes of a search space: kind, values, where each applies and when it has an effect."""
+    from evomerge.delivery import spaces as delivery
+
+    data = delivery.as_data(name, models)
+    _out.say(delivery.text(data))
+    _out.data(data)
 
 
 @_command(app, "demo")

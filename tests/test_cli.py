@@ -22,7 +22,7 @@ from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
 NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "analyze", "fisher"]
-NAMES += ["evaluate", "demo", "zoo"]
+NAMES += ["evaluate", "demo", "zoo", "spaces"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,60 @@ def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: 
     assert data["estimated_minutes"] > 0
 
 
+def test_spaces_lists_the_presets(config: Callable[..., Path]) -> None:
+    text = succeed("spaces")
+    assert "32 layers and 3 sources" in text
+    rows = {row["name"]: row for row in json.loads(succeed("spaces", "--json"))}
+    assert rows["task_arithmetic_layers"]["dimension"] == 3 * (32 * 2 + 2)
+    assert rows["slerp_layers"]["sources"] == 2
+    assert rows["mixed_layers"]["methods"] == ["task_arithmetic", "ties", "dare_ties"]
+    assert all(name in text and row["about"] and not row["problem"] for name, row in rows.items())
+    given = {row["name"]: row for row in json.loads(succeed("spaces", "--models", config(), "--json"))}
+    assert given["global_weights"]["dimension"] == 2
+    assert given.keys() == rows.keys()
+
+
+def test_spaces_show_prints_the_genes(config: Callable[..., Path], tmp_path: Path) -> None:
+    text = succeed("spaces", "show", "mixed_layers")
+    assert "method is ties or dare_ties" in text
+    assert "0.1 ... 1" in text
+    path = config()
+    data = json.loads(succeed("spaces", "show", "subset_soup", "--models", path, "--json"))
+    assert [gene["name"] for gene in data["genes"]] == [
+        "on upper",
+        "on reverse",
+        "weight upper",
+        "weight reverse",
+    ]
+    assert data["genes"][0]["kind"] == "flag"
+    assert data["genes"][3]["condition"] == "reverse is on"
+    assert data["dimension"] == 4
+    assert "in proportion" in succeed("spaces", "show", "subset_soup")
+    assert "point 4 of 4" in succeed("spaces", "show", "smooth_layers")
+    one = {
+        "name": "mine",
+        "about": "one weight",
+        "method": "linear",
+        "genes": {"weight": {"low": 0, "high": 1}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(one))
+    assert "mine: 6 genes" in succeed("spaces", "show", tmp_path / "mine.yaml")
+
+
+def test_mistakes_of_spaces(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
+    assert "did you mean 'ties_layers'" in refuse("spaces", "show", "tie_layers", folder=tmp_path)
+    assert "no such file" in refuse("spaces", "--models", tmp_path / "none.yaml", folder=tmp_path)
+    models = {"base": str(tiny_zoo / "base"), "sources": {"upper": str(tiny_zoo / "upper")}}
+    path = config(models=models)
+    assert "wrong number of sources" in refuse(
+        "spaces", "show", "slerp_layers", "--models", path, folder=tmp_path
+    )
+    rows = {row["name"]: row for row in json.loads(succeed("spaces", "--models", path, "--json"))}
+    assert rows["slerp_layers"]["dimension"] is None
+    assert "wrong number of sources" in rows["slerp_layers"]["problem"]
+    assert "wrong number of sources" in " ".join(succeed("spaces", "--models", path).split())
+
+
 def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(budget={"generations": 1})
     text = succeed("run", path)
@@ -97,6 +151,32 @@ def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path)
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "third").state_dict()
     first = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_a_run_in_a_mixed_space(config: Callable[..., Path], tmp_path: Path) -> None:
+    """Methods, switches and shared genes reach the weights, and the winner can be exported."""
+    mixed = {
+        "name": "mixed",
+        "about": "a bit of everything",
+        "method": {"choices": ["linear", "task_arithmetic", "ties", "karcher"], "per": ["modules"]},
+        "subset": {"per": ["modules"]},
+        "layers": 1,
+        "modules": {"attn": ["attn"], "mlp": []},
+        "genes": {
+            "weight": {"low": 0.1, "high": 0.9},
+            "ties.density": {"low": 0.2, "high": 1.0, "per": ["modules"]},
+            "max_iter": {"low": 1, "high": 5, "per": []},
+        },
+    }
+    succeed("run", config(space=mixed, budget={"generations": 2}))
+    with RunStore.read(tmp_path / "run") as store:
+        recipes = [store.recipe(name) for generation in store.generations() for name in generation.recipes]
+        assert not store.failures()
+    assert len({group.method for recipe in recipes for group in recipe.groups}) >= 3
+    assert len({group.sources for recipe in recipes for group in recipe.groups}) >= 2
+    winner = json.loads(succeed("status", tmp_path / "run", "--json"))["winner"]
+    exported = json.loads(succeed("export", tmp_path / "run", tmp_path / "exported", "--json"))
+    assert exported["recipe"] == winner
 
 
 def test_a_run_as_adapter_and_as_yaml(finished_run: Path, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def hand_made(template: Recipe, sources: Sequence[str], norms: Mapping[str, floa
     named.append(
         ("DARE-TIES", _global(template, "dare_ties", sources, weight=1.0, density=0.5, normalize=True))
     )
+    # The same as plain sums, whose weights are absolute as in task arithmetic: spaces of these methods do not
+    # normalise, because otherwise many genomes would be one model, and need a point to start from.
+    for name, method in (("TIES", "ties"), ("DARE-TIES", "dare_ties")):
+        summed = _global(template, method, sources, weight=0.4, density=0.5, normalize=False)
+        named.append((f"{name} 0.4, not normalised", summed))
     if count == 2:
         named.append(("SLERP", _global(template, "slerp", sources, t=0.5)))
     if count >= 2:

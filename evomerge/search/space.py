@@ -1,116 +1,51 @@
 """A SearchSpace: which parts of a merge may vary, as a box of genes in the unit cube.
 
-A preset (YAML, in `search_spaces/`) names a merge method, cuts the model into tensor groups, and gives
-some of the method's parameters a range. A genome is a vector `u` in [0, 1]^dim; `decode` turns it into
-a Recipe and `encode` turns a Recipe that lies in the space back into its genome.
+A preset (YAML, in `search_spaces/`; docs/search_spaces.md) names a merge method or several to choose
+from, cuts the model into tensor groups, and gives some of the methods' parameters a range. A genome is a
+vector `u` in [0, 1]^dim; `decode` turns it into a Recipe and `encode` turns a Recipe that lies in the
+space back into its genome.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from evomerge.errors import ConfigError
 from evomerge.merging import methods
-from evomerge.merging.methods import Parameter
-from evomerge.merging.recipe import OUTSIDE, Recipe, Setting, TensorGroup, layer_of
-from evomerge.schema import Strict
+from evomerge.merging.recipe import Recipe, Setting, TensorGroup
+from evomerge.search.domain import Choice, listed
+from evomerge.search.gene_spec import GeneSpec, SpaceSpec
 from evomerge.search.genes import Coordinate, Genome
+from evomerge.search.grouping import Place, cut
+from evomerge.search.layout import Gene, Layout
+from evomerge.search.resolve import SWITCH, Resolved, Varied, check_methods, redundancies, resolve
 
-Axis = Literal["source", "layers", "modules"]
-
-DIGITS = 6
-"""Significant decimal digits of a decoded value. Rounding makes recipes readable and `encode` an exact
-inverse; a step of 1e-6 is far below what a 16-bit weight can show."""
-
-
-class GeneSpec(Strict):
-    """The range of one parameter, and along which axes it may differ.
-
-    per: "source" (one value per source model), "layers" (per run of layers), "modules" (per module
-    filter). Default: every axis the parameter and the space have.
-    """
-
-    low: float
-    high: float
-    scale: Literal["linear", "log"] = "linear"
-    per: tuple[Axis, ...] | None = None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> GeneSpec:
-        if not self.low < self.high:
-            raise ValueError(f"low must be below high, got low {self.low:g} and high {self.high:g}")
-        if self.scale == "log" and self.low <= 0:
-            raise ValueError(f"a log scale needs low > 0, got {self.low:g}")
-        return self
-
-    def value(self, u: float) -> float:
-        """Map [0, 1] to [low, high]."""
-        if self.scale == "log":
-            value = self.low * (self.high / self.low) ** u
-        else:
-            value = self.low + u * (self.high - self.low)
-        return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
-
-    def unit(self, value: float) -> float:
-        """Map [low, high] to [0, 1], the inverse of `value`."""
-        if self.scale == "log":
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-
-class SpaceSpec(Strict):
-    """A search-space preset as written.
-
-    layers: how many successive layers share a group, or "all".
-    modules, outside: names and tensor-name substrings that cut a run of layers, and the tensors outside
-        all layers, into groups. The first filter that matches wins; an empty list matches the rest.
-    """
-
-    name: str
-    about: str
-    method: str
-    layers: int | Literal["all"] = "all"
-    modules: dict[str, tuple[str, ...]] = Field(default={"all": ()})
-    outside: dict[str, tuple[str, ...]] = Field(default={"all": ()})
-    genes: dict[str, GeneSpec]
-    fixed: dict[str, float | int | bool] = Field(default={})
-
-    @model_validator(mode="after")
-    def _complete(self) -> SpaceSpec:
-        if isinstance(self.layers, int) and self.layers < 1:
-            raise ValueError(f"layers must be at least 1 or 'all', got {self.layers}")
-        if not self.genes:
-            raise ValueError("no genes: there is nothing to search")
-        for where, filters in (("modules", self.modules), ("outside", self.outside)):
-            if not filters or any(filters[name] == () for name in list(filters)[:-1]):
-                raise ValueError(f"{where}: only the last filter may be empty, and there must be one")
-        return self
+__all__ = ["Gene", "GeneSpec", "SearchSpace", "SpaceSpec"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gene:
-    """One coordinate of the genome."""
+class _Slot:
+    """A parameter of one method in one cell: the positions of its values, one per source or one."""
 
-    name: str
     parameter: str
-    spec: GeneSpec
-    source: str | None
-    group: str | None
+    per_source: bool
+    values: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cell:
-    """One tensor group of the space, and for each parameter the positions of its genes."""
+    """One tensor group of the space. Positions are those of the layout's table of values.
 
-    group: TensorGroup
-    tensors: tuple[str, ...]
-    positions: Mapping[str, tuple[int, ...]]
+    method: of the method gene, None where there is none. switches: one per source, () where there are none.
+    slots: per method, what of it varies.
+    """
+
+    place: Place
+    method: int | None
+    switches: tuple[int, ...]
+    slots: Mapping[str, tuple[_Slot, ...]]
 
 
 class SearchSpace:
@@ -118,7 +53,8 @@ class SearchSpace:
 
     tensors: names of the model's output tensors, so that empty groups get no genes.
     template: a recipe with the run's models, base, dtype, tokenizer and seed; its groups are replaced.
-    Raises ConfigError where the preset and the method or the models do not fit.
+    notes: in which ways different recipes of the space are one model, as sentences.
+    Raises ConfigError where the preset and the methods or the models do not fit.
     """
 
     def __init__(
@@ -127,18 +63,24 @@ class SearchSpace:
         self.spec = spec
         self.sources = tuple(sources)
         self._template = template
-        self._genes: list[Gene] = []
-        self._check_parameters()
-        places: dict[tuple[str, str | None, str | None, str | None], int] = {}
-        self._cells = tuple(
-            self._cell(run, name, part, ts, places) for run, name, part, ts in self._cut(tensors)
-        )
-        self.decode(np.full(self.dimension, 0.5))  # the method's own checks: number of sources, base
+        resolved = resolve(spec)
+        check_methods(spec, template, self.sources)
+        self.notes = redundancies(spec, resolved)
+        self._fixed = resolved.fixed
+        places = cut(spec, tensors)
+        choices = [entry for entry in (resolved.method, resolved.switch) if entry is not None]
+        layout = Layout([*choices, *resolved.varied], self.sources, places)
+        self._genes, self._curves = tuple(layout.genes), tuple(layout.curves)
+        self._table_size = layout.size
+        self._coordinates = tuple(gene.domain.coordinate for gene in self._genes)
+        self._cells = tuple(_cell(place, layout, resolved) for place in places)
+        self._fisher = any(methods.get(name).fisher for name in spec.method.choices)
+        self.decode(np.full(self.dimension, 0.5))  # what only a whole recipe can check
 
     @property
     def genes(self) -> tuple[Gene, ...]:
         """The genes, in genome order."""
-        return tuple(self._genes)
+        return self._genes
 
     @property
     def dimension(self) -> int:
@@ -147,178 +89,193 @@ class SearchSpace:
 
     @property
     def coordinates(self) -> tuple[Coordinate, ...]:
-        """The kind of every coordinate: all continuous."""
-        return (Coordinate(),) * self.dimension
+        """The kind of every coordinate, in genome order."""
+        return self._coordinates
 
     def decode(self, genome: Genome) -> Recipe:
         """Return the recipe of a genome, shape (dimension,), values in [0, 1]."""
         u = np.asarray(genome, dtype=np.float64)
         if u.shape != (self.dimension,) or not ((u >= 0) & (u <= 1)).all():
             raise ValueError(f"a genome of this space has shape ({self.dimension},) and values in [0, 1]")
-        groups = tuple(
-            TensorGroup(
-                method=self.spec.method,
-                sources=self.sources,
-                parameters={**self.spec.fixed, **self._values(cell, u)},
-                layers=cell.group.layers,
-                match=cell.group.match,
-            )
-            for cell in self._cells
-        )
+        values = [gene.domain.value(x) for gene, x in zip(self._genes, u.tolist(), strict=True)]
+        for curve in self._curves:
+            values += curve.values([float(values[position]) for position in curve.points])
         kept = self._template
         return Recipe(
             models=kept.models,
-            groups=groups,
+            groups=tuple(self._group(cell, values) for cell in self._cells),
             base=kept.base,
             dtype=kept.dtype,
             tokenizer=kept.tokenizer,
             seed=kept.seed,
+            fisher=kept.fisher if self._fisher else {},
         )
 
     def encode(self, recipe: Recipe) -> Genome | None:
-        """Return the genome of a recipe, or None where this space can't express it.
+        """Return the canonical genome of a recipe, or None where this space can't express it.
 
         The recipe may cut the model into groups differently; what counts is what each tensor gets.
-        Sources it leaves out get weight 0.
+        Sources it leaves out are off, or without switches get weight 0.
         """
         if recipe.stacked or any(group.base is not None for group in recipe.groups):
             return None
-        u = np.full(self.dimension, np.nan)
-        for cell in self._cells:
-            groups = {id(g): g for g in map(recipe.group_for, cell.tensors)}
-            for group in groups.values():
-                if not self._encode_group(cell, group, u):
+        if recipe.used_fishers() and recipe.fisher != self._template.fisher:
+            return None
+        table: list[Choice | None] = [None] * self._table_size
+        for cell, groups in zip(self._cells, self._groups_of(recipe), strict=True):
+            for group in groups:
+                same_base = recipe.base_of(group) == self._base_of(group.method)
+                if not (same_base and self._read(cell, group, table)):
                     return None
-        assert not np.isnan(u).any()
+        if not all(curve.solve_in(table) for curve in self._curves):
+            return None
+        u = np.full(self.dimension, 0.5)
+        for position, gene in enumerate(self._genes):
+            value = table[position]
+            unit = 0.5 if value is None else gene.domain.unit(value)
+            if unit is None:
+                return None
+            u[position] = unit
         return u
 
     def describe(self) -> str:
-        """Return one line for people: method, genes and groups."""
-        parameters = ", ".join(self.spec.genes)
+        """Return one line for people: methods, genes and groups."""
+        kinds = dict.fromkeys(gene.parameter for gene in self._genes)
         return (
-            f"{self.spec.name}: {self.dimension} genes ({parameters}) over {len(self._cells)} tensor "
-            f"groups x {len(self.sources)} sources, method {self.spec.method}"
+            f"{self.spec.name}: {self.dimension} genes ({', '.join(kinds)}) over {len(self._cells)} tensor "
+            f"groups x {len(self.sources)} sources, {self.spec.method}"
         )
 
-    def _values(self, cell: _Cell, u: Genome) -> dict[str, Setting]:
-        values: dict[str, Setting] = {}
-        for parameter, positions in cell.positions.items():
-            spec = self.spec.genes[parameter]
-            decoded = tuple(spec.value(float(u[position])) for position in positions)
-            values[parameter] = decoded if self._declared(parameter).per_source else decoded[0]
-        return values
+    def condition(self, gene: Gene) -> str:
+        """Say when a gene has an effect, "" for always."""
+        parts = []
+        if gene.methods and len(gene.methods) < len(self.spec.method.choices):
+            parts.append(f"method is {listed(gene.methods)}")
+        if self.spec.subset is not None and gene.parameter != SWITCH:
+            parts.append(f"{gene.source} is on" if gene.source else "any source is on")
+        return ", ".join(parts)
 
-    def _encode_group(self, cell: _Cell, group: TensorGroup, u: Genome) -> bool:
-        if group.method != self.spec.method or len(set(group.sources)) != len(group.sources):
+    def _group(self, cell: _Cell, values: Sequence[Choice]) -> TensorGroup:
+        sources, on = self.sources, tuple(range(len(self.sources)))
+        if cell.switches:
+            on = tuple(i for i in on if values[cell.switches[i]])
+            sources = tuple(self.sources[i] for i in on)
+            if not on:  # the base as it is
+                base = self._template.base
+                assert base is not None
+                return TensorGroup(
+                    method="linear", sources=(base,), layers=cell.place.layers, match=cell.place.match
+                )
+        method = self.spec.method.choices[0] if cell.method is None else str(values[cell.method])
+        parameters: dict[str, Setting] = dict(self._fixed[method])
+        for slot in cell.slots[method]:
+            if slot.per_source:
+                parameters[slot.parameter] = tuple(_number(values[slot.values[i]]) for i in on)
+            else:
+                parameters[slot.parameter] = _number(values[slot.values[0]])
+        return TensorGroup(
+            method=method,
+            sources=sources,
+            parameters=parameters,
+            layers=cell.place.layers,
+            match=cell.place.match,
+        )
+
+    def _groups_of(self, recipe: Recipe) -> list[tuple[TensorGroup, ...]]:
+        """Return the groups that make the tensors of each cell."""
+        groups, places = recipe.groups, [cell.place for cell in self._cells]
+        if [(g.layers, g.match) for g in groups] == [(p.layers, p.match) for p in places]:
+            return [(group,) for group in groups]
+        found = []
+        for place in places:
+            mine = {id(group): group for group in map(recipe.group_for, place.tensors)}
+            found.append(tuple(mine.values()))
+        return found
+
+    def _base_of(self, method: str) -> str | None:
+        base = self._template.base
+        return base if methods.get(method).uses_base(base) else None
+
+    def _read(self, cell: _Cell, group: TensorGroup, table: list[Choice | None]) -> bool:
+        """Enter into the table what a group says of a cell; return whether the space can say it."""
+        if cell.switches and _is_copy(group, self._template.base):
+            return all(_enter(table, position, False) for position in cell.switches)
+        ours = [name for name in self.sources if name in group.sources]
+        declared = methods.get(group.method)
+        if len(ours) != len(group.sources) or (declared.ordered and tuple(ours) != group.sources):
+            return False  # another model's, or one twice, or in an order that matters
+        if group.method not in self.spec.method.choices:
             return False
-        for name in methods.get(self.spec.method).parameters:
-            given = self._in_our_order(group, name)
-            if given is None:
+        if cell.method is not None and not _enter(table, cell.method, group.method):
+            return False
+        if cell.switches:
+            there = zip(self.sources, cell.switches, strict=True)
+            if not all(_enter(table, position, source in ours) for source, position in there):
                 return False
-            if name not in cell.positions:
-                wanted = self._in_our_order(cell.group, name)
-                if given != wanted:
-                    return False
+        elif len(ours) < len(self.sources) and "weight" not in declared.parameters:
+            return False
+        return all(self._read_parameter(cell, group, name, table) for name in declared.parameters)
+
+    def _read_parameter(self, cell: _Cell, group: TensorGroup, name: str, table: list[Choice | None]) -> bool:
+        slot = next((s for s in cell.slots[group.method] if s.parameter == name), None)
+        default = methods.get(group.method).parameters[name].default
+        settled = self._fixed[group.method].get(name, default)
+        for i, value in enumerate(self._in_our_order(group, name, switched=bool(cell.switches))):
+            if value is None:
                 continue
-            spec = self.spec.genes[name]
-            for position, value in zip(cell.positions[name], given, strict=True):
-                if not spec.low <= value <= spec.high:
-                    return False
-                unit = min(max(spec.unit(value), 0.0), 1.0)
-                if not (math.isnan(u[position]) or u[position] == unit):
-                    return False
-                u[position] = unit
+            if not (value == settled if slot is None else _enter(table, slot.values[i], value)):
+                return False
         return True
 
-    def _in_our_order(self, group: TensorGroup, name: str) -> tuple[float, ...] | None:
-        """A parameter's values in the order of our sources; sources left out count as weight 0."""
-        value = group.parameters[name]
-        if not isinstance(value, tuple):
-            return (float(value),)
-        by_source = dict(zip(group.sources, value, strict=True))
-        missing = [source for source in self.sources if source not in by_source]
-        if not set(by_source) <= set(self.sources) or (missing and "weight" not in group.parameters):
-            return None
-        default = 0.0 if name == "weight" else float(self._declared(name).default)
-        return tuple(float(by_source.get(source, default)) for source in self.sources)
+    def _in_our_order(
+        self, group: TensorGroup, name: str, *, switched: bool
+    ) -> list[float | int | bool | None]:
+        """Return a parameter's values in the order of our sources, None where they have no effect.
 
-    def _declared(self, parameter: str) -> Parameter:
-        return methods.get(self.spec.method).parameter(parameter, f"search space {self.spec.name}")
+        A source that is left out is off, or has weight 0: nothing else of it has an effect.
+        """
+        given = group.parameters[name]
+        if not isinstance(given, tuple):
+            return [given]
+        by_source = dict(zip(group.sources, given, strict=True))
+        left_out = None if switched or name != "weight" else 0.0
+        return [by_source.get(source, left_out) for source in self.sources]
 
-    def _check_parameters(self) -> None:
-        where = f"search space {self.spec.name}"
-        for name, spec in self.spec.genes.items():
-            declared = self._declared(name)
-            if declared.kind != "real":
-                raise ConfigError(
-                    f"{where}: {name} is not a real number and can't be a gene", fix="move it to `fixed`"
-                )
-            declared.check(spec.low, f"{where}: genes.{name}.low")
-            declared.check(spec.high, f"{where}: genes.{name}.high")
-            if spec.per and "source" in spec.per and not declared.per_source:
-                raise ConfigError(
-                    f"{where}: {name} has one value for all sources", fix="leave `source` out of `per`"
-                )
-        for name, value in self.spec.fixed.items():
-            self._declared(name).check(value, f"{where}: fixed")
-            if name in self.spec.genes:
-                raise ConfigError(f"{where}: {name} is both a gene and fixed", fix="keep one of them")
 
-    def _cut(self, tensors: Sequence[str]) -> Iterator[tuple[str, str, TensorGroup, tuple[str, ...]]]:
-        """Yield (run of layers, module name, empty group, its tensors), leaving out empty groups."""
-        layers = sorted({layer for t in tensors if (layer := layer_of(t)) is not None})
-        size = len(layers) if self.spec.layers == "all" else self.spec.layers
-        runs = [tuple(layers[i : i + size]) for i in range(0, len(layers), max(size, 1))]
-        left = set(tensors)
-        for run in (*runs, OUTSIDE):
-            for name, match in (self.spec.modules if run else self.spec.outside).items():
-                group = TensorGroup(
-                    method=self.spec.method,
-                    sources=self.sources,
-                    parameters=self.spec.fixed,
-                    layers=run,
-                    match=match,
-                )
-                mine = tuple(t for t in tensors if t in left and group.matches(t))
-                left.difference_update(mine)
-                if mine:
-                    yield TensorGroup.label(replace(group, match=())), name, group, mine
-        if left:
-            raise ConfigError(
-                f"search space {self.spec.name}: no group holds {min(left)!r}",
-                fix="end `modules` and `outside` with an empty filter",
-            )
+def _cell(place: Place, layout: Layout, resolved: Resolved) -> _Cell:
+    def slot(entry: Varied) -> _Slot:
+        values = layout.positions(entry, place)
+        return _Slot(parameter=entry.parameter, per_source=entry.per_source, values=values)
 
-    def _cell(
-        self,
-        run: str,
-        module: str,
-        group: TensorGroup,
-        tensors: tuple[str, ...],
-        places: dict[tuple[str, str | None, str | None, str | None], int],
-    ) -> _Cell:
-        positions: dict[str, tuple[int, ...]] = {}
-        for name, spec in self.spec.genes.items():
-            per_source = self._declared(name).per_source
-            per = spec.per if spec.per is not None else ("source", "layers", "modules")
-            found = []
-            for source in self.sources if per_source else (None,):
-                key = (
-                    name,
-                    run if "layers" in per else None,
-                    module if "modules" in per else None,
-                    source if "source" in per else None,
-                )
-                if key not in places:
-                    places[key] = len(self._genes)
-                    cut = self.spec.modules if group.layers else self.spec.outside
-                    place = (
-                        " ".join(part for part in (key[1], key[2] if len(cut) > 1 else None) if part) or None
-                    )
-                    label = " ".join(part for part in (name, key[3], place) if part)
-                    self._genes.append(
-                        Gene(name=label, parameter=name, spec=spec, source=key[3], group=place)
-                    )
-                found.append(places[key])
-            positions[name] = tuple(found)
-        return _Cell(group=group, tensors=tensors, positions=positions)
+    return _Cell(
+        place=place,
+        method=None if resolved.method is None else layout.positions(resolved.method, place)[0],
+        switches=() if resolved.switch is None else layout.positions(resolved.switch, place),
+        slots={
+            name: tuple(slot(entry) for entry in resolved.varied if name in entry.methods)
+            for name in resolved.fixed
+        },
+    )
+
+
+def _enter(table: list[Choice | None], position: int, value: Choice) -> bool:
+    """Enter a value, or say whether it agrees with the one that is there."""
+    if table[position] is None:
+        table[position] = value
+    return table[position] == value
+
+
+def _is_copy(group: TensorGroup, model: str | None) -> bool:
+    """Say whether a group is one model as it is."""
+    if group.sources != (model,):
+        return False
+    if group.method == "passthrough":
+        return group.per_source("scale") == (1.0,)
+    if group.method != "linear" or group.per_source("weight")[0] == 0.0:
+        return False
+    return bool(group.parameters["normalize"]) or group.per_source("weight") == (1.0,)
+
+
+def _number(value: Choice) -> float | int | bool:
+    assert not isinstance(value, str)
+    return value

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from evomerge.config import load_space
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.schema import load_yaml, preset_folder
 from evomerge.search import baselines
 from evomerge.search.selection import Candidate, finalists
+from evomerge.search.space import SearchSpace
 
 NAMES = ("a", "b", "c")
 TEMPLATE = Recipe(
@@ -36,6 +39,24 @@ def test_slerp_needs_two_sources_and_nothing_is_listed_twice() -> None:
     assert "SLERP" not in three
     assert "SLERP" in two
     assert len(set(three)) == len(three)
+
+
+def test_spaces_find_a_start_among_the_baselines() -> None:
+    """What no baseline lies in would start in its middle, however good the baselines are."""
+    tensors = tuple(
+        f"model.layers.{i}.{part}.weight" for i in range(4) for part in ("attn.q_proj", "mlp.up_proj")
+    )
+    none = []
+    for path in sorted(preset_folder("search_spaces").glob("*.yaml")):
+        if "method" not in load_yaml(path):
+            continue
+        names = NAMES[:2] if path.stem.startswith("slerp") else NAMES
+        template = Recipe(models=TEMPLATE.models, groups=TEMPLATE.groups, base="base")
+        space = SearchSpace(load_space(path.stem), template=template, sources=names, tensors=tensors)
+        rows = baselines.hand_made(template, names, dict.fromkeys(names, 1.0))
+        if all(space.encode(row.recipe) is None for row in rows):
+            none.append(path.stem)
+    assert none == ["breadcrumbs_layers", "della_layers"]
 
 
 def test_a_source_without_any_change_does_not_break_the_grid() -> None:

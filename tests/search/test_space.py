@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from evomerge.config import load_space
 from evomerge.errors import ConfigError
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.schema import parse, preset_folder
+from evomerge.schema import load_yaml, parse, preset_folder
 from evomerge.search.space import SearchSpace, SpaceSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
@@ -21,7 +21,9 @@ TENSORS = tuple(
     ["model.embed_tokens.weight", "model.norm.weight"]
     + [f"model.layers.{i}.{part}.weight" for i in range(4) for part in PARTS]
 )
-PRESETS = sorted(path.stem for path in preset_folder("search_spaces").glob("*.yaml"))
+PRESETS = sorted(
+    path.stem for path in preset_folder("search_spaces").glob("*.yaml") if "method" in load_yaml(path)
+)
 
 
 def make(spec: SpaceSpec | str, sources: tuple[str, ...] = ("a", "b")) -> SearchSpace:
@@ -46,6 +48,12 @@ def test_the_presets_of_the_contract_are_there() -> None:
         "ties_layers",
         "dare_ties_layers",
         "slerp_layers",
+        "breadcrumbs_layers",
+        "della_layers",
+        "mixed_layers",
+        "method_global",
+        "smooth_layers",
+        "subset_soup",
     } <= set(PRESETS)
 
 
@@ -57,10 +65,31 @@ def test_the_presets_of_the_contract_are_there() -> None:
         ("ties_layers", 2 * (4 * 2 + 2) + 2),
         ("dare_ties_layers", 2 * (4 * 2 + 2) + 2),
         ("slerp_layers", 4 * 2 + 2),
+        ("breadcrumbs_layers", 2 * (4 * 2 + 2) + 4),
+        ("della_layers", 2 * (4 * 2 + 2) + 4),
+        ("mixed_layers", 5 + 2 * (4 * 2 + 2) + 2),
+        ("method_global", 1 + 2 + 2 + 1 + 1),
+        ("smooth_layers", 2 * (4 * 2 + 2)),
+        ("subset_soup", 2 + 2),
     ],
 )
 def test_dimension(name: str, dimension: int) -> None:
     assert make(name).dimension == dimension
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("global_weights", "1be8f6dab2154aca"),
+        ("task_arithmetic_layers", "91971c296cb1882a"),
+        ("ties_layers", "4ebca86829c6bf90"),
+        ("dare_ties_layers", "c0fa62f53dd78423"),
+        ("slerp_layers", "ded49b958877cf60"),
+    ],
+)
+def test_a_stored_genome_means_the_same_recipe_for_ever(name: str, start: str) -> None:
+    space = make(name)
+    assert space.decode(np.linspace(0.03, 0.97, space.dimension)).hash.startswith(start)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -72,18 +101,29 @@ def test_encode_is_the_inverse_of_decode(name: str, data: st.DataObject) -> None
     recipe = space.decode(u)
     back = space.encode(recipe)
     assert back is not None
-    assert np.allclose(back, u, atol=1e-5)
+    for x, gene, given_ in zip(back, space.genes, u, strict=True):
+        if not space.condition(gene) and gene.domain.coordinate.levels is None:
+            assert x == pytest.approx(given_, abs=1e-5)
     assert space.decode(back) == recipe
+    assert space.decode(back).hash == recipe.hash
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_gene_changes_the_recipe(name: str) -> None:
+    """From a canonical genome in which every gene has an effect, if there is one."""
     space = make(name)
-    middle = np.full(space.dimension, 0.5)
-    hashes = {space.decode(middle).hash}
+    middle = np.full(space.dimension, 0.45)
+    for position, gene in enumerate(space.genes):
+        if gene.parameter == "method":
+            middle[position] = 0.99
+        if gene.domain.kind == "flag":
+            middle[position] = 0.75
+    canonical = space.encode(space.decode(middle))
+    assert canonical is not None
+    hashes = {space.decode(canonical).hash}
     for position in range(space.dimension):
-        u = middle.copy()
-        u[position] = 0.75
+        u = canonical.copy()
+        u[position] = 0.1
         hashes.add(space.decode(u).hash)
     assert len(hashes) == space.dimension + 1
     assert len({gene.name for gene in space.genes}) == space.dimension
@@ -160,7 +200,7 @@ def test_per_shares_genes_between_groups() -> None:
         ({"genes": {"density": {"low": 0, "high": 1.5}}}, "density is out of range"),
         ({"genes": {"weight": {"low": 1, "high": 1}}}, "low must be below high"),
         ({"genes": {"weight": {"low": 0, "high": 1, "scale": "log"}}}, "needs low > 0"),
-        ({"genes": {"normalize": {"low": 0, "high": 1}}}, "not a real number"),
+        ({"genes": {"normalize": {"low": 0, "high": 1}}}, "is a flag, not a real number"),
         ({"genes": {"lambda": {"low": 0, "high": 1, "per": ["source"]}}}, "one value for all sources"),
         ({"fixed": {"weight": 1}}, "both a gene and fixed"),
         ({"genes": {}}, "nothing to search"),

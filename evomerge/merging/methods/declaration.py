@@ -73,6 +73,7 @@ class Method:
     by_rows: rows (the last dimension) are made independently, so a large tensor may be handed to the
         function some rows at a time; a random one then also takes `first`, the index of their first
         element in the whole tensor.
+    ordered: another order of the sources is another merge.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Method:
     max_sources: int | None
     random: bool
     fisher: bool
+    ordered: bool
     parameters: Mapping[str, Parameter]
 
     def parameter(self, name: str, where: str) -> Parameter:
@@ -135,6 +137,7 @@ def method(
     fisher: bool = False,
     blend: Callable[..., Blend | None] | None = None,
     by_rows: bool = False,
+    ordered: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a merge method; the decorated function keeps working as a plain function.
 
@@ -159,6 +162,7 @@ def method(
             max_sources=sources[1],
             random=random,
             fisher=fisher,
+            ordered=ordered,
             parameters={p.name: p for p in parameters},
         )
         return function

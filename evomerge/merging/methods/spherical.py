@@ -35,6 +35,7 @@ SHARE = Parameter(
     paper="Shoemake 1985, Animating rotation with quaternion curves",
     inputs="models",
     sources=(2, 2),
+    ordered=True,
 )
 def slerp(
     tensors: Measure,
@@ -61,6 +62,7 @@ def slerp(
     paper="Shoemake 1985, Animating rotation with quaternion curves, applied source by source",
     inputs="models",
     sources=(2, None),
+    ordered=True,
 )
 def chained_slerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     """Interpolate along arcs source by source, in their order: slerp of slerps.

@@ -1,0 +1,169 @@
+"""What `evomerge spaces` shows: the presets, and the genes of one of them on given or example models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.config import RunConfig, load_space
+from evomerge.errors import ConfigError
+from evomerge.merging import methods
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.running.store import BASE
+from evomerge.schema import preset_folder
+from evomerge.search.space import Gene, SearchSpace, SpaceSpec
+
+EXAMPLE_LAYERS, EXAMPLE_SOURCES = 32, ("a", "b", "c")
+_LAYER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
+EXAMPLE_TENSORS = (
+    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    *(f"model.layers.{i}.{part}.weight" for i in range(EXAMPLE_LAYERS) for part in _LAYER),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What a search space needs of models: their names, a recipe of them, the names of their tensors."""
+
+    template: Recipe
+    sources: tuple[str, ...]
+    tensors: tuple[str, ...]
+    text: str
+
+    @classmethod
+    def of(cls, config: Path) -> Models:
+        """Open the models of a run config, headers only."""
+        from evomerge.merging.source import open_sources
+
+        run = RunConfig.load(config)
+        sources = tuple(run.models.sources)
+        opened = open_sources(run.locations, BASE, tokenizer=run.tokenizer)
+        template = Recipe(
+            models=run.locations, groups=(TensorGroup(method="linear", sources=sources),), base=BASE
+        )
+        return cls(
+            template=template,
+            sources=sources,
+            tensors=tuple(opened[BASE].headers),
+            text=f"{', '.join(sources)} of {config}",
+        )
+
+    @classmethod
+    def example(cls, spec: SpaceSpec) -> Models:
+        """Return the models of the example: three sources, or as many as the methods take."""
+        most = min(methods.get(name).max_sources or len(EXAMPLE_SOURCES) for name in spec.method.choices)
+        sources = EXAMPLE_SOURCES[:most]
+        template = Recipe(
+            models={name: name for name in (BASE, *EXAMPLE_SOURCES)},
+            groups=(TensorGroup(method="linear", sources=sources),),
+            base=BASE,
+            fisher={name: name for name in sources},
+        )
+        return cls(
+            template=template,
+            sources=sources,
+            tensors=EXAMPLE_TENSORS,
+            text=f"{len(sources)} sources of {EXAMPLE_LAYERS} layers, as an example",
+        )
+
+    def space(self, spec: SpaceSpec) -> SearchSpace:
+        """Apply a preset to these models."""
+        return SearchSpace(spec, template=self.template, sources=self.sources, tensors=self.tensors)
+
+
+def presets(config: Path | None) -> list[dict[str, Any]]:
+    """Return every packaged preset as plain data; `problem` says why one does not fit the models."""
+    models = None if config is None else Models.of(config)
+    rows = []
+    for name in sorted(path.stem for path in preset_folder("search_spaces").glob("*.yaml")):
+        spec = load_space(name)
+        on = models or Models.example(spec)
+        row: dict[str, Any] = {"name": name, "about": spec.about, "methods": list(spec.method.choices)}
+        try:
+            row |= {"dimension": on.space(spec).dimension, "problem": None}
+        except ConfigError as error:
+            row |= {"dimension": None, "problem": str(error)}
+        rows.append({**row, "sources": len(on.sources)})
+    return rows
+
+
+def presets_text(rows: Sequence[dict[str, Any]], config: Path | None) -> RenderableType:
+    """Return the presets for people."""
+    table = _table("preset", "genes", "methods", "what it is for")
+    table.columns[1].justify = "right"
+    for row in rows:
+        genes = "-" if row["dimension"] is None else str(row["dimension"])
+        why = "" if row["problem"] is None else f" [{row['problem'].splitlines()[0].partition(': ')[2]}]"
+        table.add_row(row["name"], genes, ", ".join(row["methods"]), Text(row["about"] + why))
+    counted = (
+        f"genes: for the models of {config}"
+        if config is not None
+        else f"genes: for {EXAMPLE_LAYERS} layers and {len(EXAMPLE_SOURCES)} sources (2 where a method takes "
+        "no more); --models CONFIG.yaml counts them for yours"
+    )
+    return Group(table, Text(counted), Text("evomerge spaces show NAME prints the genes"))
+
+
+def as_data(name: str, config: Path | None) -> dict[str, Any]:
+    """Return one space on the models of a run config, or on the example, as plain data.
+
+    name: of a preset, or the path of a file of the same form.
+    """
+    spec = load_space(name)
+    models = Models.example(spec) if config is None else Models.of(config)
+    space = models.space(spec)
+    return {
+        "name": spec.name,
+        "about": spec.about,
+        "models": models.text,
+        "sources": list(space.sources),
+        "methods": list(spec.method.choices),
+        "dimension": space.dimension,
+        "summary": space.describe(),
+        "notes": list(space.notes),
+        "genes": [_gene(space, gene) for gene in space.genes],
+    }
+
+
+def text(data: dict[str, Any]) -> RenderableType:
+    """Return one space for people."""
+    table = _table("gene", "kind", "values", "source", "where", "only if")
+    for gene in data["genes"]:
+        where = gene["group"] or "everywhere"
+        if gene["point"]:
+            where += f", point {gene['point'][0]} of {gene['point'][1]}"
+        label = gene["parameter"] if gene["point"] is None else f"{gene['parameter']} (curve)"
+        table.add_row(label, gene["kind"], gene["values"], gene["source"] or "", where, gene["condition"])
+    head = f"{data['summary']}\n{data['about']}\nmodels: {data['models']}"
+    return Group(Text(head), table, *(Text(f"note: {note}") for note in data["notes"]))
+
+
+def _gene(space: SearchSpace, gene: Gene) -> dict[str, Any]:
+    coordinate = gene.domain.coordinate
+    return {
+        "name": gene.name,
+        "parameter": gene.parameter,
+        "kind": gene.domain.kind,
+        "values": gene.domain.text(),
+        "levels": coordinate.levels,
+        "ordered": coordinate.ordered,
+        "source": gene.source,
+        "group": gene.group,
+        "point": None if gene.point is None else list(gene.point),
+        "methods": list(gene.methods or space.spec.method.choices),
+        "condition": space.condition(gene),
+    }
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
