@@ -274,7 +274,8 @@ def table(results: Path, ceiling: float | None) -> None:
         used = np.median([run["items"] / run["full"] for run in runs])
         closed = "-" if not ceiling else f"{(np.median(tests) / 100 - base) / (ceiling - base):.0%}"
         print(
-            f"| {method} | {budget} | {used:.0f} | {np.median(tests):.1f} ({tests[0]:.1f} to {tests[-1]:.1f}) "
+            f"| {method} | {budget} | {used:.0f} | {np.median(tests):.1f} "
+            f"({tests[0]:.1f} to {tests[-1]:.1f}) "
             f"| {closed} | {len(runs)} |"
         )
     print("\n| ours against | ours - theirs, points [95 % interval] | seeds |")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from evomerge.evaluation.surrogate import Gradient, Surrogate, SurrogateTask
+from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
 
 from evomerge import compose
 from evomerge.config import RunConfig
@@ -58,7 +58,7 @@ class Answers:
 def test_a_gradient_is_computed_once_in_the_life_of_a_run(
     outcome: Gradient | Failure, tmp_path: Path
 ) -> None:
-    loss = Surrogate(tasks=(SurrogateTask(task="skill", gain=1.0, items=(0, 2)),), price=0.2, softness=1.0)
+    loss = SmoothLoss(tasks=(SmoothTask(task="skill", gain=1.0, items=(0, 2)),), price=0.2, softness=1.0)
     other = dataclasses.replace(loss, softness=2.0)
     executor = Answers(outcome)
     for _ in range(2):
@@ -77,11 +77,11 @@ def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> 
     worker = Worker(prepared.worker)
     space = prepared.space
     tasks = (
-        SurrogateTask(task="demo_reverse", gain=0.7, items=ITEMS),
-        SurrogateTask(task="demo_upper", gain=0.4, items=ITEMS[::2]),
-        SurrogateTask(task="demo_text", gain=1.0, items=ITEMS, base=0.0),
+        SmoothTask(task="demo_reverse", gain=0.7, items=ITEMS),
+        SmoothTask(task="demo_upper", gain=0.4, items=ITEMS[::2]),
+        SmoothTask(task="demo_text", gain=1.0, items=ITEMS, base=0.0),
     )
-    loss = Surrogate(tasks=tasks, price=0.3, softness=2.0)
+    loss = SmoothLoss(tasks=tasks, price=0.3, softness=2.0)
 
     def expected(scores: Scores) -> float:
         value = 0.3 * (1 - np.exp(scores["demo_text"].metric.mean()))
@@ -115,9 +115,9 @@ def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> 
 
 def test_a_worker_process_answers_it_too(config: Callable[..., Path]) -> None:
     prepared = compose.prepare(RunConfig.load(config()))
-    task = SurrogateTask(task="demo_upper", gain=1.0, items=ITEMS)
-    unknown = SurrogateTask(task="no_such_task", gain=1.0, items=(0,))
-    loss = Surrogate(tasks=(task,), price=0.0, softness=1.0)
+    task = SmoothTask(task="demo_upper", gain=1.0, items=ITEMS)
+    unknown = SmoothTask(task="no_such_task", gain=1.0, items=(0,))
+    loss = SmoothLoss(tasks=(task,), price=0.0, softness=1.0)
     jobs = [
         GradientJob(recipe=prepared.template, loss=loss),
         GradientJob(recipe=prepared.template, loss=dataclasses.replace(loss, tasks=(unknown,))),

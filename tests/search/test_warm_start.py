@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evomerge.evaluation.surrogate import PASSES, Gradient, Surrogate, SurrogateTask, surrogate
+from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask, smooth_loss
 
 from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser
@@ -32,7 +32,7 @@ from evomerge.search.warm_start import (
 from tests.search.fakes import SUITE, TARGET, FakeBudget, FakeJournal, FakeScorer, Quiet
 from tests.search.test_space import inline, make
 
-LOSS = Surrogate(tasks=(SurrogateTask(task="a", gain=1.0, items=(0, 1, 2)),), price=0.0, softness=1.0)
+LOSS = SmoothLoss(tasks=(SmoothTask(task="a", gain=1.0, items=(0, 1, 2)),), price=0.0, softness=1.0)
 
 
 class Bowl:
@@ -40,9 +40,9 @@ class Bowl:
 
     def __init__(self, target: dict[str, float], fail_at: int | None = None) -> None:
         self.target, self.fail_at = target, fail_at
-        self.asked: list[tuple[str, Surrogate]] = []
+        self.asked: list[tuple[str, SmoothLoss]] = []
 
-    def gradient(self, recipe: Recipe, loss: Surrogate, *, step: int, steps: int) -> Gradient | Failure:
+    def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
         self.asked.append((recipe.hash, loss))
         if step == self.fail_at:
             return Failure(kind="non_finite", reason="told to fail")
@@ -186,18 +186,18 @@ def test_the_surrogate_is_the_objective_with_soft_accuracies() -> None:
     base, a, b = (scorer.one(kind) for kind in ("base", "a", "b"))
     normaliser = Normaliser(SUITE, base=base, parents={"a": a, "b": b})
     rng = np.random.default_rng(0)
-    whole = surrogate(normaliser, base, price=0.2, softness=0.5, share=1.0, rng=rng)
+    whole = smooth_loss(normaliser, base, price=0.2, softness=0.5, share=1.0, rng=rng)
     assert [(t.task, t.gain, t.items) for t in whole.tasks] == [
         ("a", 0.5, tuple(range(10))),
         ("b", 0.5, tuple(range(10))),
     ]
     assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
-    part = surrogate(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=rng)
+    part = smooth_loss(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=rng)
     assert part.items == 8
     assert part.key != whole.key
     assert (
         part.key
-        == surrogate(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=np.random.default_rng(0)).key
+        == smooth_loss(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=np.random.default_rng(0)).key
     )
 
 
