@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from evomerge.running.store import BASE, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers
+from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
-from evomerge.search.space import SearchSpace, SpaceSpec
+from evomerge.search.space import SearchSpace
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy", "cma")
 
@@ -49,7 +51,7 @@ class Prepared:
 
     config: RunConfig
     suite: Suite
-    space: SearchSpace
+    space: SearchSpace | LayerPathSpace
     template: Recipe
     worker: WorkerSpec
     fingerprints: dict[str, str]
@@ -80,10 +82,7 @@ def prepare(config: RunConfig) -> Prepared:
     notes = (*check(template, sources), *kernels.notes())
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
-    assert isinstance(config.space, SpaceSpec)
-    space = SearchSpace(
-        config.space, template=template, sources=tuple(config.models.sources), tensors=tuple(headers)
-    )
+    space = _space(config, template, {name: tuple(source.headers) for name, source in sources.items()})
     device, dtype, threads = executors.resolve(config.executor)
     return Prepared(
         config=config,
@@ -107,6 +106,17 @@ def prepare(config: RunConfig) -> Prepared:
         parameters=sum(header.count for header in headers.values()),
         notes=notes,
     )
+
+
+def _space(
+    config: RunConfig, template: Recipe, tensors: Mapping[str, Sequence[str]]
+) -> SearchSpace | LayerPathSpace:
+    """Apply the config's search space to its models; tensors: the names each of them has."""
+    assert not isinstance(config.space, str)
+    names = tuple(config.models.sources)
+    if isinstance(config.space, LayerPathSpec):
+        return LayerPathSpace(config.space, template=template, sources=names, tensors=tensors)
+    return SearchSpace(config.space, template=template, sources=names, tensors=tensors[BASE])
 
 
 def start(config: RunConfig, observer: Observer) -> Outcome:

@@ -32,6 +32,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from evomerge import compose
+from evomerge.config import RunConfig
+from evomerge.delivery.progress import Silent
+from evomerge.evaluation.scores import Scores
+from evomerge.evaluation.statistics import paired_difference
+from evomerge.running.store import RunStore
+
 LETTERS = 26
 LENGTH = 5
 PLAIN = tuple("abcdefghijklmnopqrstuvwxyz")
@@ -42,6 +49,7 @@ ALPHABETS = (PLAIN, CAPITALS, NUMBERS, CIPHER)
 SPECIAL = ("<unk>", "<pad>", "<eos>", "=")
 VOCABULARY = {token: i for i, token in enumerate((*SPECIAL, *(t for a in ALPHABETS for t in a)))}
 PAD, END, ASK = (VOCABULARY[token] for token in SPECIAL[1:])
+TOKENS = tuple(VOCABULARY)
 STARTS = {alphabet: VOCABULARY[alphabet[0]] for alphabet in ALPHABETS}
 MEANINGS = tuple(np.random.default_rng(key).permutation(LETTERS) for key in (1, 2))
 """The letter each sign of the cipher means: to `reads`, and to `writes`."""
@@ -75,9 +83,7 @@ def rows(source: Iterator[Letters], read: Alphabet, write: Alphabet, meaning: An
     letters = np.stack([next(source) for _ in range(count)])
     asked = np.argsort(meaning)[letters] if read is CIPHER and meaning is not None else letters
     fill = np.ones((count, 1), dtype=np.int64)
-    return np.hstack(
-        [STARTS[read] + asked, ASK * fill, STARTS[write] + letters[:, ::-1], END * fill]
-    )
+    return np.hstack([STARTS[read] + asked, ASK * fill, STARTS[write] + letters[:, ::-1], END * fill])
 
 
 def fit(model: Any, batches: Iterator[Letters], *, layers: Sequence[int], steps: int, peak: float) -> None:
@@ -147,36 +153,108 @@ def train(folder: Path, seed: int = 0) -> None:
     )
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=END, pad_token_id=PAD)
     same = [(alphabet, alphabet, None) for alphabet in ALPHABETS]
-    fit(model, mixture(rng, *same), layers=(), steps=700, peak=3e-3)
+    fit(model, mixture(rng, *same), layers=(), steps=450, peak=3e-3)
     save(model, folder / "base")
     for name, meaning, write in zip(("reads", "writes"), MEANINGS, (NUMBERS, CAPITALS), strict=True):
         model = load(folder / "base")
         reading = mixture(rng, (CIPHER, PLAIN, meaning), (CIPHER, PLAIN, meaning), *same[:3])
-        fit(model, reading, layers=EARLY, steps=400, peak=2e-3)
+        fit(model, reading, layers=EARLY, steps=200, peak=2e-3)
         writing = mixture(rng, (CIPHER, write, meaning), *((a, write, None) for a in ALPHABETS[:3]))
-        fit(model, writing, layers=LATE, steps=300, peak=2e-3)
+        fit(model, writing, layers=LATE, steps=150, peak=2e-3)
         save(model, folder / name)
 
 
-def describe(folder: Path) -> None:
-    models = {name: load(folder / name) for name in ("base", "reads", "writes")}
-    stack = load(folder / "writes")
-    for layer in range(4):
-        stack.model.layers[layer].load_state_dict(models["reads"].model.layers[layer].state_dict())
-    for name, model in {**models, "stack by hand": stack}.items():
-        kinds = {
-            "plain": (PLAIN, PLAIN, None),
-            "own cipher to numbers": (CIPHER, NUMBERS, MEANINGS[0]),
-            "other cipher to capitals": (CIPHER, CAPITALS, MEANINGS[1]),
-            "wanted": (CIPHER, CAPITALS, MEANINGS[0]),
-        }
-        print(f"{name:14}", ", ".join(f"{k} {accuracy(model, *kind):.2f}" for k, kind in kinds.items()))
+# The search ----------------------------------------------------------------------------------------------
+
+
+def write_task(folder: Path) -> Path:
+    """Write the wanted skill as an lm-eval task with a suite, and return the suite's file."""
+    (folder / "data").mkdir(parents=True)
+    for number, (split, count) in enumerate(SPLITS.items()):
+        letters = questions(np.random.default_rng(100 + number), split)
+        with (folder / "data" / f"{split}.jsonl").open("w") as file:
+            for row in rows(letters, CIPHER, CAPITALS, MEANINGS[0], count):
+                words = [TOKENS[i] for i in row]
+                prompt, answer = " ".join(words[: LENGTH + 1]), " ".join(words[LENGTH + 1 :])
+                file.write(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
+    task = {
+        "task": "cipher_to_capitals",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {split: f"data/{split}.jsonl" for split in SPLITS}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": " {{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "cipher_to_capitals.yaml").write_text(yaml.safe_dump(task))
+    suite = {
+        "name": "wanted",
+        "about": "cipher in, capitals out",
+        "tasks_dir": ".",
+        "tasks": [{"task": task["task"], "metric": "acc", "splits": {split: split for split in SPLITS}}],
+    }
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    return path
+
+
+def search(folder: Path, seed: int, candidates: int) -> None:
+    """Search a layer path, and print its winner beside every single model and every hand-made merge."""
+    config = {
+        "models": {
+            "base": str(folder / "zoo" / "base"),
+            "sources": {name: str(folder / "zoo" / name) for name in ("reads", "writes")},
+        },
+        "space": "layer_path",
+        "suite": str(folder / "tasks" / "suite.yaml"),
+        "budget": {"evaluations": candidates},
+        "executor": {"name": "inline", "threads": 1, "batch_size": 100},
+        "seed": seed,
+        "out": str(folder / f"run-{seed}"),
+    }
+    path = folder / f"run-{seed}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    prepared = compose.prepare(RunConfig.load(path))
+    started = time.perf_counter()
+    compose.start(prepared.config, Silent())
+    seconds = time.perf_counter() - started
+    with RunStore.read(prepared.folder) as store:
+        entries = [(r, entry) for r in ("base", "parent", "baseline", "winner") for entry in store.entries(r)]
+        recipe = entries[-1][1].recipe
+        found = [store.result(entry.recipe.hash, "test") for _, entry in entries]
+    tested = {
+        (role, entry.name): scores.tasks[0].metric
+        for (role, entry), scores in zip(entries, found, strict=True)
+        if isinstance(scores, Scores)
+    }
+    print(f"\nseed {seed}: {prepared.space.describe()}; {candidates} candidates, {seconds:.0f} s")
+    winner = next(items for (role, _), items in tested.items() if role == "winner")
+    for (role, name), items in tested.items():
+        print(f"  {role:9} {name:36} {items.mean():.3f}")
+    rivals = {key: items for key, items in tested.items() if key[0] in ("base", "parent")}
+    (_, rival), theirs = max(rivals.items(), key=lambda pair: pair[1].mean())
+    test = paired_difference([winner], [theirs], [1.0], seed=0)
+    print(
+        f"  winner - best single model ({rival}): {100 * test.estimate:+.1f} points "
+        f"[{100 * test.low:.1f}, {100 * test.high:.1f}] on {len(winner)} test items"
+    )
+    taken = [
+        f"{group.sources[0]} {layer + group.shifts[0]}"
+        for group in recipe.groups
+        for layer in group.layers or ()
+    ]
+    print(f"  path: {', '.join(taken)}; the rest of {recipe.groups[-1].sources[0]}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[1])
-    started = time.perf_counter()
-    train(target)
-    print(f"trained in {time.perf_counter() - started:.0f} s")
-    describe(target)
+    if not (target / "zoo").exists():
+        begun = time.perf_counter()
+        train(target / "zoo")
+        print(f"trained in {time.perf_counter() - begun:.0f} s")
+        write_task(target / "tasks")
+    for number in range(3):
+        search(target, seed=number, candidates=300)

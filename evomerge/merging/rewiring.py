@@ -249,7 +249,10 @@ class Rewiring:
         """Return live name -> weights made for this recipe; those the last one had, too, are kept."""
         import torch
 
-        marks = {live: tuple((p.name, p.source, p.own, p.owner, key(p.group)) for p in parts) for live, parts in wanted.items()}
+        marks = {
+            live: tuple((p.name, p.source, p.own, p.owner, key(p.group)) for p in parts)
+            for live, parts in wanted.items()
+        }
         kept = {live: each for live, each in self._made.items() if each[0] == marks.get(live)}
         self._made = kept
         fresh = {

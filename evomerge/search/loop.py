@@ -108,6 +108,7 @@ class Search:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget
         self._observer = observer
         self._parents = baselines.parents(plan.template, plan.space.sources)
+        self._own: list[tuple[Named, float]] = []
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
@@ -140,6 +141,7 @@ class Search:
             dict(zip(plan.space.sources, own, strict=True)),
             lambda recipe: self._losses(objective, [recipe], "greedy soup")[0],
         )
+        self._own = list(zip(self._parents[1:], own, strict=True))
         rows.append(soup)
         losses += self._losses(objective, [soup.recipe], "greedy soup")
         for position, row in enumerate(rows):
@@ -150,8 +152,9 @@ class Search:
         return [float(x) for x in objective.losses(self._scorer.score(recipes, "search", phase))[:, 0]]
 
     def _start(self, hand_made: Sequence[tuple[Named, float]]) -> Genome:
-        """The genome of the best baseline the space can express, else the middle of the space."""
-        for named, _ in sorted(hand_made, key=lambda pair: pair[1]):
+        """The genome of the best baseline the space can express, else of the best source, else the middle."""
+        ranked = [*sorted(hand_made, key=lambda pair: pair[1]), *sorted(self._own, key=lambda pair: pair[1])]
+        for named, _ in ranked:
             genome = self._plan.space.encode(named.recipe)
             if genome is not None:
                 return genome

@@ -23,7 +23,11 @@ IDS = torch.arange(4, 20)[None]
 
 
 def path(
-    models: dict[str, str], *layers: tuple[str, int], outside: str = "a", dtype: str = "bfloat16", **scales: Any
+    models: dict[str, str],
+    *layers: tuple[str, int],
+    outside: str = "a",
+    dtype: str = "bfloat16",
+    **scales: Any,
 ) -> Recipe:
     """Return the stack of (model, layer) pairs; scales: tensor-name part -> what multiplies it in layer 1."""
     groups = [
@@ -164,8 +168,12 @@ def test_few_frames_are_kept(models: dict[str, str], monkeypatch: pytest.MonkeyP
 
 
 def test_weights_that_overflow_are_refused_and_the_next_stack_is_right(tmp_path: Path) -> None:
-    models = {name: str(save(llama(seed), tmp_path / name)) for seed, name in enumerate(("base", "a"))}
+    models = {}
+    for seed, name in enumerate(("base", "a")):
+        model = llama(seed)
+        model.model.layers[1].mlp.down_proj.weight.data.fill_(10.0)
+        models[name] = str(save(model, tmp_path / name))
     bench = Workbench(models, "base")
     with pytest.raises(NonFiniteWeights, match=r"layers\.1\.mlp\.down_proj"):
-        bench.load(path(models, ("a", 0), ("a", 1), down_proj=3e38, dtype="float16"))
+        bench.load(path(models, ("a", 0), ("a", 1), down_proj=1e4, dtype="float16"))
     assert_exported(bench, path(models, ("base", 0), ("a", 1)), tmp_path / "out")
