@@ -257,4 +257,4 @@ if __name__ == "__main__":
         print(f"trained in {time.perf_counter() - begun:.0f} s")
         write_task(target / "tasks")
     for number in range(3):
-        search(target, seed=number, candidates=300)
+        search(target, seed=number, candidates=200)

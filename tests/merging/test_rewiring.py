@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from evomerge.merging.one_tensor import NonFiniteWeights
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.workbench import Workbench
 
-from .conftest import llama, save
+from .conftest import WORDS, llama, save
 from .test_architectures import COMMON, FAMILIES
 
 IDS = torch.arange(4, 20)[None]
@@ -177,3 +178,16 @@ def test_weights_that_overflow_are_refused_and_the_next_stack_is_right(tmp_path:
     with pytest.raises(NonFiniteWeights, match=r"layers\.1\.mlp\.down_proj"):
         bench.load(path(models, ("a", 0), ("a", 1), down_proj=1e4, dtype="float16"))
     assert_exported(bench, path(models, ("base", 0), ("a", 1)), tmp_path / "out")
+
+
+def test_adapters_and_other_vocabularies(
+    models: dict[str, str], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    words = [*WORDS[:20], "other", *WORDS[20:]]
+    other = save(llama(5, vocab_size=len(words)), tmp_path / "other", words)
+    places = {"base": models["base"], "a": adapters["plain"], "other": str(other)}
+    recipe = replace(
+        path(places, ("a", 2), ("other", 1), ("a", 1), outside="other", down_proj=0.5), tokenizer="union"
+    )
+    bench = Workbench(places, "base", tokenizer="union")
+    assert_exported(bench, recipe, tmp_path / "out")
