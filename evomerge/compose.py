@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from evomerge.running.store import BASE, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers
+from evomerge.search.genes import Space
+from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
-from evomerge.search.space import SearchSpace, SpaceSpec
+from evomerge.search.space import SearchSpace
 from evomerge.search.warm_start import WarmStart
 
 _LIBRARIES = (
@@ -54,7 +57,7 @@ class Prepared:
 
     config: RunConfig
     suite: Suite
-    space: SearchSpace
+    space: SearchSpace | LayerPathSpace
     template: Recipe
     worker: WorkerSpec
     fingerprints: dict[str, str]
@@ -89,10 +92,7 @@ def prepare(config: RunConfig) -> Prepared:
     notes = (*check(template, sources), *kernels.notes())
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
-    assert isinstance(config.space, SpaceSpec)
-    space = SearchSpace(
-        config.space, template=template, sources=tuple(config.models.sources), tensors=tuple(headers)
-    )
+    space = _space(config, template, {name: tuple(source.headers) for name, source in sources.items()})
     _optimizer(config, space)
     warm = warm_start.resolve(config.warm_start, space=space, template=template, folder=Path(config.out))
     for start in warm.recipes:
@@ -128,7 +128,7 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _check_gradients(warm: WarmStart, space: SearchSpace) -> None:
+def _check_gradients(warm: WarmStart, space: Space) -> None:
     """Refuse gradients where no method of the space can be differentiated."""
     from evomerge.merging.derivatives import supports
 
@@ -139,6 +139,17 @@ def _check_gradients(warm: WarmStart, space: SearchSpace) -> None:
             expected="a space over a method such as linear, task_arithmetic, ties or slerp",
             fix="set warm_start.gradients: off",
         )
+
+
+def _space(
+    config: RunConfig, template: Recipe, tensors: Mapping[str, Sequence[str]]
+) -> SearchSpace | LayerPathSpace:
+    """Apply the config's search space to its models; tensors: the names each of them has."""
+    assert not isinstance(config.space, str)
+    names = tuple(config.models.sources)
+    if isinstance(config.space, LayerPathSpec):
+        return LayerPathSpace(config.space, template=template, sources=names, tensors=tensors)
+    return SearchSpace(config.space, template=template, sources=names, tensors=tensors[BASE])
 
 
 def start(config: RunConfig, observer: Observer) -> Outcome:
@@ -228,7 +239,7 @@ def _searched(prepared: Prepared, full: int) -> float | None:
     return min((limit for limit in limits if limit), default=None)
 
 
-def _optimizer(config: RunConfig, space: SearchSpace) -> optimizers.Optimizer:
+def _optimizer(config: RunConfig, space: Space) -> optimizers.Optimizer:
     """Return the run's optimizer as it would begin in the middle of the space; ConfigError if it can't."""
     return optimizers.create(
         config.optimizer,

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
 from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.guide import SurrogateSpec
+from evomerge.search.layer_path import LayerPathSpec
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
@@ -28,6 +29,10 @@ from evomerge.search.warm_start import WarmStartSpec
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
+
+
+AnySpace = SpaceSpec | LayerPathSpec
+"""A search space as written, of either kind."""
 
 
 class ModelsSpec(Strict):
@@ -59,7 +64,7 @@ class RunConfig(Strict):
     """
 
     models: ModelsSpec
-    space: str | SpaceSpec
+    space: str | AnySpace
     suite: str
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
@@ -87,7 +92,7 @@ class RunConfig(Strict):
     @field_validator("space", mode="before")
     @classmethod
     def _written_out(cls, space: object) -> object:
-        return parse(SpaceSpec, space, "space") if isinstance(space, Mapping) else space
+        return parse_space(space, "space") if isinstance(space, Mapping) else space
 
     @classmethod
     def load(cls, path: Path, *, seed: int | None = None, out: str | None = None, **budget: Any) -> RunConfig:
@@ -155,12 +160,23 @@ def _resolve_suite(name: str, folder: Path) -> str:
     return name if path.parent == preset_folder("benchmarks/suites").resolve() else str(path)
 
 
-def load_space(space: str | SpaceSpec, *, beside: Path | None = None) -> SpaceSpec:
+def load_space(space: str | AnySpace, *, beside: Path | None = None) -> AnySpace:
     """Return the search space of a preset name, a file, or as it is."""
-    if isinstance(space, SpaceSpec):
+    if not isinstance(space, str):
         return space
     path = find_preset("search_spaces", space, beside=beside)
-    return parse(SpaceSpec, load_yaml(path), str(path))
+    return parse_space(load_yaml(path), str(path))
+
+
+def parse_space(data: Mapping[str, Any], where: str) -> AnySpace:
+    """Return the search space some plain data describe: `kind` says which, the ordinary kind has none."""
+    if "kind" not in data:
+        return parse(SpaceSpec, data, where)
+    if data["kind"] != "layer_path":
+        raise ConfigError(
+            f"{where}: unknown kind {data['kind']!r}", fix=nearest(str(data["kind"]), ["layer_path"])
+        )
+    return parse(LayerPathSpec, data, where)
 
 
 def resolve_location(location: str, folder: Path) -> str:

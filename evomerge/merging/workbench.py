@@ -3,6 +3,7 @@
     bench = Workbench({"base": "zoo/base", "code": "zoo/code", "maths": "zoo/maths"}, base="base")
     bench.load(recipe)          # bench.model now has the recipe's weights
     bench.load(next_recipe)     # only tensors whose group changed are merged again
+    bench.load(stacked_recipe)  # bench.model is another, of the sources' own layers (see `rewiring`)
 
 Memory beside the live model: the sources' files, memory-mapped (shared by all processes that map them),
 and what trimming by magnitude remembers of each task vector (see `Spectrum`). Weights are rounded to the
@@ -12,23 +13,20 @@ recipe's dtype before they go into the live model, whatever it computes in, so w
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Hashable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING
 
-from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.derivatives import Derivatives, added, tensor_derivatives
 from evomerge.merging.engine import pool, threads
 from evomerge.merging.inputs import WarmInputs
-from evomerge.merging.live_weights import address, gradient_at, locate
+from evomerge.merging.live_weights import Place, address, gradient_at, locate
 from evomerge.merging.one_tensor import merge_tensor
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
-from evomerge.merging.source import Source, open_sources
-from evomerge.merging.stacking import COUNTS, output_headers, stacked_config
+from evomerge.merging.rewiring import Rewiring, build
+from evomerge.merging.source import open_sources
 from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
 if TYPE_CHECKING:
@@ -43,8 +41,6 @@ class Workbench:
     """Holds the models of a search, opened once, and one live model to score candidates with.
 
     models, base, tokenizer: as in a Recipe.
-    stack: a recipe whose layers the live model has (default: as many as the models have). Recipes with
-        another number or other kinds of layers are then refused.
     device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
     low_memory: remember nothing of trimmed task vectors; such candidates then take longer.
 
@@ -57,7 +53,6 @@ class Workbench:
         base: str | None = None,
         *,
         tokenizer: str = "",
-        stack: Recipe | None = None,
         device: str = "cpu",
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
@@ -70,22 +65,24 @@ class Workbench:
         self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
         self.sources = open_sources(models, base, tokenizer=tokenizer)
         pattern = {self._pattern: self.sources[self._pattern]}
-        stacked = stack is not None and stack.stacked
-        self.notes = check_models(pattern | self.sources, stacked=stacked)
-        self._config = self.sources[self._pattern].config
+        self.notes = check_models(pattern | self.sources)
         self._headers = self.sources[self._pattern].headers
-        if stack is not None and stacked:
-            check(stack, self.sources)
-            self._config = stacked_config(stack, self.sources)
-            self._headers = output_headers(stack, self.sources)
         self._inputs = WarmInputs(self.sources, low_memory=low_memory)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
-        self.model: PreTrainedModel = _build(
-            self.sources[self._pattern], self._config, compute_dtype, attn_implementation
+        own = self.sources[self._pattern]
+        self._plain = build(own, own.config, compute_dtype, attn_implementation)
+        self._plain.to(device)  # type: ignore[arg-type]
+        self._targets = locate(self._plain, self._headers, own.location)
+        self._rewiring = Rewiring(
+            self.sources,
+            pattern=self._pattern,
+            device=device,
+            compute_dtype=compute_dtype,
+            attn_implementation=attn_implementation,
+            merge=self._merge,
         )
-        self.model.to(device)  # type: ignore[arg-type]
-        self._targets = locate(self.model, self._headers, self.sources[self._pattern].location)
+        self.model: PreTrainedModel = self._plain
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -98,14 +95,15 @@ class Workbench:
     @property
     def nbytes(self) -> int:
         """The memory kept beside the live model and the mapped files, in bytes."""
-        return self._inputs.nbytes
+        return self._inputs.nbytes + self._rewiring.nbytes
 
     def load(self, recipe: Recipe) -> None:
-        """Put a recipe's weights into the live model.
+        """Make `model` a live model with a recipe's weights.
 
         Tensors whose group, parameters, dtype (and seed, for random methods) are those already loaded
-        stay. Raises NonFiniteWeights, and ConfigError for a recipe that does not fit the models; the
-        live model is then unspecified until the next successful load.
+        stay. A recipe of stacked layers has a live model of its own. Raises NonFiniteWeights, and
+        ConfigError for a recipe that does not fit the models; the live model is then unspecified until the
+        next successful load.
         """
         if recipe.tokenizer != self._vocabulary:
             raise ConfigError(
@@ -122,24 +120,43 @@ class Workbench:
                 got=f"models {', '.join(recipe.models)} with base {recipe.base}",
                 fix="give the recipe the workbench's models and base",
             )
+        if recipe.stacked:
+            check(recipe, self.sources)
+            keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
+            self.model = self._rewiring.load(recipe, lambda group: keys[id(group)])
+            return
         made = ((g.layers, g.match, *_made_from(recipe, g)) for g in recipe.groups)
-        shape = (recipe.num_layers, tuple(recipe.fisher.items()), *made)
+        shape = (tuple(recipe.fisher.items()), *made)
         if shape not in self._checked:
             check(recipe, self.sources)
-            _check_stack(stacked_config(recipe, self.sources), self._config)
             self._checked.add(shape)
         keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
         wanted = {name: keys[id(recipe.group_for(name))] for name in self._targets}
         changed = [name for name, key in wanted.items() if self._loaded.get(name) != key]
         for name in changed:
             self._loaded.pop(name, None)
+
+        def note(name: str) -> None:
+            self._loaded[name] = wanted[name]
+
         sizes = {name: self._headers[name].count for name in changed}
-        waiting = iter(sorted(changed, key=lambda name: -sizes[name]))
+        self._merge(recipe, {name: self._targets[name] for name in changed}, sizes, note)
+        self.model = self._plain
+
+    def _merge(
+        self,
+        recipe: Recipe,
+        places: Mapping[str, Place],
+        sizes: Mapping[str, int],
+        note: Callable[[str], object],
+    ) -> None:
+        """Merge tensors of some sizes into their places, and note each one that is done."""
+        waiting = iter(sorted(places, key=lambda name: -sizes[name]))
 
         def work() -> None:
             for name in waiting:  # threads draw from one iterator, the largest tensors first
-                merge_tensor(recipe, name, self._inputs, out=self._targets[name])
-                self._loaded[name] = wanted[name]
+                merge_tensor(recipe, name, self._inputs, out=places[name])
+                note(name)
 
         if threads() == 1 or sum(sizes.values()) < WORTH_THREADS:
             work()
@@ -182,43 +199,3 @@ def _key(recipe: Recipe, position: int) -> Hashable:
 def _made_from(recipe: Recipe, group: TensorGroup) -> tuple[Hashable, ...]:
     """Return what a group reads, and how."""
     return group.method, group.sources, group.shifts, recipe.base_of(group), group.base_shift
-
-
-def _check_stack(config: Mapping[str, Any], live: Mapping[str, Any]) -> None:
-    """Refuse a recipe whose model has other layers than the live one."""
-    differing = [key for key in config if config[key] != live.get(key)]
-    if differing:
-        key = next((key for key in COUNTS if key in differing), differing[0])
-        raise ConfigError(
-            "workbench: the recipe makes a model with other layers than the live one",
-            expected=f"{key} {live.get(key)}",
-            got=str(config[key]),
-            fix="open the workbench with stack= such a recipe",
-        )
-
-
-def _build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
-    """Make the live model without reading or initialising its weights; they are put in later."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    from transformers.initialization import no_init_weights
-
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(data), encoding="utf-8")
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=getattr(torch, dtype), attn_implementation=attention
-            )
-        if (source.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{source.location}: transformers can't build this model",
-            got=" ".join(str(error).split())[:300],
-            fix="check its config.json; models that need remote code are not supported",
-        ) from None
-    model.tie_weights()  # skipped with the initialisation
-    model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
 
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import ConfigError
 from evomerge.evaluation.scores import Failure, Scores
+from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
 from evomerge.running import warm_start
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.slopes import Slopes

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask, smooth_loss
 
 from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
+from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask, smooth_loss
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.search.baselines import Named
 from evomerge.search.genes import Coordinate, Genome
