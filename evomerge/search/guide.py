@@ -34,10 +34,13 @@ Array = NDArray[np.float64]
 
 WINDOW = 48
 """Predictions that the rank correlation is taken over, the latest ones."""
-TRUSTED = 0.2
+TRUSTED = 0.1
 """Rank correlation below which the model is not listened to."""
-FEW = 12
+FEW = 24
 """Predictions before which it is given the benefit of the doubt."""
+SCATTERED = 12
+"""Candidates of the optimizer's own that the model learns from before it predicts any: baselines lie on a
+few lines through the space and say nothing of what is beside them."""
 REFRESHED = 16
 """Candidates, the best, that are scored on further blocks when those are added."""
 TUNED_EVERY = 3
@@ -194,6 +197,8 @@ class Guide:
         self._proposed = 0
         self._promised: tuple[float, float] | None = None
         self._generation = 0
+        self._told = 0
+        self._losses: dict[tuple[bytes, int], float] = {}
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -229,8 +234,9 @@ class Guide:
         self._predicted, self._proposed, self._promised = None, 0, None
         size = optimizer.population
         best = self._best(self.blocks)
-        tune = self._generation % TUNED_EVERY == 0
-        model = None if best is None else self._surrogate.fit(best[0], self.blocks, tune=tune)
+        tune = self._generation % TUNED_EVERY == 1
+        ready = best is not None and self._told >= SCATTERED
+        model = self._surrogate.fit(best[0], self.blocks, tune=tune) if ready and best else None
         self._generation += 1
         if model is None or best is None:
             return Asked(genomes=optimizer.ask())
@@ -258,6 +264,7 @@ class Guide:
         results: None where a candidate failed. losses: (n,) as told to the optimizer.
         """
         before = self._best(self.blocks)
+        self._told += len(genomes)
         for genome, scores in zip(genomes, results, strict=True):
             if scores is not None:
                 self.learn(genome, scores)
@@ -303,10 +310,17 @@ class Guide:
 
     def _loss(self, genome: Genome, blocks: Sequence[int]) -> float:
         """The measured loss of a genome on blocks, inf where it was not scored on all of them."""
-        found = self._known.get(np.asarray(genome, dtype=np.float64).tobytes())
+        key = np.asarray(genome, dtype=np.float64).tobytes()
+        if (
+            loss := self._losses.get((key, len(blocks)))
+        ) is not None:  # blocks are always the first of `order`
+            return loss
+        found = self._known.get(key)
         if found is None or any(block not in found[1] for block in blocks):
             return float("inf")
-        return self._loss_on(blocks)(self._observed.means(found[1], blocks))[0]
+        loss = self._loss_on(blocks)(self._observed.means(found[1], blocks))[0]
+        self._losses[key, len(blocks)] = loss
+        return loss
 
     def _best(self, blocks: Sequence[int]) -> tuple[Genome, float] | None:
         """The best genome known on all of the blocks, with its loss."""
