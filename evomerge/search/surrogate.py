@@ -43,8 +43,6 @@ LossOf = Callable[[Array], tuple[float, Array]]
 _LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 _NOISES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _LINEAR = (0.0, 1.0)
-_CONSTANT = 1e-9
-"""Standard deviation below which a column does not vary: the mean of equal numbers is only nearly theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +231,7 @@ def _tuned(rows: Array, values: Array) -> _Kernel:
     origin = rows.mean(axis=0)
     centred = values - values.mean(axis=0)
     scale = centred.std(axis=0)
-    varied = scale > _CONSTANT
+    varied = scale > 0
     if not varied.any():
         return chosen
     scaled = centred[:, varied] / scale[varied]
