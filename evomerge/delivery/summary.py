@@ -6,7 +6,7 @@ disagree. Points are hundredths of the distance from the base to a specialist.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -317,24 +317,25 @@ class Summary:
 
         Candidates that were scored on a part of the items only were far behind: they would win no draw.
         """
-        normaliser = self.normaliser("search")
-        mine = None if self.winner is None else self.winner.recipe.hash
-        search = None if mine is None else self._mean(mine, "search")
-        if normaliser is None or mine is None or search is None:
+        if self.winner is None:
             return None
+        mine = self.winner.recipe.hash
         first: dict[str, int] = {}
         asked = 0
         for generation in self._store.generations():
             asked += len(generation.recipes)
             for recipe in generation.recipes:
                 first.setdefault(recipe, generation.number)
-        scored = [
-            (n, s) for r, n in first.items() if isinstance(s := self._store.result(r, "search"), Scores)
-        ]
-        most = max((s.items for _, s in scored), default=0)
-        whole = [(number, normaliser.items(s)) for number, s in scored if s.items == most]
-        if not whole:
+        scored = {recipe: self._parts(recipe) for recipe in first}
+        most = max((set(own) for own in self._searched(scored)), key=len, default=set())
+        normaliser = self._on(most)
+        if normaliser is None or not most <= set(self._parts(mine)):
             return None
+
+        def on_most(own: dict[int, Scores]) -> Scores:
+            return joined([own[block] for block in most])
+
+        whole = [(first[r], normaliser.items(on_most(own))) for r, own in scored.items() if most <= set(own)]
         expected = statistics.expected_luck(
             [np.stack(task) for task in zip(*(items for _, items in whole), strict=True)],
             normaliser.weights,
@@ -344,7 +345,7 @@ class Summary:
         return Luck(
             candidates=asked,
             expected=expected,
-            search=search,
+            search=normaliser.mean(on_most(self._parts(mine))),
             select=self._mean(mine, "select"),
             test=self._mean(mine, "test"),
         )
@@ -365,7 +366,6 @@ class Summary:
 
     def progress(self) -> Progress:
         """Return the search's course on the `search` split."""
-        normaliser = self.normaliser("search")
         numbers, best, median = [], [], []
         for generation in self._store.generations():
             complete, means = self._means(generation.recipes)
@@ -376,7 +376,7 @@ class Summary:
         ranked = [
             (m, b.name) for b in self.baselines if (m := self._mean(b.recipe.hash, "search")) is not None
         ]
-        top = max(ranked) if ranked and normaliser else (None, None)
+        top = max(ranked, default=(None, None))
         return Progress(
             generations=tuple(numbers),
             best=tuple(best),
@@ -388,43 +388,59 @@ class Summary:
 
     def evaluations(self) -> float:
         """Return what the search has had scored, in full evaluations; baselines and repeats don't count."""
-        base = self._parts(self.parents[0].recipe.hash) if self.parents else []
+        base = self._base_parts()
         if len(base) < self._store.blocks("search"):
             return 0.0
-        free = {named.recipe.hash for named in (*self.parents, *self.baselines)}
-        asked = {r for generation in self._store.generations() for r in generation.recipes} - free
+        asked = {r for generation in self._store.generations() for r in generation.recipes} - self._free()
         scored = self._store.scored_blocks("search")
-        items = [part.items for part in base]
-        return sum(items[block] for recipe in asked for block in scored.get(recipe, ())) / sum(items)
+        items = [base[block].items for block in sorted(base)]
+        spent = sum(items[block] for recipe in asked for block in scored.get(recipe, ()))
+        return spent / sum(items)
 
-    def _parts(self, recipe: str) -> list[Scores]:
-        """Return what there is of a recipe's scores on the blocks of `search`."""
+    def _free(self) -> set[str]:
+        """Return the recipes that were scored in full before the search."""
+        return {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
+
+    def _base_parts(self) -> dict[int, Scores]:
+        return self._parts(self.parents[0].recipe.hash) if self.parents else {}
+
+    def _parts(self, recipe: str) -> dict[int, Scores]:
+        """Return what there is of a recipe's scores on the blocks of `search`, by block."""
         blocks = range(self._store.blocks("search"))
-        found = [self._store.result(recipe, "search", block) for block in blocks]
-        return [part for part in found if isinstance(part, Scores)]
+        found = ((block, self._store.result(recipe, "search", block)) for block in blocks)
+        return {block: part for block, part in found if isinstance(part, Scores)}
+
+    def _searched(self, parts: Mapping[str, dict[int, Scores]]) -> list[dict[int, Scores]]:
+        """Return the parts of what the search itself had scored; of all, where it only repeated others."""
+        free = self._free()
+        return [own for recipe, own in parts.items() if recipe not in free] or list(parts.values())
+
+    def _on(self, blocks: Collection[int]) -> Normaliser | None:
+        """Return the references of some blocks of `search`."""
+        normaliser, base = self.normaliser("search"), self._base_parts()
+        if normaliser is None or not blocks:
+            return None
+        return normaliser.on(joined([base[block] for block in blocks]))
 
     def _means(self, recipes: Iterable[str]) -> tuple[list[float], list[float]]:
-        """Return a generation's means on `search`: of those scored on all blocks, and of all scored.
+        """Return a generation's means on `search`: of those scored on the most blocks, and of all scored.
 
         One that left a race early has, as what the optimizer was told, an estimate: its difference to the
-        mean of the complete ones on the blocks it met, added to their mean on all.
+        mean of the complete ones on the blocks it met, added to their mean on all of theirs.
         """
-        normaliser = self.normaliser("search")
+        parts = {recipe: own for recipe in recipes if (own := self._parts(recipe))}
+        most = max((set(own) for own in self._searched(parts)), key=len, default=set())
+        normaliser = self._on(most)
         if normaliser is None:
             return [], []
-        parts = [found for recipe in recipes if (found := self._parts(recipe))]
-        count = self._store.blocks("search")
-        whole = [own for own in parts if len(own) == count]
-        complete = [normaliser.mean(joined(own)) for own in whole]
-        base = self._parts(self.parents[0].recipe.hash)
+        whole = [own for own in parts.values() if most <= set(own)]
+        complete = [normaliser.mean(joined([own[block] for block in most])) for own in whole]
         estimates = []
-        for own in parts:
-            met = [part.blocks[0] for part in own]
-            if not complete or len(own) == count:
-                continue
-            there = normaliser.on(joined([base[block] for block in met]))
-            rivals = [there.mean(joined([one[block] for block in met])) for one in whole]
-            estimates.append(there.mean(joined(own)) + float(np.mean(complete) - np.mean(rivals)))
+        for own in parts.values():
+            met = most & set(own)
+            if met != most and (there := self._on(met)):
+                mean, *rivals = (there.mean(joined([one[b] for b in met])) for one in (own, *whole))
+                estimates.append(mean + float(np.mean(complete) - np.mean(rivals)))
         return complete, [*complete, *estimates]
 
     def finalists(self) -> list[Finalist]:
@@ -456,6 +472,9 @@ class Summary:
         return found
 
     def _mean(self, recipe: str, split: Split) -> float | None:
+        if split == "search" and (parts := self._parts(recipe)):
+            normaliser = self._on(parts)
+            return None if normaliser is None else normaliser.mean(joined(list(parts.values())))
         normaliser, scores = self.normaliser(split), self._store.result(recipe, split)
         if normaliser is None or scores is None or isinstance(scores, Failure):
             return None
