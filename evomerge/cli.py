@@ -80,6 +80,9 @@ Evaluations = Annotated[
     int | None,
     typer.Option("--evaluations", min=1, help="Replace this limit of the budget: full evaluations."),
 ]
+Items = Annotated[
+    int | None, typer.Option("--items", min=1, help="Replace this limit of the budget: scored items.")
+]
 Generations = Annotated[
     int | None, typer.Option("--generations", min=1, help="Replace this limit of the budget.")
 ]
@@ -204,6 +207,7 @@ def run(
     config: Config,
     seed: Seed = None,
     evaluations: Evaluations = None,
+    items: Items = None,
     generations: Generations = None,
     hours: Hours = None,
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
@@ -212,18 +216,23 @@ def run(
     from evomerge.config import RunConfig
 
     place = None if out is None else str(out)
-    limits = {"evaluations": evaluations, "generations": generations, "hours": hours}
+    limits = {"evaluations": evaluations, "items": items, "generations": generations, "hours": hours}
     _run(RunConfig.load(config, seed=seed, out=place, **limits))
 
 
 @_command(app, "resume")
 def resume(
-    run: Run, evaluations: Evaluations = None, generations: Generations = None, hours: Hours = None
+    run: Run,
+    evaluations: Evaluations = None,
+    items: Items = None,
+    generations: Generations = None,
+    hours: Hours = None,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
     from evomerge import compose
 
-    _run(compose.stored_config(run, evaluations=evaluations, generations=generations, hours=hours))
+    limits = {"evaluations": evaluations, "items": items, "generations": generations, "hours": hours}
+    _run(compose.stored_config(run, **limits))
 
 
 def _run(config: RunConfig) -> None:

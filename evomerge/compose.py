@@ -154,7 +154,7 @@ def start(config: RunConfig, observer: Observer) -> Outcome:
 def stored_config(folder: Path, **budget: Any) -> RunConfig:
     """Return the config a run was started with; `out` is where the run lies now.
 
-    budget: single limits (evaluations, generations, hours) that replace the stored ones.
+    budget: single limits (evaluations, items, generations, hours) that replace the stored ones.
     """
     with RunStore.read(folder) as store:
         data = store.fact("config")

@@ -183,7 +183,7 @@ def test_a_run_in_a_mixed_space(config: Callable[..., Path], tmp_path: Path) -> 
             "max_iter": {"low": 1, "high": 5, "per": []},
         },
     }
-    succeed("run", config(space=mixed, budget={"generations": 2}))
+    succeed("run", config(space=mixed, optimizer={"population": 4}, budget={"generations": 2}))
     with RunStore.read(tmp_path / "run") as store:
         recipes = [store.recipe(name) for generation in store.generations() for name in generation.recipes]
         assert not store.failures()

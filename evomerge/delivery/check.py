@@ -15,6 +15,11 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
         "space": prepared.space.spec.name,
         "dimension": prepared.space.dimension,
         "optimizer": prepared.optimizer,
+        "blocks": prepared.config.racing.blocks,
+        "racing": _races(prepared),
+        "surrogate": _guided(prepared),
+        "starts": [start.name for start in prepared.warm.recipes],
+        "gradient_steps": prepared.warm.gradients.steps if prepared.warm.gradients else 0,
         "suite": prepared.suite.name,
         "items": probe.items,
         "seconds_per_candidate": probe.seconds,
@@ -34,6 +39,7 @@ def text(prepared: Prepared, probe: Probe) -> str:
         "architecture, shapes and vocabulary fit",
         f"space:  {prepared.space.describe()}",
         f"search: {prepared.optimizer}",
+        f"        {_course(prepared)}",
         f"suite:  {prepared.suite.name}; one candidate takes {per_split}",
         f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
         f"out:    {prepared.folder}",
@@ -43,3 +49,31 @@ def text(prepared: Prepared, probe: Probe) -> str:
     else:
         lines.append(f"cost:   about {probe.estimate / 60:.1f} minutes for the whole run")
     return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready to run"])
+
+
+def _races(prepared: Prepared) -> bool:
+    config = prepared.config
+    return config.racing.blocks > 1 and config.racing.keep < 1 and config.objective.mean_decides
+
+
+def _guided(prepared: Prepared) -> bool:
+    return prepared.config.surrogate != "off" and not prepared.config.objective.several
+
+
+def _course(prepared: Prepared) -> str:
+    """Say what decides the course of the search besides the optimizer."""
+    config, warm = prepared.config, prepared.warm
+    blocks = config.racing.blocks
+    scored = "every candidate on all items"
+    if blocks > 1:
+        early = "the clearly worse stop early" if _races(prepared) else "nobody stops early"
+        scored = f"{blocks} item blocks, {early}"
+    surrogate = "off"
+    if config.surrogate != "off":
+        surrogate = "on" if _guided(prepared) else "off (several objectives)"
+    starts = ["baselines"]
+    if warm.recipes:
+        starts.append(f"{len(warm.recipes)} recipe{'s' if len(warm.recipes) > 1 else ''}")
+    if warm.gradients is not None:
+        starts.append(f"{warm.gradients.steps} gradient steps")
+    return f"{scored}; surrogate {surrogate}; starts from {', '.join(starts)}"

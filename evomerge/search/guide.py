@@ -337,7 +337,7 @@ class Guide:
 
     def _predict(self, model: Model, loss: MeanLoss, genomes: Sequence[Genome] | Array) -> list[float]:
         with threadpool_limits(1):
-            return [loss(model.predict(genome).values)[0] for genome in genomes]
+            return [loss(values)[0] for values in model.values(genomes)]
 
     def _loss(self, genome: Genome, blocks: Sequence[int]) -> float:
         """The measured loss of a genome on blocks, inf where it was not scored on all of them."""

@@ -157,10 +157,9 @@ class Search:
     @property
     def _racing(self) -> RacingSpec:
         """The plan's, but that nobody leaves early where a mean doesn't say who is worse."""
-        objective = self._plan.objective
-        if objective.several or objective.constraints or objective.depth:
-            return self._plan.racing.model_copy(update={"keep": 1.0})
-        return self._plan.racing
+        if self._plan.objective.mean_decides:
+            return self._plan.racing
+        return self._plan.racing.model_copy(update={"keep": 1.0})
 
     # -- before the first generation ----------------------------------------------------------------
 

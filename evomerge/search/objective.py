@@ -93,6 +93,11 @@ class ObjectiveSpec(Strict):
         """Number of objectives."""
         return len(self.names)
 
+    @property
+    def mean_decides(self) -> bool:
+        """Whether the mean over items alone says who is worse, so that some can stop early."""
+        return not (self.several or self.constraints or self.depth)
+
     def check(self, suite: Suite) -> None:
         """Check that the suite has what the objective names.
 

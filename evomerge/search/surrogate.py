@@ -155,13 +155,16 @@ class Model:
         slopes = np.zeros((self._tasks, len(here)))
         spread = 0.0
         for index, block in enumerate(self._blocks):
-            factor = None if pending is None else pending.factors[index]
-            spread = max(
-                spread, block.predict(here, values, slopes, self._tasks, optimism=optimism, factor=factor)
-            )
+            known = block.known if pending is None else pending.known[index]
+            spread = max(spread, block.predict(here, values, slopes, optimism=optimism, known=known))
         values /= self._counts
         slopes /= self._counts[:, None]
         return Prediction(values=values, slopes=slopes @ self._features.slope, uncertainty=spread)
+
+    def values(self, genomes: Sequence[Genome] | Array) -> Array:
+        """Return (n, tasks): what `predict` says of every genome, without its slopes."""
+        here = np.array([self._features(genome) for genome in genomes])
+        return sum((block.values(here, self._tasks) for block in self._blocks), 0.0) / self._counts
 
     def left_out(self) -> Array:
         """Return (n, tasks): each genome of the largest block as the others predict it (leave-one-out).
@@ -191,7 +194,7 @@ class Pending:
 
     def __init__(self, model: Model, genomes: Sequence[Genome]) -> None:
         extra = np.array([model._features(genome) for genome in genomes])
-        self.factors = [block.extended(extra) for block in model._blocks]
+        self.known = [block.extended(extra) for block in model._blocks]
 
 
 class _Features:
@@ -262,67 +265,89 @@ def _tuned(rows: Array, values: Array) -> _Kernel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Genomes whose values are known, or will be, as points: (n, features), and the inverse (n, n) of their
+    kernel matrix with noise. squares: (n,) of their lengths."""
+
+    rows: Array
+    squares: Array
+    inverse: Array
+
+    @classmethod
+    def of(cls, rows: Array, factor: Array) -> _Rows:
+        inverse = scipy.linalg.cho_solve((factor, True), np.eye(len(rows)), check_finite=False)
+        return cls(rows=rows, squares=(rows**2).sum(axis=1), inverse=inverse)
+
+    def bell(self, here: Array, length: float) -> Array:
+        """Return (n,) the squared-exponential part of the kernel with a point."""
+        squares = self.squares - 2 * (self.rows @ here) + here @ here
+        found: Array = np.exp(-np.maximum(squares, 0.0) / (2 * length**2))
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
     """The Gaussian processes of one block's columns; they share kernel and factor.
 
-    rows: (n, features). origin: (features,) of the linear term. factor: (n, n) lower Cholesky factor.
-    weights: (n, columns). mean, variance: (columns,).
+    known: the genomes it was fitted to. origin: (features,) of the linear term. weights: (n, columns). mean,
+    variance: (columns,). present, starts: the tasks that have columns, and where these begin.
     """
 
-    rows: Array
+    known: _Rows
     origin: Array
-    factor: Array
     weights: Array
     residuals: Array
     mean: Array
     variance: Array
     kernel: _Kernel
     outputs: Outputs
+    present: NDArray[np.intp]
+    starts: NDArray[np.intp]
 
     @classmethod
     def fit(cls, rows: Array, values: Array, outputs: Outputs, kernel: _Kernel) -> _Block:
+        order = np.argsort(outputs.task, kind="stable")  # columns of a task lie together
+        outputs, values = Outputs(task=outputs.task[order], margins=outputs.margins[order]), values[:, order]
+        present, starts = np.unique(outputs.task, return_index=True)
         origin = rows.mean(axis=0)
-        gram = kernel(rows, rows, origin)
-        gram[np.diag_indices_from(gram)] += kernel.noise + 1e-10
-        factor = scipy.linalg.cholesky(gram, lower=True, check_finite=False)
+        factor = _factor(kernel, rows, origin)
         mean = values.mean(axis=0)
         residuals = values - mean
         half = scipy.linalg.solve_triangular(factor, residuals, lower=True, check_finite=False)
         weights = scipy.linalg.solve_triangular(factor, half, lower=True, trans="T", check_finite=False)
         return cls(
-            rows=rows,
+            known=_Rows.of(rows, factor),
             origin=origin,
-            factor=factor,
             weights=weights,
             residuals=residuals,
             mean=mean,
             variance=(half**2).mean(axis=0),
             kernel=kernel,
             outputs=outputs,
+            present=present,
+            starts=starts,
         )
 
-    def predict(
-        self,
-        here: Array,
-        values: Array,
-        slopes: Array,
-        tasks: int,
-        *,
-        optimism: float,
-        factor: tuple[Array, Array] | None,
-    ) -> float:
-        """Add this block's sums to `values` and `slopes`; return the relative standard deviation."""
-        along, change = self._column(here, self.rows)
-        mean = self.mean + along @ self.weights
-        rows, lower = (self.rows, self.factor) if factor is None else factor
-        known, known_change = (along, change) if factor is None else self._column(here, rows)
-        half = scipy.linalg.solve_triangular(lower, known, lower=True, check_finite=False)
-        linear = self.kernel.linear / self.kernel.length**2
+    @property
+    def rows(self) -> Array:
+        """(n, features)."""
+        return self.known.rows
+
+    def predict(self, here: Array, values: Array, slopes: Array, *, optimism: float, known: _Rows) -> float:
+        """Add this block's sums to `values` and `slopes`; return the relative standard deviation.
+
+        known: what the uncertainty takes for known, the block's own rows or more.
+        """
+        length, linear = self.kernel.length, self.kernel.linear / self.kernel.length**2
         shifted = here - self.origin
+        bell = self.known.bell(here, length)
+        mean = self.mean + self._column(self.known, bell, shifted) @ self.weights
+        bell_known = bell if known is self.known else known.bell(here, length)
+        column = self._column(known, bell_known, shifted)
+        back = known.inverse @ column
         prior = 1.0 + linear * float(shifted @ shifted)
-        spread = float(np.sqrt(max(prior - float(half @ half), 1e-12)))
-        back = scipy.linalg.solve_triangular(lower, half, lower=True, trans="T", check_finite=False)
-        spread_change = (linear * shifted - back @ known_change) / spread
+        spread = float(np.sqrt(max(prior - float(column @ back), 1e-12)))
+        spread_change = (linear * shifted - self._change(back, known, bell_known, here)) / spread
         deviation = np.sqrt(self.variance)
         margins = self.outputs.margins
         width = np.where(margins, np.sqrt(SOFTNESS**2 + spread**2 * self.variance), 1.0)
@@ -334,19 +359,47 @@ class _Block:
         by_mean = np.where(margins, density / width, 1.0)
         by_spread = by_mean * optimism * deviation
         by_spread -= np.where(margins, density * lifted * spread * self.variance / width**3, 0.0)
-        for task in range(tasks):
-            mine = self.outputs.task == task
-            values[task] += value[mine].sum()
-            slopes[task] += (self.weights[:, mine] @ by_mean[mine]) @ change
-            slopes[task] += by_spread[mine].sum() * spread_change
-        return spread / float(np.sqrt(prior))
+        values[self.present] += np.add.reduceat(value, self.starts)
+        by_row = np.add.reduceat(self.weights * by_mean, self.starts, axis=1).T  # (present, n)
+        slopes[self.present] += self._change(by_row, self.known, bell, here)
+        slopes[self.present] += np.outer(np.add.reduceat(by_spread, self.starts), spread_change)
+        return spread
 
-    def extended(self, extra: Array) -> tuple[Array, Array]:
-        """Return rows and factor with further rows, whose values are not known yet."""
+    def values(self, here: Array, tasks: int) -> Array:
+        """Return (points, tasks) this block's sums at points (points, features)."""
+        column = self.kernel(here, self.rows, self.origin)
+        mean = self.mean + column @ self.weights
+        shifted = here - self.origin
+        prior = 1.0 + self.kernel.linear / self.kernel.length**2 * (shifted**2).sum(axis=1)
+        spread = np.maximum(prior - ((column @ self.known.inverse) * column).sum(axis=1), 1e-12)
+        width = np.sqrt(SOFTNESS**2 + spread[:, None] * self.variance)
+        value = np.where(self.outputs.margins, scipy.special.ndtr(mean / width), mean)
+        found = np.zeros((len(here), tasks))
+        found[:, self.present] = np.add.reduceat(value, self.starts, axis=1)
+        return found
+
+    def _column(self, known: _Rows, bell: Array, shifted: Array) -> Array:
+        """Return (n,) the kernel between a point, relative to the origin, and rows."""
+        linear = self.kernel.linear / self.kernel.length**2
+        if not linear:
+            return bell
+        found: Array = bell + linear * (known.rows @ shifted - float(self.origin @ shifted))
+        return found
+
+    def _change(self, weights: Array, known: _Rows, bell: Array, here: Array) -> Array:
+        """Return how a weighted sum (weights over the last axis) of `_column` changes with the point."""
+        square = self.kernel.length**2
+        belled = weights * bell
+        found: Array = (belled @ known.rows - belled.sum(axis=-1)[..., None] * here) / square
+        if self.kernel.linear:
+            linear = self.kernel.linear / square
+            found = found + linear * (weights @ known.rows - weights.sum(axis=-1)[..., None] * self.origin)
+        return found
+
+    def extended(self, extra: Array) -> _Rows:
+        """Return the rows with further ones, whose values are not known yet."""
         rows = np.vstack([self.rows, extra])
-        gram = self.kernel(rows, rows, self.origin)
-        gram[np.diag_indices_from(gram)] += self.kernel.noise + 1e-10
-        return rows, scipy.linalg.cholesky(gram, lower=True, check_finite=False)
+        return _Rows.of(rows, _factor(self.kernel, rows, self.origin))
 
     def left_out(self) -> tuple[Array, Array]:
         """Return leave-one-out means and standard deviations, both (n, columns)."""
@@ -356,18 +409,15 @@ class _Block:
 
     def left_out_variance(self) -> Array:
         """Return leave-one-out variances in units of the prior's, (n,)."""
-        inverse = scipy.linalg.cho_solve((self.factor, True), np.eye(len(self.rows)), check_finite=False)
-        return 1.0 / np.diag(inverse)
+        return 1.0 / np.diag(self.known.inverse)
 
-    def _column(self, here: Array, rows: Array) -> tuple[Array, Array]:
-        """Return the kernel between `here` and rows, (n,), and its change with `here`, (n, features)."""
-        steps = rows - here
-        length = self.kernel.length
-        bell = np.exp(-(steps**2).sum(axis=1) / (2 * length**2))
-        linear = self.kernel.linear / length**2
-        shifted = rows - self.origin
-        column: Array = bell + linear * (shifted @ (here - self.origin))
-        return column, bell[:, None] * steps / length**2 + linear * shifted
+
+def _factor(kernel: _Kernel, rows: Array, origin: Array) -> Array:
+    """Return (n, n) the lower Cholesky factor of the kernel matrix of rows, noise included."""
+    gram = kernel(rows, rows, origin)
+    gram[np.diag_indices_from(gram)] += kernel.noise + 1e-10
+    factor: Array = scipy.linalg.cholesky(gram, lower=True, check_finite=False)
+    return factor
 
 
 def _counted(sums: Array, outputs: Outputs, mean: Array, deviation: Array) -> None:

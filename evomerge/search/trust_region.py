@@ -26,7 +26,7 @@ KEPT = 0.3
 """Share of the promised improvement from which on the box grows."""
 OPTIMISM = 0.5
 """In posterior standard deviations, for all but the first proposal of a batch."""
-_STEPS = 60
+_STEPS = 30
 
 
 class TrustRegion:

@@ -24,9 +24,8 @@ from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation.scores import Scores
 from evomerge.running.store import RunStore
-from evomerge.search import loop, pareto
+from evomerge.search import pareto
 from tests.conftest import config_data, write_suite
-from tests.search.test_pareto import Scatter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SEVERAL = ["demo_reverse", "demo_upper"]
@@ -37,11 +36,10 @@ Opened = tuple[RunStore, Summary]
 def start(zoo: Path, folder: Path, **objective: Any) -> Path:
     write_suite(folder)
     path = folder / "config.yaml"
-    data = config_data(zoo, folder, objective=objective, finalists=4, budget={"generations": 2})
+    changes = {"optimizer": {"name": "nsga2", "population": 6}, "budget": {"generations": 2}}
+    data = config_data(zoo, folder, objective=objective, finalists=4, **changes)
     path.write_text(yaml.safe_dump(data, sort_keys=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.optimizers, "create", lambda _, *, seed, **__: Scatter(seed, count=6))
-        compose.start(RunConfig.load(path), Silent())
+    compose.start(RunConfig.load(path), Silent())
     return folder / "run"
 
 
@@ -204,9 +202,7 @@ def test_an_unmet_constraint_is_said_aloud_everywhere(opened: Opened) -> None:
 
 def test_a_resumed_run_finds_the_same_fronts(plain: Opened, tmp_path: Path) -> None:
     shutil.copytree(plain[0].folder, tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.optimizers, "create", lambda _, *, seed, **__: Scatter(seed, count=6))
-        compose.start(compose.stored_config(tmp_path / "run"), Silent())
+    compose.start(compose.stored_config(tmp_path / "run"), Silent())
     with RunStore.read(tmp_path / "run") as store:
         assert store.digest() == plain[0].digest()
 

@@ -127,7 +127,7 @@ def test_luck_says_what_to_expect_and_what_happened(opened: tuple[RunStore, Summ
     luck = summary.luck()
     assert luck is not None
     assert luck.candidates == 12
-    assert 0 <= luck.expected < 0.5
+    assert -0.01 < luck.expected < 0.5  # where one is far ahead, 0 but for the noise of the resamples
     assert luck.test == pytest.approx(summary.rows()[-1].mean.estimate)
     assert luck.select is not None
 

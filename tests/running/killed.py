@@ -1,7 +1,7 @@
-"""Run as a program: kill a run after each stored event of a generation, resume it, print the digests.
+"""Run as a program: kill a run at a few of its stored events, resume it, print what it stored in the end.
 
-One process loads the models and prepares the items; every run is a fork of it, so that dozens of killed
-runs take seconds. Usage: python -m tests.running.killed CONFIG FOLDER
+One process loads the models and prepares the items; every run is a fork of it, so that a killed run takes
+little longer than a whole one. Usage: python -m tests.running.killed CONFIG FOLDER
 """
 
 from __future__ import annotations
@@ -58,6 +58,18 @@ def forked(work: Callable[[], object]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
+def moments(names: list[str]) -> list[tuple[int, bool]]:
+    """Choose events to die at (number from 1, before or after its commit) from the names of all.
+
+    In the warm start; in the last generation, at its ask, between scores and at its tell; when it is over.
+    """
+    steps = [i for i, name in enumerate(names, start=1) if name == "set_fact"]
+    ask = max(i for i, name in enumerate(names, start=1) if name == "record_ask")
+    tell = max(i for i, name in enumerate(names, start=1) if name == "record_tell")
+    winner = max(i for i, name in enumerate(names, start=1) if name == "record_entry")
+    return [(steps[2], True), (ask, False), (ask + 3, False), (tell, True), (winner, False)]
+
+
 def main(config_path: Path, folder: Path) -> None:
     executor = executors.Inline(compose.prepare(RunConfig.load(config_path)).worker)
     executors.build = lambda *_: executor  # type: ignore[assignment]
@@ -70,53 +82,20 @@ def main(config_path: Path, folder: Path) -> None:
 
     assert forked(lambda: (die_at(10**9, before_commit=False), start("whole"), _dump(folder))) == 0
     names: list[str] = json.loads((folder / "events.json").read_text())
-    asks = [i for i, name in enumerate(names, start=1) if name == "record_ask"]
-    generation = range(asks[1], asks[2])  # the second generation: its ask, every score, its tell
-    others = [1, 3, asks[0] - 1, asks[2] + 5, len(names) - 4, len(names)]
     found = {}
-    for number in sorted({*generation, *others}):
-        for before_commit in (False, True) if number in (asks[1], asks[1] + 1, asks[2] - 1) else (False,):
-            name = f"killed-{number}-{'before' if before_commit else 'after'}-{names[number - 1]}"
+    for number, before_commit in moments(names):
+        name = f"killed-{number}-{'before' if before_commit else 'after'}-{names[number - 1]}"
 
-            def die(number: int = number, before: bool = before_commit, name: str = name) -> None:
-                die_at(number, before_commit=before)
-                start(name)
+        def die(number: int = number, before: bool = before_commit, name: str = name) -> None:
+            die_at(number, before_commit=before)
+            start(name)
 
-            status = forked(die)
-            assert os.WIFSIGNALED(status), name
-            assert os.WTERMSIG(status) == signal.SIGKILL, name
-            assert forked(lambda name=name: finish(name)) == 0, name  # type: ignore[misc]
-            found[name] = facts(folder / name)
+        status = forked(die)
+        assert os.WIFSIGNALED(status), name
+        assert os.WTERMSIG(status) == signal.SIGKILL, name
+        assert forked(lambda name=name: finish(name)) == 0, name  # type: ignore[misc]
+        found[name] = facts(folder / name)
     print(json.dumps({"whole": facts(folder / "whole"), "killed": found}))
-
-
-def gradients(config_path: Path, folder: Path) -> None:
-    """Kill a run with a gradient start before and after its first and last steps; print all contents."""
-    executor = executors.Inline(compose.prepare(RunConfig.load(config_path)).worker)
-    executors.build = lambda *_: executor  # type: ignore[assignment]
-
-    def start(name: str) -> None:
-        compose.start(RunConfig.load(config_path, out=str(folder / name)), Silent())
-
-    assert forked(lambda: (die_at(10**9, before_commit=False), start("whole"), _dump(folder))) == 0
-    names: list[str] = json.loads((folder / "events.json").read_text())
-    steps = [i for i, name in enumerate(names, start=1) if name == "set_fact"][1:-1]  # but norms and the end
-    found = [facts(folder / "whole")]
-    for number in (steps[0], steps[-1]):
-        for before in (False, True):
-            name = f"killed-{number}-{before}"
-            status = forked(
-                lambda number=number, before=before, name=name: (  # type: ignore[misc]
-                    die_at(number, before_commit=before),
-                    start(name),
-                )
-            )
-            assert os.WIFSIGNALED(status), name
-            assert forked(lambda name=name: start(name)) == 0, name  # type: ignore[misc]
-            found.append(facts(folder / name))
-            with RunStore.read(folder / name) as store, RunStore.read(folder / "whole") as whole:
-                assert store.digest() == whole.digest(), name
-    print(json.dumps(found))
 
 
 def _dump(folder: Path) -> None:
@@ -124,22 +103,21 @@ def _dump(folder: Path) -> None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What must be the same: contents without places, winner, health of the file."""
+    """What must be the same: contents without places, winner, health of the file.
+
+    proposed: candidates that the surrogate proposed itself. blocks: on how many a candidate was scored.
+    """
     with RunStore.read(folder) as store:
-        winner = store.entries("winner")[0].recipe
         (integrity,) = store._db.execute("PRAGMA integrity_check").fetchone()
-        tables = {
-            query: repr(store._db.execute(query).fetchall())
-            for query in (
-                "SELECT generation, position, genome, recipe FROM ask ORDER BY 1, 2",
-                "SELECT generation, losses FROM tell ORDER BY 1",
-                "SELECT recipe, split, block, task, metric, smooth, margin FROM score ORDER BY 1, 2, 3, 4",
-                "SELECT role, position, name, recipe FROM entry ORDER BY 1, 2",
-                "SELECT recipe, split, kind, reason FROM failure ORDER BY 1, 2",
-            )
+        return {
+            "digest": store.digest(),
+            "winner": store.entries("winner")[0].recipe.hash,
+            "starts": [start.name for start in store.entries("start")],
+            "proposed": sum(state.proposed for state in store.guide()),
+            "blocks": sorted({len(blocks) for blocks in store.scored_blocks("search").values()}),
+            "integrity": integrity,
+            "files": sorted(p.name for p in folder.iterdir()),
         }
-    left = sorted(p.name for p in folder.iterdir())
-    return {"winner": winner.hash, "tables": tables, "integrity": integrity, "files": left}
 
 
 if __name__ == "__main__":

@@ -35,7 +35,14 @@ def test_weights_first_then_paths_through_the_winner(
 
     sources = {"upper": str(tiny_zoo / "upper"), "reverse": str(tiny_zoo / "reverse"), "merged": str(merged)}
     models = {"base": str(tiny_zoo / "base"), "sources": sources}
-    path = config(space=PATHS, models=models, budget={"generations": 2}, out=str(tmp_path / "paths"))
+    path = config(
+        space=PATHS,
+        models=models,
+        optimizer={"population": 4},
+        budget={"generations": 2},
+        racing="off",
+        out=str(tmp_path / "paths"),
+    )
     loaded = RunConfig.load(path)
     compose.start(loaded, Silent())
     with RunStore.read(tmp_path / "paths") as store:
