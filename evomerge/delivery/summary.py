@@ -6,11 +6,7 @@ disagree. Points are hundredths of the distance from the base to a specialist.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from collections.abc import Iterable, Mapping, Sequence
-=======
-from collections.abc import Collection, Iterable, Mapping
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
 from dataclasses import dataclass
 
 import numpy as np
@@ -352,40 +348,22 @@ class Summary:
 
         Candidates that were scored on fewer items than the winner were far behind: they would win no draw.
         """
-<<<<<<< HEAD
         mine = None if self.winner is None else self.winner.recipe.hash
         search = None if mine is None else self.on_search(mine)
         if mine is None or search is None:
             return None
         blocks = tuple(part.blocks[0] for part in self.parts(mine))
         normaliser = self._on(blocks)
-=======
-        if self.winner is None:
-            return None
-        mine = self.winner.recipe.hash
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
         first: dict[str, int] = {}
         asked = 0
         for generation in self._store.generations():
             asked += len(generation.recipes)
             for recipe in generation.recipes:
                 first.setdefault(recipe, generation.number)
-<<<<<<< HEAD
         scored = [(number, self._joined(recipe, blocks)) for recipe, number in first.items()]
         whole = [(number, normaliser.items(s)) for number, s in scored if s is not None]
         if not whole:
-=======
-        scored = {recipe: self._parts(recipe) for recipe in first}
-        most = max((set(own) for own in self._searched(scored)), key=len, default=set())
-        normaliser = self._on(most)
-        if normaliser is None or not most <= set(self._parts(mine)):
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
             return None
-
-        def on_most(own: dict[int, Scores]) -> Scores:
-            return joined([own[block] for block in most])
-
-        whole = [(first[r], normaliser.items(on_most(own))) for r, own in scored.items() if most <= set(own)]
         expected = statistics.expected_luck(
             [np.stack(task) for task in zip(*(items for _, items in whole), strict=True)],
             normaliser.weights,
@@ -394,12 +372,8 @@ class Summary:
         )
         return Luck(
             candidates=asked,
-            expected=expected,
-<<<<<<< HEAD
+            expected=max(0.0, expected),  # where the winner is far ahead, the resampling's own noise is left
             search=search.mean,
-=======
-            search=normaliser.mean(on_most(self._parts(mine))),
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
             select=self._mean(mine, "select"),
             test=self._mean(mine, "test"),
             blocks=len(blocks),
@@ -422,22 +396,11 @@ class Summary:
 
     def progress(self) -> Progress:
         """Return the search's course on the `search` split."""
-<<<<<<< HEAD
-=======
-        numbers, best, median = [], [], []
-        for generation in self._store.generations():
-            complete, means = self._means(generation.recipes)
-            if complete:
-                numbers.append(generation.number)
-                best.append(max(complete))
-                median.append(float(np.median(means)))
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
         ranked = [
             (m, b.name, b.recipe.hash)
             for b in self.baselines
             if (m := self._mean(b.recipe.hash, "search")) is not None
         ]
-<<<<<<< HEAD
         top = max(ranked) if ranked and self.normaliser("search") else (None, None, None)
         numbers, best, so_far, median, counts, beside = [], [], [], [], [], []
         asked: dict[str, None] = {}
@@ -457,9 +420,6 @@ class Summary:
             median.append(float(np.median(self._means(generation.recipes, blocks, found))))
             counts.append(len(blocks))
             beside.append(found.get(top[2]) if top[2] else None)
-=======
-        top = max(ranked, default=(None, None))
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
         return Progress(
             generations=tuple(numbers),
             best=tuple(best),
@@ -474,20 +434,15 @@ class Summary:
 
     def evaluations(self) -> float:
         """Return what the search has had scored, in full evaluations; baselines and repeats don't count."""
-<<<<<<< HEAD
         base = self.parts(self.parents[0].recipe.hash) if self.parents else []
-=======
-        base = self._base_parts()
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
         if len(base) < self._store.blocks("search"):
             return 0.0
-        asked = {r for generation in self._store.generations() for r in generation.recipes} - self._free()
+        free = {named.recipe.hash for named in (*self.parents, *self.baselines)}
+        asked = {r for generation in self._store.generations() for r in generation.recipes} - free
         scored = self._store.scored_blocks("search")
-        items = [base[block].items for block in sorted(base)]
-        spent = sum(items[block] for recipe in asked for block in scored.get(recipe, ()))
-        return spent / sum(items)
+        items = [part.items for part in base]
+        return sum(items[block] for recipe in asked for block in scored.get(recipe, ())) / sum(items)
 
-<<<<<<< HEAD
     def parts(self, recipe: str) -> list[Scores]:
         """Return what there is of a recipe's scores on the blocks of `search`."""
         if recipe not in self._read:
@@ -533,40 +488,10 @@ class Summary:
         self, recipes: Iterable[str], blocks: tuple[int, ...], complete: Mapping[str, float]
     ) -> list[float]:
         """Return the means of a generation on some blocks, `complete` being those scored on all of them.
-=======
-    def _free(self) -> set[str]:
-        """Return the recipes that were scored in full before the search."""
-        return {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
-
-    def _base_parts(self) -> dict[int, Scores]:
-        return self._parts(self.parents[0].recipe.hash) if self.parents else {}
-
-    def _parts(self, recipe: str) -> dict[int, Scores]:
-        """Return what there is of a recipe's scores on the blocks of `search`, by block."""
-        blocks = range(self._store.blocks("search"))
-        found = ((block, self._store.result(recipe, "search", block)) for block in blocks)
-        return {block: part for block, part in found if isinstance(part, Scores)}
-
-    def _searched(self, parts: Mapping[str, dict[int, Scores]]) -> list[dict[int, Scores]]:
-        """Return the parts of what the search itself had scored; of all, where it only repeated others."""
-        free = self._free()
-        return [own for recipe, own in parts.items() if recipe not in free] or list(parts.values())
-
-    def _on(self, blocks: Collection[int]) -> Normaliser | None:
-        """Return the references of some blocks of `search`."""
-        normaliser, base = self.normaliser("search"), self._base_parts()
-        if normaliser is None or not blocks:
-            return None
-        return normaliser.on(joined([base[block] for block in blocks]))
-
-    def _means(self, recipes: Iterable[str]) -> tuple[list[float], list[float]]:
-        """Return a generation's means on `search`: of those scored on the most blocks, and of all scored.
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
 
         One that left a race early has, as what the optimizer was told, an estimate: its difference to the
-        mean of the complete ones on the blocks it met, added to their mean on all of theirs.
+        mean of the complete ones on the blocks it met, added to their mean on all.
         """
-<<<<<<< HEAD
         whole = [recipe for recipe in recipes if recipe in complete]
         found = [complete[recipe] for recipe in whole]
         average = float(np.mean(found))
@@ -578,22 +503,6 @@ class Summary:
                 rivals = [s for r in whole if (s := self._joined(r, met)) is not None]
                 found.append(there.mean(own) + average - float(np.mean([there.mean(s) for s in rivals])))
         return found
-=======
-        parts = {recipe: own for recipe in recipes if (own := self._parts(recipe))}
-        most = max((set(own) for own in self._searched(parts)), key=len, default=set())
-        normaliser = self._on(most)
-        if normaliser is None:
-            return [], []
-        whole = [own for own in parts.values() if most <= set(own)]
-        complete = [normaliser.mean(joined([own[block] for block in most])) for own in whole]
-        estimates = []
-        for own in parts.values():
-            met = most & set(own)
-            if met != most and (there := self._on(met)):
-                mean, *rivals = (there.mean(joined([one[b] for b in met])) for one in (own, *whole))
-                estimates.append(mean + float(np.mean(complete) - np.mean(rivals)))
-        return complete, [*complete, *estimates]
->>>>>>> 0c3ae45a2806de2ad0b82ea5038e5bfce02d93d7
 
     def finalists(self) -> list[Finalist]:
         """Return the finalists by their estimate, then their soup and the optimizer's favourite."""
@@ -626,9 +535,6 @@ class Summary:
         return found
 
     def _mean(self, recipe: str, split: Split) -> float | None:
-        if split == "search" and (parts := self._parts(recipe)):
-            normaliser = self._on(parts)
-            return None if normaliser is None else normaliser.mean(joined(list(parts.values())))
         normaliser, scores = self.normaliser(split), self._store.result(recipe, split)
         if normaliser is None or scores is None or isinstance(scores, Failure):
             return None
