@@ -372,7 +372,7 @@ class Summary:
         )
         return Luck(
             candidates=asked,
-            expected=expected,
+            expected=max(0.0, expected),  # where the winner is far ahead, the resampling's own noise is left
             search=search.mean,
             select=self._mean(mine, "select"),
             test=self._mean(mine, "test"),
