@@ -200,7 +200,7 @@ def write_task(folder: Path) -> Path:
     return path
 
 
-def search(folder: Path, seed: int, candidates: int) -> None:
+def search(folder: Path, seed: int, candidates: int, sigma: float) -> None:
     """Search a layer path, and print its winner beside every single model and every hand-made merge."""
     config = {
         "models": {
@@ -209,6 +209,7 @@ def search(folder: Path, seed: int, candidates: int) -> None:
         },
         "space": "layer_path",
         "suite": str(folder / "tasks" / "suite.yaml"),
+        "optimizer": {"name": "cma_es", "sigma": sigma},
         "budget": {"evaluations": candidates},
         "executor": {"name": "inline", "threads": 1, "batch_size": 100},
         "seed": seed,
@@ -256,5 +257,5 @@ if __name__ == "__main__":
         train(target / "zoo")
         print(f"trained in {time.perf_counter() - begun:.0f} s")
         write_task(target / "tasks")
-    for number in range(3):
-        search(target, seed=number, candidates=200)
+    for number in range(5):
+        search(target, seed=number, candidates=300, sigma=0.15)

@@ -33,10 +33,10 @@ class _Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """One task's part of the mean, or of the retention.
+    """One task's part of the mean, of the retention, or of the coherence.
 
     share: of all such tasks, summing to 1. zero: the base's mean, in the metric's units. headroom: from
-    there to the specialist (1 for retention).
+    there to the specialist (1 for retention and coherence).
     """
 
     task: str
@@ -146,6 +146,15 @@ class Normaliser:
         return tuple(
             Share(task=spec.task, share=shares[spec.task], zero=mean, headroom=1.0)
             for spec, mean in self._retention
+        )
+
+    @property
+    def coherent(self) -> tuple[Share, ...]:
+        """The coherence tasks: coherence is the sum of share * task's mean / zero."""
+        total = math.fsum(spec.weight for spec, _ in self._coherence)
+        return tuple(
+            Share(task=spec.task, share=spec.weight / total, zero=mean, headroom=1.0)
+            for spec, mean in self._coherence
         )
 
     def contributions(self, scores: Scores, *, smooth: float, retention: float) -> list[Array]:

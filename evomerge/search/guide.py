@@ -4,7 +4,8 @@ In every generation it proposes some genomes itself, the best in its trust regio
 population of the optimizer for the rest; the optimizer is told both. It also decides how many item blocks a
 generation is scored on: few at first, because a model that learns from every item of many candidates needs
 few of each; twice as many once the trust region has collapsed, which says that nothing more is to be found
-on these items.
+on these items. Where it proposes nothing (no continuous coordinates, a model that is not trusted), some
+generations without a better candidate say the same.
 
 Before a candidate is scored, its loss is predicted; the rank correlation of the last predictions with what
 was then measured is the guide's own mark. While it is low the optimizer works alone.
@@ -26,6 +27,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores
 from evomerge.schema import Strict
 from evomerge.search.genes import Coordinate, Genome
+from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import Optimizer
 from evomerge.search.surrogate import CLIP, SOFTNESS, Model, Outputs, Surrogate
 from evomerge.search.trust_region import TrustRegion
@@ -45,6 +47,8 @@ REFRESHED = 16
 """Candidates, the best, that are scored on further blocks when those are added."""
 TUNED_EVERY = 3
 """Generations between choices of the kernel."""
+PATIENCE = 6
+"""Generations in a row without proposals and without a better candidate, after which blocks are added."""
 
 
 class SurrogateSpec(Strict):
@@ -84,24 +88,25 @@ class GuideState:
 class MeanLoss:
     """The loss of predicted means: (tasks,) in, loss and slope (tasks,) out.
 
-    The tasks are the counted skills, then the retention tasks. normaliser: of the blocks predicted.
-    retention: price of what is lost of it. limits: least normalised score of some skills.
+    The tasks are the counted skills, then those of retention and of coherence. normaliser: of the blocks
+    predicted. spec: prices and limits. limits: least normalised score of some skills.
     """
 
     SHORT = 2.0
-    """Price of a unit that a skill is short of its limit: more than any other skill can gain by it."""
+    """Price of a unit that anything is short of its limit: more than another skill can gain by it."""
 
     def __init__(
-        self, normaliser: Normaliser, *, retention: float, limits: dict[str, float] | None = None
+        self, normaliser: Normaliser, spec: ObjectiveSpec, *, limits: dict[str, float] | None = None
     ) -> None:
-        skills, kept = normaliser.skills, normaliser.kept
-        self.tasks = (*(s.task for s in skills), *(k.task for k in kept))
+        skills, kept, coherent = normaliser.skills, normaliser.kept, normaliser.coherent
+        self.tasks = tuple(s.task for s in (*skills, *kept, *coherent))
         self._shares = np.array([s.share for s in skills])
         self._zero = np.array([s.zero for s in skills])
         self._headroom = np.array([s.headroom for s in skills])
         self._kept_shares = np.array([k.share for k in kept])
         self._kept_base = np.array([k.zero for k in kept])
-        self._retention = retention
+        self._coherence = np.array([c.share / c.zero for c in coherent])
+        self._spec = spec
         limits = limits or {}
         self._limits = np.array([limits.get(s.task, -np.inf) for s in skills])
 
@@ -116,11 +121,28 @@ class MeanLoss:
         if short.any():
             loss += self.SHORT * float((self._limits[short] - scores[short]).sum())
             slope[:count] -= np.where(short, self.SHORT / self._headroom, 0.0)
-        ratios = self._kept_shares * np.exp(np.minimum(values[count:] - self._kept_base, 1.0))
-        if len(ratios) and (lost := 1.0 - float(ratios.sum())) > 0:
-            loss += self._retention * lost
-            slope[count:] = -self._retention * ratios
+        stop = count + len(self._kept_shares)
+        if stop > count:
+            gained = values[count:stop] - self._kept_base
+            ratios = self._kept_shares * np.exp(np.minimum(gained, 1.0))
+            cost, change = self._cost(
+                float(ratios.sum()), self._spec.retention, self._spec.constraints.retention
+            )
+            loss += cost
+            slope[count:stop] = change * np.where(gained < 1.0, ratios, 0.0)
+        if len(values) > stop:
+            kept = float(self._coherence @ values[stop:])
+            cost, change = self._cost(kept, self._spec.coherence, self._spec.constraints.coherence)
+            loss += cost
+            slope[stop:] = change * self._coherence
         return loss, slope
+
+    def _cost(self, kept: float, price: float, least: float | None) -> tuple[float, float]:
+        """Return what it costs to keep only so much of what the base had, and how that changes."""
+        cost, change = (price * (1.0 - kept), -price) if kept < 1.0 else (0.0, 0.0)
+        if least is not None and kept < least:
+            cost, change = cost + self.SHORT * (least - kept), change - self.SHORT
+        return cost, change
 
 
 class Observed:
@@ -195,9 +217,10 @@ class Guide:
         self._pairs: list[tuple[float, float]] = []
         self._predicted: list[float] | None = None
         self._proposed = 0
-        self._promised: tuple[float, float] | None = None
+        self._promised: float | None = None
         self._generation = 0
         self._told = 0
+        self._stalled = 0
         self._losses: dict[tuple[bytes, int], float] = {}
 
     @property
@@ -245,13 +268,14 @@ class Guide:
             genomes = optimizer.ask()
             self._predicted = self._predict(model, loss, genomes)
             return Asked(genomes=genomes)
-        count = round(self._spec.share * size)
+        count = round(self._spec.share * size) if self._region.moves else 0
         if count:
             proposals, promised = self._region.propose(model, loss, best[0], count)
-            here, _ = loss(model.predict(best[0]).values)
-            self._promised = best[1], best[1] + min(0.0, promised - here)
+            (here,) = self._predict(model, loss, best[:1])
+            self._promised = best[1] + min(0.0, promised - here)
             optimizer.inject(proposals)
-        pool = optimizer.ask(max(size, self._spec.oversample * size))
+        pool = optimizer.ask(self._spec.oversample * size)
+        assert not optimizer.required, "an optimizer of several objectives"
         predicted = np.array(self._predict(model, loss, pool))
         rest = np.argsort(predicted[count:], kind="stable")[: size - count] + count
         chosen = (*range(count), *(int(i) for i in rest))
@@ -274,11 +298,7 @@ class Guide:
                 for p, m, scores in zip(self._predicted, losses, results, strict=True)
                 if scores is not None
             ]
-        if self._promised is None or before is None:
-            return []
-        reached = min((self._loss(g, self.blocks) for g in genomes[: self._proposed]), default=np.inf)
-        self._region.learn(before=self._promised[0], promised=self._promised[1], reached=reached)
-        if not self._region.collapsed or self._active == len(self._order):
+        if before is None or not self._exhausted(genomes, before[1]) or self._active == len(self._order):
             return []
         best = sorted(
             (g for g, known in self._known.values() if all(b in known for b in self.blocks)),
@@ -286,8 +306,19 @@ class Guide:
         )
         self._active = min(2 * self._active, len(self._order))
         self._region.reset()
+        self._stalled = 0
         self._pairs.clear()
         return best[:REFRESHED]
+
+    def _exhausted(self, genomes: Array, before: float) -> bool:
+        """Take in how far a generation came; say whether nothing more is to be found on these items."""
+        mine = genomes if self._promised is None else genomes[: self._proposed]
+        reached = min(self._loss(genome, self.blocks) for genome in mine)
+        if self._promised is None:
+            self._stalled = 0 if reached < before else self._stalled + 1
+            return self._stalled >= PATIENCE
+        self._region.learn(before=before, promised=self._promised, reached=reached)
+        return self._region.collapsed
 
     def state(self) -> GuideState:
         """Return what the store and the report say about the last generation."""
@@ -311,9 +342,8 @@ class Guide:
     def _loss(self, genome: Genome, blocks: Sequence[int]) -> float:
         """The measured loss of a genome on blocks, inf where it was not scored on all of them."""
         key = np.asarray(genome, dtype=np.float64).tobytes()
-        if (
-            loss := self._losses.get((key, len(blocks)))
-        ) is not None:  # blocks are always the first of `order`
+        loss = self._losses.get((key, len(blocks)))  # blocks are always the first of `order`
+        if loss is not None:
             return loss
         found = self._known.get(key)
         if found is None or any(block not in found[1] for block in blocks):

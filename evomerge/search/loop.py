@@ -292,12 +292,12 @@ class Search:
     ) -> Guide | None:
         """Return the surrogate's part in the search, taught by all that is known before."""
         plan = self._plan
-        if plan.surrogate is None or plan.objective.several:
-            return None
+        if plan.surrogate is None or plan.objective.several or plan.objective.depth:
+            return None  # depth is a price that no item's margin shows
         limits = self._objective(references).task_limits()
 
         def loss_on(blocks: Sequence[int]) -> MeanLoss:
-            return MeanLoss(views(blocks).normaliser, retention=plan.objective.retention, limits=limits)
+            return MeanLoss(views(blocks).normaliser, plan.objective, limits=limits)
 
         guide = Guide(
             plan.surrogate,

@@ -63,7 +63,8 @@ class Prediction:
 
     values: (tasks,) on the tasks' own scales (share of right answers, mean log-likelihood).
     slopes: (tasks, dimension).
-    uncertainty: the posterior standard deviation in units of the prior's, 0 at scored genomes, 1 far away.
+    uncertainty: the posterior standard deviation in units of the prior's, near 0 at scored genomes, 1 where
+        nothing is known; of several blocks the largest.
     """
 
     values: Array
@@ -81,7 +82,7 @@ class Surrogate:
         self._features = _Features(coordinates)
         self._outputs = tuple(outputs)
         self._tasks = tasks
-        self._seen: list[dict[bytes, int]] = [{} for _ in outputs]
+        self._seen: list[set[bytes]] = [set() for _ in outputs]
         self._rows: list[list[Array]] = [[] for _ in outputs]
         self._values: list[list[Array]] = [[] for _ in outputs]
         self._kernel: _Kernel | None = None
@@ -91,7 +92,7 @@ class Surrogate:
         key = genome.tobytes()
         if key in self._seen[block]:
             return
-        self._seen[block][key] = len(self._rows[block])
+        self._seen[block].add(key)
         self._rows[block].append(self._features(genome))
         bounded = np.where(self._outputs[block].margins, np.clip(columns, -CLIP, CLIP), columns)
         self._values[block].append(bounded)
@@ -198,7 +199,6 @@ class _Features:
 
     def __init__(self, coordinates: Sequence[Coordinate]) -> None:
         self._coordinates = tuple(coordinates)
-        self._plain = all(c.levels is None or c.ordered for c in coordinates)
         width = sum(1 if c.levels is None or c.ordered else c.levels for c in coordinates)
         self.slope = np.zeros((width, len(coordinates)))
         """(features, dimension): how features change with the continuous coordinates."""
@@ -237,13 +237,16 @@ class _Kernel:
 
 def _tuned(rows: Array, values: Array) -> _Kernel:
     """Return the kernel with the highest marginal likelihood of all columns, each scaled to variance 1."""
+    best, chosen = np.inf, _Kernel(length=1.0, linear=0.0, noise=1e-2)
     origin = rows.mean(axis=0)
     centred = values - values.mean(axis=0)
     scale = centred.std(axis=0)
-    scaled = centred[:, scale > 0] / scale[scale > 0]
+    varied = scale > 0
+    if not varied.any():
+        return chosen
+    scaled = centred[:, varied] / scale[varied]
     energy = scaled @ scaled.T
-    columns, count = max(scaled.shape[1], 1), len(rows)
-    best, chosen = np.inf, _Kernel(length=1.0, linear=0.0, noise=1e-2)
+    count, columns = scaled.shape
     for linear in _LINEAR:
         for length in _LENGTHS:
             kernel = _Kernel(length=length, linear=linear, noise=0.0)
@@ -336,7 +339,7 @@ class _Block:
             values[task] += value[mine].sum()
             slopes[task] += (self.weights[:, mine] @ by_mean[mine]) @ change
             slopes[task] += by_spread[mine].sum() * spread_change
-        return spread
+        return spread / float(np.sqrt(prior))
 
     def extended(self, extra: Array) -> tuple[Array, Array]:
         """Return rows and factor with further rows, whose values are not known yet."""

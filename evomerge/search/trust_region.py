@@ -38,6 +38,11 @@ class TrustRegion:
         self.radius = START
 
     @property
+    def moves(self) -> bool:
+        """Whether there is a coordinate to move at all."""
+        return bool(self._moved.any())
+
+    @property
     def collapsed(self) -> bool:
         """Whether the box is as small as it gets: on these items there is nothing more to find nearby."""
         return self.radius <= SMALLEST

@@ -11,6 +11,7 @@ from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search.baselines import Named
+from evomerge.search.guide import GuideState
 
 SUITE = Suite.model_validate(
     {
@@ -77,6 +78,7 @@ class FakeJournal:
         self.entries: list[tuple[str, int, Named]] = []
         self.tells: list[NDArray[np.float64]] = []
         self.fronts: list[tuple[float, NDArray[np.float64], list[str]]] = []
+        self.guides: list[GuideState] = []
 
     def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
         self.events.append(("ask", generation))
@@ -95,6 +97,9 @@ class FakeJournal:
         self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
     ) -> None:
         self.fronts.append((hypervolume, reference, [recipe.hash for recipe in recipes]))
+
+    def record_guide(self, generation: int, state: GuideState) -> None:
+        self.guides.append(state)
 
     def has_ask(self, generation: int) -> bool:
         return False

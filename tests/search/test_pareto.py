@@ -130,7 +130,7 @@ class Scatter:
     def ask(self) -> np.ndarray:
         return self._generator.random((self._count, 2))
 
-    def tell(self, losses: np.ndarray) -> None:
+    def tell(self, losses: np.ndarray, chosen: None = None) -> None:
         assert losses.shape == (self._count, 2)
         assert np.isfinite(losses).all()
 
@@ -149,7 +149,7 @@ def search(
     generations: int = 6,
     **objective: object,
 ) -> Outcome:
-    monkeypatch.setattr(loop.optimizers, "create", lambda _, *, seed, **__: Scatter(seed))
+    monkeypatch.setattr(loop, "create", lambda _, *, seed, **__: Scatter(seed))
     space = make("global_weights")
     plan = SearchPlan(
         suite=SUITE,

@@ -21,9 +21,9 @@ TENSORS = tuple(
     ["model.embed_tokens.weight", "model.norm.weight"]
     + [f"model.layers.{i}.{part}.weight" for i in range(4) for part in PARTS]
 )
-PRESETS = sorted(
-    path.stem for path in preset_folder("search_spaces").glob("*.yaml") if "method" in load_yaml(path)
-)
+NAMES = sorted(path.stem for path in preset_folder("search_spaces").glob("*.yaml"))
+PRESETS = [name for name in NAMES if isinstance(load_space(name), SpaceSpec)]
+"""Of the ordinary kind; layer paths have tests of their own."""
 
 
 def make(spec: SpaceSpec | str, sources: tuple[str, ...] = ("a", "b")) -> SearchSpace:

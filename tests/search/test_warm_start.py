@@ -220,15 +220,15 @@ class Margins(FakeScorer):
 
 
 class Counts(FakeBudget):
-    """A budget that notes how many evaluations it is told of."""
+    """A budget that notes how many items it is told of."""
 
     def __init__(self, generations: int) -> None:
         super().__init__(generations)
         self.seen: list[int] = []
 
-    def stop_reason(self, *, generations: int, evaluations: int, population: int) -> str | None:
-        self.seen.append(evaluations)
-        return super().stop_reason(generations=generations, evaluations=evaluations, population=population)
+    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None:
+        self.seen.append(items)
+        return super().stop_reason(generations=generations, items=items, forecast=forecast, full=full)
 
 
 def search(
@@ -259,7 +259,8 @@ def test_gradients_seed_the_search_have_their_own_row_and_count_towards_the_budg
     assert start.recipe.groups[0].per_source("weight") == pytest.approx((0.7, 0.7), abs=0.01)
     assert (start.recipe.hash, "test", "test of the baselines") in scorer.asked
     assert outcome.winner.recipe.groups[0].per_source("weight") == pytest.approx((0.7, 0.7), abs=0.15)
-    assert budget.seen[0] == 50 * PASSES * 10 // 20  # of 20 items, each step takes half, three times
+    ends = 2 * 20  # the last point and the mean of the last ones, on all 20 items
+    assert budget.seen[0] == 50 * PASSES * 10 + ends  # each step takes half of them, three times
     draws = {loss.key for _, loss in bowl.asked}
     assert len(draws) == 50  # other items at each step
     again = Bowl({"weight": 0.7})
