@@ -93,7 +93,7 @@ class Guidance:
         )
         figure.update_layout(
             xaxis_title="generation",
-            yaxis_title="predicted against measured",
+            yaxis_title="rank correlation",
             yaxis_range=[min(-0.1, *(c - 0.1 for _, c in known)), 1.05],
             height=260,
         )

@@ -88,8 +88,11 @@ def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -
             expected=f"a recipe that {prepared.space.describe()} can express",
             fix="score it: start a run from it (warm_start.recipes), or evaluate the merged model",
         )
-    genome = own if genome is None else genome
-    assert genome is not None
+    if genome is None:
+        assert own is not None
+        genome = own
+    elif not summary.parts(recipe.hash) and summary.parts((same := prepared.space.decode(genome)).hash):
+        recipe = same  # written otherwise, as in mergekit's form
     found = prediction.forecast(
         genome,
         [e for e in examples if e.recipe != recipe.hash and e.genome.tobytes() != genome.tobytes()],
@@ -114,9 +117,10 @@ def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -
 
 
 def scored(store: RunStore, summary: Summary, prepared: Prepared) -> list[Example]:
-    """Return all scored recipes that are points of the space, those known before the search first."""
+    """Return all scored recipes that are points of the space, named ones first."""
     points: dict[str, Genome] = {}
-    for named in (*summary.parents, *summary.baselines, *summary.starts):
+    others = (*summary.starts, *store.entries("finalist"))
+    for named in (*summary.parents, *summary.baselines, *others):
         genome = prepared.space.encode(named.recipe)
         if genome is None and named in summary.parents:
             same = baselines.as_task_vectors(prepared.template, prepared.space.sources, named.name)

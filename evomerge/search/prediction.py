@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from evomerge.errors import UserError
-from evomerge.evaluation.normalise import Normaliser
+from evomerge.evaluation.normalise import Normaliser, Share
 from evomerge.evaluation.scores import Scores, joined
 from evomerge.search.genes import Coordinate, Genome
-from evomerge.search.guide import MeanLoss, Observed
-from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.guide import Observed
 from evomerge.search.surrogate import ENOUGH, NEAREST, Outputs, Surrogate
 
 Array = NDArray[np.float64]
@@ -90,8 +89,9 @@ def forecast(
             fix="let the run go on",
         )
     scale = normaliser.on(joined([base[block] for block in blocks]))
-    loss = MeanLoss(scale, ObjectiveSpec(retention=0.0, coherence=0.0))
-    observed = Observed(loss.tasks, base)
+    skills, kept = scale.skills, scale.kept
+    tasks = [share.task for share in (*skills, *kept)]
+    observed = Observed(tasks, base)
     outputs = [observed.outputs[block] for block in blocks]
     surrogate = Surrogate(
         coordinates,
@@ -101,7 +101,7 @@ def forecast(
                 margins=np.concatenate([each.margins for each in outputs]),
             )
         ],
-        tasks=len(loss.tasks),
+        tasks=len(tasks),
     )
     for example in known:
         columns = [observed.columns(example.parts[block])[block] for block in blocks]
@@ -110,15 +110,14 @@ def forecast(
         model = surrogate.fit(genome, [0])
         assert model is not None
         found = model.predict(genome)
-        guesses = np.array([-loss(values)[0] for values in model.left_out()])
+        guesses = np.array([_mean(values, skills) for values in model.left_out()])
         doubts = model.left_out_uncertainty()
     measured = np.array([scale.mean(joined([e.parts[block] for block in blocks])) for e in known])
     errors = measured - guesses
     reach = _quantile(np.abs(errors) / doubts) * float(np.hypot(found.uncertainty, np.sqrt(model.noise)))
     half = float(np.hypot(reach, _unseen(examples, blocks, normaliser, scale, count=len(base))))
-    mean = -loss(found.values)[0]
-    skills, kept = scale.skills, scale.kept
-    values = dict(zip(loss.tasks, found.values.tolist(), strict=True))
+    mean = _mean(found.values, skills)
+    values = dict(zip(tasks, found.values.tolist(), strict=True))
     return Forecast(
         mean=mean,
         low=mean - half,
@@ -153,6 +152,11 @@ def _nearest(genome: Genome, examples: Sequence[Example]) -> list[Example]:
     distinct = list({e.genome.tobytes(): e for e in reversed(examples)}.values())[::-1]
     order = np.argsort([float(((e.genome - genome) ** 2).sum()) for e in distinct], kind="stable")
     return [distinct[i] for i in sorted(int(i) for i in order[:NEAREST])]
+
+
+def _mean(values: Array, skills: Sequence[Share]) -> float:
+    """The mean normalised score of tasks' values, the skills first."""
+    return sum(s.share * (float(v) - s.zero) / s.headroom for s, v in zip(skills, values, strict=False))
 
 
 def _quantile(ratios: Array) -> float:

@@ -177,7 +177,7 @@ def test_as_data_is_json(opened: tuple[RunStore, Summary]) -> None:
     assert len(data["rows"][0]["mean"]) == 3
     assert data["claims"][0]["p_holm"] >= data["claims"][0]["p"] == data["verdict"]["p"]
     assert {share["task"] for share in data["kept"]} >= {"demo_reverse", "demo_upper"}
-    assert set(data["luck"]) == {"candidates", "expected", "search", "select", "test"}
+    assert set(data["luck"]) == {"candidates", "expected", "search", "select", "test", "blocks", "of"}
     assert data["verdict"]["low"] <= data["verdict"]["points"] <= data["verdict"]["high"]
 
 
