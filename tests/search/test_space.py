@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from evomerge.config import load_space
 from evomerge.errors import ConfigError
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.schema import load_yaml, parse, preset_folder
+from evomerge.schema import parse, preset_folder
 from evomerge.search.space import SearchSpace, SpaceSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
