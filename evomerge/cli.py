@@ -367,6 +367,28 @@ def merge(
     _out.data({"folder": str(out), "recipe": found.hash})
 
 
+@_command(app, "predict")
+def predict(
+    run: Run,
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="recipe.yaml, a mergekit YAML, or the start of a recipe hash."),
+    ],
+) -> None:
+    """Say how good a merge would be, and how sure that is, before it is merged; from a run's scores alone."""
+    from evomerge import compose
+    from evomerge.delivery import predict as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.running.store import RunStore
+
+    with RunStore.read(run) as store:
+        prepared = compose.prepare(compose.stored_config(run))
+        summary = Summary(store, compose.stored_suite(store))
+        found = delivery.predict(store, summary, prepared, recipe)
+    _out.say(delivery.text(found))
+    _out.data(delivery.as_data(found))
+
+
 def _check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
     if form not in valid:
         raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))

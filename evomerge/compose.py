@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,9 @@ from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
-from evomerge.search import baselines, optimizers
+from evomerge.search import baselines, optimizers, spaces
 from evomerge.search.genes import Space
-from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
-from evomerge.search.space import SearchSpace
 from evomerge.search.warm_start import WarmStart
 
 _LIBRARIES = (
@@ -57,7 +54,7 @@ class Prepared:
 
     config: RunConfig
     suite: Suite
-    space: SearchSpace | LayerPathSpace
+    space: spaces.AnySpace
     template: Recipe
     worker: WorkerSpec
     fingerprints: dict[str, str]
@@ -92,7 +89,13 @@ def prepare(config: RunConfig) -> Prepared:
     notes = (*check(template, sources), *kernels.notes())
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
-    space = _space(config, template, {name: tuple(source.headers) for name, source in sources.items()})
+    assert not isinstance(config.space, str)
+    space = spaces.apply(
+        config.space,
+        template=template,
+        sources=tuple(config.models.sources),
+        tensors={name: tuple(source.headers) for name, source in sources.items()},
+    )
     _optimizer(config, space)
     warm = warm_start.resolve(config.warm_start, space=space, template=template, folder=Path(config.out))
     for start in warm.recipes:
@@ -139,17 +142,6 @@ def _check_gradients(warm: WarmStart, space: Space) -> None:
             expected="a space over a method such as linear, task_arithmetic, ties or slerp",
             fix="set warm_start.gradients: off",
         )
-
-
-def _space(
-    config: RunConfig, template: Recipe, tensors: Mapping[str, Sequence[str]]
-) -> SearchSpace | LayerPathSpace:
-    """Apply the config's search space to its models; tensors: the names each of them has."""
-    assert not isinstance(config.space, str)
-    names = tuple(config.models.sources)
-    if isinstance(config.space, LayerPathSpec):
-        return LayerPathSpace(config.space, template=template, sources=names, tensors=tensors)
-    return SearchSpace(config.space, template=template, sources=names, tensors=tensors[BASE])
 
 
 def start(config: RunConfig, observer: Observer) -> Outcome:

@@ -14,25 +14,20 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
 from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.guide import SurrogateSpec
-from evomerge.search.layer_path import LayerPathSpec
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
-from evomerge.search.space import SpaceSpec
+from evomerge.search.spaces import AnySpec, parse_space
 from evomerge.search.warm_start import WarmStartSpec
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
-
-
-AnySpace = SpaceSpec | LayerPathSpec
-"""A search space as written, of either kind."""
 
 
 class ModelsSpec(Strict):
@@ -64,7 +59,7 @@ class RunConfig(Strict):
     """
 
     models: ModelsSpec
-    space: str | AnySpace
+    space: str | AnySpec
     suite: str
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
@@ -160,23 +155,12 @@ def _resolve_suite(name: str, folder: Path) -> str:
     return name if path.parent == preset_folder("benchmarks/suites").resolve() else str(path)
 
 
-def load_space(space: str | AnySpace, *, beside: Path | None = None) -> AnySpace:
+def load_space(space: str | AnySpec, *, beside: Path | None = None) -> AnySpec:
     """Return the search space of a preset name, a file, or as it is."""
     if not isinstance(space, str):
         return space
     path = find_preset("search_spaces", space, beside=beside)
     return parse_space(load_yaml(path), str(path))
-
-
-def parse_space(data: Mapping[str, Any], where: str) -> AnySpace:
-    """Return the search space some plain data describe: `kind` says which, the ordinary kind has none."""
-    if "kind" not in data:
-        return parse(SpaceSpec, data, where)
-    if data["kind"] != "layer_path":
-        raise ConfigError(
-            f"{where}: unknown kind {data['kind']!r}", fix=nearest(str(data["kind"]), ["layer_path"])
-        )
-    return parse(LayerPathSpec, data, where)
 
 
 def resolve_location(location: str, folder: Path) -> str:

@@ -21,7 +21,7 @@ from evomerge.merging.reading import read_recipe
 from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
-NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "analyze", "fisher"]
+NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "predict", "analyze", "fisher"]
 NAMES += ["evaluate", "demo", "zoo", "spaces"]
 
 
@@ -111,6 +111,21 @@ def test_spaces_show_prints_the_genes(config: Callable[..., Path], tmp_path: Pat
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(one))
     assert "mine: 6 genes" in succeed("spaces", "show", tmp_path / "mine.yaml")
+
+
+def test_spaces_show_prints_the_choices_of_a_layer_path(config: Callable[..., Path]) -> None:
+    text = succeed("spaces", "show", "hybrid_path")
+    assert "paths of 26 to 32 layers through 3 models" in text
+    assert "slot 0 is used" in text
+    assert "0.5 ... 1.5" in text
+    data = json.loads(succeed("spaces", "show", "layer_path", "--models", config(), "--json"))
+    assert data["methods"] == ["passthrough"]
+    assert data["dimension"] == len(data["genes"]) == 7  # two slots and the model around them
+    shown = {gene["name"]: (gene["kind"], gene["values"], gene["condition"]) for gene in data["genes"]}
+    assert shown["slot 0: used"] == ("flag", "no, yes", "")
+    assert shown["slot 1: model"] == ("choice", "upper, reverse", "slot 1 is used")
+    assert shown["slot 1: layers"] == ("integer", "0, 1", "slot 1 is used")
+    assert shown["embeddings, final norm and head: model"] == ("choice", "upper, reverse", "")
 
 
 def test_mistakes_of_spaces(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:

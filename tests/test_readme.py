@@ -46,7 +46,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evomerge").symlink_to(ROOT / "evomerge")
     listed = [c for c in commands(README) if not c.startswith(SLOW)]
-    assert len(listed) == 15
+    assert len(listed) == 16
     (tmp_path / "text.txt").write_text("the cat is old .\nthe dog is here .\n")
     output = {command: run(SMALLER.get(command, command)) for command in listed}
     assert "search" in output["evomerge run evomerge/zoo/demo.yaml"]

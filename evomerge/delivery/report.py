@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge.delivery import front_plots, objectives
+from evomerge.delivery.guidance import guidance
 from evomerge.delivery.objectives import Front
-from evomerge.delivery.summary import Claim, Luck, Row, Share, Summary
+from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary
 from evomerge.evaluation.statistics import Interval
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import RunStore
@@ -52,6 +53,9 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
     else:
         parts.append(Text("no verdict yet: the run has not been tested", style="yellow"))
     parts += [Text(f"note: {note}", style="yellow") for note in summary.notes()]
+    guided = guidance(store)
+    if guided is not None:
+        parts.append(Text(guided.sentence, style="dim"))
     cost = summary.cost()
     if cost.candidates:
         parts.append(
@@ -153,11 +157,25 @@ def luck_line(luck: Luck | None) -> str | None:
     if luck is None:
         return None
     seen = [("search", luck.search), ("select", luck.select), ("test", luck.test)]
-    course = ", ".join(f"{100 * value:.1f} on {split}" for split, value in seen if value is not None)
+    part = blocks_text(luck.blocks, luck.of)
+    course = ", ".join(
+        f"{100 * value:.1f} on {split}{part if split == 'search' else ''}"
+        for split, value in seen
+        if value is not None
+    )
     return (
         f"luck: the best of {luck.candidates} candidates is expected to look {100 * luck.expected:.1f} "
         f"points better than it is; the winner has {course}"
     )
+
+
+def blocks_text(blocks: int, of: int) -> str:
+    """Return on how many item blocks something was scored, nothing where it was all.
+
+    >>> blocks_text(2, 8), blocks_text(8, 8)
+    (' (2 of 8 item blocks)', '')
+    """
+    return "" if blocks == of else f" ({blocks} of {of} item blocks)"
 
 
 def percent(share: float | None) -> str:
@@ -177,7 +195,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     """Return the report as plain data for scripts (`report --json`)."""
     rows = summary.rows()
     verdict, cost, luck = summary.verdict(rows), summary.cost(), summary.luck()
-    front = objectives.front(store, summary)
+    front, guided = objectives.front(store, summary), guidance(store)
     return {
         "run": str(store.folder),
         "digest": store.digest(),
@@ -227,6 +245,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "overhead": cost.overhead,
         },
         "notes": summary.notes(),
+        "surrogate": None if guided is None else guided.as_data(),
         "front": None if front is None else front.as_data(),
         "constraints": objectives.constraints(store, summary),
         "failures": [
@@ -241,9 +260,10 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
     template = files("evomerge.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": percent}
-    front = objectives.front(store, summary)
+    front, guided, progress = objectives.front(store, summary), guidance(store), summary.progress()
     figures = {
-        "progress": _progress(summary),
+        "progress": _progress(progress),
+        "surrogate": None if guided is None else _dressed(guided.figure()),
         "tasks": _tasks(summary, rows),
         "genome": _genome(summary.winner),
     }
@@ -262,6 +282,10 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         notes=summary.notes(),
         cost=summary.cost(),
         finalists=summary.finalists(),
+        progress=progress,
+        evaluations=summary.evaluations(),
+        surrogate=guided,
+        blocks_text=blocks_text,
         front=front,
         axes=[objectives.axis(name) for name in front.objectives] if front else [],
         failures=store.failures(),
@@ -288,26 +312,47 @@ def _claim_table(summary: Summary, claims: Sequence[Claim]) -> list[tuple[str, l
     return [("mean" if t is None else _short(t, summary), rows) for t, rows in found.items()]
 
 
-def _progress(summary: Summary) -> go.Figure | None:
-    """Best-so-far, best and median of each generation on `search`, with the best baseline as a line."""
-    progress = summary.progress()
+def _progress(progress: Progress) -> go.Figure | None:
+    """Best-so-far, best and median of each generation on `search`, beside the best baseline there."""
     if not progress.generations:
         return None
     x = list(progress.generations)
     figure = go.Figure()
-    for name, values, line in (
-        ("median of the generation", progress.median, {"color": _MUTED, "width": 1.5, "dash": "dot"}),
-        ("best of the generation", progress.best, {"color": _ACCENT, "width": 1.5, "dash": "dot"}),
-        ("best so far", progress.best_so_far, {"color": _ACCENT, "width": 3}),
-    ):
-        figure.add_scatter(x=x, y=[100 * v for v in values], mode="lines", name=name, line=line)
-    if progress.best_baseline is not None:
-        figure.add_hline(
-            y=100 * progress.best_baseline,
-            line={"color": "#d9822b", "width": 2},
-            annotation_text=f"best baseline on search: {progress.best_baseline_name}",
-            annotation_position="bottom right",
-        )
+    baseline = [None if value is None else 100 * value for value in progress.baseline]
+    lines: list[tuple[str, list[float | None], dict[str, object]]] = [
+        (
+            "median of the generation",
+            [100 * v for v in progress.median],
+            {"color": _MUTED, "width": 1.5, "dash": "dot"},
+        ),
+        (
+            "best of the generation",
+            [100 * v for v in progress.best],
+            {"color": _ACCENT, "width": 1.5, "dash": "dot"},
+        ),
+        ("best so far", [100 * v for v in progress.best_so_far], {"color": _ACCENT, "width": 3}),
+        (f"best baseline: {progress.best_baseline_name}", baseline, {"color": "#d9822b", "width": 2}),
+    ]
+    hover = [f"{n} of {progress.of} item blocks" for n in progress.blocks]
+    for name, values, line in lines:
+        if any(value is not None for value in values):
+            figure.add_scatter(
+                x=x,
+                y=values,
+                mode="lines" if len(x) > 1 else "markers",
+                name=name,
+                line=line,
+                text=hover,
+                hovertemplate="%{y:.1f} (%{text})<extra>%{fullData.name}</extra>",
+            )
+    for before, number, there, here in zip(x, x[1:], progress.blocks, progress.blocks[1:], strict=False):
+        if there != here:
+            figure.add_vline(
+                x=(before + number) / 2,
+                line={"color": _MUTED, "width": 1, "dash": "dash"},
+                annotation_text=f"{here} of {progress.of} item blocks",
+                annotation_position="bottom right",
+            )
     return _styled(figure, x="generation", y="mean normalised score on search")
 
 

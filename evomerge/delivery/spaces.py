@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running.store import BASE
 from evomerge.schema import preset_folder
+from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec
 from evomerge.search.space import Gene, SearchSpace, SpaceSpec
+from evomerge.search.spaces import AnySpace, AnySpec, apply
 
 EXAMPLE_LAYERS, EXAMPLE_SOURCES = 32, ("a", "b", "c")
 _LAYER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
@@ -34,7 +36,7 @@ class Models:
 
     template: Recipe
     sources: tuple[str, ...]
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, Sequence[str]]
     text: str
 
     @classmethod
@@ -51,15 +53,14 @@ class Models:
         return cls(
             template=template,
             sources=sources,
-            tensors=tuple(opened[BASE].headers),
+            tensors={name: tuple(source.headers) for name, source in opened.items()},
             text=f"{', '.join(sources)} of {config}",
         )
 
     @classmethod
-    def example(cls, spec: SpaceSpec) -> Models:
+    def example(cls, spec: AnySpec) -> Models:
         """Return the models of the example: three sources, or as many as the methods take."""
-        most = min(methods.get(name).max_sources or len(EXAMPLE_SOURCES) for name in spec.method.choices)
-        sources = EXAMPLE_SOURCES[:most]
+        sources = EXAMPLE_SOURCES[: None if isinstance(spec, LayerPathSpec) else _most(spec)]
         template = Recipe(
             models={name: name for name in (BASE, *EXAMPLE_SOURCES)},
             groups=(TensorGroup(method="linear", sources=sources),),
@@ -69,13 +70,13 @@ class Models:
         return cls(
             template=template,
             sources=sources,
-            tensors=EXAMPLE_TENSORS,
+            tensors=dict.fromkeys((BASE, *sources), EXAMPLE_TENSORS),
             text=f"{len(sources)} sources of {EXAMPLE_LAYERS} layers, as an example",
         )
 
-    def space(self, spec: SpaceSpec) -> SearchSpace:
+    def space(self, spec: AnySpec) -> AnySpace:
         """Apply a preset to these models."""
-        return SearchSpace(spec, template=self.template, sources=self.sources, tensors=self.tensors)
+        return apply(spec, template=self.template, sources=self.sources, tensors=self.tensors)
 
 
 def presets(config: Path | None) -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ def presets(config: Path | None) -> list[dict[str, Any]]:
     for name in sorted(path.stem for path in preset_folder("search_spaces").glob("*.yaml")):
         spec = load_space(name)
         on = models or Models.example(spec)
-        row: dict[str, Any] = {"name": name, "about": spec.about, "methods": list(spec.method.choices)}
+        row: dict[str, Any] = {"name": name, "about": spec.about, "methods": list(_methods(spec))}
         try:
             row |= {"dimension": on.space(spec).dimension, "problem": None}
         except ConfigError as error:
@@ -124,11 +125,11 @@ def as_data(name: str, config: Path | None) -> dict[str, Any]:
         "about": spec.about,
         "models": models.text,
         "sources": list(space.sources),
-        "methods": list(spec.method.choices),
+        "methods": list(_methods(spec)),
         "dimension": space.dimension,
         "summary": space.describe(),
-        "notes": list(space.notes),
-        "genes": [_gene(space, gene) for gene in space.genes],
+        "notes": list(space.notes) if isinstance(space, SearchSpace) else [],
+        "genes": _genes(space),
     }
 
 
@@ -143,6 +144,46 @@ def text(data: dict[str, Any]) -> RenderableType:
         table.add_row(label, gene["kind"], gene["values"], gene["source"] or "", where, gene["condition"])
     head = f"{data['summary']}\n{data['about']}\nmodels: {data['models']}"
     return Group(Text(head), table, *(Text(f"note: {note}") for note in data["notes"]))
+
+
+def _most(spec: SpaceSpec) -> int:
+    """How many sources the methods of a preset take, at most as many as the example has."""
+    return min(methods.get(name).max_sources or len(EXAMPLE_SOURCES) for name in spec.method.choices)
+
+
+def _methods(spec: AnySpec) -> tuple[str, ...]:
+    return ("passthrough",) if isinstance(spec, LayerPathSpec) else tuple(spec.method.choices)
+
+
+def _genes(space: AnySpace) -> list[dict[str, Any]]:
+    if isinstance(space, LayerPathSpace):
+        return _path_genes(space)
+    return [_gene(space, gene) for gene in space.genes]
+
+
+def _path_genes(space: LayerPathSpace) -> list[dict[str, Any]]:
+    """Return the genes of a layer path; what they apply to, a slot of it, stands before the colon."""
+    rows = []
+    for label, values, coordinate in zip(space.labels, space.values, space.coordinates, strict=True):
+        group, _, parameter = label.partition(": ")
+        real, optional = coordinate.levels is None, group.startswith("slot") and parameter != "used"
+        kind = "real" if real else "integer" if coordinate.ordered else "choice"
+        rows.append(
+            {
+                "name": label,
+                "parameter": parameter,
+                "kind": "flag" if parameter == "used" else kind,
+                "values": values,
+                "levels": coordinate.levels,
+                "ordered": coordinate.ordered,
+                "source": None,
+                "group": group,
+                "point": None,
+                "methods": ["passthrough"],
+                "condition": f"{group} is used" if optional else "",
+            }
+        )
+    return rows
 
 
 def _gene(space: SearchSpace, gene: Gene) -> dict[str, Any]:

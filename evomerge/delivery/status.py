@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from evomerge.delivery import objectives
+from evomerge.delivery.guidance import guidance
+from evomerge.delivery.report import blocks_text
 from evomerge.delivery.summary import Summary
 from evomerge.running.store import RunStore
 
@@ -14,6 +16,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     generations = store.generations()
     told = [g for g in generations if g.losses is not None]
     progress, failures = summary.progress(), store.failures()
+    guided = guidance(store)
     verdict, front = summary.verdict(summary.rows()), objectives.front(store, summary)
     return {
         "run": str(store.folder),
@@ -25,6 +28,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "budget": store.fact("config")["budget"],
         "hours": round(store.hours(), 4),
         "best_on_search": progress.best_so_far[-1] if progress.best_so_far else None,
+        "best_on_blocks": [progress.blocks[-1], progress.of] if progress.blocks else None,
         "best_baseline_on_search": progress.best_baseline,
         "best_baseline": progress.best_baseline_name,
         "failures": len(failures),
@@ -33,6 +37,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "verdict": verdict.sentence if verdict else None,
         "front": front.as_data() | {"sentence": front.sentence} if front else None,
         "constraints": objectives.constraints(store, summary),
+        "surrogate": None if guided is None else guided.as_data(),
     }
 
 
@@ -45,10 +50,13 @@ def text(data: dict[str, Any]) -> str:
         f"{data['evaluations']:.4g} evaluations, {60 * data['hours']:.1f} minutes (budget: {limits})",
     ]
     if data["best_on_search"] is not None:
-        lines.append(f"  best so far on search: {100 * data['best_on_search']:.1f} points")
+        part = blocks_text(*data["best_on_blocks"])
+        lines.append(f"  best so far on search: {100 * data['best_on_search']:.1f} points{part}")
     if data["best_baseline_on_search"] is not None:
         points = 100 * data["best_baseline_on_search"]
         lines.append(f"  best baseline on search: {points:.1f} points ({data['best_baseline']})")
+    if data["surrogate"]:
+        lines.append(f"  {data['surrogate']['sentence']}")
     if data["failures"]:
         lines.append(f"  {data['failures']} failed, the last: {data['last_failure']}")
     if data["front"]:

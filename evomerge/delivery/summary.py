@@ -6,7 +6,7 @@ disagree. Points are hundredths of the distance from the base to a specialist.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite, SuiteTask
 from evomerge.running.store import RunStore
 from evomerge.search.baselines import Named
+from evomerge.search.prediction import shared_blocks
 
 _SEED = 20240  # of the bootstrap: a report of the same run always shows the same digits
 
@@ -97,7 +98,8 @@ class Luck:
     """How much of the winner's score on `search` was luck: expected beforehand, and seen afterwards.
 
     expected: by how much the best of the candidates looks better than it is, in mean normalised score.
-    search, select, test: the winner's mean normalised score on each split.
+    search, select, test: the winner's mean normalised score on each split. blocks: how many of the `of` item
+    blocks of `search` it was scored on; the expectation is that of candidates on those items.
     """
 
     candidates: int
@@ -105,16 +107,39 @@ class Luck:
     search: float
     select: float | None
     test: float | None
+    blocks: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a recipe scored on the item blocks of `search` it met.
+
+    mean: normalised; from its difference to the base on those items, in the unit of all items. tasks: the
+    same for every skill.
+    """
+
+    mean: float
+    tasks: dict[str, float]
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Best and median mean normalised `search` score per generation, and where baselines stand there."""
+    """Best and median mean normalised `search` score per generation, and where baselines stand there.
+
+    A generation is measured on the item blocks its survivors were scored on; `blocks` says how many of `of`.
+    best_so_far: of all candidates up to there on those same items, so it may fall where they change.
+    baseline: on those items, of the baseline that is the best on all.
+    """
 
     generations: tuple[int, ...]
     best: tuple[float, ...]
     best_so_far: tuple[float, ...]
     median: tuple[float, ...]
+    blocks: tuple[int, ...]
+    of: int
+    baseline: tuple[float | None, ...]
     best_baseline: float | None
     best_baseline_name: str | None
 
@@ -138,12 +163,16 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finalist:
-    """A candidate that was scored again: its mean normalised score on `search` and on `select`."""
+    """A candidate that was scored again: its mean normalised score on `search` and on `select`.
+
+    blocks: the number of item blocks of `search` it was scored on.
+    """
 
     name: str
     recipe: str
     search: float | None
     select: float | None
+    blocks: int
 
 
 class Summary:
@@ -158,6 +187,8 @@ class Summary:
         winners = store.entries("winner") if store.fact("stopped") else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
+        self._scales: dict[tuple[int, ...], Normaliser] = {}
+        self._read: dict[str, list[Scores]] = {}
 
     @property
     def shown_tasks(self) -> list[SuiteTask]:
@@ -315,24 +346,22 @@ class Summary:
     def luck(self) -> Luck | None:
         """Return how much of the winner's search score was to be expected from luck, and how much it lost.
 
-        Candidates that were scored on a part of the items only were far behind: they would win no draw.
+        Candidates that were scored on fewer items than the winner were far behind: they would win no draw.
         """
-        normaliser = self.normaliser("search")
         mine = None if self.winner is None else self.winner.recipe.hash
-        search = None if mine is None else self._mean(mine, "search")
-        if normaliser is None or mine is None or search is None:
+        search = None if mine is None else self.on_search(mine)
+        if mine is None or search is None:
             return None
+        blocks = tuple(part.blocks[0] for part in self.parts(mine))
+        normaliser = self._on(blocks)
         first: dict[str, int] = {}
         asked = 0
         for generation in self._store.generations():
             asked += len(generation.recipes)
             for recipe in generation.recipes:
                 first.setdefault(recipe, generation.number)
-        scored = [
-            (n, s) for r, n in first.items() if isinstance(s := self._store.result(r, "search"), Scores)
-        ]
-        most = max((s.items for _, s in scored), default=0)
-        whole = [(number, normaliser.items(s)) for number, s in scored if s.items == most]
+        scored = [(number, self._joined(recipe, blocks)) for recipe, number in first.items()]
+        whole = [(number, normaliser.items(s)) for number, s in scored if s is not None]
         if not whole:
             return None
         expected = statistics.expected_luck(
@@ -344,9 +373,11 @@ class Summary:
         return Luck(
             candidates=asked,
             expected=expected,
-            search=search,
+            search=search.mean,
             select=self._mean(mine, "select"),
             test=self._mean(mine, "test"),
+            blocks=len(blocks),
+            of=self._store.blocks("search"),
         )
 
     def _specialist(self, task: SuiteTask, parents: Iterable[Row]) -> Row | None:
@@ -365,30 +396,45 @@ class Summary:
 
     def progress(self) -> Progress:
         """Return the search's course on the `search` split."""
-        normaliser = self.normaliser("search")
-        numbers, best, median = [], [], []
-        for generation in self._store.generations():
-            complete, means = self._means(generation.recipes)
-            if complete:
-                numbers.append(generation.number)
-                best.append(max(complete))
-                median.append(float(np.median(means)))
         ranked = [
-            (m, b.name) for b in self.baselines if (m := self._mean(b.recipe.hash, "search")) is not None
+            (m, b.name, b.recipe.hash)
+            for b in self.baselines
+            if (m := self._mean(b.recipe.hash, "search")) is not None
         ]
-        top = max(ranked) if ranked and normaliser else (None, None)
+        top = max(ranked) if ranked and self.normaliser("search") else (None, None, None)
+        numbers, best, so_far, median, counts, beside = [], [], [], [], [], []
+        asked: dict[str, None] = {}
+        means: dict[tuple[int, ...], dict[str, float]] = {}
+        for generation in self._store.generations() if self.normaliser("search") else ():
+            asked |= dict.fromkeys(generation.recipes)
+            blocks = self._blocks_of(generation.recipes)
+            if not blocks:
+                continue
+            found = means.setdefault(blocks, {})
+            for recipe in (*asked, *([top[2]] if top[2] else ())):
+                if recipe not in found and (scores := self._joined(recipe, blocks)) is not None:
+                    found[recipe] = self._on(blocks).mean(scores)
+            numbers.append(generation.number)
+            best.append(max(found[recipe] for recipe in generation.recipes if recipe in found))
+            so_far.append(max(found[recipe] for recipe in asked if recipe in found))
+            median.append(float(np.median(self._means(generation.recipes, blocks, found))))
+            counts.append(len(blocks))
+            beside.append(found.get(top[2]) if top[2] else None)
         return Progress(
             generations=tuple(numbers),
             best=tuple(best),
-            best_so_far=tuple(np.maximum.accumulate(best).tolist()) if best else (),
+            best_so_far=tuple(so_far),
             median=tuple(median),
+            blocks=tuple(counts),
+            of=self._store.blocks("search"),
+            baseline=tuple(beside),
             best_baseline=top[0],
             best_baseline_name=top[1],
         )
 
     def evaluations(self) -> float:
         """Return what the search has had scored, in full evaluations; baselines and repeats don't count."""
-        base = self._parts(self.parents[0].recipe.hash) if self.parents else []
+        base = self.parts(self.parents[0].recipe.hash) if self.parents else []
         if len(base) < self._store.blocks("search"):
             return 0.0
         free = {named.recipe.hash for named in (*self.parents, *self.baselines)}
@@ -397,46 +443,79 @@ class Summary:
         items = [part.items for part in base]
         return sum(items[block] for recipe in asked for block in scored.get(recipe, ())) / sum(items)
 
-    def _parts(self, recipe: str) -> list[Scores]:
+    def parts(self, recipe: str) -> list[Scores]:
         """Return what there is of a recipe's scores on the blocks of `search`."""
-        blocks = range(self._store.blocks("search"))
-        found = [self._store.result(recipe, "search", block) for block in blocks]
-        return [part for part in found if isinstance(part, Scores)]
+        if recipe not in self._read:
+            blocks = range(self._store.blocks("search"))
+            found = [self._store.result(recipe, "search", block) for block in blocks]
+            self._read[recipe] = [part for part in found if isinstance(part, Scores)]
+        return self._read[recipe]
 
-    def _means(self, recipes: Iterable[str]) -> tuple[list[float], list[float]]:
-        """Return a generation's means on `search`: of those scored on all blocks, and of all scored.
+    def on_search(self, recipe: str) -> Measured | None:
+        """Return what a recipe scored on whatever item blocks of `search` it met."""
+        own = self.parts(recipe)
+        if self.normaliser("search") is None or not own:
+            return None
+        scale, scores = self._on(tuple(part.blocks[0] for part in own)), joined(own)
+        return Measured(mean=scale.mean(scores), tasks=scale.task(scores), blocks=len(own))
+
+    def _on(self, blocks: tuple[int, ...]) -> Normaliser:
+        """The scale of `search` on some of its blocks."""
+        if blocks not in self._scales:
+            normaliser = self.normaliser("search")
+            base = self._joined(self.parents[0].recipe.hash, blocks)
+            assert normaliser is not None
+            assert base is not None
+            self._scales[blocks] = normaliser.on(base)
+        return self._scales[blocks]
+
+    def _joined(self, recipe: str, blocks: tuple[int, ...]) -> Scores | None:
+        """A recipe's scores on exactly these blocks, None where it did not meet all of them."""
+        own = [part for part in self.parts(recipe) if part.blocks[0] in blocks]
+        return joined(own) if len(own) == len(blocks) > 0 else None
+
+    def _blocks_of(self, recipes: Sequence[str]) -> tuple[int, ...]:
+        """The most item blocks that a quarter of a generation was scored on.
+
+        One or two may have met more: repeats of a baseline, and those a later generation took up again.
+        """
+        known = {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
+        new = [recipe for recipe in recipes if recipe not in known] or recipes
+        met = [{part.blocks[0] for part in found} for r in new if (found := self.parts(r))]
+        return shared_blocks(met, 0.25)
+
+    def _means(
+        self, recipes: Iterable[str], blocks: tuple[int, ...], complete: Mapping[str, float]
+    ) -> list[float]:
+        """Return the means of a generation on some blocks, `complete` being those scored on all of them.
 
         One that left a race early has, as what the optimizer was told, an estimate: its difference to the
         mean of the complete ones on the blocks it met, added to their mean on all.
         """
-        normaliser = self.normaliser("search")
-        if normaliser is None:
-            return [], []
-        parts = [found for recipe in recipes if (found := self._parts(recipe))]
-        count = self._store.blocks("search")
-        whole = [own for own in parts if len(own) == count]
-        complete = [normaliser.mean(joined(own)) for own in whole]
-        base = self._parts(self.parents[0].recipe.hash)
-        estimates = []
-        for own in parts:
-            met = [part.blocks[0] for part in own]
-            if not complete or len(own) == count:
-                continue
-            there = normaliser.on(joined([base[block] for block in met]))
-            rivals = [there.mean(joined([one[block] for block in met])) for one in whole]
-            estimates.append(there.mean(joined(own)) + float(np.mean(complete) - np.mean(rivals)))
-        return complete, [*complete, *estimates]
+        whole = [recipe for recipe in recipes if recipe in complete]
+        found = [complete[recipe] for recipe in whole]
+        average = float(np.mean(found))
+        for recipe in recipes:
+            met = tuple(part.blocks[0] for part in self.parts(recipe) if part.blocks[0] in blocks)
+            own = self._joined(recipe, met)
+            if recipe not in complete and own is not None:
+                there = self._on(met)
+                rivals = [s for r in whole if (s := self._joined(r, met)) is not None]
+                found.append(there.mean(own) + average - float(np.mean([there.mean(s) for s in rivals])))
+        return found
 
     def finalists(self) -> list[Finalist]:
         """Return the finalists by their estimate, then their soup and the optimizer's favourite."""
+        found = [(f, self.on_search(f.recipe.hash)) for f in self._store.entries("finalist")]
         return [
             Finalist(
                 name=f.name,
                 recipe=f.recipe.hash,
-                search=self._mean(f.recipe.hash, "search"),
+                search=seen.mean if seen else None,
                 select=self._mean(f.recipe.hash, "select"),
+                blocks=seen.blocks if seen else 0,
             )
-            for f in self._store.entries("finalist")
+            for f, seen in found
         ]
 
     def notes(self) -> list[str]:

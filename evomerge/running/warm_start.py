@@ -34,7 +34,10 @@ def resolve(spec: WarmStartSpec, *, space: Space, template: Recipe, folder: Path
             stored = store.fact(FACT) or []
         return WarmStart(recipes=tuple(_from_data(each, template) for each in stored), gradients=gradients)
     found = [
-        Named(name=f"recipe {Path(path).name}", recipe=_over(read_recipe(path), template, path))
+        Named(
+            name=f"recipe {Path(path).name}",
+            recipe=over(read_recipe(path), template, f"warm_start.recipes: {path}"),
+        )
         for path in spec.recipes
     ]
     if spec.run is not None:
@@ -89,15 +92,18 @@ def _of_run(folder: Path, space: Space, template: Recipe) -> list[Named]:
     return distinct(expressed)[:TAKEN]
 
 
-def _over(recipe: Recipe, template: Recipe, path: str) -> Recipe:
-    """Return a file's recipe over this run's models, which are matched by place, then by name."""
+def over(recipe: Recipe, template: Recipe, where: str) -> Recipe:
+    """Return a file's recipe over this run's models, which are matched by place, then by name.
+
+    where: what an error begins with.
+    """
     names: dict[str, str] = {}
     by_place = {_place(place): name for name, place in template.models.items()}
     for name in recipe.used_models():
         own = by_place.get(_place(recipe.models[name])) or (name if name in template.models else None)
         if own is None:
             raise ConfigError(
-                f"warm_start.recipes: {path}: {name!r} is none of this run's models",
+                f"{where}: {name!r} is none of this run's models",
                 expected=", ".join(f"{n} ({p})" for n, p in template.models.items()),
                 got=recipe.models[name],
                 fix=nearest(name, template.models),
@@ -105,13 +111,13 @@ def _over(recipe: Recipe, template: Recipe, path: str) -> Recipe:
         names[name] = own
     if recipe.stacked:
         raise ConfigError(
-            f"warm_start.recipes: {path}: repeats, drops or reorders layers, which this run can't score",
+            f"{where}: repeats, drops or reorders layers, which this run can't score",
             fix="leave it out",
         )
     bases = {names[base] for group in recipe.groups if (base := recipe.base_of(group)) is not None}
     if not bases <= {BASE}:
         raise ConfigError(
-            f"warm_start.recipes: {path}: takes task vectors from another base than this run's",
+            f"{where}: takes task vectors from another base than this run's",
             expected=template.models[BASE],
             got=", ".join(sorted(bases - {BASE})),
             fix="leave it out, or make a run with that base",

@@ -142,8 +142,9 @@ class LayerPathSpace:
             )
         self._coordinates: list[Coordinate] = []
         self._labels: list[str] = []
+        self._values: list[str] = []
         self._slots = tuple(self._slot(i, i * self.num_blocks // slots) for i in range(slots))
-        self._outer = self._choice("embeddings, final norm and head: model", len(self.models), ordered=False)
+        self._outer = self._choice("embeddings, final norm and head: model", self.models, ordered=False)
 
     @property
     def dimension(self) -> int:
@@ -159,6 +160,11 @@ class LayerPathSpace:
     def labels(self) -> tuple[str, ...]:
         """What every coordinate decides, in genome order."""
         return tuple(self._labels)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What every coordinate chooses from, for people."""
+        return tuple(self._values)
 
     def decode(self, genome: Genome) -> Recipe:
         """Return the recipe of a genome, shape (dimension,), values in [0, 1].
@@ -247,25 +253,28 @@ class LayerPathSpace:
 
     # The coordinates ---------------------------------------------------------------------------------
 
-    def _choice(self, label: str, levels: int, *, ordered: bool) -> int | None:
+    def _choice(self, label: str, values: Sequence[str], *, ordered: bool) -> int | None:
         """Add a discrete coordinate and return its position; None where there is nothing to choose."""
-        if levels < 2:
+        if len(values) < 2:
             return None
-        self._coordinates.append(Coordinate(levels=levels, ordered=ordered))
+        self._coordinates.append(Coordinate(levels=len(values), ordered=ordered))
         self._labels.append(label)
+        self._values.append(", ".join(values))
         return len(self._coordinates) - 1
 
     def _slot(self, number: int, place: int) -> _Slot:
         reach = self.spec.reach
         blocks = tuple(range(max(0, place - reach), min(self.num_blocks - 1, place + reach) + 1))
-        use = self._choice(f"slot {number}: used", 2, ordered=True)
+        use = self._choice(f"slot {number}: used", ("no", "yes"), ordered=True)
         assert use is not None
-        model = self._choice(f"slot {number}: model", len(self.models), ordered=False)
-        block = self._choice(f"slot {number}: block, from {blocks[0]}", len(blocks), ordered=True)
+        model = self._choice(f"slot {number}: model", self.models, ordered=False)
+        block = self._choice(f"slot {number}: layers", [self._shown(b) for b in blocks], ordered=True)
         first = len(self._coordinates)
         parts = () if self.spec.scale is None else tuple(OUTPUTS)
         self._coordinates += [Coordinate() for _ in parts]
         self._labels += [f"slot {number}: scale of {part}" for part in parts]
+        if self.spec.scale is not None:
+            self._values += [f"{self.spec.scale.low:g} ... {self.spec.scale.high:g}"] * len(parts)
         scales = tuple(range(first, first + len(parts)))
         return _Slot(place=place, blocks=blocks, use=use, model=model, block=block, scales=scales)
 
@@ -281,6 +290,11 @@ class LayerPathSpace:
             return Step(model=model, block=block)
         attn, mlp = (self.spec.scale.value(float(u[position])) for position in slot.scales)
         return Step(model=model, block=block, attn=attn, mlp=mlp)
+
+    def _shown(self, block: int) -> str:
+        """A block for people: its layers, from 0."""
+        layers = self._layers_of(block)
+        return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
     def _layers_of(self, block: int) -> range:
         return range(block * self.spec.block, min((block + 1) * self.spec.block, self.num_layers))

@@ -175,6 +175,16 @@ class Model:
         own = np.maximum(np.bincount(block.outputs.task, minlength=self._tasks), 1)
         return found / own
 
+    def left_out_uncertainty(self) -> Array:
+        """Return (n,): how uncertain `left_out` is of each genome, in units of the prior's, with noise."""
+        block = max(self._blocks, key=lambda b: len(b.rows))
+        return np.sqrt(block.left_out_variance())
+
+    @property
+    def noise(self) -> float:
+        """The variance of what no genome explains, in units of the prior's."""
+        return self._blocks[0].kernel.noise
+
 
 class Pending:
     """Genomes about to be scored, in whose light a model is less uncertain (Desautels et al. 2014)."""
@@ -340,10 +350,14 @@ class _Block:
 
     def left_out(self) -> tuple[Array, Array]:
         """Return leave-one-out means and standard deviations, both (n, columns)."""
+        own = self.left_out_variance()[:, None]
+        means = self.mean + self.residuals - self.weights * own
+        return means, np.sqrt(self.variance * own)
+
+    def left_out_variance(self) -> Array:
+        """Return leave-one-out variances in units of the prior's, (n,)."""
         inverse = scipy.linalg.cho_solve((self.factor, True), np.eye(len(self.rows)), check_finite=False)
-        own = np.diag(inverse)[:, None]
-        means = self.mean + self.residuals - self.weights / own
-        return means, np.sqrt(self.variance / own)
+        return 1.0 / np.diag(inverse)
 
     def _column(self, here: Array, rows: Array) -> tuple[Array, Array]:
         """Return the kernel between `here` and rows, (n,), and its change with `here`, (n, features)."""

@@ -1,0 +1,170 @@
+"""`evomerge predict`: what it says is what the store says; it does not peek at the recipe it predicts."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from evomerge import compose
+from evomerge.delivery import predict, report, status
+from evomerge.delivery.guidance import guidance
+from evomerge.delivery.summary import Summary
+from evomerge.errors import ConfigError, StoreError
+from evomerge.running.store import RunStore
+from evomerge.search import prediction
+from evomerge.search.guide import TRUSTED, GuideState
+
+Opened = tuple[RunStore, Summary, compose.Prepared]
+
+
+@pytest.fixture(scope="module")
+def opened(finished_run: Path) -> Opened:
+    store = RunStore.read(finished_run)
+    summary = Summary(store, compose.stored_suite(store))
+    return store, summary, compose.prepare(compose.stored_config(finished_run))
+
+
+def said(found: predict.Predicted) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(predict.text(found))
+    return " ".join(console.export_text().split())
+
+
+def test_a_file_and_the_start_of_a_hash_are_the_same_recipe(opened: Opened, tmp_path: Path) -> None:
+    store, summary, prepared = opened
+    assert summary.winner is not None
+    recipe = summary.winner.recipe
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "mergekit.yaml").write_text(recipe.to_mergekit_yaml())
+    by_hash = predict.predict(store, summary, prepared, recipe.hash[:10])
+    for name in ("recipe.yaml", "mergekit.yaml"):
+        assert predict.predict(store, summary, prepared, str(tmp_path / name)) == by_hash
+    assert by_hash.measured == summary.on_search(recipe.hash)
+    assert by_hash.baseline == summary.progress().best_baseline_name
+
+
+def test_all_that_was_scored_is_learnt_but_the_recipe_itself(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, summary, prepared = opened
+    asked = store.generations()[-1].recipes[0]
+    seen: list[str] = []
+    real = prediction.forecast
+
+    def spy(genome: Any, examples: Any, **rest: Any) -> prediction.Forecast:
+        seen.extend(e.recipe for e in examples)
+        return real(genome, examples, **rest)
+
+    monkeypatch.setattr(prediction, "forecast", spy)
+    predict.predict(store, summary, prepared, asked)
+    every = {e.recipe for e in predict.scored(store, summary, prepared)}
+    named = {n.recipe.hash for n in (*summary.parents, *summary.baselines)}
+    assert asked in every
+    assert asked not in seen
+    assert set(seen) <= every
+    assert set(seen) & named
+    assert {summary.parents[0].recipe.hash, summary.parents[1].recipe.hash} <= every
+
+
+def test_text_and_data_say_the_same(opened: Opened) -> None:
+    store, summary, prepared = opened
+    found = predict.predict(store, summary, prepared, store.generations()[0].recipes[0])
+    text, data = said(found), json.loads(json.dumps(predict.as_data(found)))
+    assert data["low"] < data["mean"] < data["high"]
+    assert set(data["tasks"]) == {"demo_reverse", "demo_upper"}
+    assert f"{100 * data['mean']:.1f} points" in text
+    assert f"learnt from {data['recipes']} recipes" in text
+    assert data["measured"]["of"] == 3
+    assert "measured" in text
+    assert found.baseline is not None
+    assert f"best baseline ({found.baseline})" in text
+
+
+@pytest.mark.parametrize("asked", ["no-such-file.yaml", "abc", "ABCDEF12"])
+def test_what_is_neither_file_nor_hash(opened: Opened, asked: str) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        predict.predict(*opened, asked)
+
+
+def test_a_recipe_outside_the_space_or_over_other_models(opened: Opened, tmp_path: Path) -> None:
+    store, summary, prepared = opened
+    slerp = next(b.recipe for b in summary.baselines if b.name == "SLERP")
+    with pytest.raises(ConfigError, match="not in the run's search space"):
+        predict.predict(store, summary, prepared, slerp.hash)
+    (tmp_path / "other.yaml").write_text(slerp.to_yaml().replace("upper", "unknown"))
+    with pytest.raises(ConfigError, match=r"other\.yaml: 'unknown' is none of this run's models"):
+        predict.predict(store, summary, prepared, str(tmp_path / "other.yaml"))
+
+
+def test_changed_models_are_refused(opened: Opened) -> None:
+    store, summary, _ = opened
+    with pytest.raises(StoreError, match="model files changed"):
+        predict.predict(store, summary, SimpleNamespace(fingerprints={}), "abcdef")  # type: ignore[arg-type]
+
+
+LISTENED = [(None, 0, 2), (TRUSTED - 0.1, 2, 2), (TRUSTED - 0.2, 0, 2), (TRUSTED + 0.5, 0, 4)]
+
+
+@pytest.fixture
+def guided(finished_run: Path, tmp_path: Path) -> RunStore:
+    """A copy of the run whose surrogate had a weak start and was not listened to for two generations."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    store = RunStore.open(tmp_path / "run")
+    for number, (correlation, proposed, blocks) in enumerate(LISTENED):
+        state = GuideState(correlation=correlation, proposed=proposed, blocks=blocks, radius=0.3)
+        store.record_guide(number, state)
+    return store
+
+
+def test_what_the_surrogate_did_is_told_alike_everywhere(guided: RunStore, tmp_path: Path) -> None:
+    found = guidance(guided)
+    assert found is not None
+    assert found.off == (2, 3)
+    assert found.blocks == (2, 2, 2, 2)
+    assert sum(found.proposed) == 2
+    for part in ("proposed 2 of 12 candidates", "on 2 of 3 item blocks", "in 2 of 4 generations (2-3)"):
+        assert part in found.sentence
+    summary = Summary(guided, compose.stored_suite(guided))
+    assert found.sentence in status.text(status.as_data(guided, summary))
+    data = report.as_data(guided, summary)["surrogate"]
+    assert data["correlation"] == pytest.approx(TRUSTED + 0.5)
+    assert data["off"] == [2, 3]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.terminal(guided, summary, width=200))
+    assert found.sentence in " ".join(console.export_text().split())
+    page = report.write_html(guided, summary, tmp_path / "page.html").read_text()
+    assert "<h2>The surrogate</h2>" in page
+    assert 'id="surrogate"' in page
+
+
+def test_a_run_without_a_surrogate_says_nothing_of_one(guided: RunStore, tmp_path: Path) -> None:
+    guided._db.execute("DELETE FROM guide")
+    guided._db.commit()
+    summary = Summary(guided, compose.stored_suite(guided))
+    assert guidance(guided) is None
+    assert report.as_data(guided, summary)["surrogate"] is None
+    assert "surrogate:" not in status.text(status.as_data(guided, summary))
+    assert "The surrogate" not in report.write_html(guided, summary, tmp_path / "page.html").read_text()
+
+
+def test_progress_is_on_the_items_that_were_scored(opened: Opened) -> None:
+    _, summary, _ = opened
+    progress = summary.progress()
+    assert progress.of == 3
+    assert len(progress.generations) == len(progress.blocks) == len(progress.baseline) == 3
+    assert all(1 <= n <= 3 for n in progress.blocks)
+    assert all(b <= s for b, s in zip(progress.best, progress.best_so_far, strict=True))
+    course = list(zip(progress.blocks, progress.best_so_far, strict=True))
+    assert all(b >= a for (there, a), (here, b) in pairwise(course) if there == here)
+    for finalist in summary.finalists():
+        seen = summary.on_search(finalist.recipe)
+        assert seen is not None
+        assert (finalist.search, finalist.blocks) == (seen.mean, seen.blocks)
