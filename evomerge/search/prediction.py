@@ -24,6 +24,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, joined
 from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.guide import MeanLoss, Observed
+from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.surrogate import ENOUGH, NEAREST, Outputs, Surrogate
 
 Array = NDArray[np.float64]
@@ -89,7 +90,7 @@ def forecast(
             fix="let the run go on",
         )
     scale = normaliser.on(joined([base[block] for block in blocks]))
-    loss = MeanLoss(scale, retention=0.0)
+    loss = MeanLoss(scale, ObjectiveSpec(retention=0.0, coherence=0.0))
     observed = Observed(loss.tasks, base)
     outputs = [observed.outputs[block] for block in blocks]
     surrogate = Surrogate(

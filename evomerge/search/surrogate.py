@@ -63,8 +63,8 @@ class Prediction:
 
     values: (tasks,) on the tasks' own scales (share of right answers, mean log-likelihood).
     slopes: (tasks, dimension).
-    uncertainty: the posterior standard deviation in units of the prior's, near 0 at scored genomes, 1 where
-        nothing is known; of several blocks the largest.
+    uncertainty: the posterior standard deviation in units of the columns' own, near 0 at scored genomes, 1
+        where nothing near is known, more where a linear term leads far away; of several blocks the largest.
     """
 
     values: Array
@@ -339,7 +339,7 @@ class _Block:
             values[task] += value[mine].sum()
             slopes[task] += (self.weights[:, mine] @ by_mean[mine]) @ change
             slopes[task] += by_spread[mine].sum() * spread_change
-        return spread / float(np.sqrt(prior))
+        return spread
 
     def extended(self, extra: Array) -> tuple[Array, Array]:
         """Return rows and factor with further rows, whose values are not known yet."""
