@@ -176,7 +176,7 @@ def shrunk(values: Array, errors: Array, groups: Array | None = None) -> Array:
     models share rank none of them, and count for nothing.
 
     >>> shrunk(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.sqrt(2.0) * np.eye(5)).tolist()
-    [2.2, 2.6, 3.0, 3.4, 3.8]
+    [1.8, 2.4, 3.0, 3.6, 4.2]
     """
     groups = np.zeros(len(values)) if groups is None else groups
     result = np.array(values, dtype=np.float64)

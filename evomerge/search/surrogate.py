@@ -63,8 +63,8 @@ class Prediction:
 
     values: (tasks,) on the tasks' own scales (share of right answers, mean log-likelihood).
     slopes: (tasks, dimension).
-    uncertainty: the posterior standard deviation in units of the prior's, near 0 at scored genomes, 1 where
-        nothing is known; of several blocks the largest.
+    uncertainty: the posterior standard deviation in units of the columns' own, near 0 at scored genomes, 1
+        where nothing near is known, more where a linear term leads far away; of several blocks the largest.
     """
 
     values: Array
