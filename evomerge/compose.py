@@ -135,8 +135,15 @@ def _check_gradients(warm: WarmStart, space: Space) -> None:
     """Refuse gradients where no method of the space can be differentiated."""
     from evomerge.merging.derivatives import supports
 
+    if warm.gradients is None:
+        return
+    if all(coordinate.levels is not None for coordinate in space.coordinates):
+        raise ConfigError(
+            "warm_start.gradients: the search space has no continuous gene to follow a slope in",
+            fix="set warm_start.gradients: off",
+        )
     used = {group.method for group in space.decode(np.full(space.dimension, 0.5)).groups}
-    if warm.gradients is not None and not any(map(supports, used)):
+    if not any(map(supports, used)):
         raise ConfigError(
             f"warm_start.gradients: {', '.join(sorted(used))} can't be differentiated",
             expected="a space over a method such as linear, task_arithmetic, ties or slerp",

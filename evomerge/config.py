@@ -76,13 +76,14 @@ class RunConfig(Strict):
 
     @field_validator("surrogate", mode="before")
     @classmethod
-    def _switched_off(cls, surrogate: object) -> object:
-        return "off" if surrogate is False else surrogate
+    def _switched(cls, surrogate: object) -> object:
+        """YAML reads `on` and `off` as true and false."""
+        return {"True": {}, "on": {}, "False": "off"}.get(str(surrogate), surrogate)
 
     @field_validator("racing", mode="before")
     @classmethod
     def _off(cls, racing: object) -> object:
-        return {"blocks": 1} if racing in ("off", False) else racing  # YAML reads a bare off as false
+        return {"False": {"blocks": 1}, "off": {"blocks": 1}, "True": {}, "on": {}}.get(str(racing), racing)
 
     @field_validator("space", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ name the nearest valid key, and every problem of the file is listed at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -38,7 +38,7 @@ def parse(model: type[T], data: object, where: str) -> T:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_sentence(model, problem) for problem in error.errors()]
+        problems = [_sentence(model, problem) for problem in _furthest(error.errors())]
         head = f"{where}: {problems[0]}" if len(problems) == 1 else f"{where}: {len(problems)} problems"
         raise ConfigError("\n  - ".join([head, *(problems if len(problems) > 1 else [])])) from None
 
@@ -115,8 +115,26 @@ def find_preset(kind: PresetKind, name: str, *, beside: Path | None = None) -> P
     )
 
 
+_MEMBER = re.compile(r"\w+Spec|(literal|dict|tuple)\[.*\]|str|float")
+"""What pydantic puts into a location for the member of a union that it tried."""
+
+
+def _furthest(problems: Sequence[Any]) -> list[Any]:
+    """Keep, of the problems of a union's members, those of the member that was understood best."""
+    best: dict[tuple[Any, ...], tuple[tuple[int, bool], str]] = {}
+    found = []
+    for problem in problems:
+        place = problem["loc"]
+        at = next((i for i, part in enumerate(place) if _MEMBER.fullmatch(str(part))), None)
+        found.append((place[:at], None if at is None else str(place[at]), problem))
+        if at is not None:
+            rank = (len(place), not problem["type"].endswith("_type"))
+            best[place[:at]] = max(best.get(place[:at], (rank, str(place[at]))), (rank, str(place[at])))
+    return [problem for union, member, problem in found if member is None or best[union][1] == member]
+
+
 def _sentence(model: type[BaseModel], problem: Any) -> str:
-    place = [str(part) for part in problem["loc"]]
+    place = [str(part) for part in problem["loc"] if not _MEMBER.fullmatch(str(part))]
     if problem["type"] == "extra_forbidden":
         owner: Any = _model_at(model, place[:-1])
         hint = f" ({nearest(place[-1], owner.model_fields)})" if owner is not None else ""

@@ -69,6 +69,8 @@ def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: 
     assert "about" in text
     assert not (tmp_path / "run").exists()
     data = json.loads(succeed("check", path, "--json"))
+    assert "3 item blocks, the clearly worse stop early; surrogate on; starts from baselines" in text
+    assert (data["blocks"], data["racing"], data["surrogate"]) == (3, True, True)
     assert data["items"] == {"search": 72, "select": 64, "test": 160}
     assert data["estimated_minutes"] > 0
 
@@ -154,7 +156,10 @@ def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path)
     assert status["state"] == "finished"
     report = json.loads(succeed("report", run, "--json"))
     assert report["rows"][-1]["role"] == "winner"
-    assert succeed("--quiet", "resume", run, "--generations", "2") == ""
+    words = ("resume", run, "--generations", "2", "--items", "100000")
+    assert succeed("--quiet", *words) == ""
+    assert "2 generations" in (said := succeed("status", run))
+    assert "100000 items" in said
     assert json.loads(succeed("status", run, "--json"))["generations"] == 2
     succeed("export", run, out)
     winner = json.loads(succeed("status", run, "--json"))["winner"]
@@ -408,9 +413,45 @@ def test_mistakes_in_the_config(
     assert message in refuse(verb, path, folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"racing": {"block": 3}}, "unknown key 'racing.block' (did you mean 'blocks'?"),
+        ({"racing": {"blocks": 3, "blocks_min": 4}}, "blocks_min must not exceed the 3 blocks"),
+        ({"racing": {"blocks": 64}}, "or set racing.blocks to 24"),
+        ({"surrogate": {"share": 2}}, "config.yaml: surrogate.share: Input should be less than"),
+        ({"surrogate": {"oversampel": 3}}, "unknown key 'surrogate.oversampel' (did you mean 'oversample'?"),
+        ({"surrogate": "offf"}, "config.yaml: surrogate: Input should be 'off' (got 'offf')"),
+        ({"warm_start": {"run": "/nowhere"}}, "/nowhere: no run here"),
+        ({"warm_start": {"recipes": ["none.yaml"]}}, "none.yaml: no such file"),
+        ({"warm_start": {"gradients": {"steps": 0}}}, "config.yaml: warm_start.gradients.steps: Input"),
+        ({"warm_start": {"gradients": True}, "space": "layer_path", "optimizer": {}}, "no continuous gene"),
+        ({"objective": {"several": ["mean"]}}, "one objective is not several"),
+        ({"objective": {"several": ["mean", "meen"]}}, "did you mean 'mean'?"),
+        ({"objective": {"several": ["mean", {"demo_upper": -1}]}}, "objective.several.1.demo_upper: Input"),
+        ({"objective": {"several": ["mean", "demo_upper"]}}, "cma_es: it minimises one objective"),
+        ({"objective": {"constraints": {"tasks": {"demo_uper": 0.5}}}}, "did you mean 'demo_upper'?"),
+        ({"objective": {"constraints": {"coherence": 0.5}}}, "no task of suite 'tiny' measures it"),
+        ({"objective": {"weights": {"demo_uper": 1}}}, "did you mean 'demo_upper'?"),
+        ({"objective": {"weights": {"demo_upper": 0, "demo_reverse": 0}}}, "nothing to search for"),
+        ({"space": "layer_path"}, "use catcma"),
+    ],
+)
+def test_mistakes_in_the_search(
+    config: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    said = refuse("run", config(**changes), folder=tmp_path)
+    assert message in said
+    assert "problems" not in said
+
+
 def _space(**changes: Any) -> dict[str, Any]:
     genes = {"weight": {"low": 0, "high": 1}}
     return {"space": {"name": "s", "about": "", "method": "ties", "genes": genes, **changes}}
+
+
+def _path(**changes: Any) -> dict[str, Any]:
+    return {"space": {"kind": "layer_path", "name": "p", "about": "", **changes}}
 
 
 @pytest.mark.parametrize(
@@ -419,6 +460,16 @@ def _space(**changes: Any) -> dict[str, Any]:
         (_space(method="tise"), "unknown merge method 'tise'"),
         (_space(fixed={"density": 1.5}), "density is out of range"),
         (_space(genes={"density": {"low": -0.5, "high": 1}}), "density is out of range"),
+        (_space(method={"choices": ["ties", "ties"]}), "the same method stands twice"),
+        (_space(method={"choices": ["ties"], "per": ["layer"]}), "'layers' or 'modules'"),
+        (_space(subset={"per": ["sources"]}), "'layers' or 'modules'"),
+        (_space(genes={"weight": {"low": 0, "high": 1, "curve": 9}}), "genes.weight.curve"),
+        (_space(genes={"slerp.t": {"low": 0, "high": 1}}), "a method that is not in the space"),
+        ({"space": {"kind": "layer_pth", "name": "p", "about": ""}}, "did you mean 'layer_path'?"),
+        (_path(shortest=2), "shortest is above longest"),
+        (_path(longest=1e9), "longest: Input should be less than"),
+        (_path(longest=0.3, shortest=0.3), "no number of blocks"),
+        (_path(lenght=3), "unknown key 'lenght' (did you mean 'longest'?"),
     ],
 )
 def test_mistakes_in_the_space(

@@ -43,7 +43,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
 
 def text(data: dict[str, Any]) -> str:
     """Return the state for people."""
-    limits = ", ".join(f"{v:g} {k}" for k, v in data["budget"].items() if v is not None)
+    limits = ", ".join(f"{v} {k}" for k, v in data["budget"].items() if v is not None)
     lines = [
         f"{data['run']}: {data['state']}" + (f" ({data['stopped']})" if data["stopped"] else ""),
         f"  {data['candidates']} candidates in {data['generations']} generations, "

@@ -72,7 +72,7 @@ class LayerPathSpec(Strict):
     base: bool = False
     block: int = Field(default=1, ge=1)
     shortest: float = Field(default=0.75, gt=0)
-    longest: float = Field(default=1.25, gt=0)
+    longest: float = Field(default=1.25, gt=0, le=8)
     reach: int = Field(default=1, ge=0)
     scale: ScaleSpec | None = None
 
