@@ -261,7 +261,7 @@ def table(results: Path, ceiling: float | None) -> None:
         found.setdefault((data["method"], data["evaluations"]), []).append(data)
     if not found:
         raise SystemExit(f"no results in {results}: call `run` first")
-    rows = next(iter(found.values()))[0]["rows"]
+    rows = {name: mean for runs in found.values() for run in runs for name, mean in run["rows"].items()}
     name, base = max(rows.items(), key=lambda pair: pair[1])
     print(
         f"best baseline on test: {name} {100 * base:.1f}"
