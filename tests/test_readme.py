@@ -20,8 +20,8 @@ from evomerge.merging.methods.declaration import markdown
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALLER = {
-    "evomerge run evomerge/zoo/demo.yaml": "evomerge run evomerge/zoo/demo.yaml --evaluations 15",
-    "evomerge resume runs/demo --evaluations 600": "evomerge resume runs/demo --evaluations 30",
+    "evomerge run evomerge/zoo/demo.yaml": "evomerge run evomerge/zoo/demo.yaml --evaluations 4",
+    "evomerge resume runs/demo --evaluations 150": "evomerge resume runs/demo --evaluations 6",
 }
 """Commands that are run with a smaller budget than a reader would."""
 SLOW = ("evomerge zoo build", "evomerge demo", "make")
@@ -42,9 +42,24 @@ def run(command: str) -> str:
     return result.output
 
 
+def demo_on_few_items(folder: Path) -> None:
+    """Write the demo's run config, on its models, with a suite of a tenth of its items."""
+    folder.mkdir(parents=True)
+    (folder / "demo").symlink_to(ROOT / "evomerge" / "zoo" / "demo")
+    config = (ROOT / "evomerge" / "zoo" / "demo.yaml").read_text()
+    assert "\nsuite: demo " in config
+    (folder / "demo.yaml").write_text(config.replace("\nsuite: demo ", "\nsuite: few.yaml "))
+    suite = yaml.safe_load((ROOT / "benchmarks" / "suites" / "demo.yaml").read_text())
+    few = {"search": 32, "select": 24, "test": 48}
+    for task in suite["tasks"]:
+        task["splits"] = {split: few[split] for split in task["splits"]}
+    suite["tasks_dir"] = str(ROOT / "benchmarks" / "tasks" / "demo")
+    (folder / "few.yaml").write_text(yaml.safe_dump(suite))
+
+
 def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "evomerge").symlink_to(ROOT / "evomerge")
+    demo_on_few_items(tmp_path / "evomerge" / "zoo")
     listed = [c for c in commands(README) if not c.startswith(SLOW)]
     assert len(listed) == 16
     (tmp_path / "text.txt").write_text("the cat is old .\nthe dog is here .\n")

@@ -209,7 +209,7 @@ def search(folder: Path, seed: int, candidates: int, sigma: float) -> None:
         },
         "space": "layer_path",
         "suite": str(folder / "tasks" / "suite.yaml"),
-        "optimizer": {"name": "cma_es", "sigma": sigma},
+        "optimizer": {"sigma": sigma},
         "budget": {"evaluations": candidates},
         "executor": {"name": "inline", "threads": 1, "batch_size": 100},
         "seed": seed,

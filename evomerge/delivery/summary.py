@@ -433,15 +433,21 @@ class Summary:
         )
 
     def evaluations(self) -> float:
-        """Return what the search has had scored, in full evaluations; baselines and repeats don't count."""
+        """Return what the search has had scored, in full evaluations, as its ledger counts.
+
+        Gradients count, with the points they led to; baselines, given recipes and repeats don't.
+        """
         base = self.parts(self.parents[0].recipe.hash) if self.parents else []
         if len(base) < self._store.blocks("search"):
             return 0.0
-        free = {named.recipe.hash for named in (*self.parents, *self.baselines)}
-        asked = {r for generation in self._store.generations() for r in generation.recipes} - free
+        given = (*self.parents, *self.baselines, *self.starts)
+        asked = {r for generation in self._store.generations() for r in generation.recipes}
+        asked -= {named.recipe.hash for named in given}
+        asked |= {named.recipe.hash for named in self._store.entries("descent")}
         scored = self._store.scored_blocks("search")
         items = [part.items for part in base]
-        return sum(items[block] for recipe in asked for block in scored.get(recipe, ())) / sum(items)
+        searched = sum(items[block] for recipe in asked for block in scored.get(recipe, ()))
+        return (searched + self._store.gradient_items()) / sum(items)
 
     def parts(self, recipe: str) -> list[Scores]:
         """Return what there is of a recipe's scores on the blocks of `search`."""

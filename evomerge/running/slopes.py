@@ -1,7 +1,7 @@
 """Gradients through an executor, each computed only once in the life of a run.
 
 A gradient is stored as a fact named after what it is of, so a run killed in the middle of its warm start
-finds all finished steps again and goes on with the next, in the same bits.
+finds all finished steps again and goes on with the next, in the same bits. Its `items` are what it cost.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from evomerge.evaluation.scores import Failure
-from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
+from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Executor
 from evomerge.running.scorer import Observer
@@ -34,7 +34,7 @@ class Slopes:
         self._observer.phase(PHASE, steps, step)
         if (known := self._store.fact(key)) is not None:
             if "reason" in known:
-                return Failure(**known)
+                return Failure(kind=known["kind"], reason=known["reason"])
             groups = tuple(
                 {name: tuple(values) for name, values in group.items()} for group in known["groups"]
             )
@@ -43,8 +43,9 @@ class Slopes:
         assert isinstance(result.outcome, Gradient | Failure)
         if isinstance(result.outcome, Failure):
             self._observer.scored(recipe, result.outcome, None)
-            self._store.set_fact(key, dataclasses.asdict(result.outcome))
+            fact = dataclasses.asdict(result.outcome)
         else:
             groups = tuple(dict(group) for group in result.outcome.groups)
-            self._store.set_fact(key, {"loss": result.outcome.loss, "groups": groups})
+            fact = {"loss": result.outcome.loss, "groups": groups}
+        self._store.set_fact(key, {**fact, "items": PASSES * loss.items})
         return result.outcome

@@ -219,6 +219,11 @@ class RunStore:
         with self._writing() as db:
             db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, _json(value)))
 
+    def gradient_items(self) -> int:
+        """Return what the gradients of this run cost, in items of one forward pass."""
+        query = "SELECT SUM(json_extract(value, '$.items')) FROM run WHERE key GLOB 'gradient *'"
+        return self._db.execute(query).fetchone()[0] or 0
+
     def blocks(self, split: Split) -> int:
         """Return how many item blocks a split has in this run (fact `blocks`, for `search`)."""
         if self._blocks is None:
@@ -318,7 +323,7 @@ class RunStore:
         ]
 
     def record_entry(self, role: str, position: int, entry: Named) -> None:
-        """Store a named row: role "base", "parent", "baseline", "finalist" or "winner"."""
+        """Store a named row: role base, parent, baseline, start, descent, finalist or winner."""
         query = "SELECT name, recipe FROM entry WHERE role = ? AND position = ?"
         if self._db.execute(query, (role, position)).fetchone() == (entry.name, entry.recipe.hash):
             return

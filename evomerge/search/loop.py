@@ -227,6 +227,8 @@ class Search:
             descent = self._descend(references, [*known, *starts], warm.gradients)
             ends = [descent.last, descent.mean]
             reached = [Named(name="gradient start", recipe=self._plan.space.decode(u)) for u in ends]
+            for position, end in enumerate(distinct(reached)):
+                self._journal.record_entry("descent", position, end)
             scored = self._known(objective, distinct(reached), "gradient start")
             starts += sorted(scored, key=lambda k: k.loss)[:1]
             spent = descent.items + sum(k.scores.items for k in scored)

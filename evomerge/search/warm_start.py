@@ -58,7 +58,8 @@ class WarmStartSpec(Strict):
 
     run: the folder of another run, finished or not, on models with the same names; its winner and best
         candidates are taken, as far as the space can express them.
-    recipes: recipe.yaml or mergekit YAML files over this run's models.
+    recipes: recipe.yaml or mergekit YAML files over this run's models, stacked layers among them; what the
+        space can't express is scored, and may win, but seeds nothing.
     gradients: steps down the gradient from the best point known before the search; `off` by default.
     """
 

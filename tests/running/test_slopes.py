@@ -15,6 +15,7 @@ import yaml
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
+from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
@@ -24,6 +25,7 @@ from evomerge.running.slopes import Slopes
 from evomerge.running.store import RunStore
 from evomerge.running.worker import GradientJob, Job, Worker
 from evomerge.search.warm_start import GradientSpec
+from tests.conftest import write_suite
 from tests.running.fakes import recipe
 
 GRADIENTS = {"gradients": {"steps": 3, "share": 0.5}}
@@ -167,9 +169,9 @@ def test_recipes_and_runs_are_read_once_and_kept(
             "another base",
         ),
         (
-            {"models": {"reverse": "r"}, "num_layers": 1,
+            {"models": {"reverse": "r"}, "num_layers": 5,
              "groups": [{"method": "linear", "sources": ["reverse"]}]},
-            "layers",
+            "nothing makes layer 2",
         ),
     ],
 )  # fmt: skip
@@ -189,6 +191,41 @@ def test_a_run_that_the_space_can_not_express_is_refused(
     path = config(warm_start={"run": str(finished_run)}, space="ties_layers")
     with pytest.raises(ConfigError, match="lies in this run's search space"):
         compose.prepare(RunConfig.load(path))
+
+
+def test_stacked_layers_are_scored_beside_any_search(config: Callable[..., Path], tmp_path: Path) -> None:
+    groups = [
+        {"method": "passthrough", "sources": ["upper"], "layers": [0]},
+        {"method": "passthrough", "sources": ["reverse"], "layers": [1, 2], "shift": [-1]},
+        {"method": "passthrough", "sources": ["upper"]},
+    ]
+    stack = {"models": {"reverse": "r", "upper": "u"}, "groups": groups, "num_layers": 3}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(stack))
+    changes = {"warm_start": {"recipes": ["own.yaml"]}, "budget": {"generations": 1}, "racing": "off"}
+    paths = {"kind": "layer_path", "name": "paths", "about": "", "longest": 1.5}
+    prepared = compose.prepare(RunConfig.load(config(**changes, space=paths, optimizer={})))
+    assert prepared.space.encode(prepared.warm.recipes[0].recipe) is not None
+    compose.start(RunConfig.load(config(**changes)), Silent())  # a space of weights has no genome for it
+    with RunStore.read(tmp_path / "run") as store:
+        (start,) = store.entries("start")
+        assert start.recipe.num_layers == 3
+        for split in ("search", "test"):
+            assert isinstance(store.result(start.recipe.hash, split), Scores)  # type: ignore[arg-type]
+
+
+def test_gradients_count_among_the_evaluations_of_a_run(config: Callable[..., Path], tmp_path: Path) -> None:
+    counted: list[float] = []
+
+    class Hears(Silent):
+        def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+            counted.append(evaluations)
+
+    path = config(warm_start=GRADIENTS, budget={"generations": 1})
+    write_suite(tmp_path, generate=False)
+    compose.start(RunConfig.load(path), Hears())
+    with RunStore.read(tmp_path / "run") as store:
+        assert store.gradient_items() == 3 * 3 * 36  # steps, passes, half of the items
+        assert Summary(store, compose.stored_suite(store)).evaluations() == pytest.approx(counted[-1])
 
 
 def test_gradients_need_a_method_with_a_slope(config: Callable[..., Path]) -> None:
