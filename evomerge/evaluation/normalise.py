@@ -157,13 +157,15 @@ class Normaliser:
             for spec, mean in self._coherence
         )
 
-    def contributions(self, scores: Scores, *, smooth: float, retention: float) -> list[Array]:
+    def contributions(
+        self, scores: Scores, *, smooth: float, retention: float, coherence: float
+    ) -> list[Array]:
         """Return per task what each item adds to a loss: their means over the items sum to the loss.
 
-        The loss is minus the mean score, `smooth` of it the companion's, plus `retention` for each unit of
-        it that is lost; see `search.objective`. Retention is not a mean over items; it is linearised
-        around the model's own mean (the delta method), which leaves the sum as it is and makes the
-        spread over the items what decides the sum's error.
+        The loss is minus the mean score, `smooth` of it the companion's, plus `retention` and `coherence`
+        for each unit of them that is lost; see `search.objective`. These two are no means over items; they
+        are linearised around the model's own mean (the delta method), which leaves the sum as it is and
+        makes the spread over the items what decides the sum's error.
         """
         self._check(scores)
         found = []
@@ -180,6 +182,12 @@ class Normaliser:
             task, share = scores[spec.task], spec.weight / total
             slope = share * math.exp(task.mean - base_mean) if kept < 1 else 0.0
             found.append(retention * (share * max(0.0, 1 - kept) - slope * (task.metric - task.mean)))
+        kept = self.coherence(scores)
+        for part in self.coherent:
+            assert kept is not None
+            task = scores[part.task]
+            slope = part.share / part.zero if kept < 1 else 0.0
+            found.append(coherence * (part.share * max(0.0, 1 - kept) - slope * (task.metric - task.mean)))
         return found
 
     def _check(self, scores: Scores) -> None:

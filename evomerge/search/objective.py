@@ -235,8 +235,9 @@ class Objective:
 
     def contributions(self, scores: Scores) -> list[NDArray[np.float64]]:
         """Return per counted task (items,) what each item adds to the loss; the means sum to `loss`."""
+        spec = self._spec
         return self._normaliser.contributions(
-            scores, smooth=self._spec.smooth, retention=self._spec.retention
+            scores, smooth=spec.smooth, retention=spec.retention, coherence=spec.coherence
         )
 
     def mean(self, scores: Scores) -> float:

@@ -169,7 +169,7 @@ def race(
         start = stop
     return RaceResult(
         results=tuple(failed[i] if i in failed else joined(parts[i]) for i in range(len(recipes))),
-        losses=_losses(views, order, parts, alive, failed),
+        losses=_losses(views, order, recipes, parts, alive, failed),
         blocks=tuple(tuple(sorted(order[:count])) for count in met),
         complete=tuple(i in alive for i in range(len(recipes))),
     )
@@ -231,6 +231,7 @@ def clearly_worse(
 def _losses(
     views: Views,
     order: Sequence[int],
+    recipes: Sequence[Recipe],
     parts: Sequence[Sequence[Scores]],
     complete: Sequence[int],
     failed: Mapping[int, Failure],
@@ -238,19 +239,24 @@ def _losses(
     """Return the losses to tell: of the complete, of those that left early, and of failures."""
     whole = views(order)
     if len(complete) + len(failed) == len(parts):
-        return whole.losses([failed[i] if i in failed else joined(p) for i, p in enumerate(parts)])
+        results = [failed[i] if i in failed else joined(p) for i, p in enumerate(parts)]
+        return whole.losses(results, recipes)
     losses = np.full(len(parts), np.nan)
     if complete:
-        losses[list(complete)] = whole.losses([joined(parts[i]) for i in complete])[:, 0]
+        losses[list(complete)] = whole.losses(
+            [joined(parts[i]) for i in complete], [recipes[i] for i in complete]
+        )[:, 0]
     for i, own in enumerate(parts):
         if i in failed or i in complete:
             continue
         scores = joined(own)
         objective = views(scores.blocks)
-        losses[i] = objective.loss(scores)
+        losses[i] = objective.loss(scores, recipes[i])
         if complete:
             same = [[part for part in parts[j] if set(part.blocks) <= set(scores.blocks)] for j in complete]
-            there = np.mean([objective.loss(joined(one)) for one in same])
+            there = np.mean(
+                [objective.loss(joined(one), recipes[j]) for j, one in zip(complete, same, strict=True)]
+            )
             losses[i] += float(losses[list(complete)].mean() - there)
     finite = np.isfinite(losses)
     worst = max(0.0, float(losses[finite].max())) if finite.any() else 0.0

@@ -128,6 +128,14 @@ def test_lost_coherence_has_a_price() -> None:
     assert of(coherence=0.5).loss(four(0, 0, free=1.0)) == pytest.approx(0)
 
 
+@pytest.mark.parametrize("free", [0.3, 0.8, 0.95])
+def test_what_items_add_sums_to_the_loss(free: float) -> None:
+    objective, found = of(coherence=0.5, retention=0.4), four(0.2, 0.6, text=0.9, free=free)
+    added = objective.contributions(found)
+    assert len(added) == 4
+    assert sum(values.mean() for values in added) == pytest.approx(objective.loss(found))
+
+
 def test_weights_replace_the_suites() -> None:
     suite = TWO.weighted({"a": 1, "b": 0})
     assert of(suite=suite).loss(four(0.4, 0.9)) == pytest.approx(-0.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -120,6 +121,23 @@ def test_the_clearly_worse_stop_and_the_others_meet_everything() -> None:
         assert done == (blocks == tuple(range(BLOCKS)))
         if done:
             assert found.losses[number, 0] == views()(range(BLOCKS)).loss(table.whole(number))
+
+
+def test_losses_know_how_deep_the_recipes_are() -> None:
+    table = Table([0.5, 0.5], seed=0)
+    whole = views()(range(BLOCKS)).normaliser
+    priced = Objective(ObjectiveSpec(depth=0.5), whole, layers=8)
+    recipes = [recipe(0), dataclasses.replace(recipe(1), num_layers=12)]
+    found = race(
+        recipes,
+        scorer=table,
+        views=Views(priced, views().base),
+        spec=RacingSpec(blocks=BLOCKS, keep=1.0),
+        order=range(BLOCKS),
+        phase="generation 0",
+    )
+    free = [views()(range(BLOCKS)).loss(table.whole(n)) for n in range(2)]
+    assert found.losses[:, 0] == pytest.approx([free[0], free[1] + 0.25])
 
 
 def test_who_left_is_told_its_distance_to_the_complete_on_the_items_both_met() -> None:
