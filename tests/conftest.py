@@ -77,10 +77,13 @@ def config_data(zoo: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def config(tiny_zoo: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Write a run config into the test's folder; keyword arguments replace top-level keys."""
+    """Write a run config into the test's folder; keyword arguments replace top-level keys.
 
-    def write(**changes: Any) -> Path:
-        write_suite(tmp_path)
+    generate: as in `write_suite`.
+    """
+
+    def write(*, generate: bool = True, **changes: Any) -> Path:
+        write_suite(tmp_path, generate=generate)
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config_data(tiny_zoo, tmp_path, **changes), sort_keys=False))
         return path

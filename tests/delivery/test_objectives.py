@@ -34,7 +34,7 @@ Opened = tuple[RunStore, Summary]
 
 
 def start(zoo: Path, folder: Path, **objective: Any) -> Path:
-    write_suite(folder)
+    write_suite(folder, generate=False)
     path = folder / "config.yaml"
     changes = {"optimizer": {"name": "nsga2", "population": 6}, "budget": {"generations": 2}}
     data = config_data(zoo, folder, objective=objective, finalists=4, **changes)

@@ -163,7 +163,7 @@ def test_empty_and_scalar_tensors_pass(method: str) -> None:
             assert run(method, base, [base + 1 for _ in sources_of(method)], parameters).shape == shape
 
 
-@pytest.mark.parametrize("shape", [(1_000_003,), (7, 40_001), (501, 999)])
+@pytest.mark.parametrize("shape", [(300_007,), (7, 40_001), (301, 999)])
 @pytest.mark.parametrize("method", ALL)
 def test_the_number_of_threads_changes_no_bit(method: str, shape: tuple[int, ...]) -> None:
     base, *models = torch.randn(4, *shape, generator=torch.Generator().manual_seed(3))

@@ -51,7 +51,7 @@ def test_a_run_killed_at_any_stored_event_ends_in_the_same_bits(
 def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
     config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = config(budget={"generations": 1})
+    path = config(generate=False, budget={"generations": 1})
     digests = []
     for number, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"run-{number}"
@@ -62,7 +62,7 @@ def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
 
 
 def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], tmp_path: Path) -> None:
-    compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
+    compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
     seen = {}
 
     class Looks(Silent):
@@ -75,13 +75,13 @@ def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], 
     with RunStore.read(tmp_path / "run") as store:
         longer = [g.genomes.tolist() for g in store.generations()]
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    compose.start(RunConfig.load(config(budget={"generations": 2})), Silent())
+    compose.start(RunConfig.load(config(generate=False, budget={"generations": 2})), Silent())
     with RunStore.read(tmp_path / "run") as store:
         assert [g.genomes.tolist() for g in store.generations()] == longer
 
 
 def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path: Path) -> None:
-    compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
+    compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = compose.stored_config(tmp_path / "moved")
     before = RunStore.read(tmp_path / "moved").digest()
@@ -90,24 +90,18 @@ def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path
     assert RunStore.read(tmp_path / "moved").digest() == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
+def test_a_folder_of_another_run_is_refused_and_kept(config: Callable[..., Path], tmp_path: Path) -> None:
+    compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
+    before = (tmp_path / "run" / "run.sqlite").read_bytes()
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())["models"]
+    reordered = {**written, "sources": dict(reversed(written["sources"].items()))}
+    for changes, named in (
         ({"seed": 1}, "seed 0 there, 1 here"),
         ({"optimizer": {"population": 5}}, "optimizer.population 4 there, 5 here"),
         ({"space": "ties_layers"}, "space.method"),
-        ({"models": "reordered"}, "other settings"),
-    ],
-)
-def test_a_folder_of_another_run_is_refused_and_kept(
-    config: Callable[..., Path], tmp_path: Path, changes: dict[str, object], named: str
-) -> None:
-    compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
-    before = (tmp_path / "run" / "run.sqlite").read_bytes()
-    if changes == {"models": "reordered"}:  # the order of the sources is the order of the genes
-        written = yaml.safe_load((tmp_path / "config.yaml").read_text())["models"]
-        changes = {"models": {**written, "sources": dict(reversed(written["sources"].items()))}}
-    with pytest.raises(StoreError, match="holds a run of another config") as error:
-        compose.start(RunConfig.load(config(**changes)), Silent())
-    assert named in str(error.value)
-    assert (tmp_path / "run" / "run.sqlite").read_bytes() == before
+        ({"models": reordered}, "other settings"),  # the order of the sources is the order of the genes
+    ):
+        with pytest.raises(StoreError, match="holds a run of another config") as error:
+            compose.start(RunConfig.load(config(generate=False, **changes)), Silent())
+        assert named in str(error.value)
+        assert (tmp_path / "run" / "run.sqlite").read_bytes() == before

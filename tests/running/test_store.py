@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +14,17 @@ import pytest
 
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores
-from evomerge.running.store import FILE, RunStore
+from evomerge.running.store import FILE, SCHEMA_VERSION, RunStore
 from evomerge.search.baselines import Named
 from tests.running.fakes import TIMING, recipe, scores
 
 GENOMES = np.array([[0.25, 0.5], [1.0, 0.0]])
 CONFIG = {"seed": 3, "models": {"base": "base", "sources": {"a": "a"}}}
 LOSSES = np.array([[-0.5], [0.125]])
+KEYS = {"recipe", "generation", "split", "block", "task", "position"}
+"""Columns that the page names as what a row is of."""
+SHORT = {"timing"}
+"""Tables whose columns the page sums up."""
 
 
 def filled(folder: Path, order: tuple[int, ...] = (0, 1)) -> RunStore:
@@ -147,6 +154,20 @@ def test_a_half_made_file_of_a_killed_process_is_replaced(tmp_path: Path) -> Non
 def test_an_ambiguous_or_unknown_hash(tmp_path: Path) -> None:
     with filled(tmp_path) as store, pytest.raises(StoreError, match="no recipe has a hash"):
         store.recipe("zzzz")
+
+
+def test_the_tables_are_those_that_are_described(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    page = (Path(__file__).parents[2] / "runs" / "README.md").read_text()
+    assert f"(schema version {SCHEMA_VERSION})" in page
+    described = dict(re.findall(r"^\| `(\w+)` \| (.*)$", page, flags=re.MULTILINE))
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        assert described.keys() == set(tables)
+        for table in tables:
+            columns = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+            named = set(re.findall(r"`(\w+)`", described[table]))
+            assert table in SHORT or columns - KEYS <= named, table
 
 
 def test_rows_left_from_an_earlier_end_are_forgotten(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_failures_and_races_do_not_stop_it() -> None:
     )
     genome = SPACE.encode(outcome.winner.recipe)
     assert genome is not None
-    assert level(genome) > 2.0
+    assert level(genome) > level(np.full(SPACE.dimension, 0.5)) + 0.4  # seeds 0-4 gain 0.56 to 0.81
     assert any((losses >= 1.0).any() for losses in journal.tells)
 
 
