@@ -172,7 +172,7 @@ def test_failures_and_races_do_not_stop_it() -> None:
     )
     genome = SPACE.encode(outcome.winner.recipe)
     assert genome is not None
-    assert level(genome) > 2.0
+    assert level(genome) > 1.7  # the best baseline: 1.27
     assert any((losses >= 1.0).any() for losses in journal.tells)
 
 
