@@ -17,7 +17,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite, SuiteTask
-from evomerge.running.store import RunStore
+from evomerge.running.store import SPENT, RunStore
 from evomerge.search.baselines import Named
 from evomerge.search.prediction import shared_blocks
 
@@ -433,15 +433,20 @@ class Summary:
         )
 
     def evaluations(self) -> float:
-        """Return what the search has had scored, in full evaluations; baselines and repeats don't count."""
+        """Return what the search has spent, in full evaluations; baselines and repeats don't count.
+
+        Gradients do, and so does scoring where they led.
+        """
         base = self.parts(self.parents[0].recipe.hash) if self.parents else []
         if len(base) < self._store.blocks("search"):
             return 0.0
-        free = {named.recipe.hash for named in (*self.parents, *self.baselines)}
+        free = {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
         asked = {r for generation in self._store.generations() for r in generation.recipes} - free
         scored = self._store.scored_blocks("search")
         items = [part.items for part in base]
-        return sum(items[block] for recipe in asked for block in scored.get(recipe, ())) / sum(items)
+        spent = self._store.fact(SPENT) or 0
+        spent += sum(items[block] for recipe in asked for block in scored.get(recipe, ()))
+        return float(spent / sum(items))
 
     def parts(self, recipe: str) -> list[Scores]:
         """Return what there is of a recipe's scores on the blocks of `search`."""

@@ -35,6 +35,8 @@ from evomerge.search.guide import GuideState
 FILE = "run.sqlite"
 BASE = "base"
 """The name the base model has in every recipe and table."""
+SPENT = "spent"
+"""The fact that says how many items were spent before the first generation."""
 SCHEMA_VERSION = 3
 _APPLICATION_ID = 0x65766F6D  # "evom"
 
@@ -318,7 +320,7 @@ class RunStore:
         ]
 
     def record_entry(self, role: str, position: int, entry: Named) -> None:
-        """Store a named row: role "base", "parent", "baseline", "finalist" or "winner"."""
+        """Store a named row: role "base", "parent", "baseline", "start", "finalist" or "winner"."""
         query = "SELECT name, recipe FROM entry WHERE role = ? AND position = ?"
         if self._db.execute(query, (role, position)).fetchone() == (entry.name, entry.recipe.hash):
             return
@@ -335,6 +337,11 @@ class RunStore:
         if self._db.execute(query, (role, count)).fetchone()[0]:
             with self._writing() as db:
                 db.execute("DELETE FROM entry WHERE role = ? AND position >= ?", (role, count))
+
+    def record_spent(self, items: int) -> None:
+        """Store what was spent before the first generation, in items: on gradients."""
+        if items and self.fact(SPENT) is None:
+            self.set_fact(SPENT, items)
 
     # -- what the workers find --------------------------------------------------------------------
 

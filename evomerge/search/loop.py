@@ -42,6 +42,8 @@ class Journal(generations.Journal, Protocol):
 
     def trim_entries(self, role: str, count: int) -> None: ...
 
+    def record_spent(self, items: int) -> None: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchPlan:
@@ -120,6 +122,7 @@ class Search:
         starts, spent = self._score_starts(objective, references, [*hand_made, *parents[1:]])
         views, order, ledger = self._blocks(objective, [*parents, *hand_made], starts)
         ledger.spend(spent)
+        self._journal.record_spent(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._guide(references, views, order, [*parents, *known])
@@ -291,8 +294,8 @@ class Search:
     ) -> Guide | None:
         """Return the surrogate's part in the search, taught by all that is known before."""
         plan = self._plan
-        if plan.surrogate is None or plan.objective.several or plan.objective.depth:
-            return None  # depth is a price that no item's margin shows
+        if plan.surrogate is None or not plan.objective.items_decide:
+            return None
         limits = self._objective(references).task_limits()
 
         def loss_on(blocks: Sequence[int]) -> MeanLoss:

@@ -15,9 +15,10 @@ import yaml
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
+from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError
 from evomerge.evaluation.scores import Failure, Scores
-from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
+from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask
 from evomerge.running import warm_start
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.slopes import Slopes
@@ -107,6 +108,32 @@ def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> 
         of_gene = sum(group["weight"][index] for group in result.groups)  # the groups share the gene
         assert of_gene == pytest.approx(slope, rel=0.05, abs=1e-3)
     assert not any(p.requires_grad or p.grad is not None for p in worker._bench.model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_a_failure(
+    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = compose.prepare(RunConfig.load(config()))
+    worker = Worker(prepared.worker)
+    monkeypatch.setattr(worker._bench, "derivatives", lambda recipe: [{"weight": (0.1, float("nan"))}])
+    task = SmoothTask(task="demo_upper", gain=1.0, items=(0,))
+    loss = SmoothLoss(tasks=(task,), price=0.0, softness=1.0)
+    found = worker.run(GradientJob(recipe=prepared.template, loss=loss)).outcome
+    assert isinstance(found, Failure)
+    assert found.kind == "non_finite"
+
+
+def test_status_counts_what_gradients_cost(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(warm_start=GRADIENTS, budget={"generations": 1}, racing="off", finalists=1)
+    compose.start(RunConfig.load(path), Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        summary = Summary(store, compose.stored_suite(store))
+        full = 3 * 24
+        free = {named.recipe.hash for named in (*summary.parents, *summary.baselines, *summary.starts)}
+        asked = set(store.generations()[0].recipes) - free
+        steps = 3 * PASSES * full // 2
+        assert store.fact("spent") in (steps + full, steps + 2 * full)  # the ends may be one recipe
+        assert summary.evaluations() == pytest.approx(store.fact("spent") / full + len(asked))
 
 
 def test_a_worker_process_answers_it_too(config: Callable[..., Path]) -> None:

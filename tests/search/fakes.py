@@ -79,6 +79,7 @@ class FakeJournal:
         self.tells: list[NDArray[np.float64]] = []
         self.fronts: list[tuple[float, NDArray[np.float64], list[str]]] = []
         self.guides: list[GuideState] = []
+        self.spent = 0
 
     def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
         self.events.append(("ask", generation))
@@ -92,6 +93,9 @@ class FakeJournal:
 
     def trim_entries(self, role: str, count: int) -> None:
         self.entries = [e for e in self.entries if e[0] != role or e[1] < count]
+
+    def record_spent(self, items: int) -> None:
+        self.spent = items
 
     def record_front(
         self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
