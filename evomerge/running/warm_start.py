@@ -109,11 +109,6 @@ def over(recipe: Recipe, template: Recipe, where: str) -> Recipe:
                 fix=nearest(name, template.models),
             )
         names[name] = own
-    if recipe.stacked:
-        raise ConfigError(
-            f"{where}: repeats, drops or reorders layers, which this run can't score",
-            fix="leave it out",
-        )
     bases = {names[base] for group in recipe.groups if (base := recipe.base_of(group)) is not None}
     if not bases <= {BASE}:
         raise ConfigError(

@@ -193,11 +193,6 @@ def test_recipes_and_runs_are_read_once_and_kept(
              "groups": [{"method": "task_arithmetic", "sources": ["reverse"]}]},
             "another base",
         ),
-        (
-            {"models": {"reverse": "r"}, "num_layers": 1,
-             "groups": [{"method": "linear", "sources": ["reverse"]}]},
-            "layers",
-        ),
     ],
 )  # fmt: skip
 def test_recipes_over_something_else_are_refused(
