@@ -57,7 +57,7 @@ def _races(prepared: Prepared) -> bool:
 
 
 def _guided(prepared: Prepared) -> bool:
-    return prepared.config.surrogate != "off" and not prepared.config.objective.several
+    return prepared.config.surrogate != "off" and prepared.config.objective.items_decide
 
 
 def _course(prepared: Prepared) -> str:
@@ -70,7 +70,8 @@ def _course(prepared: Prepared) -> str:
         scored = f"{blocks} item blocks, {early}"
     surrogate = "off"
     if config.surrogate != "off":
-        surrogate = "on" if _guided(prepared) else "off (several objectives)"
+        why = "several objectives" if config.objective.several else "depth has a price"
+        surrogate = "on" if _guided(prepared) else f"off ({why})"
     starts = ["baselines"]
     if warm.recipes:
         starts.append(f"{len(warm.recipes)} recipe{'s' if len(warm.recipes) > 1 else ''}")

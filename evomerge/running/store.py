@@ -341,8 +341,6 @@ class RunStore:
             with self._writing() as db:
                 db.execute("DELETE FROM entry WHERE role = ? AND position >= ?", (role, count))
 
-    # -- what the workers find --------------------------------------------------------------------
-
     def record_scores(self, recipe: Recipe, scores: Scores | Sequence[Scores], timing: Timing) -> None:
         """Store per-item scores of a recipe, each on one block of one split, in one transaction.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ class Worker:
                 groups = self._bench.derivatives(job.recipe)
         except Exception as error:
             return failure_of(error)
+        if not all(math.isfinite(value) for group in groups for values in group.values() for value in values):
+            return Failure(kind="non_finite", reason="a gradient that is not finite")
         return Gradient(loss=loss, groups=tuple(groups))
 
 

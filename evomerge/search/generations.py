@@ -141,7 +141,7 @@ class Generations:
                     stopped = self.budget.stop_reason(
                         generations=generation,
                         items=self.ledger.items,
-                        forecast=round(pace * len(asked.genomes)),
+                        forecast=round(pace * len(asked.genomes) * len(self._blocks())),
                         full=self.ledger.full,
                     )
             if stopped is not None:
@@ -160,7 +160,7 @@ class Generations:
             )
             started = time.perf_counter()
             cost = self.ledger.charge(zip((r.hash for r in recipes), raced.blocks, strict=True))
-            pace = cost / len(recipes)
+            pace = cost / (len(recipes) * len(blocks))
             self.optimizer.tell(raced.losses, asked.chosen)
             again = self._teach(asked, raced)
             own += time.perf_counter() - started + self.scorer.seconds - book_keeping

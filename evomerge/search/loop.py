@@ -293,8 +293,8 @@ class Search:
     ) -> Guide | None:
         """Return the surrogate's part in the search, taught by all that is known before."""
         plan = self._plan
-        if plan.surrogate is None or plan.objective.several or plan.objective.depth:
-            return None  # depth is a price that no item's margin shows
+        if plan.surrogate is None or not plan.objective.items_decide:
+            return None
         limits = self._objective(references).task_limits()
 
         def loss_on(blocks: Sequence[int]) -> MeanLoss:

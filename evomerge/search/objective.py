@@ -98,6 +98,11 @@ class ObjectiveSpec(Strict):
         """Whether the mean over items alone says who is worse, so that some can stop early."""
         return not (self.several or self.constraints or self.depth)
 
+    @property
+    def items_decide(self) -> bool:
+        """Whether items alone make the loss, so that a model of the items can predict it."""
+        return not (self.several or self.depth)
+
     def check(self, suite: Suite) -> None:
         """Check that the suite has what the objective names.
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from evomerge import compose
 from evomerge.config import RunConfig
-from evomerge.delivery import export
+from evomerge.delivery import export, predict
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.scores import Scores
 from evomerge.running.store import RunStore
+from evomerge.search.warm_start import WarmStartSpec
 
 PATHS = {
     "kind": "layer_path",
@@ -65,6 +66,14 @@ def test_weights_first_then_paths_through_the_winner(
     assert isinstance(before, Scores)
     for one, other in zip(again.tasks, before.tasks, strict=True):
         assert np.array_equal(one.metric, other.metric)
+
+    known = RunConfig.load(path).model_copy(update={"out": str(tmp_path / "next")})
+    started = known.model_copy(update={"warm_start": WarmStartSpec(recipes=(str(out / "recipe.yaml"),))})
+    (start,) = compose.prepare(started).warm.recipes
+    assert start.recipe.hash == chosen.hash  # what a run exports, the next one can begin with
+    with RunStore.read(tmp_path / "paths") as store:
+        template = compose.prepare(loaded).template
+        assert predict.find(store, template, str(out / "recipe.yaml")).hash == chosen.hash
 
     compose.start(RunConfig.load(path), Silent())  # replayed: every ask is compared with the stored one
     with RunStore.read(tmp_path / "paths") as store:

@@ -111,6 +111,19 @@ def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> 
     assert not any(p.requires_grad or p.grad is not None for p in worker._bench.model.parameters())
 
 
+def test_a_gradient_that_is_not_finite_is_a_failure(
+    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = compose.prepare(RunConfig.load(config()))
+    worker = Worker(prepared.worker)
+    monkeypatch.setattr(worker._bench, "derivatives", lambda recipe: [{"weight": (0.1, float("nan"))}])
+    task = SmoothTask(task="demo_upper", gain=1.0, items=(0,))
+    loss = SmoothLoss(tasks=(task,), price=0.0, softness=1.0)
+    found = worker.run(GradientJob(recipe=prepared.template, loss=loss)).outcome
+    assert isinstance(found, Failure)
+    assert found.kind == "non_finite"
+
+
 def test_a_worker_process_answers_it_too(config: Callable[..., Path]) -> None:
     prepared = compose.prepare(RunConfig.load(config()))
     task = SmoothTask(task="demo_upper", gain=1.0, items=ITEMS)
