@@ -50,7 +50,9 @@ class Bench:
         self.objective = Objective(config.objective, self.normalisers["search"])
 
     def score(self, recipe: Recipe, split: Split) -> Scores:
-        outcome = self.worker.run(Job(recipe=recipe, split=split, blocks=self.prepared.worker.blocks_of(split))).outcome
+        outcome = self.worker.run(
+            Job(recipe=recipe, split=split, blocks=self.prepared.worker.blocks_of(split))
+        ).outcome
         assert isinstance(outcome, Scores), outcome
         return outcome
 

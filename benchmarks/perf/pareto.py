@@ -112,7 +112,12 @@ class Bench:
         return Normaliser(self.prepared.suite, base=base, parents=dict(zip(names, parents, strict=True)))
 
     def _scores(self, recipes: Sequence[Recipe], split: Split) -> list[Scores | Failure]:
-        new = {r.hash: Job(recipe=r, split=split) for r in recipes if (r.hash, split) not in self._known}
+        blocks = self.prepared.worker.blocks_of(split)
+        new = {
+            r.hash: Job(recipe=r, split=split, blocks=blocks)
+            for r in recipes
+            if (r.hash, split) not in self._known
+        }
         for result in self._executor.run(list(new.values())):
             self._known[result.job.recipe.hash, split] = result.outcome
         return [self._known[recipe.hash, split] for recipe in recipes]
