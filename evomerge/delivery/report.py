@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Sequence
@@ -345,8 +346,10 @@ def _progress(progress: Progress) -> go.Figure | None:
                 text=hover,
                 hovertemplate="%{y:.1f} (%{text})<extra>%{fullData.name}</extra>",
             )
-    for before, number, there, here in zip(x, x[1:], progress.blocks, progress.blocks[1:], strict=False):
-        if there != here:
+    for place, (before, number) in enumerate(itertools.pairwise(x), start=1):
+        there, here = progress.blocks[place - 1], progress.blocks[place]
+        # A generation whose best were scored again stands out; the mark is where it stays.
+        if there < here == min(progress.blocks[place:]):
             figure.add_vline(
                 x=(before + number) / 2,
                 line={"color": _MUTED, "width": 1, "dash": "dash"},
