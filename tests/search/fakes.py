@@ -79,7 +79,6 @@ class FakeJournal:
         self.tells: list[NDArray[np.float64]] = []
         self.fronts: list[tuple[float, NDArray[np.float64], list[str]]] = []
         self.guides: list[GuideState] = []
-        self.spent = 0
 
     def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
         self.events.append(("ask", generation))
