@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from evomerge.search.optimizers.cube import Cube
 
+_LARGEST_STEP = 1e3
+"""Standard deviation, in unit cubes, at which CatCMA has run away."""
 _SMALLEST_STEP = 1e-6
 _KERNELS = 5
 
@@ -39,18 +41,41 @@ class CatCma:
     ) -> None:
         self._coding = _Coding(cube)
         self.population = population or cube.default_population()
+        self._sigma, self._seed, self._restarts = sigma, seed, 0
         self._es = self._coding.build(start, sigma, self.population, seed)
         self._sampled: list[Any] = []
+        self._rows = np.empty((0, cube.dimension))
+        self._best: tuple[float, NDArray[np.float64]] = (np.inf, start)
 
     def sample(self, count: int, given: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return `count` rows: the given ones, then samples of the joint distribution."""
         drawn = [self._es.ask() for _ in range(count - len(given))]
         self._sampled = [self._coding.solution(row, self._es) for row in given] + drawn
-        return np.vstack([given, *(self._coding.row(solution)[None] for solution in drawn)])
+        self._rows = np.vstack([given, *(self._coding.row(solution)[None] for solution in drawn)])
+        return self._rows
 
     def learn(self, chosen: NDArray[np.int_], losses: NDArray[np.float64]) -> None:
-        """Update both distributions."""
-        self._es.tell([(self._sampled[i], loss) for i, loss in zip(chosen, losses[:, 0], strict=True)])
+        """Update both distributions; begin anew at the best row where the step size has run away.
+
+        It does where a screen keeps only samples from one side for long: the path of the means then
+        never turns, and on coordinates of bins nothing else holds the steps back.
+        """
+        first = int(np.argmin(losses[:, 0]))
+        self._best = min(
+            self._best, (float(losses[first, 0]), self._rows[chosen[first]].copy()), key=lambda pair: pair[0]
+        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            try:
+                told = zip(chosen, losses[:, 0], strict=True)
+                self._es.tell([(self._sampled[i], loss) for i, loss in told])
+                sane = self._coding.largest_step(self._es) < _LARGEST_STEP
+            except (AssertionError, np.linalg.LinAlgError):  # cmaes' own word for values without bounds
+                sane = False
+        if not sane:
+            self._restarts += 1
+            key = (*self._seed.spawn_key, self._restarts)
+            seed = np.random.SeedSequence(self._seed.entropy, spawn_key=key)
+            self._es = self._coding.build(self._best[1], self._sigma, self.population, seed)
 
     def stop_reason(self) -> str | None:
         """Say that the continuous part has converged where there is no other, or None."""
@@ -218,6 +243,13 @@ class _Coding:
             c=one_hot if self.c_space else None,
             _v_raw=raw,
         )
+
+    def largest_step(self, es: Any) -> float:
+        """Return the largest standard deviation of a coordinate, 0 without such; NaN counts as infinite."""
+        if not len(self._gaussian):
+            return 0.0
+        largest = float((es._sigma * es._A * np.sqrt(np.diag(es._C))).max())
+        return largest if np.isfinite(largest) else np.inf
 
     def centre(self, es: Any) -> NDArray[np.float64]:
         """Return the mean of the normal distribution and the likeliest names, shape (dimension,)."""
