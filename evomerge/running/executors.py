@@ -134,9 +134,12 @@ class LocalProcesses:
         while len(self._processes) < min(self.workers, len(waiting)):
             self._processes.append(self._start())
         while waiting or any(p.job for p in self._processes):
-            for process in self._processes:
+            for process in list(self._processes):
                 if waiting and process.ready and process.job is None:
-                    self._give(process, waiting.popleft())
+                    if process.process.is_alive():
+                        self._give(process, waiting.popleft())
+                    else:  # it died idle: no candidate's doing
+                        self._lost(process, "crash", "")
             busy = [p for p in self._processes if p.job or not p.ready]
             soonest = min((p.deadline for p in busy), default=time.monotonic() + 1)
             connection.wait([p.pipe for p in busy], timeout=max(0.0, soonest - time.monotonic()))
