@@ -4,11 +4,13 @@ In every generation it proposes some genomes itself, the best in its trust regio
 population of the optimizer for the rest; the optimizer is told both. It also decides how many item blocks a
 generation is scored on: few at first, because a model that learns from every item of many candidates needs
 few of each; twice as many once the trust region has collapsed, which says that nothing more is to be found
-on these items. Where it proposes nothing (no continuous coordinates, a model that is not trusted), some
-generations without a better candidate say the same.
+on these items. Where it proposes nothing (a model that is not trusted), some generations without a better
+candidate say the same.
 
 Before a candidate is scored, its loss is predicted; the rank correlation of the last predictions with what
-was then measured is the guide's own mark. While it is low the optimizer works alone.
+was then measured is the guide's own mark. While it is low the optimizer works alone. The guide's proposals
+don't count in it: each of them is where the model is most likely to promise too much, which the trust region
+is for.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ from evomerge.search.trust_region import TrustRegion
 
 Array = NDArray[np.float64]
 
-WINDOW = 48
+WINDOW = 32
 """Predictions that the rank correlation is taken over, the latest ones."""
 TRUSTED = 0.1
 """Rank correlation below which the model is not listened to."""
-FEW = 24
+FEW = 16
 """Predictions before which it is given the benefit of the doubt."""
 SCATTERED = 12
 """Candidates of the optimizer's own that the model learns from before it predicts any: baselines lie on a
@@ -191,6 +193,14 @@ class Observed:
         return means
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Promise:
+    """Of the guide's own proposals: the losses the model promised, and the boxes they kept to."""
+
+    losses: tuple[float, ...]
+    radii: tuple[float, ...]
+
+
 class Guide:
     """The surrogate in a search with one objective.
 
@@ -217,7 +227,7 @@ class Guide:
         self._pairs: list[tuple[float, float]] = []
         self._predicted: list[float] | None = None
         self._proposed = 0
-        self._promised: float | None = None
+        self._promise: _Promise | None = None
         self._generation = 0
         self._told = 0
         self._stalled = 0
@@ -230,7 +240,10 @@ class Guide:
 
     @property
     def correlation(self) -> float | None:
-        """Spearman's rank correlation of the last predictions with what was measured."""
+        """Spearman's rank correlation of predictions with what was measured, the optimizer's own candidates.
+
+        Of all candidates where the optimizer has none of its own.
+        """
         if len(self._pairs) < FEW:
             return None
         predicted, measured = np.array(self._pairs[-WINDOW:]).T
@@ -254,7 +267,7 @@ class Guide:
 
     def ask(self, optimizer: Optimizer) -> Asked:
         """Return the next generation: proposals first, then the optimizer's own, screened."""
-        self._predicted, self._proposed, self._promised = None, 0, None
+        self._predicted, self._proposed, self._promise = None, 0, None
         size = optimizer.population
         best = self._best(self.blocks)
         tune = self._generation % TUNED_EVERY == 1
@@ -268,12 +281,17 @@ class Guide:
             genomes = optimizer.ask()
             self._predicted = self._predict(model, loss, genomes)
             return Asked(genomes=genomes)
-        count = round(self._spec.share * size) if self._region.moves else 0
+        count = round(self._spec.share * size)
         if count:
-            proposals, promised = self._region.propose(model, loss, best[0], count)
-            (here,) = self._predict(model, loss, best[:1])
-            self._promised = best[1] + min(0.0, promised - here)
-            optimizer.inject(proposals)
+            blocks = self.blocks
+            known = {key for key, (genome, _) in self._known.items() if self._loss(genome, blocks) < np.inf}
+            proposals = self._region.propose(model, loss, best[0], count, known=known)
+            count = len(proposals.genomes)
+        if count:
+            here, *there = self._predict(model, loss, [best[0], *proposals.genomes])
+            promised = tuple(best[1] + min(0.0, value - here) for value in there)
+            self._promise = _Promise(losses=promised, radii=proposals.radii)
+            optimizer.inject(proposals.genomes)
         pool = optimizer.ask(self._spec.oversample * size)
         assert not optimizer.required, "an optimizer of several objectives"
         predicted = np.array(self._predict(model, loss, pool))
@@ -293,9 +311,12 @@ class Guide:
             if scores is not None:
                 self.learn(genome, scores)
         if self._predicted is not None:
+            own = self._proposed if self._proposed < len(genomes) else 0
             self._pairs += [
                 (p, float(m))
-                for p, m, scores in zip(self._predicted, losses, results, strict=True)
+                for p, m, scores in zip(
+                    self._predicted[own:], losses[own:], results[own:], strict=True
+                )
                 if scores is not None
             ]
         if before is None or not self._exhausted(genomes, before[1]) or self._active == len(self._order):
@@ -312,12 +333,14 @@ class Guide:
 
     def _exhausted(self, genomes: Array, before: float) -> bool:
         """Take in how far a generation came; say whether nothing more is to be found on these items."""
-        mine = genomes if self._promised is None else genomes[: self._proposed]
-        reached = min(self._loss(genome, self.blocks) for genome in mine)
-        if self._promised is None:
-            self._stalled = 0 if reached < before else self._stalled + 1
+        mine = genomes if self._promise is None else genomes[: self._proposed]
+        reached = [self._loss(genome, self.blocks) for genome in mine]
+        if self._promise is None:
+            self._stalled = 0 if min(reached) < before else self._stalled + 1
             return self._stalled >= PATIENCE
-        self._region.learn(before=before, promised=self._promised, reached=reached)
+        self._region.learn(
+            before=before, promised=self._promise.losses, reached=reached, radii=self._promise.radii
+        )
         return self._region.collapsed
 
     def state(self) -> GuideState:

@@ -8,9 +8,9 @@ where a model of the loss learns one; all items share one kernel matrix, so they
 Margins come from a model's own likelihoods (`TaskScores.margin`); tasks without them (generation) are
 modelled by their metric, and retention by its mean log-likelihood.
 
-Kernel: squared exponential, with or without a linear term, on coordinates in [0, 1] (names are one-hot);
-its length, the linear term and the noise are those with the highest marginal likelihood on a grid
-(Rasmussen and Williams 2006, eq. 5.8), all items pooled, each with its own mean and variance.
+Kernel: Matérn 5/2 (Rasmussen and Williams 2006, eq. 4.17) on coordinates in [0, 1] (names are one-hot); its
+length and the noise are those with the highest marginal likelihood on a grid (eq. 5.8), all items pooled,
+each with its own mean and variance.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ SOFTNESS = 0.5
 CLIP = 6.0
 """In nats: margins beyond are clipped; how wrong a hopeless answer is says nothing about the rest."""
 
+NAMED = 0.25
+"""What the one-hot feature of a name counts for: another name is as far away as 0.35 on a continuous one."""
+
 LossOf = Callable[[Array], tuple[float, Array]]
 """The loss of tasks' values (tasks,) and its slope (tasks,): weights and head-room are its business."""
 
 _LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
-_NOISES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-_LINEAR = (0.0, 1.0)
+_NOISES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,7 @@ class Prediction:
     values: (tasks,) on the tasks' own scales (share of right answers, mean log-likelihood).
     slopes: (tasks, dimension).
     uncertainty: the posterior standard deviation in units of the columns' own, near 0 at scored genomes, 1
-        where nothing near is known, more where a linear term leads far away; of several blocks the largest.
+        where nothing near is known; of several blocks the largest.
     """
 
     values: Array
@@ -220,28 +222,30 @@ class _Features:
                 found.append(coordinate.middle(coordinate.level(value)))
             else:
                 level = coordinate.level(value)
-                found += [0.5 * (i == level) for i in range(coordinate.levels)]
+                found += [NAMED * (i == level) for i in range(coordinate.levels)]
         return np.array(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kernel:
     length: float
-    linear: float
     noise: float
 
-    def __call__(self, a: Array, b: Array, origin: Array) -> Array:
-        a, b = a - origin, b - origin
-        inner = a @ b.T
-        squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * inner
-        found: Array = np.exp(-np.maximum(squares, 0.0) / (2 * self.length**2))
-        return found + self.linear * inner / self.length**2
+    def __call__(self, a: Array, b: Array) -> Array:
+        """Return (n, m) the correlations of points a (n, features) and b (m, features)."""
+        squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * a @ b.T
+        return self.bell(squares)[0]
+
+    def bell(self, squares: Array) -> tuple[Array, Array]:
+        """Return the correlations at squared distances, and their falls f: slopes are -f times the step."""
+        far = np.sqrt(5 * np.maximum(squares, 0.0)) / self.length
+        decay = np.exp(-far)
+        return (1 + far + far**2 / 3) * decay, 5 / 3 / self.length**2 * (1 + far) * decay
 
 
 def _tuned(rows: Array, values: Array) -> _Kernel:
     """Return the kernel with the highest marginal likelihood of all columns, each scaled to variance 1."""
-    best, chosen = np.inf, _Kernel(length=1.0, linear=0.0, noise=1e-2)
-    origin = rows.mean(axis=0)
+    best, chosen = np.inf, _Kernel(length=1.0, noise=1e-2)
     centred = values - values.mean(axis=0)
     scale = centred.std(axis=0)
     varied = scale > 0
@@ -250,17 +254,16 @@ def _tuned(rows: Array, values: Array) -> _Kernel:
     scaled = centred[:, varied] / scale[varied]
     energy = scaled @ scaled.T
     count, columns = scaled.shape
-    for linear in _LINEAR:
-        for length in _LENGTHS:
-            kernel = _Kernel(length=length, linear=linear, noise=0.0)
-            eigenvalues, vectors = scipy.linalg.eigh(kernel(rows, rows, origin), driver="evd")
-            along = ((energy @ vectors) * vectors).sum(axis=0)
-            for noise in _NOISES:
-                lifted = np.maximum(eigenvalues, 0.0) + noise
-                variance = float((along / lifted).sum()) / (columns * count)
-                loss = count * np.log(max(variance, 1e-300)) + float(np.log(lifted).sum())
-                if loss < best:
-                    best, chosen = loss, _Kernel(length=length, linear=linear, noise=noise)
+    for length in _LENGTHS:
+        gram = _Kernel(length=length, noise=0.0)(rows, rows)
+        eigenvalues, vectors = scipy.linalg.eigh(gram, driver="evd")
+        along = ((energy @ vectors) * vectors).sum(axis=0)
+        for noise in _NOISES:
+            lifted = np.maximum(eigenvalues, 0.0) + noise
+            variance = float((along / lifted).sum()) / (columns * count)
+            loss = count * np.log(max(variance, 1e-300)) + float(np.log(lifted).sum())
+            if loss < best:
+                best, chosen = loss, _Kernel(length=length, noise=noise)
     return chosen
 
 
@@ -278,23 +281,20 @@ class _Rows:
         inverse = scipy.linalg.cho_solve((factor, True), np.eye(len(rows)), check_finite=False)
         return cls(rows=rows, squares=(rows**2).sum(axis=1), inverse=inverse)
 
-    def bell(self, here: Array, length: float) -> Array:
-        """Return (n,) the squared-exponential part of the kernel with a point."""
-        squares = self.squares - 2 * (self.rows @ here) + here @ here
-        found: Array = np.exp(-np.maximum(squares, 0.0) / (2 * length**2))
-        return found
+    def bell(self, here: Array, kernel: _Kernel) -> tuple[Array, Array]:
+        """Return (n,) the correlations with a point, and (n,) their falls."""
+        return kernel.bell(self.squares - 2 * (self.rows @ here) + here @ here)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
     """The Gaussian processes of one block's columns; they share kernel and factor.
 
-    known: the genomes it was fitted to. origin: (features,) of the linear term. weights: (n, columns). mean,
-    variance: (columns,). present, starts: the tasks that have columns, and where these begin.
+    known: the genomes it was fitted to. weights: (n, columns). mean, variance: (columns,). present, starts:
+    the tasks that have columns, and where these begin.
     """
 
     known: _Rows
-    origin: Array
     weights: Array
     residuals: Array
     mean: Array
@@ -309,15 +309,13 @@ class _Block:
         order = np.argsort(outputs.task, kind="stable")  # columns of a task lie together
         outputs, values = Outputs(task=outputs.task[order], margins=outputs.margins[order]), values[:, order]
         present, starts = np.unique(outputs.task, return_index=True)
-        origin = rows.mean(axis=0)
-        factor = _factor(kernel, rows, origin)
+        factor = _factor(kernel, rows)
         mean = values.mean(axis=0)
         residuals = values - mean
         half = scipy.linalg.solve_triangular(factor, residuals, lower=True, check_finite=False)
         weights = scipy.linalg.solve_triangular(factor, half, lower=True, trans="T", check_finite=False)
         return cls(
             known=_Rows.of(rows, factor),
-            origin=origin,
             weights=weights,
             residuals=residuals,
             mean=mean,
@@ -338,16 +336,12 @@ class _Block:
 
         known: what the uncertainty takes for known, the block's own rows or more.
         """
-        length, linear = self.kernel.length, self.kernel.linear / self.kernel.length**2
-        shifted = here - self.origin
-        bell = self.known.bell(here, length)
-        mean = self.mean + self._column(self.known, bell, shifted) @ self.weights
-        bell_known = bell if known is self.known else known.bell(here, length)
-        column = self._column(known, bell_known, shifted)
-        back = known.inverse @ column
-        prior = 1.0 + linear * float(shifted @ shifted)
-        spread = float(np.sqrt(max(prior - float(column @ back), 1e-12)))
-        spread_change = (linear * shifted - self._change(back, known, bell_known, here)) / spread
+        column, fall = self.known.bell(here, self.kernel)
+        mean = self.mean + column @ self.weights
+        near, near_fall = (column, fall) if known is self.known else known.bell(here, self.kernel)
+        back = known.inverse @ near
+        spread = float(np.sqrt(max(1.0 - float(near @ back), 1e-12)))
+        spread_change = -_change(back, known, near_fall, here) / spread
         deviation = np.sqrt(self.variance)
         margins = self.outputs.margins
         width = np.where(margins, np.sqrt(SOFTNESS**2 + spread**2 * self.variance), 1.0)
@@ -361,45 +355,25 @@ class _Block:
         by_spread -= np.where(margins, density * lifted * spread * self.variance / width**3, 0.0)
         values[self.present] += np.add.reduceat(value, self.starts)
         by_row = np.add.reduceat(self.weights * by_mean, self.starts, axis=1).T  # (present, n)
-        slopes[self.present] += self._change(by_row, self.known, bell, here)
+        slopes[self.present] += _change(by_row, self.known, fall, here)
         slopes[self.present] += np.outer(np.add.reduceat(by_spread, self.starts), spread_change)
         return spread
 
     def values(self, here: Array, tasks: int) -> Array:
         """Return (points, tasks) this block's sums at points (points, features)."""
-        column = self.kernel(here, self.rows, self.origin)
+        column = self.kernel(here, self.rows)
         mean = self.mean + column @ self.weights
-        shifted = here - self.origin
-        prior = 1.0 + self.kernel.linear / self.kernel.length**2 * (shifted**2).sum(axis=1)
-        spread = np.maximum(prior - ((column @ self.known.inverse) * column).sum(axis=1), 1e-12)
+        spread = np.maximum(1.0 - ((column @ self.known.inverse) * column).sum(axis=1), 1e-12)
         width = np.sqrt(SOFTNESS**2 + spread[:, None] * self.variance)
         value = np.where(self.outputs.margins, scipy.special.ndtr(mean / width), mean)
         found = np.zeros((len(here), tasks))
         found[:, self.present] = np.add.reduceat(value, self.starts, axis=1)
         return found
 
-    def _column(self, known: _Rows, bell: Array, shifted: Array) -> Array:
-        """Return (n,) the kernel between a point, relative to the origin, and rows."""
-        linear = self.kernel.linear / self.kernel.length**2
-        if not linear:
-            return bell
-        found: Array = bell + linear * (known.rows @ shifted - float(self.origin @ shifted))
-        return found
-
-    def _change(self, weights: Array, known: _Rows, bell: Array, here: Array) -> Array:
-        """Return how a weighted sum (weights over the last axis) of `_column` changes with the point."""
-        square = self.kernel.length**2
-        belled = weights * bell
-        found: Array = (belled @ known.rows - belled.sum(axis=-1)[..., None] * here) / square
-        if self.kernel.linear:
-            linear = self.kernel.linear / square
-            found = found + linear * (weights @ known.rows - weights.sum(axis=-1)[..., None] * self.origin)
-        return found
-
     def extended(self, extra: Array) -> _Rows:
         """Return the rows with further ones, whose values are not known yet."""
         rows = np.vstack([self.rows, extra])
-        return _Rows.of(rows, _factor(self.kernel, rows, self.origin))
+        return _Rows.of(rows, _factor(self.kernel, rows))
 
     def left_out(self) -> tuple[Array, Array]:
         """Return leave-one-out means and standard deviations, both (n, columns)."""
@@ -412,12 +386,19 @@ class _Block:
         return 1.0 / np.diag(self.known.inverse)
 
 
-def _factor(kernel: _Kernel, rows: Array, origin: Array) -> Array:
+def _factor(kernel: _Kernel, rows: Array) -> Array:
     """Return (n, n) the lower Cholesky factor of the kernel matrix of rows, noise included."""
-    gram = kernel(rows, rows, origin)
+    gram = kernel(rows, rows)
     gram[np.diag_indices_from(gram)] += kernel.noise + 1e-10
     factor: Array = scipy.linalg.cholesky(gram, lower=True, check_finite=False)
     return factor
+
+
+def _change(weights: Array, known: _Rows, fall: Array, here: Array) -> Array:
+    """Return how weighted sums (weights over the last axis) of correlations change with the point."""
+    fallen = weights * fall
+    found: Array = fallen @ known.rows - fallen.sum(axis=-1)[..., None] * here
+    return found
 
 
 def _counted(sums: Array, outputs: Outputs, mean: Array, deviation: Array) -> None:

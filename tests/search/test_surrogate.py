@@ -78,15 +78,8 @@ def test_is_certain_of_what_it_was_shown_and_of_nothing_far_away() -> None:
 @pytest.mark.parametrize("optimism", [0.0, 0.7])
 @pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("linear", [0.0, 1.0])
-def test_slopes_are_finite_differences(optimism: float, pending: bool, blocks: int, linear: float) -> None:
-    def of(genome: Genome) -> np.ndarray:
-        found: np.ndarray = (genome - 0.5) @ DIRECTIONS + SHIFTS if linear else margins(genome)
-        return found
-
-    surrogate = taught(30, of=of, blocks=blocks)
-    model = fitted(surrogate, tuple(range(blocks)))
-    assert model._blocks[0].kernel.linear == linear
+def test_slopes_are_finite_differences(optimism: float, pending: bool, blocks: int) -> None:
+    model = fitted(taught(30, blocks=blocks), tuple(range(blocks)))
     extra = Pending(model, np.random.default_rng(4).random((3, DIMENSION))) if pending else None
     here, step = np.array([0.3, 0.7, 0.45, 0.6]), 1e-5
 
@@ -120,11 +113,11 @@ def test_left_out_is_what_the_others_predict() -> None:
     found = model.left_out()
     for row in (0, 5, 13):  # from the definition: solve without the row, mean and kernel kept
         others = np.delete(np.arange(count), row)
-        gram = block.kernel(genomes[others], genomes[others], block.origin)
+        gram = block.kernel(genomes[others], genomes[others])
         gram += (block.kernel.noise + 1e-10) * np.eye(count - 1)
-        along = block.kernel(genomes[[row]], genomes[others], block.origin)[0]
+        along = block.kernel(genomes[[row]], genomes[others])[0]
         mean = block.mean + along @ np.linalg.solve(gram, block.residuals[others])
-        own = block.kernel(genomes[[row]], genomes[[row]], block.origin).item() + block.kernel.noise + 1e-10
+        own = block.kernel(genomes[[row]], genomes[[row]]).item() + block.kernel.noise + 1e-10
         variance = block.variance * (own - along @ np.linalg.solve(gram, along))
         value = np.where(OUTPUTS.margins, scipy.special.ndtr(mean / np.sqrt(SOFTNESS**2 + variance)), mean)
         expected = [value[OUTPUTS.task == task].mean() for task in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.surrogate import Array, Model, Outputs, Surrogate
-from evomerge.search.trust_region import GROW, LARGEST, SHRINK, SMALLEST, START, TrustRegion
+from evomerge.search.trust_region import GROW, LADDER, LARGEST, SHRINK, SMALLEST, START, TrustRegion
 
 CONTINUOUS = (Coordinate(),) * 3
 MIXED = (Coordinate(), Coordinate(levels=4), Coordinate(), Coordinate(levels=3, ordered=False))
@@ -41,37 +42,40 @@ def region(coordinates: Sequence[Coordinate] = CONTINUOUS, seed: int = 0) -> Tru
     return TrustRegion(coordinates, seed=np.random.SeedSequence(seed))
 
 
-def after(*steps: tuple[float, float, float]) -> TrustRegion:
-    found = region()
-    for before, promised, reached in steps:
-        found.learn(before=before, promised=promised, reached=reached)
+RADII = (START, START / 2, START / 4)
+Step = tuple[tuple[float, ...], tuple[float, ...]]
+"""What the proposals of RADII promised, where the best loss known is 0, and what they reached."""
+
+
+def after(*steps: Step, of: TrustRegion | None = None) -> TrustRegion:
+    found = of or region()
+    for promised, reached in steps:
+        radii = [found.radius * share for share in LADDER]
+        found.learn(before=0.0, promised=promised, reached=reached, radii=radii)
     return found
 
 
-KEPT_IT, HALF, HARDLY, NOTHING, WORSE, FAILED = (
-    (0.0, -1.0, -1.0),
-    (0.0, -1.0, -0.5),
-    (0.0, -1.0, -0.1),
-    (0.0, -1.0, 0.0),
-    (0.0, -1.0, 0.3),
-    (0.0, -1.0, float("inf")),
-)
+MUCH, SOME, LITTLE = -1.0, -0.5, -0.1
+KEPT_IT: Step = (MUCH,) * 3, (MUCH, SOME, SOME)
+NOTHING: Step = (MUCH,) * 3, (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("step", "radius"),
     [
         (KEPT_IT, GROW * START),
-        (HALF, GROW * START),
-        (HARDLY, START),
+        (((MUCH, MUCH, MUCH), (SOME, 0.0, 0.0)), GROW * START),
+        (((MUCH, MUCH, MUCH), (LITTLE, 0.0, 0.0)), START),
+        (((MUCH, SOME, LITTLE), (0.3, SOME, LITTLE)), GROW * START / 2),
+        (((MUCH, SOME, SOME), (0.3, 0.0, LITTLE)), START / 4),
+        (((MUCH, SOME, LITTLE), (0.3, float("inf"), LITTLE)), GROW * START / 4),
         (NOTHING, SHRINK * START),
-        (WORSE, SHRINK * START),
-        (FAILED, SHRINK * START),
+        (((MUCH, MUCH, MUCH), (0.3, 0.1, 0.2)), SHRINK * START),
+        (((MUCH, MUCH, MUCH), (float("inf"),) * 3), SHRINK * START),
+        (((0.0, 0.0, 0.0), (LITTLE, 0.0, 0.0)), GROW * START),  # more than the nothing that was promised
     ],
 )
-def test_grows_on_what_was_promised_and_shrinks_on_nothing(
-    step: tuple[float, float, float], radius: float
-) -> None:
+def test_follows_the_best_proposal_by_what_it_kept_of_its_promise(step: Step, radius: float) -> None:
     assert after(step).radius == pytest.approx(radius)
 
 
@@ -85,21 +89,18 @@ def test_has_a_largest_and_a_smallest_size() -> None:
     assert SMALLEST < collapsed.radius < START
 
 
-def test_an_unexpected_improvement_is_one() -> None:
-    """Where the model promised nothing, whatever was gained is more than that."""
-    assert after((0.0, 0.0, -0.1)).radius > START
-
-
 @pytest.mark.parametrize("centre", [[0.5, 0.5, 0.5], [0.0, 0.95, 0.6], [1.0, 0.0, 1.0]])
 def test_proposals_lie_in_the_box_and_the_first_is_the_best_there(centre: list[float]) -> None:
     around = np.array(centre)
     fitted, box = model(around=around), region()
-    proposals, promised = box.propose(fitted, wrong, around, 5)
-    assert proposals.shape == (5, 3)
+    found = box.propose(fitted, wrong, around, 7)
+    assert found.radii == (*RADII, *RADII, START)
+    proposals = found.genomes
+    assert proposals.shape == (7, 3)
     assert ((proposals >= 0) & (proposals <= 1)).all()
-    assert (np.abs(proposals - around) <= START + 1e-12).all()
-    losses = [1 - float(fitted.predict(genome).values[0]) for genome in proposals]
-    assert promised == pytest.approx(losses[0])
+    assert (np.abs(proposals - around).max(axis=1) <= np.array(found.radii) + 1e-12).all()
+    losses = [1 - float(fitted.predict(genome).values[0]) for genome in proposals[:3]]
+    assert losses == sorted(losses)  # the larger the box, the better its best
     true = [-margins(genome).mean() for genome in (around, *proposals)]
     assert max(true[1:]) < true[0]
     best = np.clip(np.full(3, BEST), around - START, around + START)  # of the box, in truth
@@ -108,25 +109,62 @@ def test_proposals_lie_in_the_box_and_the_first_is_the_best_there(centre: list[f
 
 def test_a_batch_looks_at_different_places() -> None:
     """It is all the same genome where the model knows everything, but not where it doesn't."""
-    proposals, _ = region().propose(model(count=10), wrong, np.full(3, 0.65), 4)
+    proposals = region().propose(model(count=10), wrong, np.full(3, 0.65), 4).genomes
     apart = [np.abs(a - b).max() for i, a in enumerate(proposals) for b in proposals[:i]]
     assert min(apart) > 1e-3
 
 
-def test_discrete_coordinates_stay_at_the_centre() -> None:
-    centre = np.array([0.5, 0.625, 0.5, 0.5])
-    box = region(MIXED)
-    assert box.moves
-    proposals, _ = box.propose(model(MIXED), wrong, centre, 3)
-    assert (proposals[:, [1, 3]] == centre[[1, 3]]).all()
-    assert (proposals[:, [0, 2]] != centre[[0, 2]]).all()
-    assert not region([Coordinate(levels=3)] * 4).moves
+@pytest.mark.parametrize("coordinates", [MIXED, (Coordinate(levels=5, ordered=False),) * 12])
+def test_changes_discrete_coordinates_one_by_one_for_the_better(coordinates: tuple[Coordinate, ...]) -> None:
+    rng = np.random.default_rng(1)
+    centre = np.array([0.5 if c.levels is None else c.middle(0) for c in coordinates])
+    box, discrete = region(coordinates), [i for i, c in enumerate(coordinates) if c.levels is not None]
+    surrogate = Surrogate(coordinates, [OUTPUTS], tasks=1)
+    for genome in rng.random((80, len(coordinates))):
+        snapped = np.array(
+            [u if c.levels is None else c.middle(c.level(u)) for u, c in zip(genome, coordinates, strict=True)]
+        )
+        surrogate.learn(snapped, 0, margins(snapped) / len(coordinates))
+    fitted = surrogate.fit(centre, [0])
+    assert fitted is not None
+    proposals = box.propose(fitted, wrong, centre, 3).genomes
+    changed = (proposals[:, discrete] != centre[discrete]).sum(axis=1)
+    assert changed.min() >= 1
+    assert changed.tolist() == [max(1, round(radius * len(discrete))) for radius in RADII]
+    assert margins(proposals[0]).mean() > margins(centre).mean()
+
+
+def test_discrete_genomes_are_not_proposed_twice() -> None:
+    coordinates = [Coordinate(levels=3, ordered=False)] * 3
+    fitted, centre = model(coordinates, count=10), np.full(3, 0.5)
+    box, known = region(coordinates), {centre.tobytes()}
+    for _ in range(2):
+        proposals = box.propose(fitted, wrong, centre, 3, known=known).genomes
+        keys = {genome.tobytes() for genome in proposals}
+        assert len(keys) == 3
+        assert not keys & known
+        known |= keys
+    nothing = box.propose(fitted, wrong, centre, 3, known={g.tobytes() for g in _all(coordinates)})
+    assert (nothing.genomes.shape, nothing.radii) == ((0, 3), ())
+
+
+def _all(coordinates: Sequence[Coordinate]) -> list[Genome]:
+    middles = [[c.middle(level) for level in range(c.levels or 1)] for c in coordinates]
+    return [np.array(genome) for genome in itertools.product(*middles)]
+
+
+def test_whole_numbers_move_by_one() -> None:
+    coordinates = [Coordinate(levels=9)] * 2
+    around = np.array([Coordinate(levels=9).middle(3)] * 2)
+    box = region(coordinates)
+    proposals = box.propose(model(coordinates), wrong, around, 4).genomes
+    assert (np.abs(proposals - around).sum(axis=1) < 1.5 / 9).all()
 
 
 def test_the_same_seed_proposes_the_same_bits() -> None:
     fitted, centre = model(), np.full(3, 0.5)
-    first, again = (region().propose(fitted, wrong, centre, 4)[0] for _ in range(2))
+    first, again = (region().propose(fitted, wrong, centre, 4).genomes for _ in range(2))
     assert first.tobytes() == again.tobytes()
     used = region()
     used.propose(fitted, wrong, centre, 4)
-    assert used.propose(fitted, wrong, centre, 4)[0].tobytes() != first.tobytes()
+    assert used.propose(fitted, wrong, centre, 4).genomes.tobytes() != first.tobytes()
