@@ -1,6 +1,6 @@
 """What the search itself costs: ask + tell + store per candidate, and the replay of a whole run.
 
-    python benchmarks/perf/overhead.py [--candidates 5000] [--layers 49] [--optimizer auto]
+    python benchmarks/perf/overhead.py [--candidates 5000] [--layers 49] [--optimizer auto] [--surrogate off]
 
 Runs the real loop, optimizer, scorer and run store (in a temporary folder) on a space of 10 coordinates
 per layer and 10 outside, with an executor that scores in no time; then runs it again on the full store, as
@@ -29,6 +29,7 @@ from evomerge.running.scorer import Scorer
 from evomerge.running.store import BASE, RunStore, Timing
 from evomerge.running.worker import Job, Result
 from evomerge.search.genes import Coordinate
+from evomerge.search.guide import SurrogateSpec
 from evomerge.search.loop import Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, choose
@@ -82,13 +83,13 @@ class Instant:
 
 
 def _scores(recipe: Recipe, split: Split) -> Scores:
-    """Score each task by how near its source's mean weight is to 0.6, plus noise of the items."""
+    """Score each task by how near its source's mean weight is to 0.6; some items are harder than others."""
     weights = np.zeros(len(SOURCES))
     for group in recipe.groups:
         for source, weight in zip(group.sources, group.parameters.get("weight", (1.0,)), strict=False):
             if source != BASE:
                 weights[SOURCES.index(source)] += float(weight) / len(recipe.groups)
-    noise = np.random.default_rng(int(recipe.hash[:12], 16)).random((len(SOURCES), ITEMS))
+    noise = np.random.default_rng(0).random((len(SOURCES), ITEMS))
     chances = np.clip(1.0 - np.abs(weights - 0.6), 0.05, 0.95)
     return Scores(
         split=split,
@@ -100,7 +101,7 @@ def _scores(recipe: Recipe, split: Split) -> Scores:
 
 
 def session(
-    folder: Path, layers: int, candidates: int, optimizer: OptimizerSpec
+    folder: Path, layers: int, candidates: int, optimizer: OptimizerSpec, surrogate: SurrogateSpec | None
 ) -> tuple[Cost, Instant, int]:
     """Run, or continue, the search in a folder; return its cost, the executor, the dimension."""
     parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -130,6 +131,7 @@ def session(
                 norms=dict.fromkeys(SOURCES, 1.0),
                 optimizer=optimizer,
                 objective=ObjectiveSpec(),
+                surrogate=surrogate,
                 finalists=8,
                 seed=0,
             ),
@@ -151,12 +153,15 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=5000)
     parser.add_argument("--layers", type=int, default=49)
     parser.add_argument("--optimizer", default="auto")
+    parser.add_argument("--surrogate", choices=("on", "off"), default="on")
     given = parser.parse_args()
     optimizer = OptimizerSpec(name=given.optimizer)
+    surrogate = SurrogateSpec() if given.surrogate == "on" else None
+    settings = (given.layers, given.candidates, optimizer, surrogate)
     with tempfile.TemporaryDirectory() as folder:
-        first, executor, dimension = session(Path(folder) / "run", given.layers, given.candidates, optimizer)
+        first, executor, dimension = session(Path(folder) / "run", *settings)
         size = (Path(folder) / "run" / "run.sqlite").stat().st_size / 1e6
-        replay, again, _ = session(Path(folder) / "run", given.layers, given.candidates, optimizer)
+        replay, again, _ = session(Path(folder) / "run", *settings)
         with RunStore.read(Path(folder) / "run") as store:
             asked = sum(len(generation.recipes) for generation in store.generations())
     assert again.executed == 0, "a replay executes nothing"

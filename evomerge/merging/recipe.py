@@ -298,14 +298,11 @@ class Recipe:
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
             raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(str(self.dtype), DTYPES))
-        named: list[tuple[str, str | None]] = [("base", self.base)]
-        named += [(f"group {g.label()!r}", name) for g in self.groups for name in (*g.sources, g.base)]
-        named += [("fisher", name) for name in self.fisher]
-        for where, name in named:
-            if name is not None and name not in self.models:
-                raise ConfigError(
-                    f"recipe: {where} names an unknown model {name!r}", fix=nearest(name, self.models)
-                )
+        self._check_names("base", [self.base])
+        for group in self.groups:
+            if not self.models.keys() >= {*group.sources, group.base or group.sources[0]}:
+                self._check_names(f"group {group.label()!r}", [*group.sources, group.base])
+        self._check_names("fisher", self.fisher)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
         for group in self.groups:
             if methods.get(group.method).needs_base and self.base_of(group) is None:
@@ -350,6 +347,13 @@ class Recipe:
         """Whether layers of the result are other layers of its sources, or not as many."""
         shift = any(group.shift or group.base_shift for group in self.groups)
         return self.num_layers is not None or shift
+
+    def _check_names(self, where: str, names: Iterable[str | None]) -> None:
+        for name in names:
+            if name is not None and name not in self.models:
+                raise ConfigError(
+                    f"recipe: {where} names an unknown model {name!r}", fix=nearest(name, self.models)
+                )
 
     @property
     def hash(self) -> str:

@@ -314,9 +314,7 @@ class Guide:
             own = self._proposed if self._proposed < len(genomes) else 0
             self._pairs += [
                 (p, float(m))
-                for p, m, scores in zip(
-                    self._predicted[own:], losses[own:], results[own:], strict=True
-                )
+                for p, m, scores in zip(self._predicted[own:], losses[own:], results[own:], strict=True)
                 if scores is not None
             ]
         if before is None or not self._exhausted(genomes, before[1]) or self._active == len(self._order):

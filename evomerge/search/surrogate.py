@@ -161,7 +161,7 @@ class Model:
             spread = max(spread, block.predict(here, values, slopes, optimism=optimism, known=known))
         values /= self._counts
         slopes /= self._counts[:, None]
-        return Prediction(values=values, slopes=slopes @ self._features.slope, uncertainty=spread)
+        return Prediction(values=values, slopes=self._features.back(slopes), uncertainty=spread)
 
     def values(self, genomes: Sequence[Genome] | Array) -> Array:
         """Return (n, tasks): what `predict` says of every genome, without its slopes."""
@@ -203,27 +203,30 @@ class _Features:
     """Genomes as points in which distances mean something: names one-hot, the rest as it is."""
 
     def __init__(self, coordinates: Sequence[Coordinate]) -> None:
-        self._coordinates = tuple(coordinates)
-        width = sum(1 if c.levels is None or c.ordered else c.levels for c in coordinates)
-        self.slope = np.zeros((width, len(coordinates)))
-        """(features, dimension): how features change with the continuous coordinates."""
-        at = 0
-        for index, coordinate in enumerate(coordinates):
-            if coordinate.levels is None:
-                self.slope[at, index] = 1.0
-            at += 1 if coordinate.levels is None or coordinate.ordered else coordinate.levels
+        self._discrete = [(i, c) for i, c in enumerate(coordinates) if c.levels is not None]
+        self._moved = np.array([float(c.levels is None) for c in coordinates])
+        widths = [1 if c.levels is None or c.ordered else c.levels for c in coordinates]
+        self._from = np.cumsum([0, *widths[:-1]])
+        """Of every coordinate its first feature."""
+        self._width = sum(widths)
+
+    def back(self, slopes: Array) -> Array:
+        """Return slopes in features, (n, features), as slopes in coordinates, 0 in those of bins."""
+        found: Array = slopes[:, self._from] * self._moved
+        return found
 
     def __call__(self, genome: Genome) -> Array:
-        found: list[float] = []
-        for value, coordinate in zip(genome.tolist(), self._coordinates, strict=True):
-            if coordinate.levels is None:
-                found.append(value)
-            elif coordinate.ordered:
-                found.append(coordinate.middle(coordinate.level(value)))
+        found = np.zeros(self._width)
+        found[self._from] = genome
+        for index, coordinate in self._discrete:
+            assert coordinate.levels is not None
+            at, level = self._from[index], coordinate.level(float(genome[index]))
+            if coordinate.ordered:
+                found[at] = coordinate.middle(level)
             else:
-                level = coordinate.level(value)
-                found += [NAMED * (i == level) for i in range(coordinate.levels)]
-        return np.array(found)
+                found[at : at + coordinate.levels] = 0.0
+                found[at + level] = NAMED
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,7 +357,10 @@ class _Block:
         by_spread = by_mean * optimism * deviation
         by_spread -= np.where(margins, density * lifted * spread * self.variance / width**3, 0.0)
         values[self.present] += np.add.reduceat(value, self.starts)
-        by_row = np.add.reduceat(self.weights * by_mean, self.starts, axis=1).T  # (present, n)
+        of_task = zip(
+            np.split(self.weights, self.starts[1:], axis=1), np.split(by_mean, self.starts[1:]), strict=True
+        )
+        by_row = np.array([weights @ change for weights, change in of_task])  # (present, n)
         slopes[self.present] += _change(by_row, self.known, fall, here)
         slopes[self.present] += np.outer(np.add.reduceat(by_spread, self.starts), spread_change)
         return spread

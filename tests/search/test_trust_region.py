@@ -122,7 +122,10 @@ def test_changes_discrete_coordinates_one_by_one_for_the_better(coordinates: tup
     surrogate = Surrogate(coordinates, [OUTPUTS], tasks=1)
     for genome in rng.random((80, len(coordinates))):
         snapped = np.array(
-            [u if c.levels is None else c.middle(c.level(u)) for u, c in zip(genome, coordinates, strict=True)]
+            [
+                u if c.levels is None else c.middle(c.level(u))
+                for u, c in zip(genome, coordinates, strict=True)
+            ]
         )
         surrogate.learn(snapped, 0, margins(snapped) / len(coordinates))
     fitted = surrogate.fit(centre, [0])

@@ -125,6 +125,8 @@ class CmaEs:
                 "ignore"
             )  # pycma warns where matplotlib, which only its plots need, is missing
             import cma
+            from cma.sigma_adaptation import CMAAdaptSigmaCSA
+        options["AdaptSigma"] = CMAAdaptSigmaCSA  # sep-CMA's own, two-point, needs pairs of samples too
         return cma.CMAEvolutionStrategy(self._padded(start), sigma, options)
 
     def _restart(self) -> None:
