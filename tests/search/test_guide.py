@@ -13,7 +13,6 @@ from evomerge.evaluation.suite import Suite
 from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.guide import (
     FEW,
-    PATIENCE,
     REFRESHED,
     SCATTERED,
     WINDOW,
