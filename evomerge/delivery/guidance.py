@@ -79,7 +79,7 @@ class Guidance:
             y=[c for _, c in known],
             mode="lines+markers",
             line={"color": _ACCENT, "width": 2},
-            name=f"rank correlation, last {WINDOW} candidates",
+            name=f"rank correlation, the optimizer's last {WINDOW}",
         )
         for first, last in _runs(self.off):
             figure.add_vrect(
