@@ -123,6 +123,7 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._guide(references, views, order, [*parents, *known])
+        self._measure()
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -235,6 +236,15 @@ class Search:
         for position, each in enumerate(starts):
             self._journal.record_entry("start", position, each.named)
         return starts, spent
+
+    def _measure(self) -> None:
+        """Where the clock ends the search, score base and parents on the other splits now, not after it.
+
+        Then it is known how long that takes, and how much time to keep for it. Nothing is decided by it.
+        """
+        if self._budget.timed:
+            for split in ("select", "test"):
+                self._scorer.require(self._parents, split, "base and parents")
 
     def _descend(self, references: Normaliser, known: Sequence[Known], spec: GradientSpec) -> Descent:
         """Follow the gradient from the best point known."""
