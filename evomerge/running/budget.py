@@ -186,7 +186,7 @@ class Budget:
         if spec.items is not None and items + forecast > spec.items:
             return f"budget of {spec.items} items used ({items} in whole generations)"
         if spec.patience is not None and stale >= spec.patience:
-            return f"nothing better in {stale} generations"
+            return f"nothing better in {stale} generation{'s' if stale > 1 else ''}"
         deadline = self.deadline()
         if deadline is None or self._clock.now() < deadline:
             return None

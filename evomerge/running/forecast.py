@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -162,8 +162,16 @@ class Watch:
     generation.
     """
 
-    def __init__(self, observer: Observer, forecast: Forecast, store: RunStore, budget: BudgetSpec) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        forecast: Forecast,
+        store: RunStore,
+        budget: BudgetSpec,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._observer, self._forecast, self._store, self._budget = observer, forecast, store, budget
+        self._now = now
         self._since: float | None = None
         self._before = 0.0
         """Evaluations spent before the pace was taken."""
@@ -174,7 +182,7 @@ class Watch:
         """Note when the first generation begins that is not replayed."""
         if name.startswith("generation ") and jobs > known:
             self._fresh = True
-            self._since = time.monotonic() if self._since is None else self._since
+            self._since = self._now() if self._since is None else self._since
         self._observer.phase(name, jobs, known)
 
     def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
@@ -185,7 +193,7 @@ class Watch:
         """Say what is to be expected now, if anything was scored."""
         if self._fresh and self._since is not None:
             self._generations += 1
-            elapsed = time.monotonic() - self._since
+            elapsed = self._now() - self._since
             left = self._left(generation, evaluations, elapsed)
             estimate = self._forecast.estimate(left)
             self._store.set_fact("clock", {**self._store.fact("clock"), "estimate": estimate.as_data()})
