@@ -29,6 +29,7 @@ from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors, warm_start
+from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
 from evomerge.running.clock import Clock, moment, shown
 from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Forecast, Watch, Work
@@ -248,8 +249,8 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
     given = len(prepared.warm.recipes)
     beforehand = math.ceil((parents + hand_made + given) / workers) + len(sources)  # the soup, one by one
-    if (gradients := prepared.warm.gradients) is not None:
-        beforehand += math.ceil(PASSES * gradients.steps * gradients.share)
+    slopes = _slopes(prepared)
+    beforehand += math.ceil(slopes)
     first = math.ceil(_optimizer(config, prepared.space).population / workers)
     before = (beforehand + first) * seconds["search"]
     after = REPORT + Work(
@@ -260,7 +261,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     searched = _searched(prepared, items["search"])
     whole = None
     if searched is not None:
-        whole = max(before, (beforehand + searched / workers) * seconds["search"]) + after
+        whole = max(before, (beforehand + max(0.0, searched - slopes) / workers) * seconds["search"]) + after
     limit = config.budget.clock_limit(Clock(started=now))
     if limit is not None:
         whole = min(whole or math.inf, max(limit.at - now - (SAFETY - 1) * after, before + after))
@@ -276,6 +277,12 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
         cost=None if cost is None or whole is None else cost.per_hour * whole / 3600,
         late=limit is not None and limit.at < now + before + after,
     )
+
+
+def _slopes(prepared: Prepared) -> float:
+    """Return what following gradients costs, in full evaluations."""
+    spec = prepared.warm.gradients
+    return 0.0 if spec is None else PASSES * spec.steps * spec.share
 
 
 def _check_time(prepared: Prepared) -> None:
@@ -298,7 +305,7 @@ def _searched(prepared: Prepared, full: int) -> float | None:
     limits = [
         budget.evaluations,
         budget.items and budget.items / full,
-        budget.generations and budget.generations * optimizer.population,
+        budget.generations and budget.generations * optimizer.population + _slopes(prepared),
     ]
     return min((limit for limit in limits if limit), default=None)
 
@@ -357,7 +364,8 @@ def _execute(prepared: Prepared, observer: Observer, started: float) -> Outcome:
                 observer=observer,
                 slopes=Slopes(store, executor, observer),
             )
-            outcome = search.run()
+            with tried_again(store):
+                outcome = search.run()
             store.set_fact("stopped", outcome.stopped)
             return outcome
     finally:

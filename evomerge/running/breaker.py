@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from evomerge.errors import BrokenRunError
+from evomerge.errors import BrokenRunError, NoWinnerError
 from evomerge.evaluation.scores import Failure
 from evomerge.running.store import RunStore
 
@@ -15,11 +17,11 @@ class Breaker:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._row = 0
+        self._row: list[Failure] = []
 
     def succeeded(self) -> None:
         """Note that a candidate was scored."""
-        self._row = 0
+        self._row.clear()
 
     def failed(self, failure: Failure, store: RunStore) -> None:
         """Note that a candidate failed; after too many in a row have the store forget them, and raise.
@@ -29,16 +31,37 @@ class Breaker:
         Raises:
             BrokenRunError: with what went wrong, how often.
         """
-        self._row += 1
-        if self._row < self._limit:
+        self._row.append(failure)
+        if len(self._row) < self._limit:
             return
-        forgotten = store.forget_failures() or [failure]
-        kinds = collections.Counter(f.kind for f in forgotten).most_common()
-        reasons = list(dict.fromkeys(f.reason for f in reversed(forgotten)))
+        store.forget_failures()
+        kinds = collections.Counter(f.kind for f in self._row).most_common()
         raise BrokenRunError(
-            f"{store.folder}: the last {len(forgotten)} candidates all failed "
+            f"{store.folder}: the last {len(self._row)} candidates all failed "
             f"({', '.join(f'{count} of kind {kind}' for kind, count in kinds)}), so the run was stopped",
-            got="; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else ""),
+            got=_reasons(self._row),
             fix=f"mend the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
             "(they are tried again; where so many are bound to fail, add --failures N)",
         )
+
+
+@contextmanager
+def tried_again(store: RunStore) -> Iterator[None]:
+    """Have the store forget what failed since the last success where for that a run ends without a winner."""
+    try:
+        yield
+    except NoWinnerError as error:
+        if not (forgotten := store.forget_failures()):
+            raise
+        raise NoWinnerError(
+            error.what,
+            got=_reasons(forgotten),
+            fix=f"mend the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
+            "(what failed is tried again)",
+        ) from None
+
+
+def _reasons(failures: Sequence[Failure]) -> str:
+    """Return the last distinct reasons, latest first."""
+    reasons = list(dict.fromkeys(failure.reason for failure in reversed(failures)))
+    return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")

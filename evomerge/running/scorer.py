@@ -84,12 +84,14 @@ class Scorer:
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
         """Like `score` for recipes the run can't do without: the first failure raises UserError.
 
-        Such a failure is not recorded, so that the run can be resumed once its cause is gone.
+        Such a failure is not recorded, and what failed just before it is forgotten, so that the run can be
+        resumed once their cause is gone.
         """
         results = self._score([n.recipe for n in named], split, phase, None, keep_failures=False)
         scores = []
         for entry, result in zip(named, results, strict=True):
             if isinstance(result, Failure):
+                self._store.forget_failures()
                 raise UserError(
                     f"{entry.name} could not be scored on {split}: {result.reason}",
                     fix="every run needs its base and sources scored; mend this, then resume",

@@ -384,7 +384,7 @@ class RunStore:
         Gone with the failures are the tells of the first generation that holds one of them and of all later
         ones, and the later asks, which rest on those. Scores are kept.
         """
-        where = "at > (SELECT COALESCE(MAX(at), 0) FROM timing)"
+        where = "at >= (SELECT COALESCE(MAX(at), 0) FROM timing)"
         rows = self._db.execute(f"SELECT recipe, split, kind, reason FROM failure WHERE {where} ORDER BY at")
         failed = [(recipe, split, Failure(kind=kind, reason=why)) for recipe, split, kind, why in rows]
         first = [
@@ -400,6 +400,8 @@ class RunStore:
                     db.execute(f"DELETE FROM {table} WHERE generation >= ?", (min(first),))
                 db.execute("DELETE FROM ask WHERE generation > ?", (min(first),))
                 db.execute("DELETE FROM run WHERE key = 'spent'")
+            used = " UNION ".join(f"SELECT recipe FROM {t}" for t in ("entry", "ask", "score", "failure"))
+            db.execute(f"DELETE FROM recipe WHERE hash NOT IN ({used})")
         return [failure for _, _, failure in failed]
 
     def record_spent(self, generation: int, items: int) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from evomerge.errors import UserError
+from evomerge.errors import NoWinnerError, UserError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
@@ -433,8 +433,8 @@ class Search:
         return Named(name=winner.name, recipe=winner.recipe)
 
 
-def _no_winner(reason: str) -> UserError:
-    return UserError(
+def _no_winner(reason: str) -> NoWinnerError:
+    return NoWinnerError(
         f"{reason}, so there is no winner",
         fix="look at the failures (evomerge status RUN), then raise the budget and resume",
     )

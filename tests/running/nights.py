@@ -15,6 +15,7 @@ import numpy as np
 from evomerge import compose
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure, joined
+from evomerge.running.breaker import tried_again
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.clock import Clock
 from evomerge.running.forecast import Forecast, Watch
@@ -128,7 +129,8 @@ def spend_night(
                 budget=compose._budget(store, budget, clock, forecast),
                 observer=watch,
             )
-            outcome = search.run()
+            with tried_again(store):
+                outcome = search.run()
             store.set_fact("stopped", outcome.stopped)
             time.at += 1.0
             return outcome
