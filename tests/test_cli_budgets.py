@@ -15,7 +15,7 @@ from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.running.store import RunStore
-from evomerge.running.worker import Job, Result, Worker
+from evomerge.running.worker import GradientJob, Job, Result, Worker
 from tests.test_cli import invoke, refuse, succeed
 
 
@@ -89,19 +89,19 @@ def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_pat
 def test_when_everything_fails_the_command_does_and_a_resume_mends_it(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, scored = tmp_path / "run", Worker._scored
+    run, scored = tmp_path / "run", Worker._attempt
     succeed("--quiet", "run", path)
     run.rename(tmp_path / "whole")
     count = 0
 
-    def unplugged(self: Worker, job: Job) -> Result:
+    def unplugged(self: Worker, job: Job | GradientJob) -> Result:
         nonlocal count
         count += 1
         if count > 60:
             raise RuntimeError("the device is gone")
         return scored(self, job)
 
-    monkeypatch.setattr(Worker, "_scored", unplugged)
+    monkeypatch.setattr(Worker, "_attempt", unplugged)
     result = invoke("run", path, "--failures", "3")
     assert result.exit_code == 2
     assert "the last 3 candidates all failed (3 of kind error)" in result.stderr

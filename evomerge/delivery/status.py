@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 from evomerge.delivery import objectives
@@ -49,7 +51,9 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
 def _clock(store: RunStore) -> dict[str, Any]:
     """What the clock says: when the session under way stops searching, what is expected, what was spent."""
     clock, cost = store.fact("clock") or {}, store.fact("config")["budget"].get("cost")
-    estimate = Estimate(**clock["estimate"]) if store.held() and clock.get("estimate") else None
+    estimate = None
+    if clock.get("estimate") and store.held():
+        estimate = replace(Estimate(**clock["estimate"]), made=time.time())
     limit = clock.get("limit")
     return {
         "cost": round(store.hours() * cost["per_hour"], 4) if cost else None,

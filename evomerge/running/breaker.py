@@ -34,7 +34,7 @@ class Breaker:
         self._row.append(failure)
         if len(self._row) < self._limit:
             return
-        store.forget_failures()
+        store.forget_failures(len(self._row))
         kinds = collections.Counter(f.kind for f in self._row).most_common()
         raise BrokenRunError(
             f"{store.folder}: the last {len(self._row)} candidates all failed "

@@ -119,15 +119,15 @@ class Forecast:
         return self.work().seconds(self.seconds(), self._workers) + REPORT
 
     def reserve(self) -> float:
-        """Return the seconds to keep for what follows the search."""
-        return SAFETY * self.finish_seconds()
+        """Return the seconds to keep for what follows the search, and for a candidate just begun."""
+        return SAFETY * self.finish_seconds() + self.seconds()["search"]
 
     def estimate(self, search_left: float | None) -> Estimate:
         """Return when the run ends. search_left: seconds the counting limits leave it, None where unknown."""
         now, finish, limit = self._clock.now(), self.finish_seconds(), self._budget.clock_limit(self._clock)
         ends = [] if search_left is None else [now + search_left]
         if limit is not None:
-            ends.append(max(now, limit.at - SAFETY * finish))
+            ends.append(max(now, limit.at - self.reserve()))
         search_ends = min(ends, default=None)
         ended = None if search_ends is None else search_ends + finish
         price = None if self._budget.cost is None else self._budget.cost.per_hour

@@ -157,6 +157,8 @@ class Scorer:
         recipe, outcome = result.job.recipe, result.outcome
         assert not isinstance(outcome, Gradient)
         if isinstance(outcome, NotBegun):
+            if result.parts and result.timing is not None:
+                self._store.record_scores(recipe, result.parts, result.timing)
             return None
         if result.faults:
             self._observer.noted(f"{recipe.hash[:12]}: tried again after {'; '.join(result.faults)}")

@@ -378,14 +378,19 @@ class RunStore:
             row = (recipe.hash, split, failure.kind, failure.reason, time.time())
             db.execute("INSERT INTO failure VALUES (?, ?, ?, ?, ?)", row)
 
-    def forget_failures(self) -> list[Failure]:
+    def forget_failures(self, count: int = 0) -> list[Failure]:
         """Forget what failed since the last success, and all the search made of it; return what it was.
+
+        count: the least number of failures to forget, the latest ones.
 
         Gone with the failures are the tells of the first generation that holds one of them and of all later
         ones, and the later asks, which rest on those. Scores are kept.
         """
-        where = "at >= (SELECT COALESCE(MAX(at), 0) FROM timing)"
-        rows = self._db.execute(f"SELECT recipe, split, kind, reason FROM failure WHERE {where} ORDER BY at")
+        (since,) = self._db.execute("SELECT COALESCE(MAX(at), 0) FROM timing").fetchone()
+        latest = self._db.execute("SELECT at FROM failure ORDER BY at DESC LIMIT ?", (count,)).fetchall()
+        since = min([since, *(at for (at,) in latest)])
+        query = "SELECT recipe, split, kind, reason FROM failure WHERE at >= ? ORDER BY at"
+        rows = self._db.execute(query, (since,)).fetchall()
         failed = [(recipe, split, Failure(kind=kind, reason=why)) for recipe, split, kind, why in rows]
         first = [
             number
@@ -394,13 +399,15 @@ class RunStore:
             if split == "search" and number is not None
         ]
         with self._writing() as db:
-            db.execute(f"DELETE FROM failure WHERE {where}")
+            db.execute("DELETE FROM failure WHERE at >= ?", (since,))
             if first:
                 for table in ("tell", "front", "guide"):
                     db.execute(f"DELETE FROM {table} WHERE generation >= ?", (min(first),))
                 db.execute("DELETE FROM ask WHERE generation > ?", (min(first),))
                 db.execute("DELETE FROM run WHERE key = 'spent'")
-            used = " UNION ".join(f"SELECT recipe FROM {t}" for t in ("entry", "ask", "score", "failure"))
+            used = " UNION ".join(
+                f"SELECT recipe FROM {t}" for t in ("entry", "ask", "score", "timing", "failure")
+            )
             db.execute(f"DELETE FROM recipe WHERE hash NOT IN ({used})")
         return [failure for _, _, failure in failed]
 

@@ -41,15 +41,15 @@ class GradientJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotBegun:
-    """What became of a job that reached a worker after its `not_after`: nothing."""
+    """What became of a job, or the rest of one, that reached a worker after its `not_after`: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What became of a job; `timing` is None where there are no scores.
 
-    outcome: the scores of all its blocks together. parts: of each block, where there are several. faults:
-    why earlier attempts were given up, one line each.
+    outcome: the scores of all its blocks together. parts: of each block, where there are several; beside
+    NotBegun, of those that were scored. faults: why earlier attempts were given up, one line each.
     """
 
     job: Job | GradientJob
@@ -124,27 +124,32 @@ class Worker:
     def run(self, job: Job | GradientJob) -> Result:
         """Score or differentiate one recipe; whatever goes wrong with it is a Failure, never an exception.
 
-        Transient faults (`retries.transient`) have it tried again.
+        After transient faults (`retries.transient`) it is tried again.
         """
         if isinstance(job, Job) and job.not_after is not None and time.time() >= job.not_after:
             return Result(job=job, outcome=NotBegun())
         faults: list[str] = []
         try:
-            if isinstance(job, GradientJob):
-                found = retries.insist(lambda: Result(job=job, outcome=self._gradient(job)), faults)
-            else:
-                found = retries.insist(lambda: self._scored(job), faults)
+            found = retries.insist(lambda: self._attempt(job), faults)
         except Exception as error:
             found = Result(job=job, outcome=failure_of(error, attempts=len(faults) + 1))
         return replace(found, faults=tuple(faults))
 
-    def _scored(self, job: Job) -> Result:
+    def _attempt(self, job: Job | GradientJob) -> Result:
+        """Score or differentiate one recipe; raises transient faults only."""
+        if isinstance(job, GradientJob):
+            return Result(job=job, outcome=self._gradient(job))
         started, forward, parts = time.perf_counter(), 0.0, []
-        self._bench.load(job.recipe)
-        merged = time.perf_counter()
-        for block in job.blocks:
-            parts.append(self._harness.evaluate(self._bench.model, self._harness.items(job.split, block)))
-            forward += self._harness.forward_seconds
+        try:
+            self._bench.load(job.recipe)
+            merged = time.perf_counter()
+            for block in job.blocks:
+                parts.append(self._harness.evaluate(self._bench.model, self._harness.items(job.split, block)))
+                forward += self._harness.forward_seconds
+        except Exception as error:
+            if retries.transient(error):
+                raise
+            return Result(job=job, outcome=failure_of(error))
         timing = Timing(
             total=time.perf_counter() - started,
             merge=merged - started,
@@ -156,10 +161,15 @@ class Worker:
     def _gradient(self, job: GradientJob) -> Gradient | Failure:
         from evomerge.evaluation.gradient import differentiable
 
-        self._bench.load(job.recipe)
-        with differentiable(self._bench.model):
-            loss = self._harness.backward(self._bench.model, job.split, job.loss)
-            groups = self._bench.derivatives(job.recipe)
+        try:
+            self._bench.load(job.recipe)
+            with differentiable(self._bench.model):
+                loss = self._harness.backward(self._bench.model, job.split, job.loss)
+                groups = self._bench.derivatives(job.recipe)
+        except Exception as error:
+            if retries.transient(error):
+                raise
+            return failure_of(error)
         if not all(math.isfinite(value) for group in groups for values in group.values() for value in values):
             return Failure(kind="non_finite", reason="a gradient that is not finite")
         return Gradient(loss=loss, groups=tuple(groups))

@@ -191,7 +191,7 @@ class Generations:
             stopped = self.optimizer.stop_reason()
             if stopped is None:
                 asked = self._ask()
-                if not self.journal.has_ask(generation):  # a stored one is finished whatever the clock says
+                if not self.journal.has_ask(generation):  # a stored one could be paid for when it began
                     stopped = self.budget.stop_reason(
                         generations=generation,
                         items=self.ledger.items,

@@ -248,6 +248,8 @@ def test_failures_before_a_success_are_kept(tmp_path: Path) -> None:
         assert again.forget_failures() == [bad, bad]
         assert [hash_ for hash_, _, _ in again.failures()] == [recipe(1).hash]
         assert again.forget_failures() == []
+        assert again.forget_failures(5) == [bad]
+        assert not again.failures()
 
 
 def test_a_store_that_stays_locked_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
