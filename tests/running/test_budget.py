@@ -75,7 +75,7 @@ def shown_exactly(at: float) -> str:
     return datetime.fromtimestamp(at).isoformat()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     kind=st.sampled_from(["hours", "cost", "until"]),
     seconds=st.floats(1.0, 1.5),
@@ -106,7 +106,7 @@ def test_the_clock_ends_the_search_early_enough_for_the_finish(
         assert stop["reason"] == outcome.stopped  # type: ignore[index]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seconds=st.integers(2000, 3000), seed=st.integers(0, 1), guided=st.booleans())
 def test_a_night_cut_short_and_gone_on_with_ends_like_an_unbroken_one(
     seconds: int, seed: int, guided: bool
@@ -195,7 +195,7 @@ def test_hours_and_cost_count_all_sessions(tmp_path: Path) -> None:
 # -- limits that count ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(limit=st.integers(6, 24), guided=st.booleans(), keep=st.sampled_from([0.3, 1.0]))
 def test_no_count_is_overshot_by_more_than_a_generation(limit: int, guided: bool, keep: float) -> None:
     surrogate = SurrogateSpec(blocks=1, share=0.0) if guided else None
