@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
     from evomerge.merging.adapter_export import AdapterReport
-    from evomerge.running.budget import BudgetSpec
 
 app = typer.Typer(
     help="Evolve the configuration of a model merge, honestly.",
@@ -88,6 +87,28 @@ Generations = Annotated[
 ]
 Hours = Annotated[
     float | None, typer.Option("--hours", min=0.0, help="Replace this limit of the budget: hours of work.")
+]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        "--until", help='Replace this limit of the budget: "08:00" (its next occurrence), or a date-time.'
+    ),
+]
+Cost = Annotated[
+    float | None,
+    typer.Option("--cost", min=0.0, help="Replace this limit of the budget: money, for all hours."),
+]
+PerHour = Annotated[
+    float | None, typer.Option("--per-hour", min=0.0, help="What the machine costs per hour.")
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        "--patience", min=1, help="Replace this limit of the budget: generations without improvement."
+    ),
+]
+Failures = Annotated[
+    int | None, typer.Option("--failures", min=1, help="Failures in a row that stop the run with an error.")
 ]
 As = Annotated[
     str, typer.Option("--as", help="What to write: model, adapter or mergekit (`export`: also recipe).")
@@ -210,13 +231,18 @@ def run(
     items: Items = None,
     generations: Generations = None,
     hours: Hours = None,
+    until: Until = None,
+    cost: Cost = None,
+    per_hour: PerHour = None,
+    patience: Patience = None,
+    failures: Failures = None,
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
 ) -> None:
     """Run a config: baselines, search, selection, test, report. Continues where its folder left off."""
     from evomerge.config import RunConfig
 
     place = None if out is None else str(out)
-    limits = {"evaluations": evaluations, "items": items, "generations": generations, "hours": hours}
+    limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
     _run(RunConfig.load(config, seed=seed, out=place, **limits))
 
 
@@ -227,12 +253,33 @@ def resume(
     items: Items = None,
     generations: Generations = None,
     hours: Hours = None,
+    until: Until = None,
+    cost: Cost = None,
+    per_hour: PerHour = None,
+    patience: Patience = None,
+    failures: Failures = None,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
     from evomerge import compose
 
-    limits = {"evaluations": evaluations, "items": items, "generations": generations, "hours": hours}
+    limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
     _run(compose.stored_config(run, **limits))
+
+
+def _limits(*values: float | str | None) -> dict[str, Any]:
+    """Name the limits of a budget that were given, in the order of the options."""
+    names = (
+        "evaluations",
+        "items",
+        "generations",
+        "hours",
+        "until",
+        "cost",
+        "per_hour",
+        "patience",
+        "failures",
+    )
+    return dict(zip(names, values, strict=True))
 
 
 def _run(config: RunConfig) -> None:
@@ -245,7 +292,7 @@ def _run(config: RunConfig) -> None:
     folder = Path(config.out)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _observer(config.budget) as observer:
+        with _observer() as observer:
             compose.start(config, observer)
     except KeyboardInterrupt as interrupt:
         if RunStore.exists(folder):
@@ -257,10 +304,10 @@ def _run(config: RunConfig) -> None:
     _report(folder)
 
 
-def _observer(budget: BudgetSpec) -> AbstractContextManager[Live | Silent]:
+def _observer() -> AbstractContextManager[Live | Silent]:
     from evomerge.delivery.progress import Live, Silent
 
-    return Silent() if _out.quiet or _out.json else Live(_out.console, budget)
+    return Silent() if _out.quiet or _out.json else Live(_out.console)
 
 
 @_command(app, "status")

@@ -8,9 +8,11 @@ still before the run folder exists.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import shlex
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,16 @@ from evomerge import __version__
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
-from evomerge.evaluation.scores import SPLITS, Failure, Scores
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
+from evomerge.evaluation.smooth_loss import PASSES
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors, warm_start
-from evomerge.running.budget import Budget
+from evomerge.running.breaker import tried_again
+from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
+from evomerge.running.clock import Clock, moment, shown
+from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Forecast, Watch, Work
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, RunStore
@@ -153,20 +159,22 @@ def _check_gradients(warm: WarmStart, space: Space) -> None:
 
 def start(config: RunConfig, observer: Observer) -> Outcome:
     """Run a config; where its folder already holds this very run, continue it."""
+    started = time.time()
     prepared = prepare(config)
     check_folder(prepared)
-    return _execute(prepared, observer)
+    _check_time(prepared)
+    return _execute(prepared, observer, started)
 
 
 def stored_config(folder: Path, **budget: Any) -> RunConfig:
     """Return the config a run was started with; `out` is where the run lies now.
 
-    budget: single limits (evaluations, items, generations, hours) that replace the stored ones.
+    budget: single limits that replace the stored ones, as in `running.budget.replaced`.
     """
     with RunStore.read(folder) as store:
         data = store.fact("config")
     data["out"] = str(folder.absolute())
-    data["budget"] |= {name: value for name, value in budget.items() if value is not None}
+    data["budget"] = replaced(data["budget"], budget, time.time())
     return parse(RunConfig, data, f"{folder}: stored config")
 
 
@@ -183,44 +191,108 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What one trial candidate told: items and seconds per split, seconds of the whole run."""
+    """What two trial candidates told: items and seconds (their mean) per split, and what the run will take.
+
+    seconds_before: until the first generation has ended, which always runs. seconds_after: what follows the
+    search. estimate: seconds of the whole run, None where nothing says when it ends. ends: when, in epoch
+    seconds, if it began now. cost: None without a price. late: whether a limit of the clock comes too early
+    for a single generation.
+    """
 
     items: dict[str, int]
     seconds: dict[str, float]
     workers: int
+    seconds_before: float
+    seconds_after: float
     estimate: float | None
+    ends: float | None
+    cost: float | None
+    late: bool
 
 
 def probe(prepared: Prepared) -> Probe:
-    """Load the models, build all tasks and score the uniform average once per split.
+    """Load the models, build all tasks, and score two candidates of the space on every split.
 
-    estimate: seconds the whole run would take, None where only time limits it.
+    A third one goes before them, because the first of a process is slower than the rest.
     """
+    _check_time(prepared)
     inline = executors.Inline(prepared.worker)
     items: dict[str, int] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[Split, float] = {}
     for split in SPLITS:
-        job = Job(recipe=prepared.template, split=split, blocks=prepared.worker.blocks_of(split))
-        _, result = inline.run([job, job])  # the first time warms caches
-        if isinstance(result.outcome, Failure):
-            raise UserError(f"the uniform average could not be scored on {split}: {result.outcome.reason}")
-        assert isinstance(result.outcome, Scores)
-        assert result.timing is not None
-        items[split], seconds[split] = result.outcome.items, result.timing.total
-    config, workers = prepared.config, executors.worker_count(prepared.config.executor)
+        places = (0.5, 0.3, 0.7) if split == "search" else (0.3, 0.7)
+        found = list(inline.run([_trial(prepared, place, split) for place in places]))[-2:]
+        scored = [result for result in found if isinstance(result.outcome, Scores)]
+        if not scored:
+            (failure,) = {r.outcome.reason for r in found[:1] if isinstance(r.outcome, Failure)}
+            raise UserError(
+                f"no candidate could be scored on {split}: {failure}",
+                expected="one of two points of the search space to work",
+                fix="narrow the space to what can be scored",
+            )
+        for result in scored:
+            assert isinstance(result.outcome, Scores)
+            items[split] = result.outcome.items
+        seconds[split] = sum(r.timing.total for r in scored if r.timing is not None) / len(scored)
+    return _estimated(prepared, items, seconds)
+
+
+def _trial(prepared: Prepared, place: float, split: Split) -> Job:
+    recipe = prepared.space.decode(np.full(prepared.space.dimension, place))
+    return Job(recipe=recipe, split=split, blocks=prepared.worker.blocks_of(split))
+
+
+def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, float]) -> Probe:
+    config, workers, now = prepared.config, executors.worker_count(prepared.config.executor), time.time()
+    sources = tuple(config.models.sources)
+    parents = len(sources) + 1
+    hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
+    given = len(prepared.warm.recipes)
+    beforehand = math.ceil((parents + hand_made + given) / workers) + len(sources)  # the soup, one by one
+    slopes = _slopes(prepared)
+    beforehand += math.ceil(slopes)
+    first = math.ceil(_optimizer(config, prepared.space).population / workers)
+    before = (beforehand + first) * seconds["search"]
+    after = REPORT + Work(
+        soups=config.finalists,
+        select=config.finalists + EXTRA + parents + (hand_made if config.objective.several else 0),
+        test=1 + parents + hand_made + 1 + given,
+    ).seconds(seconds, workers)
     searched = _searched(prepared, items["search"])
-    estimate = None
+    whole = None
     if searched is not None:
-        sources = tuple(config.models.sources)
-        parents = len(sources) + 1
-        hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
-        work = (searched + parents + hand_made + len(sources)) * seconds["search"]
-        again = hand_made if config.objective.several else 0
-        work += config.finalists * seconds["search"]  # their soup, and the optimizer's favourite
-        work += (config.finalists + 2 + parents + again) * seconds["select"]
-        work += (parents + hand_made + 2) * seconds["test"]
-        estimate = work / workers
-    return Probe(items=items, seconds=seconds, workers=workers, estimate=estimate)
+        whole = max(before, (beforehand + max(0.0, searched - slopes) / workers) * seconds["search"]) + after
+    limit = config.budget.clock_limit(Clock(started=now))
+    if limit is not None:
+        whole = min(whole or math.inf, max(limit.at - now - (SAFETY - 1) * after, before + after))
+    cost = config.budget.cost
+    return Probe(
+        items=items,
+        seconds={str(split): mean for split, mean in seconds.items()},
+        workers=workers,
+        seconds_before=before,
+        seconds_after=after,
+        estimate=whole,
+        ends=None if whole is None else now + whole,
+        cost=None if cost is None or whole is None else cost.per_hour * whole / 3600,
+        late=limit is not None and limit.at < now + before + after,
+    )
+
+
+def _slopes(prepared: Prepared) -> float:
+    """Return what following gradients costs, in full evaluations."""
+    spec = prepared.warm.gradients
+    return 0.0 if spec is None else PASSES * spec.steps * spec.share
+
+
+def _check_time(prepared: Prepared) -> None:
+    """Refuse to begin a run whose time is over."""
+    until, now = prepared.config.budget.until, time.time()
+    if until is not None and not RunStore.exists(prepared.folder) and moment(until, now) <= now:
+        raise ConfigError(
+            f"budget.until: {shown(moment(until, now))} is over",
+            fix='give a later moment, or a time of day ("08:00")',
+        )
 
 
 def _searched(prepared: Prepared, full: int) -> float | None:
@@ -233,7 +305,7 @@ def _searched(prepared: Prepared, full: int) -> float | None:
     limits = [
         budget.evaluations,
         budget.items and budget.items / full,
-        budget.generations and budget.generations * optimizer.population,
+        budget.generations and budget.generations * optimizer.population + _slopes(prepared),
     ]
     return min((limit for limit in limits if limit), default=None)
 
@@ -249,12 +321,24 @@ def _optimizer(config: RunConfig, space: Space) -> optimizers.Optimizer:
     )
 
 
-def _execute(prepared: Prepared, observer: Observer) -> Outcome:
+def _execute(prepared: Prepared, observer: Observer, started: float) -> Outcome:
     executor = executors.build(prepared.config.executor, prepared.worker)
     try:
         norms = _norms(prepared)
         with _open_store(prepared) as store:
-            store.begin_session(versions())
+            spec = prepared.config.budget
+            clock = Clock(started=started, earlier=store.hours())
+            forecast = Forecast(
+                store,
+                clock,
+                spec,
+                workers=executors.worker_count(prepared.config.executor),
+                finalists=prepared.config.finalists,
+                several=bool(prepared.config.objective.several),
+            )
+            observer = Watch(observer, forecast, store, spec)
+            store.begin_session(versions(), started=started)
+            budget = _budget(store, spec, clock, forecast)
             if store.fact("norms") is None:
                 store.set_fact("norms", norms)
             if store.fact("stopped") is not None:
@@ -274,17 +358,35 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                     layers=prepared.layers,
                     warm=prepared.warm,
                 ),
-                scorer=Scorer(store, executor, observer),
+                scorer=Scorer(store, executor, observer, failures=spec.failures),
                 journal=store,
-                budget=Budget(prepared.config.budget, store.hours),
+                budget=budget,
                 observer=observer,
                 slopes=Slopes(store, executor, observer),
             )
-            outcome = search.run()
+            with tried_again(store):
+                outcome = search.run()
             store.set_fact("stopped", outcome.stopped)
             return outcome
     finally:
         executor.close()
+
+
+def _budget(store: RunStore, spec: BudgetSpec, clock: Clock, forecast: Forecast) -> Budget:
+    """Return the budget of a session; what the clock ended before stays so until that limit is raised."""
+    stop = None if (found := store.fact("stop")) is None else Stop(**found)
+    if stop is not None and not stop.holds(spec, clock.now()):
+        store.set_fact("stop", None)
+        stop = None
+    limit = spec.clock_limit(clock)
+    store.set_fact("clock", {"limit": None if limit is None else limit.at})
+    return Budget(
+        spec,
+        clock,
+        reserve=forecast.reserve,
+        stop=stop,
+        record=lambda stop: store.set_fact("stop", stop.as_data()),
+    )
 
 
 def _norms(prepared: Prepared) -> dict[str, float]:

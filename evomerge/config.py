@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from evomerge.errors import ConfigError
-from evomerge.running.budget import BudgetSpec
+from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
 from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
@@ -94,7 +95,7 @@ class RunConfig(Strict):
     def load(cls, path: Path, *, seed: int | None = None, out: str | None = None, **budget: Any) -> RunConfig:
         """Read a config file and resolve what it names; keyword arguments replace what it says.
 
-        budget: single limits (evaluations, items, generations, hours), each replacing the file's.
+        budget: single limits, each replacing the file's, as in `running.budget.replaced`.
         The result does not depend on the file any more: paths are absolute and the search space is
         written out. A packaged suite keeps its name.
         """
@@ -103,8 +104,9 @@ class RunConfig(Strict):
             data["seed"] = seed
         if out is not None:
             data["out"] = out
-        if given := {name: value for name, value in budget.items() if value is not None}:
-            data["budget"] = {**(data.get("budget") or {}), **given}
+        if any(value is not None for value in budget.values()):
+            stored = data.get("budget") or {}
+            data["budget"] = replaced(stored, budget, time.time()) if isinstance(stored, dict) else stored
         config = parse(cls, data, str(path))
         folder = path.resolve().parent
         return config.model_copy(

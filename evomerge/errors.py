@@ -55,6 +55,14 @@ class ReplayError(StoreError):
     """A stored run whose search can't be replayed exactly here (other library versions, say)."""
 
 
+class BrokenRunError(UserError):
+    """A run in which nothing works any more: too many candidates failed in a row."""
+
+
+class NoWinnerError(UserError):
+    """A search that found nothing to pick a winner from."""
+
+
 class NonFiniteError(UserError):
     """Weights or logits that are NaN or infinite."""
 

@@ -25,6 +25,7 @@ from evomerge.evaluation.scores import Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running.budget import Budget, BudgetSpec
+from evomerge.running.clock import Clock
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import BASE, RunStore, Timing
 from evomerge.running.worker import Job, Result
@@ -137,7 +138,7 @@ def session(
             ),
             scorer=Scorer(store, executor, Silent()),
             journal=store,
-            budget=Budget(BudgetSpec(evaluations=candidates), store.hours),
+            budget=Budget(BudgetSpec(evaluations=candidates), Clock()),
             observer=Silent(),
         ).run()
     cost = Cost(

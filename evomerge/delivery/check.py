@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from evomerge.compose import Prepared, Probe
+from evomerge.running.clock import shown, span
 
 
 def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
@@ -25,6 +27,9 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
         "seconds_per_candidate": probe.seconds,
         "workers": probe.workers,
         "estimated_minutes": None if probe.estimate is None else probe.estimate / 60,
+        "ends": None if probe.ends is None else datetime.fromtimestamp(probe.ends).astimezone().isoformat(),
+        "estimated_cost": probe.cost,
+        "enough_time": not probe.late,
         "out": str(prepared.folder),
         "notes": list(prepared.notes),
     }
@@ -33,7 +38,8 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
 def text(prepared: Prepared, probe: Probe) -> str:
     """Return the findings for people."""
     per_split = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
-    count, worker = len(prepared.config.models.sources), prepared.worker
+    config, worker = prepared.config, prepared.worker
+    count = len(config.models.sources)
     lines = [
         f"models: base and {count} sources of {prepared.parameters / 1e6:.1f} M parameters; "
         "architecture, shapes and vocabulary fit",
@@ -44,10 +50,18 @@ def text(prepared: Prepared, probe: Probe) -> str:
         f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
         f"out:    {prepared.folder}",
     ]
-    if probe.estimate is None:
-        lines.append("cost:   as long as the budget says")
+    if probe.estimate is None or probe.ends is None:
+        lines.append("cost:   nobody knows: only patience ends the search")
     else:
-        lines.append(f"cost:   about {probe.estimate / 60:.1f} minutes for the whole run")
+        end = f"begun now it ends about {shown(probe.ends)}"
+        lines.append(f"cost:   about {probe.estimate / 60:.1f} minutes for the whole run; {end}")
+    if probe.cost is not None and config.budget.cost is not None:
+        lines.append(f"        about {probe.cost:.2f} at {config.budget.cost.per_hour:g} per hour")
+    if probe.late:
+        least = span(probe.seconds_before + probe.seconds_after)
+        lines.append(
+            f"note:   the budget's time is too short: baselines, one generation and test take {least}"
+        )
     return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready to run"])
 
 

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
-from evomerge.running.budget import BudgetSpec
+from evomerge.running.clock import brief, span
+from evomerge.running.forecast import Estimate
 from evomerge.running.store import Timing
 
 
@@ -22,6 +23,10 @@ class Silent:
     def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
+
+    def expected(self, estimate: Estimate) -> None: ...
+
+    def noted(self, message: str) -> None: ...
 
     def __enter__(self) -> Silent:
         return self
@@ -46,8 +51,8 @@ class _Elapsed(ProgressColumn):
 class Live:
     """One line that tells where a run stands; on a dumb terminal or in a file, one line per phase."""
 
-    def __init__(self, console: Console, budget: BudgetSpec) -> None:
-        self._console, self._budget = console, budget
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -59,13 +64,10 @@ class Live:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="loading models and tasks")
-        self._fresh, self._failures = 0, 0
-        self._told, self._spent = 0.0, 0.0
-        """Evaluations used when the last generation was told, and when this session's work began."""
-        self._pace: float | None = None
+        self._failures = 0
+        self._estimate: Estimate | None = None
+        self._said = False
         self._best: float | None = None
-        self._searching = False
-        self._pace_since: float | None = None
         self._phase = ""
 
     def __enter__(self) -> Live:
@@ -78,7 +80,6 @@ class Live:
     def phase(self, name: str, jobs: int, known: int) -> None:
         """Start a new bar: `known` of `jobs` are answered from the store."""
         generation = name.startswith("generation ")
-        self._searching = generation
         label = "search" if generation else name
         if label != self._phase:
             self._phase = label
@@ -91,43 +92,41 @@ class Live:
         if isinstance(result, Failure):
             self._failures += 1
             self._console.print(f"failed: {recipe.hash[:12]}: {result.reason}", highlight=False, markup=False)
-        if self._searching:
-            self._fresh += 1
-            self._pace_since = self._pace_since or time.monotonic()
         self._bar.update(self._task, advance=1, note=self._note())
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Note the best mean score so far, and how fast the budget is being used."""
-        if self._fresh and self._pace_since is not None:
-            spent = evaluations - self._spent
-            self._pace = (time.monotonic() - self._pace_since) / spent if spent else None
-        else:
-            self._spent = evaluations
-        self._told = evaluations
+        """Note the best mean score so far."""
         self._best = best
         self._bar.update(self._task, note=self._note())
-        if not self._console.is_terminal and (generation + 1) % 10 == 0:
+        first = self._estimate is not None and not self._said
+        if not self._console.is_terminal and (first or (generation + 1) % 10 == 0):
+            self._said = True
             self._console.print(f"generation {generation + 1}: {self._note()}", highlight=False)
 
+    def expected(self, estimate: Estimate) -> None:
+        """Note when the run will end."""
+        self._estimate = estimate
+
+    def noted(self, message: str) -> None:
+        """Print a line."""
+        self._console.print(message, highlight=False, markup=False)
+
     def _note(self) -> str:
-        parts = [] if self._best is None else [f"best so far {100 * self._best:.1f} points"]
-        left = self._seconds_left()
-        if left is not None:
-            parts.append(f"search ends in about {_clock(left)}")
+        parts = [] if self._best is None else [f"best {100 * self._best:.1f} points"]
         if self._failures:
             parts.append(f"{self._failures} failed")
+        if self._estimate is not None:
+            parts += outlook(self._estimate)
         return ", ".join(parts)
 
-    def _seconds_left(self) -> float | None:
-        """Time to the end of the search, from the pace of the generations scored in this session."""
-        if self._pace is None or self._budget.evaluations is None:
-            return None
-        return max(0.0, self._pace * (self._budget.evaluations - self._told))
 
-
-def _clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+def outlook(estimate: Estimate) -> list[str]:
+    """Return when a run is expected to end and what it will cost, in a few words each."""
+    found = []
+    if estimate.search_ends is not None and estimate.ends is not None:
+        found.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
+        found.append(f"all done about {brief(estimate.ends, estimate.made)}")
+    if estimate.spent is not None:
+        whole = "" if estimate.cost is None else f" of about {estimate.cost:.2f}"
+        found.append(f"cost {estimate.spent:.2f}{whole}")
+    return found

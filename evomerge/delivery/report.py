@@ -57,6 +57,8 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
     guided = guidance(store)
     if guided is not None:
         parts.append(Text(guided.sentence, style="dim"))
+    if stopped := store.fact("stopped"):
+        parts.append(Text(f"the search ended: {stopped}", style="dim"))
     cost = summary.cost()
     if cost.candidates:
         parts.append(
@@ -200,6 +202,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     return {
         "run": str(store.folder),
         "digest": store.digest(),
+        "stopped": store.fact("stopped"),
         "verdict": None
         if verdict is None
         else {

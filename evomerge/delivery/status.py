@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 from evomerge.delivery import objectives
 from evomerge.delivery.guidance import guidance
+from evomerge.delivery.progress import outlook
 from evomerge.delivery.report import blocks_text
 from evomerge.delivery.summary import Summary
+from evomerge.running.budget import LIMITS
+from evomerge.running.clock import shown
+from evomerge.running.forecast import Estimate
 from evomerge.running.store import RunStore
 
 
@@ -27,6 +33,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "evaluations": round(summary.evaluations(), 2),
         "budget": store.fact("config")["budget"],
         "hours": round(store.hours(), 4),
+        **_clock(store),
         "best_on_search": progress.best_so_far[-1] if progress.best_so_far else None,
         "best_on_blocks": [progress.blocks[-1], progress.of] if progress.blocks else None,
         "best_baseline_on_search": progress.best_baseline,
@@ -41,14 +48,49 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     }
 
 
+def _clock(store: RunStore) -> dict[str, Any]:
+    """What the clock says: when the session under way stops searching, what is expected, what was spent."""
+    clock, cost = store.fact("clock") or {}, store.fact("config")["budget"].get("cost")
+    estimate = None
+    if clock.get("estimate") and store.held():
+        estimate = replace(Estimate(**clock["estimate"]), made=time.time())
+    limit = clock.get("limit")
+    return {
+        "cost": round(store.hours() * cost["per_hour"], 4) if cost else None,
+        "time_limit": None if limit is None else shown(limit),
+        "stopped_by_clock": store.fact("stop"),
+        "estimate": None if estimate is None else estimate.as_data(),
+        "outlook": [] if estimate is None else outlook(estimate),
+    }
+
+
+def limits(budget: dict[str, Any]) -> str:
+    """Return the limits of a stored budget in a line."""
+    found = [f"{v} {k}" for k, v in budget.items() if v is not None and k in LIMITS[:4]]
+    if budget.get("until"):
+        found.append(f"until {budget['until']}")
+    if cost := budget.get("cost"):
+        most = "" if cost["max"] is None else f"{cost['max']:g} "
+        found.append(f"{most}at {cost['per_hour']:g} per hour")
+    if budget.get("patience"):
+        found.append(f"patience {budget['patience']}")
+    return ", ".join(found)
+
+
 def text(data: dict[str, Any]) -> str:
     """Return the state for people."""
-    limits = ", ".join(f"{v} {k}" for k, v in data["budget"].items() if v is not None)
     lines = [
         f"{data['run']}: {data['state']}" + (f" ({data['stopped']})" if data["stopped"] else ""),
         f"  {data['candidates']} candidates in {data['generations']} generations, "
-        f"{data['evaluations']:.4g} evaluations, {60 * data['hours']:.1f} minutes (budget: {limits})",
+        f"{data['evaluations']:.4g} evaluations, {60 * data['hours']:.1f} minutes "
+        f"(budget: {limits(data['budget'])})",
     ]
+    if data["state"] == "running" and data["time_limit"] is not None:
+        lines.append(f"  time is up at {data['time_limit']}")
+    if data["outlook"]:
+        lines.append(f"  {', '.join(data['outlook'])}")
+    elif data["cost"] is not None:
+        lines.append(f"  cost so far {data['cost']:.2f}")
     if data["best_on_search"] is not None:
         part = blocks_text(*data["best_on_blocks"])
         lines.append(f"  best so far on search: {100 * data['best_on_search']:.1f} points{part}")
@@ -65,6 +107,15 @@ def text(data: dict[str, Any]) -> str:
         lines.append(f"  {data['verdict']}")
     if data["constraints"]:
         lines.append(f"  {data['constraints']}")
+    if data["state"] == "finished" and data["stopped_by_clock"]:
+        lines.append(f"  the clock ended it; go on with: evomerge resume {data['run']} {_more(data)}")
     if data["state"] == "stopped":
         lines.append(f"  go on with: evomerge resume {data['run']}")
     return "\n".join(lines)
+
+
+def _more(data: dict[str, Any]) -> str:
+    """The option that raises the limit that ended a search."""
+    return {"until": "--until 08:00", "hours": "--hours N", "cost": "--cost N"}[
+        data["stopped_by_clock"]["limit"]
+    ]

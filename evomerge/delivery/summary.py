@@ -435,11 +435,15 @@ class Summary:
     def evaluations(self) -> float:
         """Return what the search has had scored, in full evaluations, as its ledger counts.
 
-        Gradients count, with the points they led to; baselines, given recipes and repeats don't.
+        Gradients count, with the points they led to, and so do failures, as far as they got; baselines, given
+        recipes and repeats don't. Until a generation is told, there is no ledger to ask: then it is what is
+        scored.
         """
         base = self.parts(self.parents[0].recipe.hash) if self.parents else []
         if len(base) < self._store.blocks("search"):
             return 0.0
+        if (spent := self._store.fact("spent")) is not None:
+            return float(spent[1]) / sum(part.items for part in base)
         given = (*self.parents, *self.baselines, *self.starts)
         asked = {r for generation in self._store.generations() for r in generation.recipes}
         asked -= {named.recipe.hash for named in given}

@@ -1,12 +1,33 @@
-"""The budget: how much a run may ask for before it stops and picks its winner."""
+"""The budget: how much a run may ask for before it stops and picks its winner.
+
+Limits that count (evaluations, items, generations, patience) depend on stored scores alone, so they end a
+resumed search where they end an unbroken one. Limits of the clock (hours, until, cost) don't; where one of
+them ended a search is stored as a `Stop`, and holds until that limit is raised.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from evomerge.running.clock import Clock, fixed, moment, shown, span
 from evomerge.schema import Strict
+
+LIMITS = ("evaluations", "items", "generations", "hours", "until", "cost", "patience")
+
+
+class CostSpec(Strict):
+    """What the whole machine costs, in any currency: `per_hour`; `max` (default: none) ends the search."""
+
+    per_hour: float = Field(gt=0)
+    max: float | None = Field(default=None, gt=0)
 
 
 class BudgetSpec(Strict):
@@ -14,33 +35,144 @@ class BudgetSpec(Strict):
 
     evaluations: of candidates of the optimizer (baselines don't count) on all `search` items; one that
     stops early counts in part, a repeated one not at all. items: the same limit in scored items.
-    generations: of the optimizer. hours: of work on the run, all sessions together. All are checked
-    between generations, taking the cost of the last for that of the next.
+    generations: of the optimizer. patience: generations in a row without a better candidate (with several
+    objectives: without a larger hypervolume). These are checked between generations, taking the cost of
+    the last for that of the next.
+
+    hours: of work on the run, all sessions together. until: a time of day, "08:00": its next occurrence
+    after each start of the run or of a session; or a date and time. cost: money for those hours. They may
+    cut a generation short, and come early enough for what follows the search.
+
+    failures: in a row, after which the run stops with an error.
     """
 
     evaluations: int | None = Field(default=None, ge=1)
     items: int | None = Field(default=None, ge=1)
     generations: int | None = Field(default=None, ge=1)
     hours: float | None = Field(default=None, gt=0)
+    until: str | None = None
+    cost: CostSpec | None = None
+    patience: int | None = Field(default=None, ge=1)
+    failures: int = Field(default=16, ge=1)
+
+    @field_validator("until", mode="before")
+    @classmethod
+    def _moment(cls, until: object) -> object:
+        if isinstance(until, date):  # unquoted, YAML makes a date of it
+            until = until.isoformat()
+        if until is not None:
+            moment(until if isinstance(until, str) else "", 0.0)  # and a number of 18:30
+        return until
 
     @model_validator(mode="after")
     def _limited(self) -> BudgetSpec:
-        if all(limit is None for limit in (self.evaluations, self.items, self.generations, self.hours)):
-            raise ValueError("a budget needs at least one of: evaluations, items, generations, hours")
+        limits = [getattr(self, name) for name in LIMITS if name != "cost"]
+        if all(limit is None for limit in (*limits, self.cost and self.cost.max)):
+            raise ValueError(f"a budget needs at least one of: {', '.join(LIMITS)} (cost.max)")
         return self
+
+    @property
+    def paid_hours(self) -> float | None:
+        """Hours of work that `cost.max` pays for."""
+        return None if self.cost is None or self.cost.max is None else self.cost.max / self.cost.per_hour
+
+    def clock_limit(self, clock: Clock) -> ClockLimit | None:
+        """Return the limit of the clock that comes first, or None where there is none."""
+        found: list[ClockLimit] = []
+        if self.hours is not None:
+            found.append(ClockLimit(name="hours", value=f"{self.hours:g}", at=clock.after(self.hours)))
+        if self.cost is not None and self.paid_hours is not None:
+            value = f"{self.cost.max:g} at {self.cost.per_hour:g} per hour"
+            found.append(ClockLimit(name="cost", value=value, at=clock.after(self.paid_hours)))
+        if self.until is not None:
+            found.append(ClockLimit(name="until", value=self.until, at=moment(self.until, clock.started)))
+        return min(found, key=lambda limit: limit.at, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockLimit:
+    """A limit of the clock: its name and value in the config, and when it comes, in epoch seconds."""
+
+    name: str
+    value: str
+    at: float
+
+    def __str__(self) -> str:
+        if self.name == "hours":
+            return f"budget of {self.value} hours used"
+        return f"budget of {self.value} used" if self.name == "cost" else f"until {shown(self.at)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Where a limit of the clock ended a search.
+
+    limit, value: its name and value in the config. at: of `until` the moment in epoch seconds, else the
+    hours of work it allows. reason: for people. generations: told by then.
+    """
+
+    limit: str
+    value: str
+    at: float
+    reason: str
+    generations: int
+
+    def holds(self, spec: BudgetSpec, now: float) -> bool:
+        """Say whether a budget still ends the search there: the same limit, not raised.
+
+        A time of day that stands as it was is not a new one: the finished run would go on every evening.
+        """
+        if self.limit == "until":
+            return spec.until is not None and (spec.until == self.value or moment(spec.until, now) <= self.at)
+        hours = spec.hours if self.limit == "hours" else spec.paid_hours
+        return hours is not None and hours <= self.at
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as a fact of the store."""
+        return dataclasses.asdict(self)
 
 
 class Budget:
-    """Says when to stop asking. `hours` returns the hours worked on the run so far."""
+    """Says when to stop asking.
 
-    def __init__(self, spec: BudgetSpec, hours: Callable[[], float]) -> None:
-        self._spec = spec
-        self._hours = hours
+    reserve: seconds to keep for what follows the search. stop: where the clock ended it in a former
+    session, and still does. record: told where the clock ends it now.
+    """
 
-    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None:
+    def __init__(
+        self,
+        spec: BudgetSpec,
+        clock: Clock,
+        *,
+        reserve: Callable[[], float] = lambda: 0.0,
+        stop: Stop | None = None,
+        record: Callable[[Stop], None] = lambda _: None,
+    ) -> None:
+        self._spec, self._clock, self._reserve, self._stop, self._record = spec, clock, reserve, stop, record
+        self._limit = spec.clock_limit(clock)
+        self._kept = 0.0
+
+    @property
+    def timed(self) -> bool:
+        """Whether the clock may end the search."""
+        return self._limit is not None
+
+    def deadline(self) -> float | None:
+        """Return when the last job of the search may begin, in epoch seconds; None: at any time."""
+        if self._stop is not None:
+            return -math.inf
+        if self._limit is None:
+            return None
+        self._kept = self._reserve()
+        return self._limit.at - self._kept
+
+    def stop_reason(
+        self, *, generations: int, items: int, forecast: int, full: int, stale: int = 0
+    ) -> str | None:
         """Say why the next generation must not start, or None.
 
-        items: scored so far. forecast: what the next generation will cost. full: of one evaluation.
+        items: scored so far. forecast: what the next generation will cost. full: of one evaluation. stale:
+        generations in a row without improvement.
 
         The first generation always runs, so that there is something to choose from.
         """
@@ -53,6 +185,53 @@ class Budget:
             return f"budget of {spec.evaluations} evaluations used ({items / full:.4g} in whole generations)"
         if spec.items is not None and items + forecast > spec.items:
             return f"budget of {spec.items} items used ({items} in whole generations)"
-        if spec.hours is not None and self._hours() >= spec.hours:
-            return f"budget of {spec.hours:g} hours used"
-        return None
+        if spec.patience is not None and stale >= spec.patience:
+            return f"nothing better in {stale} generation{'s' if stale > 1 else ''}"
+        deadline = self.deadline()
+        if deadline is None or self._clock.now() < deadline:
+            return None
+        return self.out_of_time(generations, cut=False)
+
+    def out_of_time(self, generations: int, *, cut: bool = True) -> str:
+        """Say why the clock ends the search after so many told generations, and record it.
+
+        cut: whether another one is under way.
+        """
+        if self._stop is None:
+            limit = self._limit
+            assert limit is not None
+            reason = f"{limit}, {span(self._kept)} of it kept for selection and test"
+            if cut:
+                reason += f"; generation {generations} was cut short"
+            hours = {"hours": self._spec.hours, "cost": self._spec.paid_hours}
+            self._stop = Stop(
+                limit=limit.name,
+                value=limit.value,
+                at=hours.get(limit.name) or limit.at,
+                reason=reason,
+                generations=generations,
+            )
+            self._record(self._stop)
+        return self._stop.reason
+
+
+def replaced(budget: Mapping[str, Any], given: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Return a budget as data with single limits replaced, as the command line gives them.
+
+    given: limits by name, None where not given; `cost` and `per_hour` are numbers. A time of day becomes
+    that moment: said again on another evening it means another one.
+
+    >>> replaced({"hours": 3}, {"hours": 5, "cost": 20.0, "per_hour": 2.5, "items": None}, 0.0)
+    {'hours': 5, 'cost': {'max': 20.0, 'per_hour': 2.5}}
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    cost = {
+        key: found.pop(name) for name, key in (("cost", "max"), ("per_hour", "per_hour")) if name in found
+    }
+    before = budget.get("cost") or {}
+    if cost and isinstance(before, Mapping):
+        found["cost"] = {**before, **cost}
+    if "until" in found:
+        with contextlib.suppress(ValueError):  # what is wrong with it is said with the rest of the config
+            found["until"] = fixed(found["until"], now)
+    return {**budget, **found}

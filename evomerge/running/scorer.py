@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient
 from evomerge.merging.recipe import Recipe
+from evomerge.running.breaker import Breaker
 from evomerge.running.executors import Executor
+from evomerge.running.forecast import Estimate
 from evomerge.running.store import RunStore, Timing
-from evomerge.running.worker import Job
+from evomerge.running.worker import Job, NotBegun, Result
 from evomerge.search.baselines import Named
+from evomerge.search.generations import OutOfTime
 
 
 class Observer(Protocol):
@@ -34,12 +37,34 @@ class Observer(Protocol):
         """
         ...
 
+    def expected(self, estimate: Estimate) -> None:
+        """When the run is expected to end, said anew after every generation that was scored, not replayed."""
+        ...
+
+    def noted(self, message: str) -> None:
+        """Something worth a line: a candidate that had to be tried again, say."""
+        ...
+
 
 class Scorer:
-    """Scores recipes through an executor; every recipe only once per item block in the life of a run."""
+    """Scores recipes through an executor; every recipe only once per item block in the life of a run.
 
-    def __init__(self, store: RunStore, executor: Executor, observer: Observer) -> None:
+    failures: in a row, after which BrokenRunError is raised. now: the time, in epoch seconds.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        executor: Executor,
+        observer: Observer,
+        *,
+        failures: int = 16,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._store, self._executor, self._observer = store, executor, observer
+        self._breaker, self._now = Breaker(failures), now
+        self.not_after: float | None = None
+        """From when on no job is begun (see `search.generations.Scorer`)."""
         self.seconds = 0.0
         """Time this process spent on storing and looking up, not waiting for workers."""
 
@@ -50,24 +75,38 @@ class Scorer:
 
         blocks: the item blocks to score on (default: all of the split). Only those not scored yet are
         executed, in the order given; a failure on one of them is the recipe's failure on the split.
+
+        Raises OutOfTime where something is left undone because of `not_after`, and BrokenRunError after too
+        many failures in a row.
         """
         return self._score(recipes, split, phase, blocks, keep_failures=True)
 
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
         """Like `score` for recipes the run can't do without: the first failure raises UserError.
 
-        Such a failure is not recorded, so that the run can be resumed once its cause is gone.
+        Such a failure is not recorded, and what failed just before it is forgotten, so that the run can be
+        resumed once their cause is gone.
         """
         results = self._score([n.recipe for n in named], split, phase, None, keep_failures=False)
         scores = []
         for entry, result in zip(named, results, strict=True):
             if isinstance(result, Failure):
+                self._store.forget_failures()
                 raise UserError(
                     f"{entry.name} could not be scored on {split}: {result.reason}",
                     fix="every run needs its base and sources scored; mend this, then resume",
                 )
             scores.append(result)
         return scores
+
+    def known(self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]) -> list[Scores | None]:
+        """Return what is stored of recipes on item blocks, None where they are not scored on all."""
+        found: list[Scores | None] = []
+        for recipe in recipes:
+            parts = [self._store.result(recipe.hash, split, block) for block in blocks]
+            scored = [part for part in parts if isinstance(part, Scores)]
+            found.append(joined(scored) if len(scored) == len(parts) else None)
+        return found
 
     def _score(
         self,
@@ -94,23 +133,46 @@ class Scorer:
             if failure is not None:
                 results[hash_] = failure
             elif missing:
-                jobs[hash_] = Job(recipe=recipe, split=split, blocks=missing)
+                jobs[hash_] = Job(recipe=recipe, split=split, blocks=missing, not_after=self.not_after)
             else:
                 results[hash_] = joined(found[hash_])
         self._observer.phase(phase, len(set(hashes)), len(results))
+        if jobs and self.not_after is not None and self._now() >= self.not_after:
+            raise OutOfTime
         self.seconds += time.perf_counter() - started
         for result in self._executor.run(list(jobs.values())):
             started = time.perf_counter()
-            recipe, outcome = result.job.recipe, result.outcome
-            assert not isinstance(outcome, Gradient)
-            if isinstance(outcome, Scores):
-                assert result.timing is not None
-                parts = result.parts or (outcome,)
-                self._store.record_scores(recipe, parts, result.timing)
-                outcome = joined([*found[recipe.hash], *parts])
-            elif keep_failures:
-                self._store.record_failure(recipe, split, outcome)
-            results[recipe.hash] = outcome
-            self._observer.scored(recipe, outcome, result.timing)
+            outcome = self._taken(result, found, keep_failures=keep_failures)
+            if outcome is not None:
+                results[result.job.recipe.hash] = outcome
             self.seconds += time.perf_counter() - started
+        if self.not_after is not None and len(results) < len(set(hashes)):
+            raise OutOfTime
         return [results[hash_] for hash_ in hashes]
+
+    def _taken(
+        self, result: Result, found: Mapping[str, Sequence[Scores]], *, keep_failures: bool
+    ) -> Scores | Failure | None:
+        """Store a result; return it joined with what was found before, None where nothing was done."""
+        recipe, outcome = result.job.recipe, result.outcome
+        assert not isinstance(outcome, Gradient)
+        if isinstance(outcome, NotBegun):
+            if result.parts and result.timing is not None:
+                self._store.record_scores(recipe, result.parts, result.timing)
+            return None
+        if result.faults:
+            self._observer.noted(f"{recipe.hash[:12]}: tried again after {'; '.join(result.faults)}")
+        if isinstance(outcome, Scores):
+            assert result.timing is not None
+            parts = result.parts or (outcome,)
+            self._store.record_scores(recipe, parts, result.timing)
+            outcome = joined([*found[recipe.hash], *parts])
+        elif keep_failures:
+            assert isinstance(result.job, Job)
+            self._store.record_failure(recipe, result.job.split, outcome)
+        self._observer.scored(recipe, outcome, result.timing)
+        if isinstance(outcome, Failure):
+            self._breaker.failed(outcome, self._store)
+        else:
+            self._breaker.succeeded()
+        return outcome

@@ -41,6 +41,8 @@ class Slopes:
             return Gradient(loss=known["loss"], groups=groups)
         (result,) = self._executor.run([GradientJob(recipe=recipe, loss=loss)])
         assert isinstance(result.outcome, Gradient | Failure)
+        if result.faults:
+            self._observer.noted(f"{recipe.hash[:12]}: tried again after {'; '.join(result.faults)}")
         if isinstance(result.outcome, Failure):
             self._observer.scored(recipe, result.outcome, None)
             fact = dataclasses.asdict(result.outcome)

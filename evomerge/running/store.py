@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import DiskError, ReplayError, StoreError
-from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.search.baselines import Named
 from evomerge.search.guide import GuideState
@@ -36,6 +36,8 @@ FILE = "run.sqlite"
 BASE = "base"
 """The name the base model has in every recipe and table."""
 SCHEMA_VERSION = 3
+_BUSY = 30.0
+"""Seconds for which SQLite tries again, with growing waits, while somebody else has the file locked."""
 _APPLICATION_ID = 0x65766F6D  # "evom"
 
 _SCHEMA = """
@@ -230,11 +232,11 @@ class RunStore:
             self._blocks = self.fact("blocks") or 1
         return self._blocks if split == "search" else 1
 
-    def begin_session(self, versions: Mapping[str, str]) -> None:
-        """Note that a process starts working on the run, with which library versions."""
-        self._session = time.time()
+    def begin_session(self, versions: Mapping[str, str], *, started: float | None = None) -> None:
+        """Note that a process works on the run, with which library versions, since when (default: now)."""
+        self._session = time.time() if started is None else started
         with self._writing() as db:
-            row = (self._session, self._session, json.dumps(dict(versions), sort_keys=True))
+            row = (self._session, time.time(), json.dumps(dict(versions), sort_keys=True))
             db.execute("INSERT INTO session VALUES (?, ?, ?)", row)
 
     def hours(self) -> float:
@@ -376,6 +378,45 @@ class RunStore:
             row = (recipe.hash, split, failure.kind, failure.reason, time.time())
             db.execute("INSERT INTO failure VALUES (?, ?, ?, ?, ?)", row)
 
+    def forget_failures(self, count: int = 0) -> list[Failure]:
+        """Forget what failed since the last success, and all the search made of it; return what it was.
+
+        count: the least number of failures to forget, the latest ones.
+
+        Gone with the failures are the tells of the first generation that holds one of them and of all later
+        ones, and the later asks, which rest on those. Scores are kept.
+        """
+        (since,) = self._db.execute("SELECT COALESCE(MAX(at), 0) FROM timing").fetchone()
+        latest = self._db.execute("SELECT at FROM failure ORDER BY at DESC LIMIT ?", (count,)).fetchall()
+        since = min([since, *(at for (at,) in latest)])
+        query = "SELECT recipe, split, kind, reason FROM failure WHERE at >= ? ORDER BY at"
+        rows = self._db.execute(query, (since,)).fetchall()
+        failed = [(recipe, split, Failure(kind=kind, reason=why)) for recipe, split, kind, why in rows]
+        first = [
+            number
+            for recipe, split, _ in failed
+            for (number,) in self._db.execute("SELECT MIN(generation) FROM ask WHERE recipe = ?", (recipe,))
+            if split == "search" and number is not None
+        ]
+        with self._writing() as db:
+            db.execute("DELETE FROM failure WHERE at >= ?", (since,))
+            if first:
+                for table in ("tell", "front", "guide"):
+                    db.execute(f"DELETE FROM {table} WHERE generation >= ?", (min(first),))
+                db.execute("DELETE FROM ask WHERE generation > ?", (min(first),))
+                db.execute("DELETE FROM run WHERE key = 'spent'")
+            used = " UNION ".join(
+                f"SELECT recipe FROM {t}" for t in ("entry", "ask", "score", "timing", "failure")
+            )
+            db.execute(f"DELETE FROM recipe WHERE hash NOT IN ({used})")
+        return [failure for _, _, failure in failed]
+
+    def record_spent(self, generation: int, items: int) -> None:
+        """Store what the search had scored, in items, by the end of a generation; replays change nothing."""
+        row = [generation, items]
+        if (self.fact("spent") or [-1, 0]) < row:
+            self.set_fact("spent", row)
+
     # -- reading ----------------------------------------------------------------------------------
 
     def result(self, recipe: str, split: Split, block: int | None = None) -> Scores | Failure | None:
@@ -483,15 +524,48 @@ class RunStore:
         rows = [row[:5] for row in self._db.execute(query, (split,))]
         return {r: Timing(total=t, merge=m, forward=f, worker=w) for r, t, m, f, w in rows}
 
+    def split_items(self) -> dict[Split, int]:
+        """Return the number of items of each split, where the base is scored on it or the suite says it."""
+        tasks = (self.fact("suite") or {}).get("tasks", [])
+        found: dict[Split, int] = {}
+        base = self._db.execute("SELECT recipe FROM entry WHERE role = 'base'").fetchone()
+        for split in SPLITS:
+            counts = [task["splits"][split] for task in tasks if task["splits"][split] is not None]
+            if base is not None and isinstance(scores := self.result(base[0], split), Scores):
+                found[split] = scores.items
+            elif counts and all(isinstance(count, int) for count in counts):
+                found[split] = sum(counts)
+        return found
+
+    def untimed(self, roles: Sequence[str], split: Split) -> int:
+        """Return how many recipes of some roles (as in `record_entry`) are not scored on a split."""
+        query = (
+            f"SELECT COUNT(DISTINCT recipe) FROM entry WHERE role IN ({', '.join('?' * len(roles))}) "
+            "AND recipe NOT IN (SELECT recipe FROM timing WHERE split = ?)"
+        )
+        (count,) = self._db.execute(query, (*roles, split)).fetchone()
+        return cast(int, count)
+
+    def longest_of_last_generation(self) -> float | None:
+        """Return the seconds on `search` of the candidate of the last told generation that took longest."""
+        query = (
+            "SELECT TOTAL(seconds) AS total FROM ask JOIN timing ON timing.recipe = ask.recipe "
+            "AND split = 'search' WHERE generation = (SELECT MAX(generation) FROM tell) "
+            "GROUP BY position ORDER BY total DESC LIMIT 1"
+        )
+        row = self._db.execute(query).fetchone()
+        return None if row is None else cast(float, row[0])
+
     def digest(self) -> str:
         """Return a hash of the contents: equal for equal runs, wherever and whenever they ran.
 
-        Left out are timestamps, durations, and the config as written (its places, budget and workers);
-        what of it changes results is in the fact `identity`.
+        Left out are timestamps, durations, what the clock had to say (facts `clock` and `stop`), and the
+        config as written (its places, budget and workers); what of it changes results is in the fact
+        `identity`.
         """
         found = hashlib.sha256()
         for query in (
-            "SELECT key, value FROM run WHERE key != 'config' ORDER BY key",
+            "SELECT key, value FROM run WHERE key NOT IN ('config', 'clock', 'stop') ORDER BY key",
             "SELECT hash, data FROM recipe ORDER BY hash",
             "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",
@@ -527,6 +601,11 @@ class RunStore:
                     f"{self.folder / FILE}: could not be written: {error}",
                     fix=f"free some room, then: evomerge resume {self.folder}",
                 ) from None
+            if "locked" in str(error) or "busy" in str(error):
+                raise StoreError(
+                    f"{self.folder / FILE}: another program has kept it locked for {_BUSY:.0f} seconds",
+                    fix=f"close what has it open, then: evomerge resume {self.folder}",
+                ) from None
             raise
 
     def _put_recipes(self, db: sqlite3.Connection, recipes: Sequence[Recipe]) -> None:
@@ -552,7 +631,7 @@ def _connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
     if readonly and not path.with_name(f"{path.name}-wal").exists():
         mode = "ro&immutable=1"  # nobody writes: read without leaving SQLite's own files behind
     try:
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_BUSY)
         if not readonly:
             db.execute("PRAGMA journal_mode=WAL")  # `status` can read while the run writes
             db.execute("PRAGMA synchronous=FULL")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from evomerge.errors import NonFiniteError, UserError
@@ -13,16 +13,21 @@ from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
+from evomerge.running import retries
 from evomerge.running.store import Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One thing to do: score a recipe on some item blocks of a split."""
+    """One thing to do: score a recipe on some item blocks of a split.
+
+    not_after: the moment, in epoch seconds, from which on it is not to be begun any more; None: none.
+    """
 
     recipe: Recipe
     split: Split
     blocks: tuple[int, ...] = (0,)
+    not_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +40,23 @@ class GradientJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotBegun:
+    """What became of a job, or the rest of one, that reached a worker after its `not_after`: nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What became of a job; `timing` is None where there are no scores.
 
-    outcome: the scores of all its blocks together. parts: of each block, where there are several.
+    outcome: the scores of all its blocks together. parts: of each block, where there are several; beside
+    NotBegun, of those that were scored. faults: why earlier attempts were given up, one line each.
     """
 
     job: Job | GradientJob
-    outcome: Scores | Gradient | Failure
+    outcome: Scores | Gradient | Failure | NotBegun
     timing: Timing | None = None
     parts: tuple[Scores, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +122,21 @@ class Worker:
         self._harness.prepare(self._bench.model)
 
     def run(self, job: Job | GradientJob) -> Result:
-        """Score or differentiate one recipe; whatever goes wrong with it is a Failure, never an exception."""
+        """Score or differentiate one recipe; whatever goes wrong with it is a Failure, never an exception.
+
+        After transient faults (`retries.transient`) it is tried again.
+        """
+        if isinstance(job, Job) and job.not_after is not None and time.time() >= job.not_after:
+            return Result(job=job, outcome=NotBegun())
+        faults: list[str] = []
+        try:
+            found = retries.insist(lambda: self._attempt(job), faults)
+        except Exception as error:
+            found = Result(job=job, outcome=failure_of(error, attempts=len(faults) + 1))
+        return replace(found, faults=tuple(faults))
+
+    def _attempt(self, job: Job | GradientJob) -> Result:
+        """Score or differentiate one recipe; raises transient faults only."""
         if isinstance(job, GradientJob):
             return Result(job=job, outcome=self._gradient(job))
         started, forward, parts = time.perf_counter(), 0.0, []
@@ -121,6 +147,8 @@ class Worker:
                 parts.append(self._harness.evaluate(self._bench.model, self._harness.items(job.split, block)))
                 forward += self._harness.forward_seconds
         except Exception as error:
+            if retries.transient(error):
+                raise
             return Result(job=job, outcome=failure_of(error))
         timing = Timing(
             total=time.perf_counter() - started,
@@ -139,15 +167,19 @@ class Worker:
                 loss = self._harness.backward(self._bench.model, job.split, job.loss)
                 groups = self._bench.derivatives(job.recipe)
         except Exception as error:
+            if retries.transient(error):
+                raise
             return failure_of(error)
         if not all(math.isfinite(value) for group in groups for values in group.values() for value in values):
             return Failure(kind="non_finite", reason="a gradient that is not finite")
         return Gradient(loss=loss, groups=tuple(groups))
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: Exception, *, attempts: int = 1) -> Failure:
     """Return the Failure that stands for an exception in the store and in messages."""
     reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     lines = reason.strip().splitlines() or [type(error).__name__]
+    if attempts > 1:
+        lines[0] = f"{lines[0]} (in {attempts} attempts)"
     kind: Literal["non_finite", "error"] = "non_finite" if isinstance(error, NonFiniteError) else "error"
     return Failure(kind=kind, reason=lines[0][:500])

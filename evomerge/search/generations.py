@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,13 +23,20 @@ from evomerge.search.racing import RaceResult, RacingSpec, Views, race
 from evomerge.search.selection import Candidate
 
 
+class OutOfTime(Exception):  # noqa: N818  (nothing went wrong)
+    """The scorer began no further job because its `not_after` had passed."""
+
+
 class Scorer(Protocol):
     """Scores recipes, each only once in the life of a run.
 
-    seconds: time spent so far on book-keeping, apart from the scoring itself.
+    seconds: time spent so far on book-keeping, apart from the scoring itself. not_after: the moment, in epoch
+    seconds, from which on no job is begun; what is under way is finished and stored, then `score` raises
+    OutOfTime unless all it was asked for is known.
     """
 
     seconds: float
+    not_after: float | None
 
     def score(
         self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
@@ -41,6 +49,10 @@ class Scorer(Protocol):
 
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
         """Like `score` for recipes the run can't do without: the first failure raises UserError."""
+        ...
+
+    def known(self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]) -> list[Scores | None]:
+        """Return what recipes are known to have scored on blocks, None where they are not scored on all."""
         ...
 
 
@@ -59,13 +71,30 @@ class Journal(Protocol):
         self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
     ) -> None: ...
 
+    def record_spent(self, generation: int, items: int) -> None: ...
+
     def has_ask(self, generation: int) -> bool: ...
 
 
 class Budget(Protocol):
     """Says when to stop asking."""
 
-    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None: ...
+    @property
+    def timed(self) -> bool:
+        """Whether the clock may end the search."""
+        ...
+
+    def stop_reason(
+        self, *, generations: int, items: int, forecast: int, full: int, stale: int
+    ) -> str | None: ...
+
+    def deadline(self) -> float | None:
+        """Return when the last job of the search may begin, in epoch seconds; None: at any time."""
+        ...
+
+    def out_of_time(self, generations: int, *, cut: bool) -> str:
+        """Say why the clock ends the search after so many told generations. cut: amid the next one."""
+        ...
 
 
 class Observer(Protocol):
@@ -105,6 +134,30 @@ class Found:
         return selection.estimates(candidates)
 
 
+@dataclass(slots=True)
+class Patience:
+    """Counts generations in a row without improvement; depends on scores alone.
+
+    >>> patience = Patience()
+    >>> for loss in (3.0, 2.0, 2.0, 2.5):
+    ...     patience.told(loss)
+    >>> patience.stale
+    2
+    """
+
+    stale: int = 0
+    _best: float = np.inf
+
+    def told(self, loss: float) -> None:
+        """Take in the lowest loss of a generation."""
+        self.stale = 0 if loss < self._best else self.stale + 1
+        self._best = min(self._best, loss)
+
+    def renewed(self, losses: Sequence[float]) -> None:
+        """Begin anew on more items, where the best candidates have these losses."""
+        self.stale, self._best = 0, min(losses, default=np.inf)
+
+
 @dataclass(slots=True, kw_only=True)
 class Generations:
     """The course of a search from its first generation.
@@ -131,18 +184,20 @@ class Generations:
     def run(self) -> Found:
         """Go on until the budget or the optimizer says stop."""
         found: dict[str, Candidate] = {}
-        best, generation, pace = -np.inf, 0, 0.0
+        best, generation, pace, patience = -np.inf, 0, 0.0, Patience()
+        blocks = self._blocks()
         while True:
             started, book_keeping = time.perf_counter(), self.scorer.seconds
             stopped = self.optimizer.stop_reason()
             if stopped is None:
                 asked = self._ask()
-                if not self.journal.has_ask(generation):  # a stored one is finished whatever the clock says
+                if not self.journal.has_ask(generation):  # a stored one could be paid for when it began
                     stopped = self.budget.stop_reason(
                         generations=generation,
                         items=self.ledger.items,
                         forecast=round(pace * len(asked.genomes) * len(self._blocks())),
                         full=self.ledger.full,
+                        stale=patience.stale,
                     )
             if stopped is not None:
                 break
@@ -150,14 +205,20 @@ class Generations:
             self.journal.record_ask(generation, asked.genomes, recipes)
             own = time.perf_counter() - started
             blocks = self._blocks()
-            raced = race(
-                recipes,
-                scorer=self.scorer,
-                views=self.views,
-                spec=self.racing,
-                order=blocks,
-                phase=f"generation {generation}",
-            )
+            try:
+                with self._until_deadline(generation):
+                    raced = race(
+                        recipes,
+                        scorer=self.scorer,
+                        views=self.views,
+                        spec=self.racing,
+                        order=blocks,
+                        phase=f"generation {generation}",
+                    )
+            except OutOfTime:
+                stopped = self.budget.out_of_time(generation, cut=True)
+                self._salvage(asked.genomes, recipes, blocks, found, generation)
+                break
             started = time.perf_counter()
             cost = self.ledger.charge(zip((r.hash for r in recipes), raced.blocks, strict=True))
             pace = cost / (len(recipes) * len(blocks))
@@ -171,13 +232,17 @@ class Generations:
                     name = f"generation {generation}, candidate {row}"
                     self._keep(found, name, genome, recipes[row], generation, result, raced.losses[row])
             self._record(generation, found, raced, recipes)
-            self._score_again(again, found, generation)
+            self._note_course(patience, raced)
             objective = self.views(blocks)
             whole = [r for r, done in zip(raced.results, raced.complete, strict=True) if done]
             best = max(best, *(objective.mean(r) for r in whole if isinstance(r, Scores)), -np.inf)
+            stopped = self._score_again(again, found, generation, patience)
+            self.journal.record_spent(generation, self.ledger.items)
             self.observer.generation_done(generation, self.ledger.evaluations, best)
             generation += 1
-        blocks = self._blocks()
+            if stopped is not None:
+                break
+            blocks = self._blocks()
         most = max((c.items for c in found.values()), default=0)
         return Found(
             candidates=tuple(c for c in found.values() if c.items == most),
@@ -225,20 +290,81 @@ class Generations:
                 items=items,
             )
 
-    def _score_again(self, genomes: Sequence[Genome], found: dict[str, Candidate], generation: int) -> None:
-        """Score genomes on the blocks that are met from now on."""
+    def _score_again(
+        self, genomes: Sequence[Genome], found: dict[str, Candidate], generation: int, patience: Patience
+    ) -> str | None:
+        """Score genomes on the blocks that are met from now on; or say why the search stops before."""
         if not genomes or self.guide is None:
-            return
+            return None
         blocks = self._blocks()
         recipes = [self.space.decode(u) for u in genomes]
-        results = self.scorer.score(recipes, "search", f"generation {generation}, more items", blocks)
+        if not self.journal.has_ask(generation + 1):
+            stopped = self.budget.stop_reason(
+                generations=generation + 1,
+                items=self.ledger.items,
+                forecast=self.ledger.price((recipe.hash, blocks) for recipe in recipes),
+                full=self.ledger.full,
+                stale=0,  # on more items there may be something better
+            )
+            if stopped is not None:
+                return stopped
+        try:
+            with self._until_deadline(generation + 1):
+                results = self.scorer.score(recipes, "search", f"generation {generation}, more items", blocks)
+        except OutOfTime:
+            return self.budget.out_of_time(generation + 1, cut=False)
         self.ledger.charge((recipe.hash, blocks) for recipe in recipes)
         losses = self.views(blocks).losses(results, recipes)
+        patience.renewed(losses[:, 0].tolist())
         for genome, recipe, result, loss in zip(genomes, recipes, results, losses, strict=True):
             if isinstance(result, Scores):
                 self.guide.learn(genome, result)
                 if recipe.hash in found:
                     self._keep(found, "", genome, recipe, generation, result, loss)
+        return None
+
+    @contextmanager
+    def _until_deadline(self, generation: int) -> Iterator[None]:
+        """Let the clock interrupt what is scored inside; the first generation always runs."""
+        self.scorer.not_after = self.budget.deadline() if generation else None
+        try:
+            yield
+        finally:
+            self.scorer.not_after = None
+
+    def _salvage(
+        self,
+        genomes: NDArray[np.float64],
+        recipes: Sequence[Recipe],
+        blocks: Sequence[int],
+        found: dict[str, Candidate],
+        generation: int,
+    ) -> None:
+        """Keep what was scored in full of a generation that is cut short.
+
+        It is not told: whoever resumes the run finishes it first.
+        """
+        known = self.scorer.known(recipes, "search", blocks)
+        rows = [(i, result) for i, result in enumerate(known) if result is not None]
+        if not rows:
+            return
+        losses = self.views(blocks).losses([result for _, result in rows], [recipes[i] for i, _ in rows])
+        for (i, result), loss in zip(rows, losses, strict=True):
+            if self.guide is not None:
+                self.guide.learn(genomes[i], result)
+            name = f"generation {generation}, candidate {i}"
+            self._keep(found, name, genomes[i], recipes[i], generation, result, loss)
+        if self.archive is not None:
+            self.archive.add([found[recipes[i].hash] for i, _ in rows], losses)
+
+    def _note_course(self, patience: Patience, raced: RaceResult) -> None:
+        """Note whether a generation brought anything better, on the items that it was scored on."""
+        if self.archive is not None:
+            patience.told(-self.archive.hypervolume)
+            return
+        both = zip(raced.results, raced.complete, raced.losses[:, 0].tolist(), strict=True)
+        losses = [loss for result, complete, loss in both if complete and isinstance(result, Scores)]
+        patience.told(min(losses, default=np.inf))
 
     def _record(
         self, generation: int, found: dict[str, Candidate], raced: RaceResult, recipes: Sequence[Recipe]

@@ -47,8 +47,15 @@ class Ledger:
 
         A generation costs at least a block, so that a search that only repeats itself ends, too.
         """
-        new = {(recipe, block) for recipe, blocks in scored for block in blocks} - self._paid
+        new = self._new(scored)
         self._paid |= new
         cost = max(sum(self.sizes[block] for _, block in new), *self.sizes)
         self.items += cost
         return cost
+
+    def price(self, scored: Iterable[tuple[str, Iterable[int]]]) -> int:
+        """Return the items that are not paid for yet, of recipes (by hash) on blocks."""
+        return sum(self.sizes[block] for _, block in self._new(scored))
+
+    def _new(self, scored: Iterable[tuple[str, Iterable[int]]]) -> set[tuple[str, int]]:
+        return {(recipe, block) for recipe, blocks in scored for block in blocks} - self._paid

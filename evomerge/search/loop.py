@@ -13,7 +13,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from evomerge.errors import UserError
+from evomerge.errors import NoWinnerError, UserError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
@@ -123,6 +123,7 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._guide(references, views, order, [*parents, *known])
+        self._measure()
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -235,6 +236,15 @@ class Search:
         for position, each in enumerate(starts):
             self._journal.record_entry("start", position, each.named)
         return starts, spent
+
+    def _measure(self) -> None:
+        """Where the clock ends the search, score base and parents on the other splits now, not after it.
+
+        Then it is known how long that takes, and how much time to keep for it. Nothing is decided by it.
+        """
+        if self._budget.timed:
+            for split in ("select", "test"):
+                self._scorer.require(self._parents, split, "base and parents")
 
     def _descend(self, references: Normaliser, known: Sequence[Known], spec: GradientSpec) -> Descent:
         """Follow the gradient from the best point known."""
@@ -423,8 +433,8 @@ class Search:
         return Named(name=winner.name, recipe=winner.recipe)
 
 
-def _no_winner(reason: str) -> UserError:
-    return UserError(
+def _no_winner(reason: str) -> NoWinnerError:
+    return NoWinnerError(
         f"{reason}, so there is no winner",
         fix="look at the failures (evomerge status RUN), then raise the budget and resume",
     )

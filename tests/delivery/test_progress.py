@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import io
-import re
+from datetime import datetime
 
 from rich.console import Console
 
 from evomerge.delivery.progress import Live
 from evomerge.evaluation.scores import Failure
-from evomerge.running.budget import BudgetSpec
+from evomerge.running.forecast import Estimate
 from tests.running.fakes import TIMING, recipe, scores
 
 
 def play(console: Console) -> None:
-    with Live(console, BudgetSpec(evaluations=40)) as live:
+    end = datetime(2026, 11, 23, 3, 40).timestamp()
+    estimate = Estimate(made=end - 3600, search_ends=end - 2880, ends=end, cost=5.2, spent=1.25)
+    with Live(console) as live:
         live.phase("base and parents", 3, 1)
         live.phase("generation 0", 4, 0)
         for number in range(3):
             live.scored(recipe(number), scores(number), TIMING)
         live.scored(recipe(9), Failure(kind="error", reason="odd [/dev/shm/x] [red]"), None)
+        live.noted("tried again [twice]")
+        live.expected(estimate)
         live.generation_done(0, 4, 0.523)
         live.phase("generation 1", 4, 0)
 
@@ -31,12 +35,14 @@ def test_in_a_file_there_is_a_line_per_phase_and_per_failure() -> None:
     assert lines[0] == "base and parents: 3 models"
     assert lines[1] == "search started"
     assert lines[2] == f"failed: {recipe(9).hash[:12]}: odd [/dev/shm/x] [red]"
+    assert lines[3] == "tried again [twice]"
+    assert lines[4].endswith("all done about 03:40, cost 1.25 of about 5.20")
+    assert lines[4].startswith("generation 1: best 52.3 points, 1 failed, search ends in about 12 min, all")
 
 
 def test_on_a_terminal_best_failures_and_time_left_are_shown() -> None:
     out = io.StringIO()
     play(Console(file=out, width=120, force_terminal=True, color_system=None))
     text = out.getvalue()
-    assert "best so far 52.3 points" in text
-    assert "1 failed" in text
-    assert re.search(r"search ends in about \d+ s", text)
+    assert "best 52.3 points, 1 failed" in text
+    assert "search ends in about 12 min, all done about 03:40" in text

@@ -52,6 +52,9 @@ class FakeScorer:
         results = self.score([n.recipe for n in named], split, phase)
         return [r for r in results if isinstance(r, Scores)]
 
+    def known(self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]) -> list[Scores | None]:
+        raise AssertionError("only asked where the clock ends a search")
+
     def _one(self, recipe: Recipe, split: Split, phase: str) -> Scores | Failure:
         unlucky = phase.startswith("generation") and int(recipe.hash[:4], 16) < self.fail_share * 65536
         if recipe.hash in self.fail or unlucky:
@@ -101,6 +104,9 @@ class FakeJournal:
     def record_guide(self, generation: int, state: GuideState) -> None:
         self.guides.append(state)
 
+    def record_spent(self, generation: int, items: int) -> None:
+        self.spent = items
+
     def has_ask(self, generation: int) -> bool:
         return False
 
@@ -111,8 +117,15 @@ class FakeBudget:
     def __init__(self, generations: int) -> None:
         self.generations = generations
 
-    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None:
+    timed = False
+
+    def stop_reason(
+        self, *, generations: int, items: int, forecast: int, full: int, stale: int
+    ) -> str | None:
         return "enough" if generations >= self.generations else None
+
+    def deadline(self) -> float | None:
+        return None
 
 
 class Quiet:

@@ -81,7 +81,9 @@ class Items(FakeBudget):
         super().__init__(10**6)
         self.items = items
 
-    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None:
+    def stop_reason(
+        self, *, generations: int, items: int, forecast: int, full: int, stale: int
+    ) -> str | None:
         return "enough" if items + forecast > self.items else None
 
 

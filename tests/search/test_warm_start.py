@@ -226,9 +226,9 @@ class Counts(FakeBudget):
         super().__init__(generations)
         self.seen: list[int] = []
 
-    def stop_reason(self, *, generations: int, items: int, forecast: int, full: int) -> str | None:
+    def stop_reason(self, *, generations: int, items: int, **kwargs: int) -> str | None:
         self.seen.append(items)
-        return super().stop_reason(generations=generations, items=items, forecast=forecast, full=full)
+        return super().stop_reason(generations=generations, items=items, **kwargs)
 
 
 def search(

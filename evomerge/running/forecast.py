@@ -1,0 +1,227 @@
+"""The forecast: how long what follows the search takes, and when the run will be over, from its own seconds.
+
+Candidates are scored in rounds of one per worker. After the search come, one after another on `search`, the
+soups of the finalists and the optimizer's favourite; then the finalists on `select`; then the winner and
+whatever it is compared with on `test`; then the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
+from evomerge.merging.recipe import Recipe
+from evomerge.running.budget import BudgetSpec
+from evomerge.running.clock import Clock
+from evomerge.running.store import RunStore, Timing
+
+SAFETY = 1.5
+"""How much longer than on average the end may take without the run's being late."""
+REPORT = 10.0
+"""Seconds kept for the report and all else that is not scoring."""
+EXTRA = 2
+"""Scored on `select` beside the finalists: their soup, and the optimizer's favourite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is still to be scored after the search: soups one after another; per split side by side."""
+
+    soups: int
+    select: int
+    test: int
+
+    def seconds(self, each: Mapping[Split, float], workers: int) -> float:
+        """Return how long it takes with so many seconds for a candidate of each split.
+
+        >>> Work(soups=8, select=10, test=3).seconds({"search": 1.0, "select": 2.0, "test": 3.0}, workers=4)
+        17.0
+        """
+        rounds = {"select": math.ceil(self.select / workers), "test": math.ceil(self.test / workers)}
+        return self.soups * each["search"] + rounds["select"] * each["select"] + rounds["test"] * each["test"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """When a run is expected to end, in epoch seconds, and what it will have cost; None: not known.
+
+    search_ends: when no further generation starts. made: when this was said. spent: what the work so far
+    has cost.
+    """
+
+    made: float
+    search_ends: float | None
+    ends: float | None
+    cost: float | None
+    spent: float | None
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as a fact of the store."""
+        return dataclasses.asdict(self)
+
+
+class Forecast:
+    """Says what a run has still to do, from what its store knows.
+
+    workers: that score side by side. finalists: of the run. several: whether there are several objectives,
+    where what was not searched is scored on `select`, too.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        clock: Clock,
+        budget: BudgetSpec,
+        *,
+        workers: int,
+        finalists: int,
+        several: bool,
+    ) -> None:
+        self._store, self._clock, self._budget, self._workers = store, clock, budget, workers
+        self._finalists, self._several = finalists, several
+
+    def work(self) -> Work:
+        """Return what is still to be scored after the search."""
+        references, baselines = ("base", "parent"), ("baseline",)
+        beside = (*references, *(baselines if self._several else ()))
+        return Work(
+            soups=self._finalists,  # of all but the first with those before it; and the favourite
+            select=self._finalists + EXTRA + self._store.untimed(beside, "select"),
+            test=1 + self._store.untimed((*references, *baselines, "start"), "test"),
+        )
+
+    def seconds(self) -> dict[Split, float]:
+        """Return how long a candidate takes on each split, once some are scored.
+
+        On `search`, the longest of the last generation: not all meet all items, but the best do. On splits
+        where nothing was scored yet, as long as the share of their items says.
+        """
+        found: dict[Split, float] = {}
+        for split in SPLITS:
+            totals = [timing.total for timing in self._store.timings(split).values()]
+            if totals:
+                found[split] = sum(totals) / len(totals)
+        if "search" not in found:
+            return dict.fromkeys(SPLITS, 0.0)
+        items = self._store.split_items()
+        for split in SPLITS:
+            if split not in found:
+                found[split] = found["search"] * items.get(split, 1) / items.get("search", 1)
+        return {**found, "search": self._store.longest_of_last_generation() or found["search"]}
+
+    def finish_seconds(self) -> float:
+        """Return how long what follows the search is expected to take."""
+        return self.work().seconds(self.seconds(), self._workers) + REPORT
+
+    def reserve(self) -> float:
+        """Return the seconds to keep for what follows the search, and for a candidate just begun."""
+        return SAFETY * self.finish_seconds() + self.seconds()["search"]
+
+    def estimate(self, search_left: float | None) -> Estimate:
+        """Return when the run ends. search_left: seconds the counting limits leave it, None where unknown."""
+        now, finish, limit = self._clock.now(), self.finish_seconds(), self._budget.clock_limit(self._clock)
+        ends = [] if search_left is None else [now + search_left]
+        if limit is not None:
+            ends.append(max(now, limit.at - self.reserve()))
+        search_ends = min(ends, default=None)
+        ended = None if search_ends is None else search_ends + finish
+        price = None if self._budget.cost is None else self._budget.cost.per_hour
+        hours = self._clock.hours
+        return Estimate(
+            made=now,
+            search_ends=search_ends,
+            ends=ended,
+            cost=None if price is None or ended is None else price * (hours + (ended - now) / 3600),
+            spent=None if price is None else price * hours,
+        )
+
+
+class Observer(Protocol):
+    """What the watch passes on."""
+
+    def phase(self, name: str, jobs: int, known: int) -> None: ...
+
+    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
+
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
+
+    def expected(self, estimate: Estimate) -> None: ...
+
+    def noted(self, message: str) -> None: ...
+
+
+class Watch:
+    """An observer that tells another one, and the store, when the run will end.
+
+    It measures the pace of the generations that are scored in this session: seconds per evaluation and per
+    generation.
+    """
+
+    def __init__(
+        self,
+        observer: Observer,
+        forecast: Forecast,
+        store: RunStore,
+        budget: BudgetSpec,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._observer, self._forecast, self._store, self._budget = observer, forecast, store, budget
+        self._now = now
+        self._since: float | None = None
+        self._before = 0.0
+        """Evaluations spent before the pace was taken."""
+        self._fresh = False
+        self._generations = 0
+
+    def phase(self, name: str, jobs: int, known: int) -> None:
+        """Note when the first generation begins that is not replayed."""
+        if name.startswith("generation ") and jobs > known:
+            self._fresh = True
+            self._since = self._now() if self._since is None else self._since
+        self._observer.phase(name, jobs, known)
+
+    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
+        """Pass it on."""
+        self._observer.scored(recipe, result, timing)
+
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """Say what is to be expected now, if anything was scored."""
+        if self._fresh and self._since is not None:
+            self._generations += 1
+            elapsed = self._now() - self._since
+            left = self._left(generation, evaluations, elapsed)
+            estimate = self._forecast.estimate(left)
+            self._store.set_fact("clock", {**self._store.fact("clock"), "estimate": estimate.as_data()})
+            self._observer.expected(estimate)
+        else:
+            self._before = evaluations
+        self._fresh = False
+        self._observer.generation_done(generation, evaluations, best)
+
+    def expected(self, estimate: Estimate) -> None:
+        """Pass it on."""
+        self._observer.expected(estimate)
+
+    def noted(self, message: str) -> None:
+        """Pass it on."""
+        self._observer.noted(message)
+
+    def _left(self, generation: int, evaluations: float, elapsed: float) -> float | None:
+        """Seconds until a counting limit ends the search, at the pace so far."""
+        budget, found = self._budget, []
+        spent = evaluations - self._before
+        limits = [budget.evaluations]
+        if budget.items is not None and (full := self._store.split_items().get("search")):
+            limits.append(budget.items / full)  # type: ignore[arg-type]
+        for limit in limits:
+            if limit is not None and spent > 0:
+                found.append(elapsed / spent * max(0.0, limit - evaluations))
+        if budget.generations is not None:
+            left = max(0, budget.generations - generation - 1)
+            found.append(elapsed / self._generations * left)
+        return min(found, default=None)
