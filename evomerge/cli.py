@@ -571,6 +571,7 @@ def demo(
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import Scores
+    from evomerge.running.batches import scoring_alike
     from evomerge.running.store import RunStore
 
     config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
@@ -583,7 +584,8 @@ def demo(
             delivery.export(store, summary, model)
         stored = store.result(summary.winner.recipe.hash, "test")
         assert isinstance(stored, Scores)
-        same = delivery.rescore(model, compose.prepare(config).worker, "test").same_as(stored)
+        worker = scoring_alike(compose.prepare(config).worker, store, "test")
+        same = delivery.rescore(model, worker, "test").same_as(stored)
     if not same:
         raise UserError(
             f"{model}: the exported model does not score as the winner did", fix="please report this"

@@ -7,6 +7,7 @@ still before the run folder exists.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -26,6 +27,7 @@ from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors, warm_start
+from evomerge.running.batches import Batches, Halved
 from evomerge.running.budget import Budget
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
@@ -259,7 +261,21 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                 store.set_fact("norms", norms)
             if store.fact("stopped") is not None:
                 store.set_fact("stopped", None)  # a larger budget: the old winner no longer counts
-            search = Search(
+            outcome = _searched_through(prepared, store, executor, observer)
+            store.set_fact("stopped", outcome.stopped)
+            return outcome
+    finally:
+        executor.close()
+
+
+def _searched_through(
+    prepared: Prepared, store: RunStore, executor: executors.Executor, observer: Observer
+) -> Outcome:
+    """Search to the end, from the beginning again wherever a batch size turned out too large."""
+    while True:
+        batches = Batches(store, prepared.worker.batch_size)
+        with contextlib.suppress(Halved):
+            return Search(
                 SearchPlan(
                     suite=prepared.suite,
                     space=prepared.space,
@@ -274,17 +290,12 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                     layers=prepared.layers,
                     warm=prepared.warm,
                 ),
-                scorer=Scorer(store, executor, observer),
+                scorer=Scorer(store, executor, observer, batches),
                 journal=store,
                 budget=Budget(prepared.config.budget, store.hours),
                 observer=observer,
-                slopes=Slopes(store, executor, observer),
-            )
-            outcome = search.run()
-            store.set_fact("stopped", outcome.stopped)
-            return outcome
-    finally:
-        executor.close()
+                slopes=Slopes(store, executor, observer, batches),
+            ).run()
 
 
 def _norms(prepared: Prepared) -> dict[str, float]:

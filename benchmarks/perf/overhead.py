@@ -24,6 +24,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.running.batches import Batches
 from evomerge.running.budget import Budget, BudgetSpec
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import BASE, RunStore, Timing
@@ -133,7 +134,7 @@ def session(
                 finalists=8,
                 seed=0,
             ),
-            scorer=Scorer(store, executor, Silent()),
+            scorer=Scorer(store, executor, Silent(), Batches(store, 1)),
             journal=store,
             budget=Budget(BudgetSpec(evaluations=candidates), store.hours),
             observer=Silent(),

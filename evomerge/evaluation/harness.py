@@ -66,7 +66,7 @@ class Items:
     split: Split
     tasks: tuple[TaskItems, ...]
     block: int = 0
-    plans: dict[int, Layout] = field(default_factory=dict)
+    plans: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -81,7 +81,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layout:
-    """How a split's likelihood pairs are batched for one context length.
+    """How a split's likelihood pairs are batched for one context length and batch size.
 
     bounds: for each task (start, stop) of its pairs. windows: for each rolling task, the offsets of its
     items' first windows, counted from the task's first pair.
@@ -95,8 +95,8 @@ class Layout:
 class Harness:
     """Scores live models on a suite.
 
-    suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass; part of
-    the result's bits, so keep it fixed within a run. max_length: longest input in tokens; None takes each
+    suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass, unless
+    told otherwise; part of the result's bits, so what is compared must share it. max_length: longest input in tokens; None takes each
     model's own. seed: which items are drawn where splits are given as numbers. blocks: into how many item
     blocks the `search` split is cut, at random by `block_seed`; every block has its share of every task's
     items, and batches of its own, so that its scores have the same bits whatever else is scored.
@@ -159,15 +159,16 @@ class Harness:
             self._backend.attach(model)
             try:
                 for block in range(self.blocks(split)):
-                    self._layout(self.items(split, block), self._backend.max_length)
+                    self._layout(self.items(split, block), self._backend.max_length, self.batch_size)
             finally:
                 self._backend.detach()
 
-    def evaluate(self, model: Any, items: Items) -> Scores:
+    def evaluate(self, model: Any, items: Items, *, batch_size: int | None = None) -> Scores:
         """Score a model on every item.
 
         model: a transformers causal LM (or anything that is called like one). It is put in evaluation mode
             and not kept. `forward_seconds` afterwards holds the seconds spent inside it.
+        batch_size: in place of the harness's own.
 
         Raises:
             NonFiniteScores: the model's logits are not finite.
@@ -177,8 +178,10 @@ class Harness:
         backend = self._backend
         backend.attach(model)
         backend.forward_seconds = 0.0
+        size = self.batch_size if batch_size is None else batch_size
+        backend.batch_size_per_gpu = size
         try:
-            layout = self._layout(items, backend.max_length)
+            layout = self._layout(items, backend.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
             scores = [self._score(task, layout, likelihoods) for task in items.tasks]
         finally:
@@ -188,25 +191,29 @@ class Harness:
             self.forward_seconds += likelihoods.forward_seconds
         return Scores(split=items.split, tasks=tuple(scores), blocks=(items.block,))
 
-    def evaluate_split(self, model: Any, split: Split) -> Scores:
-        """Score a model on all items of a split, block by block. Raises what `evaluate` does."""
+    def evaluate_split(self, model: Any, split: Split, *, batch_sizes: Sequence[int] = ()) -> Scores:
+        """Score a model on all items of a split, block by block. Raises what `evaluate` does.
+
+        batch_sizes: of the blocks, in place of the harness's own.
+        """
         parts, seconds = [], 0.0
-        for block in range(self.blocks(split)):
-            parts.append(self.evaluate(model, self.items(split, block)))
+        for block, size in enumerate(batch_sizes or [self.batch_size] * self.blocks(split)):
+            parts.append(self.evaluate(model, self.items(split, block), batch_size=size))
             seconds += self.forward_seconds
         self.forward_seconds = seconds
         return joined(parts)
 
-    def backward(self, model: Any, split: Split, loss: SmoothLoss) -> float:
+    def backward(self, model: Any, split: Split, loss: SmoothLoss, *, batch_size: int | None = None) -> float:
         """Return a loss on some of a split's items; its gradient is added to the weights' own.
 
-        The items are numbered as in `Scores.joined`: per task, block after block. Raises NonFiniteScores.
+        batch_size: in place of the harness's own. The items are numbered as in `Scores.joined`: per task, block after block. Raises NonFiniteScores.
         """
         items, backend = self._whole(split), self._backend
         backend.attach(model)
         try:
             frame = {"max_length": backend.max_length, "prefix": backend.prefix_token_id}
-            return gradient.backward(model, items, loss, batch_size=self.batch_size, **frame)
+            size = self.batch_size if batch_size is None else batch_size
+            return gradient.backward(model, items, loss, batch_size=size, **frame)
         finally:
             backend.detach()
 
@@ -225,10 +232,11 @@ class Harness:
         )
         return Items(split=split, tasks=tasks)
 
-    def _layout(self, items: Items, max_length: int) -> Layout:
-        if max_length not in items.plans:
-            items.plans[max_length] = _layout(items, self._backend, self.batch_size, max_length)
-        return items.plans[max_length]
+    def _layout(self, items: Items, max_length: int, batch_size: int) -> Layout:
+        key = max_length, batch_size
+        if key not in items.plans:
+            items.plans[key] = _layout(items, self._backend, batch_size, max_length)
+        return items.plans[key]
 
     def _score(self, task: TaskItems, layout: Layout, likelihoods: Likelihoods | None) -> TaskScores:
         if task.name not in layout.bounds:

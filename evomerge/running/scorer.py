@@ -10,6 +10,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient
 from evomerge.merging.recipe import Recipe
+from evomerge.running.batches import Batches, Halved
 from evomerge.running.executors import Executor
 from evomerge.running.store import RunStore, Timing
 from evomerge.running.worker import Job
@@ -36,10 +37,15 @@ class Observer(Protocol):
 
 
 class Scorer:
-    """Scores recipes through an executor; every recipe only once per item block in the life of a run."""
+    """Scores recipes through an executor; every recipe only once per item block in the life of a run.
 
-    def __init__(self, store: RunStore, executor: Executor, observer: Observer) -> None:
-        self._store, self._executor, self._observer = store, executor, observer
+    Raises Halved where a batch size turns out too large for the device's memory.
+    """
+
+    def __init__(self, store: RunStore, executor: Executor, observer: Observer, batches: Batches) -> None:
+        self._store, self._executor, self._observer, self._batches = store, executor, observer, batches
+        self._asked: set[tuple[str, Split, int]] = set()
+        """What earlier calls asked for. As a search always begins at its beginning, no session changes it."""
         self.seconds = 0.0
         """Time this process spent on storing and looking up, not waiting for workers."""
 
@@ -94,15 +100,21 @@ class Scorer:
             if failure is not None:
                 results[hash_] = failure
             elif missing:
-                jobs[hash_] = Job(recipe=recipe, split=split, blocks=missing)
+                sizes = self._batches.sizes(split, missing)
+                jobs[hash_] = Job(recipe=recipe, split=split, blocks=missing, batch_sizes=sizes)
             else:
                 results[hash_] = joined(found[hash_])
         self._observer.phase(phase, len(set(hashes)), len(results))
         self.seconds += time.perf_counter() - started
+        too_large: set[int] = set()
         for result in self._executor.run(list(jobs.values())):
             started = time.perf_counter()
             recipe, outcome = result.job.recipe, result.outcome
             assert not isinstance(outcome, Gradient)
+            if self._batches.calls_for_halving(result):
+                assert result.block is not None
+                too_large.add(result.block)  # all others are waited for, or the first to fail would decide
+                continue
             if isinstance(outcome, Scores):
                 assert result.timing is not None
                 parts = result.parts or (outcome,)
@@ -113,4 +125,9 @@ class Scorer:
             results[recipe.hash] = outcome
             self._observer.scored(recipe, outcome, result.timing)
             self.seconds += time.perf_counter() - started
+        if too_large:
+            new = {b: [h for h in found if (h, split, b) not in self._asked] for b in sorted(too_large)}
+            self._batches.halve(split, new, phase)
+            raise Halved
+        self._asked.update((hash_, split, block) for hash_ in found for block in wanted)
         return [results[hash_] for hash_ in hashes]

@@ -356,7 +356,7 @@ class RunStore:
                     row = (recipe.hash, part.split, block, task.task, position, *vectors)
                     db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             db.execute(
-                "INSERT INTO timing VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO timing VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     recipe.hash,
                     parts[0].split,
@@ -368,6 +368,23 @@ class RunStore:
                     time.time(),
                 ),
             )
+
+    def drop_scores(
+        self, split: Split, recipes: Mapping[int, Sequence[str] | None], *, facts: Mapping[str, Any]
+    ) -> None:
+        """Forget scores that must be made again, and store the facts that say why, in one transaction.
+
+        recipes: block -> whose (hashes); None means everybody's.
+        """
+        query = "DELETE FROM score WHERE split = ? AND block = ?"
+        with self._writing() as db:
+            for block, hashes in recipes.items():
+                if hashes is None:
+                    db.execute(query, (split, block))
+                else:
+                    db.executemany(query + " AND recipe = ?", [(split, block, hash_) for hash_ in hashes])
+            for key, value in facts.items():
+                db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, _json(value)))
 
     def record_failure(self, recipe: Recipe, split: Split, failure: Failure) -> None:
         """Store that a recipe could not be scored on (some block of) a split, and why."""

@@ -13,25 +13,34 @@ from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
+from evomerge.running import out_of_memory
 from evomerge.running.store import Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One thing to do: score a recipe on some item blocks of a split."""
+    """One thing to do: score a recipe on some item blocks of a split.
+
+    batch_sizes: of each block; none means the worker's own for all.
+    """
 
     recipe: Recipe
     split: Split
     blocks: tuple[int, ...] = (0,)
+    batch_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientJob:
-    """Another thing to do: differentiate a loss on items of a split by a recipe's parameters."""
+    """Another thing to do: differentiate a loss on items of a split by a recipe's parameters.
+
+    batch_size: None means the worker's own.
+    """
 
     recipe: Recipe
     loss: SmoothLoss
     split: Split = "search"
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +48,14 @@ class Result:
     """What became of a job; `timing` is None where there are no scores.
 
     outcome: the scores of all its blocks together. parts: of each block, where there are several.
+    block: on which scoring failed, where it did.
     """
 
     job: Job | GradientJob
     outcome: Scores | Gradient | Failure
     timing: Timing | None = None
     parts: tuple[Scores, ...] = ()
+    block: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +63,8 @@ class WorkerSpec:
     """Everything a worker needs to know, picklable.
 
     models, base, tokenizer: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16");
-    weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, part of a
-    run's identity because it changes the last bits of scores. max_length: in tokens; None takes the
+    weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, unless a job
+    says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in tokens; None takes the
     model's. threads: of each worker. blocks, block_seed: as in Harness.
     """
 
@@ -90,6 +101,7 @@ class Worker:
 
         torch.set_num_threads(spec.threads)
         self.name = name
+        self._device, self._batch_size = spec.device, spec.batch_size
         self._bench = Workbench(
             spec.models,
             spec.base,
@@ -112,16 +124,25 @@ class Worker:
     def run(self, job: Job | GradientJob) -> Result:
         """Score or differentiate one recipe; whatever goes wrong with it is a Failure, never an exception."""
         if isinstance(job, GradientJob):
-            return Result(job=job, outcome=self._gradient(job))
+            outcome = self._gradient(job)
+            self._make_room(outcome)
+            return Result(job=job, outcome=outcome)
         started, forward, parts = time.perf_counter(), 0.0, []
+        failure: Failure | None = None
+        at: int | None = None
+        size = self._batch_size
         try:
             self._bench.load(job.recipe)
             merged = time.perf_counter()
-            for block in job.blocks:
-                parts.append(self._harness.evaluate(self._bench.model, self._harness.items(job.split, block)))
+            for at, size in zip(job.blocks, job.batch_sizes or [size] * len(job.blocks), strict=True):
+                items = self._harness.items(job.split, at)
+                parts.append(self._harness.evaluate(self._bench.model, items, batch_size=size))
                 forward += self._harness.forward_seconds
         except Exception as error:
-            return Result(job=job, outcome=failure_of(error))
+            failure = failure_of(error, f"at batch size {size}" if at is not None else "while merging")
+        if failure is not None:
+            self._make_room(failure)
+            return Result(job=job, outcome=failure, block=at)
         timing = Timing(
             total=time.perf_counter() - started,
             merge=merged - started,
@@ -136,17 +157,28 @@ class Worker:
         try:
             self._bench.load(job.recipe)
             with differentiable(self._bench.model):
-                loss = self._harness.backward(self._bench.model, job.split, job.loss)
+                model, size = self._bench.model, job.batch_size or self._batch_size
+                loss = self._harness.backward(model, job.split, job.loss, batch_size=size)
                 groups = self._bench.derivatives(job.recipe)
         except Exception as error:
-            return failure_of(error)
+            return failure_of(error, "in a gradient")
         if not all(math.isfinite(value) for group in groups for values in group.values() for value in values):
             return Failure(kind="non_finite", reason="a gradient that is not finite")
         return Gradient(loss=loss, groups=tuple(groups))
 
+    def _make_room(self, outcome: object) -> None:
+        """Free what an attempt that ran out of memory left behind; its exception is gone by now."""
+        if isinstance(outcome, Failure) and outcome.kind == "out_of_memory":
+            out_of_memory.release(self._device)
 
-def failure_of(error: Exception) -> Failure:
-    """Return the Failure that stands for an exception in the store and in messages."""
+
+def failure_of(error: Exception, where: str = "") -> Failure:
+    """Return the Failure that stands for an exception in the store and in messages.
+
+    where: said of a device that is out of memory, whose own words name amounts that differ every time.
+    """
+    if out_of_memory.is_out_of_memory(error):
+        return Failure(kind="out_of_memory", reason=f"out of memory {where}".strip())
     reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     lines = reason.strip().splitlines() or [type(error).__name__]
     kind: Literal["non_finite", "error"] = "non_finite" if isinstance(error, NonFiniteError) else "error"
