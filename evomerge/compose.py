@@ -7,7 +7,6 @@ still before the run folder exists.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -27,7 +26,7 @@ from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors, warm_start
-from evomerge.running.batches import Batches, Halved
+from evomerge.running.batches import Batches, begun_again
 from evomerge.running.budget import Budget
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
@@ -261,7 +260,11 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                 store.set_fact("norms", norms)
             if store.fact("stopped") is not None:
                 store.set_fact("stopped", None)  # a larger budget: the old winner no longer counts
-            outcome = _searched_through(prepared, store, executor, observer)
+            outcome = begun_again(
+                store,
+                prepared.worker.batch_size,
+                lambda batches: _searched_through(prepared, store, executor, observer, batches),
+            )
             store.set_fact("stopped", outcome.stopped)
             return outcome
     finally:
@@ -269,33 +272,34 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
 
 
 def _searched_through(
-    prepared: Prepared, store: RunStore, executor: executors.Executor, observer: Observer
+    prepared: Prepared,
+    store: RunStore,
+    executor: executors.Executor,
+    observer: Observer,
+    batches: Batches,
 ) -> Outcome:
-    """Search to the end, from the beginning again wherever a batch size turned out too large."""
-    while True:
-        batches = Batches(store, prepared.worker.batch_size)
-        with contextlib.suppress(Halved):
-            return Search(
-                SearchPlan(
-                    suite=prepared.suite,
-                    space=prepared.space,
-                    template=prepared.template,
-                    norms=store.fact("norms"),
-                    optimizer=prepared.config.optimizer,
-                    objective=prepared.config.objective,
-                    racing=prepared.config.racing,
-                    surrogate=None if prepared.config.surrogate == "off" else prepared.config.surrogate,
-                    finalists=prepared.config.finalists,
-                    seed=prepared.config.seed,
-                    layers=prepared.layers,
-                    warm=prepared.warm,
-                ),
-                scorer=Scorer(store, executor, observer, batches),
-                journal=store,
-                budget=Budget(prepared.config.budget, store.hours),
-                observer=observer,
-                slopes=Slopes(store, executor, observer, batches),
-            ).run()
+    search = Search(
+        SearchPlan(
+            suite=prepared.suite,
+            space=prepared.space,
+            template=prepared.template,
+            norms=store.fact("norms"),
+            optimizer=prepared.config.optimizer,
+            objective=prepared.config.objective,
+            racing=prepared.config.racing,
+            surrogate=None if prepared.config.surrogate == "off" else prepared.config.surrogate,
+            finalists=prepared.config.finalists,
+            seed=prepared.config.seed,
+            layers=prepared.layers,
+            warm=prepared.warm,
+        ),
+        scorer=Scorer(store, executor, observer, batches),
+        journal=store,
+        budget=Budget(prepared.config.budget, store.hours),
+        observer=observer,
+        slopes=Slopes(store, executor, observer, batches),
+    )
+    return search.run()
 
 
 def _norms(prepared: Prepared) -> dict[str, float]:

@@ -17,15 +17,17 @@ sizes from the store and finds out nothing again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from evomerge.evaluation.scores import Failure, Split
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Result, WorkerSpec
 
+T = TypeVar("T")
 FACT = "batch_sizes"
 GRADIENTS = "gradients"
 """Stands in place of a split for the passes of a gradient start, which have a batch size of their own."""
@@ -56,6 +58,16 @@ class Decision:
             GRADIENTS: "from then on",
         }.get(self.split, "for all rows alike")
         return f"out of memory: {where} in batches of {self.size} instead of {self.before}, {alike}"
+
+
+def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T:
+    """Run a search to its end, from the beginning again whenever a batch size was halved.
+
+    size: that the run began with.
+    """
+    while True:
+        with contextlib.suppress(Halved):
+            return search(Batches(store, size))
 
 
 def decisions(store: RunStore) -> list[Decision]:

@@ -134,8 +134,10 @@ class Worker:
         try:
             self._bench.load(job.recipe)
             merged = time.perf_counter()
-            for at, size in zip(job.blocks, job.batch_sizes or [size] * len(job.blocks), strict=True):
-                items = self._harness.items(job.split, at)
+            sizes = job.batch_sizes or (size,) * len(job.blocks)
+            for block, size in zip(job.blocks, sizes, strict=True):  # noqa: PLW2901
+                at = block
+                items = self._harness.items(job.split, block)
                 parts.append(self._harness.evaluate(self._bench.model, items, batch_size=size))
                 forward += self._harness.forward_seconds
         except Exception as error:

@@ -1,6 +1,7 @@
-"""A worker whose device is too small, and a program: kill such a run, resume it, compare what is stored.
+"""A worker whose device is too small, in a real search on a real store; as a program, such a run killed.
 
-Usage: python -m tests.running.hungry CONFIG FOLDER PLACE ... , with places as in `Small.parse`.
+Usage: python -m tests.running.hungry FOLDER PLACE ... , with places as in `Small.parse`. Scores depend on the
+batch size in their last bits, as they do on a device.
 """
 
 from __future__ import annotations
@@ -14,17 +15,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from evomerge import compose
-from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
-from evomerge.running import executors
-from evomerge.running.batches import decisions
+from evomerge.evaluation.scores import Scores, TaskScores, joined
+from evomerge.running.batches import Batches, begun_again, decisions
+from evomerge.running.budget import Budget, BudgetSpec
 from evomerge.running.executors import LocalProcesses
+from evomerge.running.scorer import Scorer
 from evomerge.running.store import RunStore
-from evomerge.running.worker import Job, Result, Worker, WorkerSpec
-from tests.running.killed import die_at, facts, forked
+from evomerge.running.worker import Job, Result, WorkerSpec, failure_of
+from evomerge.search.guide import SurrogateSpec
+from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.racing import RacingSpec
+from tests.running.fakes import TIMING, spec
+from tests.running.killed import die_at, forked
+from tests.search.fakes import SUITE, TARGET
+from tests.search.test_space import make
+
+BLOCKS, ITEMS, BATCH = 3, 8, 32
 
 Place = tuple[str, int, str]
 """A split, a block and a recipe's hash; "" for any recipe."""
@@ -47,33 +59,42 @@ class Small:
         return batch_size <= self.most or self.places.isdisjoint({(split, block, recipe), (split, block, "")})
 
 
-class Hungry(Worker):
-    """Raises torch's own error where a batch is larger than its device holds."""
+class Hungry:
+    """Scores weights by their distance from TARGET; raises torch's error where a batch does not fit."""
 
-    def __init__(self, small: Small, spec: WorkerSpec, name: str) -> None:
-        super().__init__(spec, name)
-        self._evaluate, self._small, self._recipe = self._harness.evaluate, small, ""
-        self._harness.evaluate = self._bounded  # type: ignore[method-assign]
+    def __init__(self, small: Small, _spec: WorkerSpec, _name: str) -> None:
+        self._small = small
 
     def run(self, job: Any) -> Result:
-        self._recipe = job.recipe.hash
-        return super().run(job)
+        parts = []
+        for block, size in zip(job.blocks, job.batch_sizes, strict=True):
+            if not self._small.fits(size, job.split, block, job.recipe.hash):
+                said = f"CUDA out of memory. Tried to allocate 2.00 GiB; {os.getpid()} MiB are free"
+                failure = failure_of(torch.OutOfMemoryError(said), f"at batch size {size}")
+                return Result(job=job, outcome=failure, block=block)
+            parts.append(_scores(job, block, size))
+        return Result(job=job, outcome=joined(parts), parts=tuple(parts), timing=TIMING)
 
-    def _bounded(self, model: Any, items: Any, *, batch_size: int | None = None) -> Any:
-        assert batch_size is not None
-        scores = self._evaluate(model, items, batch_size=batch_size)
-        if not self._small.fits(batch_size, items.split, items.block, self._recipe):
-            raise torch.OutOfMemoryError(
-                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 7 MiB free"
-            )
-        return scores
+
+def _scores(job: Job, block: int, size: int) -> Scores:
+    group = job.recipe.groups[0]
+    weights = dict(zip(group.sources, group.parameters.get("weight", (0.5, 0.5)), strict=False))
+    alone = group.method == "linear" and len(group.sources) == 1
+    tasks = []
+    for number, (task, target) in enumerate(TARGET.items()):
+        near = float(group.sources == (task,)) if alone else 1 - abs(weights.get(task, 0.0) - target)
+        hard = np.random.default_rng([number, block, len(job.split)]).random(ITEMS)
+        margin = np.clip(near, 0, 1) - hard + 1e-9 * size
+        smooth = 1 / (1 + np.exp(-4 * margin))
+        tasks.append(TaskScores(task=task, metric=(margin > 0).astype(float), smooth=smooth, margin=margin))
+    return Scores(split=job.split, tasks=tuple(tasks), blocks=(block,))
 
 
 class InOne:
-    """An executor in this process, around one such worker."""
+    """An executor in this process, around one such worker; it remembers its jobs."""
 
-    def __init__(self, small: Small, spec: WorkerSpec) -> None:
-        self._worker = Hungry(small, spec, "inline")
+    def __init__(self, small: Small) -> None:
+        self._worker = Hungry(small, spec(), "inline")
         self.jobs: list[Job] = []
 
     def run(self, jobs: Any) -> Any:
@@ -84,41 +105,73 @@ class InOne:
     def close(self) -> None: ...
 
 
-def in_two(small: Small, spec: WorkerSpec) -> LocalProcesses:
-    return LocalProcesses(spec, workers=2, timeout=60, worker=partial(Hungry, small))
+def in_two(small: Small) -> LocalProcesses:
+    return LocalProcesses(spec(), workers=2, timeout=60, worker=partial(Hungry, small))
 
 
-def main(config_path: Path, folder: Path, small: Small) -> None:
-    torch.set_num_threads(1)
-    executor = InOne(small, compose.prepare(RunConfig.load(config_path)).worker)
-    executors.build = lambda *_: executor  # type: ignore[assignment]
+def session(folder: Path, executor: Any) -> Outcome:
+    """Run, or continue, the search in a folder."""
+    space = make("global_weights")
+    plan = SearchPlan(
+        suite=SUITE,
+        space=space,
+        template=space.decode(np.full(2, 0.5)),
+        norms={"a": 1.0, "b": 2.0},
+        optimizer=OptimizerSpec(name="cma_es", population=6),
+        objective=ObjectiveSpec(),
+        racing=RacingSpec(blocks=BLOCKS, error=0.5),
+        surrogate=SurrogateSpec(),
+        finalists=2,
+        seed=0,
+    )
+    models = {"base": "base", "sources": {"a": "a", "b": "b"}}
+    facts = {"config": {"models": models}, "blocks": BLOCKS}
+    with RunStore.open(folder) if RunStore.exists(folder) else RunStore.create(folder, facts) as store:
+        store.begin_session({})
 
-    def start(name: str) -> None:
-        compose.start(RunConfig.load(config_path, out=str(folder / name)), Silent())
+        def search(batches: Batches) -> Outcome:
+            return Search(
+                plan,
+                scorer=Scorer(store, executor, Silent(), batches),
+                journal=store,
+                budget=Budget(BudgetSpec(generations=3), store.hours),
+                observer=Silent(),
+            ).run()
 
-    def finish(name: str) -> None:
-        compose.start(compose.stored_config(folder / name), Silent())
+        return begun_again(store, BATCH, search)
 
-    assert forked(lambda: (die_at(10**9, before_commit=False), start("whole"), _dump(folder))) == 0
+
+def main(folder: Path, small: Small) -> None:
+    assert (
+        forked(lambda: (die_at(10**9, before_commit=False), _run(folder / "whole", small), _dump(folder)))
+        == 0
+    )
     names: list[str] = json.loads((folder / "events.json").read_text())
+    first, last = (i for i, name in enumerate(names, start=1) if name == "drop_scores")
+    moments = [(first - 1, False), (first, True), (first + 2, False), (last, False)]
     found = {}
-    halvings = [i for i, name in enumerate(names, start=1) if name == "drop_scores"]
-    first, last = halvings
-    for number, before_commit in ((first - 1, False), (first, True), (first + 1, False), (last, False)):
-        name = f"killed-{number}-{before_commit}"
+    for number, before in moments:
+        place = folder / f"killed-{number}-{before}"
 
-        def die(number: int = number, before: bool = before_commit, name: str = name) -> None:
+        def die(place: Path = place, number: int = number, before: bool = before) -> None:
             die_at(number, before_commit=before)
-            start(name)
+            _run(place, small)
 
         status = forked(die)
-        assert os.WIFSIGNALED(status), name
-        assert os.WTERMSIG(status) == signal.SIGKILL, name
-        assert forked(lambda name=name: finish(name)) == 0, name  # type: ignore[misc]
-        found[name] = facts(folder / name)
-    with RunStore.read(folder / "whole") as store:
-        made = [each.sentence for each in decisions(store)]
-    print(json.dumps({"whole": facts(folder / "whole"), "killed": found, "decisions": made}))
+        assert os.WIFSIGNALED(status), place
+        assert os.WTERMSIG(status) == signal.SIGKILL, place
+        assert forked(lambda place=place: _run(place, small)) == 0, place  # type: ignore[misc]
+        found[place.name] = _facts(place)
+    print(json.dumps({"whole": _facts(folder / "whole"), "killed": found}))
+
+
+def _run(folder: Path, small: Small) -> None:
+    session(folder, InOne(small))
+
+
+def _facts(folder: Path) -> list[Any]:
+    with RunStore.read(folder) as store:
+        return [store.digest(), store.entries("winner")[0].recipe.hash, len(decisions(store))]
 
 
 def _dump(folder: Path) -> None:
@@ -128,4 +181,4 @@ def _dump(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Small.parse(sys.argv[3:]))
+    main(Path(sys.argv[1]), Small.parse(sys.argv[2:]))
