@@ -243,6 +243,8 @@ def _run(config: RunConfig) -> None:
     for note in kernels.notes():
         _out.say(f"note: {note}")
     folder = Path(config.out)
+    if (note := compose.environment_note(folder)) is not None:
+        _complain(f"note: {note}", style="yellow")
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with _observer(config.budget) as observer:

@@ -25,7 +25,7 @@ from evomerge.evaluation.scores import SPLITS, Failure, Scores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
-from evomerge.running import executors, warm_start
+from evomerge.running import executors, forward, warm_start
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.budget import Budget
 from evomerge.running.scorer import Observer, Scorer
@@ -103,6 +103,8 @@ def prepare(config: RunConfig) -> Prepared:
         check(start.recipe, sources)
     _check_gradients(warm, space)
     device, dtype, threads = executors.resolve(config.executor)
+    if config.executor.threads is None:  # a run keeps the number it was begun with
+        threads = forward.kept_threads(Path(config.out)) or threads
     return Prepared(
         config=config,
         suite=suite,
@@ -179,7 +181,17 @@ def stored_suite(store: RunStore) -> Suite:
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change the bits of a run."""
     found = {"evomerge": __version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return found | {"processor": forward.processor()}
+
+
+def environment_note(folder: Path) -> str | None:
+    """Say what of libraries and processor changed since the run in a folder was begun, None if nothing."""
+    if not RunStore.exists(folder):
+        return None
+    with RunStore.read(folder) as store:
+        what = forward.changes(store.versions(), versions())
+    return None if what is None else forward.warning(what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +345,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "suite_digest": prepared.suite.digest(),
         "optimizer": prepared.optimizer,
         "layers": prepared.layers,
+        forward.FACT: forward.as_data(forward.find(prepared.worker)),
         "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
     }
 
@@ -399,6 +412,7 @@ def _check_same(store: RunStore, facts: dict[str, Any]) -> None:
                 got=str(facts[key]),
                 fix="restore what was there, or start a new run in another folder",
             )
+    forward.check_same(store, forward.Forward(**facts[forward.FACT]))
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:

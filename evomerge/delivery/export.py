@@ -26,6 +26,7 @@ from evomerge.merging.adapter_export import AdapterReport, write_adapter
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import open_source
 from evomerge.merging.tensorfile import sync
+from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, Worker, WorkerSpec
@@ -223,6 +224,7 @@ def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAda
         seed=store.fact("config")["seed"],
         config=store.fact("config"),
         versions=store.versions(),
+        passes=forward.stored(store),
         methods=sorted({group.method for group in chosen.recipe.groups}),
     )
 

@@ -96,10 +96,11 @@ class Harness:
     """Scores live models on a suite.
 
     suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass, unless
-    told otherwise; part of the result's bits, so what is compared must share it. max_length: longest input in tokens; None takes each
-    model's own. seed: which items are drawn where splits are given as numbers. blocks: into how many item
-    blocks the `search` split is cut, at random by `block_seed`; every block has its share of every task's
-    items, and batches of its own, so that its scores have the same bits whatever else is scored.
+    told otherwise; part of the result's bits, so what is compared must share it. max_length: longest input
+    in tokens; None takes each model's own. seed: which items are drawn where splits are given as numbers.
+    blocks: into how many item blocks the `search` split is cut, at random by `block_seed`; every block has
+    its share of every task's items, and batches of its own, so that its scores have the same bits whatever
+    else is scored.
 
     Raises:
         ConfigError: the suite names unknown tasks, metrics or dataset splits, or splits share items, or a
@@ -206,7 +207,8 @@ class Harness:
     def backward(self, model: Any, split: Split, loss: SmoothLoss, *, batch_size: int | None = None) -> float:
         """Return a loss on some of a split's items; its gradient is added to the weights' own.
 
-        batch_size: in place of the harness's own. The items are numbered as in `Scores.joined`: per task, block after block. Raises NonFiniteScores.
+        batch_size: in place of the harness's own. The items are numbered as in `Scores.joined`: per task,
+        block after block. Raises NonFiniteScores.
         """
         items, backend = self._whole(split), self._backend
         backend.attach(model)

@@ -87,9 +87,9 @@ class Batches:
         found = [d.size for d in self._made if (d.split, d.block) == (split, block)]
         return found[-1] if found else self.size
 
-    def sizes(self, split: Split, blocks: Iterable[int]) -> tuple[int, ...]:
-        """Return the sizes in force on some blocks, in order."""
-        return tuple(self.of(split, block) for block in blocks)
+    def sizes(self, split: Split, blocks: Iterable[int]) -> dict[int, int]:
+        """Return the sizes in force on some blocks."""
+        return {block: self.of(split, block) for block in blocks}
 
     def may_halve(self, split: str, block: int = 0) -> bool:
         """Say whether the size on a block of a split was not halved yet, and can be."""

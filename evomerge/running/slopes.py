@@ -44,10 +44,10 @@ class Slopes:
             )
             return Gradient(loss=known["loss"], groups=groups)
         outcome = self._executed(recipe, loss)
-        if isinstance(outcome, Failure) and outcome.kind == "out_of_memory":
-            if self._batches.may_halve(GRADIENTS):
-                self._batches.halve_gradients(PHASE)
-                outcome = self._executed(recipe, loss)
+        starved = isinstance(outcome, Failure) and outcome.kind == "out_of_memory"
+        if starved and self._batches.may_halve(GRADIENTS):
+            self._batches.halve_gradients(PHASE)
+            outcome = self._executed(recipe, loss)
         if isinstance(outcome, Failure):
             self._observer.scored(recipe, outcome, None)
             fact = dataclasses.asdict(outcome)

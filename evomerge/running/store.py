@@ -244,8 +244,12 @@ class RunStore:
 
     def versions(self) -> dict[str, str]:
         """Return the library versions of the first session."""
-        row = self._db.execute("SELECT versions FROM session ORDER BY started LIMIT 1").fetchone()
-        return {} if row is None else json.loads(row[0])
+        return next(iter(self.sessions()), {})
+
+    def sessions(self) -> list[dict[str, str]]:
+        """Return the library versions of every session, in order."""
+        rows = self._db.execute("SELECT versions FROM session ORDER BY started")
+        return [json.loads(row[0]) for row in rows]
 
     # -- what the search decides ------------------------------------------------------------------
 
@@ -503,12 +507,12 @@ class RunStore:
     def digest(self) -> str:
         """Return a hash of the contents: equal for equal runs, wherever and whenever they ran.
 
-        Left out are timestamps, durations, and the config as written (its places, budget and workers);
-        what of it changes results is in the fact `identity`.
+        Left out are timestamps, durations, and the config as written (its places, budget and workers, with
+        their threads); what of it changes results is in the fact `identity`.
         """
         found = hashlib.sha256()
         for query in (
-            "SELECT key, value FROM run WHERE key != 'config' ORDER BY key",
+            "SELECT key, value FROM run WHERE key NOT IN ('config', 'forward') ORDER BY key",
             "SELECT hash, data FROM recipe ORDER BY hash",
             "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",

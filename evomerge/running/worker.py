@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from evomerge.errors import NonFiniteError, UserError
@@ -21,13 +21,13 @@ from evomerge.running.store import Timing
 class Job:
     """One thing to do: score a recipe on some item blocks of a split.
 
-    batch_sizes: of each block; none means the worker's own for all.
+    batch_sizes: block -> requests per forward pass; the worker's own for blocks that are not in it.
     """
 
     recipe: Recipe
     split: Split
     blocks: tuple[int, ...] = (0,)
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +64,8 @@ class WorkerSpec:
 
     models, base, tokenizer: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16");
     weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, unless a job
-    says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in tokens; None takes the
-    model's. threads: of each worker. blocks, block_seed: as in Harness.
+    says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in
+    tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness.
     """
 
     models: Mapping[str, str]
@@ -134,10 +134,9 @@ class Worker:
         try:
             self._bench.load(job.recipe)
             merged = time.perf_counter()
-            sizes = job.batch_sizes or (size,) * len(job.blocks)
-            for block, size in zip(job.blocks, sizes, strict=True):  # noqa: PLW2901
-                at = block
-                items = self._harness.items(job.split, block)
+            for at in job.blocks:
+                size = job.batch_sizes.get(at, self._batch_size)
+                items = self._harness.items(job.split, at)
                 parts.append(self._harness.evaluate(self._bench.model, items, batch_size=size))
                 forward += self._harness.forward_seconds
         except Exception as error:

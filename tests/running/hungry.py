@@ -67,7 +67,8 @@ class Hungry:
 
     def run(self, job: Any) -> Result:
         parts = []
-        for block, size in zip(job.blocks, job.batch_sizes, strict=True):
+        for block in job.blocks:
+            size = job.batch_sizes[block]
             if not self._small.fits(size, job.split, block, job.recipe.hash):
                 said = f"CUDA out of memory. Tried to allocate 2.00 GiB; {os.getpid()} MiB are free"
                 failure = failure_of(torch.OutOfMemoryError(said), f"at batch size {size}")

@@ -86,7 +86,7 @@ def sizes_on(executor: InOne) -> dict[tuple[str, str, int], list[int]]:
     """All batch sizes each recipe was scored with on a block of a split."""
     found: dict[tuple[str, str, int], list[int]] = {}
     for job in executor.jobs:
-        for block, size in zip(job.blocks, job.batch_sizes, strict=True):
+        for block, size in job.batch_sizes.items():
             found.setdefault((job.recipe.hash, job.split, block), []).append(size)
     return found
 
@@ -243,7 +243,7 @@ def test_a_worker_scores_in_the_batches_a_job_names_and_survives_too_large_ones(
     worker, smaller = Worker(prepared.worker), Worker(replace(prepared.worker, batch_size=HALF))
     job = Job(recipe=prepared.template, split="search", blocks=(0, 2))
     expected = smaller.run(job).outcome
-    halved = dataclasses.replace(job, batch_sizes=(HALF, HALF))
+    halved = dataclasses.replace(job, batch_sizes={0: HALF, 2: HALF})
     outcome = worker.run(halved).outcome
     assert isinstance(expected, Scores)
     assert isinstance(outcome, Scores)
@@ -259,7 +259,7 @@ def test_a_worker_scores_in_the_batches_a_job_names_and_survives_too_large_ones(
 
     monkeypatch.setattr(worker._bench.model, "forward", small)
     monkeypatch.setattr("evomerge.evaluation.likelihood.trims", lambda _: True)
-    failed = worker.run(dataclasses.replace(job, batch_sizes=(HALF, BATCH)))
+    failed = worker.run(dataclasses.replace(job, batch_sizes={0: HALF, 2: BATCH}))
     assert failed.outcome == Failure(kind="out_of_memory", reason=f"out of memory at batch size {BATCH}")
     assert failed.block == 2
     again = worker.run(halved).outcome
