@@ -28,6 +28,7 @@ from evomerge.errors import ConfigError, UserError, nearest
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
+    from evomerge.delivery.tracking import Tracked
     from evomerge.merging.adapter_export import AdapterReport
     from evomerge.running.budget import BudgetSpec
 
@@ -237,18 +238,23 @@ def resume(
 
 def _run(config: RunConfig) -> None:
     from evomerge import compose
+    from evomerge.delivery.summary import Summary
+    from evomerge.delivery.tracking import require_packages
     from evomerge.merging import kernels
     from evomerge.running.store import RunStore
 
     for note in kernels.notes():
         _out.say(f"note: {note}")
     folder = Path(config.out)
-    if (note := compose.environment_note(folder)) is not None:
-        _complain(f"note: {note}", style="yellow")
+    require_packages(config.tracking)
+    if (changed := compose.environment_note(folder)) is not None:
+        _complain(f"note: {changed}", style="yellow")
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _observer(config.budget) as observer:
+        with _observer(config.budget) as shown, _tracked(shown, config) as observer:
             compose.start(config, observer)
+            with RunStore.read(folder) as store:
+                observer.finish(Summary(store, compose.stored_suite(store)), folder / "report.html")
     except KeyboardInterrupt as interrupt:
         if RunStore.exists(folder):
             command = f"evomerge resume {shlex.quote(_shown(folder))}"
@@ -263,6 +269,15 @@ def _observer(budget: BudgetSpec) -> AbstractContextManager[Live | Silent]:
     from evomerge.delivery.progress import Live, Silent
 
     return Silent() if _out.quiet or _out.json else Live(_out.console, budget)
+
+
+def _tracked(observer: Live | Silent, config: RunConfig) -> Tracked:
+    from evomerge.delivery.tracking import Tracked
+
+    def warn(message: str) -> None:
+        _complain(f"warning: {message}", style="yellow")
+
+    return Tracked(observer, config.tracking, Path(config.out), warn=warn)
 
 
 @_command(app, "status")
