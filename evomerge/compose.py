@@ -8,6 +8,7 @@ still before the run folder exists.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -35,6 +36,7 @@ from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers, spaces
 from evomerge.search.genes import Space
+from evomerge.search.layer_path import LayerPathSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.warm_start import WarmStart
 
@@ -102,6 +104,7 @@ def prepare(config: RunConfig) -> Prepared:
     for start in warm.recipes:
         check(start.recipe, sources)
     _check_gradients(warm, space)
+    _check_engine(config)
     device, dtype, threads = executors.resolve(config.executor)
     if config.executor.threads is None:  # a run keeps the number it was begun with
         threads = forward.kept_threads(Path(config.out)) or threads
@@ -124,6 +127,7 @@ def prepare(config: RunConfig) -> Prepared:
             low_memory=config.executor.low_memory,
             blocks=config.racing.blocks,
             block_seed=config.seed,
+            generation=config.executor.generation,
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
@@ -151,6 +155,23 @@ def _check_gradients(warm: WarmStart, space: Space) -> None:
             f"warm_start.gradients: {', '.join(sorted(used))} can't be differentiated",
             expected="a space over a method such as linear, task_arithmetic, ties or slerp",
             fix="set warm_start.gradients: off",
+        )
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Refuse a generation engine that is not there, or would be given other models than the base's kind."""
+    if config.executor.generation == "transformers":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "executor.generation: vllm is not installed",
+            fix="pip install 'evomerge[vllm]', or set executor.generation: transformers",
+        )
+    if isinstance(config.space, LayerPathSpec) or config.tokenizer not in ("", BASE):
+        raise ConfigError(
+            "executor.generation: vllm holds one model of the base's layers and vocabulary",
+            got="a search space of layer paths" if not config.tokenizer else f"tokenizer: {config.tokenizer}",
+            fix="set executor.generation: transformers",
         )
 
 

@@ -176,8 +176,10 @@ class RunConfig(Strict):
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
         for name in ("name", "workers", "threads", "timeout", "low_memory"):
             del data["executor"][name]
+        if self.executor.generation == "transformers":
+            del data["executor"]["generation"]  # runs begun before this setting existed keep their identity
         if not self.tokenizer:
-            del data["tokenizer"]  # runs begun before this setting existed keep their identity
+            del data["tokenizer"]  # and before this one
         if self.warm_start == WarmStartSpec():
             del data["warm_start"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

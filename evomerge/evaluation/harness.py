@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient
 from evomerge.evaluation.backend import Backend, Pair, compiled_templates
 from evomerge.evaluation.coherence import coherence
+from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.likelihood import Likelihoods, Plan, plan
 from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
 from evomerge.evaluation.smooth_loss import SmoothLoss
@@ -163,6 +165,29 @@ class Harness:
                     self._layout(self.items(split, block), self._backend.max_length, self.batch_size)
             finally:
                 self._backend.detach()
+
+    def mirror(self, engine: Engine, *, tolerance: float) -> None:
+        """Let an engine generate in the live model's place from now on; call it before `prepare`.
+
+        Its canary is the longest prompt of the first tasks that generate. tolerance: as in Mirror.
+        Raises ConfigError where a task does not generate greedily.
+        """
+        prompts = []
+        for task in self.items("test").tasks:
+            for instance in (one for group in task.groups for one in group):
+                if instance.request_type == "generate_until":
+                    options = normalize_gen_kwargs(instance.args[1], self._backend.max_gen_toks)
+                    own = {k: v for k, v in options.items() if k not in ("until", "max_gen_toks")}
+                    refuse_sampling(task.name, own)
+                    prompts.append(self._backend.tok_encode(instance.args[0]))
+        if prompts:
+            canary = max(prompts, key=len)[:CANARY]
+            self._backend.mirror = Mirror(engine, canary, tolerance=tolerance)
+
+    def weights_changed(self) -> None:
+        """Note that the live model has other weights from now on."""
+        if self._backend.mirror is not None:
+            self._backend.mirror.weights_changed()
 
     def evaluate(self, model: Any, items: Items, *, batch_size: int | None = None) -> Scores:
         """Score a model on every item.

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
@@ -15,6 +15,9 @@ from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.running import out_of_memory
 from evomerge.running.store import Timing
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.engine import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,8 @@ class WorkerSpec:
     models, base, tokenizer: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16");
     weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, unless a job
     says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in
-    tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness.
+    tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
+    what continues prompts, the live model ("transformers") or an engine beside it ("vllm").
     """
 
     models: Mapping[str, str]
@@ -81,6 +85,7 @@ class WorkerSpec:
     tokenizer: str = ""
     blocks: int = 1
     block_seed: int = 0
+    generation: str = "transformers"
 
     def blocks_of(self, split: Split) -> tuple[int, ...]:
         """Return the item blocks of a split."""
@@ -119,6 +124,10 @@ class Worker:
             blocks=spec.blocks,
             block_seed=spec.block_seed,
         )
+        if spec.generation != "transformers":
+            from evomerge.evaluation.engine import TOLERANCE
+
+            self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
         self._harness.prepare(self._bench.model)
 
     def run(self, job: Job | GradientJob) -> Result:
@@ -132,7 +141,7 @@ class Worker:
         at: int | None = None
         size = self._batch_size
         try:
-            self._bench.load(job.recipe)
+            self._load(job.recipe)
             merged = time.perf_counter()
             for at in job.blocks:
                 size = job.batch_sizes.get(at, self._batch_size)
@@ -156,7 +165,7 @@ class Worker:
         from evomerge.evaluation.gradient import differentiable
 
         try:
-            self._bench.load(job.recipe)
+            self._load(job.recipe)
             with differentiable(self._bench.model):
                 model, size = self._bench.model, job.batch_size or self._batch_size
                 loss = self._harness.backward(model, job.split, job.loss, batch_size=size)
@@ -167,10 +176,22 @@ class Worker:
             return Failure(kind="non_finite", reason="a gradient that is not finite")
         return Gradient(loss=loss, groups=tuple(groups))
 
+    def _load(self, recipe: Recipe) -> None:
+        self._harness.weights_changed()
+        self._bench.load(recipe)
+
     def _make_room(self, outcome: object) -> None:
         """Free what an attempt that ran out of memory left behind; its exception is gone by now."""
         if isinstance(outcome, Failure) and outcome.kind == "out_of_memory":
             out_of_memory.release(self._device)
+
+
+def _engine(spec: WorkerSpec) -> Engine:
+    from evomerge.evaluation.vllm_engine import VllmEngine
+    from evomerge.merging.source import open_source
+
+    folder = open_source(spec.models[spec.base]).folder
+    return VllmEngine(folder, dtype=spec.dtype, max_length=spec.max_length, device=spec.device)
 
 
 def failure_of(error: Exception, where: str = "") -> Failure:
