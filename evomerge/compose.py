@@ -7,6 +7,7 @@ still before the run folder exists.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -203,6 +204,8 @@ def versions() -> dict[str, str]:
     """Return the versions of everything that can change the bits of a run."""
     found = {"evomerge": __version__, "python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["vllm"] = importlib.metadata.version("vllm")
     return found | {"processor": forward.processor()}
 
 

@@ -92,7 +92,7 @@ class Mirror:
                 self._current = False
                 raise EngineMismatch(
                     "the generation engine does not hold the candidate's weights",
-                    expected=f"log-probabilities of a canary within {self._tolerance:g} nats of the live model's",
+                    expected=f"a canary's log-probabilities within {self._tolerance:g} nats of the model's",
                     got=f"{found:.3g} nats apart, also after loading the weights again",
                     fix="set executor.generation: transformers",
                 )
@@ -139,7 +139,7 @@ def canary_logprobs(model: Any, tokens: Sequence[int]) -> np.ndarray[Any, np.dty
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     own = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    found: np.ndarray[Any, np.dtype[np.float64]] = own.to("cpu", torch.float64).numpy()
+    found: np.ndarray[Any, np.dtype[np.float64]] = own.cpu().double().numpy()
     if not np.isfinite(found).all():
         raise NonFiniteScores("the model's logits are not finite", got="NaN or infinite on a canary prompt")
     return found

@@ -2,8 +2,8 @@
 
 Scores of two candidates are comparable in every bit only where the same arithmetic made them. Device type,
 dtype, attention, context length and batch size change their last bits, and on a CPU so does the number of
-threads: torch's float32 matrix products of 512 columns and more differ in their last bits between one thread
-and two (measured; bfloat16 ones, and the demo's small ones, did not).
+threads: torch's float32 matrix products differ between one thread and two, in some shapes of most sizes
+tried (docs/devices.md; bfloat16 ones did not).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Forward:
 
     device: its type. attention: the implementation in use, also where transformers chose it. max_length: in
     tokens, None where neither run nor model says. threads: of each worker; None where they change nothing.
+    generation: what continues prompts.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Forward:
     max_length: int | None
     batch_size: int
     threads: int | None
+    generation: str = "transformers"
 
     @property
     def sentence(self) -> str:
@@ -52,6 +54,7 @@ class Forward:
         parts += [f"up to {self.max_length} tokens"] if self.max_length else []
         parts += [f"batches of {self.batch_size}"]
         parts += [f"threads: {self.threads}"] if self.threads else []
+        parts += [f"generation by {self.generation}"] if self.generation != "transformers" else []
         return f"forward passes: {', '.join(parts)}"
 
 
@@ -76,6 +79,7 @@ def find(worker: WorkerSpec) -> Forward:
         max_length=worker.max_length or own,
         batch_size=worker.batch_size,
         threads=worker.threads if device == "cpu" else None,
+        generation=worker.generation,
     )
 
 

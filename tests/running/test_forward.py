@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def test_what_transformers_chooses_is_recorded_and_shown(finished_run: Path) -> 
         "max_length": 64,
         "batch_size": 32,
         "threads": 1,
+        "generation": "transformers",
     }
     assert found.sentence in invoke("status", finished_run).output
     assert json.loads(invoke("status", finished_run, "--json").output)["forward"] == forward.as_data(found)
@@ -70,6 +72,7 @@ def test_settings_reach_the_model(config: Callable[..., Path]) -> None:
     assert forward.Forward(**{**forward.as_data(found), "device": "cuda", "threads": None}).sentence == (
         "forward passes: cuda, bfloat16, eager attention, up to 48 tokens, batches of 32"
     )
+    assert replace(found, generation="vllm").sentence.endswith("threads: 2, generation by vllm")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
 from evomerge.running.batches import GRADIENTS, Batches, decisions, scoring_alike
-from evomerge.running.out_of_memory import is_out_of_memory
+from evomerge.running.out_of_memory import is_out_of_memory, release
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, Result, Worker, failure_of
@@ -60,6 +60,22 @@ def test_an_allocation_that_cannot_be_had_here_means_it() -> None:
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             allocate()
         assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "freed"), [("cuda", ["cuda"]), ("cuda:1", ["cuda"]), ("mps", ["mps"]), ("cpu", [])]
+)
+def test_what_an_attempt_left_cached_is_given_back(
+    device: str, freed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stand-ins for the accelerators: there are none here."""
+    found: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append("cuda"))
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: found.append("mps"))
+    release(device)
+    assert found == freed
 
 
 @pytest.fixture(scope="module")
