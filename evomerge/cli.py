@@ -28,6 +28,7 @@ from evomerge.errors import ConfigError, UserError, nearest
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
+    from evomerge.delivery.tracking import Tracked
     from evomerge.merging.adapter_export import AdapterReport
 
 app = typer.Typer(
@@ -284,16 +285,23 @@ def _limits(*values: float | str | None) -> dict[str, Any]:
 
 def _run(config: RunConfig) -> None:
     from evomerge import compose
+    from evomerge.delivery.summary import Summary
+    from evomerge.delivery.tracking import require_packages
     from evomerge.merging import kernels
     from evomerge.running.store import RunStore
 
     for note in kernels.notes():
         _out.say(f"note: {note}")
     folder = Path(config.out)
+    require_packages(config.tracking)
+    if (changed := compose.environment_note(folder)) is not None:
+        _complain(f"note: {changed}", style="yellow")
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _observer() as observer:
+        with _observer() as shown, _tracked(shown, config) as observer:
             compose.start(config, observer)
+            with RunStore.read(folder) as store:
+                observer.finish(Summary(store, compose.stored_suite(store)), folder / "report.html")
     except KeyboardInterrupt as interrupt:
         if RunStore.exists(folder):
             command = f"evomerge resume {shlex.quote(_shown(folder))}"
@@ -308,6 +316,15 @@ def _observer() -> AbstractContextManager[Live | Silent]:
     from evomerge.delivery.progress import Live, Silent
 
     return Silent() if _out.quiet or _out.json else Live(_out.console)
+
+
+def _tracked(observer: Live | Silent, config: RunConfig) -> Tracked:
+    from evomerge.delivery.tracking import Tracked
+
+    def warn(message: str) -> None:
+        _complain(f"warning: {message}", style="yellow")
+
+    return Tracked(observer, config.tracking, Path(config.out), warn=warn)
 
 
 @_command(app, "status")
@@ -618,6 +635,7 @@ def demo(
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import Scores
+    from evomerge.running.batches import scoring_alike
     from evomerge.running.store import RunStore
 
     config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
@@ -630,7 +648,8 @@ def demo(
             delivery.export(store, summary, model)
         stored = store.result(summary.winner.recipe.hash, "test")
         assert isinstance(stored, Scores)
-        same = delivery.rescore(model, compose.prepare(config).worker, "test").same_as(stored)
+        worker = scoring_alike(compose.prepare(config).worker, store, "test")
+        same = delivery.rescore(model, worker, "test").same_as(stored)
     if not same:
         raise UserError(
             f"{model}: the exported model does not score as the winner did", fix="please report this"

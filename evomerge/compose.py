@@ -7,7 +7,9 @@ still before the run folder exists.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -28,7 +30,8 @@ from evomerge.evaluation.smooth_loss import PASSES
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
-from evomerge.running import executors, warm_start
+from evomerge.running import executors, forward, warm_start
+from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
 from evomerge.running.clock import Clock, moment, shown
@@ -40,6 +43,7 @@ from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers, spaces
 from evomerge.search.genes import Space
+from evomerge.search.layer_path import LayerPathSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.warm_start import WarmStart
 
@@ -107,7 +111,10 @@ def prepare(config: RunConfig) -> Prepared:
     for start in warm.recipes:
         check(start.recipe, sources)
     _check_gradients(warm, space)
+    _check_engine(config)
     device, dtype, threads = executors.resolve(config.executor)
+    if config.executor.threads is None:  # a run keeps the number it was begun with
+        threads = forward.kept_threads(Path(config.out)) or threads
     return Prepared(
         config=config,
         suite=suite,
@@ -127,6 +134,7 @@ def prepare(config: RunConfig) -> Prepared:
             low_memory=config.executor.low_memory,
             blocks=config.racing.blocks,
             block_seed=config.seed,
+            generation=config.executor.generation,
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
@@ -154,6 +162,23 @@ def _check_gradients(warm: WarmStart, space: Space) -> None:
             f"warm_start.gradients: {', '.join(sorted(used))} can't be differentiated",
             expected="a space over a method such as linear, task_arithmetic, ties or slerp",
             fix="set warm_start.gradients: off",
+        )
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Refuse a generation engine that is not there, or would be given other models than the base's kind."""
+    if config.executor.generation == "transformers":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "executor.generation: vllm is not installed",
+            fix="pip install 'evomerge[vllm]', or set executor.generation: transformers",
+        )
+    if isinstance(config.space, LayerPathSpec) or config.tokenizer not in ("", BASE):
+        raise ConfigError(
+            "executor.generation: vllm holds one model of the base's layers and vocabulary",
+            got="a search space of layer paths" if not config.tokenizer else f"tokenizer: {config.tokenizer}",
+            fix="set executor.generation: transformers",
         )
 
 
@@ -186,7 +211,19 @@ def stored_suite(store: RunStore) -> Suite:
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change the bits of a run."""
     found = {"evomerge": __version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["vllm"] = importlib.metadata.version("vllm")
+    return found | {"processor": forward.processor()}
+
+
+def environment_note(folder: Path) -> str | None:
+    """Say what of libraries and processor changed since the run in a folder was begun, None if nothing."""
+    if not RunStore.exists(folder):
+        return None
+    with RunStore.read(folder) as store:
+        what = forward.changes(store.versions(), versions())
+    return None if what is None else forward.warning(what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,33 +380,47 @@ def _execute(prepared: Prepared, observer: Observer, started: float) -> Outcome:
                 store.set_fact("norms", norms)
             if store.fact("stopped") is not None:
                 store.set_fact("stopped", None)  # a larger budget: the old winner no longer counts
-            search = Search(
-                SearchPlan(
-                    suite=prepared.suite,
-                    space=prepared.space,
-                    template=prepared.template,
-                    norms=store.fact("norms"),
-                    optimizer=prepared.config.optimizer,
-                    objective=prepared.config.objective,
-                    racing=prepared.config.racing,
-                    surrogate=None if prepared.config.surrogate == "off" else prepared.config.surrogate,
-                    finalists=prepared.config.finalists,
-                    seed=prepared.config.seed,
-                    layers=prepared.layers,
-                    warm=prepared.warm,
-                ),
-                scorer=Scorer(store, executor, observer, failures=spec.failures),
-                journal=store,
-                budget=budget,
-                observer=observer,
-                slopes=Slopes(store, executor, observer),
-            )
             with tried_again(store):
-                outcome = search.run()
+                outcome = begun_again(
+                    store,
+                    prepared.worker.batch_size,
+                    lambda batches: _search(prepared, store, executor, observer, budget, batches).run(),
+                )
             store.set_fact("stopped", outcome.stopped)
             return outcome
     finally:
         executor.close()
+
+
+def _search(
+    prepared: Prepared,
+    store: RunStore,
+    executor: executors.Executor,
+    observer: Observer,
+    budget: Budget,
+    batches: Batches,
+) -> Search:
+    return Search(
+        SearchPlan(
+            suite=prepared.suite,
+            space=prepared.space,
+            template=prepared.template,
+            norms=store.fact("norms"),
+            optimizer=prepared.config.optimizer,
+            objective=prepared.config.objective,
+            racing=prepared.config.racing,
+            surrogate=None if prepared.config.surrogate == "off" else prepared.config.surrogate,
+            finalists=prepared.config.finalists,
+            seed=prepared.config.seed,
+            layers=prepared.layers,
+            warm=prepared.warm,
+        ),
+        scorer=Scorer(store, executor, observer, batches, failures=prepared.config.budget.failures),
+        journal=store,
+        budget=budget,
+        observer=observer,
+        slopes=Slopes(store, executor, observer, batches),
+    )
 
 
 def _budget(store: RunStore, spec: BudgetSpec, clock: Clock, forecast: Forecast) -> Budget:
@@ -420,6 +471,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "suite_digest": prepared.suite.digest(),
         "optimizer": prepared.optimizer,
         "layers": prepared.layers,
+        forward.FACT: forward.as_data(forward.find(prepared.worker)),
         "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
     }
 
@@ -486,6 +538,7 @@ def _check_same(store: RunStore, facts: dict[str, Any]) -> None:
                 got=str(facts[key]),
                 fix="restore what was there, or start a new run in another folder",
             )
+    forward.check_same(store, forward.Forward(**facts[forward.FACT]))
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError
 from evomerge.running.budget import BudgetSpec, replaced
@@ -47,6 +47,28 @@ class ModelsSpec(Strict):
         return sources
 
 
+class TrackerSpec(Strict):
+    """One entry of `tracking`: a service that is told how the run goes.
+
+    project: the W&B project or MLflow experiment. mode: of W&B. uri: of the MLflow store; default a database
+    in the run folder. folder: of TensorBoard's files; default RUN/tensorboard.
+    """
+
+    name: Literal["tensorboard", "wandb", "mlflow"]
+    project: str = Field(default="evomerge", min_length=1)
+    mode: Literal["online", "offline"] = "online"
+    uri: str | None = None
+    folder: str | None = None
+
+    @model_validator(mode="after")
+    def _its_own(self) -> TrackerSpec:
+        owners = {"project": ("wandb", "mlflow"), "mode": ("wandb",), "uri": ("mlflow",)}
+        for field, names in (owners | {"folder": ("tensorboard",)}).items():
+            if field in self.model_fields_set and self.name not in names:
+                raise ValueError(f"{field} is a setting of {' and '.join(names)}, not of {self.name}")
+        return self
+
+
 class RunConfig(Strict):
     """A run, as written in its YAML file.
 
@@ -57,6 +79,7 @@ class RunConfig(Strict):
     finalists: how many of the best candidates are scored again on `select`, beside their soup.
     dtype: what the merged weights are stored as, and rounded to before they are scored.
     tokenizer: whose vocabulary the merged models get where models differ: base, union, or a source's name.
+    tracking: services that are told how the run goes, beside its own report; none by default.
     """
 
     models: ModelsSpec
@@ -72,6 +95,7 @@ class RunConfig(Strict):
     finalists: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tokenizer: str = ""
+    tracking: tuple[TrackerSpec, ...] = ()
     seed: int = Field(default=0, ge=0)
     out: str
 
@@ -85,6 +109,20 @@ class RunConfig(Strict):
     @classmethod
     def _off(cls, racing: object) -> object:
         return {"False": {"blocks": 1}, "off": {"blocks": 1}, "True": {}, "on": {}}.get(str(racing), racing)
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _named(cls, tracking: object) -> object:
+        if not isinstance(tracking, list | tuple):
+            return tracking
+        return [{"name": each} if isinstance(each, str) else each for each in tracking]
+
+    @field_validator("tracking")
+    @classmethod
+    def _once(cls, tracking: tuple[TrackerSpec, ...]) -> tuple[TrackerSpec, ...]:
+        if len({spec.name for spec in tracking}) < len(tracking):
+            raise ValueError("each tracker once")
+        return tracking
 
     @field_validator("space", mode="before")
     @classmethod
@@ -132,16 +170,18 @@ class RunConfig(Strict):
     def identity(self) -> str:
         """Return a hash of everything that changes results: two configs with it share a run folder.
 
-        Budget, workers, timeout and places on the disk don't count: they may change on resume.
+        Budget, workers, timeout, trackers and places on the disk don't count: they may change on resume.
         """
         data = self.model_dump(mode="json")
-        for name in ("budget", "out", "suite"):
+        for name in ("budget", "out", "suite", "tracking"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
         for name in ("name", "workers", "threads", "timeout", "low_memory"):
             del data["executor"][name]
+        if self.executor.generation == "transformers":
+            del data["executor"]["generation"]  # runs begun before this setting existed keep their identity
         if not self.tokenizer:
-            del data["tokenizer"]  # runs begun before this setting existed keep their identity
+            del data["tokenizer"]  # and before this one
         if self.warm_start == WarmStartSpec():
             del data["warm_start"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

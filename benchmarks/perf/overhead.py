@@ -24,6 +24,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.running.batches import Batches
 from evomerge.running.budget import Budget, BudgetSpec
 from evomerge.running.clock import Clock
 from evomerge.running.scorer import Scorer
@@ -136,7 +137,7 @@ def session(
                 finalists=8,
                 seed=0,
             ),
-            scorer=Scorer(store, executor, Silent()),
+            scorer=Scorer(store, executor, Silent(), Batches(store, 1)),
             journal=store,
             budget=Budget(BudgetSpec(evaluations=candidates), Clock()),
             observer=Silent(),

@@ -26,6 +26,8 @@ from evomerge.merging.adapter_export import AdapterReport, write_adapter
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import open_source
 from evomerge.merging.tensorfile import sync
+from evomerge.running import forward
+from evomerge.running.batches import scoring_alike
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, Worker, WorkerSpec
 from evomerge.search.baselines import Named
@@ -96,6 +98,7 @@ def export_adapter(
     chosen = find(store, summary, pick)
     engine.new_folder(out)
     worker = compose.prepare(compose.stored_config(store.folder)).worker
+    worker = scoring_alike(worker, store, "test")
     found: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
@@ -221,6 +224,7 @@ def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAda
         seed=store.fact("config")["seed"],
         config=store.fact("config"),
         versions=store.versions(),
+        passes=forward.stored(store),
         methods=sorted({group.method for group in chosen.recipe.groups}),
     )
 

@@ -25,6 +25,7 @@ from evomerge.delivery.objectives import Front
 from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary
 from evomerge.evaluation.statistics import Interval
 from evomerge.merging.recipe import Recipe
+from evomerge.running import forward
 from evomerge.running.store import RunStore
 
 _INK, _ACCENT, _MUTED, _GRID = "#1d2433", "#2f6fed", "#8a94a6", "#e6e9ef"
@@ -69,6 +70,8 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
                 style="dim",
             )
         )
+    if (passes := forward.stored(store)) is not None:
+        parts.append(Text(passes.sentence, style="dim"))
     failures = store.failures()
     if failures:
         parts.append(Text(f"{len(failures)} failures, the last: {failures[-1][2].reason}", style="red"))
@@ -249,6 +252,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "overhead": cost.overhead,
         },
         "notes": summary.notes(),
+        "forward": store.fact(forward.FACT),
         "surrogate": None if guided is None else guided.as_data(),
         "front": None if front is None else front.as_data(),
         "constraints": objectives.constraints(store, summary),
@@ -296,6 +300,7 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         tasks=[(t.task, _short(t.task, summary)) for t in summary.shown_tasks],
         config=json.dumps(store.fact("config"), indent=2),
         versions=store.versions(),
+        passes=forward.stored(store),
         stopped=store.fact("stopped"),
         folder=store.folder,
         winner_yaml=summary.winner.recipe.to_yaml() if summary.winner else None,

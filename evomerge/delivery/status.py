@@ -11,6 +11,7 @@ from evomerge.delivery.guidance import guidance
 from evomerge.delivery.progress import outlook
 from evomerge.delivery.report import blocks_text
 from evomerge.delivery.summary import Summary
+from evomerge.running import forward
 from evomerge.running.budget import LIMITS
 from evomerge.running.clock import shown
 from evomerge.running.forecast import Estimate
@@ -24,6 +25,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     progress, failures = summary.progress(), store.failures()
     guided = guidance(store)
     verdict, front = summary.verdict(summary.rows()), objectives.front(store, summary)
+    passes = forward.stored(store)
     return {
         "run": str(store.folder),
         "state": "finished" if store.fact("stopped") else "running" if store.held() else "stopped",
@@ -38,6 +40,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "best_on_blocks": [progress.blocks[-1], progress.of] if progress.blocks else None,
         "best_baseline_on_search": progress.best_baseline,
         "best_baseline": progress.best_baseline_name,
+        "forward": None if passes is None else forward.as_data(passes),
         "failures": len(failures),
         "last_failure": failures[-1][2].reason if failures else None,
         "winner": summary.winner.recipe.hash if summary.winner else None,
@@ -45,6 +48,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "front": front.as_data() | {"sentence": front.sentence} if front else None,
         "constraints": objectives.constraints(store, summary),
         "surrogate": None if guided is None else guided.as_data(),
+        "notes": summary.notes(),
     }
 
 
@@ -99,6 +103,9 @@ def text(data: dict[str, Any]) -> str:
         lines.append(f"  best baseline on search: {points:.1f} points ({data['best_baseline']})")
     if data["surrogate"]:
         lines.append(f"  {data['surrogate']['sentence']}")
+    if data["forward"]:
+        lines.append(f"  {forward.Forward(**data['forward']).sentence}")
+    lines += [f"  note: {note}" for note in data["notes"]]
     if data["failures"]:
         lines.append(f"  {data['failures']} failed, the last: {data['last_failure']}")
     if data["front"]:

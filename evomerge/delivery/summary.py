@@ -17,6 +17,8 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite, SuiteTask
+from evomerge.running import forward
+from evomerge.running.batches import decisions
 from evomerge.running.store import RunStore
 from evomerge.search.baselines import Named
 from evomerge.search.prediction import shared_blocks
@@ -535,6 +537,10 @@ class Summary:
             found.append(
                 f"{task}: its specialist is hardly better than the base; its share of the mean is noise"
             )
+        found += [decision.sentence for decision in decisions(self._store)]
+        first, *later = self._store.sessions() or [{}]
+        changed = dict.fromkeys(change for each in later if (change := forward.changes(first, each)))
+        found += [f"worked on in several environments, so last digits may differ: {what}" for what in changed]
         known = {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
         tested = set(self._store.timings("test")) - known
         if len(tested) > 1:

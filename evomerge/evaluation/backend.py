@@ -24,6 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.engine import Mirror
 from evomerge.evaluation.scores import NonFiniteScores
 
 Pair = tuple[list[int], list[int]]
@@ -37,6 +38,7 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         a padding token.
     max_length: longest input in tokens; None asks the attached model's config, as lm-eval does.
     forward_seconds: time spent inside the model so far (forward and generate calls).
+    mirror: an engine that generates in the live model's place, where there is one.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int | None) -> None:
@@ -50,6 +52,7 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                 max_length=max_length,
             )
         self.forward_seconds = 0.0
+        self.mirror: Mirror | None = None
         self._ended: list[bool] | None = None
 
     def attach(self, model: Any) -> None:
@@ -90,7 +93,12 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                     fix="set generation_kwargs: max_gen_toks in the task's YAML",
                 )
         with quiet():
-            answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
+            if self.mirror is None:
+                answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
+                return answers
+            self.mirror.sync(self._model)
+            with _swapped(self, "batch_size_per_gpu", len(instances)):  # the engine makes its own batches
+                answers = self.generate_until(list(instances), disable_tqdm=True)
         return answers
 
     def generate_to_the_end(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
@@ -121,13 +129,16 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         check = _FiniteLogits()
         start = time.perf_counter()
-        tokens = super()._model_generate(
-            context,
-            max_length,
-            stop,
-            logits_processor=transformers.LogitsProcessorList([check]),
-            **options,
-        )
+        if self.mirror is not None:
+            tokens = self._mirrored(self.mirror, context, max_length, stop, options)
+        else:
+            tokens = super()._model_generate(
+                context,
+                max_length,
+                stop,
+                logits_processor=transformers.LogitsProcessorList([check]),
+                **options,
+            )
         self.forward_seconds += time.perf_counter() - start
         if check.broken is not None and bool(check.broken):
             raise NonFiniteScores("the model's logits are not finite", got="NaN while generating")
@@ -135,6 +146,17 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             for row in tokens[:, context.shape[1] :].tolist():
                 self._ended.append(self.eot_token_id in row or any(s in self.tok_decode(row) for s in stop))
         return tokens
+
+    def _mirrored(
+        self, mirror: Mirror, context: Any, max_length: int, stop: list[str], options: dict[str, Any]
+    ) -> Any:
+        """Generate with the engine; return (rows, tokens) as the live model would, padded on both sides."""
+        shown = options["attention_mask"].bool()
+        prompts = [row[seen].tolist() for row, seen in zip(context, shown, strict=True)]
+        answers = mirror.generate(prompts, limit=max_length - context.shape[1], stop=stop)
+        longest = max(map(len, answers))
+        padded = [answer + [self.tokenizer.pad_token_id] * (longest - len(answer)) for answer in answers]
+        return torch.cat([context.cpu(), torch.tensor(padded, dtype=context.dtype)], dim=1)
 
 
 class _FiniteLogits(transformers.LogitsProcessor):

@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient
 from evomerge.evaluation.backend import Backend, Pair, compiled_templates
 from evomerge.evaluation.coherence import coherence
+from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.likelihood import Likelihoods, Plan, plan
 from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
 from evomerge.evaluation.smooth_loss import SmoothLoss
@@ -66,7 +68,7 @@ class Items:
     split: Split
     tasks: tuple[TaskItems, ...]
     block: int = 0
-    plans: dict[int, Layout] = field(default_factory=dict)
+    plans: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -81,7 +83,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layout:
-    """How a split's likelihood pairs are batched for one context length.
+    """How a split's likelihood pairs are batched for one context length and batch size.
 
     bounds: for each task (start, stop) of its pairs. windows: for each rolling task, the offsets of its
     items' first windows, counted from the task's first pair.
@@ -95,11 +97,12 @@ class Layout:
 class Harness:
     """Scores live models on a suite.
 
-    suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass; part of
-    the result's bits, so keep it fixed within a run. max_length: longest input in tokens; None takes each
-    model's own. seed: which items are drawn where splits are given as numbers. blocks: into how many item
-    blocks the `search` split is cut, at random by `block_seed`; every block has its share of every task's
-    items, and batches of its own, so that its scores have the same bits whatever else is scored.
+    suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass, unless
+    told otherwise; part of the result's bits, so what is compared must share it. max_length: longest input
+    in tokens; None takes each model's own. seed: which items are drawn where splits are given as numbers.
+    blocks: into how many item blocks the `search` split is cut, at random by `block_seed`; every block has
+    its share of every task's items, and batches of its own, so that its scores have the same bits whatever
+    else is scored.
 
     Raises:
         ConfigError: the suite names unknown tasks, metrics or dataset splits, or splits share items, or a
@@ -159,15 +162,39 @@ class Harness:
             self._backend.attach(model)
             try:
                 for block in range(self.blocks(split)):
-                    self._layout(self.items(split, block), self._backend.max_length)
+                    self._layout(self.items(split, block), self._backend.max_length, self.batch_size)
             finally:
                 self._backend.detach()
 
-    def evaluate(self, model: Any, items: Items) -> Scores:
+    def mirror(self, engine: Engine, *, tolerance: float) -> None:
+        """Let an engine generate in the live model's place from now on; call it before `prepare`.
+
+        Its canary is the longest prompt of the first tasks that generate. tolerance: as in Mirror.
+        Raises ConfigError where a task does not generate greedily.
+        """
+        prompts = []
+        for task in self.items("test").tasks:
+            for instance in (one for group in task.groups for one in group):
+                if instance.request_type == "generate_until":
+                    options = normalize_gen_kwargs(instance.args[1], self._backend.max_gen_toks)
+                    own = {k: v for k, v in options.items() if k not in ("until", "max_gen_toks")}
+                    refuse_sampling(task.name, own)
+                    prompts.append(self._backend.tok_encode(instance.args[0]))
+        if prompts:
+            canary = max(prompts, key=len)[:CANARY]
+            self._backend.mirror = Mirror(engine, canary, tolerance=tolerance)
+
+    def weights_changed(self) -> None:
+        """Note that the live model has other weights from now on."""
+        if self._backend.mirror is not None:
+            self._backend.mirror.weights_changed()
+
+    def evaluate(self, model: Any, items: Items, *, batch_size: int | None = None) -> Scores:
         """Score a model on every item.
 
         model: a transformers causal LM (or anything that is called like one). It is put in evaluation mode
             and not kept. `forward_seconds` afterwards holds the seconds spent inside it.
+        batch_size: in place of the harness's own.
 
         Raises:
             NonFiniteScores: the model's logits are not finite.
@@ -177,8 +204,10 @@ class Harness:
         backend = self._backend
         backend.attach(model)
         backend.forward_seconds = 0.0
+        size = self.batch_size if batch_size is None else batch_size
+        backend.batch_size_per_gpu = size
         try:
-            layout = self._layout(items, backend.max_length)
+            layout = self._layout(items, backend.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
             scores = [self._score(task, layout, likelihoods) for task in items.tasks]
         finally:
@@ -188,25 +217,30 @@ class Harness:
             self.forward_seconds += likelihoods.forward_seconds
         return Scores(split=items.split, tasks=tuple(scores), blocks=(items.block,))
 
-    def evaluate_split(self, model: Any, split: Split) -> Scores:
-        """Score a model on all items of a split, block by block. Raises what `evaluate` does."""
+    def evaluate_split(self, model: Any, split: Split, *, batch_sizes: Sequence[int] = ()) -> Scores:
+        """Score a model on all items of a split, block by block. Raises what `evaluate` does.
+
+        batch_sizes: of the blocks, in place of the harness's own.
+        """
         parts, seconds = [], 0.0
-        for block in range(self.blocks(split)):
-            parts.append(self.evaluate(model, self.items(split, block)))
+        for block, size in enumerate(batch_sizes or [self.batch_size] * self.blocks(split)):
+            parts.append(self.evaluate(model, self.items(split, block), batch_size=size))
             seconds += self.forward_seconds
         self.forward_seconds = seconds
         return joined(parts)
 
-    def backward(self, model: Any, split: Split, loss: SmoothLoss) -> float:
+    def backward(self, model: Any, split: Split, loss: SmoothLoss, *, batch_size: int | None = None) -> float:
         """Return a loss on some of a split's items; its gradient is added to the weights' own.
 
-        The items are numbered as in `Scores.joined`: per task, block after block. Raises NonFiniteScores.
+        batch_size: in place of the harness's own. The items are numbered as in `Scores.joined`: per task,
+        block after block. Raises NonFiniteScores.
         """
         items, backend = self._whole(split), self._backend
         backend.attach(model)
         try:
             frame = {"max_length": backend.max_length, "prefix": backend.prefix_token_id}
-            return gradient.backward(model, items, loss, batch_size=self.batch_size, **frame)
+            size = self.batch_size if batch_size is None else batch_size
+            return gradient.backward(model, items, loss, batch_size=size, **frame)
         finally:
             backend.detach()
 
@@ -225,10 +259,11 @@ class Harness:
         )
         return Items(split=split, tasks=tasks)
 
-    def _layout(self, items: Items, max_length: int) -> Layout:
-        if max_length not in items.plans:
-            items.plans[max_length] = _layout(items, self._backend, self.batch_size, max_length)
-        return items.plans[max_length]
+    def _layout(self, items: Items, max_length: int, batch_size: int) -> Layout:
+        key = max_length, batch_size
+        if key not in items.plans:
+            items.plans[key] = _layout(items, self._backend, batch_size, max_length)
+        return items.plans[key]
 
     def _score(self, task: TaskItems, layout: Layout, likelihoods: Likelihoods | None) -> TaskScores:
         if task.name not in layout.bounds:

@@ -87,7 +87,7 @@ class Plan:
                 sums.append(likelihood)
                 hits.append(hit)
                 leads.append(lead)
-        tokens = torch.cat(sums).to("cpu", torch.float64).numpy()
+        tokens = torch.cat(sums).cpu().double().numpy()  # MPS has no float64 to convert to
         if not np.isfinite(tokens).all():
             raise NonFiniteScores(
                 "the model's logits are not finite",
@@ -98,7 +98,7 @@ class Plan:
         ll[self.order] = np.add.reduceat(tokens, self.starts)
         greedy[self.order] = np.logical_and.reduceat(torch.cat(hits).cpu().numpy(), self.starts)
         margin = np.empty(len(self.order))
-        lead_of_tokens = torch.cat(leads).to("cpu", torch.float64).numpy()
+        lead_of_tokens = torch.cat(leads).cpu().double().numpy()
         margin[self.order] = np.minimum.reduceat(lead_of_tokens, self.starts)
         return Likelihoods(ll=ll, greedy=greedy, margin=margin, forward_seconds=seconds)
 

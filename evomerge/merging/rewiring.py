@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import ModelError
+from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.live_weights import Place, Spread, locate
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 from evomerge.merging.source import Source
@@ -283,6 +283,8 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
+    if attention is not None and not attention.isidentifier():  # transformers would fetch code from the hub
+        raise _no_attention(attention, "not a plain name")
     try:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(data), encoding="utf-8")
@@ -294,6 +296,8 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
         if (source.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if attention is not None and _plain(attention) in _plain(str(error)):
+            raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
         raise ModelError(
             f"{source.location}: transformers can't build this model",
             got=" ".join(str(error).split())[:300],
@@ -302,6 +306,19 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
     model.tie_weights()  # skipped with the initialisation
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _no_attention(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"executor.attention: {name!r} can't be used here",
+        expected="eager or sdpa; flash_attention_2 and others where packages and model allow it",
+        got=reason,
+        fix="leave it out, and transformers chooses",
+    )
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace("_", "")
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class ExecutorSpec(Strict):
     per forward pass. dtype: of the forward pass; "auto" is float32 on a CPU and bfloat16 on a GPU.
     max_length: in tokens; default the model's own. attention: the implementation transformers uses.
     low_memory: keep no statistics of trimmed task vectors (docs/performance.md); the weights are the same.
+    generation: what continues prompts, the live model or vLLM beside it (docs/devices.md).
     """
 
     name: Literal["local", "inline"] = "local"
@@ -48,6 +49,7 @@ class ExecutorSpec(Strict):
     max_length: int | None = Field(default=None, ge=8)
     attention: str | None = None
     low_memory: bool = False
+    generation: Literal["transformers", "vllm"] = "transformers"
 
 
 class Runs(Protocol):

@@ -10,6 +10,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient
 from evomerge.merging.recipe import Recipe
+from evomerge.running.batches import Batches, Halved
 from evomerge.running.breaker import Breaker
 from evomerge.running.executors import Executor
 from evomerge.running.forecast import Estimate
@@ -49,7 +50,8 @@ class Observer(Protocol):
 class Scorer:
     """Scores recipes through an executor; every recipe only once per item block in the life of a run.
 
-    failures: in a row, after which BrokenRunError is raised. now: the time, in epoch seconds.
+    batches: the batch sizes in force. failures: in a row, after which BrokenRunError is raised. now: the time,
+    in epoch seconds. Raises Halved where a batch size turns out too large for the device's memory.
     """
 
     def __init__(
@@ -57,14 +59,17 @@ class Scorer:
         store: RunStore,
         executor: Executor,
         observer: Observer,
+        batches: Batches,
         *,
         failures: int = 16,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._store, self._executor, self._observer = store, executor, observer
+        self._store, self._executor, self._observer, self._batches = store, executor, observer, batches
         self._breaker, self._now = Breaker(failures), now
         self.not_after: float | None = None
         """From when on no job is begun (see `search.generations.Scorer`)."""
+        self._asked: set[tuple[str, Split, int]] = set()
+        """What earlier calls asked for. As a search always begins at its beginning, no session changes it."""
         self.seconds = 0.0
         """Time this process spent on storing and looking up, not waiting for workers."""
 
@@ -133,21 +138,35 @@ class Scorer:
             if failure is not None:
                 results[hash_] = failure
             elif missing:
-                jobs[hash_] = Job(recipe=recipe, split=split, blocks=missing, not_after=self.not_after)
+                jobs[hash_] = Job(
+                    recipe=recipe,
+                    split=split,
+                    blocks=missing,
+                    batch_sizes=self._batches.sizes(split, missing),
+                    not_after=self.not_after,
+                )
             else:
                 results[hash_] = joined(found[hash_])
         self._observer.phase(phase, len(set(hashes)), len(results))
         if jobs and self.not_after is not None and self._now() >= self.not_after:
             raise OutOfTime
         self.seconds += time.perf_counter() - started
+        too_large: set[int] = set()
         for result in self._executor.run(list(jobs.values())):
             started = time.perf_counter()
-            outcome = self._taken(result, found, keep_failures=keep_failures)
-            if outcome is not None:
+            if self._batches.calls_for_halving(result):
+                assert result.block is not None
+                too_large.add(result.block)  # all others are waited for, or the first to fail would decide
+            elif (outcome := self._taken(result, found, keep_failures=keep_failures)) is not None:
                 results[result.job.recipe.hash] = outcome
             self.seconds += time.perf_counter() - started
+        if too_large:
+            new = {b: [h for h in found if (h, split, b) not in self._asked] for b in sorted(too_large)}
+            self._batches.halve(split, new, phase)
+            raise Halved
         if self.not_after is not None and len(results) < len(set(hashes)):
             raise OutOfTime
+        self._asked.update((hash_, split, block) for hash_ in found for block in wanted)
         return [results[hash_] for hash_ in hashes]
 
     def _taken(

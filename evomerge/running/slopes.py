@@ -11,6 +11,7 @@ import dataclasses
 from evomerge.evaluation.scores import Failure
 from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss
 from evomerge.merging.recipe import Recipe
+from evomerge.running.batches import GRADIENTS, Batches
 from evomerge.running.executors import Executor
 from evomerge.running.scorer import Observer
 from evomerge.running.store import RunStore
@@ -20,10 +21,13 @@ PHASE = "gradient start"
 
 
 class Slopes:
-    """Differentiates losses by the parameters of recipes."""
+    """Differentiates losses by the parameters of recipes.
 
-    def __init__(self, store: RunStore, executor: Executor, observer: Observer) -> None:
-        self._store, self._executor, self._observer = store, executor, observer
+    A batch size that turns out too large for the device's memory is halved once, for the steps from there on.
+    """
+
+    def __init__(self, store: RunStore, executor: Executor, observer: Observer, batches: Batches) -> None:
+        self._store, self._executor, self._observer, self._batches = store, executor, observer, batches
 
     def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
         """Return a loss and its derivatives, from the store if they are there.
@@ -39,15 +43,24 @@ class Slopes:
                 {name: tuple(values) for name, values in group.items()} for group in known["groups"]
             )
             return Gradient(loss=known["loss"], groups=groups)
-        (result,) = self._executor.run([GradientJob(recipe=recipe, loss=loss)])
+        outcome = self._executed(recipe, loss)
+        starved = isinstance(outcome, Failure) and outcome.kind == "out_of_memory"
+        if starved and self._batches.may_halve(GRADIENTS):
+            self._batches.halve_gradients(PHASE)
+            outcome = self._executed(recipe, loss)
+        if isinstance(outcome, Failure):
+            self._observer.scored(recipe, outcome, None)
+            fact = dataclasses.asdict(outcome)
+        else:
+            groups = tuple(dict(group) for group in outcome.groups)
+            fact = {"loss": outcome.loss, "groups": groups}
+        self._store.set_fact(key, {**fact, "items": PASSES * loss.items})
+        return outcome
+
+    def _executed(self, recipe: Recipe, loss: SmoothLoss) -> Gradient | Failure:
+        size = self._batches.of(GRADIENTS)
+        (result,) = self._executor.run([GradientJob(recipe=recipe, loss=loss, batch_size=size)])
         assert isinstance(result.outcome, Gradient | Failure)
         if result.faults:
             self._observer.noted(f"{recipe.hash[:12]}: tried again after {'; '.join(result.faults)}")
-        if isinstance(result.outcome, Failure):
-            self._observer.scored(recipe, result.outcome, None)
-            fact = dataclasses.asdict(result.outcome)
-        else:
-            groups = tuple(dict(group) for group in result.outcome.groups)
-            fact = {"loss": result.outcome.loss, "groups": groups}
-        self._store.set_fact(key, {**fact, "items": PASSES * loss.items})
         return result.outcome

@@ -246,8 +246,12 @@ class RunStore:
 
     def versions(self) -> dict[str, str]:
         """Return the library versions of the first session."""
-        row = self._db.execute("SELECT versions FROM session ORDER BY started LIMIT 1").fetchone()
-        return {} if row is None else json.loads(row[0])
+        return next(iter(self.sessions()), {})
+
+    def sessions(self) -> list[dict[str, str]]:
+        """Return the library versions of every session, in order."""
+        rows = self._db.execute("SELECT versions FROM session ORDER BY started")
+        return [json.loads(row[0]) for row in rows]
 
     # -- what the search decides ------------------------------------------------------------------
 
@@ -358,7 +362,7 @@ class RunStore:
                     row = (recipe.hash, part.split, block, task.task, position, *vectors)
                     db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             db.execute(
-                "INSERT INTO timing VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO timing VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     recipe.hash,
                     parts[0].split,
@@ -370,6 +374,23 @@ class RunStore:
                     time.time(),
                 ),
             )
+
+    def drop_scores(
+        self, split: Split, recipes: Mapping[int, Sequence[str] | None], *, facts: Mapping[str, Any]
+    ) -> None:
+        """Forget scores that must be made again, and store the facts that say why, in one transaction.
+
+        recipes: block -> whose (hashes); None means everybody's.
+        """
+        query = "DELETE FROM score WHERE split = ? AND block = ?"
+        with self._writing() as db:
+            for block, hashes in recipes.items():
+                if hashes is None:
+                    db.execute(query, (split, block))
+                else:
+                    db.executemany(query + " AND recipe = ?", [(split, block, hash_) for hash_ in hashes])
+            for key, value in facts.items():
+                db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, _json(value)))
 
     def record_failure(self, recipe: Recipe, split: Split, failure: Failure) -> None:
         """Store that a recipe could not be scored on (some block of) a split, and why."""
@@ -559,13 +580,13 @@ class RunStore:
     def digest(self) -> str:
         """Return a hash of the contents: equal for equal runs, wherever and whenever they ran.
 
-        Left out are timestamps, durations, what the clock had to say (facts `clock` and `stop`), and the
-        config as written (its places, budget and workers); what of it changes results is in the fact
-        `identity`.
+        Left out are timestamps, durations, what the clock had to say (facts `clock` and `stop`), how forward
+        passes are computed (fact `forward`), and the config as written (its places, budget and workers); what
+        of it changes results is in the fact `identity`.
         """
         found = hashlib.sha256()
         for query in (
-            "SELECT key, value FROM run WHERE key NOT IN ('config', 'clock', 'stop') ORDER BY key",
+            "SELECT key, value FROM run WHERE key NOT IN ('config', 'clock', 'stop', 'forward') ORDER BY key",
             "SELECT hash, data FROM recipe ORDER BY hash",
             "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",

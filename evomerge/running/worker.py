@@ -5,38 +5,47 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.running import retries
+from evomerge.running import out_of_memory, retries
 from evomerge.running.store import Timing
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.engine import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One thing to do: score a recipe on some item blocks of a split.
 
+    batch_sizes: block -> requests per forward pass; the worker's own for blocks that are not in it.
     not_after: the moment, in epoch seconds, from which on it is not to be begun any more; None: none.
     """
 
     recipe: Recipe
     split: Split
     blocks: tuple[int, ...] = (0,)
+    batch_sizes: Mapping[int, int] = field(default_factory=dict)
     not_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientJob:
-    """Another thing to do: differentiate a loss on items of a split by a recipe's parameters."""
+    """Another thing to do: differentiate a loss on items of a split by a recipe's parameters.
+
+    batch_size: None means the worker's own.
+    """
 
     recipe: Recipe
     loss: SmoothLoss
     split: Split = "search"
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +58,8 @@ class Result:
     """What became of a job; `timing` is None where there are no scores.
 
     outcome: the scores of all its blocks together. parts: of each block, where there are several; beside
-    NotBegun, of those that were scored. faults: why earlier attempts were given up, one line each.
+    NotBegun, of those that were scored. faults: why earlier attempts were given up, one line each. block: on
+    which scoring failed, where it did.
     """
 
     job: Job | GradientJob
@@ -57,6 +67,7 @@ class Result:
     timing: Timing | None = None
     parts: tuple[Scores, ...] = ()
     faults: tuple[str, ...] = ()
+    block: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +75,10 @@ class WorkerSpec:
     """Everything a worker needs to know, picklable.
 
     models, base, tokenizer: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16");
-    weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, part of a
-    run's identity because it changes the last bits of scores. max_length: in tokens; None takes the
-    model's. threads: of each worker. blocks, block_seed: as in Harness.
+    weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, unless a job
+    says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in
+    tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
+    what continues prompts, the live model ("transformers") or an engine beside it ("vllm").
     """
 
     models: Mapping[str, str]
@@ -82,6 +94,7 @@ class WorkerSpec:
     tokenizer: str = ""
     blocks: int = 1
     block_seed: int = 0
+    generation: str = "transformers"
 
     def blocks_of(self, split: Split) -> tuple[int, ...]:
         """Return the item blocks of a split."""
@@ -102,6 +115,7 @@ class Worker:
 
         torch.set_num_threads(spec.threads)
         self.name = name
+        self._device, self._batch_size = spec.device, spec.batch_size
         self._bench = Workbench(
             spec.models,
             spec.base,
@@ -119,6 +133,10 @@ class Worker:
             blocks=spec.blocks,
             block_seed=spec.block_seed,
         )
+        if spec.generation != "transformers":
+            from evomerge.evaluation.engine import TOLERANCE
+
+            self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
         self._harness.prepare(self._bench.model)
 
     def run(self, job: Job | GradientJob) -> Result:
@@ -138,18 +156,28 @@ class Worker:
     def _attempt(self, job: Job | GradientJob) -> Result:
         """Score or differentiate one recipe; raises transient faults only."""
         if isinstance(job, GradientJob):
-            return Result(job=job, outcome=self._gradient(job))
+            outcome = self._gradient(job)
+            self._make_room(outcome)
+            return Result(job=job, outcome=outcome)
         started, forward, parts = time.perf_counter(), 0.0, []
+        failure: Failure | None = None
+        at: int | None = None
+        size = self._batch_size
         try:
-            self._bench.load(job.recipe)
+            self._load(job.recipe)
             merged = time.perf_counter()
-            for block in job.blocks:
-                parts.append(self._harness.evaluate(self._bench.model, self._harness.items(job.split, block)))
+            for at in job.blocks:
+                size = job.batch_sizes.get(at, self._batch_size)
+                items = self._harness.items(job.split, at)
+                parts.append(self._harness.evaluate(self._bench.model, items, batch_size=size))
                 forward += self._harness.forward_seconds
         except Exception as error:
             if retries.transient(error):
                 raise
-            return Result(job=job, outcome=failure_of(error))
+            failure = failure_of(error, f"at batch size {size}" if at is not None else "while merging")
+        if failure is not None:
+            self._make_room(failure)
+            return Result(job=job, outcome=failure, block=at)
         timing = Timing(
             total=time.perf_counter() - started,
             merge=merged - started,
@@ -162,21 +190,44 @@ class Worker:
         from evomerge.evaluation.gradient import differentiable
 
         try:
-            self._bench.load(job.recipe)
+            self._load(job.recipe)
             with differentiable(self._bench.model):
-                loss = self._harness.backward(self._bench.model, job.split, job.loss)
+                model, size = self._bench.model, job.batch_size or self._batch_size
+                loss = self._harness.backward(model, job.split, job.loss, batch_size=size)
                 groups = self._bench.derivatives(job.recipe)
         except Exception as error:
             if retries.transient(error):
                 raise
-            return failure_of(error)
+            return failure_of(error, "in a gradient")
         if not all(math.isfinite(value) for group in groups for values in group.values() for value in values):
             return Failure(kind="non_finite", reason="a gradient that is not finite")
         return Gradient(loss=loss, groups=tuple(groups))
 
+    def _load(self, recipe: Recipe) -> None:
+        self._harness.weights_changed()
+        self._bench.load(recipe)
 
-def failure_of(error: Exception, *, attempts: int = 1) -> Failure:
-    """Return the Failure that stands for an exception in the store and in messages."""
+    def _make_room(self, outcome: object) -> None:
+        """Free what an attempt that ran out of memory left behind; its exception is gone by now."""
+        if isinstance(outcome, Failure) and outcome.kind == "out_of_memory":
+            out_of_memory.release(self._device)
+
+
+def _engine(spec: WorkerSpec) -> Engine:
+    from evomerge.evaluation.vllm_engine import VllmEngine
+    from evomerge.merging.source import open_source
+
+    folder = open_source(spec.models[spec.base]).folder
+    return VllmEngine(folder, dtype=spec.dtype, max_length=spec.max_length, device=spec.device)
+
+
+def failure_of(error: Exception, where: str = "", *, attempts: int = 1) -> Failure:
+    """Return the Failure that stands for an exception in the store and in messages.
+
+    where: said of a device that is out of memory, whose own words name amounts that differ every time.
+    """
+    if out_of_memory.is_out_of_memory(error):
+        return Failure(kind="out_of_memory", reason=f"out of memory {where}".strip())
     reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     lines = reason.strip().splitlines() or [type(error).__name__]
     if attempts > 1:

@@ -15,6 +15,7 @@ import numpy as np
 from evomerge import compose
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure, joined
+from evomerge.running.batches import Batches
 from evomerge.running.breaker import tried_again
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.clock import Clock
@@ -124,7 +125,7 @@ def spend_night(
                     finalists=FINALISTS,
                     seed=seed,
                 ),
-                scorer=Scorer(store, executor, watch, failures=budget.failures, now=time),
+                scorer=Scorer(store, executor, watch, Batches(store, 64), failures=budget.failures, now=time),
                 journal=store,
                 budget=compose._budget(store, budget, clock, forecast),
                 observer=watch,

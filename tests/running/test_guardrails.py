@@ -104,13 +104,17 @@ class Judge:
     def items(self, split: str, block: int) -> tuple[str, int]:
         return split, block
 
-    def evaluate(self, model: None, items: tuple[str, int]) -> Scores:
+    def weights_changed(self) -> None:
+        pass
+
+    def evaluate(self, model: None, items: tuple[str, int], *, batch_size: int) -> Scores:
         return dataclasses.replace(scores(1, items[0]), blocks=(items[1],))
 
 
 def worker(trouble: Fails) -> Worker:
     made = Worker.__new__(Worker)
     made.name, made._bench, made._harness = "0", Bench(trouble), Judge()  # type: ignore[assignment]
+    made._device, made._batch_size = "cpu", 8
     return made
 
 
@@ -134,7 +138,7 @@ def test_a_worker_scores_a_candidate_after_all_and_says_what_it_took() -> None:
     ("error", "reason", "asked"),
     [
         (OSError(errno.EIO, "Input/output error"), "(in 4 attempts)", 4),
-        (MemoryError("no room"), "MemoryError: no room", 1),
+        (MemoryError("no room"), "out of memory while merging", 1),
     ],
 )
 def test_a_worker_gives_up_in_the_end(error: Exception, reason: str, asked: int) -> None:

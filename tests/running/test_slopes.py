@@ -20,6 +20,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
 from evomerge.running import warm_start
+from evomerge.running.batches import Batches
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import RunStore
@@ -62,7 +63,7 @@ def test_a_gradient_is_computed_once_in_the_life_of_a_run(
     for _ in range(2):
         create = RunStore.open if RunStore.exists(tmp_path) else lambda f: RunStore.create(f, {})
         with create(tmp_path) as store:
-            slopes = Slopes(store, executor, Silent())
+            slopes = Slopes(store, executor, Silent(), Batches(store, 32))
             assert slopes.gradient(recipe(1), loss, step=0, steps=2) == outcome
             assert slopes.gradient(recipe(1), other, step=1, steps=2) == outcome
             assert slopes.gradient(recipe(2), loss, step=1, steps=2) == outcome

@@ -1,0 +1,133 @@
+"""Batch sizes in force: how many requests share a forward pass, for each item block, in the life of a run.
+
+The last bits of scores depend on what shares a forward pass, so the size is part of what a run is. It begins
+as `executor.batch_size` everywhere. Where a candidate runs out of memory on a block, the size for that block
+is halved, once and for the rest of the run. The decision is stored in the transaction that drops the scores
+it makes outdated, and the search is begun again: it finds all other scores in the store and has the dropped
+ones made anew. So whatever is compared was scored alike:
+
+- on `select` and `test`, everything: the scores of all recipes on the split are dropped;
+- on `search` before the first generation, everything: base, parents, baselines, warm starts;
+- on `search` later, the generation: what its candidates were given before stays (asks rest on it), and
+  differs from what comes after in the last bits only.
+
+A second time out of memory, or one at batch size 1, is that candidate's failure. A resumed run takes the
+sizes from the store and finds out nothing again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from evomerge.evaluation.scores import Failure, Split
+from evomerge.running.store import RunStore
+from evomerge.running.worker import Result, WorkerSpec
+
+T = TypeVar("T")
+FACT = "batch_sizes"
+GRADIENTS = "gradients"
+"""Stands in place of a split for the passes of a gradient start, which have a batch size of their own."""
+
+
+class Halved(Exception):  # noqa: N818  # no error: the search goes on from the store
+    """A batch size was halved and scores were dropped: begin the search again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One halving: from a phase of the run on, a block of a split is scored in batches of `size`."""
+
+    split: str
+    block: int
+    size: int
+    before: int
+    phase: str
+
+    @property
+    def sentence(self) -> str:
+        """What a reader of scores must know of it."""
+        where = "gradients" if self.split == GRADIENTS else f"`{self.split}`"
+        if self.split == "search":
+            where += f", item block {self.block},"
+        alike = {
+            "search": f"from {self.phase} on; scores from before differ in their last digits",
+            GRADIENTS: "from then on",
+        }.get(self.split, "for all rows alike")
+        return f"out of memory: {where} in batches of {self.size} instead of {self.before}, {alike}"
+
+
+def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T:
+    """Run a search to its end, from the beginning again whenever a batch size was halved.
+
+    size: that the run began with.
+    """
+    while True:
+        with contextlib.suppress(Halved):
+            return search(Batches(store, size))
+
+
+def decisions(store: RunStore) -> list[Decision]:
+    """Return the halvings of a run, in the order in which they were made."""
+    return [Decision(**row) for row in store.fact(FACT) or []]
+
+
+class Batches:
+    """The batch sizes of a run. size: the one it began with."""
+
+    def __init__(self, store: RunStore, size: int) -> None:
+        self._store, self.size = store, size
+        self._made = decisions(store)
+
+    def of(self, split: str, block: int = 0) -> int:
+        """Return the size in force on a block of a split."""
+        found = [d.size for d in self._made if (d.split, d.block) == (split, block)]
+        return found[-1] if found else self.size
+
+    def sizes(self, split: Split, blocks: Iterable[int]) -> dict[int, int]:
+        """Return the sizes in force on some blocks."""
+        return {block: self.of(split, block) for block in blocks}
+
+    def may_halve(self, split: str, block: int = 0) -> bool:
+        """Say whether the size on a block of a split was not halved yet, and can be."""
+        return self.of(split, block) == self.size > 1
+
+    def calls_for_halving(self, result: Result) -> bool:
+        """Say whether a result means that a block must be scored in smaller batches."""
+        outcome = result.outcome
+        if not isinstance(outcome, Failure) or outcome.kind != "out_of_memory" or result.block is None:
+            return False
+        return self.may_halve(result.job.split, result.block)
+
+    def halve(self, split: Split, new: Mapping[int, Sequence[str]], phase: str) -> None:
+        """Halve the size on some blocks and drop what has to be scored alike.
+
+        new: block -> the recipes (hashes) that nobody asked for there before. phase: what the run was doing.
+        """
+        self._made += [self._decision(split, block, phase) for block in new]
+        everybody = split != "search" or not self._store.has_ask(0)
+        self._store.drop_scores(
+            split,
+            {block: None if everybody else recipes for block, recipes in new.items()},
+            facts={FACT: _as_data(self._made)},
+        )
+
+    def halve_gradients(self, phase: str) -> None:
+        """Halve the size of the gradients still to come."""
+        self._made.append(self._decision(GRADIENTS, 0, phase))
+        self._store.set_fact(FACT, _as_data(self._made))
+
+    def _decision(self, split: str, block: int, phase: str) -> Decision:
+        return Decision(split=split, block=block, size=self.size // 2, before=self.size, phase=phase)
+
+
+def scoring_alike(worker: WorkerSpec, store: RunStore, split: Literal["select", "test"]) -> WorkerSpec:
+    """Return a run's worker with the batch size in force on a split of one block."""
+    return dataclasses.replace(worker, batch_size=Batches(store, worker.batch_size).of(split))
+
+
+def _as_data(made: Sequence[Decision]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(each) for each in made]

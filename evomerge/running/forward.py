@@ -1,0 +1,153 @@
+"""Forward passes: on what and how a run computes them; settled when it begins and kept with it.
+
+Scores of two candidates are comparable in every bit only where the same arithmetic made them. Device type,
+dtype, attention, context length and batch size change their last bits, and on a CPU so does the number of
+threads: torch's float32 matrix products differ between one thread and two, in some shapes of most sizes
+tried (docs/devices.md; bfloat16 ones did not).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import StoreError
+from evomerge.running.store import RunStore
+from evomerge.running.worker import WorkerSpec
+
+FACT = "forward"
+_CONTEXT = ("n_positions", "max_position_embeddings", "n_ctx")
+"""Where configs say how many tokens a model reads, in the order in which lm-eval asks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """How forward passes are computed.
+
+    device: its type. attention: the implementation in use, also where transformers chose it. max_length: in
+    tokens, None where neither run nor model says. threads: of each worker; None where they change nothing.
+    generation: what continues prompts.
+    """
+
+    device: str
+    dtype: str
+    attention: str
+    max_length: int | None
+    batch_size: int
+    threads: int | None
+    generation: str = "transformers"
+
+    @property
+    def sentence(self) -> str:
+        """One line for people.
+
+        >>> Forward(
+        ...     device="cpu", dtype="float32", attention="sdpa", max_length=64, batch_size=32, threads=1
+        ... ).sentence
+        'forward passes: cpu, float32, sdpa attention, up to 64 tokens, batches of 32, threads: 1'
+        """
+        parts = [self.device, self.dtype, f"{self.attention} attention"]
+        parts += [f"up to {self.max_length} tokens"] if self.max_length else []
+        parts += [f"batches of {self.batch_size}"]
+        parts += [f"threads: {self.threads}"] if self.threads else []
+        parts += [f"generation by {self.generation}"] if self.generation != "transformers" else []
+        return f"forward passes: {', '.join(parts)}"
+
+
+def find(worker: WorkerSpec) -> Forward:
+    """Settle how a worker computes, from headers and configs alone; ModelError where it can't."""
+    import torch
+
+    from evomerge.merging.recipe import tokenizer_of
+    from evomerge.merging.rewiring import build
+    from evomerge.merging.source import open_source
+
+    named = tokenizer_of(worker.tokenizer, worker.base, worker.models)
+    source = open_source(worker.models[named if named in worker.models else worker.base])
+    with torch.device("meta"):  # a model without weights
+        config = build(source, source.config, worker.dtype, worker.attention).config
+    own = next((length for name in _CONTEXT if (length := getattr(config, name, None))), None)
+    device = worker.device.partition(":")[0]
+    return Forward(
+        device=device,
+        dtype=worker.dtype,
+        attention=str(config._attn_implementation),
+        max_length=worker.max_length or own,
+        batch_size=worker.batch_size,
+        threads=worker.threads if device == "cpu" else None,
+        generation=worker.generation,
+    )
+
+
+def stored(store: RunStore) -> Forward | None:
+    """Return how a run computes; None for one that was begun before this was kept."""
+    data = store.fact(FACT)
+    return None if data is None else Forward(**data)
+
+
+def kept_threads(folder: Path) -> int | None:
+    """Return the threads per worker that a run in a folder was begun with, if there is one and it says so."""
+    if not RunStore.exists(folder):
+        return None
+    with contextlib.suppress(StoreError), RunStore.read(folder) as store:  # who opens it to run will say why
+        found = stored(store)
+        return None if found is None else found.threads
+    return None
+
+
+def check_same(store: RunStore, found: Forward) -> None:
+    """Raise StoreError where a run would go on in another arithmetic than it was begun in."""
+    before = stored(store)
+    if before is None:
+        return
+    names = {"attention": "the attention implementation", "threads": "the number of threads of each worker"}
+    for name, what in names.items():
+        mine, theirs = getattr(found, name), getattr(before, name)
+        if mine != theirs:
+            raise StoreError(
+                f"{store.folder}: {what} changed since the run began, so scores would not be comparable",
+                expected=str(theirs),
+                got=str(mine),
+                fix=f"set executor.{name}: {theirs}, or start a new run in another folder",
+            )
+
+
+def processor() -> str:
+    """Return what this process computes on: the CPU with the instructions torch uses, and any GPUs."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    found = [f"{name} ({torch.backends.cpu.get_cpu_capability()})"]
+    if torch.cuda.is_available():
+        found += sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+    return ", ".join(found)
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """Say in one line what of libraries and processor is not what it was, None where all is.
+
+    >>> changes({"torch": "2.12", "numpy": "2.4"}, {"torch": "2.13", "numpy": "2.4", "processor": "new"})
+    'torch 2.12 before, 2.13 now'
+    """
+    both = [name for name in before if name in now and before[name] != now[name]]
+    return "; ".join(f"{name} {before[name]} before, {now[name]} now" for name in both) or None
+
+
+def warning(what: str) -> str:
+    """Return the note about a run that goes on in another environment."""
+    return (
+        f"this run was begun in another environment ({what}): scores from before may differ from those made "
+        "now in their last digits; a search that can't be repeated exactly stops with a message"
+    )
+
+
+def as_data(found: Forward) -> dict[str, Any]:
+    """Return it as a fact for the store and for JSON."""
+    return asdict(found)

@@ -1,0 +1,315 @@
+"""A generation engine beside the live model: it holds the candidate's weights, or the candidate has failed.
+
+The engine here is a stand-in around a transformers model; what is asked of vLLM itself is checked against a
+stand-in for its documented interface. Neither is vLLM.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge import compose
+from evomerge.config import RunConfig
+from evomerge.errors import ConfigError
+from evomerge.evaluation.engine import EngineMismatch, Mirror, canary_logprobs, refuse_sampling, weights
+from evomerge.evaluation.scores import Failure, NonFiniteScores, Scores
+from evomerge.evaluation.vllm_engine import VllmEngine
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.workbench import Workbench
+from evomerge.running import worker as worker_module
+from evomerge.running.worker import Job, Worker, WorkerSpec
+from tests.test_cli import refuse
+
+TASK = "demo_upper_generate"
+CANARY = (5, 9, 7, 11, 8, 6)
+
+
+class Fake:
+    """An engine around a copy of a model, which remembers its answers by prompt until it is told to forget.
+
+    deaf: how many of its next loads do nothing. calls: what it was asked for, in order.
+    """
+
+    def __init__(self, model: Any, stops: Callable[[list[int], Sequence[str]], bool]) -> None:
+        self._model, self._stops = copy.deepcopy(model), stops
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+        self.deaf, self.calls = 0, list[str]()
+
+    def load(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.calls.append("load")
+        if self.deaf:
+            self.deaf -= 1
+            return
+        own = dict(weights(self._model))
+        given = dict(pairs)
+        assert own.keys() == given.keys()
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+    def forget(self) -> None:
+        self.calls.append("forget")
+        self._answers.clear()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, limit: int, stop: Sequence[str]
+    ) -> list[list[int]]:
+        self.calls.append("generate")
+        for prompt in map(tuple, prompts):
+            if prompt not in self._answers:
+                self._answers[prompt] = self._continue(list(prompt), limit, stop)
+        return [self._answers[tuple(prompt)] for prompt in prompts]
+
+    def _continue(self, tokens: list[int], limit: int, stop: Sequence[str]) -> list[int]:
+        new: list[int] = []
+        with torch.no_grad():
+            while len(new) < limit and not self._stops(new, stop):
+                logits = self._model(input_ids=torch.tensor([tokens + new])).logits
+                new.append(int(logits[0, -1].argmax()))
+        return new
+
+    def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        self.calls.append("logprobs")
+        found: list[float] = canary_logprobs(self._model, tokens).tolist()
+        return found
+
+
+def fake_for(worker: Worker) -> Fake:
+    backend = worker._harness._backend
+
+    def stops(new: list[int], stop: Sequence[str]) -> bool:
+        return bool(new) and (
+            new[-1] == backend.eot_token_id or any(end in backend.tok_decode(new) for end in stop)
+        )
+
+    return Fake(worker._bench._plain, stops)
+
+
+@pytest.fixture
+def spec(config: Callable[..., Path]) -> tuple[WorkerSpec, Recipe]:
+    prepared = compose.prepare(RunConfig.load(config(dtype="float32")))
+    return prepared.worker, prepared.template
+
+
+@pytest.fixture
+def pair(
+    spec: tuple[WorkerSpec, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Worker, Worker, Fake, list[Job]]:
+    """A worker without and one with an engine, the engine, and a job for each source alone and their mean."""
+    plain = Worker(spec[0])
+    engine = fake_for(plain)
+    monkeypatch.setattr(worker_module, "_engine", lambda _: engine)
+    mirrored = Worker(replace(spec[0], generation="vllm"))
+    template = spec[1]
+    recipes = [
+        replace(template, groups=(replace(template.groups[0], parameters={"weight": shares}),))
+        for shares in ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0))
+    ]
+    return plain, mirrored, engine, [Job(recipe=recipe, split="test") for recipe in recipes]
+
+
+def test_scores_are_those_of_the_live_model(pair: tuple[Worker, Worker, Fake, list[Job]]) -> None:
+    plain, mirrored, engine, jobs = pair
+    means = []
+    for job in jobs:
+        engine.calls.clear()
+        expected, found = plain.run(job).outcome, mirrored.run(job).outcome
+        assert isinstance(expected, Scores)
+        assert isinstance(found, Scores), found
+        assert found.same_as(expected)
+        means.append(found[TASK].mean)
+        assert engine.calls == ["load", "forget", "logprobs", "generate"]
+    assert len(set(means)) > 1  # or a stale engine would have passed
+
+
+def test_weights_that_are_not_taken_over_are_loaded_once_more(
+    pair: tuple[Worker, Worker, Fake, list[Job]],
+) -> None:
+    plain, mirrored, engine, jobs = pair
+    mirrored.run(jobs[0])
+    engine.calls.clear()
+    engine.deaf = 1
+    found, expected = mirrored.run(jobs[1]).outcome, plain.run(jobs[1]).outcome
+    assert isinstance(found, Scores)
+    assert isinstance(expected, Scores)
+    assert found.same_as(expected)
+    once = ["load", "forget", "logprobs"]
+    assert engine.calls == [*once, *once, "generate"]
+
+
+def test_weights_never_taken_over_are_that_candidates_failure(
+    pair: tuple[Worker, Worker, Fake, list[Job]],
+) -> None:
+    _, mirrored, engine, jobs = pair
+    assert isinstance(mirrored.run(jobs[0]).outcome, Scores)
+    engine.deaf = 2
+    failed = mirrored.run(jobs[1]).outcome
+    reason = "the generation engine does not hold the candidate's weights"
+    assert failed == Failure(kind="error", reason=reason)
+    assert "generate" not in engine.calls[engine.calls.index("generate") + 1 :]
+    assert isinstance(mirrored.run(jobs[1]).outcome, Scores)
+
+
+def test_answers_of_earlier_weights_are_forgotten(
+    pair: tuple[Worker, Worker, Fake, list[Job]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the reset, a cache that is keyed by tokens would give a candidate another one's score."""
+    plain, mirrored, engine, jobs = pair
+    first, second = (plain.run(job).outcome for job in jobs[1:3])
+    assert isinstance(first, Scores)
+    assert isinstance(second, Scores)
+    assert first[TASK].mean != second[TASK].mean
+    mirrored.run(jobs[1])
+    monkeypatch.setattr(engine, "forget", lambda: None)
+    stale = mirrored.run(jobs[2]).outcome
+    assert isinstance(stale, Scores)
+    np.testing.assert_array_equal(stale[TASK].metric, first[TASK].metric)
+
+
+def bench_of(zoo: Path) -> Workbench:
+    recipe = Recipe.copy_of(str(zoo / "base"), dtype="float32")
+    bench = Workbench(recipe.models)
+    bench.load(recipe)
+    return bench
+
+
+def test_a_change_nobody_spoke_of_is_found_by_the_canary(tiny_zoo: Path) -> None:
+    bench = bench_of(tiny_zoo)
+    engine = Fake(bench.model, lambda new, stop: False)
+    mirror = Mirror(engine, CANARY, tolerance=1e-3)
+    mirror.sync(bench.model)
+    mirror.sync(bench.model)
+    assert engine.calls == ["load", "forget", "logprobs", "logprobs"]
+    with torch.no_grad():
+        next(bench.model.parameters()).mul_(1.5)
+    engine.calls.clear()
+    mirror.sync(bench.model)
+    assert engine.calls == ["logprobs", "load", "forget", "logprobs"]
+    with torch.no_grad():
+        next(bench.model.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteScores):
+        mirror.sync(bench.model)
+
+
+def test_an_engine_of_nan_does_not_pass(tiny_zoo: Path) -> None:
+    bench = bench_of(tiny_zoo)
+    engine = Fake(bench.model, lambda new, stop: False)
+    engine.logprobs = lambda tokens: [math.nan] * (len(tokens) - 1)  # type: ignore[method-assign]
+    with pytest.raises(EngineMismatch, match="does not hold the candidate's weights") as caught:
+        Mirror(engine, CANARY, tolerance=1e-3).sync(bench.model)
+    assert "0.001 nats" in str(caught.value)
+
+
+def test_a_model_of_other_layers_is_refused(tiny_zoo: Path) -> None:
+    bench = bench_of(tiny_zoo)
+    mirror = Mirror(Fake(bench.model, lambda new, stop: False), CANARY, tolerance=1e-3)
+    mirror.sync(bench.model)
+    shorter = copy.deepcopy(bench.model)
+    del shorter.model.layers[-1]
+    mirror.weights_changed()
+    with pytest.raises(ConfigError, match="other layers"):
+        mirror.sync(shorter)
+
+
+def test_sampling_is_refused() -> None:
+    refuse_sampling("t", {"do_sample": False, "temperature": 0.0})
+    for options, named in (
+        ({"do_sample": True}, "sampling"),
+        ({"temperature": 0.7}, "sampling"),
+        ({"num_beams": 4}, "num_beams"),
+    ):
+        with pytest.raises(ConfigError, match=f"task 't' generates with {named}"):
+            refuse_sampling("t", options)
+
+
+def test_without_the_package_it_is_one_message(config: Callable[..., Path], tmp_path: Path) -> None:
+    assert importlib.util.find_spec("vllm") is None, "vllm is here: run it and write its numbers down"
+    executor = {"name": "inline", "generation": "vllm"}
+    for command in ("check", "run"):
+        said = refuse(command, config(executor=executor), folder=tmp_path)
+        assert "executor.generation: vllm is not installed" in said
+        assert "pip install 'evomerge[vllm]'" in said
+
+
+def test_the_engine_is_part_of_the_identity_and_the_default_changes_none(
+    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = RunConfig.load(config())
+    named = RunConfig.load(config(executor={**_executor(plain), "generation": "transformers"}))
+    other = RunConfig.load(config(executor={**_executor(plain), "generation": "vllm"}))
+    assert plain.identity() == named.identity() != other.identity()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert compose.prepare(other).worker.generation == "vllm"
+    for changes in (
+        {"space": "layer_path", "optimizer": {}},
+        {"tokenizer": "union"},
+    ):
+        wrong = RunConfig.load(config(executor={"generation": "vllm"}, **changes))
+        with pytest.raises(ConfigError, match="one model of the base's layers and vocabulary"):
+            compose.prepare(wrong)
+
+
+def _executor(config: RunConfig) -> dict[str, Any]:
+    return {"name": "inline", "threads": 1, "batch_size": config.executor.batch_size}
+
+
+def test_what_is_asked_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls are those of its documentation; whether it answers as documented was not tried."""
+    asked: list[tuple[str, Any]] = []
+
+    class Model:
+        def load_weights(self, pairs: Iterable[tuple[str, Any]]) -> None:
+            asked.append(("load_weights", [name for name, _ in pairs]))
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+            asked.append(("LLM", options))
+
+        def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+            return [function(Model())]
+
+        def reset_prefix_cache(self) -> bool:
+            asked.append(("reset_prefix_cache", None))
+            return len(asked) < 4
+
+        def generate(self, prompts: Any, *, sampling_params: Any, use_tqdm: bool) -> list[Any]:
+            asked.append(("generate", (prompts, sampling_params)))
+            prompt = prompts[0]["prompt_token_ids"]
+            given = [None, *({token: types.SimpleNamespace(logprob=-float(token))} for token in prompt[1:])]
+            answer = types.SimpleNamespace(token_ids=(7, 8))
+            return [types.SimpleNamespace(outputs=[answer], prompt_logprobs=given) for _ in prompts]
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    module = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    with pytest.raises(ConfigError, match="vllm can't use cuda:1"):
+        VllmEngine(tmp_path, dtype="bfloat16", max_length=64, device="cuda:1")
+    engine = VllmEngine(tmp_path, dtype="bfloat16", max_length=64, device="cuda")
+    engine.load([("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    engine.forget()
+    assert engine.generate([[1, 2], [3]], limit=5, stop=["\n"]) == [[7, 8], [7, 8]]
+    assert engine.logprobs([4, 5, 6]) == [-5.0, -6.0]
+    options = asked[0][1]
+    assert (options["model"], options["dtype"], options["max_model_len"]) == (str(tmp_path), "bfloat16", 64)
+    assert options["load_format"] == "dummy"
+    assert asked[1:3] == [("load_weights", ["a", "b"]), ("reset_prefix_cache", None)]
+    prompts, greedy = asked[3][1]
+    assert prompts == [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
+    assert (greedy["temperature"], greedy["max_tokens"], greedy["stop"]) == (0.0, 5, ["\n"])
+    assert greedy["include_stop_str_in_output"]
+    assert asked[4][1][1]["prompt_logprobs"] == 0
+    with pytest.raises(RuntimeError, match="did not reset"):
+        engine.forget()

@@ -1,0 +1,149 @@
+"""How forward passes are computed is settled at the start of a run, kept with it, and held on to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomerge import compose
+from evomerge.config import RunConfig
+from evomerge.delivery import export as exporting
+from evomerge.delivery.progress import Silent
+from evomerge.delivery.summary import Summary
+from evomerge.errors import StoreError
+from evomerge.running import forward
+from evomerge.running.store import RunStore
+from tests.test_cli import invoke, refuse
+
+INLINE = {"name": "inline", "batch_size": 32}
+
+
+def test_what_transformers_chooses_is_recorded_and_shown(finished_run: Path) -> None:
+    with RunStore.read(finished_run) as store:
+        found = forward.stored(store)
+        card = exporting.card(
+            store,
+            summary := Summary(store, compose.stored_suite(store)),
+            exporting.find(store, summary, "winner"),
+        )
+    assert found is not None
+    assert forward.as_data(found) == {
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "sdpa",
+        "max_length": 64,
+        "batch_size": 32,
+        "threads": 1,
+        "generation": "transformers",
+    }
+    assert found.sentence in invoke("status", finished_run).output
+    assert json.loads(invoke("status", finished_run, "--json").output)["forward"] == forward.as_data(found)
+    assert found.sentence in invoke("report", finished_run).output
+    assert found.sentence in card
+    assert "processor" in card
+
+
+@pytest.mark.parametrize("attention", ["sdpaa", "flash_attention_2", "somebody/kernel"])
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_an_attention_that_cannot_be_had_is_one_message(
+    command: str, attention: str, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    said = refuse(command, config(executor={**INLINE, "attention": attention}), folder=tmp_path)
+    assert f"executor.attention: '{attention}' can't be used here" in said
+    assert "eager or sdpa" in said
+
+
+def test_an_unknown_dtype_is_one_message(config: Callable[..., Path], tmp_path: Path) -> None:
+    said = refuse("run", config(executor={**INLINE, "dtype": "float8"}), folder=tmp_path)
+    assert "executor.dtype" in said
+    assert "'float32'" in said
+
+
+def test_settings_reach_the_model(config: Callable[..., Path]) -> None:
+    spec = {**INLINE, "attention": "eager", "dtype": "bfloat16", "max_length": 48, "threads": 2}
+    prepared = compose.prepare(RunConfig.load(config(executor=spec)))
+    found = forward.find(prepared.worker)
+    assert (found.attention, found.dtype, found.max_length, found.threads) == ("eager", "bfloat16", 48, 2)
+    assert forward.Forward(**{**forward.as_data(found), "device": "cuda", "threads": None}).sentence == (
+        "forward passes: cuda, bfloat16, eager attention, up to 48 tokens, batches of 32"
+    )
+    assert replace(found, generation="vllm").sentence.endswith("threads: 2, generation by vllm")
+
+
+@pytest.fixture
+def begun(config: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A config and a run of it that was begun with two threads and got no further."""
+    path = config(generate=False, executor={**INLINE, "threads": 2})
+    prepared = compose.prepare(RunConfig.load(path))
+    RunStore.create(prepared.folder, compose._facts(prepared)).close()
+    return path, tmp_path / "run"
+
+
+def test_a_run_keeps_its_threads_and_another_number_is_refused(
+    begun: tuple[Path, Path], config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    prepared = compose.prepare(RunConfig.load(config(generate=False, executor=INLINE)))
+    assert prepared.worker.threads == 2
+    compose.check_folder(prepared)
+    for changes, what in (({"threads": 1}, "number of threads"), ({"threads": 7}, "number of threads")):
+        other = compose.prepare(RunConfig.load(config(generate=False, executor={**INLINE, **changes})))
+        with pytest.raises(StoreError, match=what) as caught:
+            compose.check_folder(other)
+        assert "expected: 2" in str(caught.value)
+        assert "set executor.threads: 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("attention", {"attention": "eager"}),
+        ("dtype", {"dtype": "bfloat16"}),
+        ("max_length", {"max_length": 32}),
+        ("batch_size", {"batch_size": 16}),
+        ("device", {"device": "cpu:0"}),
+    ],
+)
+def test_what_changes_bits_is_part_of_the_identity(
+    name: str, changes: dict[str, Any], begun: tuple[Path, Path], config: Callable[..., Path]
+) -> None:
+    other = RunConfig.load(config(generate=False, executor={**INLINE, "threads": 2, **changes}))
+    with pytest.raises(StoreError, match="holds a run of another config") as caught:
+        compose.start(other, Silent())
+    assert f"executor.{name}" in str(caught.value)
+
+
+def test_an_attention_that_transformers_chooses_otherwise_now_is_refused(
+    begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = begun
+    found = forward.as_data(forward.find(compose.prepare(RunConfig.load(path)).worker))
+    with RunStore.open(folder) as store:
+        store.set_fact(forward.FACT, {**found, "attention": "eager"})
+    with pytest.raises(StoreError, match="the attention implementation changed") as caught:
+        compose.start(RunConfig.load(path), Silent())
+    assert "expected: eager" in str(caught.value)
+
+
+def test_another_environment_is_a_note_before_and_in_the_report(
+    begun: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, folder = begun
+    now = compose.versions()
+    assert "processor" in now
+    with RunStore.open(folder) as store:
+        assert compose.environment_note(tmp_path / "none") is None
+        store.begin_session({**now, "torch": "1.0", "processor": "another (AVX2)"})
+    said = compose.environment_note(folder)
+    assert said is not None
+    assert f"torch 1.0 before, {now['torch']} now" in said
+    assert "processor another (AVX2) before" in said
+    with RunStore.open(folder) as store:
+        store.begin_session(now)
+        notes = Summary(store, compose.stored_suite(store)).notes()
+    assert any(note.startswith("worked on in several environments") and "torch 1.0" in note for note in notes)
