@@ -200,7 +200,7 @@ class Budget:
         if self._stop is None:
             limit = self._limit
             assert limit is not None
-            reason = f"{limit}, {span(self._kept)} of it kept for selection and test"
+            reason = f"{limit} ({span(self._kept)} kept for selection and test)"
             if cut:
                 reason += f"; generation {generations} was cut short"
             hours = {"hours": self._spec.hours, "cost": self._spec.paid_hours}
