@@ -33,8 +33,9 @@ class CostSpec(Strict):
 class BudgetSpec(Strict):
     """The `budget` part of a run config; whichever limit comes first ends the search.
 
-    evaluations: of candidates of the optimizer (baselines don't count) on all `search` items; one that
-    stops early counts in part, a repeated one not at all. items: the same limit in scored items.
+    evaluations: of candidates of the optimizer on all `search` items (baselines and what follows the search
+    don't count); one that stops early or fails counts in part, a repeated one not at all. items: the same
+    limit in scored items.
     generations: of the optimizer. patience: generations in a row without a better candidate (with several
     objectives: without a larger hypervolume). These are checked between generations, taking the cost of
     the last for that of the next.
@@ -200,7 +201,7 @@ class Budget:
         if self._stop is None:
             limit = self._limit
             assert limit is not None
-            reason = f"{limit}, {span(self._kept)} of it kept for selection and test"
+            reason = f"{limit} ({span(self._kept)} kept for selection and test)"
             if cut:
                 reason += f"; generation {generations} was cut short"
             hours = {"hours": self._spec.hours, "cost": self._spec.paid_hours}

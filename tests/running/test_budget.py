@@ -170,7 +170,7 @@ def test_a_time_of_day_is_meant_anew_by_every_session_until_it_ended_the_search(
         spend_night(tmp_path / "run", executor, nightly, observer=Killed())
     executor.time.at = EVENING + 86400
     outcome = spend_night(tmp_path / "run", executor, nightly)
-    assert outcome.stopped.startswith("until 2026-11-24 08:00, ")
+    assert outcome.stopped.startswith("until 2026-11-24 08:00 (")
     assert EVENING + 86400 < executor.time() < EVENING + 86400 + 14 * 3600
     executor.time.at = EVENING + 2 * 86400
     count = len(executor.begun)
@@ -178,7 +178,7 @@ def test_a_time_of_day_is_meant_anew_by_every_session_until_it_ended_the_search(
     assert len(executor.begun) == count
     given = replaced(nightly.model_dump(), {"until": "08:00"}, executor.time())
     outcome = spend_night(tmp_path / "run", executor, BudgetSpec.model_validate(given))
-    assert outcome.stopped.startswith("until 2026-11-25 08:00, ")
+    assert outcome.stopped.startswith("until 2026-11-25 08:00 (")
     assert len(executor.begun) > count
 
 
@@ -335,7 +335,7 @@ def test_whichever_limit_comes_first(tmp_path: Path) -> None:
     assert reason(9) == "budget of 9 generations used"
     time.at = limit.at - 600
     assert reason(0) is None
-    assert reason(4) == "budget of 7 at 2 per hour used, 10 min of it kept for selection and test"
+    assert reason(4) == "budget of 7 at 2 per hour used (10 min kept for selection and test)"
     (stop,) = seen
     assert (stop.limit, stop.at, stop.generations) == ("cost", 3.5, 4)
     for changes, holds in (

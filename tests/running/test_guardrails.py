@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.delivery.progress import Silent
+from evomerge.delivery.summary import Summary
 from evomerge.errors import BrokenRunError, NonFiniteError, NoWinnerError, StoreError, UserError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.running import retries, store
@@ -21,6 +23,7 @@ from evomerge.running.worker import Job, NotBegun, Result, Worker
 from evomerge.search.baselines import Named
 from tests.running.fakes import TIMING, recipe, scores, spec
 from tests.running.nights import Simulated, Time, spend_night
+from tests.search.fakes import SUITE
 
 
 class OutOfMemory(RuntimeError):
@@ -216,9 +219,16 @@ def test_a_few_failures_are_a_few_failures(tmp_path: Path) -> None:
             return dataclasses.replace(result, outcome=failed, timing=None, parts=()) if bad else result
 
     budget = BudgetSpec(generations=6, failures=3)
-    spend_night(tmp_path / "run", Flaky(Time()), budget)
+    told: list[float] = []
+
+    class Hears(Silent):
+        def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+            told.append(evaluations)
+
+    spend_night(tmp_path / "run", Flaky(Time()), budget, observer=Hears())
     with RunStore.read(tmp_path / "run") as kept:
         assert len(kept.failures()) > 10
+        assert Summary(kept, SUITE).evaluations() == told[-1] == 6 * 6  # the failed are charged, too
 
 
 def test_finalists_that_all_fail_are_tried_again(tmp_path: Path) -> None:
