@@ -108,12 +108,8 @@ def text(data: dict[str, Any]) -> str:
     lines += [f"  note: {note}" for note in data["notes"]]
     if data["failures"]:
         lines.append(f"  {data['failures']} failed, the last: {data['last_failure']}")
-    if data["front"]:
-        lines.append(f"  {data['front']['sentence']}")
-    if data["verdict"]:
-        lines.append(f"  {data['verdict']}")
-    if data["constraints"]:
-        lines.append(f"  {data['constraints']}")
+    front = data["front"]["sentence"] if data["front"] else None
+    lines += [f"  {line}" for line in (front, data["verdict"], data["constraints"]) if line]
     if data["state"] == "finished" and data["stopped_by_clock"]:
         lines.append(f"  the clock ended it; go on with: evomerge resume {data['run']} {_more(data)}")
     if data["state"] == "stopped":

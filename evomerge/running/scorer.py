@@ -50,8 +50,8 @@ class Observer(Protocol):
 class Scorer:
     """Scores recipes through an executor; every recipe only once per item block in the life of a run.
 
-    batches: the batch sizes in force. failures: in a row, after which BrokenRunError is raised. now: the time,
-    in epoch seconds. Raises Halved where a batch size turns out too large for the device's memory.
+    batches: the batch sizes in force. failures: in a row, after which BrokenRunError is raised. now: the
+    time, in epoch seconds. Raises Halved where a batch size turns out too large for the device's memory.
     """
 
     def __init__(
