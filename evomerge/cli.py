@@ -428,12 +428,9 @@ def _report(folder: Path) -> None:
     with RunStore.read(folder) as store:
         summary = Summary(store, compose.stored_suite(store))
         _out.say(delivery.terminal(store, summary, width=_out.console.width))
-        try:
-            page = delivery.write_html(store, summary, folder / "report.html")
-            _out.say(f"report: {_shown(page)}")
-        except OSError as error:
-            _complain(f"report.html could not be written: {error.strerror or error}", style="yellow")
         _out.data(delivery.as_data(store, summary))
+        page = delivery.write_html(store, summary, folder / "report.html")
+        _out.say(f"report: {_shown(page)}")
 
 
 @_command(app, "export")

@@ -54,8 +54,8 @@ def migrate(folder: Path) -> Migrated | None:
     lock = take_lock(folder)
     try:
         path = folder / FILE
-        before = _version(path)
-        if before == stores.SCHEMA_VERSION and _is_current(folder):
+        before, complete = _version(path)
+        if before == stores.SCHEMA_VERSION and complete:
             return None
         backup = path.with_name(f"{FILE}.version-{before}")
         with drafted_file(backup) as draft:
@@ -68,16 +68,11 @@ def migrate(folder: Path) -> Migrated | None:
     return Migrated(before=before, backup=backup, continues=continues)
 
 
-def _is_current(folder: Path) -> bool:
-    try:
-        RunStore.read(folder).close()
-    except StoreError:
-        return False  # a version under development, without all of the tables
-    return True
+def _version(path: Path) -> tuple[int, bool]:
+    """Return the schema version of a store, and whether it has all tables of this one.
 
-
-def _version(path: Path) -> int:
-    """Return the schema version of a store, after bringing what lies beside the file into it."""
+    What lies in its log is brought into the file before.
+    """
     try:
         with contextlib.closing(connect(path)) as db:
             (found,) = db.execute("PRAGMA user_version").fetchone()
@@ -95,7 +90,7 @@ def _version(path: Path) -> int:
             got=str(found),
             fix="update evomerge",
         )
-    return int(found)
+    return found, stores.complete(tables)
 
 
 def _fill(draft: Path, old: Path, before: int) -> bool:

@@ -17,7 +17,7 @@ import re
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +137,8 @@ class RunStore:
         for stale in folder.glob(f".{FILE}.new*"):
             stale.unlink()
         try:
-            with disk(folder), contextlib.closing(connect(draft)) as db:
+            # With no log beside it: what a full disk keeps from being copied out of one would stay behind.
+            with disk(folder), contextlib.closing(sqlite3.connect(draft)) as db:
                 lay_out(db)
                 rows = [(k, _json(v)) for k, v in sorted(facts.items())]
                 with db:
@@ -220,7 +221,7 @@ class RunStore:
         if health != "ok":
             raise damaged(self.folder, str(health))
         names = {name for (name,) in self._db.execute("SELECT name FROM sqlite_schema")}
-        if version != SCHEMA_VERSION or not names.issuperset(re.findall(r"CREATE TABLE (\w+)", _SCHEMA)):
+        if version != SCHEMA_VERSION or not complete(names):
             newer = version > SCHEMA_VERSION
             raise StoreError(
                 f"{self.folder / FILE}: written by {'a newer' if newer else 'an older'} version of evomerge",
@@ -586,6 +587,11 @@ class RunStore:
 
 def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -> NDArray[np.float64] | None:
     return np.frombuffer(tells[number][0], dtype="<f8").reshape(count, -1) if number in tells else None
+
+
+def complete(tables: Set[str]) -> bool:
+    """Say whether these are all tables of a run store (versions under development may lack some)."""
+    return set(re.findall(r"CREATE TABLE (\w+)", _SCHEMA)) <= tables
 
 
 def lay_out(db: sqlite3.Connection) -> None:

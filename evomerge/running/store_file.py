@@ -99,6 +99,9 @@ def take_lock(folder: Path) -> int:
                 time.sleep(0.05)  # somebody may only be asking whether it is held
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except OSError as error:
+        os.close(handle)
+        raise DiskError(f"{folder}: could not be written", got=error.strerror or str(error)) from None
     except BaseException:
         os.close(handle)
         raise

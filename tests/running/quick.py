@@ -115,7 +115,7 @@ def _quality(recipe: Recipe, specialist: str | None) -> float:
 
 
 def _unlucky(recipe: Recipe) -> bool:
-    """Say whether a candidate fails: never a parent or a baseline, whose weights are round numbers."""
+    """Say whether a candidate fails: never a parent, nor a baseline whose weights are round numbers."""
     weights = _weights(recipe).values()
     return any(round(w, 2) != w for w in weights) and _number(recipe.hash) % 100 < 100 * FAILING
 

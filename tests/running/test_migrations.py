@@ -131,8 +131,9 @@ def test_a_run_goes_on_after_a_migration_that_only_adds(
     monkeypatch.setattr(compose.executors, "build", quick.build(0))
     path = config()
     write_suite(tmp_path, generate=False)
-    compose.start(RunConfig.load(path, out=str(tmp_path / "whole"), generations=2), Silent())
-    compose.start(RunConfig.load(path, generations=1), Silent())
+    for name in ("whole", "run"):
+        compose.start(RunConfig.load(path, out=str(tmp_path / name), generations=1), Silent())
+    compose.start(compose.stored_config(tmp_path / "whole", generations=2), Silent())
 
     schema = store._SCHEMA.replace("started REAL PRIMARY KEY,", "started REAL PRIMARY KEY, budget TEXT,")
     schema += "CREATE TABLE note (at REAL PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;"
