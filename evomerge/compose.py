@@ -23,7 +23,7 @@ from evomerge.errors import ConfigError, ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure, Scores
 from evomerge.evaluation.suite import Suite
-from evomerge.merging import kernels
+from evomerge.merging import drafts, kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors, warm_start
 from evomerge.running.budget import Budget
@@ -303,12 +303,8 @@ def _execute(
                 observer=observer,
                 slopes=Slopes(store, executor, observer),
             )
-            try:
-                outcome = search.run()
-                store.set_fact("stopped", outcome.stopped)
-            except BaseException as error:
-                log.stopped(error)
-                raise
+            outcome = search.run()
+            store.set_fact("stopped", outcome.stopped)
             winner = outcome.winner
             log.event("finished", reason=outcome.stopped, name=winner.name, id=winner.recipe.hash[:ID])
             return outcome
@@ -357,6 +353,7 @@ def _open_store(prepared: Prepared) -> RunStore:
         return RunStore.create(prepared.folder, _facts(prepared))
     store = RunStore.open(prepared.folder)
     try:
+        drafts.remove_abandoned(prepared.folder)
         facts = _facts(prepared)
         identity.check_same(store, facts)  # again, now that nobody else can write
         if store.fact("config") != facts["config"]:

@@ -77,9 +77,10 @@ def own_folder(parent: Path, name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=_mark(name), dir=parent))
 
 
-def remove_abandoned(parent: Path, name: str) -> None:
-    """Remove drafts of `name` that killed processes of this machine left in a folder."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.partial-(\d{{1,9}})-{re.escape(socket.gethostname())}-\w+")
+def remove_abandoned(parent: Path, name: str | None = None) -> None:
+    """Remove drafts of `name`, or all there are, that killed processes of this machine left in a folder."""
+    drafted = ".+" if name is None else re.escape(name)
+    pattern = re.compile(rf"\.{drafted}\.partial-(\d{{1,9}})-{re.escape(socket.gethostname())}-\w+")
     for stale in parent.iterdir():
         found = pattern.fullmatch(stale.name)
         if found is None:

@@ -65,16 +65,14 @@ class RunLog:
             **facts,
         )
 
-    def stopped(self, error: BaseException) -> None:
-        """Append why this process stops before the run is over."""
-        reason = (str(error).splitlines() or [""])[0]
-        self.event("stopped", kind=type(error).__name__.strip("_"), reason=reason)
-
     def __enter__(self) -> RunLog:
         logging.getLogger("evomerge").addHandler(self._handler)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None:  # this process stops before the run is over
+            reason = (str(error).splitlines() or [""])[0]
+            self.event("stopped", kind=type(error).__name__.strip("_"), reason=reason)
         logging.getLogger("evomerge").removeHandler(self._handler)
         for file in self._files:
             if file is not None:

@@ -82,6 +82,8 @@ def test_what_the_living_and_other_machines_have_is_left_alone(tmp_path: Path) -
         (tmp_path / name).touch()
     remove_abandoned(tmp_path, "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    remove_abandoned(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[:2] + names[3:])
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no C compiler")

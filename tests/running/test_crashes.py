@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,21 @@ def test_a_run_killed_at_each_kind_of_event(
 ) -> None:
     found = struck(quick_config(**FULL), tmp_path, mode, workers=workers)
     assert len(found["struck"]) == 2 * len(KINDS)
+
+
+def test_sockets_of_a_killed_driver_are_swept_by_the_next() -> None:
+    """In a folder of a short name: the path of a socket can't be long."""
+    start = (
+        "import os, signal, sys\n"
+        "from multiprocessing.forkserver import ForkServer\n"
+        "ForkServer.set_forkserver_preload = lambda *_: None\n"
+        "from evomerge.running.executors import LocalProcesses\n"
+        "from tests.running.fakes import Obedient, spec\n"
+        "executor = LocalProcesses(spec(), workers=1, timeout=60, worker=Obedient)\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="evm", dir="/tmp") as folder:
+        environment = {**os.environ, "TMPDIR": folder}
+        for end, left in (("os.kill(os.getpid(), signal.SIGKILL)", 1), ("executor.close()", 0)):
+            subprocess.run([sys.executable, "-c", start + end], check=False, env=environment)
+            found = list(Path(folder).iterdir())
+            assert len(found) == left, found

@@ -155,7 +155,7 @@ def test_show_finds_what_the_log_names(logged_run: Path) -> None:
 
 def test_show_prints_items_with_their_texts(finished_run: Path) -> None:
     """Of a real run: the text is the task's own, the numbers are those that are stored."""
-    data = show(finished_run, "winner", "--items", "demo_reverse", "--split", "search")
+    data = show(finished_run, "upper", "--items", "demo_reverse", "--split", "search")
     rows = data["items"]["rows"]
     assert len(rows) == 24
     assert [row["block"] for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
