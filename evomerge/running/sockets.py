@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import util
 from pathlib import Path
 
 from evomerge.merging.drafts import own_folder
@@ -36,5 +36,6 @@ def _folder() -> str | None:
     if len(str(folder)) > _LONGEST:
         folder.rmdir()
         return None
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # After multiprocessing has removed what it made in there, at -100.
+    util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-101)
     return str(folder)

@@ -89,7 +89,8 @@ def test_what_the_living_and_other_machines_have_is_left_alone(tmp_path: Path) -
 @pytest.mark.skipif(not kernels.available(), reason="no C compiler")
 def test_a_compilation_that_was_killed_leaves_nothing_for_long(tmp_path: Path) -> None:
     code = "from evomerge.merging import kernels\n{}kernels._compiler()"
-    killed(code.format("kernels.subprocess.run = die\n"), XDG_CACHE_HOME=str(tmp_path))
+    dying = "import types; kernels.subprocess = types.SimpleNamespace(run=die, SubprocessError=OSError)\n"
+    killed(code.format(dying), XDG_CACHE_HOME=str(tmp_path))
     folder = tmp_path / "evomerge" / "kernels"
     assert len(list(folder.iterdir())) == 1
     subprocess.run(

@@ -21,8 +21,11 @@ from tests.running import quick
 from tests.running.crash import facts, forked, wait_for_end
 from tests.running.signals import members
 
-SHARE = 0.5
-"""Of the time an unbroken run takes: the longest that one lives before it is killed."""
+LONGEST = {"models": 0.5, "workers": 1.0}
+"""How long a process lives at most before it is killed, as a share of what an unbroken run takes.
+
+Worker processes take a large part of a short run to start.
+"""
 
 
 def main(config_path: Path, folder: Path, kills: int, workers: int) -> None:
@@ -33,6 +36,7 @@ def main(config_path: Path, folder: Path, kills: int, workers: int) -> None:
 
     ForkServer.set_forkserver_preload = lambda *_: None  # type: ignore[assignment, method-assign]
     if workers:
+        os.environ["EVOMERGE_TEST_NAP"] = "0.02"
         compose.executors.build = quick.build(workers)
     else:
         inline = executors.Inline(compose.prepare(RunConfig.load(config_path)).worker)
@@ -58,7 +62,7 @@ def main(config_path: Path, folder: Path, kills: int, workers: int) -> None:
                 os._exit(1)
         sessions += 1
         if made < kills:
-            time.sleep(draw.uniform(0.0, SHARE * unbroken))
+            time.sleep(draw.uniform(0.0, LONGEST["workers" if workers else "models"] * unbroken))
         else:
             _, status = os.waitpid(pid, 0)
             assert status == 0
