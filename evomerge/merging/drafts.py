@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evomerge.errors import DiskError
+from evomerge.errors import DiskError, UserError
 from evomerge.merging.tensorfile import sync
 
 
@@ -38,8 +38,8 @@ def drafted_file(out: Path) -> Iterator[Path]:
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise DiskError(f"{out}: can't be written", got=error.strerror or str(error)) from None
+    except Exception as error:
+        raise _told(error, out) from None
 
 
 @contextmanager
@@ -57,8 +57,8 @@ def drafted_folder(out: Path) -> Iterator[Path]:
             sync([*folder.iterdir(), folder])
             folder.rename(out)  # replaces an empty folder, fails on any other
             sync([out.parent])
-    except OSError as error:
-        raise DiskError(f"{out}: can't be written", got=error.strerror or str(error)) from None
+    except Exception as error:
+        raise _told(error, out) from None
 
 
 @contextmanager
@@ -94,6 +94,15 @@ def remove_abandoned(parent: Path, name: str | None = None) -> None:
                 stale.unlink(missing_ok=True)
         except PermissionError:
             continue  # alive, and somebody else's
+
+
+def _told(error: Exception, out: Path) -> Exception:
+    """Return DiskError for what the disk did, also where a library in Rust (safetensors) says so."""
+    if isinstance(error, OSError):
+        return DiskError(f"{out}: can't be written", got=error.strerror or str(error))
+    if "(os error " in str(error) and not isinstance(error, UserError):
+        return DiskError(f"{out}: can't be written", got=str(error).splitlines()[0])
+    return error
 
 
 def _mark(name: str) -> str:

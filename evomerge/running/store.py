@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,9 @@ from evomerge.running.store_file import (
     take_lock,
 )
 from evomerge.search.baselines import Named
-from evomerge.search.guide import GuideState
+
+if TYPE_CHECKING:
+    from evomerge.search.guide import GuideState
 
 ID = 12
 """How many digits of its recipe's hash a candidate is called by, in logs and messages."""
@@ -353,6 +355,8 @@ class RunStore:
 
     def guide(self) -> list[GuideState]:
         """Return what the surrogate did, generation by generation; nothing where there is none."""
+        from evomerge.search.guide import GuideState  # imports scipy, which workers can do without
+
         query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
         return [
             GuideState(correlation=c, proposed=p, blocks=b, radius=r)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evomerge.errors import DiskError
@@ -57,6 +59,26 @@ def test_a_failure_leaves_what_was_there(
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_a_library_in_rust_meets_a_full_disk(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    def write() -> None:
+        with drafted_file(tmp_path / "out") as draft:
+            save_file({"x": np.zeros(10_000)}, draft)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(DiskError, match=r"out: can't be written\n  got: .*too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(SafetensorError), drafted_folder(tmp_path / "model"):
+        raise SafetensorError("something else")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_killed_processes_left_is_removed_by_the_next(tmp_path: Path) -> None:

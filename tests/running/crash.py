@@ -163,7 +163,7 @@ def main(config_path: Path, folder: Path, workers: int, mode: str, kinds: list[s
     print(json.dumps({"whole": facts(folder / "whole"), "struck": found, "kinds": kinds}))
 
 
-def wait_for_end(pids: list[int], seconds: float = 15.0) -> list[int]:
+def wait_for_end(pids: list[int], seconds: float = 60.0) -> list[int]:
     """Return which processes are still there after some time."""
     end = time.monotonic() + seconds
     while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:

@@ -91,6 +91,12 @@ def test_worker_processes_killed(quick_config: Callable[..., Path], tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_all_workers_killed_at_every_kind_of_event(quick_config: Callable[..., Path], tmp_path: Path) -> None:
+    found = struck(quick_config(**FULL), tmp_path, "workers", workers=2)
+    assert set(found["kinds"]) == KINDS
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "workers"), [("each", 0), ("all", 2)])
 def test_a_run_killed_at_each_kind_of_event(
     quick_config: Callable[..., Path], tmp_path: Path, mode: str, workers: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import UserError
+from evomerge.running import log
 from evomerge.running.log import _SENTENCES, JSON_LINES, TEXT, RunLog, read
 from evomerge.running.store import ID, RunStore
 from tests.conftest import write_suite
@@ -71,6 +73,12 @@ def test_every_event_is_told_twice(logged_run: Path) -> None:
     assert "winner" in lines[-1]
 
 
+def test_the_example_in_the_docstring() -> None:
+    found = doctest.testmod(log)
+    assert found.attempted > 0
+    assert not found.failed
+
+
 def test_every_event_is_described_and_has_a_sentence() -> None:
     page = (Path(__file__).parents[2] / "runs" / "README.md").read_text()
     table = page[page.index("| event | says |") : page.index("A session without an end")]
@@ -86,13 +94,13 @@ def test_the_scores_of_an_event_are_those_of_the_store(logged_run: Path) -> None
 
 
 def test_a_torn_line_is_skipped_and_the_next_stands_alone(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log:
-        log.event("one", a=1)
+    with RunLog(tmp_path) as opened:
+        opened.event("one", a=1)
     for name in (JSON_LINES, TEXT):
         with (tmp_path / name).open("a") as file:
             file.write('{"at": "2026-01-01", "eve')
-    with RunLog(tmp_path) as log:
-        log.event("two", b=2)
+    with RunLog(tmp_path) as opened:
+        opened.event("two", b=2)
     assert [e["event"] for e in read(tmp_path)] == ["one", "two"]
     assert (tmp_path / TEXT).read_text().splitlines()[-1].endswith("two: b 2")
 
@@ -121,8 +129,8 @@ def test_why_a_session_ended_is_logged(
 
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / JSON_LINES).mkdir()
-    with RunLog(tmp_path) as log:
-        log.event("one")
+    with RunLog(tmp_path) as opened:
+        opened.event("one")
     assert "one" in (tmp_path / TEXT).read_text()
 
 

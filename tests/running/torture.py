@@ -75,7 +75,8 @@ def main(config_path: Path, folder: Path, kills: int, workers: int) -> None:
                 os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             made += 1
-            assert not wait_for_end(those)
+            orphans = wait_for_end(those)
+            assert not orphans, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in orphans]
             continue
         ends.append(facts(run) == whole)
         assert ends[-1], (facts(run), whole)
