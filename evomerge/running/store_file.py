@@ -112,7 +112,7 @@ def holder(folder: Path) -> str | None:
     """Return who works on a run right now ("process 7 on host"), or None."""
     try:
         handle = os.open(folder / ".lock", os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
