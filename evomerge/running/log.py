@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -71,8 +72,7 @@ class RunLog:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None:  # this process stops before the run is over
-            reason = (str(error).splitlines() or [""])[0]
-            self.event("stopped", kind=type(error).__name__.strip("_"), reason=reason)
+            self.event("stopped", kind=type(error).__name__.strip("_"), reason=_reason(error))
         logging.getLogger("evomerge").removeHandler(self._handler)
         for file in self._files:
             if file is not None:
@@ -142,6 +142,13 @@ def _opened(path: Path) -> int | None:
             os.write(file, b"\n")  # the last line was torn
         return file
     return None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error, or the name of the signal that ended the process."""
+    if isinstance(error, KeyboardInterrupt):
+        return signal.Signals(getattr(error, "exit_code", 130) - 128).name
+    return (str(error).splitlines() or [""])[0]
 
 
 def _text(event: str, facts: Mapping[str, Any]) -> str:

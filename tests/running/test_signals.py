@@ -55,7 +55,7 @@ def test_a_signal_ends_a_run_in_order(found: dict[str, Any], sent: str, code: in
     assert struck["processes"] >= 3
     assert struck["orphans"] == []
     assert struck["log"]["event"] == "stopped"
-    assert struck["log"]["kind"] == kind
+    assert (struck["log"]["kind"], struck["log"]["reason"]) == (kind, sent)
     assert struck["resumed"] == found["whole"]
 
 
