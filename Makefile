@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow lint format bench-merge clean help
+.PHONY: demo test slow torture lint format bench-merge clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -18,6 +18,9 @@ test: $(INSTALLED)   ## the default tests, under five minutes on two cores
 
 slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, build and install a wheel
 	$(BIN)/python -m pytest -n 2 --dist loadscope -q -m "slow or not slow"
+
+torture: $(INSTALLED) ## kill runs at random, 400 times (EVOMERGE_KILLS=20: of each kind fewer), and compare what they end in
+	$(BIN)/python -m pytest -q -m slow tests/running/test_torture.py -s
 
 lint: $(INSTALLED)   ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -12,6 +12,8 @@ import logging
 import os
 import shlex
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -42,7 +44,9 @@ app.add_typer(zoo, name="zoo")
 spaces = typer.Typer(help="The search-space presets, and the genes of one.")
 app.add_typer(spaces, name="spaces")
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
+PATIENCE = 30.0
+"""Seconds in which another signal to end changes nothing: what a batch scheduler gives us to go."""
 
 
 def _console() -> Console:
@@ -129,6 +133,17 @@ ModelsOf = Annotated[
     Path | None,
     typer.Option("--models", metavar="CONFIG", help="Count the genes for the models of a run config."),
 ]
+Moved = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="NAME=PATH", help="Where a model of the run lies now; may be repeated."),
+]
+MovedSuite = Annotated[
+    str | None, typer.Option("--suite", metavar="PATH", help="Where the suite's file lies now.")
+]
+FullHash = Annotated[
+    bool,
+    typer.Option("--full-hash", help="Read every byte of the models: were they changed since last asked?"),
+]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
 
 
@@ -158,18 +173,8 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], C
         def wrapped(*args: Any, quiet: bool, json_: bool, **kwargs: Any) -> None:
             _out.quiet, _out.json = _out.quiet or quiet, _out.json or json_
             _calm()
-            try:
-                function(*args, **kwargs)
-            except UserError as error:
-                _complain(f"error: {error}", style="red")
-                raise typer.Exit(2) from None
-            except OSError as error:  # a disk or folder that does not do what was asked of it
-                where = f"{error.filename}: " if error.filename else ""
-                _complain(f"error: {where}{error.strerror or error}", style="red")
-                raise typer.Exit(2) from None
-            except KeyboardInterrupt as interrupt:
-                _complain(str(interrupt) or "stopped; nothing was stored")
-                raise typer.Exit(TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED) from None
+            with _signals():
+                _guarded(function, *args, **kwargs)
 
         from inspect import Parameter, signature
 
@@ -186,12 +191,58 @@ def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], C
     return register
 
 
+def _guarded(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run a command; what stops it is one message and an exit code."""
+    try:
+        function(*args, **kwargs)
+    except UserError as error:
+        _complain(f"error: {error}", style="red")
+        raise typer.Exit(2) from None
+    except OSError as error:  # a disk or folder that does not do what was asked of it
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"error: {where}{error.strerror or error}", style="red")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt as interrupt:
+        _complain(str(interrupt) or "stopped; nothing was stored")
+        raise typer.Exit(getattr(interrupt, "exit_code", INTERRUPTED)) from None
+
+
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a batch scheduler sends it: handled like Ctrl-C."""
+    """SIGTERM, as a batch scheduler sends it, or SIGHUP of a terminal that is gone: handled like Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
-def _terminated(*_: object) -> None:
-    raise _Terminated
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end what is done in order.
+
+    Only the first counts: schedulers send several, and what is left to do must not be cut short. A signal
+    that is ignored (nohup) stays so.
+    """
+    raised: list[float] = []
+
+    def end(number: int, _: object) -> None:
+        now = time.monotonic()
+        if not raised or now - raised[-1] > PATIENCE:
+            raised.append(now)
+            raise _Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _complain(message: str, *, style: str = "") -> None:
@@ -238,13 +289,14 @@ def run(
     patience: Patience = None,
     failures: Failures = None,
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
+    full_hash: FullHash = False,
 ) -> None:
     """Run a config: baselines, search, selection, test, report. Continues where its folder left off."""
     from evomerge.config import RunConfig
 
     place = None if out is None else str(out)
     limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
-    _run(RunConfig.load(config, seed=seed, out=place, **limits))
+    _run(RunConfig.load(config, seed=seed, out=place, **limits), full_hash=full_hash)
 
 
 @_command(app, "resume")
@@ -259,12 +311,21 @@ def resume(
     per_hour: PerHour = None,
     patience: Patience = None,
     failures: Failures = None,
+    model: Moved = None,
+    suite: MovedSuite = None,
+    full_hash: FullHash = False,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
-    from evomerge import compose
+    from evomerge import compose, identity
+    from evomerge.running.store import RunStore
 
     limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
-    _run(compose.stored_config(run, **limits))
+    RunStore.refuse_held(run)
+    with RunStore.read(run) as store:
+        identity.refuse_older(store)
+    config = compose.stored_config(run, models=_places(model or []), suite=suite, **limits)
+    identity.refuse_missing(config)
+    _run(config, full_hash=full_hash)
 
 
 def _limits(*values: float | str | None) -> dict[str, Any]:
@@ -283,7 +344,41 @@ def _limits(*values: float | str | None) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def _run(config: RunConfig) -> None:
+def _places(given: list[str]) -> dict[str, str]:
+    for each in given:
+        if not all(each.partition("=")[::2]):
+            raise ConfigError(
+                f"--model {each}: no place in it", expected="NAME=PATH, as in base=models/llama"
+            )
+    return dict(each.split("=", 1) for each in given)
+
+
+@_command(app, "migrate")
+def migrate(run: Run) -> None:
+    """Bring a run of an older evomerge up to date; a copy of its store is kept."""
+    from evomerge.running.migrations import migrate as bring
+
+    done = bring(run)
+    if done is None:
+        _out.say(f"{_shown(run)}: nothing to do, it is up to date")
+    else:
+        _out.say(
+            f"{_shown(run)}: migrated from schema version {done.before}; {_shown(done.backup)} is the old"
+        )
+        if not done.continues:
+            _out.say("its search can't be replayed by this version: it can be reported and exported")
+    _out.data(
+        {
+            "run": str(run),
+            "migrated": done is not None,
+            "from": done.before if done else None,
+            "backup": str(done.backup) if done else None,
+            "continues": done.continues if done else True,
+        }
+    )
+
+
+def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge import compose
     from evomerge.delivery.summary import Summary
     from evomerge.delivery.tracking import require_packages
@@ -296,20 +391,17 @@ def _run(config: RunConfig) -> None:
     require_packages(config.tracking)
     if (changed := compose.environment_note(folder)) is not None:
         _complain(f"note: {changed}", style="yellow")
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         with _observer() as shown, _tracked(shown, config) as observer:
-            compose.start(config, observer)
+            compose.start(config, observer, full_hash=full_hash)
             with RunStore.read(folder) as store:
                 observer.finish(Summary(store, compose.stored_suite(store)), folder / "report.html")
+        _report(folder)
     except KeyboardInterrupt as interrupt:
         if RunStore.exists(folder):
             command = f"evomerge resume {shlex.quote(_shown(folder))}"
             interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
         raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _report(folder)
 
 
 def _observer() -> AbstractContextManager[Live | Silent]:
@@ -341,6 +433,40 @@ def status(run: Run) -> None:
     _out.data(data)
 
 
+@_command(app, "show")
+def show(
+    run: Run,
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The start of a recipe hash, as in the log; or a row of the report."
+        ),
+    ],
+    items: Annotated[
+        str | None,
+        typer.Option("--items", metavar="TASK", help="Also print every item of a task, with texts."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of the items: search, select or test; default the last it met.")
+    ] = None,
+) -> None:
+    """Show one candidate of a run: recipe, scores, times, failures, and single items if asked."""
+    from evomerge import compose
+    from evomerge.delivery import candidate as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.evaluation.scores import SPLITS
+    from evomerge.running.store import RunStore
+
+    chosen = next((each for each in SPLITS if each == split), None)
+    if split is not None and chosen is None:
+        raise ConfigError(f"unknown split {split!r}", fix=nearest(split, SPLITS))
+    with RunStore.read(run) as store:
+        summary = Summary(store, compose.stored_suite(store))
+        data = delivery.as_data(store, summary, candidate, items=items, split=chosen)
+    _out.say(delivery.text(data))
+    _out.data(data)
+
+
 @_command(app, "report")
 def report(run: Run) -> None:
     """Print a run's tables and verdict, and write RUN/report.html."""
@@ -356,12 +482,9 @@ def _report(folder: Path) -> None:
     with RunStore.read(folder) as store:
         summary = Summary(store, compose.stored_suite(store))
         _out.say(delivery.terminal(store, summary, width=_out.console.width))
-        try:
-            page = delivery.write_html(store, summary, folder / "report.html")
-            _out.say(f"report: {_shown(page)}")
-        except OSError as error:
-            _complain(f"report.html could not be written: {error.strerror or error}", style="yellow")
         _out.data(delivery.as_data(store, summary))
+        page = delivery.write_html(store, summary, folder / "report.html")
+        _out.say(f"report: {_shown(page)}")
 
 
 @_command(app, "export")

@@ -13,22 +13,22 @@ import importlib.util
 import math
 import os
 import platform
-import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evomerge import __version__
+from evomerge import __version__, identity
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import PASSES
 from evomerge.evaluation.suite import Suite
-from evomerge.merging import kernels
+from evomerge.merging import drafts, kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.batches import Batches, begun_again
@@ -36,9 +36,10 @@ from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
 from evomerge.running.clock import Clock, moment, shown
 from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Forecast, Watch, Work
+from evomerge.running.log import Logged, RunLog
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
-from evomerge.running.store import BASE, RunStore
+from evomerge.running.store import BASE, ID, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers, spaces
@@ -57,9 +58,10 @@ _LIBRARIES = (
 class Prepared:
     """A run config found sound, with everything it names opened (headers only).
 
-    fingerprints: model name -> hash of its config, headers, sizes and sampled weights. parameters:
-    number of the base model's weights. layers: the base model's. optimizer: its name and why it was picked.
-    notes: what is worth knowing about the models, though nothing is wrong.
+    fingerprints: model name -> hash of its config, headers, sizes and sampled weights. files: model name ->
+    what is known of each of its files. parameters: number of the base model's weights. layers: the base
+    model's. optimizer: its name and why it was picked. notes: what is worth knowing about the models, though
+    nothing is wrong.
     """
 
     config: RunConfig
@@ -68,6 +70,7 @@ class Prepared:
     template: Recipe
     worker: WorkerSpec
     fingerprints: dict[str, str]
+    files: dict[str, dict[str, dict[str, int | str]]]
     parameters: int
     layers: int
     optimizer: str
@@ -82,6 +85,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
+    from evomerge.merging import model_files
     from evomerge.merging.compatibility import check
     from evomerge.merging.source import open_sources
 
@@ -137,6 +141,7 @@ def prepare(config: RunConfig) -> Prepared:
             generation=config.executor.generation,
         ),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
+        files={name: model_files.facts(source) for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
         layers=len({layer_of(name) for name in headers} - {None}),
@@ -182,23 +187,32 @@ def _check_engine(config: RunConfig) -> None:
         )
 
 
-def start(config: RunConfig, observer: Observer) -> Outcome:
-    """Run a config; where its folder already holds this very run, continue it."""
+def start(config: RunConfig, observer: Observer, *, full_hash: bool = False) -> Outcome:
+    """Run a config; where its folder already holds this very run, continue it.
+
+    full_hash: read every byte of the models first; refuse any that is not what it was when this was last
+    asked for.
+    """
     started = time.time()
     prepared = prepare(config)
     check_folder(prepared)
     _check_time(prepared)
-    return _execute(prepared, observer, started)
+    hashes = identity.full_hashes(prepared.config) if full_hash else None
+    return _execute(prepared, observer, started, hashes)
 
 
-def stored_config(folder: Path, **budget: Any) -> RunConfig:
+def stored_config(
+    folder: Path, *, models: Mapping[str, str] | None = None, suite: str | None = None, **budget: Any
+) -> RunConfig:
     """Return the config a run was started with; `out` is where the run lies now.
 
-    budget: single limits that replace the stored ones, as in `running.budget.replaced`.
+    models: name -> where models lie now that were moved. suite: where its file lies now. budget: single
+    limits that replace the stored ones, as in `running.budget.replaced`.
     """
     with RunStore.read(folder) as store:
         data = store.fact("config")
     data["out"] = str(folder.absolute())
+    identity.relocate(data, models or {}, suite)
     data["budget"] = replaced(data["budget"], budget, time.time())
     return parse(RunConfig, data, f"{folder}: stored config")
 
@@ -358,11 +372,20 @@ def _optimizer(config: RunConfig, space: Space) -> optimizers.Optimizer:
     )
 
 
-def _execute(prepared: Prepared, observer: Observer, started: float) -> Outcome:
+def _execute(
+    prepared: Prepared,
+    observer: Observer,
+    started: float,
+    hashes: Mapping[str, Mapping[str, str]] | None,
+) -> Outcome:
     executor = executors.build(prepared.config.executor, prepared.worker)
     try:
         norms = _norms(prepared)
-        with _open_store(prepared) as store:
+        with _open_store(prepared) as store, RunLog(prepared.folder) as log:
+            store.report_to(log.event)
+            log.session(versions(), workers=executors.worker_count(prepared.config.executor))
+            if hashes is not None:
+                identity.check_hashes(store, hashes)
             spec = prepared.config.budget
             clock = Clock(started=started, earlier=store.hours())
             forecast = Forecast(
@@ -373,8 +396,10 @@ def _execute(prepared: Prepared, observer: Observer, started: float) -> Outcome:
                 finalists=prepared.config.finalists,
                 several=bool(prepared.config.objective.several),
             )
-            observer = Watch(observer, forecast, store, spec)
+            observer = Watch(Logged(observer, log), forecast, store, spec)
             store.begin_session(versions(), started=started)
+            if hashes is not None and store.fact(identity.HASHES) is None:
+                store.set_fact(identity.HASHES, hashes)
             budget = _budget(store, spec, clock, forecast)
             if store.fact("norms") is None:
                 store.set_fact("norms", norms)
@@ -387,6 +412,8 @@ def _execute(prepared: Prepared, observer: Observer, started: float) -> Outcome:
                     lambda batches: _search(prepared, store, executor, observer, budget, batches).run(),
                 )
             store.set_fact("stopped", outcome.stopped)
+            winner = outcome.winner
+            log.event("finished", reason=outcome.stopped, name=winner.name, id=winner.recipe.hash[:ID])
             return outcome
     finally:
         executor.close()
@@ -467,6 +494,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "identity": config.identity(),
         "blocks": prepared.worker.blocks,
         "fingerprints": prepared.fingerprints,
+        identity.FILES: prepared.files,
         "suite": prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
         "suite_digest": prepared.suite.digest(),
         "optimizer": prepared.optimizer,
@@ -481,8 +509,9 @@ def _open_store(prepared: Prepared) -> RunStore:
         return RunStore.create(prepared.folder, _facts(prepared))
     store = RunStore.open(prepared.folder)
     try:
+        drafts.remove_abandoned(prepared.folder)
         facts = _facts(prepared)
-        _check_same(store, facts)  # again, now that nobody else can write
+        identity.check_same(store, facts)  # again, now that nobody else can write
         if store.fact("config") != facts["config"]:
             store.set_fact("config", facts["config"])
     except BaseException:
@@ -494,9 +523,10 @@ def _open_store(prepared: Prepared) -> RunStore:
 def check_folder(prepared: Prepared) -> None:
     """Refuse a run folder that can't be made, holds something else, or this run on changed inputs."""
     folder = prepared.folder
+    RunStore.refuse_held(folder)
     if RunStore.exists(folder):
         with RunStore.read(folder) as store:
-            _check_same(store, _facts(prepared))
+            identity.check_same(store, _facts(prepared))
         return
     if folder.is_dir():
         others = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith(".run.sqlite")]
@@ -511,43 +541,3 @@ def check_folder(prepared: Prepared) -> None:
             got=f"{above} is not a writable folder",
             fix="choose another `out`",
         )
-
-
-def _check_same(store: RunStore, facts: dict[str, Any]) -> None:
-    """Refuse to go on with a stored run whose config, models, tasks or device are not these."""
-    folder = store.folder
-    if store.fact("identity") != facts["identity"]:
-        raise StoreError(
-            f"{folder}: holds a run of another config",
-            got=", ".join(_differences(store.fact("config"), facts["config"])) or "other settings",
-            fix="choose another `out`, or go on with the stored run: evomerge resume "
-            + shlex.quote(str(folder)),
-        )
-    stored = store.fact("fingerprints")
-    changed = [name for name, print_ in facts["fingerprints"].items() if stored.get(name) != print_]
-    if changed:
-        raise StoreError(
-            f"{folder}: model files changed since the run began: {', '.join(changed)}",
-            fix="put the old files back, or start a new run in another folder",
-        )
-    for key, what in (("suite_digest", "the suite or its task files"), ("arithmetic", "device or dtype")):
-        if store.fact(key) != facts[key]:
-            raise StoreError(
-                f"{folder}: {what} changed since the run began, so scores would not be comparable",
-                expected=str(store.fact(key)),
-                got=str(facts[key]),
-                fix="restore what was there, or start a new run in another folder",
-            )
-    forward.check_same(store, forward.Forward(**facts[forward.FACT]))
-
-
-def _differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Name the settings in which two stored configs differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: list[str] = []
-        for key in sorted(old.keys() | new.keys()):
-            if not place and key in ("budget", "out"):
-                continue
-            found += _differences(old.get(key), new.get(key), f"{place}{key}.")
-        return found
-    return [] if old == new else [f"{place.rstrip('.')} {old!r} there, {new!r} here"]

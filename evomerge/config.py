@@ -156,7 +156,7 @@ class RunConfig(Strict):
                     }
                 ),
                 "space": load_space(config.space, beside=folder),
-                "suite": _resolve_suite(config.suite, folder),
+                "suite": resolve_suite(config.suite, folder),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
                 "out": str(Path(config.out).expanduser().absolute()),
             }
@@ -193,7 +193,8 @@ def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:
     return spec.model_copy(update={"run": run, "recipes": recipes})
 
 
-def _resolve_suite(name: str, folder: Path) -> str:
+def resolve_suite(name: str, folder: Path) -> str:
+    """Return a packaged suite's name as it is, and of a file its absolute path."""
     path = find_preset("benchmarks/suites", name, beside=folder).resolve()
     return name if path.parent == preset_folder("benchmarks/suites").resolve() else str(path)
 

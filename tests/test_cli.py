@@ -21,7 +21,20 @@ from evomerge.merging.reading import read_recipe
 from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
-NAMES = ["check", "run", "resume", "status", "report", "export", "merge", "predict", "analyze", "fisher"]
+NAMES = [
+    "check",
+    "run",
+    "resume",
+    "migrate",
+    "status",
+    "show",
+    "report",
+    "export",
+    "merge",
+    "predict",
+    "analyze",
+    "fisher",
+]
 NAMES += ["evaluate", "demo", "zoo", "spaces"]
 
 

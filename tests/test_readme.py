@@ -61,7 +61,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     demo_on_few_items(tmp_path / "evomerge" / "zoo")
     listed = [c for c in commands(README) if not c.startswith(SLOW)]
-    assert len(listed) == 16
+    assert len(listed) == 18
     (tmp_path / "text.txt").write_text("the cat is old .\nthe dog is here .\n")
     output = {command: run(SMALLER.get(command, command)) for command in listed}
     assert "search" in output["evomerge run evomerge/zoo/demo.yaml"]

@@ -7,7 +7,6 @@ than the one that was scored, so it is loaded back and scored before it gets its
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,9 +22,9 @@ from evomerge.errors import ConfigError, DiskError, StoreError, UserError, neare
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging import engine
 from evomerge.merging.adapter_export import AdapterReport, write_adapter
+from evomerge.merging.drafts import drafted_file
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import open_source
-from evomerge.merging.tensorfile import sync
 from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
 from evomerge.running.store import RunStore
@@ -151,14 +150,8 @@ def write_text(out: Path, text: str) -> None:
         )
     if out.exists():
         raise DiskError(f"{out}: already exists", fix="choose another name or remove it yourself")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        sync([part])
-        part.rename(out)
-    finally:
-        part.unlink(missing_ok=True)
+    with drafted_file(out) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def find(store: RunStore, summary: Summary, pick: str) -> Named:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import plotly.offline
 from evomerge.delivery.interference import CAVEAT, SHARES, Measure, grid, labels, measures, outside
 from evomerge.errors import DiskError
 from evomerge.merging.advice import RULES, Advised
+from evomerge.merging.drafts import drafted_file
 from evomerge.merging.interference import Interference, Tally
 
 _INK, _MUTED, _GRID = "#1d2433", "#667085", "#e6e9ef"
@@ -54,10 +54,8 @@ def write_html(found: Interference, advised: Advised, out: Path) -> Path:
         plotly_js=plotly.offline.get_plotlyjs(),
         figures={name: json.loads(figure.to_json()) for name, figure in figures.items()},
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.new")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(out)
+    with drafted_file(out) as draft:
+        draft.write_text(page, encoding="utf-8")
     return out
 
 

@@ -24,6 +24,7 @@ from evomerge.delivery.guidance import guidance
 from evomerge.delivery.objectives import Front
 from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary
 from evomerge.evaluation.statistics import Interval
+from evomerge.merging.drafts import drafted_file
 from evomerge.merging.recipe import Recipe
 from evomerge.running import forward
 from evomerge.running.store import RunStore
@@ -307,9 +308,8 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         plotly_js=plotly.offline.get_plotlyjs(),
         figures={name: json.loads(f.to_json()) for name, f in figures.items() if f is not None},
     )
-    draft = out.with_name(f".{out.name}.new")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(out)
+    with drafted_file(out) as draft:
+        draft.write_text(page, encoding="utf-8")
     return out
 
 

@@ -465,7 +465,13 @@ def _metric(task: TaskItems) -> Array:
     values = np.empty(len(task.groups))
     for item, group in enumerate(task.groups):
         results = [instance.filtered_resps[chosen] for instance in group]
-        value = task.task.process_results(group[0].doc, results).get(name)
+        try:
+            value = task.task.process_results(group[0].doc, results).get(name)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"task {task.name!r}: metric {name!r} failed on item {item}: {reason}"
+            ) from error
         if not is_number(value) or not math.isfinite(value):
             raise ConfigError(
                 f"task {task.name!r}: metric {name!r} gave no finite number for item {item}", got=repr(value)

@@ -31,6 +31,7 @@ from evomerge.merging.application import apply
 from evomerge.merging.arrays import of_tensor
 from evomerge.merging.checkpoint import HEADS, Checkpoint
 from evomerge.merging.compatibility import check
+from evomerge.merging.drafts import drafted_folder
 from evomerge.merging.inputs import FileInputs
 from evomerge.merging.methods.reduction import norm
 from evomerge.merging.one_tensor import checked, merge_tensor
@@ -166,7 +167,7 @@ def write_adapter(
     report = _report(plan, exact, location)
     stored = _whole_modules(plan.whole, below, layers)
     engine.check_space(out, {WEIGHTS: _headers(plan, stored, below, recipe.dtype, layers)})
-    with engine.staged(out) as folder:
+    with drafted_folder(out) as folder:
         _write_weights(folder / WEIGHTS, plan, stored, recipe, opened, below, layers)
         _write_config(folder, plan, stored, report, layers, below)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

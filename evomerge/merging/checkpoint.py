@@ -125,6 +125,11 @@ class Checkpoint:
     def _is_tied(self, name: str) -> bool:
         return self.tied and name.endswith(HEADS)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(sorted(set(self._files.values())))
+
     @functools.cached_property
     def layout(self) -> Layout:
         """Names sorted into layers and the rest."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import shutil
-import socket
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +18,13 @@ from evomerge.errors import DiskError
 from evomerge.merging.arrays import Array
 from evomerge.merging.checkpoint import INDEX, SINGLE
 from evomerge.merging.compatibility import check
+from evomerge.merging.drafts import drafted_folder
 from evomerge.merging.inputs import FileInputs, Inputs
 from evomerge.merging.one_tensor import merge_array
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.source import Source, open_used
 from evomerge.merging.stacking import output_headers, stacked_config
-from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter, sync
+from evomerge.merging.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter
 from evomerge.merging.vocabulary import Aligned, open_tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ def write(
     extended = isinstance(pattern, Aligned) and pattern.additions
     tokenizer = open_tokenizer(pattern) if extended else None  # now: it may refuse
     check_space(out, shards)
-    with staged(out) as folder:
+    with drafted_folder(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
         _write_rest(recipe, pattern, tokenizer, stacked_config(recipe, sources), folder)
         for name, text in (extra or {}).items():
@@ -220,42 +218,3 @@ def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
             got=f"{free / 1e9:.2f} GB",
             fix="free some space or write to another disk",
         )
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed processes of this machine left of earlier attempts at the same folder."""
-    pattern = re.compile(
-        rf"\.{re.escape(out.name)}\.partial-(\d{{1,9}})-{re.escape(socket.gethostname())}-\w+"
-    )
-    for stale in out.parent.iterdir():
-        found = pattern.fullmatch(stale.name)
-        if found is None:
-            continue
-        try:
-            os.kill(int(found[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(stale, ignore_errors=True)
-        except PermissionError:
-            continue  # alive, and somebody else's
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `out` on success and disappears on failure."""
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        mark = f".{out.name}.partial-{os.getpid()}-{socket.gethostname()}-"
-        folder = Path(tempfile.mkdtemp(prefix=mark, dir=out.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-            sync([*folder.iterdir(), folder])
-            folder.rename(out)  # replaces an empty folder, fails on any other
-            sync([out.parent])
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise DiskError(f"{out}: can't be written", got=error.strerror or str(error)) from None

@@ -13,18 +13,17 @@ Not covered: other than diagonal, and Fishers that do not fit into memory.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from evomerge.errors import ConfigError, DiskError, ModelError, NonFiniteError, nearest
+from evomerge.merging.drafts import drafted_file
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.tensorfile import Header, read_header, sync
+from evomerge.merging.tensorfile import Header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -214,23 +213,5 @@ def _lines(text: Path) -> list[str]:
 def _write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], out: Path) -> None:
     from safetensors.torch import save_file
 
-    with _draft(out) as draft:
+    with drafted_file(out) as draft:
         save_file({name: one.contiguous() for name, one in tensors.items()}, draft, metadata=dict(metadata))
-
-
-@contextlib.contextmanager
-def _draft(out: Path) -> Iterator[Path]:
-    """Yield a temporary file that becomes `out` on success and disappears on failure."""
-    draft = out.with_name(f".{out.name}.{os.getpid()}.new")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield draft
-            sync([draft])
-            draft.rename(out)
-            sync([out.parent])
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise DiskError(f"{out}: can't be written", got=error.strerror or str(error)) from None

@@ -31,6 +31,7 @@ from typing import Any
 import numpy
 
 from evomerge.merging.arrays import Array
+from evomerge.merging.drafts import own_folder, passing_folder
 from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
@@ -237,8 +238,8 @@ def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
         if found.stem.endswith(_digest(found.read_bytes())):
             return found
         found.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=_folder()) as folder:
-        code, built = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
+    with passing_folder(_folder(), "kernel") as folder:
+        code, built = folder / "kernels.c", folder / "kernels.so"
         code.write_text(CODE, encoding="utf-8")
         defined = [f"-D{each}" for each in (f"GUARD={GUARD}f", *definitions)]
         for flags in FASTEST:
@@ -298,6 +299,6 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError):
-        own = Path(tempfile.mkdtemp(prefix="evomerge-kernels-"))
+        own = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
         atexit.register(shutil.rmtree, own, ignore_errors=True)
         return own

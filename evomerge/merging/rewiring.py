@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError
+from evomerge.merging.drafts import passing_folder
 from evomerge.merging.live_weights import Place, Spread, locate
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 from evomerge.merging.source import Source
@@ -286,8 +287,8 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
     if attention is not None and not attention.isidentifier():  # transformers would fetch code from the hub
         raise _no_attention(attention, "not a plain name")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(data), encoding="utf-8")
+        with passing_folder(Path(tempfile.gettempdir()), "evomerge-model") as folder:
+            (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

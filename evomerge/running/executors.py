@@ -24,6 +24,7 @@ from pydantic import Field
 
 from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.scores import Failure
+from evomerge.running import sockets
 from evomerge.running.worker import GradientJob, Job, Result, Worker, WorkerSpec
 from evomerge.schema import Strict
 
@@ -251,7 +252,8 @@ def _start_fork_server() -> None:
     resource_tracker.ensure_running()  # first, because starting it unblocks the signal again
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        with sockets.swept():
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -9,35 +9,48 @@ leaves no trace: two runs with the same seed hold the same contents, timestamps 
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
-import socket
+import re
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.errors import DiskError, ReplayError, StoreError
+from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
+from evomerge.merging.tensorfile import sync
+from evomerge.running.store_file import (
+    FILE,
+    check_file,
+    connect,
+    damaged,
+    disk,
+    held_by,
+    holder,
+    snapshot,
+    take_lock,
+)
 from evomerge.search.baselines import Named
-from evomerge.search.guide import GuideState
 
-FILE = "run.sqlite"
+if TYPE_CHECKING:
+    from evomerge.search.guide import GuideState
+
+ID = 12
+"""How many digits of its recipe's hash a candidate is called by, in logs and messages."""
 BASE = "base"
 """The name the base model has in every recipe and table."""
 SCHEMA_VERSION = 3
-_BUSY = 30.0
-"""Seconds for which SQLite tries again, with growing waits, while somebody else has the file locked."""
 _APPLICATION_ID = 0x65766F6D  # "evom"
 
 _SCHEMA = """
@@ -110,6 +123,7 @@ class RunStore:
         self._lock = lock
         self._session = 0.0
         self._blocks: int | None = None
+        self._listener: Callable[..., None] | None = None
 
     # -- opening and closing ------------------------------------------------------------------------
 
@@ -117,40 +131,51 @@ class RunStore:
     def create(cls, folder: Path, facts: Mapping[str, Any]) -> RunStore:
         """Start a new run in `folder` (made if missing). `facts` is written before anything else."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(folder)
+        lock = take_lock(folder)
         if cls.exists(folder):
             os.close(lock)
             raise StoreError(f"{folder}: another process just started a run here", fix="start again")
         draft = folder / f".{FILE}.new"
         for stale in folder.glob(f".{FILE}.new*"):
             stale.unlink()
-        db = _connect(draft)
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        with db:
-            db.executemany("INSERT INTO run VALUES (?, ?)", [(k, _json(v)) for k, v in sorted(facts.items())])
-        db.close()
-        draft.rename(folder / FILE)  # finish, then rename: a run file is always a complete one
+        try:
+            # With no log beside it: what a full disk keeps from being copied out of one would stay behind.
+            with disk(folder), contextlib.closing(sqlite3.connect(draft)) as db:
+                lay_out(db)
+                rows = [(k, _json(v)) for k, v in sorted(facts.items())]
+                with db:
+                    db.executemany("INSERT INTO run VALUES (?, ?)", rows)
+            draft.rename(folder / FILE)  # finish, then rename: a run file is always a complete one
+            sync([folder, folder.parent])
+        except BaseException:
+            for stale in folder.glob(f".{FILE}.new*"):
+                stale.unlink()
+            os.close(lock)
+            raise
         return cls._opened(folder, lock)
 
     @classmethod
     def open(cls, folder: Path) -> RunStore:
         """Open an existing run for writing; refused while another process holds it."""
-        _check_file(folder)
-        return cls._opened(folder, _take_lock(folder))
+        check_file(folder)
+        return cls._opened(folder, take_lock(folder))
 
     @classmethod
     def read(cls, folder: Path) -> RunStore:
-        """Open an existing run for reading, also while it is running."""
-        _check_file(folder)
-        store = cls(folder, _connect(folder / FILE, readonly=True), None)
+        """Open an existing run for reading, also while it is running.
+
+        What nobody works on is read into memory: that leaves none of SQLite's own files behind, and a
+        writer who starts meanwhile can't change what is read.
+        """
+        check_file(folder)
+        copy = None if holder(folder) is not None else snapshot(folder / FILE)
+        store = cls(folder, copy or connect(folder / FILE, readonly=True), None)
         store._check_contents()
         return store
 
     @classmethod
     def _opened(cls, folder: Path, lock: int) -> RunStore:
-        store = cls(folder, _connect(folder / FILE), lock)
+        store = cls(folder, connect(folder / FILE), lock)
         try:
             store._check_contents()
         except BaseException:
@@ -160,17 +185,13 @@ class RunStore:
 
     def held(self) -> bool:
         """Say whether a process is working on the run right now."""
-        try:
-            handle = os.open(self.folder / ".lock", os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+        return holder(self.folder) is not None
+
+    @staticmethod
+    def refuse_held(folder: Path) -> None:
+        """Raise StoreError where a process is working on the run in a folder, naming it."""
+        if (name := holder(folder)) is not None:
+            raise held_by(name, folder)
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -196,18 +217,31 @@ class RunStore:
             (application,) = self._db.execute("PRAGMA application_id").fetchone()
             (health,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
-            raise _damaged(self.folder, str(error)) from None
+            raise damaged(self.folder, str(error)) from None
         if application != _APPLICATION_ID:
-            raise _damaged(self.folder, "not a run store")
+            raise damaged(self.folder, "not a run store")
         if health != "ok":
-            raise _damaged(self.folder, str(health))
-        if version != SCHEMA_VERSION:
+            raise damaged(self.folder, str(health))
+        names = {name for (name,) in self._db.execute("SELECT name FROM sqlite_schema")}
+        if version != SCHEMA_VERSION or not complete(names):
+            newer = version > SCHEMA_VERSION
             raise StoreError(
-                f"{self.folder / FILE}: written by another version of evomerge",
+                f"{self.folder / FILE}: written by {'a newer' if newer else 'an older'} version of evomerge",
                 expected=f"schema version {SCHEMA_VERSION}",
                 got=str(version),
-                fix="use the evomerge version that wrote it",
+                fix="update evomerge"
+                if newer
+                else f"bring it up to date, a copy is kept: evomerge migrate {self.folder}",
             )
+
+    def report_to(self, listener: Callable[..., None]) -> None:
+        """Have somebody told of every event: listener(event, **facts), after it is committed."""
+        self._listener = listener
+
+    def note(self, event: str, /, **facts: Any) -> None:
+        """Tell the listener (a run's log) of an event; facts are what JSON can say."""
+        if self._listener is not None:
+            self._listener(event, **facts)
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -220,6 +254,8 @@ class RunStore:
         """Store or replace a fact of the run."""
         with self._writing() as db:
             db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, _json(value)))
+        if key.startswith("gradient "):
+            self.note("gradient", id=key.split()[1][:ID])
 
     def gradient_items(self) -> int:
         """Return what the gradients of this run cost, in items of one forward pass."""
@@ -280,6 +316,7 @@ class RunStore:
                 "INSERT INTO ask VALUES (?, ?, ?, ?, ?)",
                 [(generation, position, *row, now) for position, row in enumerate(rows)],
             )
+        self.note("asked", generation=generation, ids=[recipe.hash[:ID] for recipe in recipes])
 
     def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None:
         """Store the losses of a generation, shape (n, objectives), or check them bit for bit.
@@ -322,6 +359,8 @@ class RunStore:
 
     def guide(self) -> list[GuideState]:
         """Return what the surrogate did, generation by generation; nothing where there is none."""
+        from evomerge.search.guide import GuideState  # imports scipy, which workers can do without
+
         query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
         return [
             GuideState(correlation=c, proposed=p, blocks=b, radius=r)
@@ -339,6 +378,7 @@ class RunStore:
                 "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)",
                 (role, position, entry.name, entry.recipe.hash),
             )
+        self.note("entry", role=role, position=position, name=entry.name, id=entry.recipe.hash[:ID])
 
     def trim_entries(self, role: str, count: int) -> None:
         """Forget the rows of a role from position `count` on: an earlier end of the run had more of them."""
@@ -374,6 +414,17 @@ class RunStore:
                     time.time(),
                 ),
             )
+        together = joined(parts)
+        self.note(
+            "scored",
+            id=recipe.hash[:ID],
+            split=together.split,
+            blocks=together.blocks,
+            scores={task.task: round(task.mean, 6) for task in together},
+            items=together.items,
+            seconds=round(timing.total, 3),
+            worker=timing.worker,
+        )
 
     def drop_scores(
         self, split: Split, recipes: Mapping[int, Sequence[str] | None], *, facts: Mapping[str, Any]
@@ -398,6 +449,7 @@ class RunStore:
             self._put_recipes(db, [recipe])
             row = (recipe.hash, split, failure.kind, failure.reason, time.time())
             db.execute("INSERT INTO failure VALUES (?, ?, ?, ?, ?)", row)
+        self.note("failed", id=recipe.hash[:ID], split=split, kind=failure.kind, reason=failure.reason)
 
     def forget_failures(self, count: int = 0) -> list[Failure]:
         """Forget what failed since the last success, and all the search made of it; return what it was.
@@ -581,12 +633,13 @@ class RunStore:
         """Return a hash of the contents: equal for equal runs, wherever and whenever they ran.
 
         Left out are timestamps, durations, what the clock had to say (facts `clock` and `stop`), how forward
-        passes are computed (fact `forward`), and the config as written (its places, budget and workers); what
-        of it changes results is in the fact `identity`.
+        passes are computed (fact `forward`), facts about the store itself, and the config as written (its
+        places, budget and workers); what of it changes results is in the fact `identity`.
         """
         found = hashlib.sha256()
+        aside = "'config', 'clock', 'stop', 'forward', 'full_hashes', 'migrated'"
         for query in (
-            "SELECT key, value FROM run WHERE key NOT IN ('config', 'clock', 'stop', 'forward') ORDER BY key",
+            f"SELECT key, value FROM run WHERE key NOT IN ({aside}) ORDER BY key",
             "SELECT hash, data FROM recipe ORDER BY hash",
             "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",
@@ -612,22 +665,9 @@ class RunStore:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One committed event; the session's clock moves with it."""
-        try:
-            with self._db as db:
-                yield db
-                db.execute("UPDATE session SET last = ? WHERE started = ?", (time.time(), self._session))
-        except sqlite3.OperationalError as error:
-            if "full" in str(error) or "disk I/O" in str(error):
-                raise DiskError(
-                    f"{self.folder / FILE}: could not be written: {error}",
-                    fix=f"free some room, then: evomerge resume {self.folder}",
-                ) from None
-            if "locked" in str(error) or "busy" in str(error):
-                raise StoreError(
-                    f"{self.folder / FILE}: another program has kept it locked for {_BUSY:.0f} seconds",
-                    fix=f"close what has it open, then: evomerge resume {self.folder}",
-                ) from None
-            raise
+        with disk(self.folder), self._db as db:
+            yield db
+            db.execute("UPDATE session SET last = ? WHERE started = ?", (time.time(), self._session))
 
     def _put_recipes(self, db: sqlite3.Connection, recipes: Sequence[Recipe]) -> None:
         # Without locations: models may be moved, and the config says where they are now.
@@ -647,49 +687,16 @@ def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -
     return np.frombuffer(tells[number][0], dtype="<f8").reshape(count, -1) if number in tells else None
 
 
-def _connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
-    mode = "ro" if readonly else "rwc"
-    if readonly and not path.with_name(f"{path.name}-wal").exists():
-        mode = "ro&immutable=1"  # nobody writes: read without leaving SQLite's own files behind
-    try:
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_BUSY)
-        if not readonly:
-            db.execute("PRAGMA journal_mode=WAL")  # `status` can read while the run writes
-            db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA foreign_keys=ON")
-    except sqlite3.DatabaseError as error:
-        raise _damaged(path.parent, str(error)) from None
-    return db
+def complete(tables: Set[str]) -> bool:
+    """Say whether these are all tables of a run store (versions under development may lack some)."""
+    return set(re.findall(r"CREATE TABLE (\w+)", _SCHEMA)) <= tables
 
 
-def _check_file(folder: Path) -> None:
-    if not RunStore.exists(folder):
-        raise StoreError(f"{folder}: no run here", expected=f"a folder with a {FILE}", fix="check the path")
-
-
-def _damaged(folder: Path, reason: str) -> StoreError:
-    return StoreError(
-        f"{folder / FILE}: the run store is damaged ({reason})",
-        fix="restore the file from a backup, or start a new run in another folder",
-    )
-
-
-def _take_lock(folder: Path) -> int:
-    """Hold the run for this process; the lock dies with it, however it dies."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-        os.close(handle)
-        raise StoreError(
-            f"{folder}: another process is working on this run",
-            got=holder or "a process that just started",
-            fix=f"wait for it or stop it; watch it with: evomerge status {folder}",
-        ) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return handle
+def lay_out(db: sqlite3.Connection) -> None:
+    """Make the tables of a run store in an empty database."""
+    db.executescript(_SCHEMA)
+    db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
 
 def _json(value: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.errors import ConfigError, DiskError, ModelError
-from evomerge.merging import fisher
+from evomerge.merging import drafts, fisher
 from evomerge.merging.engine import write
 from evomerge.merging.fisher import KIND, estimate
 from evomerge.merging.reading import read_recipe
@@ -198,7 +198,7 @@ def test_a_failed_write_leaves_nothing(
     def failing(path: Path) -> None:
         raise error
 
-    monkeypatch.setattr(fisher, "sync", failing)
+    monkeypatch.setattr(drafts, "sync", failing)
     with pytest.raises(DiskError if isinstance(error, OSError) else KeyboardInterrupt):
         estimate(models["a"], text, tmp_path / "out.st")
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]

@@ -121,6 +121,31 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
         assert again.has_ask(0)
 
 
+def test_a_reader_is_not_disturbed_by_a_writer_who_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path).close()
+    with RunStore.read(tmp_path) as reader:
+        before = reader.digest()
+        with RunStore.open(tmp_path) as writer:
+            writer.set_fact("late", 1)
+            assert reader.digest() == before
+        assert reader.digest() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", FILE]
+
+    read_bytes = Path.read_bytes
+
+    def meanwhile(path: Path) -> bytes:
+        content = read_bytes(path)
+        with RunStore.open(tmp_path) as writer:
+            writer.set_fact("later", 2)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", meanwhile)
+    with RunStore.read(tmp_path) as reader:
+        assert reader.fact("later") == 2
+
+
 def test_no_run_here(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no run here"):
         RunStore.read(tmp_path)

@@ -1,0 +1,41 @@
+"""Where the fork server's socket lies: in a folder that says whose it is, swept by the next run.
+
+`multiprocessing` removes its own at an orderly end only.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import util
+from pathlib import Path
+
+from evomerge.merging.drafts import own_folder
+
+_LONGEST = 60
+"""Characters of the folder: the socket's whole path must stay below 108."""
+
+
+@contextmanager
+def swept() -> Iterator[None]:
+    """Have what `multiprocessing` makes for its processes in this block lie in a folder of this process."""
+    before, tempfile.tempdir = tempfile.tempdir, _folder()
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+@functools.cache
+def _folder() -> str | None:
+    """Return the folder of this process, or None for the usual place where its path would be too long."""
+    folder = own_folder(Path(tempfile.gettempdir()), "evomerge")
+    if len(str(folder)) > _LONGEST:
+        folder.rmdir()
+        return None
+    # After multiprocessing has removed what it made in there, at -100.
+    util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-101)
+    return str(folder)

@@ -1,0 +1,83 @@
+"""Signals end a run in order: an exit code and how to go on, no process left, and a clean resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomerge import cli
+from tests.conftest import write_suite
+
+
+@pytest.fixture(scope="module")
+def found(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    import yaml
+
+    from tests.conftest import config_data
+
+    folder = tmp_path_factory.mktemp("signals")
+    write_suite(folder, generate=False)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config_data(tiny_zoo, folder, budget={"generations": 2}), sort_keys=False))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.running.signals", path, folder],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "kind"),
+    [
+        ("SIGTERM", 143, "Terminated"),  # to all processes, three times: as batch schedulers do
+        ("SIGHUP", 129, "Terminated"),
+        ("SIGINT", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_signal_ends_a_run_in_order(found: dict[str, Any], sent: str, code: int, kind: str) -> None:
+    struck = found["struck"][sent]
+    assert struck["code"] == code, struck["said"]
+    assert "everything scored so far is stored" in struck["said"]
+    assert "evomerge resume" in struck["said"]
+    assert "Traceback" not in struck["said"]
+    assert struck["processes"] >= 3
+    assert struck["orphans"] == []
+    assert struck["log"]["event"] == "stopped"
+    assert (struck["log"]["kind"], struck["log"]["reason"]) == (kind, sent)
+    assert struck["resumed"] == found["whole"]
+
+
+def test_a_run_that_goes_on_is_not_resumed_by_another(found: dict[str, Any]) -> None:
+    second = found["second"]
+    assert second["code"] == 2
+    assert "another process is working on this run" in second["said"]
+    assert f"process {second['holder']} on {socket.gethostname()}" in second["said"]
+    assert "evomerge status" in second["said"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    code = (
+        "import signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from evomerge import cli\n"
+        "with cli._signals():\n"
+        "    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
+        "    assert callable(signal.getsignal(signal.SIGTERM))\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert cli.PATIENCE > 0
