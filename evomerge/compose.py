@@ -27,6 +27,7 @@ from evomerge.merging import kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.running import executors, warm_start
 from evomerge.running.budget import Budget
+from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, RunStore
@@ -257,6 +258,7 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
             store.begin_session(versions())
             if store.fact("norms") is None:
                 store.set_fact("norms", norms)
+            scheduler = Scheduler(executor)
             if store.fact("stopped") is not None:
                 store.set_fact("stopped", None)  # a larger budget: the old winner no longer counts
             search = Search(
@@ -274,11 +276,12 @@ def _execute(prepared: Prepared, observer: Observer) -> Outcome:
                     layers=prepared.layers,
                     warm=prepared.warm,
                 ),
-                scorer=Scorer(store, executor, observer),
+                scorer=Scorer(store, scheduler, observer),
                 journal=store,
                 budget=Budget(prepared.config.budget, store.hours),
                 observer=observer,
-                slopes=Slopes(store, executor, observer),
+                slopes=Slopes(store, scheduler, observer),
+                ahead=Foresight(store, scheduler),
             )
             outcome = search.run()
             store.set_fact("stopped", outcome.stopped)

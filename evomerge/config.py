@@ -136,7 +136,7 @@ class RunConfig(Strict):
         for name in ("budget", "out", "suite"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
-        for name in ("name", "workers", "threads", "timeout", "low_memory"):
+        for name in ("name", "workers", "threads", "timeout", "low_memory", "address", "resources"):
             del data["executor"][name]
         if not self.tokenizer:
             del data["tokenizer"]  # runs begun before this setting existed keep their identity

@@ -141,9 +141,10 @@ class NonFiniteScores(NonFiniteError):  # noqa: N818  # names what was found, as
 class Failure:
     """What there is instead of Scores when a candidate could not be scored.
 
-    kind: "error" (it raised), "crash" (its worker died), "timeout" or "non_finite".
+    kind: "error" (it raised), "crash" (its worker died), "timeout", "non_finite" or "out_of_memory" (of a
+    device, at the smallest batch size that is tried).
     reason: one line for the user.
     """
 
-    kind: Literal["error", "crash", "timeout", "non_finite"]
+    kind: Literal["error", "crash", "timeout", "non_finite", "out_of_memory"]
     reason: str

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from evomerge.errors import NonFiniteError, UserError
@@ -23,6 +23,10 @@ class Job:
     recipe: Recipe
     split: Split
     blocks: tuple[int, ...] = (0,)
+
+    def part(self, blocks: Sequence[int]) -> Job:
+        """Return the job on some of its blocks."""
+        return replace(self, blocks=tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +152,8 @@ class Worker:
 def failure_of(error: Exception) -> Failure:
     """Return the Failure that stands for an exception in the store and in messages."""
     reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Failure(kind="out_of_memory", reason="out of memory")
     lines = reason.strip().splitlines() or [type(error).__name__]
     kind: Literal["non_finite", "error"] = "non_finite" if isinstance(error, NonFiniteError) else "error"
     return Failure(kind=kind, reason=lines[0][:500])
