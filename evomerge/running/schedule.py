@@ -4,10 +4,11 @@ Three things are done, none of which changes a score, because scores belong to (
 
 - **Longest first.** Jobs are handed out by the time they are expected to take: what a merge and an item
   block of each split took so far.
-- **Blocks as jobs.** A free worker gets a candidate's blocks as long as these are no more than its share of
-  all that is left (1 / workers: guided self-scheduling, Polychronopoulos & Kuck 1987, *IEEE Trans. Computers*
-  36), so the last pieces of a batch are the smallest. A piece costs a merge of its own, so it is at least
-  WORTH times as long as one. Pieces are put together again; one that fails is its candidate's failure.
+- **Blocks as jobs.** A free worker gets one block of a candidate at a time, then goes on with the same one,
+  whose weights it has. The candidate that will take longest, judged by its own blocks so far, gets help where
+  no fresh one is left or all would wait for it, if the help takes WORTH times as long as the merge it costs.
+  Where no help could be worth that, a worker gets all blocks at once. Pieces are put together again; one that
+  fails is its candidate's failure.
 - **Spare work.** What is certain to be asked for later is given to workers that have nothing else to do.
   Nobody waits for it: its results go to the store, where the later phase finds them; what is still under way
   by then is waited for instead of done twice. A failure is forgotten: the later phase meets it again.
@@ -37,30 +38,24 @@ class Pace:
     """Running means of what merging and scoring took, in seconds."""
 
     def __init__(self) -> None:
-        self._merge: float | None = None
-        self._blocks: dict[Split, float] = {}
+        self.merge: float | None = None
+        self.blocks: dict[Split, float] = {}
 
-    def learn(self, result: Result) -> None:
-        """Take note of what a job took."""
+    def learn(self, result: Result, *, warm: bool = False) -> None:
+        """Take note of what a job took. warm: its worker had the weights."""
         timing, job = result.timing, result.job
         if timing is None or isinstance(job, GradientJob):
             return
-        self._merge = _mean(self._merge, timing.merge)
+        if not warm:
+            self.merge = _mean(self.merge, timing.merge)
         block = (timing.total - timing.merge) / len(job.blocks)
-        self._blocks[job.split] = _mean(self._blocks.get(job.split), block)
+        self.blocks[job.split] = _mean(self.blocks.get(job.split), block)
 
     def expected(self, job: AnyJob) -> float:
         """Return how long a job will take; in unknown units where nothing is known of its split."""
         if isinstance(job, GradientJob):
             return math.inf
-        return (self._merge or 0.0) + len(job.blocks) * self._blocks.get(job.split, 1.0)
-
-    def least(self, split: Split) -> float:
-        """Return how many blocks a piece must have to be worth its merge; infinite while that is unknown."""
-        block = self._blocks.get(split)
-        if block is None or self._merge is None:
-            return math.inf
-        return max(1, math.ceil(WORTH * self._merge / block)) if block > 0 else math.inf
+        return (self.merge or 0.0) + len(job.blocks) * self.blocks.get(job.split, 1.0)
 
 
 def _mean(past: float | None, now: float) -> float:
@@ -69,12 +64,17 @@ def _mean(past: float | None, now: float) -> float:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Wanted:
-    """A job somebody waits for. left: blocks not handed out. out: pieces under way. pieces: those done."""
+    """A job somebody waits for.
+
+    left: blocks not handed out. out: pieces under way. pieces: those done. block: seconds of one of its own
+    blocks, None while unknown.
+    """
 
     job: AnyJob
     left: tuple[int, ...]
     out: int = 0
     pieces: list[Result] = field(default_factory=list)
+    block: float | None = None
 
 
 class Scheduler:
@@ -83,10 +83,14 @@ class Scheduler:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._pace = Pace()
-        self._queue: list[_Wanted] = []
+        self._fresh: collections.deque[_Wanted] = collections.deque()
+        self._begun: list[_Wanted] = []
+        """Those with blocks that are not handed out: all, and some."""
         self._open: set[_Wanted] = set()
         self._under_way: dict[Hashable, _Wanted] = {}
         """Pieces handed out, by key."""
+        self._warm: set[Hashable] = set()
+        """Those of them whose worker has the weights."""
         self._spare: collections.deque[Job] = collections.deque()
         self._keep: dict[Hashable, Callable[[Result], None]] = {}
         """What happens to the results of spare jobs, by key."""
@@ -100,7 +104,7 @@ class Scheduler:
         self._begin(jobs)
         while self._open:
             found = False
-            for result in self._executor.run(self._orders()):
+            for result in self._executor.run(self):
                 found = True
                 done = self._take(result)
                 if done is not None:
@@ -138,42 +142,86 @@ class Scheduler:
         for key in asked.keys() - self._given:
             self._keep.pop(key, None)
         rest = [each for key, each in asked.items() if key not in self._adopted]
-        self._queue = sorted(rest, key=lambda each: -self._pace.expected(each.job))
+        rest.sort(key=lambda each: -self._pace.expected(each.job))
+        self._fresh, self._begun = collections.deque(rest), []
 
-    def _orders(self) -> Iterator[AnyJob]:
-        """Yield the next job whenever a worker is free."""
-        while self._queue:
-            yield self._next_piece()
-        while self._spare and self._workers > 1:
+    def after(self, last: AnyJob | None) -> AnyJob | None:
+        """Return the next job for a worker whose last one was `last`; a scheduler is its own `Orders`."""
+        wanted, count = self._choose(last)
+        if wanted is not None:
+            return self._piece(wanted, count, last)
+        if self._spare and self._workers > 1:
             job = self._spare.popleft()
             self._given.add(key_of(job))
-            yield job
+            return job
+        return None
 
-    def _next_piece(self) -> AnyJob:
-        wanted = self._queue[0]
+    def __iter__(self) -> Iterator[AnyJob]:
+        last: AnyJob | None = None
+        while (last := self.after(last)) is not None:
+            yield last
+
+    def _choose(self, last: AnyJob | None) -> tuple[_Wanted | None, int]:
+        """Return what a worker should do next, and how many blocks of it."""
+        own = next(
+            (each for each in self._begun if last is not None and each.job.recipe is last.recipe), None
+        )
+        others = [each for each in self._begun if each is not own]
+        longest = max(others, key=self._rest, default=None)
+        if longest is not None and ((own is None and not self._fresh) or self._awaited(longest)):
+            worth = self._worth(longest)
+            if worth <= len(longest.left):
+                return longest, int(worth)
+        if own is not None:
+            return own, self._at_once(own)
+        if self._fresh:
+            wanted = self._fresh.popleft()
+            self._begun.append(wanted)
+            return wanted, self._at_once(wanted)
+        return next((each for each in self._begun if not each.out), None), 1  # its worker helps others
+
+    def _piece(self, wanted: _Wanted, count: int, last: AnyJob | None) -> AnyJob:
+        """Cut off a piece of a job and note that it is under way."""
         piece = wanted.job
         if isinstance(piece, Job):
-            count = self._share(wanted, piece.split)
             piece = piece.part(wanted.left[:count])
             wanted.left = wanted.left[count:]
-        if not wanted.left or isinstance(piece, GradientJob):
-            self._queue.pop(0)
+        if not wanted.left:
+            self._begun.remove(wanted)
         wanted.out += 1
         self._under_way[key_of(piece)] = wanted
+        if last is not None and last.recipe is piece.recipe:
+            self._warm.add(key_of(piece))
         return piece
 
-    def _share(self, wanted: _Wanted, split: Split) -> int:
-        """Return how many of a candidate's blocks the next free worker gets."""
-        whole, least = len(wanted.left), self._pace.least(split)
-        count = max(math.ceil(sum(len(each.left) for each in self._queue) / self._workers), least)
-        return whole if whole - count < least else int(count)
+    def _at_once(self, wanted: _Wanted) -> int:
+        """Return how many of a candidate's blocks its worker gets: one if others might help, else all."""
+        return 1 if self._workers > 1 and self._worth(wanted) < len(wanted.left) else len(wanted.left)
+
+    def _awaited(self, wanted: _Wanted) -> bool:
+        """Say whether one worker alone would need longer for a candidate than all for all that is left."""
+        fresh = sum(len(each.left) * self._block(each) for each in self._fresh)
+        return self._rest(wanted) * self._workers > fresh + sum(map(self._rest, self._begun))
+
+    def _rest(self, wanted: _Wanted) -> float:
+        return len(wanted.left) * self._block(wanted)
+
+    def _block(self, wanted: _Wanted) -> float:
+        """Return how long a block of a candidate takes, in seconds if that is known."""
+        return wanted.block or self._pace.blocks.get(wanted.job.split, 1.0)
+
+    def _worth(self, wanted: _Wanted) -> float:
+        """Return how many blocks are worth a merge of their own; infinite while that is unknown."""
+        merge, known = self._pace.merge, wanted.block or self._pace.blocks.get(wanted.job.split)
+        return math.inf if merge is None or not known else max(1, math.ceil(WORTH * merge / known))
 
     # -- taking in ----------------------------------------------------------------------------------
 
     def _take(self, result: Result) -> Result | None:
         """Deal with one result; return that of a job somebody waits for, once it is whole."""
-        self._pace.learn(result)
         key = key_of(result.job)
+        self._pace.learn(result, warm=key in self._warm)
+        self._warm.discard(key)
         if key in self._given:
             self._given.remove(key)
             keep = self._keep.pop(key)
@@ -184,7 +232,7 @@ class Scheduler:
                     keep(result)
                 return None
             if not scored:
-                self._queue.append(wanted)  # as if it had never been tried
+                self._fresh.append(wanted)  # as if it had never been tried
                 return None
             self._open.remove(wanted)
             return dataclasses.replace(result, job=wanted.job)
@@ -193,9 +241,11 @@ class Scheduler:
         wanted = self._under_way.pop(key)
         wanted.out -= 1
         wanted.pieces.append(result)
+        if result.timing is not None and isinstance(result.job, Job):
+            wanted.block = (result.timing.total - result.timing.merge) / len(result.job.blocks)
         if isinstance(result.outcome, Failure) and wanted.left:
-            wanted.left = ()
-            self._queue.remove(wanted)
+            wanted.left = ()  # what is under way are the earlier blocks
+            self._begun.remove(wanted)
         if wanted.out or wanted.left:
             return None
         self._open.remove(wanted)

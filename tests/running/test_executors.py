@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from evomerge import compose
+from evomerge.cli import app
+from evomerge.config import RunConfig
+from evomerge.delivery.progress import Silent
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores
+from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Executor, Inline, LocalProcesses
 from evomerge.running.executors.ray_actors import RayActors
+from evomerge.running.store import RunStore, Timing
 from evomerge.running.worker import Job
+from tests.conftest import config_data, write_suite
 from tests.running.fakes import (
     CRASH,
     DIE_ONCE,
@@ -230,3 +244,185 @@ def test_closing_in_the_middle_leaves_no_process(build: Build, tmp_path: Path) -
     next(running)
     executor.close()
     assert all(gone(pid) for pid in pids)
+
+
+# -- Ray alone ----------------------------------------------------------------------------------------
+
+
+def test_what_only_a_lost_node_had_is_scored_elsewhere(ray_cluster: Any, tmp_path: Path) -> None:
+    """Two workers, one on a node that goes away in the middle of a candidate."""
+    node = ray_cluster.add_node(num_cpus=1, resources={"seat": 1}, object_store_memory=80 * 2**20)
+    other = ray_cluster.add_node(num_cpus=1, resources={"seat": 1}, object_store_memory=80 * 2**20)
+    executor = ray(needs={"CPU": 1.0, "seat": 1.0}, workers=None, timeout=60)
+    try:
+        assert executor.workers == 2
+        both_processes(executor, tmp_path / "meeting")
+        folder = tmp_path / "again"
+        folder.mkdir()
+        running = executor.run([*jobs(MEET, base=str(folder)), *jobs(1, 2, 3)])
+        found = [next(running)]  # one works, one waits for a second in vain
+        ray_cluster.remove_node(node)
+        (folder / "second").touch()
+        found += running
+        assert {result.job.recipe.seed for result in found} == {MEET, 1, 2, 3}
+        assert all(isinstance(result.outcome, Scores) for result in found)
+    finally:
+        executor.close()
+        ray_cluster.remove_node(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"needs": {"CPU": 1.0, "warp": 1.0}}, "no node of the Ray cluster has room for a worker"),
+        ({"needs": {"CPU": 64.0}}, "a node with CPU 64"),
+    ],
+)
+def test_a_cluster_without_what_a_worker_needs(ray_cluster: Any, changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ray(**changes)
+
+
+def test_models_must_lie_at_the_same_place_on_every_node(ray_cluster: Any) -> None:
+    worker = dataclasses.replace(spec(), models={"base": "/nowhere/base", "a": "/nowhere/base+/nowhere/lora"})
+    with pytest.raises(UserError, match=r"node \S+ of the Ray cluster lacks /nowhere/base") as error:
+        RayActors(worker, address="auto", needs={"CPU": 1.0}, workers=1, timeout=5, worker=Obedient)
+    assert "3 of 3 missing there" in str(error.value)
+
+
+def test_without_ray_there_is_one_sentence(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    path = config(generate=False, executor={"name": "ray"})
+    result = CliRunner().invoke(app, ["run", str(path)])
+    assert result.exit_code == 2
+    assert "ray is not installed" in result.output
+    assert "pip install 'evomerge[ray]'" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cluster_that_is_not_there_is_the_users_business() -> None:
+    """In a process of its own, because this one is connected to a cluster."""
+    code = """
+from evomerge.errors import UserError
+from tests.running.test_executors import ray
+try:
+    ray(address="127.0.0.1:1")
+except UserError as error:
+    print(error.what)
+"""
+    done = python(code)
+    assert done.stdout == "executor.address: no Ray cluster at '127.0.0.1:1'\n", done
+
+
+def test_a_ray_of_our_own_ends_with_us() -> None:
+    """Both ways: closed in the middle of a job, and by the death of the driver."""
+    code = """
+import os, signal, sys
+from tests.running.test_executors import HANG, jobs, ray
+if __name__ == "__main__":
+    executor = ray(address="local", timeout=60)
+    results = list(executor.run(jobs(1, 2, 3)))
+    print(len(results), os.environ["RAY_SESSION_TEST"])
+    running = executor.run(jobs(1, HANG, HANG))
+    next(running)
+    if sys.argv[1] == "closed":
+        executor.close()
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for end in ("closed", "killed"):
+        mark = f"{os.getpid()}-{end}"
+        done = python(code, end, RAY_SESSION_TEST=mark)
+        assert done.stdout.split() == ["3", mark], done
+        assert done.stderr == ""
+        deadline = time.monotonic() + 20
+        while (left := marked(mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left, left
+
+
+def python(code: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of a few lines."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *words],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def marked(value: str) -> list[str]:
+    """Return the command lines of all processes with RAY_SESSION_TEST=value in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdecimal() and f"RAY_SESSION_TEST={value}".encode() in (
+                folder / "environ"
+            ).read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+    return found
+
+
+# -- a run --------------------------------------------------------------------------------------------
+
+
+class Murderer(Silent):
+    """Kills the workers when the sixth result arrives, in the middle of the baselines."""
+
+    def __init__(self, victims: Callable[[], set[int]]) -> None:
+        self.scores, self.killed = 0, 0
+        self.victims, self.before = victims, victims()
+
+    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
+        self.scores += 1
+        if self.scores == 6:
+            for pid in self.victims() - self.before:
+                os.kill(pid, signal.SIGKILL)
+                self.killed += 1
+
+
+def children() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+def acting() -> set[int]:
+    """Return the processes of Ray actors."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdecimal() and (folder / "cmdline").read_bytes().startswith(b"ray::Actor"):
+                found.add(int(folder.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in this process."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return ran(tiny_zoo, folder, {"name": "inline"}, Silent())
+
+
+def ran(zoo: Path, folder: Path, executor: dict[str, Any], observer: Any) -> Path:
+    write_suite(folder, generate=False)
+    executor = {"threads": 1, "batch_size": 32, **executor}
+    data = config_data(zoo, folder, budget={"generations": 1}, executor=executor)
+    (folder / "config.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    compose.start(RunConfig.load(folder / "config.yaml"), observer)
+    return folder / "run"
+
+
+@over(WITH_WORKERS)
+def test_a_run_whose_workers_are_killed_in_the_middle_ends_in_the_same_bits(
+    build: Build, unbroken: Path, tiny_zoo: Path, tmp_path: Path
+) -> None:
+    """Also with the spare work that idle workers do: `test` scores of what is certain to be tested."""
+    watched = Murderer({"local": children, "ray": acting}[build.__name__])
+    folder = ran(tiny_zoo, tmp_path, {"name": build.__name__, "workers": 2}, watched)
+    assert watched.killed
+    with RunStore.read(unbroken) as plain, RunStore.read(folder) as store:
+        assert store.failures() == []
+        assert store.digest() == plain.digest()

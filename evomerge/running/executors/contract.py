@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from evomerge.running.worker import GradientJob, Job, Result, WorkerSpec
 
@@ -26,14 +26,25 @@ class Executor(Protocol):
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes.
 
-        jobs: asked for the next one only when a worker is free for it. Where the results are not taken to
-        the end, what is under way goes on, and the next call yields those results too.
+        jobs: asked for the next one only when a worker is free for it; they may be `Orders`. Where the
+            results are not taken to the end, what is under way goes on, and the next call yields it too.
         """
         ...
 
     def close(self) -> None:
         """Stop all work and leave no process behind."""
         ...
+
+
+@runtime_checkable
+class Orders(Protocol):
+    """Jobs that depend on who asks: what a worker has in its live model is cheap for it to go on with."""
+
+    def after(self, last: AnyJob | None) -> AnyJob | None:
+        """Return the next job for a worker whose last one was `last`, or None if there is none now."""
+        ...
+
+    def __iter__(self) -> Iterator[AnyJob]: ...
 
 
 def key_of(job: AnyJob) -> Hashable:

@@ -17,7 +17,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure
-from evomerge.running.executors.contract import AnyJob, key_of
+from evomerge.running.executors.contract import AnyJob, Orders, key_of
 from evomerge.running.worker import Result
 
 H = TypeVar("H")
@@ -82,6 +82,20 @@ class _Member(Generic[H]):
     deadline: float
     ready: bool = False
     job: AnyJob | None = None
+    last: AnyJob | None = None
+
+
+class _InOrder:
+    """Jobs whoever asks."""
+
+    def __init__(self, jobs: Iterable[AnyJob]) -> None:
+        self._jobs = iter(jobs)
+
+    def after(self, last: AnyJob | None) -> AnyJob | None:
+        return next(self._jobs, None)
+
+    def __iter__(self) -> Iterator[AnyJob]:
+        return self._jobs
 
 
 class Pool(Generic[H]):
@@ -109,11 +123,11 @@ class Pool(Generic[H]):
 
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs, keeping every worker busy; yield results as they complete."""
-        source = iter(jobs)
+        orders = jobs if isinstance(jobs, Orders) else _InOrder(jobs)
         while True:
             while self._done:  # also of an earlier call that was left early
                 yield self._done.popleft()
-            self._employ(source)
+            self._employ(orders)
             if not self._waiting and not any(member.job for member in self._members):
                 return
             self._listen()
@@ -126,7 +140,7 @@ class Pool(Generic[H]):
         self._waiting.clear()
         self._backend.close(idle, busy)
 
-    def _employ(self, source: Iterator[AnyJob]) -> None:
+    def _employ(self, orders: Orders) -> None:
         """Give idle workers their next jobs; start workers while there are more jobs than idle ones."""
         while True:
             idle = next((m for m in self._members if m.ready and m.job is None), None)
@@ -141,13 +155,13 @@ class Pool(Generic[H]):
                 return
             elif not idle and len(self._waiting) > starting:
                 self._start()
-            elif (job := next(source, None)) is not None:
+            elif (job := orders.after(idle.last if idle else None)) is not None:
                 self._waiting.append(job)
             else:
                 return
 
     def _give(self, member: _Member[H], job: AnyJob) -> None:
-        member.job = job
+        member.job = member.last = job
         member.deadline = self._backend.now() + self._timeout
         self._backend.give(member.handle, job)
 

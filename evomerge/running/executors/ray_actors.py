@@ -246,10 +246,13 @@ def _connect(ray: Any, address: str, cpus: int) -> bool:
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         options |= {"num_cpus": max(cores(), cpus)}  # the user said how many workers share the cores
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdecimal() and "//" not in host:  # Ray itself would go on trying for minutes
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
         with _quiet():
             ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"executor.address: no Ray cluster at {address!r}",
             expected="auto (on a machine of a cluster), local, or HOST:PORT",
