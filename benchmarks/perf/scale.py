@@ -8,8 +8,8 @@
 `cluster` runs the real scheduler and pool on a simulated clock. A candidate's merge takes 15 s, each of its
 16 item blocks 30 s on average. Candidates differ, lognormal with a sigma of 1: the slowest hundredth takes
 ten times the median, as a merge does that babbles to the length limit; nobody knows beforehand which. Its
-blocks differ by 25 % from each other. In 2 % of the jobs the worker dies on the way, what it did is lost, and its
-successor takes 60 s to start. The workload is that of a run: references, baselines with the greedy soup's
+blocks differ by 25 % from each other. In 2 % of the jobs the worker dies on the way, what it did is lost, and
+its successor takes 60 s to start. The workload is that of a run: references, baselines with the greedy soup's
 steps one by one, generations. Busy is the time of jobs that ended with a result.
 Not covered: Ray's own scheduling, networks, GPUs.
 """
@@ -275,24 +275,19 @@ def simulate(
     pool = Pool(cluster, workers=workers, timeout=math.inf)
     scheduler = Scheduler(pool)
     spare = [Job(recipe=recipe(10**6 + i), split="test", blocks=tuple(range(4))) for i in range(26)]
+    kept: set[str] = set()
     if not plain:
-        scheduler.later(spare, lambda result: None)
+        scheduler.later(spare, lambda result: kept.add(result.job.recipe.hash))
     before = (0.0, 0.0)
     for position, batch in enumerate(batches(population, generations)):
         if position == 6:
             before = (cluster.clock, cluster.useful)
         list(pool.run(batch) if plain else scheduler.run(batch))
     end = (cluster.clock, cluster.useful)
-    if plain:
-        list(pool.run(spare))
-    else:
-        list(scheduler.run([job for job in spare if job in scheduler._spare or _given(scheduler, job)]))
+    left = [job for job in spare if job.recipe.hash not in kept]
+    list(pool.run(left) if plain else scheduler.run(left))
     whole = cluster.useful / (workers * cluster.clock)
     return whole, (end[1] - before[1]) / (workers * (end[0] - before[0])), cluster
-
-
-def _given(scheduler: Scheduler, job: Job) -> bool:
-    return any(job == other for other in scheduler._given)
 
 
 def cluster(workers: int, generations: int) -> float:
