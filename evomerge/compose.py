@@ -197,17 +197,19 @@ def probe(prepared: Prepared) -> Probe:
 
     estimate: seconds the whole run would take, None where only time limits it.
     """
-    inline = executors.Inline(prepared.worker)
     items: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    for split in SPLITS:
-        job = Job(recipe=prepared.template, split=split, blocks=prepared.worker.blocks_of(split))
-        _, result = inline.run([job, job])  # the first time warms caches
-        if isinstance(result.outcome, Failure):
-            raise UserError(f"the uniform average could not be scored on {split}: {result.outcome.reason}")
-        assert isinstance(result.outcome, Scores)
-        assert result.timing is not None
-        items[split], seconds[split] = result.outcome.items, result.timing.total
+    with executors.trial(prepared.config.executor, prepared.worker) as executor:
+        for split in SPLITS:
+            job = Job(recipe=prepared.template, split=split, blocks=prepared.worker.blocks_of(split))
+            _, result = executor.run([job, job])  # the first time warms caches
+            if isinstance(result.outcome, Failure):
+                raise UserError(
+                    f"the uniform average could not be scored on {split}: {result.outcome.reason}"
+                )
+            assert isinstance(result.outcome, Scores)
+            assert result.timing is not None
+            items[split], seconds[split] = result.outcome.items, result.timing.total
     config, workers = prepared.config, executors.worker_count(prepared.config.executor)
     searched = _searched(prepared, items["search"])
     estimate = None

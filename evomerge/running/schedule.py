@@ -243,7 +243,7 @@ class Scheduler:
         wanted.pieces.append(result)
         if result.timing is not None and isinstance(result.job, Job):
             wanted.block = (result.timing.total - result.timing.merge) / len(result.job.blocks)
-        if isinstance(result.outcome, Failure) and wanted.left:
+        if not isinstance(result.outcome, Scores) and wanted.left:
             wanted.left = ()  # what is under way are the earlier blocks
             self._begun.remove(wanted)
         if wanted.out or wanted.left:
@@ -259,23 +259,20 @@ def _whole(wanted: _Wanted) -> Result:
     assert isinstance(wanted.job, Job)
     order = {block: position for position, block in enumerate(wanted.job.blocks)}
     pieces = sorted(wanted.pieces, key=lambda piece: order[_first_block(piece.job)])
+    parts: list[Scores] = []
     for piece in pieces:
-        if isinstance(piece.outcome, Failure):
-            return dataclasses.replace(piece, job=wanted.job)
-    parts = [part for piece in pieces for part in (piece.parts or (piece.outcome,))]
+        parts += piece.parts or ([piece.outcome] if isinstance(piece.outcome, Scores) else [])
     timings = [piece.timing for piece in pieces if piece.timing is not None]
-    scores = [part for part in parts if isinstance(part, Scores)]
-    return Result(
-        job=wanted.job,
-        outcome=joined(scores),
-        timing=Timing(
-            total=sum(timing.total for timing in timings),
-            merge=sum(timing.merge for timing in timings),
-            forward=sum(timing.forward for timing in timings),
-            worker=timings[-1].worker,
-        ),
-        parts=tuple(scores),
+    failed = next((piece for piece in pieces if isinstance(piece.outcome, Failure)), None)
+    if failed is not None:
+        return dataclasses.replace(failed, job=wanted.job)
+    timing = Timing(
+        total=sum(timing.total for timing in timings),
+        merge=sum(timing.merge for timing in timings),
+        forward=sum(timing.forward for timing in timings),
+        worker=timings[-1].worker,
     )
+    return Result(job=wanted.job, outcome=joined(parts), timing=timing, parts=tuple(parts))
 
 
 def _first_block(job: AnyJob) -> int:

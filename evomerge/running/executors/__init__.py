@@ -7,6 +7,8 @@ worker, so that a mistake in models or suite shows before anything is stored.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -27,6 +29,7 @@ __all__ = [
     "Runs",
     "build",
     "resolve",
+    "trial",
     "worker_count",
 ]
 
@@ -87,6 +90,17 @@ def build(spec: ExecutorSpec, worker: WorkerSpec) -> Executor:
             anywhere=spec.device == "auto",
         )
     return LocalProcesses(worker, workers=worker_count(spec), timeout=spec.timeout)
+
+
+@contextlib.contextmanager
+def trial(spec: ExecutorSpec, worker: WorkerSpec) -> Iterator[Executor]:
+    """Give a single worker where a run's would be, for a while: in this process, or on the Ray cluster."""
+    alone = spec.model_copy(update={"workers": 1})
+    executor = build(alone, worker) if spec.name == "ray" else Inline(worker)
+    try:
+        yield executor
+    finally:
+        executor.close()
 
 
 def worker_count(spec: ExecutorSpec) -> int:
