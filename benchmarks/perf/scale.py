@@ -68,7 +68,14 @@ def workers(evaluations: int) -> float:
             with RunStore.read(Path(folder) / str(count)) as store:
                 hours[count] = store.hours()
                 scored = len(store.scored_blocks("search"))
-            print(f"{count} workers of one thread: {3600 * hours[count]:.1f} s for {scored} candidates")
+                splits: tuple[Split, ...] = ("search", "select", "test")
+                work = sum(each.total for split in splits for each in store.timings(split).values())
+            busy = work / (3600 * hours[count] * count)
+            print(
+                f"{count} workers of one thread: {3600 * hours[count]:.1f} s for {scored} candidates, "
+                f"busy {busy:.3f} of the time",
+                flush=True,
+            )
     return hours[1] / hours[2]
 
 

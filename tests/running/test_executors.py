@@ -26,9 +26,10 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Executor, Inline, LocalProcesses
-from evomerge.running.executors.ray_actors import RayActors
+from evomerge.running.executors.pool import Died
+from evomerge.running.executors.ray_actors import Actors, RayActors
 from evomerge.running.store import RunStore, Timing
-from evomerge.running.worker import Job
+from evomerge.running.worker import Job, Result
 from tests.conftest import config_data, write_suite
 from tests.running.fakes import (
     CRASH,
@@ -269,6 +270,60 @@ def test_what_only_a_lost_node_had_is_scored_elsewhere(ray_cluster: Any, tmp_pat
     finally:
         executor.close()
         ray_cluster.remove_node(other)
+
+
+class Flaky:
+    """Stands in for Ray: actors that answer, or are out of reach for a while."""
+
+    def __init__(self, exceptions: Any, answers: list[Any]) -> None:
+        self.exceptions, self.answers, self.sent = exceptions, answers, 0
+
+    def remote(self, *_: object) -> Any:
+        self.sent += 1
+        return self
+
+    def options(self, **_: object) -> Any:
+        return self
+
+    @property
+    def begin(self) -> Flaky:
+        return self
+
+    process = run = begin
+
+    def get(self, *_: object, timeout: float = 0) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def wait(self, answers: list[Any], **_: object) -> Any:
+        return answers, []
+
+
+def test_an_actor_out_of_reach_is_asked_again_with_growing_pauses(ray_cluster: Any) -> None:
+    import ray.exceptions as exceptions
+
+    def away() -> Exception:
+        return exceptions.ActorUnavailableError("no connection", None)
+
+    (job,) = jobs(1)
+    for answers, expected, sent in (
+        ([away(), away(), 17, Result(job=job, outcome=scores(1))], [Result], 3),  # back after two questions
+        ([away(), exceptions.ActorDiedError()], [Died], 2),
+        ([exceptions.ActorDiedError()], [Died], 1),
+    ):
+        fake = Flaky(exceptions, answers)
+        actors = Actors(fake, spec(), Obedient, {"CPU": 1.0})
+        worker = actors.start("0", 0)
+        actors.give(worker, job)
+        fake.sent = 1
+        found = actors.wait([worker], 1.0)
+        while not found:
+            found = actors.wait([worker], 1.0)
+        assert [type(message) for _, message in found] == expected
+        assert fake.answers == []
+        assert fake.sent >= sent
 
 
 @pytest.mark.parametrize(
