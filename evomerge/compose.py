@@ -37,6 +37,7 @@ from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
 from evomerge.running.clock import Clock, moment, shown
 from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Forecast, Watch, Work
 from evomerge.running.log import Logged, RunLog
+from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore
@@ -267,24 +268,25 @@ def probe(prepared: Prepared) -> Probe:
     A third one goes before them, because the first of a process is slower than the rest.
     """
     _check_time(prepared)
-    inline = executors.Inline(prepared.worker)
     items: dict[str, int] = {}
     seconds: dict[Split, float] = {}
-    for split in SPLITS:
-        places = (0.5, 0.3, 0.7) if split == "search" else (0.3, 0.7)
-        found = list(inline.run([_trial(prepared, place, split) for place in places]))[-2:]
-        scored = [result for result in found if isinstance(result.outcome, Scores)]
-        if not scored:
-            (failure,) = {r.outcome.reason for r in found[:1] if isinstance(r.outcome, Failure)}
-            raise UserError(
-                f"no candidate could be scored on {split}: {failure}",
-                expected="one of two points of the search space to work",
-                fix="narrow the space to what can be scored",
-            )
-        for result in scored:
-            assert isinstance(result.outcome, Scores)
-            items[split] = result.outcome.items
-        seconds[split] = sum(r.timing.total for r in scored if r.timing is not None) / len(scored)
+    with executors.trial(prepared.config.executor, prepared.worker) as executor:
+        for split in SPLITS:
+            places = (0.5, 0.3, 0.7) if split == "search" else (0.3, 0.7)
+            jobs = [_trial(prepared, place, split) for place in places]
+            found = list(executor.run(jobs))[-2:]
+            scored = [result for result in found if isinstance(result.outcome, Scores)]
+            if not scored:
+                (failure,) = {r.outcome.reason for r in found[:1] if isinstance(r.outcome, Failure)}
+                raise UserError(
+                    f"no candidate could be scored on {split}: {failure}",
+                    expected="one of two points of the search space to work",
+                    fix="narrow the space to what can be scored",
+                )
+            for result in scored:
+                assert isinstance(result.outcome, Scores)
+                items[split] = result.outcome.items
+            seconds[split] = sum(r.timing.total for r in scored if r.timing is not None) / len(scored)
     return _estimated(prepared, items, seconds)
 
 
@@ -403,13 +405,14 @@ def _execute(
             budget = _budget(store, spec, clock, forecast)
             if store.fact("norms") is None:
                 store.set_fact("norms", norms)
+            scheduler = Scheduler(executor)
             if store.fact("stopped") is not None:
                 store.set_fact("stopped", None)  # a larger budget: the old winner no longer counts
             with tried_again(store):
                 outcome = begun_again(
                     store,
                     prepared.worker.batch_size,
-                    lambda batches: _search(prepared, store, executor, observer, budget, batches).run(),
+                    lambda batches: _search(prepared, store, scheduler, observer, budget, batches).run(),
                 )
             store.set_fact("stopped", outcome.stopped)
             winner = outcome.winner
@@ -422,7 +425,7 @@ def _execute(
 def _search(
     prepared: Prepared,
     store: RunStore,
-    executor: executors.Executor,
+    scheduler: Scheduler,
     observer: Observer,
     budget: Budget,
     batches: Batches,
@@ -442,11 +445,12 @@ def _search(
             layers=prepared.layers,
             warm=prepared.warm,
         ),
-        scorer=Scorer(store, executor, observer, batches, failures=prepared.config.budget.failures),
+        scorer=Scorer(store, scheduler, observer, batches, failures=prepared.config.budget.failures),
         journal=store,
         budget=budget,
         observer=observer,
-        slopes=Slopes(store, executor, observer, batches),
+        slopes=Slopes(store, scheduler, observer, batches),
+        ahead=Foresight(store, scheduler, batches),
     )
 
 

@@ -176,7 +176,7 @@ class RunConfig(Strict):
         for name in ("budget", "out", "suite", "tracking"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
-        for name in ("name", "workers", "threads", "timeout", "low_memory"):
+        for name in ("name", "workers", "threads", "timeout", "low_memory", "address", "resources"):
             del data["executor"][name]
         if self.executor.generation == "transformers":
             del data["executor"]["generation"]  # runs begun before this setting existed keep their identity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +33,10 @@ class Job:
     blocks: tuple[int, ...] = (0,)
     batch_sizes: Mapping[int, int] = field(default_factory=dict)
     not_after: float | None = None
+
+    def part(self, blocks: Sequence[int]) -> Job:
+        """Return the job on some of its blocks."""
+        return replace(self, blocks=tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ each ask and tell with what is stored. So an interrupted run ends in the same bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -91,7 +91,8 @@ class Known:
 class Search:
     """One run: references, baselines, warm starts, generations, selection, test.
 
-    slopes: needed for a plan with gradients only.
+    slopes: needed for a plan with gradients only. ahead: is told what will be scored whatever happens, as
+    soon as that is certain, for workers that are idle; nothing of it is read before its time.
     """
 
     def __init__(
@@ -103,10 +104,12 @@ class Search:
         budget: Budget,
         observer: Observer,
         slopes: Slopes | None = None,
+        ahead: Callable[[Sequence[Recipe], Split], None] = lambda recipes, split: None,
     ) -> None:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget
         self._observer = observer
         self._slopes = slopes
+        self._ahead = ahead
         self._parents = baselines.parents(plan.template, plan.space.sources)
 
     def run(self) -> Outcome:
@@ -114,10 +117,13 @@ class Search:
         for position, parent in enumerate(self._parents):
             self._journal.record_entry("parent" if position else "base", max(position - 1, 0), parent)
         references = self._references("search")
+        self._foresee(self._parents, "select", "test")
         objective = self._objective(references)
         parents = self._known(objective, self._parents, "base and parents")
         hand_made = self._score_baselines(objective, parents)
+        self._foresee([k.named for k in hand_made], *(("select",) if objective.count > 1 else ()), "test")
         starts, spent = self._score_starts(objective, references, [*hand_made, *parents[1:]])
+        self._foresee([k.named for k in starts], "test")
         views, order, ledger = self._blocks(objective, [*parents, *hand_made], starts)
         ledger.spend(spent)
         known = [*starts, *hand_made]
@@ -161,6 +167,10 @@ class Search:
         if self._plan.objective.mean_decides:
             return self._plan.racing
         return self._plan.racing.model_copy(update={"keep": 1.0})
+
+    def _foresee(self, named: Sequence[Named], *splits: Split) -> None:
+        for split in splits:
+            self._ahead([each.recipe for each in named], split)
 
     # -- before the first generation ----------------------------------------------------------------
 

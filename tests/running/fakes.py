@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running.store import Timing
 from evomerge.running.worker import Job, Result, WorkerSpec, failure_of
 
-CRASH, HANG, RAISE, EXIT, DIE_ONCE = 900, 901, 902, 903, 904
+CRASH, HANG, RAISE, EXIT, DIE_ONCE, HUNGRY, MEET = 900, 901, 902, 903, 904, 905, 906
 
 
 def recipe(number: int, base: str = "base") -> Recipe:
@@ -34,7 +35,10 @@ TIMING = Timing(total=0.2, merge=0.05, forward=0.1, worker="0")
 
 
 class Obedient:
-    """Does what the seed says: scores it, crashes, hangs, exits or raises."""
+    """Does what the seed says: scores it, crashes, hangs, exits, raises, or waits for a second worker.
+
+    The name of the worker in its timings is the number of its process.
+    """
 
     def __init__(self, spec: WorkerSpec, name: str) -> None:
         if spec.device == "broken":
@@ -55,8 +59,17 @@ class Obedient:
             time.sleep(600)
         if order == RAISE:
             return Result(job=job, outcome=failure_of(ValueError("bad luck\nsecond line")))
+        if order == HUNGRY:
+            return Result(job=job, outcome=failure_of(MemoryError("of a device")))
+        if order == MEET:
+            folder = Path(job.recipe.models["base"])
+            (folder / str(os.getpid())).touch()
+            deadline = time.monotonic() + 60
+            while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
         time.sleep(0.02 * (order % 3))
-        return Result(job=job, outcome=scores(order, job.split), timing=TIMING)
+        timing = dataclasses.replace(TIMING, worker=str(os.getpid()))
+        return Result(job=job, outcome=scores(order, job.split), timing=timing)
 
 
 def spec(device: str = "cpu") -> WorkerSpec:

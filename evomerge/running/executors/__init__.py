@@ -1,0 +1,142 @@
+"""Executors: where jobs run. Submit them, take results as they complete; failures are values.
+
+`inline` runs them in this process; `local` in worker processes that may crash or hang without taking the
+run with them; `ray` in the same workers as actors of a Ray cluster. Building an executor builds its first
+worker, so that a mistake in models or suite shows before anything is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from evomerge.running.executors.contract import Executor, Runs
+from evomerge.running.executors.devices import automatic, check_device, cores, gpus, threads_each
+from evomerge.running.executors.inline import Inline
+from evomerge.running.executors.local import LocalProcesses
+from evomerge.running.worker import Result, WorkerSpec
+from evomerge.schema import Strict
+
+__all__ = [
+    "Executor",
+    "ExecutorSpec",
+    "Inline",
+    "LocalProcesses",
+    "Result",
+    "Runs",
+    "build",
+    "resolve",
+    "trial",
+    "worker_count",
+]
+
+
+class ExecutorSpec(Strict):
+    """The `executor` part of a run config.
+
+    workers: processes (default: one per GPU, else one per core; on Ray as many as fit into the cluster).
+    threads: of each worker (default: the cores divided among them, or OMP_NUM_THREADS; on Ray its CPUs).
+    device: auto is every GPU, where there is one, else the CPU; more workers than GPUs share them in turn.
+    timeout: seconds a candidate may take on one split. batch_size: requests
+    per forward pass. dtype: of the forward pass; "auto" is float32 on a CPU and bfloat16 on a GPU.
+    max_length: in tokens; default the model's own. attention: the implementation transformers uses.
+    low_memory: keep no statistics of trimmed task vectors (docs/performance.md); the weights are the same.
+    generation: what continues prompts, the live model or vLLM beside it (docs/devices.md).
+    address: of the Ray cluster: auto (the one this machine belongs to), local (one of its own, on this
+    machine), or HOST:PORT. resources: what Ray sets aside for each worker, CPU, GPU, memory or your own.
+    """
+
+    name: Literal["local", "inline", "ray"] = "local"
+    workers: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    timeout: float = Field(default=3600.0, gt=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: int = Field(default=64, ge=1)
+    max_length: int | None = Field(default=None, ge=8)
+    attention: str | None = None
+    low_memory: bool = False
+    generation: Literal["transformers", "vllm"] = "transformers"
+    address: str = "auto"
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> ExecutorSpec:
+        if self.name != "ray" and (self.address != "auto" or self.resources):
+            raise ValueError("address and resources are of `name: ray`")
+        return self
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What one worker takes of a Ray cluster: its threads as CPUs, and a GPU if that is its device."""
+        on_gpu = self.device.startswith("cuda") or (self.device == "auto" and gpus() > 0)
+        return {"CPU": float(self.threads or 1)} | ({"GPU": 1.0} if on_gpu else {}) | self.resources
+
+
+def build(spec: ExecutorSpec, worker: WorkerSpec) -> Executor:
+    """Build the executor a run config names."""
+    if spec.name == "inline":
+        return Inline(worker)
+    if spec.name == "ray":
+        from evomerge.running.executors.ray_actors import RayActors
+
+        return RayActors(
+            worker,
+            address=spec.address,
+            needs=spec.needs,
+            workers=spec.workers,
+            timeout=spec.timeout,
+            anywhere=spec.device == "auto",
+        )
+    return LocalProcesses(worker, workers=worker_count(spec), timeout=spec.timeout)
+
+
+@contextlib.contextmanager
+def trial(spec: ExecutorSpec, worker: WorkerSpec) -> Iterator[Executor]:
+    """Give a single worker where a run's would be, for a while: in this process, or on the Ray cluster."""
+    alone = spec.model_copy(update={"workers": 1})
+    executor = build(alone, worker) if spec.name == "ray" else Inline(worker)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def worker_count(spec: ExecutorSpec) -> int:
+    """Return how many workers a config means: one per GPU it uses, else one per core, unless it says so.
+
+    On Ray without a number of its own: 1, because only the cluster knows.
+    """
+    if spec.name == "inline":
+        return 1
+    if spec.workers is not None:
+        return spec.workers
+    if spec.name == "ray":
+        return 1
+    device = automatic() if spec.device == "auto" else spec.device
+    if device == "cpu":
+        return cores()
+    return max(1, gpus()) if device == "cuda" else 1
+
+
+def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
+    """Return (device, dtype of the forward pass, threads per worker) that a config means here.
+
+    On Ray the device is one of its nodes': a worker that asks for a GPU computes on it.
+    """
+    device = spec.device
+    if spec.name == "ray":
+        if device == "auto" or device.startswith("cuda"):  # Ray shows a worker only the GPUs it got
+            device = "cuda" if "GPU" in spec.needs else "cpu"
+        threads = spec.threads or max(1, int(spec.needs["CPU"]))
+    else:
+        device = automatic() if device == "auto" else device
+        check_device(device)
+        threads = spec.threads or threads_each(worker_count(spec))
+    dtype = spec.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return device, dtype, threads

@@ -1,0 +1,145 @@
+"""Worker processes on this machine, which may crash or hang without taking the run with them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver, get_context, resource_tracker
+from multiprocessing.process import BaseProcess
+
+from evomerge.errors import UserError
+from evomerge.running import sockets
+from evomerge.running.executors.contract import AnyJob, BuildWorker
+from evomerge.running.executors.devices import placed
+from evomerge.running.executors.pool import Died, Message, Pool
+from evomerge.running.worker import Worker, WorkerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Hand:
+    """A worker process and the driver's end of its pipe."""
+
+    process: BaseProcess
+    pipe: connection.Connection
+
+
+class Processes:
+    """Worker processes, each with its own live model; the files of the sources are mapped, and shared."""
+
+    lack = "check the memory: every worker holds its own copy of the model; lower executor.workers"
+    lingers = False
+
+    def __init__(self, spec: WorkerSpec, worker: BuildWorker) -> None:
+        self._spec, self._worker = spec, worker
+        # A fork server that has imported torch and lm_eval once starts each worker in no time.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self._context = get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(["evomerge.running.preload"])
+            _start_fork_server()
+
+    def start(self, name: str, seat: int) -> Hand:
+        """Start a process that will build a worker for its seat's device."""
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=_serve,
+            args=(self._worker, placed(self._spec, seat), name, theirs),
+            name=f"evomerge-worker-{name}",
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        return Hand(process=process, pipe=ours)
+
+    def give(self, worker: Hand, job: AnyJob) -> None:
+        """Send a job."""
+        with contextlib.suppress(ConnectionError):  # it is dead: `wait` finds the end of its pipe
+            worker.pipe.send(job)
+
+    def wait(self, workers: Sequence[Hand], seconds: float) -> list[tuple[Hand, Message]]:
+        """Receive what workers sent; the end of a pipe is a death."""
+        ready = connection.wait([worker.pipe for worker in workers], timeout=seconds)
+        return [(worker, _received(worker)) for worker in workers if worker.pipe in ready]
+
+    def alive(self, worker: Hand) -> bool:
+        """Say whether the process is there."""
+        return worker.process.is_alive()
+
+    def kill(self, worker: Hand) -> None:
+        """Kill the process and wait for it."""
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()
+
+    def close(self, idle: Sequence[Hand], busy: Sequence[Hand]) -> None:
+        """End the processes: the idle by the end of their pipes, the busy by a signal."""
+        for worker in (*idle, *busy):
+            worker.pipe.close()
+        for worker in busy:
+            worker.process.terminate()
+        for worker in (*idle, *busy):
+            worker.process.join(5)
+            worker.process.kill()
+            worker.process.join()
+
+    def now(self) -> float:
+        """Return the machine's monotonic clock."""
+        return time.monotonic()
+
+
+class LocalProcesses(Pool[Hand]):
+    """Runs jobs in `workers` processes on this machine; see `Pool` for what happens to those that fail."""
+
+    def __init__(
+        self, spec: WorkerSpec, *, workers: int, timeout: float, worker: BuildWorker = Worker
+    ) -> None:
+        super().__init__(Processes(spec, worker), workers=workers, timeout=timeout)
+
+
+def _received(worker: Hand) -> Message:
+    try:
+        return worker.pipe.recv()  # type: ignore[no-any-return]
+    except (EOFError, ConnectionError):
+        return Died(reason=f"its worker process died ({_exit(worker.process)})")
+
+
+def _start_fork_server() -> None:
+    """Start the fork server with SIGINT blocked, which its workers inherit.
+
+    Ctrl-C reaches the whole process group, but what it means is the driver's to decide.
+    """
+    resource_tracker.ensure_running()  # first, because starting it unblocks the signal again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with sockets.swept():
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _exit(process: BaseProcess) -> str:
+    process.join(5)
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connection.Connection) -> None:
+    """The worker process: say ready, then answer jobs until the driver's end of the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end leaves nothing behind
+    with contextlib.suppress(EOFError, ConnectionError):  # the driver is gone
+        try:
+            worker = build_worker(spec, name)
+        except Exception as error:
+            pipe.send(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            return
+        pipe.send(True)
+        while True:
+            pipe.send(worker.run(pipe.recv()))

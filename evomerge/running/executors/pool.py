@@ -1,0 +1,232 @@
+"""The driver's side of all executors with workers of their own: who works on what, and what if one dies.
+
+Where the workers live is a `Backend`'s business (processes here, actors of a Ray cluster); the rules are the
+same: a worker that dies is replaced and its job tried once more, because whoever killed the worker may not
+have meant the candidate, and scoring again gives the same bits. A second death is a `crash` of the job. A
+worker that exceeds the timeout is killed, and that is a `timeout` of its job. Workers are started when there
+is a job for them; one that can't start is done without, unless it is the only one.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+from evomerge.errors import UserError
+from evomerge.evaluation.scores import Failure
+from evomerge.running.executors.contract import AnyJob, Orders, key_of
+from evomerge.running.worker import Result
+
+H = TypeVar("H")
+
+START_SECONDS = 600.0
+"""How long a worker may take to load the models, at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Died:
+    """A worker is gone; reason: part of a sentence, the same wherever and whenever it happens."""
+
+    reason: str
+
+
+Message = Literal[True] | UserError | str | Result | Died
+"""What is heard of a worker: that it is ready, why it can't be (a mistake of the user's, or what else), a
+result, or its death."""
+
+
+class Backend(Protocol[H]):
+    """Starts, feeds and ends workers of one kind. H is its handle of one."""
+
+    lack: str
+    """What to do where not a single worker can start."""
+    lingers: bool
+    """Whether workers that can't start yet may go on waiting for their place while others work."""
+
+    def start(self, name: str, seat: int) -> H:
+        """Begin to start a worker and return at once. seat: which of the places (from 0) it takes."""
+        ...
+
+    def give(self, worker: H, job: AnyJob) -> None:
+        """Hand a job to an idle worker; should it be dead, `wait` says so."""
+        ...
+
+    def wait(self, workers: Sequence[H], seconds: float) -> list[tuple[H, Message]]:
+        """Return what is heard of starting and busy workers, after `seconds` at the latest."""
+        ...
+
+    def alive(self, worker: H) -> bool:
+        """Say whether an idle worker can take a job."""
+        ...
+
+    def kill(self, worker: H) -> None:
+        """End a worker at once, whatever it does."""
+        ...
+
+    def close(self, idle: Sequence[H], busy: Sequence[H]) -> None:
+        """End all workers and wait for them to be gone."""
+        ...
+
+    def now(self) -> float:
+        """Return the time in seconds."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Member(Generic[H]):
+    handle: H
+    seat: int
+    deadline: float
+    ready: bool = False
+    job: AnyJob | None = None
+    last: AnyJob | None = None
+
+
+class _InOrder:
+    """Jobs whoever asks."""
+
+    def __init__(self, jobs: Iterable[AnyJob]) -> None:
+        self._jobs = iter(jobs)
+
+    def after(self, last: AnyJob | None) -> AnyJob | None:
+        return next(self._jobs, None)
+
+    def __iter__(self) -> Iterator[AnyJob]:
+        return self._jobs
+
+
+class Pool(Generic[H]):
+    """An executor over a backend: keeps up to `workers` workers busy.
+
+    timeout: seconds a job may take. Raises UserError where not a single worker can start.
+    """
+
+    def __init__(self, backend: Backend[H], *, workers: int, timeout: float) -> None:
+        self.workers = workers
+        self._backend, self._timeout = backend, timeout
+        self._patience = max(timeout, START_SECONDS)
+        self._started = 0
+        self._members: list[_Member[H]] = []
+        self._waiting: collections.deque[AnyJob] = collections.deque()
+        self._deaths: collections.Counter[Hashable] = collections.Counter()
+        self._done: collections.deque[Result] = collections.deque()
+        try:
+            self._start()
+            while not self._members[0].ready:
+                self._listen()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
+        """Run the jobs, keeping every worker busy; yield results as they complete."""
+        orders = jobs if isinstance(jobs, Orders) else _InOrder(jobs)
+        while True:
+            while self._done:  # also of an earlier call that was left early
+                yield self._done.popleft()
+            self._employ(orders)
+            if not self._waiting and not any(member.job for member in self._members):
+                return
+            self._listen()
+
+    def close(self) -> None:
+        """Stop all workers, busy or not, and wait for them to be gone."""
+        idle = [m.handle for m in self._members if m.ready and m.job is None]
+        busy = [m.handle for m in self._members if not m.ready or m.job is not None]
+        self._members.clear()
+        self._waiting.clear()
+        self._backend.close(idle, busy)
+
+    def _employ(self, orders: Orders) -> None:
+        """Give idle workers their next jobs; start workers while there are more jobs than idle ones."""
+        while True:
+            idle = next((m for m in self._members if m.ready and m.job is None), None)
+            starting = sum(not member.ready for member in self._members)
+            full = len(self._members) >= self.workers
+            if idle and self._waiting:
+                if self._backend.alive(idle.handle):
+                    self._give(idle, self._waiting.popleft())
+                else:  # it died idle: no candidate's doing
+                    self._lost(idle, "crash", "")
+            elif not idle and full and len(self._waiting) >= starting:
+                return
+            elif not idle and len(self._waiting) > starting:
+                self._start()
+            elif (job := orders.after(idle.last if idle else None)) is not None:
+                self._waiting.append(job)
+            else:
+                return
+
+    def _give(self, member: _Member[H], job: AnyJob) -> None:
+        member.job = member.last = job
+        member.deadline = self._backend.now() + self._timeout
+        self._backend.give(member.handle, job)
+
+    def _listen(self) -> None:
+        """Wait for the next thing to happen and deal with it."""
+        busy = [m for m in self._members if m.job is not None or not m.ready]
+        soonest = min(m.deadline for m in busy)
+        heard = self._backend.wait([m.handle for m in busy], max(0.0, soonest - self._backend.now()))
+        by_handle = {id(member.handle): member for member in busy}
+        for handle, message in heard:
+            self._hear(by_handle.pop(id(handle)), message)
+        now = self._backend.now()
+        for member in by_handle.values():
+            if now < member.deadline:
+                continue
+            if member.ready:
+                self._lost(member, "timeout", f"took longer than {self._timeout:g} s")
+            elif self._backend.lingers and any(other.ready for other in self._members):
+                member.deadline = now + self._patience
+            else:
+                self._lost(member, "timeout", f"it took longer than {self._patience:g} s")
+
+    def _hear(self, member: _Member[H], message: Message) -> None:
+        if isinstance(message, Died):
+            self._lost(member, "crash", message.reason)
+        elif isinstance(message, Result):
+            assert member.job is not None
+            self._deaths.pop(key_of(member.job), None)
+            self._done.append(dataclasses.replace(message, job=member.job))
+            member.job = None
+        elif isinstance(message, UserError):
+            raise message
+        elif isinstance(message, str):
+            raise UserError(f"a worker could not start: {message}", fix="try it alone: evomerge check CONFIG")
+        else:
+            member.ready = True
+
+    def _start(self) -> None:
+        taken = {member.seat for member in self._members}
+        seat = next(seat for seat in range(len(taken) + 1) if seat not in taken)
+        handle = self._backend.start(str(self._started), seat)
+        self._started += 1
+        deadline = self._backend.now() + self._patience
+        self._members.append(_Member(handle=handle, seat=seat, deadline=deadline))
+
+    def _lost(self, member: _Member[H], kind: Literal["crash", "timeout"], reason: str) -> None:
+        """Replace a worker; its job is tried again after a first death, else it has failed."""
+        self._backend.kill(member.handle)
+        self._members.remove(member)
+        if not member.ready:
+            self._stillborn(reason)
+            return
+        self._start()
+        if member.job is None:
+            return
+        key = key_of(member.job)
+        self._deaths[key] += 1
+        if kind == "crash" and self._deaths[key] == 1:
+            self._waiting.appendleft(member.job)
+            return
+        del self._deaths[key]
+        self._done.append(Result(job=member.job, outcome=Failure(kind=kind, reason=reason)))
+
+    def _stillborn(self, reason: str) -> None:
+        """Go on with fewer workers where one could not start; without any, raise UserError."""
+        self.workers = len(self._members)
+        if not self._members:
+            raise UserError(f"no worker could load the models: {reason}", fix=self._backend.lack)

@@ -1,0 +1,301 @@
+"""Workers as actors of a Ray cluster: the same `Worker`, on any of its nodes.
+
+Ray finds each actor a place that has what it needs (CPUs, a GPU, resources of one's own) and shows it only
+the GPUs it got. Files of models and tasks are read where the actor is: they must lie at the same paths on
+every node, and workers of one node share their memory, because they map them. Nothing large passes through
+Ray.
+
+An actor that is lost, alone or with its node, is an ordinary death of a worker (see `Pool`): its candidate is
+given to another. Actors are never restarted by Ray itself, so that a candidate is counted out in one place.
+Nodes should be of one kind: processors of different kinds give scores that differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tenacity
+
+from evomerge import __version__
+from evomerge.errors import ConfigError, ModelError, UserError
+from evomerge.running.executors.contract import AnyJob, BuildWorker
+from evomerge.running.executors.devices import cores
+from evomerge.running.executors.pool import Died, Message, Pool
+from evomerge.running.worker import Result, Worker, WorkerSpec
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Of a Ray of our own: only recipes and scores pass through it."""
+ANSWER_SECONDS = 5.0
+"""How long an idle actor may take to say that it is there."""
+GONE_SECONDS = 10.0
+"""How long a killed actor may take to be gone."""
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and else warns about
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # it prints deaths of actors on stdout, which may be somebody's JSON
+}
+
+
+class Actor:
+    """Lives in a process of Ray's and holds a worker."""
+
+    def begin(self, build_worker: BuildWorker, spec: WorkerSpec, name: str, version: str) -> Message:
+        """Build the worker; return True, or why it can't be used."""
+        node = socket.gethostname()
+        if version != __version__:
+            return UserError(
+                f"node {node} of the Ray cluster has another evomerge",
+                expected=version,
+                got=__version__,
+                fix="install the same version on every node",
+            )
+        try:
+            _check_paths(spec, node)
+            self._worker = build_worker(spec, name)
+        except UserError as error:
+            return error
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return True
+
+    def run(self, job: AnyJob) -> Result:
+        """Do a job."""
+        return self._worker.run(job)
+
+    def process(self) -> int:
+        """Return the process's number, which says that it is there."""
+        return os.getpid()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Hand:
+    """An actor and the answer it owes."""
+
+    actor: Any
+    answer: Any
+    job: AnyJob | None = None
+
+
+class Actors:
+    """Actors as workers."""
+
+    lingers = True
+
+    def __init__(self, ray: Any, spec: WorkerSpec, worker: BuildWorker, needs: Mapping[str, float]) -> None:
+        self._ray, self._spec, self._worker = ray, spec, worker
+        special = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        options: dict[str, Any] = {special[n]: v for n, v in needs.items() if n in special}
+        own = {name: value for name, value in needs.items() if name not in special}
+        self._actor = ray.remote(Actor).options(max_restarts=0, resources=own, **options)
+        self.lack = f"look at the cluster with: ray status; every worker needs {_listed(needs)}"
+
+    def start(self, name: str, seat: int) -> Hand:
+        """Ask for an actor, which Ray starts where there is room; it then builds its worker."""
+        actor = self._actor.remote()
+        return Hand(actor=actor, answer=actor.begin.remote(self._worker, self._spec, name, __version__))
+
+    def give(self, worker: Hand, job: AnyJob) -> None:
+        """Send a job."""
+        worker.job, worker.answer = job, worker.actor.run.remote(job)
+
+    def wait(self, workers: Sequence[Hand], seconds: float) -> list[tuple[Hand, Message]]:
+        """Collect what actors answered; an error in place of an answer is a death."""
+        answers = {worker.answer: worker for worker in workers}
+        ready, rest = self._ray.wait(list(answers), num_returns=1, timeout=seconds)
+        if ready and rest:
+            ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        heard = ((answers[answer], self._received(answers[answer])) for answer in ready)
+        return [(worker, message) for worker, message in heard if message is not None]
+
+    def alive(self, worker: Hand) -> bool:
+        """Say whether an actor answers; one that can't be reached for a moment is asked again."""
+        exceptions = self._ray.exceptions
+        asked = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type((exceptions.ActorUnavailableError, ConnectionError)),
+            wait=tenacity.wait_exponential(multiplier=0.1, max=2.0),
+            stop=tenacity.stop_after_delay(ANSWER_SECONDS),
+            reraise=True,
+        )
+        try:
+            asked(lambda: self._ray.get(worker.actor.process.remote(), timeout=ANSWER_SECONDS))
+        except (exceptions.RayError, ConnectionError):
+            return False
+        return True
+
+    def kill(self, worker: Hand) -> None:
+        """Kill an actor, or the wish for one."""
+        self._ray.kill(worker.actor, no_restart=True)
+
+    def close(self, idle: Sequence[Hand], busy: Sequence[Hand]) -> None:
+        """Kill all actors and wait for them to be gone."""
+        if not self._ray.is_initialized():  # the cluster went first
+            return
+        for worker in (*idle, *busy):
+            self.kill(worker)
+        deadline = self.now() + GONE_SECONDS
+        for worker in (*idle, *busy):
+            while self.now() < deadline and self._there(worker):
+                time.sleep(0.05)
+
+    def now(self) -> float:
+        """Return the machine's monotonic clock."""
+        return time.monotonic()
+
+    def _received(self, worker: Hand) -> Message | None:
+        exceptions = self._ray.exceptions
+        try:
+            return self._ray.get(worker.answer)  # type: ignore[no-any-return]
+        except exceptions.ActorUnavailableError:
+            if worker.job is not None and self.alive(worker):
+                self.give(worker, worker.job)  # whether or not it was done: the scores are the same
+                return None
+            return Died(reason="its Ray actor can't be reached")
+        except exceptions.RayError:
+            return Died(reason="its Ray actor died")
+
+    def _there(self, worker: Hand) -> bool:
+        try:
+            self._ray.get(worker.actor.process.remote(), timeout=1.0)
+        except self._ray.exceptions.RayActorError:
+            return False
+        except self._ray.exceptions.GetTimeoutError:
+            return True  # it still works on something
+        return True
+
+
+class RayActors(Pool[Hand]):
+    """Runs jobs in `workers` actors of a Ray cluster; see `Pool` for what happens to those that fail.
+
+    address: auto (the cluster this process or machine belongs to), local (a Ray of our own, which ends with
+        us) or HOST:PORT. needs: what each worker takes of a node, by resource. workers: by default as many
+        as there is room for. anywhere: the device was not chosen, so workers without a GPU are refused
+        where the cluster has some.
+
+    Raises UserError where Ray is missing or the cluster is not there or has no node that will do.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        address: str,
+        needs: Mapping[str, float],
+        workers: int | None,
+        timeout: float,
+        anywhere: bool = False,
+        worker: BuildWorker = Worker,
+    ) -> None:
+        ray = _imported()
+        self._ours = _connect(ray, address, math.ceil(needs["CPU"] * (workers or 1)))
+        try:
+            room = _room(ray, needs, anywhere)
+            super().__init__(Actors(ray, spec, worker, needs), workers=workers or room, timeout=timeout)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def close(self) -> None:
+        """Stop all workers; end Ray if it was started here."""
+        super().close()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._ours:
+            self._ours = False
+            _imported().shutdown()
+
+
+def _imported() -> Any:
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        with _quiet():
+            import ray
+            import ray.exceptions
+    except ImportError:
+        raise UserError(
+            "executor.name: ray is not installed",
+            fix="pip install 'evomerge[ray]', on every node; or set executor.name: local",
+        ) from None
+    return ray
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray's own warnings from the user: none of them is about something they did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _connect(ray: Any, address: str, cpus: int) -> bool:
+    """Join a cluster or start one of our own; say whether that is ours to leave."""
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options |= {"num_cpus": max(cores(), cpus)}  # the user said how many workers share the cores
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal() and "//" not in host:  # Ray itself would go on trying for minutes
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        with _quiet():
+            ray.init(address=address, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"executor.address: no Ray cluster at {address!r}",
+            expected="auto (on a machine of a cluster), local, or HOST:PORT",
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
+            fix="start one with: ray start --head; or set address: local",
+        ) from None
+    return True
+
+
+def _room(ray: Any, needs: Mapping[str, float], anywhere: bool) -> int:
+    """Return how many workers the cluster has room for; raise ConfigError for none."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if anywhere and "GPU" not in needs and any(node.get("GPU") for node in nodes):
+        raise ConfigError(
+            "executor.device: the cluster has GPUs, and this machine has none",
+            expected="device: cuda, or device: cpu",
+            fix="say which; resources: {GPU: 0.5} lets two workers share one",
+        )
+    room = sum(min(int(node.get(name, 0) / need) for name, need in needs.items()) for node in nodes)
+    if not room:
+        raise ConfigError(
+            "executor.resources: no node of the Ray cluster has room for a worker",
+            expected=f"a node with {_listed(needs)}",
+            got="; ".join(_listed(node) for node in nodes),
+            fix="ask for less per worker, or start a node that has it",
+        )
+    return room
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    shown = {n: v for n, v in resources.items() if not n.startswith(("node:", "object_store"))}
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(shown.items()))
+
+
+def _check_paths(spec: WorkerSpec, node: str) -> None:
+    """Raise ModelError for models and tasks that lie on the driver's machine, but not here."""
+    places = [part for location in spec.models.values() for part in location.split("+")]
+    places += [str(spec.suite.tasks_dir)] if spec.suite.tasks_dir else []
+    missing = [place for place in places if Path(place).is_absolute() and not Path(place).exists()]
+    if missing:
+        raise ModelError(
+            f"node {node} of the Ray cluster lacks {missing[0]}",
+            expected="all models and tasks at the same paths on every node",
+            got=f"{len(missing)} of {len(places)} missing there",
+            fix="share the folder between the nodes, or copy it to the same place on each",
+        )

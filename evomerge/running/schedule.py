@@ -1,0 +1,323 @@
+"""What is run when, so that workers are busy also where a generation ends. Results don't depend on it.
+
+Three things are done, none of which changes a score, because scores belong to (recipe, split, item block):
+
+- **Longest first.** Jobs are handed out by the time they are expected to take: what a merge and an item
+  block of each split took so far.
+- **Blocks as jobs.** A free worker gets one block of a candidate at a time, then goes on with the same one,
+  whose weights it has. The candidate that will take longest, judged by its own blocks so far, gets help where
+  no fresh one is left or all would wait for it, if the help takes WORTH times as long as the merge it costs.
+  Where no help could be worth that, a worker gets all blocks at once. Pieces are put together again; one that
+  fails is its candidate's failure.
+- **Spare work.** What is certain to be asked for later is given to workers that have nothing else to do.
+  Nobody waits for it: its results go to the store, where the later phase finds them; what is still under way
+  by then is waited for instead of done twice. A failure is forgotten: the later phase meets it again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.merging.recipe import Recipe
+from evomerge.running.batches import Batches
+from evomerge.running.executors.contract import AnyJob, Executor, key_of
+from evomerge.running.store import RunStore, Timing
+from evomerge.running.worker import GradientJob, Job, NotBegun, Result
+
+WORTH = 2.0
+"""How many times as long as its merge the scoring of a piece must take."""
+MEMORY = 0.9
+"""Weight of the past in the running means of what things take."""
+
+
+class Pace:
+    """Running means of what merging and scoring took, in seconds."""
+
+    def __init__(self) -> None:
+        self.merge: float | None = None
+        self.blocks: dict[Split, float] = {}
+
+    def learn(self, result: Result, *, warm: bool = False) -> None:
+        """Take note of what a job took. warm: its worker had the weights."""
+        timing, job = result.timing, result.job
+        if timing is None or isinstance(job, GradientJob):
+            return
+        if not warm:
+            self.merge = _mean(self.merge, timing.merge)
+        block = (timing.total - timing.merge) / len(job.blocks)
+        self.blocks[job.split] = _mean(self.blocks.get(job.split), block)
+
+    def expected(self, job: AnyJob) -> float:
+        """Return how long a job will take; in unknown units where nothing is known of its split."""
+        if isinstance(job, GradientJob):
+            return math.inf
+        return (self.merge or 0.0) + len(job.blocks) * self.blocks.get(job.split, 1.0)
+
+
+def _mean(past: float | None, now: float) -> float:
+    return now if past is None else MEMORY * past + (1 - MEMORY) * now
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Wanted:
+    """A job somebody waits for.
+
+    left: blocks not handed out. out: pieces under way. pieces: those done. block: seconds of one of its own
+    blocks, None while unknown.
+    """
+
+    job: AnyJob
+    left: tuple[int, ...]
+    out: int = 0
+    pieces: list[Result] = field(default_factory=list)
+    block: float | None = None
+
+
+class Scheduler:
+    """An executor in front of another one: the same results, in less time."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._pace = Pace()
+        self._fresh: collections.deque[_Wanted] = collections.deque()
+        self._begun: list[_Wanted] = []
+        """Those with blocks that are not handed out: all, and some."""
+        self._open: set[_Wanted] = set()
+        self._under_way: dict[Hashable, _Wanted] = {}
+        """Pieces handed out, by key."""
+        self._warm: set[Hashable] = set()
+        """Those of them whose worker has the weights."""
+        self._spare: collections.deque[Job] = collections.deque()
+        self._keep: dict[Hashable, Callable[[Result], None]] = {}
+        """What happens to the results of spare jobs, by key."""
+        self._given: set[Hashable] = set()
+        """Spare jobs handed out."""
+        self._adopted: dict[Hashable, _Wanted] = {}
+        """Jobs somebody waits for that are under way as spare ones."""
+
+    def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
+        """Run the jobs and yield a result for each as it completes."""
+        self._begin(jobs)
+        while self._open:
+            found = False
+            for result in self._executor.run(self):
+                found = True
+                done = self._take(result)
+                if done is not None:
+                    yield done
+                if not self._open:  # spare jobs go on
+                    return
+            assert found or not self._open, "an executor left jobs unanswered"
+
+    def later(self, jobs: Iterable[Job], keep: Callable[[Result], None]) -> None:
+        """Have jobs done when workers would be idle.
+
+        keep: is given the result of each that was scored, unless `run` was asked for it by then.
+        """
+        for job in jobs:
+            if key_of(job) not in self._keep:
+                self._keep[key_of(job)] = keep
+                self._spare.append(job)
+
+    def close(self) -> None:
+        """Stop all work and leave no process behind."""
+        self._executor.close()
+
+    @property
+    def _workers(self) -> int:
+        return getattr(self._executor, "workers", 1)
+
+    # -- handing out --------------------------------------------------------------------------------
+
+    def _begin(self, jobs: Iterable[AnyJob]) -> None:
+        wanted = [_Wanted(job=job, left=getattr(job, "blocks", ())) for job in jobs]
+        self._open, self._under_way = set(wanted), {}
+        asked = {key_of(each.job): each for each in wanted}
+        self._adopted = {key: each for key, each in asked.items() if key in self._given}
+        self._spare = collections.deque(job for job in self._spare if key_of(job) not in asked)
+        for key in asked.keys() - self._given:
+            self._keep.pop(key, None)
+        rest = [each for key, each in asked.items() if key not in self._adopted]
+        rest.sort(key=lambda each: -self._pace.expected(each.job))
+        self._fresh, self._begun = collections.deque(rest), []
+
+    def after(self, last: AnyJob | None) -> AnyJob | None:
+        """Return the next job for a worker whose last one was `last`; a scheduler is its own `Orders`."""
+        wanted, count = self._choose(last)
+        if wanted is not None:
+            return self._piece(wanted, count, last)
+        if self._spare and self._workers > 1:
+            job = self._spare.popleft()
+            self._given.add(key_of(job))
+            return job
+        return None
+
+    def __iter__(self) -> Iterator[AnyJob]:
+        last: AnyJob | None = None
+        while (last := self.after(last)) is not None:
+            yield last
+
+    def _choose(self, last: AnyJob | None) -> tuple[_Wanted | None, int]:
+        """Return what a worker should do next, and how many blocks of it."""
+        own = next(
+            (each for each in self._begun if last is not None and each.job.recipe is last.recipe), None
+        )
+        others = [each for each in self._begun if each is not own]
+        longest = max(others, key=self._rest, default=None)
+        if longest is not None and ((own is None and not self._fresh) or self._awaited(longest)):
+            worth = self._worth(longest)
+            if worth <= len(longest.left):
+                return longest, int(worth)
+        if own is not None:
+            return own, self._at_once(own)
+        if self._fresh:
+            wanted = self._fresh.popleft()
+            self._begun.append(wanted)
+            return wanted, self._at_once(wanted)
+        return next((each for each in self._begun if not each.out), None), 1  # its worker helps others
+
+    def _piece(self, wanted: _Wanted, count: int, last: AnyJob | None) -> AnyJob:
+        """Cut off a piece of a job and note that it is under way."""
+        piece = wanted.job
+        if isinstance(piece, Job):
+            piece = piece.part(wanted.left[:count])
+            wanted.left = wanted.left[count:]
+        if not wanted.left:
+            self._begun.remove(wanted)
+        wanted.out += 1
+        self._under_way[key_of(piece)] = wanted
+        if last is not None and last.recipe is piece.recipe:
+            self._warm.add(key_of(piece))
+        return piece
+
+    def _at_once(self, wanted: _Wanted) -> int:
+        """Return how many of a candidate's blocks its worker gets: one if others might help, else all."""
+        return 1 if self._workers > 1 and self._worth(wanted) < len(wanted.left) else len(wanted.left)
+
+    def _awaited(self, wanted: _Wanted) -> bool:
+        """Say whether one worker alone would need longer for a candidate than all for all that is left."""
+        fresh = sum(len(each.left) * self._block(each) for each in self._fresh)
+        return self._rest(wanted) * self._workers > fresh + sum(map(self._rest, self._begun))
+
+    def _rest(self, wanted: _Wanted) -> float:
+        return len(wanted.left) * self._block(wanted)
+
+    def _block(self, wanted: _Wanted) -> float:
+        """Return how long a block of a candidate takes, in seconds if that is known."""
+        return wanted.block or self._pace.blocks.get(wanted.job.split, 1.0)
+
+    def _worth(self, wanted: _Wanted) -> float:
+        """Return how many blocks are worth a merge of their own; infinite while that is unknown."""
+        merge, known = self._pace.merge, wanted.block or self._pace.blocks.get(wanted.job.split)
+        return math.inf if merge is None or not known else max(1, math.ceil(WORTH * merge / known))
+
+    # -- taking in ----------------------------------------------------------------------------------
+
+    def _take(self, result: Result) -> Result | None:
+        """Deal with one result; return that of a job somebody waits for, once it is whole."""
+        key = key_of(result.job)
+        self._pace.learn(result, warm=key in self._warm)
+        self._warm.discard(key)
+        if key in self._given:
+            self._given.remove(key)
+            keep = self._keep.pop(key)
+            wanted = self._adopted.pop(key, None)
+            scored = isinstance(result.outcome, Scores)
+            if wanted is None:
+                if scored:
+                    keep(result)
+                return None
+            if not scored:
+                self._fresh.append(wanted)  # as if it had never been tried
+                return None
+            self._open.remove(wanted)
+            return dataclasses.replace(result, job=wanted.job)
+        if key not in self._under_way:  # of a call that was left early
+            return None
+        wanted = self._under_way.pop(key)
+        wanted.out -= 1
+        wanted.pieces.append(result)
+        if result.timing is not None and isinstance(result.job, Job):
+            wanted.block = (result.timing.total - result.timing.merge) / len(result.job.blocks)
+        if not isinstance(result.outcome, Scores) and wanted.left:
+            wanted.left = ()  # what is under way are the earlier blocks
+            self._begun.remove(wanted)
+        if wanted.out or wanted.left:
+            return None
+        self._open.remove(wanted)
+        return _whole(wanted)
+
+
+def _whole(wanted: _Wanted) -> Result:
+    """Put the results of pieces together: the scores of all, or the failure that comes first."""
+    if len(wanted.pieces) == 1:
+        return dataclasses.replace(wanted.pieces[0], job=wanted.job)
+    assert isinstance(wanted.job, Job)
+    order = {block: position for position, block in enumerate(wanted.job.blocks)}
+    pieces = sorted(wanted.pieces, key=lambda piece: order[_first_block(piece.job)])
+    parts: list[Scores] = []
+    for piece in pieces:
+        parts += piece.parts or ([piece.outcome] if isinstance(piece.outcome, Scores) else [])
+    timings = [piece.timing for piece in pieces if piece.timing is not None]
+    failed = next((piece for piece in pieces if isinstance(piece.outcome, Failure)), None)
+    if failed is not None:
+        return dataclasses.replace(failed, job=wanted.job)
+    timing = None
+    if timings:
+        timing = Timing(
+            total=sum(timing.total for timing in timings),
+            merge=sum(timing.merge for timing in timings),
+            forward=sum(timing.forward for timing in timings),
+            worker=timings[-1].worker,
+        )
+    late = next((piece.outcome for piece in pieces if isinstance(piece.outcome, NotBegun)), None)
+    return Result(
+        job=wanted.job,
+        outcome=late or joined(parts),
+        timing=timing,
+        parts=tuple(parts),
+        faults=tuple(fault for piece in pieces for fault in piece.faults),
+    )
+
+
+def _first_block(job: AnyJob) -> int:
+    assert isinstance(job, Job)
+    return job.blocks[0]
+
+
+class Foresight:
+    """Has idle workers score what a run is certain to ask for later, into its store."""
+
+    def __init__(self, store: RunStore, scheduler: Scheduler, batches: Batches) -> None:
+        self._store, self._scheduler, self._batches = store, scheduler, batches
+
+    def __call__(self, recipes: Sequence[Recipe], split: Split) -> None:
+        """Foresee that recipes will be scored on all of a split."""
+        blocks = tuple(range(self._store.blocks(split)))
+        self._scheduler.later(
+            [
+                Job(
+                    recipe=recipe,
+                    split=split,
+                    blocks=blocks,
+                    batch_sizes=self._batches.sizes(split, blocks),
+                )
+                for recipe in recipes
+                if self._store.result(recipe.hash, split) is None
+            ],
+            self._store_scores,
+        )
+
+    def _store_scores(self, result: Result) -> None:
+        assert isinstance(result.outcome, Scores)
+        assert result.timing is not None
+        assert isinstance(result.job, Job)
+        in_force = Batches(self._store, self._batches.size).sizes(result.job.split, result.job.blocks)
+        if result.job.batch_sizes != in_force:  # halved since: what it is compared with is scored otherwise
+            return
+        self._store.record_scores(result.job.recipe, result.parts or (result.outcome,), result.timing)
