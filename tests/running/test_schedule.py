@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from evomerge import compose
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
+from evomerge.running.batches import Batches
 from evomerge.running.executors import ExecutorSpec, devices, resolve, worker_count
 from evomerge.running.executors.contract import Orders
-from evomerge.running.schedule import Foresight, Scheduler
+from evomerge.running.schedule import Foresight, Scheduler, _Wanted, _whole
 from evomerge.running.store import RunStore, Timing
-from evomerge.running.worker import Job, Result
+from evomerge.running.worker import Job, NotBegun, Result
 from tests.running.fakes import recipe, spec
 
 
@@ -232,7 +233,7 @@ def test_spare_work_that_fails_is_forgotten_and_met_again(tmp_path: Path) -> Non
     crew = Crew(2, failing=[(91, 0)])
     scheduler = Scheduler(crew)
     with RunStore.create(tmp_path, {}) as store:
-        foresee = Foresight(store, scheduler)
+        foresee = Foresight(store, scheduler, Batches(store, 8))
         foresee([recipe(91), recipe(92)], "test")
         foresee([recipe(91)], "test")  # said twice, done once
         for number in range(8):
@@ -245,6 +246,34 @@ def test_spare_work_that_fails_is_forgotten_and_met_again(tmp_path: Path) -> Non
         foresee([recipe(92)], "test")  # it is there
         assert not list(scheduler.run([]))
     assert sorted(each.recipe.seed for each in crew.given if each.split == "test") == [91, 91, 92]
+
+
+def test_spare_work_in_batches_that_were_halved_since_is_not_kept(tmp_path: Path) -> None:
+    scheduler = Scheduler(Crew(2))
+    with RunStore.create(tmp_path, {}) as store:
+        batches = Batches(store, 8)
+        Foresight(store, scheduler, batches)([recipe(91)], "test")
+        batches.halve("test", {0: []}, "selection")
+        for number in range(4):
+            list(scheduler.run([job(number)]))
+        assert store.result(recipe(91).hash, "test") is None
+        Foresight(store, scheduler, Batches(store, 8))([recipe(91)], "test")
+        for number in range(4, 8):
+            list(scheduler.run([job(number)]))
+        assert isinstance(store.result(recipe(91).hash, "test"), Scores)
+
+
+def test_pieces_that_came_too_late_keep_what_the_others_scored() -> None:
+    crew = Crew(1)
+    scheduler = Scheduler(crew)
+    whole = job(1, blocks=2)
+    scored, late = whole.part([0]), whole.part([1])
+    wanted = _Wanted(job=whole, left=())
+    wanted.pieces = [Result(job=late, outcome=NotBegun()), *scheduler.run([scored])]
+    found = _whole(wanted)
+    assert isinstance(found.outcome, NotBegun)
+    assert [part.blocks for part in found.parts] == [(0,)]
+    assert found.timing is not None
 
 
 def test_one_worker_is_never_given_spare_work() -> None:
