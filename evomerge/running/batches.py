@@ -76,7 +76,7 @@ def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T
 
 
 def decisions(store: RunStore) -> list[Decision]:
-    """Return the halvings of a run, in the order in which they were made."""
+    """Return the halvings of a run, by split and block: which came first may have been a worker's haste."""
     return [Decision(**row) for row in store.fact(FACT) or []]
 
 
@@ -142,4 +142,5 @@ def scoring_alike(worker: WorkerSpec, store: RunStore, split: Literal["select", 
 
 
 def _as_data(made: Sequence[Decision]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(each) for each in made]
+    ordered = sorted(made, key=lambda each: (each.split, each.block))
+    return [dataclasses.asdict(each) for each in ordered]

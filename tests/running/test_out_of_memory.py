@@ -285,3 +285,15 @@ def test_a_worker_scores_in_the_batches_a_job_names_and_survives_too_large_ones(
     again = worker.run(halved).outcome
     assert isinstance(again, Scores)
     assert again.same_as(expected)
+
+
+def test_decisions_are_stored_in_one_order_whichever_came_first(tmp_path: Path) -> None:
+    facts = []
+    for number, order in enumerate(((0, 2), (2, 0))):
+        with RunStore.create(tmp_path / str(number), {}) as store:
+            batches = Batches(store, BATCH)
+            for block in order:
+                batches.halve("search", {block: []}, "baselines")
+            facts.append(store.fact("batch_sizes"))
+            assert [d.block for d in decisions(store)] == [0, 2]
+    assert facts[0] == facts[1]
