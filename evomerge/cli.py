@@ -267,8 +267,11 @@ def check(config: Config) -> None:
     from evomerge import compose
     from evomerge.config import RunConfig
     from evomerge.delivery import check as delivery
+    from evomerge.delivery.tracking import require_packages
 
-    prepared = compose.prepare(RunConfig.load(config))
+    loaded = RunConfig.load(config)
+    require_packages(loaded.tracking)
+    prepared = compose.prepare(loaded)
     compose.check_folder(prepared)
     found = compose.probe(prepared)
     _out.say(delivery.text(prepared, found))

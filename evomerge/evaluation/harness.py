@@ -169,11 +169,12 @@ class Harness:
     def mirror(self, engine: Engine, *, tolerance: float) -> None:
         """Let an engine generate in the live model's place from now on; call it before `prepare`.
 
-        Its canary is the longest prompt of the first tasks that generate. tolerance: as in Mirror.
+        Its canary is the longest prompt of the tasks that generate. tolerance: as in Mirror.
         Raises ConfigError where a task does not generate greedily.
         """
         prompts = []
-        for task in self.items("test").tasks:
+        everything = (self.items(split, block) for split in SPLITS for block in range(self.blocks(split)))
+        for task in (task for items in everything for task in items.tasks):
             for instance in (one for group in task.groups for one in group):
                 if instance.request_type == "generate_until":
                     options = normalize_gen_kwargs(instance.args[1], self._backend.max_gen_toks)
@@ -181,7 +182,7 @@ class Harness:
                     refuse_sampling(task.name, own)
                     prompts.append(self._backend.tok_encode(instance.args[0]))
         if prompts:
-            canary = max(prompts, key=len)[:CANARY]
+            canary = [self._backend.prefix_token_id, *max(prompts, key=len)][:CANARY]
             self._backend.mirror = Mirror(engine, canary, tolerance=tolerance)
 
     def weights_changed(self) -> None:

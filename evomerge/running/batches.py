@@ -39,13 +39,17 @@ class Halved(Exception):  # noqa: N818  # no error: the search goes on from the 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """One halving: from a phase of the run on, a block of a split is scored in batches of `size`."""
+    """One halving: from a phase of the run on, a block of a split is scored in batches of `size`.
+
+    everybody: whether what was scored there before was scored again, all of it.
+    """
 
     split: str
     block: int
     size: int
     before: int
     phase: str
+    everybody: bool
 
     @property
     def sentence(self) -> str:
@@ -53,10 +57,11 @@ class Decision:
         where = "gradients" if self.split == GRADIENTS else f"`{self.split}`"
         if self.split == "search":
             where += f", item block {self.block},"
-        alike = {
-            "search": f"from {self.phase} on; scores from before differ in their last digits",
-            GRADIENTS: "from then on",
-        }.get(self.split, "for all rows alike")
+        alike = f"from {self.phase} on; scores from before differ in their last digits"
+        if self.split == GRADIENTS:
+            alike = "from then on"
+        elif self.everybody:
+            alike = "for all alike"
         return f"out of memory: {where} in batches of {self.size} instead of {self.before}, {alike}"
 
 
@@ -71,7 +76,7 @@ def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T
 
 
 def decisions(store: RunStore) -> list[Decision]:
-    """Return the halvings of a run, in the order in which they were made."""
+    """Return the halvings of a run, by split and block: which came first may have been a worker's haste."""
     return [Decision(**row) for row in store.fact(FACT) or []]
 
 
@@ -107,8 +112,8 @@ class Batches:
 
         new: block -> the recipes (hashes) that nobody asked for there before. phase: what the run was doing.
         """
-        self._made += [self._decision(split, block, phase) for block in new]
         everybody = split != "search" or not self._store.has_ask(0)
+        self._made += [self._decision(split, block, phase, everybody) for block in new]
         self._store.drop_scores(
             split,
             {block: None if everybody else recipes for block, recipes in new.items()},
@@ -117,11 +122,18 @@ class Batches:
 
     def halve_gradients(self, phase: str) -> None:
         """Halve the size of the gradients still to come."""
-        self._made.append(self._decision(GRADIENTS, 0, phase))
+        self._made.append(self._decision(GRADIENTS, 0, phase, False))
         self._store.set_fact(FACT, _as_data(self._made))
 
-    def _decision(self, split: str, block: int, phase: str) -> Decision:
-        return Decision(split=split, block=block, size=self.size // 2, before=self.size, phase=phase)
+    def _decision(self, split: str, block: int, phase: str, everybody: bool) -> Decision:
+        return Decision(
+            split=split,
+            block=block,
+            size=self.size // 2,
+            before=self.size,
+            phase=phase,
+            everybody=everybody,
+        )
 
 
 def scoring_alike(worker: WorkerSpec, store: RunStore, split: Literal["select", "test"]) -> WorkerSpec:
@@ -130,4 +142,5 @@ def scoring_alike(worker: WorkerSpec, store: RunStore, split: Literal["select", 
 
 
 def _as_data(made: Sequence[Decision]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(each) for each in made]
+    ordered = sorted(made, key=lambda each: (each.split, each.block))
+    return [dataclasses.asdict(each) for each in ordered]

@@ -97,9 +97,16 @@ class Scorer:
         for entry, result in zip(named, results, strict=True):
             if isinstance(result, Failure):
                 self._store.forget_failures()
+                smaller = "a smaller executor.batch_size or max_length (in a new run)"
+                starved = result.kind == "out_of_memory"
                 raise UserError(
                     f"{entry.name} could not be scored on {split}: {result.reason}",
-                    fix="every run needs its base and sources scored; mend this, then resume",
+                    fix="every run needs its base and sources scored; "
+                    + (
+                        f"free some memory and resume, or try {smaller}"
+                        if starved
+                        else "mend this, then resume"
+                    ),
                 )
             scores.append(result)
         return scores

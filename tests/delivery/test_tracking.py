@@ -11,15 +11,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evomerge import compose
 from evomerge.config import RunConfig, TrackerSpec
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
-from evomerge.delivery.tracking import STATE, Tracked, flat, opened
+from evomerge.delivery.tracking import STATE, Tracked, flat, opened, require_packages
 from evomerge.errors import ConfigError
 from evomerge.running.store import RunStore
+from evomerge.search.guide import GuideState
+from tests.running.fakes import recipe
 from tests.test_cli import invoke, refuse
 
 TENSORBOARD = TrackerSpec(name="tensorboard")
@@ -170,6 +173,39 @@ def test_a_missing_package_is_a_message_before_the_run(
     said = refuse("run", path, folder=tmp_path)
     assert "the package of 'wandb' is not installed" in said
     assert "pip install 'evomerge[wandb]'" in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_never_asks_for_a_key_in_the_middle_of_a_run(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.delivery.tracking.wandb.has_key", lambda: False)
+    for command in ("check", "run"):
+        said = refuse(command, config(tracking=["wandb"]), folder=tmp_path)
+        assert "Weights & Biases has no API key here" in said
+        assert "mode: offline" in said
+    require_packages([TrackerSpec(name="wandb", mode="offline")])
+
+
+def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: Path) -> None:
+    recipes = [recipe(1), recipe(2)]
+    with RunStore.create(tmp_path, {"config": {"models": {"base": "base", "sources": {"a": "a"}}}}) as store:
+        store.begin_session({})
+        for generation in range(2):
+            store.record_ask(generation, np.full((2, 1), 0.5 * generation), recipes)
+            store.record_tell(generation, np.array([[-1.0, -2.0], [-3.0, 0.5]]), 0.1)
+            store.record_front(generation, 0.25 + generation, np.ones(2), recipes[:1])
+            state = GuideState(correlation=0.5 * generation or None, proposed=1, blocks=2, radius=0.1)
+            store.record_guide(generation, state)
+        notebook, warnings = Notebook(), list[str]()
+        with Tracked(Silent(), [TENSORBOARD], tmp_path, warn=warnings.append, open_=notebook.open) as tracked:
+            for generation in range(2):
+                tracked.generation_done(generation, 1.0, -np.inf)
+    steps = [of[1] for what, of in notebook.told if what == "step"]
+    assert warnings == []
+    assert [values["front/hypervolume"] for values in steps] == [0.25, 1.25]
+    assert [values.get("surrogate/correlation") for values in steps] == [None, 0.5]
+    assert not any(name.startswith("objective") or name == "score/best" for name in steps[0])
 
 
 @pytest.mark.filterwarnings("ignore")  # the services' own

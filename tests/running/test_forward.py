@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from evomerge.delivery import export as exporting
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import StoreError
-from evomerge.running import forward
+from evomerge.running import forward, out_of_memory
 from evomerge.running.store import RunStore
 from tests.test_cli import invoke, refuse
 
@@ -147,3 +149,10 @@ def test_another_environment_is_a_note_before_and_in_the_report(
         store.begin_session(now)
         notes = Summary(store, compose.stored_suite(store)).notes()
     assert any(note.startswith("worked on in several environments") and "torch 1.0" in note for note in notes)
+
+
+@pytest.mark.parametrize("module", [forward, out_of_memory], ids=lambda module: module.__name__)
+def test_the_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert found.failed == 0

@@ -136,6 +136,7 @@ def test_out_of_memory_from_the_start_is_a_run_with_the_smaller_batch(
         assert made == dict.fromkeys(
             [("search", 0), ("search", 1), ("search", 2), ("select", 0), ("test", 0)], (HALF, BATCH)
         )
+        assert all(d.sentence.endswith("for all alike") for d in decisions(store))
         worker = replace(spec(), batch_size=BATCH)
         assert scoring_alike(worker, store, "test").batch_size == HALF
 
@@ -154,6 +155,9 @@ def test_a_generation_is_scored_alike_and_what_was_before_stays(late: Small, tmp
         ("test", 0, HALF, BATCH),
     ]
     assert made[0].phase == "generation 1"
+    assert made[1].sentence == (
+        f"out of memory: `test` in batches of {HALF} instead of {BATCH}, for all alike"
+    )
     assert made[0].sentence == (
         f"out of memory: `search`, item block {block}, in batches of {HALF} instead of {BATCH}, from "
         "generation 1 on; scores from before differ in their last digits"
@@ -187,7 +191,7 @@ def test_who_never_fits_has_failed_and_the_others_go_on(late: Small, tmp_path: P
 
 def test_a_base_that_never_fits_ends_the_run(tmp_path: Path) -> None:
     reason = f"base could not be scored on search: out of memory at batch size {HALF}"
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason + r"\n.*a smaller executor.batch_size"):
         session(tmp_path / "run", InOne(replace(ALWAYS, most=1)))
     with RunStore.read(tmp_path / "run") as store:
         assert store.failures() == []
@@ -281,3 +285,15 @@ def test_a_worker_scores_in_the_batches_a_job_names_and_survives_too_large_ones(
     again = worker.run(halved).outcome
     assert isinstance(again, Scores)
     assert again.same_as(expected)
+
+
+def test_decisions_are_stored_in_one_order_whichever_came_first(tmp_path: Path) -> None:
+    facts = []
+    for number, order in enumerate(((0, 2), (2, 0))):
+        with RunStore.create(tmp_path / str(number), {}) as store:
+            batches = Batches(store, BATCH)
+            for block in order:
+                batches.halve("search", {block: []}, "baselines")
+            facts.append(store.fact("batch_sizes"))
+            assert [d.block for d in decisions(store)] == [0, 2]
+    assert facts[0] == facts[1]

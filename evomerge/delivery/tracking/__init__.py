@@ -54,13 +54,21 @@ Open = Callable[[TrackerSpec, Path, dict[str, Any]], Tracker]
 
 
 def require_packages(specs: Sequence[TrackerSpec]) -> None:
-    """Raise UserError where a tracker's package is not installed."""
+    """Raise UserError where a tracker's package is not installed, or would stop to ask for a key."""
     for spec in specs:
         if importlib.util.find_spec(spec.name) is None:
             raise UserError(
                 f"tracking: the package of {spec.name!r} is not installed",
                 fix=f"pip install 'evomerge[{spec.name}]', or leave it out of `tracking`",
             )
+        if spec.name == "wandb" and spec.mode == "online":
+            from evomerge.delivery.tracking.wandb import has_key
+
+            if not has_key():
+                raise UserError(
+                    "tracking: Weights & Biases has no API key here",
+                    fix="wandb login, or set WANDB_API_KEY, or mode: offline",
+                )
 
 
 def opened(spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Tracker:

@@ -15,6 +15,14 @@ _PATIENCE = 30.0
 """Seconds to wait for the service at the start."""
 
 
+def has_key() -> bool:
+    """Say whether W&B knows who logs; without, it would ask on the terminal, in the middle of a run."""
+    try:
+        return bool(wandb.login(prompt=False))
+    except wandb.errors.Error:  # there is one, which could not be verified now: no reason not to run
+        return True
+
+
 class WeightsAndBiases:
     """Logs to a run whose id is kept, so that a resumed run goes on in it.
 
@@ -37,6 +45,7 @@ class WeightsAndBiases:
                 save_code=False,
                 disable_git=True,
                 init_timeout=_PATIENCE,
+                login_timeout=_PATIENCE,
                 x_disable_stats=True,
             ),
         )
