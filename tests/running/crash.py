@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.forkserver import ForkServer
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def main(config_path: Path, folder: Path, workers: int, mode: str, kinds: list[s
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Silent
 
-    ForkServer.set_forkserver_preload = lambda *_: None  # type: ignore[assignment, method-assign]
+    forkserver.set_forkserver_preload = lambda *_: None  # a formula needs no torch
     pids = folder / "pids.json"
 
     def go_on(name: str) -> None:

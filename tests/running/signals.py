@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.forkserver import ForkServer
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def main(config_path: Path, folder: Path) -> None:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Silent
 
-    ForkServer.set_forkserver_preload = lambda *_: None  # type: ignore[assignment, method-assign]
+    forkserver.set_forkserver_preload = lambda *_: None  # a formula needs no torch
 
     def whole(name: str) -> None:
         compose.start(RunConfig.load(config_path, out=str(folder / name)), Silent())

@@ -109,8 +109,8 @@ def test_sockets_of_a_killed_driver_are_swept_by_the_next() -> None:
     """In a folder of a short name: the path of a socket can't be long."""
     start = (
         "import os, signal, sys\n"
-        "from multiprocessing.forkserver import ForkServer\n"
-        "ForkServer.set_forkserver_preload = lambda *_: None\n"
+        "from multiprocessing import forkserver\n"
+        "forkserver.set_forkserver_preload = lambda *_: None\n"
         "from evomerge.running.executors import LocalProcesses\n"
         "from tests.running.fakes import Obedient, spec\n"
         "executor = LocalProcesses(spec(), workers=1, timeout=60, worker=Obedient)\n"

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from multiprocessing.forkserver import ForkServer
+from multiprocessing import forkserver
 from pathlib import Path
 
 from tests.running import quick
@@ -34,7 +34,7 @@ def main(config_path: Path, folder: Path, kills: int, workers: int) -> None:
     from evomerge.delivery.progress import Silent
     from evomerge.running import executors
 
-    ForkServer.set_forkserver_preload = lambda *_: None  # type: ignore[assignment, method-assign]
+    forkserver.set_forkserver_preload = lambda *_: None  # a formula needs no torch
     if workers:
         os.environ["EVOMERGE_TEST_NAP"] = "0.02"
         compose.executors.build = quick.build(workers)
