@@ -20,6 +20,7 @@ from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
 
+@pytest.mark.slow  # test_crashes.py does this in seconds, without models
 def test_a_run_killed_at_any_stored_event_ends_in_the_same_bits(
     config: Callable[..., Path], tmp_path: Path
 ) -> None:
