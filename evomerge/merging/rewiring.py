@@ -12,6 +12,7 @@ Memory: what the recipes use of each source, in the forward pass's type, and wha
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import ConfigError, ModelError
+from evomerge.errors import ConfigError, DiskError, ModelError
 from evomerge.merging.drafts import passing_folder
 from evomerge.merging.live_weights import Place, Spread, locate
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
@@ -278,6 +279,9 @@ class Rewiring:
         return {live: tensor for live, (_, tensor) in self._made.items()}
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
     """Make a model of a config without reading or initialising its weights; they are put in later."""
     import torch
@@ -297,6 +301,10 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
         if (source.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise DiskError(
+                f"{tempfile.gettempdir()}: could not be written: {error.strerror}", fix="free some room there"
+            ) from None
         if attention is not None and _plain(attention) in _plain(str(error)):
             raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
         raise ModelError(

@@ -142,13 +142,13 @@ def test_a_run_whose_candidates_all_fail_says_so(
         good = {entry.recipe.hash for role in ("base", "parent", "baseline") for entry in store.entries(role)}
     (tmp_path / "run").rename(tmp_path / "earlier")
     monkeypatch.setattr(quick, "_unlucky", lambda recipe: recipe.hash not in good)
-    with pytest.raises(UserError, match="no candidate could be scored, so there is no winner"):
+    with pytest.raises(UserError, match="no candidate could be scored, so there is no winner") as error:
         quick_run(budget={"generations": 2})
+    assert "what failed is tried again" in str(error.value)
     monkeypatch.undo()
     monkeypatch.setattr(compose.executors, "build", quick.build(0))
     with RunStore.read(tmp_path / "run") as store:
-        assert store.failures()
-        assert len(store.generations()) == 2
+        assert not store.failures()
     compose.start(compose.stored_config(tmp_path / "run", generations=4), Silent())
     with RunStore.read(tmp_path / "run") as store:
         assert store.entries("winner")

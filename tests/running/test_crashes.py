@@ -27,6 +27,8 @@ KINDS = {
     "record winner",
     "fact norms",
     "fact gradient",
+    "fact clock",
+    "fact spent",
     "fact stopped",
     "scores search",
     "scores select",

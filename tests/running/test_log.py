@@ -48,7 +48,18 @@ def test_every_event_is_told_twice(logged_run: Path) -> None:
     assert events[0]["process"] == os.getpid()
     assert [e["event"] for e in events].count("session") == 2
     assert {e["event"] for e in events} == {
-        *("session", "phase", "entry", "gradient", "scored", "failed", "asked", "generation", "finished")
+        *(
+            "session",
+            "phase",
+            "entry",
+            "gradient",
+            "scored",
+            "failed",
+            "asked",
+            "generation",
+            "expected",
+            "finished",
+        )
     }
     with RunStore.read(logged_run) as store:
         scored = {

@@ -146,7 +146,7 @@ def test_a_run_goes_on_after_a_migration_that_only_adds(
     assert done is not None
     assert done.continues
     assert rows(tmp_path / "run" / "run.sqlite", "session")[0][1] == "unknown"
-    monkeypatch.setattr(RunStore, "begin_session", lambda *_: None)  # knows nothing of the new column
+    monkeypatch.setattr(RunStore, "begin_session", lambda *_, **__: None)  # knows nothing of the new column
     compose.start(compose.stored_config(tmp_path / "run", generations=2), Silent())
     assert migrate(tmp_path / "whole") is not None
     with RunStore.read(tmp_path / "run") as run, RunStore.read(tmp_path / "whole") as whole:
