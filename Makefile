@@ -14,10 +14,10 @@ demo: $(INSTALLED)   ## search, report and export on the models that come with e
 	$(BIN)/evomerge demo
 
 test: $(INSTALLED)   ## the default tests, under five minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadscope -q
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
 slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, build and install a wheel
-	$(BIN)/python -m pytest -n 2 --dist loadscope -q -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -m "slow or not slow"
 
 torture: $(INSTALLED) ## kill runs at random, 400 times (EVOMERGE_KILLS=20: of each kind fewer), and compare what they end in
 	$(BIN)/python -m pytest -q -m slow tests/running/test_torture.py -s

@@ -192,7 +192,7 @@ def run_ours(bench: Bench) -> tuple[Recipe, int]:
     prepared = bench.prepared
     built, executors.build = executors.build, lambda *_: bench.executor  # type: ignore[assignment]
     try:
-        outcome = compose._execute(prepared, Silent())
+        outcome = compose._execute(prepared, Silent(), time.time(), None)
     finally:
         executors.build = built
     known = {named.recipe.hash for named in (*bench.parents, *bench.hand_made)}
