@@ -339,6 +339,7 @@ def test_the_command_tells_a_tracker_and_the_scores_are_the_same(
     assert [what for what, _ in notebook.told] == ["open", "config", "step", "result", "close"]
     digests = []
     for out in ("tracked", "plain"):
+        assert [p.name for p in (tmp_path / out).glob("run.sqlite*")] == ["run.sqlite"]
         with RunStore.read(tmp_path / out) as store:
             digests.append(store.digest())
     assert digests[0] == digests[1]

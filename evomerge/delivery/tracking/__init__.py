@@ -106,7 +106,6 @@ class Tracked:
         self._warn, self._open = warn, open_ or opened
         self._trackers: dict[str, Tracker] = {}
         self._states: dict[str, dict[str, Any]] | None = None
-        self._store: RunStore | None = None
         self._finished = False
 
     def phase(self, name: str, jobs: int, known: int) -> None:
@@ -157,9 +156,6 @@ class Tracked:
 
     def __exit__(self, *_: object) -> None:
         self._each(lambda name, _: self._close(name))
-        if self._store is not None:
-            self._store.close()
-            self._store = None
 
     def _each(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
         for name in list(self._specs):
@@ -179,20 +175,20 @@ class Tracked:
             tracker = self._trackers[name] = self._open(self._specs[name], self._folder, state)
             self._mark(state, begun=True)
             if not known:
-                tracker.config(flat(self._reading().fact("config")))
+                with RunStore.read(self._folder) as store:
+                    tracker.config(flat(store.fact("config")))
         return self._trackers[name]
 
     def _close(self, name: str) -> None:
         if name in self._trackers:
             self._trackers.pop(name).close(finished=self._finished)
 
-    def _reading(self) -> RunStore:
-        if self._store is None:
-            self._store = RunStore.read(self._folder)
-        return self._store
-
     def _numbers(self, generation: int, evaluations: float, best: float) -> dict[str, float]:
-        store = self._reading()
+        with RunStore.read(self._folder) as store:  # held no longer: who closes last tidies up
+            return self._numbers_of(store, generation, evaluations, best)
+
+    @staticmethod
+    def _numbers_of(store: RunStore, generation: int, evaluations: float, best: float) -> dict[str, float]:
         own = store.generations()[generation]
         failed = {recipe for recipe, split, _ in store.failures() if split == "search"}
         values = {
