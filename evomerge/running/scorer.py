@@ -111,13 +111,16 @@ class Scorer:
             scores.append(result)
         return scores
 
-    def known(self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]) -> list[Scores | None]:
-        """Return what is stored of recipes on item blocks, None where they are not scored on all."""
-        found: list[Scores | None] = []
+    def known(
+        self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
+    ) -> list[Scores | Failure | None]:
+        """Return what is stored of recipes on item blocks, None where something is missing."""
+        found: list[Scores | Failure | None] = []
         for recipe in recipes:
             parts = [self._store.result(recipe.hash, split, block) for block in blocks]
+            failure = next((part for part in parts if isinstance(part, Failure)), None)
             scored = [part for part in parts if isinstance(part, Scores)]
-            found.append(joined(scored) if len(scored) == len(parts) else None)
+            found.append(failure or (joined(scored) if len(scored) == len(parts) else None))
         return found
 
     def _score(

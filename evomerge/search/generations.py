@@ -51,8 +51,10 @@ class Scorer(Protocol):
         """Like `score` for recipes the run can't do without: the first failure raises UserError."""
         ...
 
-    def known(self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]) -> list[Scores | None]:
-        """Return what recipes are known to have scored on blocks, None where they are not scored on all."""
+    def known(
+        self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
+    ) -> list[Scores | Failure | None]:
+        """Return what recipes are known to have scored on blocks, None where `score` has work to do."""
         ...
 
 
@@ -298,7 +300,9 @@ class Generations:
             return None
         blocks = self._blocks()
         recipes = [self.space.decode(u) for u in genomes]
-        if not self.journal.has_ask(generation + 1):
+        known = self.scorer.known(recipes, "search", blocks)
+        done = all(result is not None for result in known)  # paid for by an earlier session
+        if not done and not self.journal.has_ask(generation + 1):
             stopped = self.budget.stop_reason(
                 generations=generation + 1,
                 items=self.ledger.items,
@@ -345,7 +349,7 @@ class Generations:
         It is not told: whoever resumes the run finishes it first.
         """
         known = self.scorer.known(recipes, "search", blocks)
-        rows = [(i, result) for i, result in enumerate(known) if result is not None]
+        rows = [(i, result) for i, result in enumerate(known) if isinstance(result, Scores)]
         if not rows:
             return
         losses = self.views(blocks).losses([result for _, result in rows], [recipes[i] for i, _ in rows])

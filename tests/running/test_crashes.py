@@ -86,7 +86,7 @@ def test_the_driver_killed_where_there_is_a_front(quick_config: Callable[..., Pa
     struck(path, tmp_path, "chain", "front", "tell", "scores select")
 
 
-@pytest.mark.parametrize("mode", ["workers", "both"])
+@pytest.mark.parametrize("mode", [pytest.param("workers", marks=pytest.mark.slow), "both"])
 def test_worker_processes_killed(quick_config: Callable[..., Path], tmp_path: Path, mode: str) -> None:
     kinds = ("fact gradient", "scores search", "scores test")
     struck(quick_config(**FULL), tmp_path, mode, *kinds, workers=2)

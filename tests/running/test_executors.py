@@ -371,7 +371,8 @@ except UserError as error:
     assert done.stdout == "executor.address: no Ray cluster at '127.0.0.1:1'\n", done
 
 
-@pytest.mark.parametrize("end", ["closed", pytest.param("killed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["closed", "killed"])
 def test_a_ray_of_our_own_ends_with_us(end: str) -> None:
     """In the middle of a job: when it is closed, and when the driver dies, which Ray takes a while to see."""
     code = """

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from evomerge import compose
 from evomerge.config import RunConfig
@@ -27,6 +28,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 def test_weights_first_then_paths_through_the_winner(
     config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
 ) -> None:

@@ -220,6 +220,7 @@ def test_two_workers_end_in_the_same_bits_as_one(late: Small, tmp_path: Path) ->
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_around_a_halving_ends_in_the_same_bits(late: Small, tmp_path: Path) -> None:
     places = [f"{split}/{block}/{hash_}" for split, block, hash_ in sorted(late.places)]
     command = [sys.executable, "-m", "tests.running.hungry", str(tmp_path), *places]

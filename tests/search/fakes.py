@@ -52,8 +52,10 @@ class FakeScorer:
         results = self.score([n.recipe for n in named], split, phase)
         return [r for r in results if isinstance(r, Scores)]
 
-    def known(self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]) -> list[Scores | None]:
-        raise AssertionError("only asked where the clock ends a search")
+    def known(
+        self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
+    ) -> list[Scores | Failure | None]:
+        return [None] * len(recipes)
 
     def _one(self, recipe: Recipe, split: Split, phase: str) -> Scores | Failure:
         unlucky = phase.startswith("generation") and int(recipe.hash[:4], 16) < self.fail_share * 65536
