@@ -34,6 +34,7 @@ from evomerge.config import DEMO_CONFIG, RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.running.batches import Batches
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.executors.pool import Died, Message, Pool
 from evomerge.running.schedule import Scheduler
@@ -343,7 +344,7 @@ def driver(count: int, folder: Path) -> float:
     executor = Instant()
     with RunStore.create(folder, {"blocks": BLOCKS}) as store:
         store.begin_session({})
-        scorer = Scorer(store, Scheduler(executor), Silent())
+        scorer = Scorer(store, Scheduler(executor), Silent(), Batches(store, 1))
         recipes = [recipe(number) for number in range(count)]
         rates = {}
         for name, blocks, part in (
