@@ -14,6 +14,8 @@ import pytest
 from evomerge.errors import ConfigError
 from evomerge.search.genes import Coordinate
 from evomerge.search.optimizers import Optimizer, OptimizerSpec, choose, create
+from evomerge.search.optimizers.catcma import CatCma
+from evomerge.search.optimizers.cube import Cube
 
 CONTINUOUS = (Coordinate(),) * 6
 MIXED = (
@@ -531,3 +533,13 @@ def test_catcma_survives_a_screen_that_keeps_one_side() -> None:
         chosen = (*range(half), *rest.tolist())
         optimizer.tell(-rows[list(chosen), -1:], chosen)
     assert np.isfinite(rows).all()
+
+
+def test_catcma_takes_points_from_elsewhere_where_an_axis_has_shrunk_to_nothing() -> None:
+    cube = Cube([Coordinate(), Coordinate(), Coordinate(levels=5)])
+    algorithm = CatCma(cube, start=np.full(3, 0.5), seed=np.random.SeedSequence(0))
+    algorithm._es._A[0] = 0.0
+    algorithm.sample(8, np.array([[0.9, 0.2, 0.3]]))
+    given = algorithm._sampled[0]._v_raw
+    assert np.isfinite(given).all()
+    assert given[0] == algorithm._es._mean[0]

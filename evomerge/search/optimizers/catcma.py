@@ -233,8 +233,8 @@ class _Coding:
         raw = None
         if len(self._gaussian):
             axes, lengths = es._eigen_decomposition()
-            step = (row[self._gaussian] - es._mean) / es._A
-            far = np.linalg.norm((axes.T @ step) / lengths) / es._sigma
+            step = _divided(row[self._gaussian] - es._mean, es._A)
+            far = np.linalg.norm(_divided(axes.T @ step, lengths)) / max(es._sigma, 1e-300)
             most = np.sqrt(len(step)) + 2.0
             raw = es._mean + es._A * step * min(1.0, most / max(far, 1e-300))
         return CatCMAwM.Solution(
@@ -263,6 +263,12 @@ class _Coding:
     def _set_names(self, row: NDArray[np.float64], bins: NDArray[np.int_]) -> None:
         for column, bin_ in zip(self._cube.named, bins, strict=True):
             row[column] = self._cube.middle(column, bin_)
+
+
+def _divided(steps: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return steps in units of lengths, 0 along what has none left: there the distribution stays put."""
+    found: NDArray[np.float64] = np.divide(steps, lengths, out=np.zeros_like(steps), where=lengths > 0)
+    return found
 
 
 def _by_rank(tell: Callable[[list[tuple[Any, float]]], None]) -> Callable[[list[tuple[Any, float]]], None]:
