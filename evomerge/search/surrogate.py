@@ -163,10 +163,16 @@ class Model:
         slopes /= self._counts[:, None]
         return Prediction(values=values, slopes=self._features.back(slopes), uncertainty=spread)
 
-    def values(self, genomes: Sequence[Genome] | Array) -> Array:
+    def values(
+        self, genomes: Sequence[Genome] | Array, *, optimism: float = 0.0, pending: Pending | None = None
+    ) -> Array:
         """Return (n, tasks): what `predict` says of every genome, without its slopes."""
         here = np.array([self._features(genome) for genome in genomes])
-        return sum((block.values(here, self._tasks) for block in self._blocks), 0.0) / self._counts
+        found = np.zeros((len(here), self._tasks))
+        for index, block in enumerate(self._blocks):
+            known = block.known if pending is None else pending.known[index]
+            found += block.values(here, self._tasks, optimism=optimism, known=known)
+        return found / self._counts
 
     def left_out(self) -> Array:
         """Return (n, tasks): each genome of the largest block as the others predict it (leave-one-out).
@@ -365,13 +371,15 @@ class _Block:
         slopes[self.present] += np.outer(np.add.reduceat(by_spread, self.starts), spread_change)
         return spread
 
-    def values(self, here: Array, tasks: int) -> Array:
-        """Return (points, tasks) this block's sums at points (points, features)."""
+    def values(self, here: Array, tasks: int, *, optimism: float, known: _Rows) -> Array:
+        """Return (points, tasks) this block's sums at points (points, features); known as in `predict`."""
         column = self.kernel(here, self.rows)
         mean = self.mean + column @ self.weights
-        spread = np.maximum(1.0 - ((column @ self.known.inverse) * column).sum(axis=1), 1e-12)
-        width = np.sqrt(SOFTNESS**2 + spread[:, None] * self.variance)
-        value = np.where(self.outputs.margins, scipy.special.ndtr(mean / width), mean)
+        near = column if known is self.known else self.kernel(here, known.rows)
+        spread = np.maximum(1.0 - ((near @ known.inverse) * near).sum(axis=1), 1e-12)[:, None]
+        lifted = mean + optimism * np.sqrt(spread * self.variance)
+        width = np.sqrt(SOFTNESS**2 + spread * self.variance)
+        value = np.where(self.outputs.margins, scipy.special.ndtr(lifted / width), lifted)
         found = np.zeros((len(here), tasks))
         found[:, self.present] = np.add.reduceat(value, self.starts, axis=1)
         return found

@@ -30,6 +30,8 @@ START, LARGEST, SMALLEST = 0.2, 0.5, 0.03
 GROW, SHRINK = 2.0, 0.5
 KEPT = 0.3
 """Share of the promised improvement from which on the box grows."""
+MOST_CHANGES = 3
+"""Discrete coordinates in which a proposal may differ from the best genome."""
 LADDER = (1.0, 0.5, 0.25)
 """Shares of the box that the proposals of a batch keep to, in turn."""
 OPTIMISM = 0.5
@@ -109,7 +111,7 @@ class TrustRegion:
         met = [(loss, here)]
         for _ in range(self._changes(radius)):
             neighbours = list(self._neighbours(here))
-            losses = [predicted(neighbour)[0] for neighbour in neighbours]
+            losses = predicted.losses(neighbours)
             met += zip(losses, neighbours, strict=True)
             best = int(np.argmin(losses))
             if losses[best] >= loss:
@@ -125,7 +127,7 @@ class TrustRegion:
 
     def _changes(self, radius: float) -> int:
         """How many discrete coordinates may differ from the best genome's."""
-        return min(len(self._discrete), max(1, round(radius * len(self._discrete))))
+        return min(len(self._discrete), MOST_CHANGES, max(1, round(radius * len(self._discrete))))
 
     def _neighbours(self, genome: Genome) -> Iterator[Genome]:
         """Yield the genomes that differ in one discrete coordinate; whole numbers by one."""
@@ -151,6 +153,11 @@ class _Predicted:
         found = self._model.predict(genome, optimism=self._optimism, pending=self._pending)
         value, slope = self._loss_of(found.values)
         return value, slope @ found.slopes
+
+    def losses(self, genomes: Sequence[Genome]) -> list[float]:
+        """Return the losses of some genomes, without slopes."""
+        values = self._model.values(genomes, optimism=self._optimism, pending=self._pending)
+        return [self._loss_of(each)[0] for each in values]
 
     def minimise(self, start: Genome, low: Genome, high: Genome) -> tuple[Genome, float]:
         """Descend in a box with L-BFGS-B; return the genome and the loss there."""

@@ -198,3 +198,14 @@ def test_only_the_nearest_are_taken_in() -> None:
     rows = {row.tobytes() for row in model._blocks[0].rows}
     assert genomes[near].tobytes() in rows
     assert genomes[far].tobytes() not in rows
+
+
+@pytest.mark.parametrize("optimism", [0.0, 0.7])
+@pytest.mark.parametrize("pending", [False, True])
+def test_many_at_once_are_what_each_is(optimism: float, pending: bool) -> None:
+    model = fitted(taught(30, blocks=2), (0, 1))
+    genomes = np.random.default_rng(4).random((5, DIMENSION))
+    extra = Pending(model, genomes[:2]) if pending else None
+    found = model.values(genomes, optimism=optimism, pending=extra)
+    one_by_one = [model.predict(genome, optimism=optimism, pending=extra).values for genome in genomes]
+    assert found == pytest.approx(np.array(one_by_one), abs=1e-9)
