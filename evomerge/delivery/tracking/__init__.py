@@ -185,28 +185,7 @@ class Tracked:
 
     def _numbers(self, generation: int, evaluations: float, best: float) -> dict[str, float]:
         with RunStore.read(self._folder) as store:  # held no longer: who closes last tidies up
-            return self._numbers_of(store, generation, evaluations, best)
-
-    @staticmethod
-    def _numbers_of(store: RunStore, generation: int, evaluations: float, best: float) -> dict[str, float]:
-        own = store.generations()[generation]
-        failed = {recipe for recipe, split, _ in store.failures() if split == "search"}
-        values = {
-            "score/best": best,
-            "cost/evaluations": evaluations,
-            "cost/seconds": 3600 * store.hours(),
-            "cost/failures": float(len(failed)),
-        }
-        kept = [row for row, recipe in enumerate(own.recipes) if recipe not in failed]
-        if own.losses is not None and kept and own.losses.shape[1] == 1:
-            losses = own.losses[kept, 0]
-            values |= {"objective/best": -float(losses.min()), "objective/mean": -float(losses.mean())}
-        guide, fronts = store.guide()[generation:], store.fronts()[generation:]
-        if guide and guide[0].correlation is not None:
-            values["surrogate/correlation"] = guide[0].correlation
-        if fronts:
-            values["front/hypervolume"] = fronts[0].hypervolume
-        return {name: value for name, value in values.items() if np.isfinite(value)}
+            return _numbers(store, generation, evaluations, best)
 
     def _state(self, name: str) -> dict[str, Any]:
         if self._states is None:
@@ -219,6 +198,28 @@ class Tracked:
         draft = self._folder / f".{STATE}.new"
         draft.write_text(json.dumps(self._states, indent=2), encoding="utf-8")
         draft.replace(self._folder / STATE)
+
+
+def _numbers(store: RunStore, generation: int, evaluations: float, best: float) -> dict[str, float]:
+    """Return what is told of a generation."""
+    own = store.generations()[generation]
+    failed = {recipe for recipe, split, _ in store.failures() if split == "search"}
+    values = {
+        "score/best": best,
+        "cost/evaluations": evaluations,
+        "cost/seconds": 3600 * store.hours(),
+        "cost/failures": float(len(failed)),
+    }
+    kept = [row for row, recipe in enumerate(own.recipes) if recipe not in failed]
+    if own.losses is not None and kept and own.losses.shape[1] == 1:
+        losses = own.losses[kept, 0]
+        values |= {"objective/best": -float(losses.min()), "objective/mean": -float(losses.mean())}
+    guide, fronts = store.guide()[generation:], store.fronts()[generation:]
+    if guide and guide[0].correlation is not None:
+        values["surrogate/correlation"] = guide[0].correlation
+    if fronts:
+        values["front/hypervolume"] = fronts[0].hypervolume
+    return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
 def _ending(summary: Summary) -> tuple[dict[str, float], dict[str, str]]:
