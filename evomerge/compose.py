@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from evomerge import __version__, identity
+from evomerge import __version__, files, identity
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import PASSES
 from evomerge.evaluation.suite import Suite
-from evomerge.merging import drafts, kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
+from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
@@ -86,9 +86,9 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
-    from evomerge.merging import model_files
     from evomerge.merging.compatibility import check
-    from evomerge.merging.source import open_sources
+    from evomerge.merging.sources import model_files
+    from evomerge.merging.sources.source import open_sources
 
     suite = Suite.load(config.suite).weighted(config.objective.weights)
     config.objective.check(suite)
@@ -153,7 +153,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _check_gradients(warm: WarmStart, space: Space) -> None:
     """Refuse gradients where no method of the space can be differentiated."""
-    from evomerge.merging.derivatives import supports
+    from evomerge.merging.tensors.derivatives import supports
 
     if warm.gradients is None:
         return
@@ -473,7 +473,7 @@ def _budget(store: RunStore, spec: BudgetSpec, clock: Clock, forecast: Forecast)
 
 def _norms(prepared: Prepared) -> dict[str, float]:
     """Return the norms of the task vectors: a check of every weight, before anything is stored."""
-    from evomerge.merging.analysis import task_vector_norms
+    from evomerge.merging.analysis.norms import task_vector_norms
 
     if RunStore.exists(prepared.folder):
         with RunStore.read(prepared.folder) as store:
@@ -513,7 +513,7 @@ def _open_store(prepared: Prepared) -> RunStore:
         return RunStore.create(prepared.folder, _facts(prepared))
     store = RunStore.open(prepared.folder)
     try:
-        drafts.remove_abandoned(prepared.folder)
+        files.remove_abandoned(prepared.folder)
         facts = _facts(prepared)
         identity.check_same(store, facts)  # again, now that nobody else can write
         if store.fact("config") != facts["config"]:

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from evomerge.config import RunConfig, resolve_location
 from evomerge.errors import ConfigError
-from evomerge.merging.advice import RULES, Advised, Relation
-from evomerge.merging.interference import Interference, Tally
+from evomerge.merging.analysis.advice import RULES, Advised, Relation
+from evomerge.merging.analysis.interference import Interference, Tally
 from evomerge.merging.reading import read_recipe
 from evomerge.running.store import BASE
 from evomerge.schema import load_yaml

@@ -14,9 +14,9 @@ import plotly.offline
 
 from evomerge.delivery.interference import CAVEAT, SHARES, Measure, grid, labels, measures, outside
 from evomerge.errors import DiskError
-from evomerge.merging.advice import RULES, Advised
-from evomerge.merging.drafts import drafted_file
-from evomerge.merging.interference import Interference, Tally
+from evomerge.files import drafted_file
+from evomerge.merging.analysis.advice import RULES, Advised
+from evomerge.merging.analysis.interference import Interference, Tally
 
 _INK, _MUTED, _GRID = "#1d2433", "#667085", "#e6e9ef"
 _MODELS = ("#2f6fed", "#d9822b", "#157347", "#8e44ad", "#c0392b", "#0e8a9a", "#7a6a00", "#667085")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import StoreError
-from evomerge.merging.drafts import drafted_file
+from evomerge.files import drafted_file
 from evomerge.running import store as stores
 from evomerge.running.store import RunStore, lay_out
 from evomerge.running.store_file import FILE, check_file, connect, damaged, disk, take_lock

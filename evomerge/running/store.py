@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.tensorfile import sync
+from evomerge.merging.sources.tensorfile import sync
 from evomerge.running.store_file import (
     FILE,
     check_file,

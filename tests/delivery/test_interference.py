@@ -19,8 +19,8 @@ from evomerge.delivery import interference as delivery
 from evomerge.delivery.interference import Measure, labels, measures, read_models
 from evomerge.delivery.interference_page import write_html
 from evomerge.errors import ConfigError
-from evomerge.merging.advice import Advised, advise
-from evomerge.merging.interference import Interference, measure
+from evomerge.merging.analysis.advice import Advised, advise
+from evomerge.merging.analysis.interference import Interference, measure
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
