@@ -43,10 +43,11 @@ from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
-from evomerge.search import baselines, optimizers, spaces
-from evomerge.search.genes import Space
-from evomerge.search.layer_path import LayerPathSpec
+from evomerge.search import baselines, optimizers
 from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.spaces import kinds
+from evomerge.search.spaces.layer_path import LayerPathSpec
+from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart
 
 _LIBRARIES = (
@@ -67,7 +68,7 @@ class Prepared:
 
     config: RunConfig
     suite: Suite
-    space: spaces.AnySpace
+    space: kinds.AnySpace
     template: Recipe
     worker: WorkerSpec
     fingerprints: dict[str, str]
@@ -105,7 +106,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
     assert not isinstance(config.space, str)
-    space = spaces.apply(
+    space = kinds.apply(
         config.space,
         template=template,
         sources=tuple(config.models.sources),

@@ -18,9 +18,9 @@ from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running.store import BASE
 from evomerge.schema import preset_folder
-from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec
-from evomerge.search.space import Gene, SearchSpace, SpaceSpec
-from evomerge.search.spaces import AnySpace, AnySpec, apply
+from evomerge.search.spaces.kinds import AnySpace, AnySpec, apply
+from evomerge.search.spaces.layer_path import LayerPathSpace, LayerPathSpec
+from evomerge.search.spaces.merge_space import Gene, SearchSpace, SpaceSpec
 
 EXAMPLE_LAYERS, EXAMPLE_SOURCES = 32, ("a", "b", "c")
 _LAYER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")

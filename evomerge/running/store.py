@@ -44,7 +44,7 @@ from evomerge.running.store_file import (
 from evomerge.search.baselines import Named
 
 if TYPE_CHECKING:
-    from evomerge.search.guide import GuideState
+    from evomerge.search.surrogate.guide import GuideState
 
 ID = 12
 """How many digits of its recipe's hash a candidate is called by, in logs and messages."""
@@ -359,7 +359,7 @@ class RunStore:
 
     def guide(self) -> list[GuideState]:
         """Return what the surrogate did, generation by generation; nothing where there is none."""
-        from evomerge.search.guide import GuideState  # imports scipy, which workers can do without
+        from evomerge.search.surrogate.guide import GuideState
 
         query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
         return [

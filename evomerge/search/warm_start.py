@@ -26,7 +26,7 @@ from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import Strict
 from evomerge.search.baselines import Named
-from evomerge.search.genes import Genome, Space
+from evomerge.search.spaces.space import Genome, Space
 
 FIRST, SECOND = 0.9, 0.99
 """Adam's decay rates b1 and b2; the second shorter than its usual 0.999, for the steps are few."""

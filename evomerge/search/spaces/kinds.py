@@ -8,8 +8,8 @@ from typing import Any
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import parse
-from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec
-from evomerge.search.space import SearchSpace, SpaceSpec
+from evomerge.search.spaces.layer_path import LayerPathSpace, LayerPathSpec
+from evomerge.search.spaces.merge_space import SearchSpace, SpaceSpec
 
 AnySpec = SpaceSpec | LayerPathSpec
 """A search space as written, of either kind."""

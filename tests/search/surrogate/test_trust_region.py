@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from evomerge.search.genes import Coordinate, Genome
-from evomerge.search.surrogate import Array, Model, Outputs, Surrogate
-from evomerge.search.trust_region import GROW, LADDER, LARGEST, SHRINK, SMALLEST, START, TrustRegion
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.margins import Array, Model, Outputs, Surrogate
+from evomerge.search.surrogate.trust_region import GROW, LADDER, LARGEST, SHRINK, SMALLEST, START, TrustRegion
 
 CONTINUOUS = (Coordinate(),) * 3
 MIXED = (Coordinate(), Coordinate(levels=4), Coordinate(), Coordinate(levels=3, ordered=False))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from evomerge.search.genes import Coordinate
+from evomerge.search.spaces.space import Coordinate
 
 DIGITS = 6
 """Significant decimal digits of a decoded value. Rounding makes recipes readable and `encode` an exact

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from evomerge.errors import ConfigError
-from evomerge.search.genes import Coordinate
 from evomerge.search.optimizers import Optimizer, OptimizerSpec, choose, create
 from evomerge.search.optimizers.catcma import CatCma
 from evomerge.search.optimizers.cube import Cube
+from evomerge.search.spaces.space import Coordinate
 
 CONTINUOUS = (Coordinate(),) * 6
 MIXED = (
@@ -385,7 +385,7 @@ sys.modules["matplotlib"] = None  # no optimizer needs it, and its absence is no
 import evomerge.search.optimizers
 heavy = {"torch", "cma", "cmaes", "pymoo", "optuna"} & set(sys.modules)
 assert not heavy, heavy
-from tests.search.test_optimizers import digests
+from tests.search.optimizers.test_optimizers import digests
 print(*digests(), sep="\\n")
 assert "torch" not in sys.modules
 """

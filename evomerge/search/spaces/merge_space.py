@@ -15,12 +15,12 @@ import numpy as np
 
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
-from evomerge.search.domain import Choice, listed
-from evomerge.search.gene_spec import GeneSpec, SpaceSpec
-from evomerge.search.genes import Coordinate, Genome
-from evomerge.search.grouping import Place, cut
-from evomerge.search.layout import Gene, Layout
-from evomerge.search.resolve import SWITCH, Resolved, Varied, check_methods, redundancies, resolve
+from evomerge.search.spaces.domain import Choice, listed
+from evomerge.search.spaces.grouping import Place, cut
+from evomerge.search.spaces.layout import Gene, Layout
+from evomerge.search.spaces.preset import GeneSpec, SpaceSpec
+from evomerge.search.spaces.resolve import SWITCH, Resolved, Varied, check_methods, redundancies, resolve
+from evomerge.search.spaces.space import Coordinate, Genome
 
 __all__ = ["Gene", "GeneSpec", "SearchSpace", "SpaceSpec"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from evomerge.errors import ConfigError
 from evomerge.merging.recipe import OUTSIDE, TensorGroup, layer_of
-from evomerge.search.gene_spec import SpaceSpec
+from evomerge.search.spaces.preset import SpaceSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from evomerge.config import load_space, parse_space
 from evomerge.errors import ConfigError
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.search.baselines import parents
-from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec, Step, depth
+from evomerge.search.spaces.layer_path import LayerPathSpace, LayerPathSpec, Step, depth
 
 MODULES = (
     "input_layernorm.weight",

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from evomerge.errors import ConfigError
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of, shifted
 from evomerge.schema import Strict
-from evomerge.search.genes import Coordinate, Genome
+from evomerge.search.spaces.space import Coordinate, Genome
 
 OUTPUTS = {
     "attn": ("o_proj", "attn.c_proj", "attention.dense", "self_attn.dense", "out_proj"),

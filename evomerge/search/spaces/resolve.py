@@ -14,8 +14,8 @@ from evomerge.merging import methods
 from evomerge.merging.methods import Parameter
 from evomerge.merging.methods.declaration import Value
 from evomerge.merging.recipe import Recipe
-from evomerge.search.domain import Choice, Choices, Continuous, Domain, Whole, listed
-from evomerge.search.gene_spec import Axis, CurveSpec, GeneSpec, SpaceSpec
+from evomerge.search.spaces.domain import Choice, Choices, Continuous, Domain, Whole, listed
+from evomerge.search.spaces.preset import Axis, CurveSpec, GeneSpec, SpaceSpec
 
 AXES: tuple[Axis, ...] = ("source", "layers", "modules")
 METHOD, SWITCH = "method", "on"

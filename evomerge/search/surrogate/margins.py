@@ -24,7 +24,7 @@ import scipy.special
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from evomerge.search.genes import Coordinate, Genome
+from evomerge.search.spaces.space import Coordinate, Genome
 
 Array = NDArray[np.float64]
 

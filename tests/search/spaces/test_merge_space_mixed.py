@@ -19,8 +19,9 @@ from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.schema import parse, parse_yaml
-from evomerge.search import curve, domain, genes
-from evomerge.search.space import SearchSpace, SpaceSpec
+from evomerge.search.spaces import curve, domain
+from evomerge.search.spaces import space as space_module
+from evomerge.search.spaces.merge_space import SearchSpace, SpaceSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "input_layernorm")
 LAYERS = 6
@@ -388,7 +389,7 @@ def test_five_hundred_genes_decode_in_a_few_milliseconds() -> None:
 
 
 def test_the_example_of_the_docs_is_a_space() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "search_spaces.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "search_spaces.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     s = space(**parse_yaml(example))
     kinds = {g.parameter: g.domain.kind for g in s.genes}
@@ -396,7 +397,7 @@ def test_the_example_of_the_docs_is_a_space() -> None:
     assert parse(SpaceSpec, s.spec.model_dump(mode="json"), "stored") == s.spec  # as a run keeps it
 
 
-@pytest.mark.parametrize("module", [curve, domain, genes])
+@pytest.mark.parametrize("module", [curve, domain, space_module])
 def test_the_examples_in_the_docstrings_hold(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted

@@ -22,9 +22,9 @@ from threadpoolctl import threadpool_limits
 from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser, Share
 from evomerge.evaluation.scores import Scores, joined
-from evomerge.search.genes import Coordinate, Genome
-from evomerge.search.guide import Observed
-from evomerge.search.surrogate import ENOUGH, NEAREST, Outputs, Surrogate
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.guide import Observed
+from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
 
 Array = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.search.domain import Choice, Continuous
+from evomerge.search.spaces.domain import Choice, Continuous
 
 CurveKind = Literal["linear", "smooth"]
 

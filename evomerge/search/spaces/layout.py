@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from evomerge.search.curve import Curve
-from evomerge.search.domain import Continuous, Domain
-from evomerge.search.grouping import Place
-from evomerge.search.resolve import Varied
+from evomerge.search.spaces.curve import Curve
+from evomerge.search.spaces.domain import Continuous, Domain
+from evomerge.search.spaces.grouping import Place
+from evomerge.search.spaces.resolve import Varied
 
 _Key = tuple[str, str | None, str | None, str | None]
 """What a value is known by: entry of the preset, run of layers, module, source."""

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 import scipy.special
 
-from evomerge.search.genes import Coordinate, Genome
-from evomerge.search.surrogate import CLIP, ENOUGH, NEAREST, SOFTNESS, Model, Outputs, Pending, Surrogate
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.margins import (
+    CLIP,
+    ENOUGH,
+    NEAREST,
+    SOFTNESS,
+    Model,
+    Outputs,
+    Pending,
+    Surrogate,
+)
 
 DIMENSION, ITEMS = 4, 12
 CONTINUOUS = (Coordinate(),) * DIMENSION

@@ -28,11 +28,11 @@ from threadpoolctl import threadpool_limits
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores
 from evomerge.schema import Strict
-from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import Optimizer
-from evomerge.search.surrogate import CLIP, SOFTNESS, Model, Outputs, Surrogate
-from evomerge.search.trust_region import TrustRegion
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
+from evomerge.search.surrogate.trust_region import TrustRegion
 
 Array = NDArray[np.float64]
 

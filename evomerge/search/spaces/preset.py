@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from evomerge.merging.methods.declaration import Value
 from evomerge.schema import Strict
-from evomerge.search.curve import CurveKind
+from evomerge.search.spaces.curve import CurveKind
 
 GroupAxis = Literal["layers", "modules"]
 Axis = Literal["source", "layers", "modules"]
@@ -21,7 +21,7 @@ NARROWEST = 1e-3
 
 
 class CurveSpec(Strict):
-    """Values along the layers that follow from few control points; see `evomerge.search.curve`."""
+    """Values along the layers that follow from few control points; see `evomerge.search.spaces.curve`."""
 
     points: int = Field(ge=2, le=20)
     kind: CurveKind = "linear"

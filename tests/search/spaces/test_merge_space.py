@@ -14,7 +14,7 @@ from evomerge.config import load_space
 from evomerge.errors import ConfigError
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.schema import parse, preset_folder
-from evomerge.search.space import SearchSpace, SpaceSpec
+from evomerge.search.spaces.merge_space import SearchSpace, SpaceSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "input_layernorm", "post_attention_layernorm")
 TENSORS = tuple(

@@ -22,8 +22,8 @@ import scipy.optimize
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from evomerge.search.genes import Coordinate, Genome
-from evomerge.search.surrogate import LossOf, Model, Pending
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.margins import LossOf, Model, Pending
 
 START, LARGEST, SMALLEST = 0.2, 0.5, 0.03
 """Half of the box's edge, in the unit cube."""

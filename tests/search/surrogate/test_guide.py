@@ -10,8 +10,11 @@ import pytest
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, TaskScores, joined
 from evomerge.evaluation.suite import Suite
-from evomerge.search.genes import Coordinate, Genome
-from evomerge.search.guide import (
+from evomerge.search.objective import Objective, ObjectiveSpec
+from evomerge.search.optimizers import Optimizer, OptimizerSpec, create
+from evomerge.search.racing import Views
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.guide import (
     FEW,
     REFRESHED,
     SCATTERED,
@@ -22,10 +25,7 @@ from evomerge.search.guide import (
     Observed,
     SurrogateSpec,
 )
-from evomerge.search.objective import Objective, ObjectiveSpec
-from evomerge.search.optimizers import Optimizer, OptimizerSpec, create
-from evomerge.search.racing import Views
-from evomerge.search.trust_region import SHRINK, SMALLEST, START
+from evomerge.search.surrogate.trust_region import SHRINK, SMALLEST, START
 
 SPLITS = {"search": "search", "select": "select", "test": "test"}
 SUITE = Suite.model_validate(

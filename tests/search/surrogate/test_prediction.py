@@ -8,8 +8,8 @@ import pytest
 from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, TaskScores, joined
-from evomerge.search.genes import Coordinate
-from evomerge.search.prediction import Example, Forecast, forecast, shared_blocks
+from evomerge.search.spaces.space import Coordinate
+from evomerge.search.surrogate.prediction import Example, Forecast, forecast, shared_blocks
 from tests.search.fakes import SUITE
 
 BLOCKS, ITEMS, DIMENSION = 4, 30, 3
