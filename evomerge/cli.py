@@ -359,7 +359,7 @@ def _places(given: list[str]) -> dict[str, str]:
 @_command(app, "migrate")
 def migrate(run: Run) -> None:
     """Bring a run of an older evomerge up to date; a copy of its store is kept."""
-    from evomerge.running.migrations import migrate as bring
+    from evomerge.running.store.migrations import migrate as bring
 
     done = bring(run)
     if done is None:
@@ -643,8 +643,8 @@ def analyze(
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
 ) -> None:
     """Say from the files alone where fine-tunes agree or conflict, and which method to start from."""
-    from evomerge.delivery import interference as delivery
-    from evomerge.delivery import interference_page
+    from evomerge.delivery.analyze import page as analysis_page
+    from evomerge.delivery.analyze import terminal as delivery
     from evomerge.merging.analysis.advice import advise
     from evomerge.merging.analysis.interference import measure
 
@@ -656,8 +656,8 @@ def analyze(
     advised = advise(found)
     _out.say(delivery.terminal(found, advised, measure=shown, width=_out.console.width))
     if html is not None:
-        page = interference_page.write_html(found, advised, html)
-        _out.say(f"page: {_shown(page)}")
+        written = analysis_page.write_html(found, advised, html)
+        _out.say(f"page: {_shown(written)}")
     _out.data(delivery.as_data(found, advised))
 
 

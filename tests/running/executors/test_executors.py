@@ -361,7 +361,7 @@ def test_a_cluster_that_is_not_there_is_the_users_business() -> None:
     """In a process of its own, because this one is connected to a cluster."""
     code = """
 from evomerge.errors import UserError
-from tests.running.test_executors import ray
+from tests.running.executors.test_executors import ray
 try:
     ray(address="127.0.0.1:1")
 except UserError as error:
@@ -377,7 +377,7 @@ def test_a_ray_of_our_own_ends_with_us(end: str) -> None:
     """In the middle of a job: when it is closed, and when the driver dies, which Ray takes a while to see."""
     code = """
 import os, signal, sys
-from tests.running.test_executors import HANG, jobs, ray
+from tests.running.executors.test_executors import HANG, jobs, ray
 if __name__ == "__main__":
     executor = ray(address="local", timeout=60)
     results = list(executor.run(jobs(1, 2, 3)))

@@ -21,9 +21,9 @@ from typing import Any
 
 from evomerge.errors import StoreError
 from evomerge.files import drafted_file
-from evomerge.running import store as stores
-from evomerge.running.store import RunStore, lay_out
-from evomerge.running.store_file import FILE, check_file, connect, damaged, disk, take_lock
+from evomerge.running.store import store as stores
+from evomerge.running.store.file import FILE, check_file, connect, damaged, disk, take_lock
+from evomerge.running.store.store import RunStore, lay_out
 
 FACT = "migrated"
 """The fact that a store was migrated: from which schema version, and whether its search can go on."""

@@ -30,7 +30,7 @@ from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.tensorfile import sync
-from evomerge.running.store_file import (
+from evomerge.running.store.file import (
     FILE,
     check_file,
     connect,

@@ -18,13 +18,12 @@ from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import StoreError
-from evomerge.running import migrations, store
-from evomerge.running.migrations import migrate
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, migrations, store
+from evomerge.running.store.migrations import migrate
 from tests.conftest import write_suite
 from tests.running import quick
 
-OLD = sorted((Path(__file__).parents[1] / "golden" / "runs").glob("*.sqlite"))
+OLD = sorted((Path(__file__).parents[2] / "golden" / "runs").glob("*.sqlite"))
 """Runs of the tests' tiny models that older versions made."""
 
 

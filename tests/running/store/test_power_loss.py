@@ -26,7 +26,7 @@ from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure
 from evomerge.running.store import RunStore
-from evomerge.running.store_file import FILE
+from evomerge.running.store.file import FILE
 from evomerge.search.baselines import Named
 from tests.conftest import write_suite
 from tests.running import quick

@@ -12,7 +12,7 @@ import jinja2
 import plotly.graph_objects as go
 import plotly.offline
 
-from evomerge.delivery.interference import CAVEAT, SHARES, Measure, grid, labels, measures, outside
+from evomerge.delivery.analyze.terminal import CAVEAT, SHARES, Measure, grid, labels, measures, outside
 from evomerge.errors import DiskError
 from evomerge.files import drafted_file
 from evomerge.merging.analysis.advice import RULES, Advised
@@ -30,7 +30,9 @@ def write_html(found: Interference, advised: Advised, out: Path) -> Path:
     """
     if out.exists() and not (out.is_file() and out.read_bytes()[:15].lower().startswith(b"<!doctype html")):
         raise DiskError(f"{out}: already exists and is not an HTML page", fix="choose another name")
-    template = files("evomerge.delivery").joinpath("interference.html.jinja").read_text(encoding="utf-8")
+    template = (
+        files("evomerge.delivery.analyze").joinpath("interference.html.jinja").read_text(encoding="utf-8")
+    )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": _percent}
     total, kinds = found.total, found.by_kind()

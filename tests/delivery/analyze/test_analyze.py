@@ -15,9 +15,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from evomerge.delivery import interference as delivery
-from evomerge.delivery.interference import Measure, labels, measures, read_models
-from evomerge.delivery.interference_page import write_html
+from evomerge.delivery.analyze import terminal as delivery
+from evomerge.delivery.analyze.page import write_html
+from evomerge.delivery.analyze.terminal import Measure, labels, measures, read_models
 from evomerge.errors import ConfigError
 from evomerge.merging.analysis.advice import Advised, advise
 from evomerge.merging.analysis.interference import Interference, measure

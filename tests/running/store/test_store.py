@@ -14,7 +14,8 @@ import pytest
 
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores
-from evomerge.running.store import FILE, SCHEMA_VERSION, RunStore
+from evomerge.running.store import RunStore
+from evomerge.running.store.store import FILE, SCHEMA_VERSION
 from evomerge.search.baselines import Named
 from tests.running.fakes import TIMING, recipe, scores
 
@@ -183,7 +184,7 @@ def test_an_ambiguous_or_unknown_hash(tmp_path: Path) -> None:
 
 def test_the_tables_are_those_that_are_described(tmp_path: Path) -> None:
     filled(tmp_path).close()
-    page = (Path(__file__).parents[2] / "runs" / "README.md").read_text()
+    page = (Path(__file__).parents[3] / "runs" / "README.md").read_text()
     assert f"(schema version {SCHEMA_VERSION})" in page
     described = dict(re.findall(r"^\| `(\w+)` \| (.*)$", page, flags=re.MULTILINE))
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as db:
