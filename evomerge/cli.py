@@ -320,11 +320,11 @@ def resume(
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
     from evomerge import compose, identity
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
     limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
-    RunStore.refuse_held(run)
-    with RunStore.read(run) as store:
+    StoreReader.refuse_held(run)
+    with StoreReader.read(run) as store:
         identity.refuse_older(store)
     config = compose.stored_config(run, models=_places(model or []), suite=suite, **limits)
     identity.refuse_missing(config)
@@ -386,7 +386,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge.delivery.summary import Summary
     from evomerge.delivery.tracking import require_packages
     from evomerge.merging.tensors import kernels
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
     for note in kernels.notes():
         _out.say(f"note: {note}")
@@ -397,11 +397,11 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     try:
         with _observer() as shown, _tracked(shown, config) as observer:
             compose.start(config, observer, full_hash=full_hash)
-            with RunStore.read(folder) as store:
+            with StoreReader.read(folder) as store:
                 observer.finish(Summary(store, compose.stored_suite(store)), folder / "report.html")
         _report(folder)
     except KeyboardInterrupt as interrupt:
-        if RunStore.exists(folder):
+        if StoreReader.exists(folder):
             command = f"evomerge resume {shlex.quote(_shown(folder))}"
             interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
         raise
@@ -428,9 +428,9 @@ def status(run: Run) -> None:
     from evomerge import compose
     from evomerge.delivery import status as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
-    with RunStore.read(run) as store:
+    with StoreReader.read(run) as store:
         data = delivery.as_data(store, Summary(store, compose.stored_suite(store)))
     _out.say(delivery.text(data))
     _out.data(data)
@@ -458,12 +458,12 @@ def show(
     from evomerge.delivery import candidate as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import SPLITS
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
     chosen = next((each for each in SPLITS if each == split), None)
     if split is not None and chosen is None:
         raise ConfigError(f"unknown split {split!r}", fix=nearest(split, SPLITS))
-    with RunStore.read(run) as store:
+    with StoreReader.read(run) as store:
         summary = Summary(store, compose.stored_suite(store))
         data = delivery.as_data(store, summary, candidate, items=items, split=chosen)
     _out.say(delivery.text(data))
@@ -480,9 +480,9 @@ def _report(folder: Path) -> None:
     from evomerge import compose
     from evomerge.delivery import report as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
-    with RunStore.read(folder) as store:
+    with StoreReader.read(folder) as store:
         summary = Summary(store, compose.stored_suite(store))
         _out.say(delivery.terminal(store, summary, width=_out.console.width))
         _out.data(delivery.as_data(store, summary))
@@ -509,10 +509,10 @@ def export(
     from evomerge import compose
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
     _check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
-    with RunStore.read(run) as store:
+    with StoreReader.read(run) as store:
         summary = Summary(store, compose.stored_suite(store))
         if form == "adapter":
             made = delivery.export_adapter(store, summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
@@ -579,9 +579,9 @@ def predict(
     from evomerge import compose
     from evomerge.delivery import predict as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
-    with RunStore.read(run) as store:
+    with StoreReader.read(run) as store:
         prepared = compose.prepare(compose.stored_config(run))
         summary = Summary(store, compose.stored_suite(store))
         found = delivery.predict(store, summary, prepared, recipe)
@@ -763,11 +763,11 @@ def demo(
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import Scores
     from evomerge.running.batches import scoring_alike
-    from evomerge.running.store import RunStore
+    from evomerge.running.store import StoreReader
 
     config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
     _run(config)
-    with RunStore.read(out) as store:
+    with StoreReader.read(out) as store:
         summary = Summary(store, compose.stored_suite(store))
         assert summary.winner is not None
         model = out / f"model-{summary.winner.recipe.hash[:8]}"

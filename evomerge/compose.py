@@ -40,7 +40,7 @@ from evomerge.running.log import Logged, RunLog
 from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
-from evomerge.running.store import BASE, ID, RunStore
+from evomerge.running.store import BASE, ID, RunStore, StoreReader
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers
@@ -211,7 +211,7 @@ def stored_config(
     models: name -> where models lie now that were moved. suite: where its file lies now. budget: single
     limits that replace the stored ones, as in `running.budget.replaced`.
     """
-    with RunStore.read(folder) as store:
+    with StoreReader.read(folder) as store:
         data = store.fact("config")
     data["out"] = str(folder.absolute())
     identity.relocate(data, models or {}, suite)
@@ -219,7 +219,7 @@ def stored_config(
     return parse(RunConfig, data, f"{folder}: stored config")
 
 
-def stored_suite(store: RunStore) -> Suite:
+def stored_suite(store: StoreReader) -> Suite:
     """Return the suite a run was started with, from the store alone."""
     return parse(Suite, store.fact("suite"), f"{store.folder}: stored suite")
 
@@ -235,9 +235,9 @@ def versions() -> dict[str, str]:
 
 def environment_note(folder: Path) -> str | None:
     """Say what of libraries and processor changed since the run in a folder was begun, None if nothing."""
-    if not RunStore.exists(folder):
+    if not StoreReader.exists(folder):
         return None
-    with RunStore.read(folder) as store:
+    with StoreReader.read(folder) as store:
         what = forward.changes(store.versions(), versions())
     return None if what is None else forward.warning(what)
 
@@ -342,7 +342,7 @@ def _slopes(prepared: Prepared) -> float:
 def _check_time(prepared: Prepared) -> None:
     """Refuse to begin a run whose time is over."""
     until, now = prepared.config.budget.until, time.time()
-    if until is not None and not RunStore.exists(prepared.folder) and moment(until, now) <= now:
+    if until is not None and not StoreReader.exists(prepared.folder) and moment(until, now) <= now:
         raise ConfigError(
             f"budget.until: {shown(moment(until, now))} is over",
             fix='give a later moment, or a time of day ("08:00")',
@@ -476,8 +476,8 @@ def _norms(prepared: Prepared) -> dict[str, float]:
     """Return the norms of the task vectors: a check of every weight, before anything is stored."""
     from evomerge.merging.analysis.norms import task_vector_norms
 
-    if RunStore.exists(prepared.folder):
-        with RunStore.read(prepared.folder) as store:
+    if StoreReader.exists(prepared.folder):
+        with StoreReader.read(prepared.folder) as store:
             if (stored := store.fact("norms")) is not None:
                 return dict(stored)
     norms = task_vector_norms(prepared.config.locations, BASE, tokenizer=prepared.config.tokenizer)
@@ -510,7 +510,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
 
 
 def _open_store(prepared: Prepared) -> RunStore:
-    if not RunStore.exists(prepared.folder):
+    if not StoreReader.exists(prepared.folder):
         return RunStore.create(prepared.folder, _facts(prepared))
     store = RunStore.open(prepared.folder)
     try:
@@ -528,9 +528,9 @@ def _open_store(prepared: Prepared) -> RunStore:
 def check_folder(prepared: Prepared) -> None:
     """Refuse a run folder that can't be made, holds something else, or this run on changed inputs."""
     folder = prepared.folder
-    RunStore.refuse_held(folder)
-    if RunStore.exists(folder):
-        with RunStore.read(folder) as store:
+    StoreReader.refuse_held(folder)
+    if StoreReader.exists(folder):
+        with StoreReader.read(folder) as store:
             identity.check_same(store, _facts(prepared))
         return
     if folder.is_dir():

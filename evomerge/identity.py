@@ -12,14 +12,14 @@ from evomerge.errors import ConfigError, ModelError, StoreError, nearest
 from evomerge.merging.sources import model_files
 from evomerge.merging.sources.source import open_sources
 from evomerge.running import forward
-from evomerge.running.store import BASE, RunStore, migrations
+from evomerge.running.store import BASE, StoreReader, migrations
 from evomerge.running.store.file import FILE
 
 FILES, HASHES = "model_files", "full_hashes"
 """The facts about the models' files: what can be known at once, and of every byte where it was asked for."""
 
 
-def check_same(store: RunStore, facts: dict[str, Any]) -> None:
+def check_same(store: StoreReader, facts: dict[str, Any]) -> None:
     """Refuse to go on with a stored run whose config, models, tasks or device are not these."""
     folder = store.folder
     refuse_older(store)
@@ -59,7 +59,7 @@ def _differences(old: Any, new: Any, place: str = "") -> list[str]:
     return [] if old == new else [f"{place.rstrip('.')} {old!r} there, {new!r} here"]
 
 
-def refuse_older(store: RunStore) -> None:
+def refuse_older(store: StoreReader) -> None:
     """Refuse to go on with a run that was migrated from a version whose search can't be replayed."""
     folder = store.folder
     if (migrated := store.fact(migrations.FACT)) is not None and not migrated["continues"]:
@@ -72,7 +72,7 @@ def refuse_older(store: RunStore) -> None:
         )
 
 
-def _changed(store: RunStore, facts: Mapping[str, Any]) -> dict[str, str]:
+def _changed(store: StoreReader, facts: Mapping[str, Any]) -> dict[str, str]:
     """Return model -> which of its files changed, and how."""
     before, files = store.fact("fingerprints"), store.fact(FILES) or {}
     found = {}
@@ -89,7 +89,7 @@ def full_hashes(config: RunConfig) -> dict[str, dict[str, str]]:
     return {name: model_files.full_hashes(source) for name, source in sources.items()}
 
 
-def check_hashes(store: RunStore, hashes: Mapping[str, Mapping[str, str]]) -> None:
+def check_hashes(store: StoreReader, hashes: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse models of which some byte changed since hashes were last asked for, if they were."""
     before = store.fact(HASHES) or {}
     changed = {

@@ -14,14 +14,14 @@ from evomerge.delivery import export
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, joined
-from evomerge.running.store import ID, RunStore
+from evomerge.running.store import ID, StoreReader
 
 _WIDTH = 60
 """Characters of an item's text that the table shows."""
 
 
 def as_data(
-    store: RunStore, summary: Summary, asked: str, *, items: str | None = None, split: Split | None = None
+    store: StoreReader, summary: Summary, asked: str, *, items: str | None = None, split: Split | None = None
 ) -> dict[str, Any]:
     """Return all that a run knows of a candidate as plain data.
 
@@ -62,7 +62,7 @@ def as_data(
     return data
 
 
-def _on_split(store: RunStore, hash_: str, split: Split) -> dict[str, Any] | None:
+def _on_split(store: StoreReader, hash_: str, split: Split) -> dict[str, Any] | None:
     parts = _parts(store, hash_, split)
     failure = next((f for recipe, where, f in store.failures() if (recipe, where) == (hash_, split)), None)
     if not parts and failure is None:
@@ -83,14 +83,14 @@ def _on_split(store: RunStore, hash_: str, split: Split) -> dict[str, Any] | Non
     }
 
 
-def _parts(store: RunStore, hash_: str, split: Split) -> list[Scores]:
+def _parts(store: StoreReader, hash_: str, split: Split) -> list[Scores]:
     """Return the scores of a candidate, block by block."""
     found = (store.result(hash_, split, block) for block in range(store.blocks(split)))
     return [part for part in found if part is not None and not isinstance(part, Failure)]
 
 
 def _items(
-    store: RunStore, hash_: str, task: str, split: Split | None, splits: dict[Split, Any]
+    store: StoreReader, hash_: str, task: str, split: Split | None, splits: dict[Split, Any]
 ) -> dict[str, Any]:
     suite = compose.stored_suite(store)
     known = [each.task for each in suite.tasks]
@@ -122,7 +122,7 @@ def _items(
     return {"task": task, "split": chosen, "rows": rows}
 
 
-def _texts(store: RunStore, task: str, split: Split) -> list[list[dict[str, Any]]]:
+def _texts(store: StoreReader, task: str, split: Split) -> list[list[dict[str, Any]]]:
     """Return of every item of a task, block by block, what the model was asked and offered as answers."""
     from evomerge.evaluation.harness import Harness
     from evomerge.merging.sources.source import open_sources

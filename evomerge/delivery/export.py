@@ -27,7 +27,7 @@ from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.source import open_source
 from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader
 from evomerge.running.worker import Job, Worker, WorkerSpec
 from evomerge.search.baselines import Named
 
@@ -41,7 +41,7 @@ class Exported:
     no_mergekit: str | None
 
 
-def export(store: RunStore, summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
+def export(store: StoreReader, summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
     """Write one recipe of a run as a Hugging Face model folder.
 
     pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
@@ -81,7 +81,7 @@ class ScoredAdapter:
 
 
 def export_adapter(
-    store: RunStore,
+    store: StoreReader,
     summary: Summary,
     out: Path,
     *,
@@ -120,7 +120,7 @@ def export_adapter(
     return found[0]
 
 
-def _test_scores(store: RunStore, recipe: Recipe, worker: WorkerSpec) -> Scores:
+def _test_scores(store: StoreReader, recipe: Recipe, worker: WorkerSpec) -> Scores:
     stored = store.result(recipe.hash, "test")
     outcome = stored if stored is not None else Worker(worker).run(Job(recipe=recipe, split="test")).outcome
     if isinstance(outcome, Failure):
@@ -154,7 +154,7 @@ def write_text(out: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def find(store: RunStore, summary: Summary, pick: str) -> Named:
+def find(store: StoreReader, summary: Summary, pick: str) -> Named:
     """Return the recipe `pick` means; see `export`."""
     if pick == "winner":
         if summary.winner is None:
@@ -186,7 +186,7 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
     )
 
 
-def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
+def card(store: StoreReader, summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
     """Return the model card (Markdown with the hub's YAML header) of one recipe of a run.
 
     adapter: what the recipe was exported as, where that is not the whole model.

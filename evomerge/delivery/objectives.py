@@ -14,7 +14,7 @@ import numpy as np
 
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
-from evomerge.running.store import RunStore, StoredFront
+from evomerge.running.store import StoredFront, StoreReader
 from evomerge.schema import parse
 from evomerge.search import pareto
 from evomerge.search.baselines import Named
@@ -98,7 +98,7 @@ def axis(objective: str) -> str:
     return f"{objective}, {unit.get(objective, 'points')}"
 
 
-def front(store: RunStore, summary: Summary) -> Front | None:
+def front(store: StoreReader, summary: Summary) -> Front | None:
     """Return the front of a run, or None where it has one objective."""
     spec = _spec(store)
     if not spec.several:
@@ -122,7 +122,7 @@ def front(store: RunStore, summary: Summary) -> Front | None:
     return Front(objectives=spec.names, generations=tuple(store.fronts()), points=tuple(points))
 
 
-def notes(store: RunStore, summary: Summary) -> list[str]:
+def notes(store: StoreReader, summary: Summary) -> list[str]:
     """Return what a reader must know of the objective, one sentence each."""
     found = []
     if _spec(store).several:
@@ -135,7 +135,7 @@ def notes(store: RunStore, summary: Summary) -> list[str]:
     return found
 
 
-def constraints(store: RunStore, summary: Summary) -> str | None:
+def constraints(store: StoreReader, summary: Summary) -> str | None:
     """Say whether the winner meets the constraints; None without constraints or winner."""
     on_select, on_test = _objective(store, summary, "select"), _objective(store, summary, "test")
     if not _spec(store).constraints or summary.winner is None or on_select is None:
@@ -161,7 +161,7 @@ def constraints(store: RunStore, summary: Summary) -> str | None:
     return text
 
 
-def picked(store: RunStore, summary: Summary, pick: str) -> Named:
+def picked(store: StoreReader, summary: Summary, pick: str) -> Named:
     """Return the finalist that "knee", "best:TASK" or "weights:TASK=0.7,OTHER=0.3" means.
 
     Finalists are compared by their scores on `select`: the knee by the run's objectives, the others by
@@ -214,16 +214,16 @@ def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _spec(store: RunStore) -> ObjectiveSpec:
+def _spec(store: StoreReader) -> ObjectiveSpec:
     return parse(ObjectiveSpec, store.fact("config")["objective"], f"{store.folder}: stored objective")
 
 
-def _objective(store: RunStore, summary: Summary, split: Split) -> Objective | None:
+def _objective(store: StoreReader, summary: Summary, split: Split) -> Objective | None:
     normaliser = summary.normaliser(split)
     return None if normaliser is None else Objective(_spec(store), normaliser, layers=store.fact("layers"))
 
 
-def _scored(store: RunStore, named: list[Named], split: Split) -> list[tuple[Named, Scores]]:
+def _scored(store: StoreReader, named: list[Named], split: Split) -> list[tuple[Named, Scores]]:
     results = [(n, store.result(n.recipe.hash, split)) for n in named]
     return [(n, result) for n, result in results if isinstance(result, Scores)]
 

@@ -17,7 +17,7 @@ from evomerge.errors import ConfigError, StoreError
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.running import warm_start
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader
 from evomerge.search import baselines
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate import prediction
@@ -44,7 +44,7 @@ class Predicted:
     blocks: int
 
 
-def find(store: RunStore, template: Recipe, asked: str) -> Recipe:
+def find(store: StoreReader, template: Recipe, asked: str) -> Recipe:
     """Return the recipe of a file or of the start of a hash, over the run's models.
 
     Raises:
@@ -61,7 +61,7 @@ def find(store: RunStore, template: Recipe, asked: str) -> Recipe:
     )
 
 
-def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -> Predicted:
+def predict(store: StoreReader, summary: Summary, prepared: Prepared, asked: str) -> Predicted:
     """Predict a recipe's score on `search` from everything the run has scored there, but itself.
 
     Raises:
@@ -117,7 +117,7 @@ def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -
     )
 
 
-def scored(store: RunStore, summary: Summary, prepared: Prepared) -> list[Example]:
+def scored(store: StoreReader, summary: Summary, prepared: Prepared) -> list[Example]:
     """Return all scored recipes that are points of the space, named ones first."""
     points: dict[str, Genome] = {}
     others = (*summary.starts, *store.entries("finalist"))

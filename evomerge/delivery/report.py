@@ -27,12 +27,12 @@ from evomerge.evaluation.statistics import Interval
 from evomerge.files import drafted_file
 from evomerge.merging.recipe import Recipe
 from evomerge.running import forward
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader
 
 _INK, _ACCENT, _MUTED, _GRID = "#1d2433", "#2f6fed", "#8a94a6", "#e6e9ef"
 
 
-def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> RenderableType:
+def terminal(store: StoreReader, summary: Summary, *, width: int = 120) -> RenderableType:
     """Return the comparison table, the verdict and where the time went, for a rich console.
 
     width: of the console in characters; a narrow one shows intervals for the mean only.
@@ -198,7 +198,7 @@ def _short(task: str, summary: Summary) -> str:
     return task.removeprefix(f"{summary.suite.name}_")
 
 
-def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
+def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
     """Return the report as plain data for scripts (`report --json`)."""
     rows = summary.rows()
     verdict, cost, luck = summary.verdict(rows), summary.cost(), summary.luck()
@@ -263,7 +263,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     }
 
 
-def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
+def write_html(store: StoreReader, summary: Summary, out: Path) -> Path:
     """Write the report as one HTML file with everything inside, plots included, and return its path."""
     rows = summary.rows()
     template = files("evomerge.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")

@@ -15,10 +15,10 @@ from evomerge.running import forward
 from evomerge.running.budget import LIMITS
 from evomerge.running.clock import shown
 from evomerge.running.forecast import Estimate
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader
 
 
-def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
+def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
     """Return the state of a run as plain data (`status --json`)."""
     generations = store.generations()
     told = [g for g in generations if g.losses is not None]
@@ -52,7 +52,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
     }
 
 
-def _clock(store: RunStore) -> dict[str, Any]:
+def _clock(store: StoreReader) -> dict[str, Any]:
     """What the clock says: when the session under way stops searching, what is expected, what was spent."""
     clock, cost = store.fact("clock") or {}, store.fact("config")["budget"].get("cost")
     estimate = None

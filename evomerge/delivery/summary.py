@@ -19,7 +19,7 @@ from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite, SuiteTask
 from evomerge.running import forward
 from evomerge.running.batches import decisions
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader
 from evomerge.search.baselines import Named
 from evomerge.search.surrogate.prediction import shared_blocks
 
@@ -180,7 +180,7 @@ class Finalist:
 class Summary:
     """What a stored run says, finished or not."""
 
-    def __init__(self, store: RunStore, suite: Suite) -> None:
+    def __init__(self, store: StoreReader, suite: Suite) -> None:
         self._store = store
         self.suite = suite
         self.parents = store.entries("base") + store.entries("parent")

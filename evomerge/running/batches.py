@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from evomerge.evaluation.scores import Failure, Split
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, StoreReader
 from evomerge.running.worker import Result, WorkerSpec
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T
             return search(Batches(store, size))
 
 
-def decisions(store: RunStore) -> list[Decision]:
+def decisions(store: StoreReader) -> list[Decision]:
     """Return the halvings of a run, by split and block: which came first may have been a worker's haste."""
     return [Decision(**row) for row in store.fact(FACT) or []]
 
@@ -89,8 +89,7 @@ class Batches:
 
     def of(self, split: str, block: int = 0) -> int:
         """Return the size in force on a block of a split."""
-        found = [d.size for d in self._made if (d.split, d.block) == (split, block)]
-        return found[-1] if found else self.size
+        return _in_force(self._made, self.size, split, block)
 
     def sizes(self, split: Split, blocks: Iterable[int]) -> dict[int, int]:
         """Return the sizes in force on some blocks."""
@@ -136,9 +135,15 @@ class Batches:
         )
 
 
-def scoring_alike(worker: WorkerSpec, store: RunStore, split: Literal["select", "test"]) -> WorkerSpec:
+def scoring_alike(worker: WorkerSpec, store: StoreReader, split: Literal["select", "test"]) -> WorkerSpec:
     """Return a run's worker with the batch size in force on a split of one block."""
-    return dataclasses.replace(worker, batch_size=Batches(store, worker.batch_size).of(split))
+    size = _in_force(decisions(store), worker.batch_size, split, 0)
+    return dataclasses.replace(worker, batch_size=size)
+
+
+def _in_force(made: Sequence[Decision], size: int, split: str, block: int) -> int:
+    halved = [decision.size for decision in made if (decision.split, decision.block) == (split, block)]
+    return halved[-1] if halved else size
 
 
 def _as_data(made: Sequence[Decision]) -> list[dict[str, Any]]:

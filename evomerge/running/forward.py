@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import StoreError
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader
 from evomerge.running.worker import WorkerSpec
 
 FACT = "forward"
@@ -83,7 +83,7 @@ def find(worker: WorkerSpec) -> Forward:
     )
 
 
-def stored(store: RunStore) -> Forward | None:
+def stored(store: StoreReader) -> Forward | None:
     """Return how a run computes; None for one that was begun before this was kept."""
     data = store.fact(FACT)
     return None if data is None else Forward(**data)
@@ -91,15 +91,18 @@ def stored(store: RunStore) -> Forward | None:
 
 def kept_threads(folder: Path) -> int | None:
     """Return the threads per worker that a run in a folder was begun with, if there is one and it says so."""
-    if not RunStore.exists(folder):
+    if not StoreReader.exists(folder):
         return None
-    with contextlib.suppress(StoreError), RunStore.read(folder) as store:  # who opens it to run will say why
+    with (
+        contextlib.suppress(StoreError),
+        StoreReader.read(folder) as store,
+    ):  # who opens it to run will say why
         found = stored(store)
         return None if found is None else found.threads
     return None
 
 
-def check_same(store: RunStore, found: Forward) -> None:
+def check_same(store: StoreReader, found: Forward) -> None:
     """Raise StoreError where a run would go on in another arithmetic than it was begun in."""
     before = stored(store)
     if before is None:

@@ -13,7 +13,7 @@ from typing import Any
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
-from evomerge.running.store import BASE, RunStore
+from evomerge.running.store import BASE, StoreReader
 from evomerge.search.baselines import Named
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart, WarmStartSpec, distinct
@@ -29,8 +29,8 @@ def resolve(spec: WarmStartSpec, *, space: Space, template: Recipe, folder: Path
     Raises ConfigError for recipes over other models, and for a run of which the space can express nothing.
     """
     gradients = None if spec.gradients == "off" else spec.gradients
-    if RunStore.exists(folder):
-        with RunStore.read(folder) as store:
+    if StoreReader.exists(folder):
+        with StoreReader.read(folder) as store:
             stored = store.fact(FACT) or []
         return WarmStart(recipes=tuple(_from_data(each, template) for each in stored), gradients=gradients)
     found = [
@@ -57,7 +57,7 @@ def _from_data(data: Mapping[str, Any], template: Recipe) -> Named:
 
 def _of_run(folder: Path, space: Space, template: Recipe) -> list[Named]:
     """Return a run's winner and best candidates, as far as the space can express them."""
-    with RunStore.read(folder) as store:
+    with StoreReader.read(folder) as store:
         config = store.fact("config")["models"]
         missing = [name for name in config["sources"] if name not in template.models]
         if missing:

@@ -24,7 +24,7 @@ from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.forecast import Estimate
 from evomerge.running.scorer import Observer
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.store import StoreReader, Timing
 
 STATE = "tracking.json"
 
@@ -175,7 +175,7 @@ class Tracked:
             tracker = self._trackers[name] = self._open(self._specs[name], self._folder, state)
             self._mark(state, begun=True)
             if not known:
-                with RunStore.read(self._folder) as store:
+                with StoreReader.read(self._folder) as store:
                     tracker.config(flat(store.fact("config")))
         return self._trackers[name]
 
@@ -184,7 +184,7 @@ class Tracked:
             self._trackers.pop(name).close(finished=self._finished)
 
     def _numbers(self, generation: int, evaluations: float, best: float) -> dict[str, float]:
-        with RunStore.read(self._folder) as store:  # held no longer: who closes last tidies up
+        with StoreReader.read(self._folder) as store:  # held no longer: who closes last tidies up
             return _numbers(store, generation, evaluations, best)
 
     def _state(self, name: str) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Tracked:
         draft.replace(self._folder / STATE)
 
 
-def _numbers(store: RunStore, generation: int, evaluations: float, best: float) -> dict[str, float]:
+def _numbers(store: StoreReader, generation: int, evaluations: float, best: float) -> dict[str, float]:
     """Return what is told of a generation."""
     own = store.generations()[generation]
     failed = {recipe for recipe, split, _ in store.failures() if split == "search"}

@@ -21,9 +21,9 @@ from typing import Any
 
 from evomerge.errors import StoreError
 from evomerge.files import drafted_file
-from evomerge.running.store import store as stores
+from evomerge.running.store import schema
 from evomerge.running.store.file import FILE, check_file, connect, damaged, disk, take_lock
-from evomerge.running.store.store import RunStore, lay_out
+from evomerge.running.store.queries import StoreReader
 
 FACT = "migrated"
 """The fact that a store was migrated: from which schema version, and whether its search can go on."""
@@ -55,7 +55,7 @@ def migrate(folder: Path) -> Migrated | None:
     try:
         path = folder / FILE
         before, complete = _version(path)
-        if before == stores.SCHEMA_VERSION and complete:
+        if before == schema.SCHEMA_VERSION and complete:
             return None
         backup = path.with_name(f"{FILE}.version-{before}")
         with drafted_file(backup) as draft:
@@ -64,7 +64,7 @@ def migrate(folder: Path) -> Migrated | None:
             continues = _fill(draft, backup, before)
     finally:
         os.close(lock)
-    RunStore.read(folder).close()
+    StoreReader.read(folder).close()
     return Migrated(before=before, backup=backup, continues=continues)
 
 
@@ -83,20 +83,20 @@ def _version(path: Path) -> tuple[int, bool]:
         raise damaged(path.parent, str(error)) from None
     if health != "ok" or not {"run", "recipe", "ask", "score"} <= tables:
         raise damaged(path.parent, "not a run store" if health == "ok" else str(health))
-    if found > stores.SCHEMA_VERSION:
+    if found > schema.SCHEMA_VERSION:
         raise StoreError(
             f"{path}: written by a newer version of evomerge",
-            expected=f"schema version {stores.SCHEMA_VERSION} or older",
+            expected=f"schema version {schema.SCHEMA_VERSION} or older",
             got=str(found),
             fix="update evomerge",
         )
-    return found, stores.complete(tables)
+    return found, schema.complete(tables)
 
 
 def _fill(draft: Path, old: Path, before: int) -> bool:
     """Write a store from an older one; say whether its search can go on."""
     with contextlib.closing(sqlite3.connect(draft)) as db:
-        lay_out(db)
+        schema.lay_out(db)
         db.execute("ATTACH ? AS old", (str(old.absolute()),))
         there = {name for (name,) in db.execute("SELECT name FROM old.sqlite_schema WHERE type = 'table'")}
         with db:
@@ -119,5 +119,5 @@ def _copy(db: sqlite3.Connection, table: str) -> None:
     db.execute(f"INSERT INTO main.{table} ({names}) SELECT {values} FROM old.{table}", tuple(filled.values()))
 
 
-def _columns(db: sqlite3.Connection, schema: str, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA {schema}.table_info({table})")]
+def _columns(db: sqlite3.Connection, place: str, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA {place}.table_info({table})")]

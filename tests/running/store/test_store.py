@@ -15,7 +15,8 @@ import pytest
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.running.store import RunStore
-from evomerge.running.store.store import FILE, SCHEMA_VERSION
+from evomerge.running.store.file import FILE
+from evomerge.running.store.schema import SCHEMA_VERSION
 from evomerge.search.baselines import Named
 from tests.running.fakes import TIMING, recipe, scores
 
