@@ -40,7 +40,7 @@ from evomerge.running.log import Logged, RunLog
 from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Observer, Scorer
 from evomerge.running.slopes import Slopes
-from evomerge.running.store import BASE, ID, RunStore, StoreReader
+from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
 from evomerge.search import baselines, optimizers
@@ -212,7 +212,7 @@ def stored_config(
     limits that replace the stored ones, as in `running.budget.replaced`.
     """
     with StoreReader.read(folder) as store:
-        data = store.fact("config")
+        data = facts.CONFIG.require(store)
     data["out"] = str(folder.absolute())
     identity.relocate(data, models or {}, suite)
     data["budget"] = replaced(data["budget"], budget, time.time())
@@ -221,7 +221,7 @@ def stored_config(
 
 def stored_suite(store: StoreReader) -> Suite:
     """Return the suite a run was started with, from the store alone."""
-    return parse(Suite, store.fact("suite"), f"{store.folder}: stored suite")
+    return parse(Suite, facts.SUITE.require(store), f"{store.folder}: stored suite")
 
 
 def versions() -> dict[str, str]:
@@ -401,21 +401,21 @@ def _execute(
             )
             observer = Watch(Logged(observer, log), forecast, store, spec)
             store.begin_session(versions(), started=started)
-            if hashes is not None and store.fact(identity.HASHES) is None:
-                store.set_fact(identity.HASHES, hashes)
+            if hashes is not None and facts.FULL_HASHES.get(store) is None:
+                facts.FULL_HASHES.set(store, {name: dict(files) for name, files in hashes.items()})
             budget = _budget(store, spec, clock, forecast)
-            if store.fact("norms") is None:
-                store.set_fact("norms", norms)
+            if facts.NORMS.get(store) is None:
+                facts.NORMS.set(store, norms)
             scheduler = Scheduler(executor)
-            if store.fact("stopped") is not None:
-                store.set_fact("stopped", None)  # a larger budget: the old winner no longer counts
+            if facts.STOPPED.get(store) is not None:
+                facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
             with tried_again(store):
                 outcome = begun_again(
                     store,
                     prepared.worker.batch_size,
                     lambda batches: _search(prepared, store, scheduler, observer, budget, batches).run(),
                 )
-            store.set_fact("stopped", outcome.stopped)
+            facts.STOPPED.set(store, outcome.stopped)
             winner = outcome.winner
             log.event("finished", reason=outcome.stopped, name=winner.name, id=winner.recipe.hash[:ID])
             return outcome
@@ -436,7 +436,7 @@ def _search(
             suite=prepared.suite,
             space=prepared.space,
             template=prepared.template,
-            norms=store.fact("norms"),
+            norms=facts.NORMS.require(store),
             optimizer=prepared.config.optimizer,
             objective=prepared.config.objective,
             racing=prepared.config.racing,
@@ -457,18 +457,18 @@ def _search(
 
 def _budget(store: RunStore, spec: BudgetSpec, clock: Clock, forecast: Forecast) -> Budget:
     """Return the budget of a session; what the clock ended before stays so until that limit is raised."""
-    stop = None if (found := store.fact("stop")) is None else Stop(**found)
+    stop = None if (stored := facts.STOP.get(store)) is None else Stop(**stored)
     if stop is not None and not stop.holds(spec, clock.now()):
-        store.set_fact("stop", None)
+        facts.STOP.set(store, None)
         stop = None
     limit = spec.clock_limit(clock)
-    store.set_fact("clock", {"limit": None if limit is None else limit.at})
+    facts.CLOCK.set(store, {"limit": None if limit is None else limit.at})
     return Budget(
         spec,
         clock,
         reserve=forecast.reserve,
         stop=stop,
-        record=lambda stop: store.set_fact("stop", stop.as_data()),
+        record=lambda stop: facts.STOP.set(store, stop.as_data()),
     )
 
 
@@ -478,7 +478,7 @@ def _norms(prepared: Prepared) -> dict[str, float]:
 
     if StoreReader.exists(prepared.folder):
         with StoreReader.read(prepared.folder) as store:
-            if (stored := store.fact("norms")) is not None:
+            if (stored := facts.NORMS.get(store)) is not None:
                 return dict(stored)
     norms = task_vector_norms(prepared.config.locations, BASE, tokenizer=prepared.config.tokenizer)
     for name, norm in norms.items():
@@ -491,21 +491,21 @@ def _norms(prepared: Prepared) -> dict[str, float]:
     return norms
 
 
-def _facts(prepared: Prepared) -> dict[str, Any]:
+def _facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
     config = prepared.config
-    started = {warm_start.FACT: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
+    started = {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
     return started | {
-        "config": config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
-        "identity": config.identity(),
-        "blocks": prepared.worker.blocks,
-        "fingerprints": prepared.fingerprints,
-        identity.FILES: prepared.files,
-        "suite": prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
-        "suite_digest": prepared.suite.digest(),
-        "optimizer": prepared.optimizer,
-        "layers": prepared.layers,
-        forward.FACT: forward.as_data(forward.find(prepared.worker)),
-        "arithmetic": f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
+        facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
+        facts.IDENTITY: config.identity(),
+        facts.BLOCKS: prepared.worker.blocks,
+        facts.FINGERPRINTS: prepared.fingerprints,
+        facts.MODEL_FILES: prepared.files,
+        facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
+        facts.SUITE_DIGEST: prepared.suite.digest(),
+        facts.OPTIMIZER: prepared.optimizer,
+        facts.LAYERS: prepared.layers,
+        facts.FORWARD: forward.as_data(forward.find(prepared.worker)),
+        facts.ARITHMETIC: f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
     }
 
 
@@ -515,10 +515,10 @@ def _open_store(prepared: Prepared) -> RunStore:
     store = RunStore.open(prepared.folder)
     try:
         files.remove_abandoned(prepared.folder)
-        facts = _facts(prepared)
-        identity.check_same(store, facts)  # again, now that nobody else can write
-        if store.fact("config") != facts["config"]:
-            store.set_fact("config", facts["config"])
+        begun = _facts(prepared)
+        identity.check_same(store, begun)  # again, now that nobody else can write
+        if facts.CONFIG.get(store) != begun[facts.CONFIG]:
+            facts.CONFIG.set(store, begun[facts.CONFIG])
     except BaseException:
         store.close()
         raise

@@ -12,39 +12,37 @@ from evomerge.errors import ConfigError, ModelError, StoreError, nearest
 from evomerge.merging.sources import model_files
 from evomerge.merging.sources.source import open_sources
 from evomerge.running import forward
-from evomerge.running.store import BASE, StoreReader, migrations
+from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.store.file import FILE
 
-FILES, HASHES = "model_files", "full_hashes"
-"""The facts about the models' files: what can be known at once, and of every byte where it was asked for."""
 
-
-def check_same(store: StoreReader, facts: dict[str, Any]) -> None:
+def check_same(store: StoreReader, begun: facts.Values) -> None:
     """Refuse to go on with a stored run whose config, models, tasks or device are not these."""
     folder = store.folder
     refuse_older(store)
-    if store.fact("identity") != facts["identity"]:
+    if facts.IDENTITY.get(store) != begun[facts.IDENTITY]:
         raise StoreError(
             f"{folder}: holds a run of another config",
-            got=", ".join(_differences(store.fact("config"), facts["config"])) or "other settings",
+            got=", ".join(_differences(facts.CONFIG.get(store), begun[facts.CONFIG])) or "other settings",
             fix="choose another `out`, or go on with the stored run: evomerge resume "
             + shlex.quote(str(folder)),
         )
-    if changed := _changed(store, facts):
+    if changed := _changed(store, begun):
         raise StoreError(
             f"{folder}: model files changed since the run began",
             got="; ".join(f"{name}: {what}" for name, what in changed.items()),
             fix="put the old files back, or start a new run in another folder",
         )
-    for key, what in (("suite_digest", "the suite or its task files"), ("arithmetic", "device or dtype")):
-        if store.fact(key) != facts[key]:
+    checks = ((facts.SUITE_DIGEST, "the suite or its task files"), (facts.ARITHMETIC, "device or dtype"))
+    for fact, what in checks:
+        if fact.get(store) != begun[fact]:
             raise StoreError(
                 f"{folder}: {what} changed since the run began, so scores would not be comparable",
-                expected=str(store.fact(key)),
-                got=str(facts[key]),
+                expected=str(fact.get(store)),
+                got=str(begun[fact]),
                 fix="restore what was there, or start a new run in another folder",
             )
-    forward.check_same(store, forward.Forward(**facts[forward.FACT]))
+    forward.check_same(store, forward.Forward(**begun[facts.FORWARD]))
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:
@@ -62,7 +60,7 @@ def _differences(old: Any, new: Any, place: str = "") -> list[str]:
 def refuse_older(store: StoreReader) -> None:
     """Refuse to go on with a run that was migrated from a version whose search can't be replayed."""
     folder = store.folder
-    if (migrated := store.fact(migrations.FACT)) is not None and not migrated["continues"]:
+    if (migrated := facts.MIGRATED.get(store)) is not None and not migrated["continues"]:
         raise StoreError(
             f"{folder}: begun by an older evomerge, whose search this version can't replay",
             expected=f"evomerge {store.versions().get('evomerge', 'of its time')} and its store, "
@@ -72,12 +70,12 @@ def refuse_older(store: StoreReader) -> None:
         )
 
 
-def _changed(store: StoreReader, facts: Mapping[str, Any]) -> dict[str, str]:
+def _changed(store: StoreReader, begun: facts.Values) -> dict[str, str]:
     """Return model -> which of its files changed, and how."""
-    before, files = store.fact("fingerprints"), store.fact(FILES) or {}
+    before, files = facts.FINGERPRINTS.require(store), facts.MODEL_FILES.get(store) or {}
     found = {}
-    for name, print_ in facts["fingerprints"].items():
-        differ = model_files.changes(files[name], facts[FILES][name]) if name in files else []
+    for name, print_ in begun[facts.FINGERPRINTS].items():
+        differ = model_files.changes(files[name], begun[facts.MODEL_FILES][name]) if name in files else []
         if differ or before.get(name) != print_:
             found[name] = ", ".join(differ) or "config, headers, sizes or weights"
     return found
@@ -91,7 +89,7 @@ def full_hashes(config: RunConfig) -> dict[str, dict[str, str]]:
 
 def check_hashes(store: StoreReader, hashes: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse models of which some byte changed since hashes were last asked for, if they were."""
-    before = store.fact(HASHES) or {}
+    before = facts.FULL_HASHES.get(store) or {}
     changed = {
         name: [file for file, found in files.items() if before.get(name, files).get(file) != found]
         for name, files in hashes.items()

@@ -42,7 +42,7 @@ from evomerge.evaluation.scores import Scores
 from evomerge.merging.analysis.norms import task_vector_norms
 from evomerge.merging.recipe import Recipe
 from evomerge.running import executors
-from evomerge.running.store import BASE, RunStore
+from evomerge.running.store import BASE, RunStore, facts
 from evomerge.running.worker import Job, Result
 from evomerge.search import baselines
 from evomerge.search.objective import Objective
@@ -201,7 +201,8 @@ def run_ours(bench: Bench) -> tuple[Recipe, int]:
         scored = store.scored_blocks("search")
         sizes = [part.items for part in _parts(store, bench.prepared.template.hash, scored)]
         items = sum(sizes[b] for hash_, blocks in scored.items() if hash_ not in known for b in blocks)
-        spent = store._db.execute("SELECT count(*) FROM run WHERE key LIKE 'gradient %'").fetchone()[0]
+        count = "SELECT count(*) FROM run WHERE key GLOB ?"
+        spent = store._db.execute(count, (facts.GRADIENT.pattern,)).fetchone()[0]
     gradients = prepared.warm.gradients
     if gradients is not None:
         full = bench.score(prepared.template, "search").items

@@ -27,7 +27,7 @@ from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.source import open_source
 from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 from evomerge.running.worker import Job, Worker, WorkerSpec
 from evomerge.search.baselines import Named
 
@@ -214,8 +214,8 @@ def card(store: StoreReader, summary: Summary, chosen: Named, *, adapter: Scored
         front=front,
         place=next((p for p in front.searched if p.recipe == chosen.recipe.hash), None) if front else None,
         suite=summary.suite,
-        seed=store.fact("config")["seed"],
-        config=store.fact("config"),
+        seed=facts.CONFIG.require(store)["seed"],
+        config=facts.CONFIG.require(store),
         versions=store.versions(),
         passes=forward.stored(store),
         methods=sorted({group.method for group in chosen.recipe.groups}),

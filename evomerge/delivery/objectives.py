@@ -14,7 +14,7 @@ import numpy as np
 
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
-from evomerge.running.store import StoredFront, StoreReader
+from evomerge.running.store import StoredFront, StoreReader, facts
 from evomerge.schema import parse
 from evomerge.search import pareto
 from evomerge.search.baselines import Named
@@ -215,12 +215,12 @@ def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:
 
 
 def _spec(store: StoreReader) -> ObjectiveSpec:
-    return parse(ObjectiveSpec, store.fact("config")["objective"], f"{store.folder}: stored objective")
+    return parse(ObjectiveSpec, facts.CONFIG.require(store)["objective"], f"{store.folder}: stored objective")
 
 
 def _objective(store: StoreReader, summary: Summary, split: Split) -> Objective | None:
     normaliser = summary.normaliser(split)
-    return None if normaliser is None else Objective(_spec(store), normaliser, layers=store.fact("layers"))
+    return None if normaliser is None else Objective(_spec(store), normaliser, layers=facts.LAYERS.get(store))
 
 
 def _scored(store: StoreReader, named: list[Named], split: Split) -> list[tuple[Named, Scores]]:

@@ -17,7 +17,7 @@ from evomerge.errors import ConfigError, StoreError
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.running import warm_start
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 from evomerge.search import baselines
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate import prediction
@@ -69,7 +69,7 @@ def predict(store: StoreReader, summary: Summary, prepared: Prepared, asked: str
         StoreError: the models changed since the run, or base and parents were not scored yet.
         UserError: too little was scored.
     """
-    if store.fact("fingerprints") != prepared.fingerprints:
+    if facts.FINGERPRINTS.get(store) != prepared.fingerprints:
         raise StoreError(
             f"{store.folder}: model files changed since the run began", fix="put the old files back"
         )

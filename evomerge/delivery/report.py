@@ -27,7 +27,7 @@ from evomerge.evaluation.statistics import Interval
 from evomerge.files import drafted_file
 from evomerge.merging.recipe import Recipe
 from evomerge.running import forward
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 
 _INK, _ACCENT, _MUTED, _GRID = "#1d2433", "#2f6fed", "#8a94a6", "#e6e9ef"
 
@@ -59,7 +59,7 @@ def terminal(store: StoreReader, summary: Summary, *, width: int = 120) -> Rende
     guided = guidance(store)
     if guided is not None:
         parts.append(Text(guided.sentence, style="dim"))
-    if stopped := store.fact("stopped"):
+    if stopped := facts.STOPPED.get(store):
         parts.append(Text(f"the search ended: {stopped}", style="dim"))
     cost = summary.cost()
     if cost.candidates:
@@ -206,7 +206,7 @@ def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
     return {
         "run": str(store.folder),
         "digest": store.digest(),
-        "stopped": store.fact("stopped"),
+        "stopped": facts.STOPPED.get(store),
         "verdict": None
         if verdict is None
         else {
@@ -253,7 +253,7 @@ def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
             "overhead": cost.overhead,
         },
         "notes": summary.notes(),
-        "forward": store.fact(forward.FACT),
+        "forward": facts.FORWARD.get(store),
         "surrogate": None if guided is None else guided.as_data(),
         "front": None if front is None else front.as_data(),
         "constraints": objectives.constraints(store, summary),
@@ -299,10 +299,10 @@ def write_html(store: StoreReader, summary: Summary, out: Path) -> Path:
         axes=[objectives.axis(name) for name in front.objectives] if front else [],
         failures=store.failures(),
         tasks=[(t.task, _short(t.task, summary)) for t in summary.shown_tasks],
-        config=json.dumps(store.fact("config"), indent=2),
+        config=json.dumps(facts.CONFIG.require(store), indent=2),
         versions=store.versions(),
         passes=forward.stored(store),
-        stopped=store.fact("stopped"),
+        stopped=facts.STOPPED.get(store),
         folder=store.folder,
         winner_yaml=summary.winner.recipe.to_yaml() if summary.winner else None,
         plotly_js=plotly.offline.get_plotlyjs(),

@@ -15,7 +15,7 @@ from evomerge.running import forward
 from evomerge.running.budget import LIMITS
 from evomerge.running.clock import shown
 from evomerge.running.forecast import Estimate
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 
 
 def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
@@ -28,12 +28,12 @@ def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
     passes = forward.stored(store)
     return {
         "run": str(store.folder),
-        "state": "finished" if store.fact("stopped") else "running" if store.held() else "stopped",
-        "stopped": store.fact("stopped"),
+        "state": "finished" if facts.STOPPED.get(store) else "running" if store.held() else "stopped",
+        "stopped": facts.STOPPED.get(store),
         "generations": len(told),
         "candidates": sum(len(g.recipes) for g in told),
         "evaluations": round(summary.evaluations(), 2),
-        "budget": store.fact("config")["budget"],
+        "budget": facts.CONFIG.require(store)["budget"],
         "hours": round(store.hours(), 4),
         **_clock(store),
         "best_on_search": progress.best_so_far[-1] if progress.best_so_far else None,
@@ -54,7 +54,7 @@ def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
 
 def _clock(store: StoreReader) -> dict[str, Any]:
     """What the clock says: when the session under way stops searching, what is expected, what was spent."""
-    clock, cost = store.fact("clock") or {}, store.fact("config")["budget"].get("cost")
+    clock, cost = facts.CLOCK.get(store) or {}, facts.CONFIG.require(store)["budget"].get("cost")
     estimate = None
     if clock.get("estimate") and store.held():
         estimate = replace(Estimate(**clock["estimate"]), made=time.time())
@@ -62,7 +62,7 @@ def _clock(store: StoreReader) -> dict[str, Any]:
     return {
         "cost": round(store.hours() * cost["per_hour"], 4) if cost else None,
         "time_limit": None if limit is None else shown(limit),
-        "stopped_by_clock": store.fact("stop"),
+        "stopped_by_clock": facts.STOP.get(store),
         "estimate": None if estimate is None else estimate.as_data(),
         "outlook": [] if estimate is None else outlook(estimate),
     }

@@ -19,7 +19,7 @@ from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite, SuiteTask
 from evomerge.running import forward
 from evomerge.running.batches import decisions
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 from evomerge.search.baselines import Named
 from evomerge.search.surrogate.prediction import shared_blocks
 
@@ -186,7 +186,7 @@ class Summary:
         self.parents = store.entries("base") + store.entries("parent")
         self.baselines = store.entries("baseline")
         self.starts = store.entries("start")
-        winners = store.entries("winner") if store.fact("stopped") else []
+        winners = store.entries("winner") if facts.STOPPED.get(store) else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
         self._scales: dict[tuple[int, ...], Normaliser] = {}
@@ -444,7 +444,7 @@ class Summary:
         base = self.parts(self.parents[0].recipe.hash) if self.parents else []
         if len(base) < self._store.blocks("search"):
             return 0.0
-        if (spent := self._store.fact("spent")) is not None:
+        if (spent := facts.SPENT.get(self._store)) is not None:
             return float(spent[1]) / sum(part.items for part in base)
         given = (*self.parents, *self.baselines, *self.starts)
         asked = {r for generation in self._store.generations() for r in generation.recipes}

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from evomerge.evaluation.scores import Failure, Split
-from evomerge.running.store import RunStore, StoreReader
+from evomerge.running.store import RunStore, StoreReader, facts
 from evomerge.running.worker import Result, WorkerSpec
 
 T = TypeVar("T")
-FACT = "batch_sizes"
 GRADIENTS = "gradients"
 """Stands in place of a split for the passes of a gradient start, which have a batch size of their own."""
 
@@ -77,7 +76,7 @@ def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T
 
 def decisions(store: StoreReader) -> list[Decision]:
     """Return the halvings of a run, by split and block: which came first may have been a worker's haste."""
-    return [Decision(**row) for row in store.fact(FACT) or []]
+    return [Decision(**row) for row in facts.BATCH_SIZES.get(store) or []]
 
 
 class Batches:
@@ -116,13 +115,13 @@ class Batches:
         self._store.drop_scores(
             split,
             {block: None if everybody else recipes for block, recipes in new.items()},
-            facts={FACT: _as_data(self._made)},
+            because={facts.BATCH_SIZES: _as_data(self._made)},
         )
 
     def halve_gradients(self, phase: str) -> None:
         """Halve the size of the gradients still to come."""
         self._made.append(self._decision(GRADIENTS, 0, phase, False))
-        self._store.set_fact(FACT, _as_data(self._made))
+        facts.BATCH_SIZES.set(self._store, _as_data(self._made))
 
     def _decision(self, split: str, block: int, phase: str, everybody: bool) -> Decision:
         return Decision(

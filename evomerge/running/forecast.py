@@ -18,7 +18,7 @@ from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.merging.recipe import Recipe
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.clock import Clock
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.store import RunStore, Timing, facts
 
 SAFETY = 1.5
 """How much longer than on average the end may take without the run's being late."""
@@ -196,7 +196,8 @@ class Watch:
             elapsed = self._now() - self._since
             left = self._left(generation, evaluations, elapsed)
             estimate = self._forecast.estimate(left)
-            self._store.set_fact("clock", {**self._store.fact("clock"), "estimate": estimate.as_data()})
+            clock = facts.CLOCK.require(self._store)
+            facts.CLOCK.set(self._store, {**clock, "estimate": estimate.as_data()})
             self._observer.expected(estimate)
         else:
             self._before = evaluations

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import StoreError
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 from evomerge.running.worker import WorkerSpec
 
-FACT = "forward"
 _CONTEXT = ("n_positions", "max_position_embeddings", "n_ctx")
 """Where configs say how many tokens a model reads, in the order in which lm-eval asks."""
 
@@ -85,7 +84,7 @@ def find(worker: WorkerSpec) -> Forward:
 
 def stored(store: StoreReader) -> Forward | None:
     """Return how a run computes; None for one that was begun before this was kept."""
-    data = store.fact(FACT)
+    data = facts.FORWARD.get(store)
     return None if data is None else Forward(**data)
 
 

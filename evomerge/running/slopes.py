@@ -14,7 +14,7 @@ from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import GRADIENTS, Batches
 from evomerge.running.executors import Executor
 from evomerge.running.scorer import Observer
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import GradientJob
 
 PHASE = "gradient start"
@@ -34,15 +34,14 @@ class Slopes:
 
         step, steps: shown to the user.
         """
-        key = f"gradient {recipe.hash} {loss.key}"
         self._observer.phase(PHASE, steps, step)
-        if (known := self._store.fact(key)) is not None:
-            if "reason" in known:
-                return Failure(kind=known["kind"], reason=known["reason"])
+        if (stored := facts.GRADIENT.of(recipe.hash, loss.key).get(self._store)) is not None:
+            if "reason" in stored:
+                return Failure(kind=stored["kind"], reason=stored["reason"])
             groups = tuple(
-                {name: tuple(values) for name, values in group.items()} for group in known["groups"]
+                {name: tuple(values) for name, values in group.items()} for group in stored["groups"]
             )
-            return Gradient(loss=known["loss"], groups=groups)
+            return Gradient(loss=stored["loss"], groups=groups)
         outcome = self._executed(recipe, loss)
         starved = isinstance(outcome, Failure) and outcome.kind == "out_of_memory"
         if starved and self._batches.may_halve(GRADIENTS):
@@ -54,7 +53,7 @@ class Slopes:
         else:
             groups = tuple(dict(group) for group in outcome.groups)
             fact = {"loss": outcome.loss, "groups": groups}
-        self._store.set_fact(key, {**fact, "items": PASSES * loss.items})
+        self._store.record_gradient(recipe.hash, loss.key, {**fact, "items": PASSES * loss.items})
         return outcome
 
     def _executed(self, recipe: Recipe, loss: SmoothLoss) -> Gradient | Failure:

@@ -13,12 +13,11 @@ from typing import Any
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
-from evomerge.running.store import BASE, StoreReader
+from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.search.baselines import Named
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart, WarmStartSpec, distinct
 
-FACT = "warm_start"
 TAKEN = 5
 """How many recipes are taken from another run: its winner, and the best of the rest."""
 
@@ -31,7 +30,7 @@ def resolve(spec: WarmStartSpec, *, space: Space, template: Recipe, folder: Path
     gradients = None if spec.gradients == "off" else spec.gradients
     if StoreReader.exists(folder):
         with StoreReader.read(folder) as store:
-            stored = store.fact(FACT) or []
+            stored = facts.WARM_START.get(store) or []
         return WarmStart(recipes=tuple(_from_data(each, template) for each in stored), gradients=gradients)
     found = [
         Named(
@@ -58,7 +57,7 @@ def _from_data(data: Mapping[str, Any], template: Recipe) -> Named:
 def _of_run(folder: Path, space: Space, template: Recipe) -> list[Named]:
     """Return a run's winner and best candidates, as far as the space can express them."""
     with StoreReader.read(folder) as store:
-        config = store.fact("config")["models"]
+        config = facts.CONFIG.require(store)["models"]
         missing = [name for name in config["sources"] if name not in template.models]
         if missing:
             raise ConfigError(

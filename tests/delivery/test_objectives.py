@@ -23,7 +23,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation.scores import Scores
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.search import pareto
 from tests.conftest import config_data, write_suite
 
@@ -223,9 +223,9 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
     shutil.copytree(store.folder, folder)
     with RunStore.open(folder) as copy:
         if count == 3:
-            config = copy.fact("config")
+            config = facts.CONFIG.get(copy)
             config["objective"]["several"].append("retention")
-            copy.set_fact("config", config)
+            facts.CONFIG.set(copy, config)
         summary = Summary(copy, compose.stored_suite(copy))
         page = report.write_html(copy, summary, tmp_path / "report.html")
         front = objectives.front(copy, summary)

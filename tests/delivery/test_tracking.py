@@ -20,7 +20,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.delivery.tracking import STATE, Tracked, flat, opened, require_packages
 from evomerge.errors import ConfigError
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.search.surrogate.guide import GuideState
 from tests.running.fakes import recipe
 from tests.test_cli import invoke, refuse
@@ -189,7 +189,9 @@ def test_wandb_never_asks_for_a_key_in_the_middle_of_a_run(
 
 def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: Path) -> None:
     recipes = [recipe(1), recipe(2)]
-    with RunStore.create(tmp_path, {"config": {"models": {"base": "base", "sources": {"a": "a"}}}}) as store:
+    with RunStore.create(
+        tmp_path, {facts.CONFIG: {"models": {"base": "base", "sources": {"a": "a"}}}}
+    ) as store:
         store.begin_session({})
         for generation in range(2):
             store.record_ask(generation, np.full((2, 1), 0.5 * generation), recipes)

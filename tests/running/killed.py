@@ -63,7 +63,7 @@ def moments(names: list[str]) -> list[tuple[int, bool]]:
 
     In the warm start; in the last generation, at its ask, between scores and at its tell; when it is over.
     """
-    steps = [i for i, name in enumerate(names, start=1) if name == "set_fact"]
+    steps = [i for i, name in enumerate(names, start=1) if name == "write_value"]
     ask = max(i for i, name in enumerate(names, start=1) if name == "record_ask")
     tell = max(i for i, name in enumerate(names, start=1) if name == "record_tell")
     winner = max(i for i, name in enumerate(names, start=1) if name == "record_entry")

@@ -21,7 +21,7 @@ from evomerge.running.budget import BudgetSpec
 from evomerge.running.clock import Clock
 from evomerge.running.forecast import Forecast, Watch
 from evomerge.running.scorer import Scorer
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.store import RunStore, Timing, facts
 from evomerge.running.worker import GradientJob, Job, NotBegun, Result
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
@@ -101,10 +101,10 @@ def spend_night(
     """Run, or go on with, the run in a folder; one session."""
     time = executor.time
     config = {"models": {"base": "base", "sources": {"a": "a", "b": "b"}}, "budget": budget.model_dump()}
-    facts = {"config": config, "blocks": BLOCKS, "suite": SUITE.model_dump(mode="json")}
+    begun = {facts.CONFIG: config, facts.BLOCKS: BLOCKS, facts.SUITE: SUITE.model_dump(mode="json")}
     with mock.patch("evomerge.running.store.store.time", SimpleNamespace(time=time)):
         exists = RunStore.exists(folder)
-        with RunStore.open(folder) if exists else RunStore.create(folder, facts) as store:
+        with RunStore.open(folder) if exists else RunStore.create(folder, begun) as store:
             store._db.execute("PRAGMA synchronous=OFF")  # nobody pulls the plug here
             clock = Clock(time, earlier=store.hours())
             forecast = Forecast(
@@ -132,7 +132,7 @@ def spend_night(
             )
             with tried_again(store):
                 outcome = search.run()
-            store.set_fact("stopped", outcome.stopped)
+            facts.STOPPED.set(store, outcome.stopped)
             time.at += 1.0
             return outcome
 

@@ -17,7 +17,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Inline
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job, Worker
 from tests.conftest import write_suite
 from tests.running import quick
@@ -131,7 +131,7 @@ def test_a_generation_that_fails_as_a_whole_is_survived(
         losses = generations[0].losses
         assert losses is not None
         assert len(set(losses[:, 0].tolist())) == 1
-        assert store.fact("stopped") == "budget of 3 generations used"
+        assert facts.STOPPED.get(store) == "budget of 3 generations used"
         assert store.entries("winner")[0].recipe.hash not in {recipe for recipe, _, _ in failures}
 
 
@@ -168,7 +168,7 @@ def test_a_search_that_only_repeats_itself_ends(quick_run: Callable[..., RunStor
         recipes = {recipe for generation in store.generations() for recipe in generation.recipes}
         assert len(recipes) <= 2
         assert len(store.generations()) > 2
-        assert "budget of 400 items used" in store.fact("stopped")
+        assert "budget of 400 items used" in facts.STOPPED.get(store)
 
 
 def test_a_parent_that_fails_is_named_and_can_be_mended(

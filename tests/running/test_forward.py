@@ -19,7 +19,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import StoreError
 from evomerge.running import forward, out_of_memory
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from tests.test_cli import invoke, refuse
 
 INLINE = {"name": "inline", "batch_size": 32}
@@ -126,7 +126,7 @@ def test_an_attention_that_transformers_chooses_otherwise_now_is_refused(
     path, folder = begun
     found = forward.as_data(forward.find(compose.prepare(RunConfig.load(path)).worker))
     with RunStore.open(folder) as store:
-        store.set_fact(forward.FACT, {**found, "attention": "eager"})
+        facts.FORWARD.set(store, {**found, "attention": "eager"})
     with pytest.raises(StoreError, match="the attention implementation changed") as caught:
         compose.start(RunConfig.load(path), Silent())
     assert "expected: eager" in str(caught.value)

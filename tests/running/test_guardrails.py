@@ -18,7 +18,7 @@ from evomerge.evaluation.scores import Failure, Scores
 from evomerge.running import retries
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import LocalProcesses
-from evomerge.running.store import RunStore, file
+from evomerge.running.store import RunStore, facts, file
 from evomerge.running.worker import Job, NotBegun, Result, Worker
 from evomerge.search.baselines import Named
 from tests.running.fakes import TIMING, recipe, scores, spec
@@ -252,7 +252,9 @@ def test_finalists_that_all_fail_are_tried_again(tmp_path: Path) -> None:
 def test_failures_before_a_success_are_kept(tmp_path: Path) -> None:
     """Also those of an earlier session count, where nothing was scored since."""
     bad = Failure(kind="crash", reason="died")
-    with RunStore.create(tmp_path / "run", {"config": {"models": {"base": "base", "sources": {}}}}) as made:
+    with RunStore.create(
+        tmp_path / "run", {facts.CONFIG: {"models": {"base": "base", "sources": {}}}}
+    ) as made:
         made.record_failure(recipe(1), "search", bad)
         made.record_scores(recipe(2), scores(2), TIMING)
         made.record_failure(recipe(3), "search", bad)
@@ -272,8 +274,8 @@ def test_a_store_that_stays_locked_is_one_message(tmp_path: Path, monkeypatch: p
         other = sqlite3.connect(tmp_path / "run" / "run.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="kept it locked"):
-            made.set_fact("norms", {})
+            facts.NORMS.set(made, {})
         other.execute("ROLLBACK")
         other.close()
-        made.set_fact("norms", {})
-        assert made.fact("norms") == {}
+        facts.NORMS.set(made, {})
+        assert facts.NORMS.get(made) == {}

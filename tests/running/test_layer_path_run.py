@@ -14,7 +14,7 @@ from evomerge.delivery import export, predict
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.scores import Scores
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.search.warm_start import WarmStartSpec
 
 PATHS = {
@@ -51,7 +51,7 @@ def test_weights_first_then_paths_through_the_winner(
     with RunStore.read(tmp_path / "paths") as store:
         winner = store.entries("winner")[0].recipe.hash
         suite = compose.stored_suite(store)
-        assert "no candidate" not in str(store.fact("stopped"))
+        assert "no candidate" not in str(facts.STOPPED.get(store))
         recipes = [recipe for generation in store.generations() for recipe in generation.recipes]
         stacks = [store.recipe(found) for found in recipes]
         assert {stack.num_layers for stack in stacks} == {2, 3}

@@ -24,7 +24,7 @@ from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.forecast import Estimate
 from evomerge.running.scorer import Observer
-from evomerge.running.store import StoreReader, Timing
+from evomerge.running.store import StoreReader, Timing, facts
 
 STATE = "tracking.json"
 
@@ -176,7 +176,7 @@ class Tracked:
             self._mark(state, begun=True)
             if not known:
                 with StoreReader.read(self._folder) as store:
-                    tracker.config(flat(store.fact("config")))
+                    tracker.config(flat(facts.CONFIG.require(store)))
         return self._trackers[name]
 
     def _close(self, name: str) -> None:

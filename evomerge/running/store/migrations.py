@@ -21,13 +21,9 @@ from typing import Any
 
 from evomerge.errors import StoreError
 from evomerge.files import drafted_file
-from evomerge.running.store import schema
+from evomerge.running.store import facts, schema
 from evomerge.running.store.file import FILE, check_file, connect, damaged, disk, take_lock
 from evomerge.running.store.queries import StoreReader
-
-FACT = "migrated"
-"""The fact that a store was migrated: from which schema version, and whether its search can go on."""
-
 
 FILLS: dict[tuple[str, str], Any] = {("score", "block"): 0, ("timing", "block"): 0}
 """(table, column) -> what a column that came later says in older runs, where NULL would be wrong."""
@@ -105,7 +101,7 @@ def _fill(draft: Path, old: Path, before: int) -> bool:
                     _copy(db, table)
             continues = before >= REPLAYED_FROM and "guide" in there
             fact = {"schema": before, "continues": continues, "at": time.time()}
-            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (FACT, json.dumps(fact)))
+            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (facts.MIGRATED.key, json.dumps(fact)))
         db.execute("DETACH old")
     return continues
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from evomerge.errors import StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
-from evomerge.running.store import schema
+from evomerge.running.store import facts, schema
 from evomerge.running.store.file import FILE, check_file, connect, damaged, held_by, holder, snapshot
 from evomerge.running.store.schema import (
     APPLICATION_ID,
@@ -108,20 +108,20 @@ class StoreReader:
 
     # -- facts ------------------------------------------------------------------------------------
 
-    def fact(self, key: str) -> Any:
-        """Return a stored fact of the run, or None."""
+    def read_value(self, key: str) -> Any:
+        """Return the JSON value under a key of the table `run`, or None; `facts` declares the keys."""
         row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def gradient_items(self) -> int:
         """Return what the gradients of this run cost, in items of one forward pass."""
-        query = "SELECT SUM(json_extract(value, '$.items')) FROM run WHERE key GLOB 'gradient *'"
-        return self._db.execute(query).fetchone()[0] or 0
+        query = "SELECT SUM(json_extract(value, '$.items')) FROM run WHERE key GLOB ?"
+        return self._db.execute(query, (facts.GRADIENT.pattern,)).fetchone()[0] or 0
 
     def blocks(self, split: Split) -> int:
         """Return how many item blocks a split has in this run (fact `blocks`, for `search`)."""
         if self._blocks is None:
-            self._blocks = self.fact("blocks") or 1
+            self._blocks = facts.BLOCKS.get(self) or 1
         return self._blocks if split == "search" else 1
 
     # -- sessions -------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class StoreReader:
         if len(rows) != 1:
             count = "more than one" if rows else "no"
             raise StoreError(f"{self.folder}: {count} recipe has a hash starting with {start!r}")
-        models = self.fact("config")["models"]
+        models = facts.CONFIG.require(self)["models"]
         return Recipe.from_data(
             {**json.loads(rows[0][0]), "models": {BASE: models["base"], **models["sources"]}}
         )
@@ -269,7 +269,7 @@ class StoreReader:
 
     def split_items(self) -> dict[Split, int]:
         """Return the number of items of each split, where the base is scored on it or the suite says it."""
-        tasks = (self.fact("suite") or {}).get("tasks", [])
+        tasks = (facts.SUITE.get(self) or {}).get("tasks", [])
         found: dict[Split, int] = {}
         base = self._db.execute("SELECT recipe FROM entry WHERE role = 'base'").fetchone()
         for split in SPLITS:
@@ -302,14 +302,16 @@ class StoreReader:
     def digest(self) -> str:
         """Return a hash of the contents: equal for equal runs, wherever and whenever they ran.
 
-        Left out are timestamps, durations, what the clock had to say (facts `clock` and `stop`), how forward
-        passes are computed (fact `forward`), facts about the store itself, and the config as written (its
-        places, budget and workers); what of it changes results is in the fact `identity`.
+        Left out are timestamps, durations, and the facts declared with `in_digest=False`: the clock, how
+        forward passes are computed, the store's own history, and the config as written (its places, budget
+        and workers). The settings that change results count through the fact `identity`.
         """
-        found = hashlib.sha256()
-        aside = "'config', 'clock', 'stop', 'forward', 'full_hashes', 'migrated'"
+        digest = hashlib.sha256()
+        aside = facts.outside_digest()
+        query = f"SELECT key, value FROM run WHERE key NOT IN ({', '.join('?' * len(aside))}) ORDER BY key"
+        for row in self._db.execute(query, aside):
+            digest.update(repr(row).encode())
         for query in (
-            f"SELECT key, value FROM run WHERE key NOT IN ({aside}) ORDER BY key",
             "SELECT hash, data FROM recipe ORDER BY hash",
             "SELECT role, position, name, recipe FROM entry ORDER BY role, position",
             "SELECT generation, position, genome, recipe FROM ask ORDER BY generation, position",
@@ -319,16 +321,16 @@ class StoreReader:
             "SELECT recipe, split, kind, reason FROM failure ORDER BY recipe, split",
         ):
             for row in self._db.execute(query):
-                found.update(repr(row).encode())
+                digest.update(repr(row).encode())
         query = (
             "SELECT recipe, split, block, task, position, metric, smooth, margin FROM score "
             "ORDER BY recipe, split, block, task"
         )
         for *key, metric, smooth, margin in self._db.execute(query):
-            found.update(repr(key).encode())
+            digest.update(repr(key).encode())
             for vector in (metric, smooth, margin):
-                found.update(b"" if vector is None else unpack(vector).tobytes())
-        return found.hexdigest()
+                digest.update(b"" if vector is None else unpack(vector).tobytes())
+        return digest.hexdigest()
 
 
 def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -> NDArray[np.float64] | None:

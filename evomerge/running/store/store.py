@@ -26,6 +26,7 @@ from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.tensorfile import sync
+from evomerge.running.store import facts
 from evomerge.running.store.file import FILE, check_file, connect, disk, take_lock
 from evomerge.running.store.queries import StoreReader
 from evomerge.running.store.schema import ID, Timing, as_json, lay_out, pack
@@ -47,8 +48,8 @@ class RunStore(StoreReader):
     # -- opening and closing ------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, folder: Path, facts: Mapping[str, Any]) -> RunStore:
-        """Start a new run in `folder` (made if missing). `facts` is written before anything else."""
+    def create(cls, folder: Path, values: facts.Values) -> RunStore:
+        """Start a new run in `folder` (made if missing). The facts are written before anything else."""
         folder.mkdir(parents=True, exist_ok=True)
         lock = take_lock(folder)
         if cls.exists(folder):
@@ -61,7 +62,7 @@ class RunStore(StoreReader):
             # With no log beside it: what a full disk keeps from being copied out of one would stay behind.
             with disk(folder), contextlib.closing(sqlite3.connect(draft)) as db:
                 lay_out(db)
-                rows = [(k, as_json(v)) for k, v in sorted(facts.items())]
+                rows = sorted((fact.key, as_json(value)) for fact, value in values.items())
                 with db:
                     db.executemany("INSERT INTO run VALUES (?, ?)", rows)
             draft.rename(folder / FILE)  # finish, then rename: a run file is always a complete one
@@ -107,12 +108,10 @@ class RunStore(StoreReader):
 
     # -- facts and sessions -----------------------------------------------------------------------
 
-    def set_fact(self, key: str, value: Any) -> None:
-        """Store or replace a fact of the run."""
+    def write_value(self, key: str, value: Any) -> None:
+        """Store or replace the JSON value under a key of the table `run`; `facts` declares the keys."""
         with self._writing() as db:
             db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, as_json(value)))
-        if key.startswith("gradient "):
-            self.note("gradient", id=key.split()[1][:ID])
 
     def begin_session(self, versions: Mapping[str, str], *, started: float | None = None) -> None:
         """Note that a process works on the run, with which library versions, since when (default: now)."""
@@ -206,8 +205,13 @@ class RunStore(StoreReader):
     def record_spent(self, generation: int, items: int) -> None:
         """Store what the search had scored, in items, by the end of a generation; replays change nothing."""
         row = [generation, items]
-        if (self.fact("spent") or [-1, 0]) < row:
-            self.set_fact("spent", row)
+        if (facts.SPENT.get(self) or [-1, 0]) < row:
+            facts.SPENT.set(self, row)
+
+    def record_gradient(self, recipe: str, loss: str, value: dict[str, Any]) -> None:
+        """Store a gradient of a recipe (by hash), or why there is none; `value` as in `facts.GRADIENT`."""
+        facts.GRADIENT.of(recipe, loss).set(self, value)
+        self.note("gradient", id=recipe[:ID])
 
     # -- scores and failures ----------------------------------------------------------------------
 
@@ -251,7 +255,7 @@ class RunStore(StoreReader):
         )
 
     def drop_scores(
-        self, split: Split, recipes: Mapping[int, Sequence[str] | None], *, facts: Mapping[str, Any]
+        self, split: Split, recipes: Mapping[int, Sequence[str] | None], *, because: facts.Values
     ) -> None:
         """Forget scores that must be made again, and store the facts that say why, in one transaction.
 
@@ -264,8 +268,8 @@ class RunStore(StoreReader):
                     db.execute(query, (split, block))
                 else:
                     db.executemany(query + " AND recipe = ?", [(split, block, hash_) for hash_ in hashes])
-            for key, value in facts.items():
-                db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, as_json(value)))
+            for fact, value in because.items():
+                db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (fact.key, as_json(value)))
 
     def record_failure(self, recipe: Recipe, split: Split, failure: Failure) -> None:
         """Store that a recipe could not be scored on (some block of) a split, and why."""
@@ -301,7 +305,7 @@ class RunStore(StoreReader):
                 for table in ("tell", "front", "guide"):
                     db.execute(f"DELETE FROM {table} WHERE generation >= ?", (min(first),))
                 db.execute("DELETE FROM ask WHERE generation > ?", (min(first),))
-                db.execute("DELETE FROM run WHERE key = 'spent'")
+                db.execute("DELETE FROM run WHERE key = ?", (facts.SPENT.key,))
             used = " UNION ".join(
                 f"SELECT recipe FROM {t}" for t in ("entry", "ask", "score", "timing", "failure")
             )

@@ -25,7 +25,7 @@ from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.store.file import FILE
 from evomerge.search.baselines import Named
 from tests.conftest import write_suite
@@ -51,7 +51,7 @@ def events(store: RunStore, first: int) -> Iterator[None]:
     yield
     store.record_tell(first, np.array([[0.125]]), 0.5)
     yield
-    store.set_fact(f"gradient {first}", {"items": 3})
+    store.record_gradient(str(first), "loss", {"items": 3})
     yield
 
 
@@ -95,7 +95,7 @@ def cuts(log: bytes) -> Iterator[tuple[int, int]]:
 @pytest.fixture
 def story(tmp_path: Path) -> tuple[RunStore, Callable[[int], list[str]]]:
     """A store in the hands of its writer, and what makes it go on: contents before and after each event."""
-    RunStore.create(tmp_path / "run", {"config": {"seed": 0}}).close()
+    RunStore.create(tmp_path / "run", {facts.CONFIG: {"seed": 0}}).close()
     store = RunStore.open(tmp_path / "run")
     store._db.execute("PRAGMA wal_autocheckpoint=0")
 
