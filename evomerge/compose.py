@@ -89,7 +89,7 @@ def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
     from evomerge.merging.compatibility import check
     from evomerge.merging.sources import model_files
-    from evomerge.merging.sources.source import open_sources
+    from evomerge.merging.sources.opening import open_sources
 
     suite = Suite.load(config.suite).weighted(config.objective.weights)
     config.objective.check(suite)

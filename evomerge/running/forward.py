@@ -64,7 +64,7 @@ def find(worker: WorkerSpec) -> Forward:
 
     from evomerge.merging.live.stacked_models import build
     from evomerge.merging.recipe import tokenizer_of
-    from evomerge.merging.sources.source import open_source
+    from evomerge.merging.sources.opening import open_source
 
     named = tokenizer_of(worker.tokenizer, worker.base, worker.models)
     source = open_source(worker.models[named if named in worker.models else worker.base])

@@ -15,6 +15,7 @@ import pytest
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery import export as exporting
+from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import StoreError
@@ -147,8 +148,8 @@ def test_another_environment_is_a_note_before_and_in_the_report(
     assert "processor another (AVX2) before" in said
     with RunStore.open(folder) as store:
         store.begin_session(now)
-        notes = Summary(store, compose.stored_suite(store)).notes()
-    assert any(note.startswith("worked on in several environments") and "torch 1.0" in note for note in notes)
+        lines = notes(store, Summary(store, compose.stored_suite(store)))
+    assert any(line.startswith("several environments were used") and "torch 1.0" in line for line in lines)
 
 
 @pytest.mark.parametrize("module", [forward, out_of_memory], ids=lambda module: module.__name__)

@@ -2,8 +2,8 @@
 
 A `Blend` says which elements of each input take part and with which coefficients; a method that returns
 one (declared with `@blended`) never touches a tensor. It is run by `run`, here, on whole tensors of any
-device, or in one compiled pass over memory by `evomerge.merging.tensors.kernels`. Both give the same bits: the
-elementwise steps are separate multiplications and additions in one order, never fused, and nothing
+device, or in one compiled pass over memory by `evomerge.merging.tensors.kernels`. Both give the same
+bits: the elementwise steps are separate multiplications and additions in one order, never fused, and nothing
 depends on the number of threads.
 
 Guards: a divisor below 1/100 of the size of the weights that took part counts as 0, and a divisor of 0
@@ -71,7 +71,7 @@ class Blend:
         return tuple(0.0 if one_signed else abs(w) for w in self.weights)
 
 
-class Measure(Protocol):
+class Statistics(Protocol):
     """Facts about the inputs of one tensor that a method may ask for before it says its blend."""
 
     @property
@@ -89,8 +89,8 @@ class Measure(Protocol):
         ...
 
 
-class Measured:
-    """The measure of tensors at hand."""
+class TensorStatistics:
+    """Statistics of tensors in memory."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
-from evomerge.merging.methods.blend import Blend, Measure
+from evomerge.merging.methods.blend import Blend, Statistics
 from evomerge.merging.methods.declaration import Parameter, blended
 from evomerge.merging.methods.reduction import SHORTEST, cosines
 
@@ -38,7 +38,7 @@ SHARE = Parameter(
     ordered=True,
 )
 def slerp(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     t: float,
 ) -> Blend:
@@ -64,7 +64,7 @@ def slerp(
     sources=(2, None),
     ordered=True,
 )
-def chained_slerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
+def chained_slerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
     """Interpolate along arcs source by source, in their order: slerp of slerps.
 
     Starts at the first source; the i-th moves the result so far towards itself, as slerp does, by
@@ -101,7 +101,7 @@ def chained_slerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     inputs="either",
     sources=(2, 2),
 )
-def nuslerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
+def nuslerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
     """Interpolate along the arc by relative weights; between task vectors where there is a base.
 
     slerp with t = w2 / (w1 + w2); weights that are all 0 count as equal. With a base, `tensors` are task
@@ -129,7 +129,7 @@ def nuslerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     paper="Goddard 2025, multislerp in mergekit; after Buss and Fillmore 2001, Spherical averages",
     inputs="either",
 )
-def multislerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
+def multislerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
     """Average directions on the sphere by weights, and give the mean the weighted mean length.
 
     The direction is that of m = sum(w u) over unit tensors u. A further step in the tangent space at
@@ -158,7 +158,7 @@ def multislerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     paper="Karcher 1977, Riemannian center of mass and mollifier smoothing",
     inputs="models",
 )
-def karcher(tensors: Measure, *, max_iter: int = 10, tol: float = 1e-5) -> Blend:
+def karcher(tensors: Statistics, *, max_iter: int = 10, tol: float = 1e-5) -> Blend:
     """Find the Riemannian mean of the directions by iteration; give it the mean length.
 
     Gradient descent with step 1 on the sum of squared arcs: from the normalised mean of the unit tensors,

@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
+from evomerge.files import sync
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.tensorfile import sync
 from evomerge.running.store.file import (
     FILE,
     check_file,
@@ -41,10 +41,7 @@ from evomerge.running.store.file import (
     snapshot,
     take_lock,
 )
-from evomerge.search.baselines import Named
-
-if TYPE_CHECKING:
-    from evomerge.search.surrogate.guide import GuideState
+from evomerge.search.ports import GuideState, Named
 
 ID = 12
 """How many digits of its recipe's hash a candidate is called by, in logs and messages."""
@@ -359,8 +356,6 @@ class RunStore:
 
     def guide(self) -> list[GuideState]:
         """Return what the surrogate did, generation by generation; nothing where there is none."""
-        from evomerge.search.surrogate.guide import GuideState
-
         query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
         return [
             GuideState(correlation=c, proposed=p, blocks=b, radius=r)

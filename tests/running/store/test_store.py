@@ -16,7 +16,7 @@ from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.running.store import RunStore
 from evomerge.running.store.store import FILE, SCHEMA_VERSION
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 from tests.running.fakes import TIMING, recipe, scores
 
 GENOMES = np.array([[0.25, 0.5], [1.0, 0.0]])
