@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -191,7 +192,7 @@ def test_kernels_are_kept_and_several_processes_may_build_them(tmp_path: Path) -
         "kernels.blend(Blend(weights=(2.0,)), None, [kernels.Operand(x, False)], None, out, add_base=False)\n"
         "assert out.tolist() == [2.0] * 9"
     )
-    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     command = [sys.executable, "-c", script]
     both = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
