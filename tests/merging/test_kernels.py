@@ -63,7 +63,10 @@ def boundaries(vectors: Sequence[Tensor]) -> Any:
 
 @st.composite
 def blends(draw: st.DrawFn, count: int, size: int) -> Blend:
-    weights = tuple(draw(st.sampled_from([-1.5, -0.3, 0.0, 0.3, 0.7, 1.0])) for _ in range(count))
+    weights = tuple(
+        draw(st.sampled_from([-1.5, -0.3, 0.0, 0.3, 0.7, 1.0, 2.0**-149, 1e-40, -(2.0**-126), 1.1e-35]))
+        for _ in range(count)
+    )
     kept: list[Ranks | Draws] = []
     rule = draw(st.sampled_from(["all", "top", "middle", "drawn"]))
     for _ in range(count if rule != "all" else 0):
