@@ -19,7 +19,8 @@ NEARLY_PARALLEL = 0.9995
 """Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
 SMALLEST_SINE = 1e-8
 SHORTEST_LENGTH = 1e-30
-"""Length of a tensor at or below which it counts as zeros: float32 can't hold its reciprocal."""
+"""Length at or below which a tensor counts as zeros, also as a share of the longest one's length where that
+is above 1: float32 can't hold the coefficient that would make its direction count."""
 SHORTEST_MEAN = 1e-4
 """Length of a mean of unit vectors below which they cancel and their mean has no direction."""
 SHARE = Parameter(
@@ -226,7 +227,8 @@ def _shares(weight: Sequence[float]) -> tuple[float, ...]:
 def _angles(products: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
     """Return the tensors' lengths and the inner products of their directions (0 without a length)."""
     lengths = [math.sqrt(products[i][i]) for i in range(len(products))]
-    lengths = [length if length > SHORTEST_LENGTH else 0.0 for length in lengths]
+    shortest = SHORTEST_LENGTH * max(1.0, *lengths)
+    lengths = [length if length > shortest else 0.0 for length in lengths]
     cos = [
         [
             1.0 if i == j and a > 0.0 else product / a / b if a > 0.0 and b > 0.0 else 0.0

@@ -671,11 +671,21 @@ class RunStore:
 
     def _diverged(self, what: str) -> ReplayError:
         recorded = ", ".join(f"{name} {version}" for name, version in self.versions().items())
+        sessions = self.sessions() or [{}]
+        differ = dict.fromkeys(each for before in sessions for each in differences(before, sessions[-1]))
         return ReplayError(
             f"{self.folder}: replaying the stored search gives another result at {what}",
             expected=f"the library versions that wrote it: {recorded}",
-            fix="install those versions, or start a new run in another folder",
+            got="; ".join(differ) or None,
+            fix="install those versions, have OpenBLAS use the same kernel (OPENBLAS_CORETYPE), "
+            "or start a new run in another folder",
         )
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Name what two sessions both say of their environments, but not alike."""
+    both = [name for name in before if name in now and before[name] != now[name]]
+    return [f"{name} {before[name]} before, {now[name]} now" for name in both]
 
 
 def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -> NDArray[np.float64] | None:
