@@ -7,7 +7,7 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,7 @@ from evomerge.running.store.schema import (
     complete,
     unpack,
 )
-from evomerge.search.baselines import Named
-
-if TYPE_CHECKING:
-    from evomerge.search.surrogate.guide import GuideState
+from evomerge.search.ports import GuideState, Named
 
 
 class StoreReader:
@@ -182,8 +179,6 @@ class StoreReader:
 
     def guide(self) -> list[GuideState]:
         """Return what the surrogate did, generation by generation; nothing where there is none."""
-        from evomerge.search.surrogate.guide import GuideState
-
         query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
         return [
             GuideState(correlation=c, proposed=p, blocks=b, radius=r)
@@ -331,6 +326,12 @@ class StoreReader:
             for vector in (metric, smooth, margin):
                 digest.update(b"" if vector is None else unpack(vector).tobytes())
         return digest.hexdigest()
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the versions and kernels in which two sessions differ, of those that both recorded."""
+    both = [name for name in before if name in now and before[name] != now[name]]
+    return [f"{name} {before[name]} before, {now[name]} now" for name in both]
 
 
 def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -> NDArray[np.float64] | None:

@@ -17,23 +17,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.files import sync
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.tensorfile import sync
 from evomerge.running.store import facts
 from evomerge.running.store.file import FILE, check_file, connect, disk, take_lock
-from evomerge.running.store.queries import StoreReader
+from evomerge.running.store.queries import StoreReader, differences
 from evomerge.running.store.schema import ID, Timing, as_json, lay_out, pack
-from evomerge.search.baselines import Named
-
-if TYPE_CHECKING:
-    from evomerge.search.surrogate.guide import GuideState
+from evomerge.search.ports import GuideState, Named
 
 
 class RunStore(StoreReader):
@@ -328,8 +325,12 @@ class RunStore(StoreReader):
 
     def _diverged(self, what: str) -> ReplayError:
         recorded = ", ".join(f"{name} {version}" for name, version in self.versions().items())
+        sessions = self.sessions() or [{}]
+        differ = dict.fromkeys(each for before in sessions for each in differences(before, sessions[-1]))
         return ReplayError(
             f"{self.folder}: replaying the stored search gives another result at {what}",
             expected=f"the library versions that wrote it: {recorded}",
-            fix="install those versions, or start a new run in another folder",
+            got="; ".join(differ) or None,
+            fix="install those versions, have OpenBLAS use the same kernel (OPENBLAS_CORETYPE), "
+            "or start a new run in another folder",
         )
