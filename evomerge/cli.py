@@ -386,6 +386,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge.delivery.summary import Summary
     from evomerge.delivery.tracking import require_packages
     from evomerge.merging.tensors import kernels
+    from evomerge.running.observers import Observers
     from evomerge.running.store import StoreReader
 
     for note in kernels.notes():
@@ -395,10 +396,10 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     if (changed := compose.environment_note(folder)) is not None:
         _complain(f"note: {changed}", style="yellow")
     try:
-        with _observer() as shown, _tracked(shown, config) as observer:
-            compose.start(config, observer, full_hash=full_hash)
+        with _observer() as shown, _tracked(config) as tracked:
+            compose.start(config, Observers(shown, tracked), full_hash=full_hash)
             with StoreReader.read(folder) as store:
-                observer.finish(Summary(store, compose.stored_suite(store)), folder / "report.html")
+                tracked.finish(Summary(store, compose.stored_suite(store)), folder / "report.html")
         _report(folder)
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
@@ -413,13 +414,13 @@ def _observer() -> AbstractContextManager[Live | Silent]:
     return Silent() if _out.quiet or _out.json else Live(_out.console)
 
 
-def _tracked(observer: Live | Silent, config: RunConfig) -> Tracked:
+def _tracked(config: RunConfig) -> Tracked:
     from evomerge.delivery.tracking import Tracked
 
     def warn(message: str) -> None:
         _complain(f"warning: {message}", style="yellow")
 
-    return Tracked(observer, config.tracking, Path(config.out), warn=warn)
+    return Tracked(config.tracking, Path(config.out), warn=warn)
 
 
 @_command(app, "status")

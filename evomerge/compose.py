@@ -33,12 +33,13 @@ from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
-from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
+from evomerge.running.budget import Budget, replaced
 from evomerge.running.clock import Clock, moment, shown
 from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Forecast, Watch, Work
-from evomerge.running.log import Logged, RunLog
+from evomerge.running.log import RunLog
+from evomerge.running.observers import Observer, Observers
 from evomerge.running.schedule import Foresight, Scheduler
-from evomerge.running.scorer import Observer, Scorer
+from evomerge.running.scorer import Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
 from evomerge.running.worker import Job, WorkerSpec
@@ -385,7 +386,8 @@ def _execute(
     try:
         norms = _norms(prepared)
         with _open_store(prepared) as store, RunLog(prepared.folder) as log:
-            store.report_to(log.event)
+            shown = Observers(log, observer)
+            store.report_to(shown)
             log.session(versions(), workers=executors.worker_count(prepared.config.executor))
             if hashes is not None:
                 identity.check_hashes(store, hashes)
@@ -399,11 +401,11 @@ def _execute(
                 finalists=prepared.config.finalists,
                 several=bool(prepared.config.objective.several),
             )
-            observer = Watch(Logged(observer, log), forecast, store, spec)
+            everyone = Observers(Watch(forecast, store, spec, shown), shown)
             store.begin_session(versions(), started=started)
             if hashes is not None and facts.FULL_HASHES.get(store) is None:
                 facts.FULL_HASHES.set(store, {name: dict(files) for name, files in hashes.items()})
-            budget = _budget(store, spec, clock, forecast)
+            budget = Budget.of_run(store, spec, clock, forecast.reserve)
             if facts.NORMS.get(store) is None:
                 facts.NORMS.set(store, norms)
             scheduler = Scheduler(executor)
@@ -413,7 +415,7 @@ def _execute(
                 outcome = begun_again(
                     store,
                     prepared.worker.batch_size,
-                    lambda batches: _search(prepared, store, scheduler, observer, budget, batches).run(),
+                    lambda batches: _search(prepared, store, scheduler, everyone, budget, batches).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)
             winner = outcome.winner
@@ -452,23 +454,6 @@ def _search(
         observer=observer,
         slopes=Slopes(store, scheduler, observer, batches),
         ahead=Foresight(store, scheduler, batches),
-    )
-
-
-def _budget(store: RunStore, spec: BudgetSpec, clock: Clock, forecast: Forecast) -> Budget:
-    """Return the budget of a session; what the clock ended before stays so until that limit is raised."""
-    stop = None if (stored := facts.STOP.get(store)) is None else Stop(**stored)
-    if stop is not None and not stop.holds(spec, clock.now()):
-        facts.STOP.set(store, None)
-        stop = None
-    limit = spec.clock_limit(clock)
-    facts.CLOCK.set(store, {"limit": None if limit is None else limit.at})
-    return Budget(
-        spec,
-        clock,
-        reserve=forecast.reserve,
-        stop=stop,
-        record=lambda stop: facts.STOP.set(store, stop.as_data()),
     )
 
 

@@ -11,22 +11,12 @@ from rich.text import Text
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.clock import brief, span
-from evomerge.running.forecast import Estimate
+from evomerge.running.observers import Estimate, Observer
 from evomerge.running.store import Timing
 
 
-class Silent:
+class Silent(Observer):
     """An observer that shows nothing (`--quiet`, `--json`)."""
-
-    def phase(self, name: str, jobs: int, known: int) -> None: ...
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
-
-    def expected(self, estimate: Estimate) -> None: ...
-
-    def noted(self, message: str) -> None: ...
 
     def __enter__(self) -> Silent:
         return self
@@ -48,7 +38,7 @@ class _Elapsed(ProgressColumn):
         return Text(f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}", style="dim")
 
 
-class Live:
+class Live(Observer):
     """One line that tells where a run stands; on a dumb terminal or in a file, one line per phase."""
 
     def __init__(self, console: Console) -> None:

@@ -15,7 +15,7 @@ from evomerge.delivery.summary import Summary
 from evomerge.running import forward
 from evomerge.running.budget import LIMITS
 from evomerge.running.clock import shown
-from evomerge.running.forecast import Estimate
+from evomerge.running.observers import Estimate
 from evomerge.running.store import StoreReader, facts
 
 

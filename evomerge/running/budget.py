@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.running.clock import Clock, fixed, moment, shown, span
+from evomerge.running.store import RunStore, facts
 from evomerge.schema import Strict
 
 LIMITS = ("evaluations", "items", "generations", "hours", "until", "cost", "patience")
@@ -152,6 +153,26 @@ class Budget:
         self._spec, self._clock, self._reserve, self._stop, self._record = spec, clock, reserve, stop, record
         self._limit = spec.clock_limit(clock)
         self._kept = 0.0
+
+    @classmethod
+    def of_run(
+        cls, store: RunStore, spec: BudgetSpec, clock: Clock, reserve: Callable[[], float] = lambda: 0.0
+    ) -> Budget:
+        """Return the budget of a session; a stop by the clock holds until its limit is raised."""
+        stored = facts.STOP.get(store)
+        stop = None if stored is None else Stop(**stored)
+        if stop is not None and not stop.holds(spec, clock.now()):
+            facts.STOP.set(store, None)
+            stop = None
+        limit = spec.clock_limit(clock)
+        facts.CLOCK.set(store, {"limit": None if limit is None else limit.at})
+        return cls(
+            spec,
+            clock,
+            reserve=reserve,
+            stop=stop,
+            record=lambda stop: facts.STOP.set(store, stop.as_data()),
+        )
 
     @property
     def timed(self) -> bool:

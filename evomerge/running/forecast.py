@@ -7,18 +7,16 @@ whatever it is compared with on `test`; then the report.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
-from evomerge.merging.recipe import Recipe
+from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.clock import Clock
-from evomerge.running.store import RunStore, Timing, facts
+from evomerge.running.observers import Estimate, Observer
+from evomerge.running.store import RunStore, facts
 
 SAFETY = 1.5
 """How much longer than on average the end may take without the run's being late."""
@@ -44,25 +42,6 @@ class Work:
         """
         rounds = {"select": math.ceil(self.select / workers), "test": math.ceil(self.test / workers)}
         return self.soups * each["search"] + rounds["select"] * each["select"] + rounds["test"] * each["test"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """When a run is expected to end, in epoch seconds, and what it will have cost; None: not known.
-
-    search_ends: when no further generation starts. made: when this was said. spent: what the work so far
-    has cost.
-    """
-
-    made: float
-    search_ends: float | None
-    ends: float | None
-    cost: float | None
-    spent: float | None
-
-    def as_data(self) -> dict[str, Any]:
-        """Return it as a fact of the store."""
-        return dataclasses.asdict(self)
 
 
 class Forecast:
@@ -141,36 +120,23 @@ class Forecast:
         )
 
 
-class Observer(Protocol):
-    """What the watch passes on."""
-
-    def phase(self, name: str, jobs: int, known: int) -> None: ...
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
-
-    def expected(self, estimate: Estimate) -> None: ...
-
-    def noted(self, message: str) -> None: ...
-
-
-class Watch:
-    """An observer that tells another one, and the store, when the run will end.
+class Watch(Observer):
+    """Tells an audience, and the store, when the run will end.
 
     It measures the pace of the generations that are scored in this session: seconds per evaluation and per
-    generation.
+    generation. It belongs before its audience in the order of observers, so that an estimate arrives before
+    the generation it was made after.
     """
 
     def __init__(
         self,
-        observer: Observer,
         forecast: Forecast,
         store: RunStore,
         budget: BudgetSpec,
+        audience: Observer,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._observer, self._forecast, self._store, self._budget = observer, forecast, store, budget
+        self._forecast, self._store, self._budget, self._audience = forecast, store, budget, audience
         self._now = now
         self._since: float | None = None
         self._before = 0.0
@@ -183,34 +149,19 @@ class Watch:
         if name.startswith("generation ") and jobs > known:
             self._fresh = True
             self._since = self._now() if self._since is None else self._since
-        self._observer.phase(name, jobs, known)
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
-        """Pass it on."""
-        self._observer.scored(recipe, result, timing)
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Say what is to be expected now, if anything was scored."""
+        """Make a new estimate, if anything was scored."""
         if self._fresh and self._since is not None:
             self._generations += 1
             elapsed = self._now() - self._since
-            left = self._left(generation, evaluations, elapsed)
-            estimate = self._forecast.estimate(left)
+            estimate = self._forecast.estimate(self._left(generation, evaluations, elapsed))
             clock = facts.CLOCK.require(self._store)
             facts.CLOCK.set(self._store, {**clock, "estimate": estimate.as_data()})
-            self._observer.expected(estimate)
+            self._audience.expected(estimate)
         else:
             self._before = evaluations
         self._fresh = False
-        self._observer.generation_done(generation, evaluations, best)
-
-    def expected(self, estimate: Estimate) -> None:
-        """Pass it on."""
-        self._observer.expected(estimate)
-
-    def noted(self, message: str) -> None:
-        """Pass it on."""
-        self._observer.noted(message)
 
     def _left(self, generation: int, evaluations: float, elapsed: float) -> float | None:
         """Seconds until a counting limit ends the search, at the pace so far."""

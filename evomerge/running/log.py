@@ -20,16 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from evomerge.evaluation.scores import Failure, Scores
-from evomerge.merging.recipe import Recipe
-from evomerge.running.forecast import Estimate
-from evomerge.running.scorer import Observer
-from evomerge.running.store import Timing
+from evomerge.running.observers import Estimate, Observer
 
 JSON_LINES, TEXT = "log.jsonl", "log.txt"
 
 
-class RunLog:
+class RunLog(Observer):
     """Writes the log of the run in a folder; a context manager that also takes what `logging` says.
 
     >>> import tempfile
@@ -56,6 +52,32 @@ class RunLog:
                 if file is not None:
                     os.write(file, f"{content}\n".encode())
 
+    def recorded(self, event: str, values: Mapping[str, Any]) -> None:
+        """Append what the store committed."""
+        self.event(event, **values)
+
+    def phase(self, name: str, jobs: int, known: int) -> None:
+        """Append that a batch of recipes starts, unless all are answered from the store."""
+        if known < jobs:
+            self.event("phase", name=name, jobs=jobs, known=known)
+
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """Append how far the search is."""
+        self.event(
+            "generation",
+            generation=generation,
+            evaluations=round(evaluations, 3),
+            best=round(best, 6) if best > float("-inf") else None,
+        )
+
+    def expected(self, estimate: Estimate) -> None:
+        """Append when the run should end, and at what cost."""
+        self.event("expected", **estimate.as_data())
+
+    def noted(self, message: str) -> None:
+        """Append what is worth a line."""
+        self.event("note", level="info", module="evomerge", text=message)
+
     def session(self, versions: Mapping[str, str], **facts: Any) -> None:
         """Append that this process starts to work on the run."""
         self.event(
@@ -79,43 +101,6 @@ class RunLog:
             if file is not None:
                 os.close(file)
         self._files = []
-
-
-class Logged:
-    """An observer that logs what it is told, and tells another one."""
-
-    def __init__(self, observer: Observer, log: RunLog) -> None:
-        self._observer, self._log = observer, log
-
-    def phase(self, name: str, jobs: int, known: int) -> None:
-        """Log that a batch of recipes starts, unless the store knows them all."""
-        if known < jobs:
-            self._log.event("phase", name=name, jobs=jobs, known=known)
-        self._observer.phase(name, jobs, known)
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
-        """Pass it on: the store logs it, with all that it knows."""
-        self._observer.scored(recipe, result, timing)
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Log how far the search is."""
-        self._log.event(
-            "generation",
-            generation=generation,
-            evaluations=round(evaluations, 3),
-            best=round(best, 6) if best > float("-inf") else None,
-        )
-        self._observer.generation_done(generation, evaluations, best)
-
-    def expected(self, estimate: Estimate) -> None:
-        """Log when the run should end, and at what cost."""
-        self._log.event("expected", **estimate.as_data())
-        self._observer.expected(estimate)
-
-    def noted(self, message: str) -> None:
-        """Log what is worth a line."""
-        self._log.event("note", level="info", module="evomerge", text=message)
-        self._observer.noted(message)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

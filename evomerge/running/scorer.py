@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
@@ -13,37 +12,10 @@ from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches, Halved
 from evomerge.running.breaker import Breaker
 from evomerge.running.executors import Executor
-from evomerge.running.forecast import Estimate
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.observers import Observer
+from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, NotBegun, Result
 from evomerge.search.ports import Named, OutOfTime
-
-
-class Observer(Protocol):
-    """Is told what happens in a run, for progress displays."""
-
-    def phase(self, name: str, jobs: int, known: int) -> None:
-        """A batch of `jobs` recipes starts, of which `known` are answered from the store."""
-        ...
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
-        """A recipe was just scored, or failed."""
-        ...
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """A generation was told.
-
-        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
-        """
-        ...
-
-    def expected(self, estimate: Estimate) -> None:
-        """When the run is expected to end, said anew after every generation that was scored, not replayed."""
-        ...
-
-    def noted(self, message: str) -> None:
-        """Something worth a line: a candidate that had to be tried again, say."""
-        ...
 
 
 class Scorer:

@@ -13,7 +13,7 @@ from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss
 from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import GRADIENTS, Batches
 from evomerge.running.executors import Executor
-from evomerge.running.scorer import Observer
+from evomerge.running.observers import Observer
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import GradientJob
 

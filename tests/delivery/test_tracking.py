@@ -16,7 +16,6 @@ import pytest
 
 from evomerge import compose
 from evomerge.config import RunConfig, TrackerSpec
-from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.delivery.tracking import STATE, Tracked, flat, opened, require_packages
 from evomerge.errors import ConfigError
@@ -75,7 +74,7 @@ def session(
 ) -> list[str]:
     """Tell a tracker of a stored run as a session that replays it does; return the warnings."""
     warnings: list[str] = []
-    tracked = Tracked(Silent(), specs, run, warn=warnings.append, open_=open_ or notebook.open)
+    tracked = Tracked(specs, run, warn=warnings.append, open_=open_ or notebook.open)
     with tracked, RunStore.read(run) as store:
         for generation in range(generations):
             tracked.generation_done(generation, 4.0 * generation, 0.25 + generation)
@@ -200,7 +199,7 @@ def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: 
             state = GuideState(correlation=0.5 * generation or None, proposed=1, blocks=2, radius=0.1)
             store.record_guide(generation, state)
         notebook, warnings = Notebook(), list[str]()
-        with Tracked(Silent(), [TENSORBOARD], tmp_path, warn=warnings.append, open_=notebook.open) as tracked:
+        with Tracked([TENSORBOARD], tmp_path, warn=warnings.append, open_=notebook.open) as tracked:
             for generation in range(2):
                 tracked.generation_done(generation, 1.0, -np.inf)
     steps = [of[1] for what, of in notebook.told if what == "step"]

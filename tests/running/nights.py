@@ -12,14 +12,14 @@ from unittest import mock
 
 import numpy as np
 
-from evomerge import compose
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure, joined
 from evomerge.running.batches import Batches
 from evomerge.running.breaker import tried_again
-from evomerge.running.budget import BudgetSpec
+from evomerge.running.budget import Budget, BudgetSpec
 from evomerge.running.clock import Clock
 from evomerge.running.forecast import Forecast, Watch
+from evomerge.running.observers import Observers
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import RunStore, Timing, facts
 from evomerge.running.worker import GradientJob, Job, NotBegun, Result
@@ -111,7 +111,8 @@ def spend_night(
                 store, clock, budget, workers=executor.workers, finalists=FINALISTS, several=bool(several)
             )
             store.begin_session({}, started=time())
-            watch = Watch(observer or Silent(), forecast, store, budget, time)
+            shown = observer or Silent()
+            watch = Observers(Watch(forecast, store, budget, shown, time), shown)
             search = Search(
                 SearchPlan(
                     suite=SUITE,
@@ -127,7 +128,7 @@ def spend_night(
                 ),
                 scorer=Scorer(store, executor, watch, Batches(store, 64), failures=budget.failures, now=time),
                 journal=store,
-                budget=compose._budget(store, budget, clock, forecast),
+                budget=Budget.of_run(store, budget, clock, forecast.reserve),
                 observer=watch,
             )
             with tried_again(store):

@@ -19,7 +19,8 @@ from evomerge.delivery.progress import Silent
 from evomerge.errors import ConfigError
 from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
 from evomerge.running.clock import Clock, moment
-from evomerge.running.forecast import SAFETY, Estimate
+from evomerge.running.forecast import SAFETY
+from evomerge.running.observers import Estimate
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job
 from evomerge.schema import parse

@@ -14,10 +14,10 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,14 @@ from evomerge.running.store.schema import ID, Timing, as_json, lay_out, pack
 from evomerge.search.ports import GuideState, Named
 
 
+class StoreObserver(Protocol):
+    """Receives what a store commits (`running.observers.Observer` does)."""
+
+    def recorded(self, event: str, values: Mapping[str, Any]) -> None:
+        """An event was committed; values: plain JSON data."""
+        ...
+
+
 class RunStore(StoreReader):
     """The store of one run, for writing. Use `create` or `open` rather than the constructor."""
 
@@ -40,7 +48,7 @@ class RunStore(StoreReader):
         super().__init__(folder, connection)
         self._lock: int | None = lock
         self._session = 0.0
-        self._listener: Callable[..., None] | None = None
+        self._observer: StoreObserver | None = None
 
     # -- opening and closing ------------------------------------------------------------------------
 
@@ -94,14 +102,13 @@ class RunStore(StoreReader):
             os.close(self._lock)  # the file stays: removing it would let two later holders lock two files
             self._lock = None
 
-    def report_to(self, listener: Callable[..., None]) -> None:
-        """Have somebody told of every event: listener(event, **facts), after it is committed."""
-        self._listener = listener
+    def report_to(self, observer: StoreObserver) -> None:
+        """Report every event to an observer, after it is committed."""
+        self._observer = observer
 
-    def note(self, event: str, /, **facts: Any) -> None:
-        """Tell the listener (a run's log) of an event; facts are what JSON can say."""
-        if self._listener is not None:
-            self._listener(event, **facts)
+    def _report(self, event: str, /, **values: Any) -> None:
+        if self._observer is not None:
+            self._observer.recorded(event, values)
 
     # -- facts and sessions -----------------------------------------------------------------------
 
@@ -138,7 +145,7 @@ class RunStore(StoreReader):
                 "INSERT INTO ask VALUES (?, ?, ?, ?, ?)",
                 [(generation, position, *row, now) for position, row in enumerate(rows)],
             )
-        self.note("asked", generation=generation, ids=[recipe.hash[:ID] for recipe in recipes])
+        self._report("asked", generation=generation, ids=[recipe.hash[:ID] for recipe in recipes])
 
     def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None:
         """Store the losses of a generation, shape (n, objectives), or check them bit for bit.
@@ -190,7 +197,7 @@ class RunStore(StoreReader):
                 "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)",
                 (role, position, entry.name, entry.recipe.hash),
             )
-        self.note("entry", role=role, position=position, name=entry.name, id=entry.recipe.hash[:ID])
+        self._report("entry", role=role, position=position, name=entry.name, id=entry.recipe.hash[:ID])
 
     def trim_entries(self, role: str, count: int) -> None:
         """Forget the rows of a role from position `count` on: an earlier end of the run had more of them."""
@@ -208,7 +215,7 @@ class RunStore(StoreReader):
     def record_gradient(self, recipe: str, loss: str, value: dict[str, Any]) -> None:
         """Store a gradient of a recipe (by hash), or why there is none; `value` as in `facts.GRADIENT`."""
         facts.GRADIENT.of(recipe, loss).set(self, value)
-        self.note("gradient", id=recipe[:ID])
+        self._report("gradient", id=recipe[:ID])
 
     # -- scores and failures ----------------------------------------------------------------------
 
@@ -240,7 +247,7 @@ class RunStore(StoreReader):
                 ),
             )
         together = joined(parts)
-        self.note(
+        self._report(
             "scored",
             id=recipe.hash[:ID],
             split=together.split,
@@ -274,7 +281,7 @@ class RunStore(StoreReader):
             self._put_recipes(db, [recipe])
             row = (recipe.hash, split, failure.kind, failure.reason, time.time())
             db.execute("INSERT INTO failure VALUES (?, ?, ?, ?, ?)", row)
-        self.note("failed", id=recipe.hash[:ID], split=split, kind=failure.kind, reason=failure.reason)
+        self._report("failed", id=recipe.hash[:ID], split=split, kind=failure.kind, reason=failure.reason)
 
     def forget_failures(self, count: int = 0) -> list[Failure]:
         """Forget what failed since the last success, and all the search made of it; return what it was.
