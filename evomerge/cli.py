@@ -319,15 +319,15 @@ def resume(
     full_hash: FullHash = False,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
-    from evomerge import compose, identity
+    from evomerge import compose, stored
     from evomerge.running.store import StoreReader
 
     limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
     StoreReader.refuse_held(run)
     with StoreReader.read(run) as store:
-        identity.refuse_older(store)
+        stored.refuse_older(store)
     config = compose.stored_config(run, models=_places(model or []), suite=suite, **limits)
-    identity.refuse_missing(config)
+    stored.refuse_missing(config)
     _run(config, full_hash=full_hash)
 
 

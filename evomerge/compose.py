@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge import __version__, files, identity
+from evomerge import __version__, files, stored
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
@@ -200,7 +200,7 @@ def start(config: RunConfig, observer: Observer, *, full_hash: bool = False) -> 
     prepared = prepare(config)
     check_folder(prepared)
     _check_time(prepared)
-    hashes = identity.full_hashes(prepared.config) if full_hash else None
+    hashes = stored.full_hashes(prepared.config) if full_hash else None
     return _execute(prepared, observer, started, hashes)
 
 
@@ -215,7 +215,7 @@ def stored_config(
     with StoreReader.read(folder) as store:
         data = facts.CONFIG.require(store)
     data["out"] = str(folder.absolute())
-    identity.relocate(data, models or {}, suite)
+    stored.relocate(data, models or {}, suite)
     data["budget"] = replaced(data["budget"], budget, time.time())
     return parse(RunConfig, data, f"{folder}: stored config")
 
@@ -390,7 +390,7 @@ def _execute(
             store.report_to(shown)
             log.session(versions(), workers=executors.worker_count(prepared.config.executor))
             if hashes is not None:
-                identity.check_hashes(store, hashes)
+                stored.check_hashes(store, hashes)
             spec = prepared.config.budget
             clock = Clock(started=started, earlier=store.hours())
             forecast = Forecast(
@@ -501,7 +501,7 @@ def _open_store(prepared: Prepared) -> RunStore:
     try:
         files.remove_abandoned(prepared.folder)
         begun = _facts(prepared)
-        identity.check_same(store, begun)  # again, now that nobody else can write
+        stored.check_same(store, begun)  # again, now that nobody else can write
         if facts.CONFIG.get(store) != begun[facts.CONFIG]:
             facts.CONFIG.set(store, begun[facts.CONFIG])
     except BaseException:
@@ -516,7 +516,7 @@ def check_folder(prepared: Prepared) -> None:
     StoreReader.refuse_held(folder)
     if StoreReader.exists(folder):
         with StoreReader.read(folder) as store:
-            identity.check_same(store, _facts(prepared))
+            stored.check_same(store, _facts(prepared))
         return
     if folder.is_dir():
         others = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith(".run.sqlite")]
