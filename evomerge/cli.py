@@ -264,18 +264,19 @@ def _calm() -> None:
 @_command(app, "check")
 def check(config: Config) -> None:
     """Check a run config: models, space, suite, tasks and cost, without starting it."""
-    from evomerge import compose
     from evomerge.config import RunConfig
     from evomerge.delivery import check as delivery
     from evomerge.delivery.tracking import require_packages
+    from evomerge.prepare import check_folder, prepare
+    from evomerge.trial import probe
 
     loaded = RunConfig.load(config)
     require_packages(loaded.tracking)
-    prepared = compose.prepare(loaded)
-    compose.check_folder(prepared)
-    found = compose.probe(prepared)
-    _out.say(delivery.text(prepared, found))
-    _out.data(delivery.as_data(prepared, found))
+    prepared = prepare(loaded)
+    check_folder(prepared)
+    estimate = probe(prepared)
+    _out.say(delivery.text(prepared, estimate))
+    _out.data(delivery.as_data(prepared, estimate))
 
 
 @_command(app, "run")
@@ -319,15 +320,10 @@ def resume(
     full_hash: FullHash = False,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
-    from evomerge import compose, stored
-    from evomerge.running.store import StoreReader
+    from evomerge.stored import config_to_resume
 
     limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
-    StoreReader.refuse_held(run)
-    with StoreReader.read(run) as store:
-        stored.refuse_older(store)
-    config = compose.stored_config(run, models=_places(model or []), suite=suite, **limits)
-    stored.refuse_missing(config)
+    config = config_to_resume(run, models=_places(model or []), suite=suite, **limits)
     _run(config, full_hash=full_hash)
 
 
@@ -366,7 +362,8 @@ def migrate(run: Run) -> None:
         _out.say(f"{_shown(run)}: nothing to do, it is up to date")
     else:
         _out.say(
-            f"{_shown(run)}: migrated from schema version {done.before}; {_shown(done.backup)} is the old"
+            f"{_shown(run)}: migrated from schema version {done.before}; "
+            f"the old store is kept at {_shown(done.backup)}"
         )
         if not done.continues:
             _out.say("its search can't be replayed by this version: it can be reported and exported")
@@ -388,18 +385,19 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge.merging.tensors import kernels
     from evomerge.running.observers import Observers
     from evomerge.running.store import StoreReader
+    from evomerge.stored import StoredRun, environment_note
 
     for note in kernels.notes():
         _out.say(f"note: {note}")
     folder = Path(config.out)
     require_packages(config.tracking)
-    if (changed := compose.environment_note(folder)) is not None:
+    if (changed := environment_note(folder)) is not None:
         _complain(f"note: {changed}", style="yellow")
     try:
         with _observer() as shown, _tracked(config) as tracked:
             compose.start(config, Observers(shown, tracked), full_hash=full_hash)
-            with StoreReader.read(folder) as store:
-                tracked.finish(Summary(store, compose.stored_suite(store)), folder / "report.html")
+            with StoredRun.read(folder) as stored:
+                tracked.finish(Summary(stored), folder / "report.html")
         _report(folder)
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
@@ -426,13 +424,12 @@ def _tracked(config: RunConfig) -> Tracked:
 @_command(app, "status")
 def status(run: Run) -> None:
     """Say where a run stands; works while it runs."""
-    from evomerge import compose
     from evomerge.delivery import status as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.running.store import StoreReader
+    from evomerge.stored import StoredRun
 
-    with StoreReader.read(run) as store:
-        data = delivery.as_data(store, Summary(store, compose.stored_suite(store)))
+    with StoredRun.read(run) as stored:
+        data = delivery.as_data(Summary(stored))
     _out.say(delivery.text(data))
     _out.data(data)
 
@@ -455,18 +452,16 @@ def show(
     ] = None,
 ) -> None:
     """Show one candidate of a run: recipe, scores, times, failures, and single items if asked."""
-    from evomerge import compose
     from evomerge.delivery import candidate as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import SPLITS
-    from evomerge.running.store import StoreReader
+    from evomerge.stored import StoredRun
 
     chosen = next((each for each in SPLITS if each == split), None)
     if split is not None and chosen is None:
         raise ConfigError(f"unknown split {split!r}", fix=nearest(split, SPLITS))
-    with StoreReader.read(run) as store:
-        summary = Summary(store, compose.stored_suite(store))
-        data = delivery.as_data(store, summary, candidate, items=items, split=chosen)
+    with StoredRun.read(run) as stored:
+        data = delivery.as_data(Summary(stored), candidate, items=items, split=chosen)
     _out.say(delivery.text(data))
     _out.data(data)
 
@@ -478,16 +473,15 @@ def report(run: Run) -> None:
 
 
 def _report(folder: Path) -> None:
-    from evomerge import compose
     from evomerge.delivery import report as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.running.store import StoreReader
+    from evomerge.stored import StoredRun
 
-    with StoreReader.read(folder) as store:
-        summary = Summary(store, compose.stored_suite(store))
-        _out.say(delivery.terminal(store, summary, width=_out.console.width))
-        _out.data(delivery.as_data(store, summary))
-        page = delivery.write_html(store, summary, folder / "report.html")
+    with StoredRun.read(folder) as stored:
+        summary = Summary(stored)
+        _out.say(delivery.terminal(summary, width=_out.console.width))
+        _out.data(delivery.as_data(summary))
+        page = delivery.write_html(summary, folder / "report.html")
         _out.say(f"report: {_shown(page)}")
 
 
@@ -507,26 +501,25 @@ def export(
     keep_rest: KeepRest = False,
 ) -> None:
     """Write a run's winner as a model with its recipe and card, as a LoRA adapter, or as a YAML file."""
-    from evomerge import compose
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.merging import mergekit
-    from evomerge.running.store import StoreReader
+    from evomerge.stored import StoredRun
 
     _check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
-    with StoreReader.read(run) as store:
-        summary = Summary(store, compose.stored_suite(store))
+    with StoredRun.read(run) as stored:
+        summary = Summary(stored)
         if form == "adapter":
-            made = delivery.export_adapter(store, summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
+            made = delivery.export_adapter(summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
             _out.say(delivery.comparison(made))
             _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
             return
         if form != "model":
-            recipe = delivery.find(store, summary, pick).recipe
+            recipe = delivery.find(summary, pick).recipe
             delivery.write_text(out, recipe.to_yaml() if form == "recipe" else mergekit.write(recipe))
             _say_file(out, recipe.hash)
             return
-        done = delivery.export(store, summary, out, pick=pick)
+        done = delivery.export(summary, out, pick=pick)
     _out.say(f"exported {done.pick.name} to {_shown(done.folder)}")
     if done.no_mergekit:
         _out.say(f"no mergekit.yaml: {done.no_mergekit}")
@@ -580,17 +573,15 @@ def predict(
     ],
 ) -> None:
     """Say how good a merge would be, and how sure that is, before it is merged; from a run's scores alone."""
-    from evomerge import compose
     from evomerge.delivery import predict as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.running.store import StoreReader
+    from evomerge.prepare import prepare
+    from evomerge.stored import StoredRun
 
-    with StoreReader.read(run) as store:
-        prepared = compose.prepare(compose.stored_config(run))
-        summary = Summary(store, compose.stored_suite(store))
-        found = delivery.predict(store, summary, prepared, recipe)
-    _out.say(delivery.text(found))
-    _out.data(delivery.as_data(found))
+    with StoredRun.read(run) as stored:
+        predicted = delivery.predict(Summary(stored), prepare(stored.config()), recipe)
+    _out.say(delivery.text(predicted))
+    _out.data(delivery.as_data(predicted))
 
 
 def _check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
@@ -761,26 +752,26 @@ def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
 ) -> None:
     """Search, report, export and re-score on the models that come with evomerge (under five minutes)."""
-    from evomerge import compose
     from evomerge.config import DEMO_CONFIG, RunConfig
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import Scores
+    from evomerge.prepare import prepare
     from evomerge.running.batches import scoring_alike
-    from evomerge.running.store import StoreReader
+    from evomerge.stored import StoredRun
 
     config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
     _run(config)
-    with StoreReader.read(out) as store:
-        summary = Summary(store, compose.stored_suite(store))
+    with StoredRun.read(out) as run:
+        summary = Summary(run)
         assert summary.winner is not None
         model = out / f"model-{summary.winner.recipe.hash[:8]}"
         if not model.exists():
-            delivery.export(store, summary, model)
-        stored = store.result(summary.winner.recipe.hash, "test")
-        assert isinstance(stored, Scores)
-        worker = scoring_alike(compose.prepare(config).worker, store, "test")
-        same = delivery.rescore(model, worker, "test").same_as(stored)
+            delivery.export(summary, model)
+        scores = run.store.result(summary.winner.recipe.hash, "test")
+        assert isinstance(scores, Scores)
+        worker = scoring_alike(prepare(config).worker, run.store, "test")
+        same = delivery.rescore(model, worker, "test").same_as(scores)
     if not same:
         raise UserError(
             f"{model}: the exported model does not score as the winner did", fix="please report this"

@@ -37,6 +37,7 @@ from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Scores
 from evomerge.evaluation.statistics import paired_difference
+from evomerge.prepare import prepare
 from evomerge.running.store import RunStore
 
 LETTERS = 26
@@ -217,7 +218,7 @@ def search(folder: Path, seed: int, candidates: int, sigma: float) -> None:
     }
     path = folder / f"run-{seed}.yaml"
     path.write_text(yaml.safe_dump(config))
-    prepared = compose.prepare(RunConfig.load(path))
+    prepared = prepare(RunConfig.load(path))
     started = time.perf_counter()
     compose.start(prepared.config, Silent())
     seconds = time.perf_counter() - started

@@ -9,19 +9,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge import compose
 from evomerge.delivery import export
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, joined
+from evomerge.prepare import prepare
 from evomerge.running.store import ID, StoreReader
+from evomerge.stored import StoredRun
 
 _WIDTH = 60
 """Characters of an item's text that the table shows."""
 
 
 def as_data(
-    store: StoreReader, summary: Summary, asked: str, *, items: str | None = None, split: Split | None = None
+    summary: Summary, asked: str, *, items: str | None = None, split: Split | None = None
 ) -> dict[str, Any]:
     """Return all that a run knows of a candidate as plain data.
 
@@ -29,7 +30,8 @@ def as_data(
     their texts. split: where; None takes the last one it was scored on.
     Raises ConfigError where there is no such candidate, task or split.
     """
-    found = export.find(store, summary, asked)
+    store = summary.store
+    found = export.find(summary, asked)
     hash_ = found.recipe.hash
     splits = {each: data for each in SPLITS if (data := _on_split(store, hash_, each)) is not None}
     roles = ("base", "parent", "baseline", "start", "descent", "finalist", "winner")
@@ -58,7 +60,7 @@ def as_data(
         "splits": splits,
     }
     if items is not None:
-        data["items"] = _items(store, hash_, items, split, splits)
+        data["items"] = _items(summary.run, hash_, items, split, splits)
     return data
 
 
@@ -90,12 +92,11 @@ def _parts(store: StoreReader, hash_: str, split: Split) -> list[Scores]:
 
 
 def _items(
-    store: StoreReader, hash_: str, task: str, split: Split | None, splits: dict[Split, Any]
+    run: StoredRun, hash_: str, task: str, split: Split | None, splits: dict[Split, Any]
 ) -> dict[str, Any]:
-    suite = compose.stored_suite(store)
-    known = [each.task for each in suite.tasks]
-    if task not in known:
-        raise ConfigError(f"--items {task}: no such task in this run", fix=nearest(task, known))
+    tasks = [entry.task for entry in run.suite.tasks]
+    if task not in tasks:
+        raise ConfigError(f"--items {task}: no such task in this run", fix=nearest(task, tasks))
     scored = [each for each, data in splits.items() if task in data["tasks"]]
     chosen = split or (scored[-1] if scored else None)
     if chosen is None or chosen not in scored:
@@ -103,9 +104,9 @@ def _items(
             f"{hash_[:ID]} has no scores of {task} on {chosen or 'any split'}",
             expected=f"a split among {', '.join(scored)}" if scored else "a candidate that was scored",
         )
-    texts = _texts(store, task, chosen)
+    texts = _texts(run, task, chosen)
     rows = []
-    for part in _parts(store, hash_, chosen):
+    for part in _parts(run.store, hash_, chosen):
         (block,) = part.blocks
         scores = part[task]
         for item, metric in enumerate(scores.metric.tolist()):
@@ -122,13 +123,13 @@ def _items(
     return {"task": task, "split": chosen, "rows": rows}
 
 
-def _texts(store: StoreReader, task: str, split: Split) -> list[list[dict[str, Any]]]:
+def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]]:
     """Return of every item of a task, block by block, what the model was asked and offered as answers."""
     from evomerge.evaluation.harness import Harness
     from evomerge.merging.sources.opening import open_sources
     from evomerge.merging.sources.vocabulary import open_tokenizer
 
-    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    worker = prepare(run.config()).worker
     sources = open_sources(worker.models, worker.base, tokenizer=worker.tokenizer)
     harness = Harness(
         worker.suite,

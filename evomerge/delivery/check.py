@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from evomerge.compose import Prepared, Probe
+from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
+from evomerge.trial import Probe
 
 
 def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:

@@ -28,21 +28,22 @@ from evomerge.evaluation.statistics import Interval
 from evomerge.files import drafted_file
 from evomerge.merging.recipe import Recipe
 from evomerge.running import forward
-from evomerge.running.store import StoreReader, facts
+from evomerge.running.store import facts
 
 _INK, _ACCENT, _MUTED, _GRID = "#1d2433", "#2f6fed", "#8a94a6", "#e6e9ef"
 
 
-def terminal(store: StoreReader, summary: Summary, *, width: int = 120) -> RenderableType:
+def terminal(summary: Summary, *, width: int = 120) -> RenderableType:
     """Return the comparison table, the verdict and where the time went, for a rich console.
 
     width: of the console in characters; a narrow one shows intervals for the mean only.
     """
+    store = summary.store
     rows = summary.rows()
     parts: list[RenderableType] = []
     if rows:
         parts.append(_table(summary, rows, width))
-    front = objectives.front(store, summary)
+    front = objectives.front(summary)
     if front is not None and front.generations:
         parts += [_front(front)] if front.searched else []
         parts.append(Text(front.sentence))
@@ -56,7 +57,7 @@ def terminal(store: StoreReader, summary: Summary, *, width: int = 120) -> Rende
             parts.append(Text(f"the best baseline: evomerge export {folder} OUT --pick best-baseline"))
     else:
         parts.append(Text("no verdict yet: the run has not been tested", style="yellow"))
-    parts += [Text(f"note: {note}", style="yellow") for note in notes(store, summary)]
+    parts += [Text(f"note: {note}", style="yellow") for note in notes(summary)]
     guided = guidance(store)
     if guided is not None:
         parts.append(Text(guided.sentence, style="dim"))
@@ -199,11 +200,12 @@ def _short(task: str, summary: Summary) -> str:
     return task.removeprefix(f"{summary.suite.name}_")
 
 
-def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
+def as_data(summary: Summary) -> dict[str, Any]:
     """Return the report as plain data for scripts (`report --json`)."""
+    store = summary.store
     rows = summary.rows()
     verdict, cost, luck = summary.verdict(rows), summary.cost(), summary.luck()
-    front, guided = objectives.front(store, summary), guidance(store)
+    front, guided = objectives.front(summary), guidance(store)
     return {
         "run": str(store.folder),
         "digest": store.digest(),
@@ -253,24 +255,25 @@ def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
             "search": cost.search,
             "overhead": cost.overhead,
         },
-        "notes": notes(store, summary),
+        "notes": notes(summary),
         "forward": facts.FORWARD.get(store),
         "surrogate": None if guided is None else guided.as_data(),
         "front": None if front is None else front.as_data(),
-        "constraints": objectives.constraints(store, summary),
+        "constraints": objectives.constraints(summary),
         "failures": [
             {"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()
         ],
     }
 
 
-def write_html(store: StoreReader, summary: Summary, out: Path) -> Path:
+def write_html(summary: Summary, out: Path) -> Path:
     """Write the report as one HTML file with everything inside, plots included, and return its path."""
+    store = summary.store
     rows = summary.rows()
     template = files("evomerge.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": percent}
-    front, guided, progress = objectives.front(store, summary), guidance(store), summary.progress()
+    front, guided, progress = objectives.front(summary), guidance(store), summary.progress()
     figures = {
         "progress": _progress(progress),
         "surrogate": None if guided is None else _dressed(guided.figure()),
@@ -289,7 +292,7 @@ def write_html(store: StoreReader, summary: Summary, out: Path) -> Path:
         claims=_claim_table(summary, summary.claims(rows)),
         shares=summary.shares(rows),
         luck=summary.luck(),
-        notes=notes(store, summary),
+        notes=notes(summary),
         cost=summary.cost(),
         finalists=summary.finalists(),
         progress=progress,

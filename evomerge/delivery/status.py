@@ -19,13 +19,14 @@ from evomerge.running.observers import Estimate
 from evomerge.running.store import StoreReader, facts
 
 
-def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
+def as_data(summary: Summary) -> dict[str, Any]:
     """Return the state of a run as plain data (`status --json`)."""
+    store = summary.store
     generations = store.generations()
     told = [g for g in generations if g.losses is not None]
     progress, failures = summary.progress(), store.failures()
     guided = guidance(store)
-    verdict, front = summary.verdict(summary.rows()), objectives.front(store, summary)
+    verdict, front = summary.verdict(summary.rows()), objectives.front(summary)
     passes = forward.stored(store)
     return {
         "run": str(store.folder),
@@ -47,9 +48,9 @@ def as_data(store: StoreReader, summary: Summary) -> dict[str, Any]:
         "winner": summary.winner.recipe.hash if summary.winner else None,
         "verdict": verdict.sentence if verdict else None,
         "front": front.as_data() | {"sentence": front.sentence} if front else None,
-        "constraints": objectives.constraints(store, summary),
+        "constraints": objectives.constraints(summary),
         "surrogate": None if guided is None else guided.as_data(),
-        "notes": notes(store, summary),
+        "notes": notes(summary),
     }
 
 

@@ -9,6 +9,7 @@ tried (docs/devices.md; bfloat16 ones did not).
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,10 +19,16 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from evomerge import __version__
 from evomerge.errors import StoreError
 from evomerge.running.store import StoreReader, differences, facts
 from evomerge.running.worker import WorkerSpec
 
+_LIBRARIES = (
+    *("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy"),
+    *("cma", "cmaes", "pymoo", "optuna"),
+)
+"""Libraries that can change the bits of a run."""
 _CONTEXT = ("n_positions", "max_position_embeddings", "n_ctx")
 """Where configs say how many tokens a model reads, in the order in which lm-eval asks."""
 
@@ -152,6 +159,15 @@ def simd() -> str:
     """Return the instructions beyond its baseline that numpy uses: its exp and log differ between them."""
     extensions = np.show_config(mode="dicts").get("SIMD Extensions", {})
     return " ".join(extensions.get("found", ())) or "baseline"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change the bits of a run."""
+    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        libraries["vllm"] = importlib.metadata.version("vllm")
+    software = {"evomerge": __version__, "python": platform.python_version(), **libraries}
+    return software | {"processor": processor(), "blas": blas(), "simd": simd()}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge import compose
 from evomerge.config import RunConfig, TrackerSpec
 from evomerge.delivery.summary import Summary
 from evomerge.delivery.tracking import STATE, Tracked, flat, opened, require_packages
 from evomerge.errors import ConfigError
 from evomerge.running.store import RunStore, facts
 from evomerge.search.ports import GuideState
+from evomerge.stored import StoredRun
 from tests.running.fakes import recipe
 from tests.test_cli import invoke, refuse
 
@@ -79,7 +79,7 @@ def session(
         for generation in range(generations):
             tracked.generation_done(generation, 4.0 * generation, 0.25 + generation)
         if finish:
-            tracked.finish(Summary(store, compose.stored_suite(store)), run / "report.html")
+            tracked.finish(Summary(StoredRun(store)), run / "report.html")
     return warnings
 
 
@@ -97,7 +97,7 @@ def test_what_is_told(run: Path) -> None:
         losses = store.generations()[2].losses
         guide = store.guide()[2]
         winner = store.entries("winner")[0].recipe.hash
-        summary = Summary(store, compose.stored_suite(store))
+        summary = Summary(StoredRun(store))
         row = next(row for row in summary.rows() if row.role == "winner")
     assert losses is not None
     assert values["objective/best"] == -losses.min()

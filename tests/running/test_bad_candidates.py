@@ -16,6 +16,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import Prepared, prepare
 from evomerge.running.executors import Inline
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job, Worker
@@ -24,8 +25,8 @@ from tests.running import quick
 
 
 @pytest.fixture
-def prepared(config: Callable[..., Path]) -> compose.Prepared:
-    return compose.prepare(RunConfig.load(config(dtype="float16")))
+def prepared(config: Callable[..., Path]) -> Prepared:
+    return prepare(RunConfig.load(config(dtype="float16")))
 
 
 def nan_logits(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def far_too_long(recipe: Recipe) -> Recipe:
     ids=["weights", "logits", "metric raises", "metric is NaN"],
 )
 def test_a_bad_candidate_is_a_failure_and_the_next_is_scored_as_ever(
-    prepared: compose.Prepared,
+    prepared: Prepared,
     monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[Worker, pytest.MonkeyPatch], None],
     change: Callable[[Recipe], Recipe] | None,
@@ -149,7 +150,7 @@ def test_a_run_whose_candidates_all_fail_says_so(
     monkeypatch.setattr(compose.executors, "build", quick.build(0))
     with RunStore.read(tmp_path / "run") as store:
         assert not store.failures()
-    compose.start(compose.stored_config(tmp_path / "run", generations=4), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=4)
     with RunStore.read(tmp_path / "run") as store:
         assert store.entries("winner")
 
@@ -181,6 +182,6 @@ def test_a_parent_that_fails_is_named_and_can_be_mended(
     assert "mend this, then resume" in str(error.value)
     with RunStore.read(tmp_path / "run") as store:
         assert store.failures() == []  # it may be scored once its cause is gone
-    compose.start(compose.stored_config(tmp_path / "run", generations=1), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=1)
     with RunStore.read(tmp_path / "run") as store:
         assert store.entries("winner")

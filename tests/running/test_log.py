@@ -37,7 +37,7 @@ def logged_run(config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
     )
     write_suite(tmp_path, generate=False)
     compose.start(RunConfig.load(path), Silent())
-    compose.start(compose.stored_config(tmp_path / "run", generations=2), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=2)
     return tmp_path / "run"
 
 

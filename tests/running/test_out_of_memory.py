@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
+from evomerge.prepare import prepare
 from evomerge.running.batches import GRADIENTS, Batches, decisions, scoring_alike
 from evomerge.running.out_of_memory import is_out_of_memory, release
 from evomerge.running.slopes import Slopes
@@ -260,7 +260,7 @@ def test_gradients_go_on_with_half_the_batch(tmp_path: Path) -> None:
 def test_a_worker_scores_in_the_batches_a_job_names_and_survives_too_large_ones(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = compose.prepare(RunConfig.load(config()))
+    prepared = prepare(RunConfig.load(config()))
     worker, smaller = Worker(prepared.worker), Worker(replace(prepared.worker, batch_size=HALF))
     job = Job(recipe=prepared.template, split="search", blocks=(0, 2))
     expected = smaller.run(job).outcome

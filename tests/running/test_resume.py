@@ -71,7 +71,7 @@ def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], 
             with RunStore.read(tmp_path / "run") as store:
                 seen[name] = facts.STOPPED.get(store)
 
-    compose.start(compose.stored_config(tmp_path / "run", generations=2), Looks())
+    compose.resume(tmp_path / "run", Looks(), generations=2)
     assert seen["generation 1"] is None  # while it works, the old winner does not count
     with RunStore.read(tmp_path / "run") as store:
         longer = [g.genomes.tolist() for g in store.generations()]
@@ -84,9 +84,8 @@ def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], 
 def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path: Path) -> None:
     compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
     (tmp_path / "run").rename(tmp_path / "moved")
-    moved = compose.stored_config(tmp_path / "moved")
     before = RunStore.read(tmp_path / "moved").digest()
-    compose.start(moved, Silent())
+    compose.resume(tmp_path / "moved", Silent())
     assert not (tmp_path / "run").exists()
     assert RunStore.read(tmp_path / "moved").digest() == before
 

@@ -99,20 +99,20 @@ class FactFamily(Generic[T]):
         return Fact(key, self.type, self.written_by, self.about, self.in_digest)
 
 
-CONFIG = Fact("config", dict[str, Any], "compose", "the run config, without `out`", in_digest=False)
-IDENTITY = Fact("identity", str, "compose", "hash of all settings that change results")
-SUITE = Fact("suite", dict[str, Any], "compose", "the suite, without the place of its task files")
-SUITE_DIGEST = Fact("suite_digest", str, "compose", "hash of the suite and its task files")
+CONFIG = Fact("config", dict[str, Any], "prepare", "the run config, without `out`", in_digest=False)
+IDENTITY = Fact("identity", str, "prepare", "hash of all settings that change results")
+SUITE = Fact("suite", dict[str, Any], "prepare", "the suite, without the place of its task files")
+SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and its task files")
 FINGERPRINTS = Fact(
     "fingerprints",
     dict[str, str],
-    "compose",
+    "prepare",
     "per model, hash of its config, headers, sizes and sampled weights",
 )
 MODEL_FILES = Fact(
     "model_files",
     dict[str, dict[str, dict[str, int | str]]],
-    "compose",
+    "prepare",
     "per model and file: size, hash of the header, hash of samples of the contents",
 )
 FULL_HASHES = Fact(
@@ -123,19 +123,19 @@ FULL_HASHES = Fact(
     in_digest=False,
 )
 NORMS = Fact("norms", dict[str, float], "compose", "norm of each source's task vector")
-LAYERS = Fact("layers", int, "compose", "number of the base model's layers")
-BLOCKS = Fact("blocks", int, "compose", "item blocks of `search`; `select` and `test` are one block each")
-OPTIMIZER = Fact("optimizer", str, "compose", "name of the optimizer and why it was chosen")
-ARITHMETIC = Fact("arithmetic", str, "compose", "type of device, and dtype of the forward passes")
+LAYERS = Fact("layers", int, "prepare", "number of the base model's layers")
+BLOCKS = Fact("blocks", int, "prepare", "item blocks of `search`; `select` and `test` are one block each")
+OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
+ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
 FORWARD = Fact(
     "forward",
     dict[str, Any],
-    "compose",
+    "prepare",
     "how forward passes are computed: attention, context length, batch size, threads",
     in_digest=False,
 )
 WARM_START = Fact(
-    "warm_start", list[dict[str, Any]], "compose", "names and recipes that the search starts from"
+    "warm_start", list[dict[str, Any]], "prepare", "names and recipes that the search starts from"
 )
 BATCH_SIZES = Fact(
     "batch_sizes",

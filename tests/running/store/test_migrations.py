@@ -132,7 +132,7 @@ def test_a_run_goes_on_after_a_migration_that_only_adds(
     write_suite(tmp_path, generate=False)
     for name in ("whole", "run"):
         compose.start(RunConfig.load(path, out=str(tmp_path / name), generations=1), Silent())
-    compose.start(compose.stored_config(tmp_path / "whole", generations=2), Silent())
+    compose.resume(tmp_path / "whole", Silent(), generations=2)
 
     tables = schema._SCHEMA.replace("started REAL PRIMARY KEY,", "started REAL PRIMARY KEY, budget TEXT,")
     tables += "CREATE TABLE note (at REAL PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;"
@@ -146,7 +146,7 @@ def test_a_run_goes_on_after_a_migration_that_only_adds(
     assert done.continues
     assert rows(tmp_path / "run" / "run.sqlite", "session")[0][1] == "unknown"
     monkeypatch.setattr(RunStore, "begin_session", lambda *_, **__: None)  # knows nothing of the new column
-    compose.start(compose.stored_config(tmp_path / "run", generations=2), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=2)
     assert migrate(tmp_path / "whole") is not None
     with RunStore.read(tmp_path / "run") as run, RunStore.read(tmp_path / "whole") as whole:
         assert run.digest() == whole.digest()

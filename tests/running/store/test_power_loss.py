@@ -192,7 +192,7 @@ def test_a_run_resumed_after_power_loss_ends_in_the_same_bits(
         place, whole = draw.choice(list(cuts(log))[3:])
         folder = tmp_path / phase
         after_power_loss(folder, content, log[:place] + draw.randbytes(1000))
-        compose.start(compose.stored_config(folder), Silent())
+        compose.resume(folder, Silent())
         with RunStore.read(folder) as store:
             assert store.digest() == digest, (phase, place, whole)
         assert sorted(p.name for p in folder.iterdir()) == [".lock", "log.jsonl", "log.txt", FILE]
