@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from evomerge import cli
+from evomerge.cli import commands as cli
 from tests.conftest import write_suite
 
 
@@ -72,7 +72,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     code = (
         "import signal\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from evomerge import cli\n"
+        "from evomerge.cli import commands as cli\n"
         "with cli._signals():\n"
         "    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
         "    assert callable(signal.getsignal(signal.SIGTERM))\n"
