@@ -1,30 +1,37 @@
 """The command line: one thin command per verb.
 
-A user's mistake prints one message and exits with code 2; Ctrl-C exits with 130 after saying how to go
-on. Heavy imports happen inside the commands, so that `--help` answers at once.
+Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import logging
-import os
 import shlex
-import signal
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from evomerge import __version__
+from evomerge.cli.options import (
+    ConfigArgument,
+    EvaluationsOption,
+    FolderArgument,
+    FormArgument,
+    FormOption,
+    FullHashOption,
+    JsonOption,
+    KeepRestOption,
+    ModelArgument,
+    ModelsOption,
+    MovedModelsOption,
+    MovedSuiteOption,
+    QuietOption,
+    RankOption,
+    RunArgument,
+    SeedOption,
+)
+from evomerge.cli.terminal import command, complain, output, progress_bar, relative
 from evomerge.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
     from evomerge.merging.export.adapter import AdapterReport
 
 app = typer.Typer(
-    help="Evolve the configuration of a model merge, honestly.",
+    help="Search for the best merge of language models: per-layer weights, densities and methods.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -43,108 +50,6 @@ zoo = typer.Typer(help="The demo models: a small base and its specialists.", no_
 app.add_typer(zoo, name="zoo")
 spaces = typer.Typer(help="The search-space presets, and the genes of one.")
 app.add_typer(spaces, name="spaces")
-
-INTERRUPTED = 130
-PATIENCE = 30.0
-"""Seconds in which another signal to end changes nothing: what a batch scheduler gives us to go."""
-
-
-def _console() -> Console:
-    """A console as wide as the terminal; piped into a file, as wide as the tables want."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
-
-
-@dataclass
-class _Output:
-    """How a command speaks: to people through `console`, to scripts as one JSON document."""
-
-    console: Console
-    quiet: bool = False
-    json: bool = False
-
-    def say(self, message: Any) -> None:
-        if not (self.quiet or self.json):
-            self.console.print(message, highlight=False, markup=False, soft_wrap=isinstance(message, str))
-
-    def data(self, data: Any) -> None:
-        if self.json:
-            typer.echo(json.dumps(data, indent=2))
-
-
-_out = _Output(console=_console())
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YAML).")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
-OutAs = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; of YAML forms the file.")]
-Evaluations = Annotated[
-    int | None,
-    typer.Option("--evaluations", min=1, help="Replace this limit of the budget: full evaluations."),
-]
-Items = Annotated[
-    int | None, typer.Option("--items", min=1, help="Replace this limit of the budget: scored items.")
-]
-Generations = Annotated[
-    int | None, typer.Option("--generations", min=1, help="Replace this limit of the budget.")
-]
-Hours = Annotated[
-    float | None, typer.Option("--hours", min=0.0, help="Replace this limit of the budget: hours of work.")
-]
-Until = Annotated[
-    str | None,
-    typer.Option(
-        "--until", help='Replace this limit of the budget: "08:00" (its next occurrence), or a date-time.'
-    ),
-]
-Cost = Annotated[
-    float | None,
-    typer.Option("--cost", min=0.0, help="Replace this limit of the budget: money, for all hours."),
-]
-PerHour = Annotated[
-    float | None, typer.Option("--per-hour", min=0.0, help="What the machine costs per hour.")
-]
-Patience = Annotated[
-    int | None,
-    typer.Option(
-        "--patience", min=1, help="Replace this limit of the budget: generations without improvement."
-    ),
-]
-Failures = Annotated[
-    int | None, typer.Option("--failures", min=1, help="Failures in a row that stop the run with an error.")
-]
-As = Annotated[
-    str, typer.Option("--as", help="What to write: model, adapter or mergekit (`export`: also recipe).")
-]
-Rank = Annotated[
-    int | None,
-    typer.Option(
-        "--rank",
-        min=1,
-        help="With --as adapter, where it can't be exact: cut each layer's change to this rank.",
-    ),
-]
-KeepRest = Annotated[
-    bool, typer.Option("--keep-rest", help="With --as adapter: store whole what a LoRA can't hold.")
-]
-ModelsOf = Annotated[
-    Path | None,
-    typer.Option("--models", metavar="CONFIG", help="Count the genes for the models of a run config."),
-]
-Moved = Annotated[
-    list[str] | None,
-    typer.Option("--model", metavar="NAME=PATH", help="Where a model of the run lies now; may be repeated."),
-]
-MovedSuite = Annotated[
-    str | None, typer.Option("--suite", metavar="PATH", help="Where the suite's file lies now.")
-]
-FullHash = Annotated[
-    bool,
-    typer.Option("--full-hash", help="Read every byte of the models: were they changed since last asked?"),
-]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
 
 
 def _version(asked: bool) -> None:
@@ -155,115 +60,16 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    quiet: Quiet = False,
-    json_: Json = False,
+    quiet: QuietOption = False,
+    json_: JsonOption = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    _out.quiet, _out.json = quiet, json_
+    output.quiet, output.json = quiet, json_
 
 
-def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command that also takes `--quiet` and `--json`, and turns UserError into exit code 2.
-
-    Without a name it is what the group does by itself.
-    """
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, quiet: bool, json_: bool, **kwargs: Any) -> None:
-            _out.quiet, _out.json = _out.quiet or quiet, _out.json or json_
-            _calm()
-            with _signals():
-                _guarded(function, *args, **kwargs)
-
-        from inspect import Parameter, signature
-
-        own = signature(function, eval_str=True)
-        options = [
-            Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
-            Parameter("json_", Parameter.KEYWORD_ONLY, default=False, annotation=Json),
-        ]
-        wrapped.__signature__ = own.replace(parameters=[*own.parameters.values(), *options])  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {**function.__annotations__, "quiet": Quiet, "json_": Json}
-        (group.command(name) if name else group.callback(invoke_without_command=True))(wrapped)
-        return function
-
-    return register
-
-
-def _guarded(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Run a command; what stops it is one message and an exit code."""
-    try:
-        function(*args, **kwargs)
-    except UserError as error:
-        _complain(f"error: {error}", style="red")
-        raise typer.Exit(2) from None
-    except OSError as error:  # a disk or folder that does not do what was asked of it
-        where = f"{error.filename}: " if error.filename else ""
-        _complain(f"error: {where}{error.strerror or error}", style="red")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as interrupt:
-        _complain(str(interrupt) or "stopped; nothing was stored")
-        raise typer.Exit(getattr(interrupt, "exit_code", INTERRUPTED)) from None
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a batch scheduler sends it, or SIGHUP of a terminal that is gone: handled like Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.exit_code = 128 + number
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end what is done in order.
-
-    Only the first counts: schedulers send several, and what is left to do must not be cut short. A signal
-    that is ignored (nohup) stays so.
-    """
-    raised: list[float] = []
-
-    def end(number: int, _: object) -> None:
-        now = time.monotonic()
-        if not raised or now - raised[-1] > PATIENCE:
-            raised.append(now)
-            raise _Terminated(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        number: signal.signal(number, end)
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _complain(message: str, *, style: str = "") -> None:
-    """Speak to the user on standard error, also where `--quiet` or `--json` keep standard output clean."""
-    Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)
-
-
-def _calm() -> None:
-    """Keep the libraries' own progress bars and advice out of our output."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-
-
-@_command(app, "check")
-def check(config: Config) -> None:
-    """Check a run config: models, space, suite, tasks and cost, without starting it."""
+@command(app, "check")
+def check(config: ConfigArgument) -> None:
+    """Check a run config (models, space, suite, tasks); estimate time and cost. Starts nothing."""
     from evomerge.config import RunConfig
     from evomerge.delivery import check as delivery
     from evomerge.delivery.tracking import require_packages
@@ -275,99 +81,66 @@ def check(config: Config) -> None:
     prepared = prepare(loaded)
     check_folder(prepared)
     estimate = probe(prepared)
-    _out.say(delivery.text(prepared, estimate))
-    _out.data(delivery.as_data(prepared, estimate))
+    output.say(delivery.text(prepared, estimate))
+    output.data(delivery.as_data(prepared, estimate))
 
 
-@_command(app, "run")
+@command(app, "run", budget=True)
 def run(
-    config: Config,
-    seed: Seed = None,
-    evaluations: Evaluations = None,
-    items: Items = None,
-    generations: Generations = None,
-    hours: Hours = None,
-    until: Until = None,
-    cost: Cost = None,
-    per_hour: PerHour = None,
-    patience: Patience = None,
-    failures: Failures = None,
+    config: ConfigArgument,
+    seed: SeedOption = None,
+    limits: Any = None,
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
-    full_hash: FullHash = False,
+    full_hash: FullHashOption = False,
 ) -> None:
-    """Run a config: baselines, search, selection, test, report. Continues where its folder left off."""
+    """Run a config: baselines, search, selection, test, report. Continues the run in its folder, if any."""
     from evomerge.config import RunConfig
 
     place = None if out is None else str(out)
-    limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
     _run(RunConfig.load(config, seed=seed, out=place, **limits), full_hash=full_hash)
 
 
-@_command(app, "resume")
+@command(app, "resume", budget=True)
 def resume(
-    run: Run,
-    evaluations: Evaluations = None,
-    items: Items = None,
-    generations: Generations = None,
-    hours: Hours = None,
-    until: Until = None,
-    cost: Cost = None,
-    per_hour: PerHour = None,
-    patience: Patience = None,
-    failures: Failures = None,
-    model: Moved = None,
-    suite: MovedSuite = None,
-    full_hash: FullHash = False,
+    run: RunArgument,
+    limits: Any = None,
+    model: MovedModelsOption = None,
+    suite: MovedSuiteOption = None,
+    full_hash: FullHashOption = False,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
     from evomerge.stored import config_to_resume
 
-    limits = _limits(evaluations, items, generations, hours, until, cost, per_hour, patience, failures)
-    config = config_to_resume(run, models=_places(model or []), suite=suite, **limits)
+    config = config_to_resume(run, models=_locations(model or []), suite=suite, **limits)
     _run(config, full_hash=full_hash)
 
 
-def _limits(*values: float | str | None) -> dict[str, Any]:
-    """Name the limits of a budget that were given, in the order of the options."""
-    names = (
-        "evaluations",
-        "items",
-        "generations",
-        "hours",
-        "until",
-        "cost",
-        "per_hour",
-        "patience",
-        "failures",
-    )
-    return dict(zip(names, values, strict=True))
+def _locations(options: list[str]) -> dict[str, str]:
+    """Return model name -> path from the values of `--model`."""
+    for option in options:
+        if not all(option.partition("=")[::2]):
+            raise ConfigError(f"--model {option}: no path", expected="NAME=PATH, as in base=models/llama")
+    return dict(option.split("=", 1) for option in options)
 
 
-def _places(given: list[str]) -> dict[str, str]:
-    for each in given:
-        if not all(each.partition("=")[::2]):
-            raise ConfigError(
-                f"--model {each}: no place in it", expected="NAME=PATH, as in base=models/llama"
-            )
-    return dict(each.split("=", 1) for each in given)
+@command(app, "migrate")
+def migrate(run: RunArgument) -> None:
+    """Migrate a run stored by an older evomerge to the current format; the old store is kept as a copy."""
+    from evomerge.running.store import migrations
 
-
-@_command(app, "migrate")
-def migrate(run: Run) -> None:
-    """Bring a run of an older evomerge up to date; a copy of its store is kept."""
-    from evomerge.running.store.migrations import migrate as bring
-
-    done = bring(run)
+    done = migrations.migrate(run)
     if done is None:
-        _out.say(f"{_shown(run)}: nothing to do, it is up to date")
+        output.say(f"{relative(run)}: nothing to do, the store is up to date")
     else:
-        _out.say(
-            f"{_shown(run)}: migrated from schema version {done.before}; "
-            f"the old store is kept at {_shown(done.backup)}"
+        output.say(
+            f"{relative(run)}: migrated from schema version {done.before}; "
+            f"the old store is kept at {relative(done.backup)}"
         )
         if not done.continues:
-            _out.say("its search can't be replayed by this version: it can be reported and exported")
-    _out.data(
+            output.say(
+                "this version can't replay its search: `report`, `show` and `export` work, `resume` does not"
+            )
+    output.data(
         {
             "run": str(run),
             "migrated": done is not None,
@@ -388,11 +161,11 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge.stored import StoredRun, environment_note
 
     for note in kernels.notes():
-        _out.say(f"note: {note}")
+        output.say(f"note: {note}")
     folder = Path(config.out)
     require_packages(config.tracking)
     if (changed := environment_note(folder)) is not None:
-        _complain(f"note: {changed}", style="yellow")
+        complain(f"note: {changed}", style="yellow")
     try:
         with _observer() as shown, _tracked(config) as tracked:
             compose.start(config, Observers(shown, tracked), full_hash=full_hash)
@@ -401,7 +174,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         _report(folder)
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
-            command = f"evomerge resume {shlex.quote(_shown(folder))}"
+            command = f"evomerge resume {shlex.quote(relative(folder))}"
             interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
         raise
 
@@ -409,34 +182,34 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
 def _observer() -> AbstractContextManager[Live | Silent]:
     from evomerge.delivery.progress import Live, Silent
 
-    return Silent() if _out.quiet or _out.json else Live(_out.console)
+    return Silent() if output.quiet or output.json else Live(output.console)
 
 
 def _tracked(config: RunConfig) -> Tracked:
     from evomerge.delivery.tracking import Tracked
 
     def warn(message: str) -> None:
-        _complain(f"warning: {message}", style="yellow")
+        complain(f"warning: {message}", style="yellow")
 
     return Tracked(config.tracking, Path(config.out), warn=warn)
 
 
-@_command(app, "status")
-def status(run: Run) -> None:
-    """Say where a run stands; works while it runs."""
+@command(app, "status")
+def status(run: RunArgument) -> None:
+    """Show the progress of a run; works while it runs."""
     from evomerge.delivery import status as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.stored import StoredRun
 
     with StoredRun.read(run) as stored:
         data = delivery.as_data(Summary(stored))
-    _out.say(delivery.text(data))
-    _out.data(data)
+    output.say(delivery.text(data))
+    output.data(data)
 
 
-@_command(app, "show")
+@command(app, "show")
 def show(
-    run: Run,
+    run: RunArgument,
     candidate: Annotated[
         str,
         typer.Argument(
@@ -448,10 +221,11 @@ def show(
         typer.Option("--items", metavar="TASK", help="Also print every item of a task, with texts."),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Of the items: search, select or test; default the last it met.")
+        str | None,
+        typer.Option(help="Split of the items: search, select or test; default: the last one scored."),
     ] = None,
 ) -> None:
-    """Show one candidate of a run: recipe, scores, times, failures, and single items if asked."""
+    """Show one candidate of a run: recipe, scores, times and failures, with --items also item by item."""
     from evomerge.delivery import candidate as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import SPLITS
@@ -462,12 +236,12 @@ def show(
         raise ConfigError(f"unknown split {split!r}", fix=nearest(split, SPLITS))
     with StoredRun.read(run) as stored:
         data = delivery.as_data(Summary(stored), candidate, items=items, split=chosen)
-    _out.say(delivery.text(data))
-    _out.data(data)
+    output.say(delivery.text(data))
+    output.data(data)
 
 
-@_command(app, "report")
-def report(run: Run) -> None:
+@command(app, "report")
+def report(run: RunArgument) -> None:
     """Print a run's tables and verdict, and write RUN/report.html."""
     _report(run)
 
@@ -479,16 +253,16 @@ def _report(folder: Path) -> None:
 
     with StoredRun.read(folder) as stored:
         summary = Summary(stored)
-        _out.say(delivery.terminal(summary, width=_out.console.width))
-        _out.data(delivery.as_data(summary))
+        output.say(delivery.terminal(summary, width=output.console.width))
+        output.data(delivery.as_data(summary))
         page = delivery.write_html(summary, folder / "report.html")
-        _out.say(f"report: {_shown(page)}")
+        output.say(f"report: {relative(page)}")
 
 
-@_command(app, "export")
+@command(app, "export")
 def export(
-    run: Run,
-    out: OutAs,
+    run: RunArgument,
+    out: FormArgument,
     pick: Annotated[
         str,
         typer.Option(
@@ -496,11 +270,11 @@ def export(
             "or the start of a recipe hash."
         ),
     ] = "winner",
-    form: As = "model",
-    rank: Rank = None,
-    keep_rest: KeepRest = False,
+    form: FormOption = "model",
+    rank: RankOption = None,
+    keep_rest: KeepRestOption = False,
 ) -> None:
-    """Write a run's winner as a model with its recipe and card, as a LoRA adapter, or as a YAML file."""
+    """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.merging import mergekit
@@ -511,7 +285,7 @@ def export(
         summary = Summary(stored)
         if form == "adapter":
             made = delivery.export_adapter(summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
-            _out.say(delivery.comparison(made))
+            output.say(delivery.comparison(made))
             _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
             return
         if form != "model":
@@ -520,21 +294,21 @@ def export(
             _say_file(out, recipe.hash)
             return
         done = delivery.export(summary, out, pick=pick)
-    _out.say(f"exported {done.pick.name} to {_shown(done.folder)}")
+    output.say(f"exported {done.pick.name} to {relative(done.folder)}")
     if done.no_mergekit:
-        _out.say(f"no mergekit.yaml: {done.no_mergekit}")
-    _out.data({"folder": str(done.folder), "name": done.pick.name, "recipe": done.pick.recipe.hash})
+        output.say(f"no mergekit.yaml: {done.no_mergekit}")
+    output.data({"folder": str(done.folder), "name": done.pick.name, "recipe": done.pick.recipe.hash})
 
 
-@_command(app, "merge")
+@command(app, "merge")
 def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml, or a mergekit YAML.")],
-    out: OutAs,
-    form: As = "model",
-    rank: Rank = None,
-    keep_rest: KeepRest = False,
+    file: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml, or a mergekit YAML.")],
+    out: FormArgument,
+    form: FormOption = "model",
+    rank: RankOption = None,
+    keep_rest: KeepRestOption = False,
 ) -> None:
-    """Write the merge a recipe (or a mergekit YAML) describes: a model, a LoRA adapter, or mergekit YAML."""
+    """Merge by a recipe or a mergekit YAML: write a model, a LoRA adapter, or mergekit YAML."""
     from evomerge.merging import mergekit
     from evomerge.merging.compatibility import check
     from evomerge.merging.export import writer
@@ -543,36 +317,36 @@ def merge(
     from evomerge.merging.tensors import kernels
 
     _check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
-    found = read_recipe(recipe)
+    recipe = read_recipe(file)
     if form == "adapter":
         from evomerge.merging.export.adapter import write_adapter
 
-        report = write_adapter(found, out, rank=rank, keep_rest=keep_rest)
-        _say_adapter(out, found.hash, report)
+        report = write_adapter(recipe, out, rank=rank, keep_rest=keep_rest)
+        _say_adapter(out, recipe.hash, report)
         return
     if form == "mergekit":
         from evomerge.delivery.export import write_text
 
-        write_text(out, mergekit.write(found))
-        _say_file(out, found.hash)
+        write_text(out, mergekit.write(recipe))
+        _say_file(out, recipe.hash)
         return
-    sources = open_used(found)
-    for note in (*check(found, sources), *kernels.notes()):
-        _out.say(f"note: {note}")
-    writer.write(found, out, sources=sources)
-    _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")
-    _out.data({"folder": str(out), "recipe": found.hash})
+    sources = open_used(recipe)
+    for note in (*check(recipe, sources), *kernels.notes()):
+        output.say(f"note: {note}")
+    writer.write(recipe, out, sources=sources)
+    output.say(f"wrote {relative(out)} (recipe {recipe.hash[:12]})")
+    output.data({"folder": str(out), "recipe": recipe.hash})
 
 
-@_command(app, "predict")
+@command(app, "predict")
 def predict(
-    run: Run,
+    run: RunArgument,
     recipe: Annotated[
         str,
         typer.Argument(metavar="RECIPE", help="recipe.yaml, a mergekit YAML, or the start of a recipe hash."),
     ],
 ) -> None:
-    """Say how good a merge would be, and how sure that is, before it is merged; from a run's scores alone."""
+    """Predict the score of a merge, with an interval, from a run's scores; nothing is merged."""
     from evomerge.delivery import predict as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.prepare import prepare
@@ -580,15 +354,15 @@ def predict(
 
     with StoredRun.read(run) as stored:
         predicted = delivery.predict(Summary(stored), prepare(stored.config()), recipe)
-    _out.say(delivery.text(predicted))
-    _out.data(delivery.as_data(predicted))
+    output.say(delivery.text(predicted))
+    output.data(delivery.as_data(predicted))
 
 
 def _check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
     if form not in valid:
         raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))
-    for option, given in (("--rank", rank is not None), ("--keep-rest", keep_rest)):
-        if given and form != "adapter":
+    for option, used in (("--rank", rank is not None), ("--keep-rest", keep_rest)):
+        if used and form != "adapter":
             raise ConfigError(
                 f"{option} is for adapters",
                 got=f"--as {form}",
@@ -599,8 +373,8 @@ def _check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: 
 def _say_adapter(
     out: Path, recipe: str, report: AdapterReport, scores: list[tuple[str, float, float]] | None = None
 ) -> None:
-    _out.say(f"wrote {_shown(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
-    _out.say(report.summary())
+    output.say(f"wrote {relative(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
+    output.say(report.summary())
     data: dict[str, Any] = {
         "folder": str(out),
         "recipe": recipe,
@@ -612,16 +386,18 @@ def _say_adapter(
         "lost": list(report.lost),
     }
     if scores is not None:
-        data["test"] = [{"task": task, "merge": whole, "adapter": mine} for task, whole, mine in scores]
-    _out.data(data)
+        data["test"] = [
+            {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
+        ]
+    output.data(data)
 
 
 def _say_file(out: Path, recipe: str) -> None:
-    _out.say(f"wrote {_shown(out)} (recipe {recipe[:12]})")
-    _out.data({"file": str(out), "recipe": recipe})
+    output.say(f"wrote {relative(out)} (recipe {recipe[:12]})")
+    output.data({"file": str(out), "recipe": recipe})
 
 
-@_command(app, "analyze")
+@command(app, "analyze")
 def analyze(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="A run config, recipe.yaml or mergekit YAML.")
@@ -631,13 +407,16 @@ def analyze(
     ] = None,
     threshold: Annotated[
         float,
-        typer.Option(min=0.0, help="Changed: |task vector| above this multiple of its mean in a tensor."),
+        typer.Option(
+            min=0.0,
+            help="An element counts as changed above this multiple of the tensor's mean |task vector|.",
+        ),
     ] = 1.0,
     top: Annotated[float, typer.Option(help="Share of largest elements compared between models.")] = 0.2,
     shown: Annotated[str, typer.Option("--map", help="conflict, cosine, overlap or norm.")] = "conflict",
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
 ) -> None:
-    """Say from the files alone where fine-tunes agree or conflict, and which method to start from."""
+    """Show where fine-tunes agree or conflict, from their files alone, and which method to start from."""
     from evomerge.delivery.analyze import page as analysis_page
     from evomerge.delivery.analyze import terminal as delivery
     from evomerge.merging.analysis.advice import advise
@@ -646,27 +425,27 @@ def analyze(
     if shown not in delivery.MEASURES:
         raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, delivery.MEASURES))
     models, origin = delivery.read_models(config, base)
-    with _progress("reading") as progress:
-        found = measure(models, origin, threshold=threshold, top=top, progress=progress)
-    advised = advise(found)
-    _out.say(delivery.terminal(found, advised, measure=shown, width=_out.console.width))
+    with progress_bar("reading") as progress:
+        interference = measure(models, origin, threshold=threshold, top=top, progress=progress)
+    advice = advise(interference)
+    output.say(delivery.terminal(interference, advice, measure=shown, width=output.console.width))
     if html is not None:
-        written = analysis_page.write_html(found, advised, html)
-        _out.say(f"page: {_shown(written)}")
-    _out.data(delivery.as_data(found, advised))
+        written = analysis_page.write_html(interference, advice, html)
+        output.say(f"page: {relative(written)}")
+    output.data(delivery.as_data(interference, advice))
 
 
-@_command(app, "fisher")
+@command(app, "fisher")
 def fisher(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
+    model: ModelArgument,
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, one sequence per line.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
     labels: Annotated[
         str, typer.Option(help="text: the empirical Fisher; model: tokens drawn from its own predictions.")
     ] = "text",
-    sequences: Annotated[int | None, typer.Option(min=1, help="Use the first lines only.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a line that count.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawn tokens, with --labels model.")] = 0,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Use only this many lines.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Cut lines to this many tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn tokens (--labels model).")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
@@ -674,7 +453,7 @@ def fisher(
     from evomerge.running.executors import ExecutorSpec, resolve
 
     place, _, _ = resolve(ExecutorSpec(device=device))
-    with _progress("sequences") as progress:
+    with progress_bar("sequences") as progress:
         done = estimate(
             model,
             text,
@@ -686,13 +465,15 @@ def fisher(
             device=place,
             progress=progress,
         )
-    _out.say(f"wrote {_shown(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})")
-    _out.data({"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "mean": done.mean})
+    output.say(
+        f"wrote {relative(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})"
+    )
+    output.data({"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "mean": done.mean})
 
 
-@_command(app, "evaluate")
+@command(app, "evaluate")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")],
+    model: ModelArgument,
     suite: Annotated[str, typer.Option("--suite", help="A suite: a preset's name or a YAML file.")],
     split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 64,
@@ -701,14 +482,14 @@ def evaluate(
     from evomerge.delivery import single
 
     data = single.evaluate(model, suite, split, batch_size=batch_size)
-    _out.say(single.table(data))
-    _out.data(data)
+    output.say(single.table(data))
+    output.data(data)
 
 
-@_command(zoo, "build")
+@command(zoo, "build")
 def zoo_build(
-    out: Out,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other models.")] = 0,
+    out: FolderArgument,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A two-layer variant for tests, in under a minute.")
     ] = False,
@@ -716,39 +497,39 @@ def zoo_build(
     """Train the demo models from scratch: a base and five specialists (about five minutes on two cores)."""
     from evomerge.zoo.build import build_zoo
 
-    build_zoo(out, seed=seed, size="tiny" if tiny else "demo", progress=_out.say)
-    _out.say(f"built {_shown(out)}")
+    build_zoo(out, seed=seed, size="tiny" if tiny else "demo", progress=output.say)
+    output.say(f"built {relative(out)}")
 
 
-@_command(spaces, "")
-def spaces_list(context: typer.Context, models: ModelsOf = None) -> None:
-    """List the search-space presets: how many genes, which methods, what for."""
+@command(spaces, "")
+def spaces_list(context: typer.Context, models: ModelsOption = None) -> None:
+    """List the search-space presets: number of genes, methods, purpose."""
     from evomerge.delivery import spaces as delivery
 
     if context.invoked_subcommand is not None:
         return
     rows = delivery.presets(models)
-    _out.say(delivery.presets_text(rows, models))
-    _out.data(rows)
+    output.say(delivery.presets_text(rows, models))
+    output.data(rows)
 
 
-@_command(spaces, "show")
+@command(spaces, "show")
 def spaces_show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A preset's name, or a YAML file.")],
-    models: ModelsOf = None,
+    models: ModelsOption = None,
 ) -> None:
     """Print the genes of a search space: kind, values, where each applies and when it has an effect."""
     from evomerge.delivery import spaces as delivery
 
     data = delivery.as_data(name, models)
-    _out.say(delivery.text(data))
-    _out.data(data)
+    output.say(delivery.text(data))
+    output.data(data)
 
 
-@_command(app, "demo")
+@command(app, "demo")
 def demo(
-    seed: Seed = None,
-    evaluations: Evaluations = None,
+    seed: SeedOption = None,
+    evaluations: EvaluationsOption = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
 ) -> None:
     """Search, report, export and re-score on the models that come with evomerge (under five minutes)."""
@@ -774,28 +555,12 @@ def demo(
         same = delivery.rescore(model, worker, "test").same_as(scores)
     if not same:
         raise UserError(
-            f"{model}: the exported model does not score as the winner did", fix="please report this"
+            f"{model}: the exported model's scores differ from the winner's",
+            fix="please report this as a bug",
         )
-    _out.say(f"exported the winner to {_shown(model)}; loaded back, it scores the same on every test item")
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield what a long step tells how much of how much is done; a bar where somebody looks at it."""
-    from rich.progress import Progress
-
-    disabled = _out.quiet or _out.json or not _out.console.is_terminal
-    with Progress(console=_out.console, transient=True, disable=disabled) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, whole: bar.update(task, completed=done, total=whole)
-
-
-def _shown(path: Path) -> str:
-    """A path as the user would type it from here."""
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    output.say(
+        f"exported the winner to {relative(model)}; loaded back, it scores the same on every test item"
+    )
 
 
 def main() -> None:
