@@ -95,7 +95,7 @@ class ObjectiveSpec(Strict):
 
     @property
     def mean_decides(self) -> bool:
-        """Whether the mean over items alone says who is worse, so that some can stop early."""
+        """Whether the loss is a mean over items, so that racing can compare candidates on some of them."""
         return not (self.several or self.constraints or self.depth)
 
     @property
@@ -132,7 +132,7 @@ class ObjectiveSpec(Strict):
             wanted = role in named or getattr(limits, role) is not None
             if wanted and not any(task.role == role and task.counted for task in suite.tasks):
                 raise ConfigError(
-                    f"objective: {role} is wanted, but no task of suite {suite.name!r} measures it",
+                    f"objective: {role} is part of it, but no task of suite {suite.name!r} measures it",
                     expected=f"a task with `role: {role}`, search items and a weight above 0",
                     fix="add one to the suite",
                 )
@@ -191,14 +191,14 @@ class Objective:
         return loss + spec.depth * self.depth(recipe)
 
     def point(self, scores: Scores, recipe: Recipe | None = None) -> NDArray[np.float64]:
-        """Return the losses of one scored candidate, shape (objectives,), whatever the constraints say."""
+        """Return the losses of one scored candidate without constraints, shape (objectives,)."""
         if not self._spec.several:
             return np.array([self.loss(scores, recipe)])
         tasks = self._tasks(scores)
         return np.array([self._one(each, scores, tasks, recipe) for each in self._spec.several])
 
     def violation(self, scores: Scores) -> float:
-        """Return by how much a candidate falls short of the constraints, all added up; 0 where it meets them.
+        """Return the sum of a candidate's shortfalls from the constraints; 0 where it meets them.
 
         Whether a task is short is decided by its metric alone. By how much is the mean of what metric and
         smooth companion are short of: a skill that is gone by the metric (0 of 100 right) would otherwise
@@ -223,14 +223,14 @@ class Objective:
         """Return what a candidate falls short of: name -> (what it reaches, the limit)."""
         limits, normaliser = self._spec.constraints, self._normaliser
         reached: dict[str, float | None] = {}
-        wanted: dict[str, float | None] = {}
+        limits_by_name: dict[str, float | None] = {}
         if limits.tasks is not None:
-            wanted, reached = {**self._limits()}, {**normaliser.task(scores)}
-        wanted |= {"retention": limits.retention, "coherence": limits.coherence}
+            limits_by_name, reached = {**self._limits()}, {**normaliser.task(scores)}
+        limits_by_name |= {"retention": limits.retention, "coherence": limits.coherence}
         reached |= {"retention": normaliser.retention(scores), "coherence": normaliser.coherence(scores)}
         return {
             name: (value, limit)
-            for name, limit in wanted.items()
+            for name, limit in limits_by_name.items()
             if limit is not None and (value := reached[name]) is not None and value < limit
         }
 

@@ -1,4 +1,4 @@
-"""Pareto fronts: who is dominated by nobody, how much a front covers, who stands for it, where its knee is.
+"""Pareto fronts: non-dominated candidates, hypervolume, representatives, and the knee.
 
 Losses have shape (n, objectives), lower is better. A point dominates another if it is nowhere worse and
 somewhere better.

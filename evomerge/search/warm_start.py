@@ -117,13 +117,13 @@ def descend(
     losses: list[float] = []
     for step in range(spec.steps):
         loss, recipe = loss_of(step), space.decode(u)
-        found = slopes.gradient(recipe, loss, step=step, steps=spec.steps)
+        gradient = slopes.gradient(recipe, loss, step=step, steps=spec.steps)
         items += PASSES * loss.items
-        if isinstance(found, Failure):
-            return Descent(last=good, mean=good, items=items, losses=tuple(losses), failure=found)
+        if isinstance(gradient, Failure):
+            return Descent(last=good, mean=good, items=items, losses=tuple(losses), failure=gradient)
         good = u
-        losses.append(found.loss)
-        slope = chain.carried(u, recipe, found)
+        losses.append(gradient.loss)
+        slope = chain.carried(u, recipe, gradient)
         first = FIRST * first + (1 - FIRST) * slope
         second = SECOND * second + (1 - SECOND) * slope**2
         mean, square = first / (1 - FIRST ** (step + 1)), second / (1 - SECOND ** (step + 1))
@@ -193,7 +193,7 @@ def parameters(recipe: Recipe) -> NDArray[np.float64]:
 
 def distinct(named: Sequence[Named]) -> list[Named]:
     """Return the entries without those whose recipe an earlier one has."""
-    found: dict[str, Named] = {}
-    for each in named:
-        found.setdefault(each.recipe.hash, each)
-    return list(found.values())
+    by_hash: dict[str, Named] = {}
+    for entry in named:
+        by_hash.setdefault(entry.recipe.hash, entry)
+    return list(by_hash.values())

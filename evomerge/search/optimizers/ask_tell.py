@@ -17,11 +17,11 @@ from evomerge.search.spaces.space import Genome
 
 
 class Optimizer(Protocol):
-    """The contract every optimizer meets (tests/search/test_optimizers.py holds the table)."""
+    """The contract of every optimizer (tests/search/optimizers/test_optimizers.py holds the table)."""
 
     @property
     def population(self) -> int:
-        """Number of candidates the next generation is told; it may change between generations."""
+        """Number of losses the next `tell` takes; it may change between generations."""
         ...
 
     def ask(self, count: int | None = None) -> NDArray[np.float64]:
@@ -55,7 +55,7 @@ class Optimizer(Protocol):
         ...
 
     def favourite(self) -> Genome | None:
-        """Return the genome the optimizer itself believes in most (CMA-ES: the mean), if it has one."""
+        """Return the optimizer's best estimate of the optimum (CMA-ES: the mean), None where it has none."""
         ...
 
 
@@ -104,7 +104,7 @@ class AskTell:
 
     @property
     def population(self) -> int:
-        """Number of candidates the next generation is told."""
+        """Number of losses the next `tell` takes."""
         return self._algorithm.population
 
     @property
@@ -140,7 +140,7 @@ class AskTell:
         losses = np.array(losses, dtype=np.float64)
         if chosen is None and count > population:
             raise ValueError(
-                f"{self._name}.tell: {count} candidates were asked for; say which {population} are chosen"
+                f"{self._name}.tell: the last ask returned {count} candidates; name the {population} chosen"
             )
         rows = np.arange(count) if chosen is None else np.array(chosen, dtype=int)
         if len(rows) != population or len(set(rows.tolist())) != population:
@@ -175,9 +175,9 @@ class AskTell:
         return self._algorithm.stop_reason()
 
     def favourite(self) -> Genome | None:
-        """Return the genome the algorithm believes in most, if it has one."""
-        found = self._algorithm.favourite()
-        return None if found is None else self._cube.expand(self._cube.snap(found[None]))[0]
+        """Return the algorithm's best estimate of the optimum, None where it has none."""
+        genome = self._algorithm.favourite()
+        return None if genome is None else self._cube.expand(self._cube.snap(genome[None]))[0]
 
     def _given(self, room: int) -> NDArray[np.float64]:
         """Take injected points, then starts, off their queues; shape (k, free columns)."""
