@@ -68,7 +68,7 @@ def config_page() -> str:
         "",
         "Every key of a run config, suite and search space. Unknown keys are errors that name the nearest",
         f"valid key. `{NONE}` stands for no default or no range. A section that can be `off` can be `on`:",
-        "all its defaults. An annotated example of a run config and a suite: [your_models.md](your_models.md).",
+        "all its defaults. A run config and a suite with comments: [your_models.md](your_models.md).",
     ]
     for title, sections in (("Run config", RUN_CONFIG), ("Suite", SUITE), ("Search space", SPACE)):
         lines += ["", f"## {title}"]
