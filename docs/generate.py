@@ -32,7 +32,7 @@ RUN_CONFIG = (
     ("budget.cost", "evomerge.running.budget:CostSpec", "budgets.md"),
     ("executor", "evomerge.running.executors:ExecutorSpec", "executors.md"),
     ("racing", "evomerge.search.racing:RacingSpec", "search.md"),
-    ("surrogate", "evomerge.search.guide:SurrogateSpec", "search.md"),
+    ("surrogate", "evomerge.search.surrogate.guide:SurrogateSpec", "search.md"),
     ("warm_start", "evomerge.search.warm_start:WarmStartSpec", "search.md"),
     ("warm_start.gradients", "evomerge.search.warm_start:GradientSpec", "search.md"),
     ("tracking", "evomerge.config:TrackerSpec", "tracking.md"),
@@ -43,13 +43,13 @@ SUITE = (
     ("tasks.splits", "evomerge.evaluation.suite:Splits", "your_models.md"),
 )
 SPACE = (
-    ("Search space", "evomerge.search.gene_spec:SpaceSpec", "search_spaces.md"),
-    ("method", "evomerge.search.gene_spec:MethodSpec", "search_spaces.md"),
-    ("subset", "evomerge.search.gene_spec:SubsetSpec", "search_spaces.md"),
-    ("genes", "evomerge.search.gene_spec:GeneSpec", "search_spaces.md"),
-    ("genes.curve", "evomerge.search.gene_spec:CurveSpec", "search_spaces.md"),
-    ("Layer path", "evomerge.search.layer_path:LayerPathSpec", "layer_paths.md"),
-    ("scale", "evomerge.search.layer_path:ScaleSpec", "layer_paths.md"),
+    ("Search space", "evomerge.search.spaces.preset:SpaceSpec", "search_spaces.md"),
+    ("method", "evomerge.search.spaces.preset:MethodSpec", "search_spaces.md"),
+    ("subset", "evomerge.search.spaces.preset:SubsetSpec", "search_spaces.md"),
+    ("genes", "evomerge.search.spaces.preset:GeneSpec", "search_spaces.md"),
+    ("genes.curve", "evomerge.search.spaces.preset:CurveSpec", "search_spaces.md"),
+    ("Layer path", "evomerge.search.spaces.layer_path:LayerPathSpec", "layer_paths.md"),
+    ("scale", "evomerge.search.spaces.layer_path:ScaleSpec", "layer_paths.md"),
 )
 """Heading (a key of the file, or a kind of file), model, and the page that explains it."""
 

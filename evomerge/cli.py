@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
     from evomerge.delivery.tracking import Tracked
-    from evomerge.merging.adapter_export import AdapterReport
+    from evomerge.merging.export.adapter import AdapterReport
 
 app = typer.Typer(
     help="Evolve the configuration of a model merge, honestly.",
@@ -359,7 +359,7 @@ def _places(given: list[str]) -> dict[str, str]:
 @_command(app, "migrate")
 def migrate(run: Run) -> None:
     """Bring a run of an older evomerge up to date; a copy of its store is kept."""
-    from evomerge.running.migrations import migrate as bring
+    from evomerge.running.store.migrations import migrate as bring
 
     done = bring(run)
     if done is None:
@@ -385,7 +385,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge import compose
     from evomerge.delivery.summary import Summary
     from evomerge.delivery.tracking import require_packages
-    from evomerge.merging import kernels
+    from evomerge.merging.tensors import kernels
     from evomerge.running.store import RunStore
 
     for note in kernels.notes():
@@ -540,14 +540,15 @@ def merge(
     keep_rest: KeepRest = False,
 ) -> None:
     """Write the merge a recipe (or a mergekit YAML) describes: a model, a LoRA adapter, or mergekit YAML."""
-    from evomerge.merging import engine, kernels
+    from evomerge.merging.export import writer
     from evomerge.merging.reading import read_recipe
-    from evomerge.merging.source import open_used
+    from evomerge.merging.sources.source import open_used
+    from evomerge.merging.tensors import kernels
 
     _check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
     found = read_recipe(recipe)
     if form == "adapter":
-        from evomerge.merging.adapter_export import write_adapter
+        from evomerge.merging.export.adapter import write_adapter
 
         report = write_adapter(found, out, rank=rank, keep_rest=keep_rest)
         _say_adapter(out, found.hash, report)
@@ -561,7 +562,7 @@ def merge(
     sources = open_used(found)
     for note in (*found.check(sources), *kernels.notes()):
         _out.say(f"note: {note}")
-    engine.write(found, out, sources=sources)
+    writer.write(found, out, sources=sources)
     _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")
     _out.data({"folder": str(out), "recipe": found.hash})
 
@@ -642,10 +643,10 @@ def analyze(
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
 ) -> None:
     """Say from the files alone where fine-tunes agree or conflict, and which method to start from."""
-    from evomerge.delivery import interference as delivery
-    from evomerge.delivery import interference_page
-    from evomerge.merging.advice import advise
-    from evomerge.merging.interference import measure
+    from evomerge.delivery.analyze import page as analysis_page
+    from evomerge.delivery.analyze import terminal as delivery
+    from evomerge.merging.analysis.advice import advise
+    from evomerge.merging.analysis.interference import measure
 
     if shown not in delivery.MEASURES:
         raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, delivery.MEASURES))
@@ -655,8 +656,8 @@ def analyze(
     advised = advise(found)
     _out.say(delivery.terminal(found, advised, measure=shown, width=_out.console.width))
     if html is not None:
-        page = interference_page.write_html(found, advised, html)
-        _out.say(f"page: {_shown(page)}")
+        written = analysis_page.write_html(found, advised, html)
+        _out.say(f"page: {_shown(written)}")
     _out.data(delivery.as_data(found, advised))
 
 
@@ -674,7 +675,7 @@ def fisher(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
-    from evomerge.merging.fisher import estimate
+    from evomerge.merging.analysis.fisher import estimate
     from evomerge.running.executors import ExecutorSpec, resolve
 
     place, _, _ = resolve(ExecutorSpec(device=device))

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from evomerge import __version__, identity
+from evomerge import __version__, files, identity
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, ModelError, StoreError, UserError
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import PASSES
 from evomerge.evaluation.suite import Suite
-from evomerge.merging import drafts, kernels
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
+from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
@@ -43,10 +43,11 @@ from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore
 from evomerge.running.worker import Job, WorkerSpec
 from evomerge.schema import parse
-from evomerge.search import baselines, optimizers, spaces
-from evomerge.search.genes import Space
-from evomerge.search.layer_path import LayerPathSpec
+from evomerge.search import baselines, optimizers
 from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.spaces import kinds
+from evomerge.search.spaces.layer_path import LayerPathSpec
+from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart
 
 _LIBRARIES = (
@@ -67,7 +68,7 @@ class Prepared:
 
     config: RunConfig
     suite: Suite
-    space: spaces.AnySpace
+    space: kinds.AnySpace
     template: Recipe
     worker: WorkerSpec
     fingerprints: dict[str, str]
@@ -86,9 +87,9 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
-    from evomerge.merging import model_files
     from evomerge.merging.compatibility import check
-    from evomerge.merging.source import open_sources
+    from evomerge.merging.sources import model_files
+    from evomerge.merging.sources.source import open_sources
 
     suite = Suite.load(config.suite).weighted(config.objective.weights)
     config.objective.check(suite)
@@ -105,7 +106,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
     assert not isinstance(config.space, str)
-    space = spaces.apply(
+    space = kinds.apply(
         config.space,
         template=template,
         sources=tuple(config.models.sources),
@@ -153,7 +154,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _check_gradients(warm: WarmStart, space: Space) -> None:
     """Refuse gradients where no method of the space can be differentiated."""
-    from evomerge.merging.derivatives import supports
+    from evomerge.merging.tensors.derivatives import supports
 
     if warm.gradients is None:
         return
@@ -473,7 +474,7 @@ def _budget(store: RunStore, spec: BudgetSpec, clock: Clock, forecast: Forecast)
 
 def _norms(prepared: Prepared) -> dict[str, float]:
     """Return the norms of the task vectors: a check of every weight, before anything is stored."""
-    from evomerge.merging.analysis import task_vector_norms
+    from evomerge.merging.analysis.norms import task_vector_norms
 
     if RunStore.exists(prepared.folder):
         with RunStore.read(prepared.folder) as store:
@@ -513,7 +514,7 @@ def _open_store(prepared: Prepared) -> RunStore:
         return RunStore.create(prepared.folder, _facts(prepared))
     store = RunStore.open(prepared.folder)
     try:
-        drafts.remove_abandoned(prepared.folder)
+        files.remove_abandoned(prepared.folder)
         facts = _facts(prepared)
         identity.check_same(store, facts)  # again, now that nobody else can write
         if store.fact("config") != facts["config"]:

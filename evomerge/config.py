@@ -20,11 +20,11 @@ from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
 from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
-from evomerge.search.guide import SurrogateSpec
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
-from evomerge.search.spaces import AnySpec, parse_space
+from evomerge.search.spaces.kinds import AnySpec, parse_space
+from evomerge.search.surrogate.guide import SurrogateSpec
 from evomerge.search.warm_start import WarmStartSpec
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"

@@ -9,11 +9,11 @@ from typing import Any
 
 from evomerge.config import RunConfig, resolve_location, resolve_suite
 from evomerge.errors import ConfigError, ModelError, StoreError, nearest
-from evomerge.merging import model_files
-from evomerge.merging.source import open_sources
-from evomerge.running import forward, migrations
-from evomerge.running.store import BASE, RunStore
-from evomerge.running.store_file import FILE
+from evomerge.merging.sources import model_files
+from evomerge.merging.sources.source import open_sources
+from evomerge.running import forward
+from evomerge.running.store import BASE, RunStore, migrations
+from evomerge.running.store.file import FILE
 
 FILES, HASHES = "model_files", "full_hashes"
 """The facts about the models' files: what can be known at once, and of every byte where it was asked for."""

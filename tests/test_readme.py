@@ -130,12 +130,19 @@ def test_the_example_config_and_suite_are_valid(page: str, tmp_path: Path) -> No
 
 
 def test_the_file_tree_names_every_file_of_the_package() -> None:
-    tree = ARCHITECTURE[ARCHITECTURE.index("```\nevomerge/\n") :]
-    tree = tree[: tree.index("\n```\n")]
-    listed = set(re.findall(r"^\s+([\w.]+\.(?:py|c|jinja|yaml))\s+\S", tree, flags=re.MULTILINE))
+    tree = ARCHITECTURE[ARCHITECTURE.index("```text\nevomerge/\n") :]
+    tree = tree[: tree.index("\nsearch_spaces/")]
+    listed, rooms = set(), [""]
+    for indent, name in re.findall(r"^((?:  )+)([\w.]+/?)\s+\S", tree, flags=re.MULTILINE):
+        del rooms[len(indent) // 2 :]
+        if name.endswith("/"):
+            rooms.append(rooms[-1] + name)
+        else:
+            listed.add(rooms[-1] + name)
+    package = ROOT / "evomerge"
     there = {
-        path.name
-        for path in (ROOT / "evomerge").rglob("*")
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*")
         if path.suffix in (".py", ".c", ".jinja") and not path.name.startswith("__")
     }
-    assert listed - {"demo.yaml"} == there
+    assert listed - {"zoo/demo.yaml"} == there

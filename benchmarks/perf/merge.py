@@ -27,9 +27,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from evomerge.merging import kernels
+from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.workbench import Workbench
+from evomerge.merging.tensors import kernels
 
 SOURCES = ("m1", "m2", "m3")
 ONE_SHOT = {

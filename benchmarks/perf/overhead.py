@@ -30,12 +30,12 @@ from evomerge.running.clock import Clock
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import BASE, RunStore, Timing
 from evomerge.running.worker import Job, Result
-from evomerge.search.genes import Coordinate
-from evomerge.search.guide import SurrogateSpec
 from evomerge.search.loop import Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, choose
-from evomerge.search.space import SearchSpace
+from evomerge.search.spaces.merge_space import SearchSpace
+from evomerge.search.spaces.space import Coordinate
+from evomerge.search.surrogate.guide import SurrogateSpec
 
 SOURCES = ("a", "b", "c", "d", "e")
 ITEMS = 200

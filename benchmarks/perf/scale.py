@@ -87,7 +87,7 @@ class Merger:
     """A worker that only merges: the live model and the sources of a real one, without tasks."""
 
     def __init__(self, spec: WorkerSpec, name: str) -> None:
-        from evomerge.merging.workbench import Workbench
+        from evomerge.merging.live.workbench import Workbench
 
         self._bench = Workbench(
             spec.models, spec.base, compute_dtype=spec.dtype, low_memory=spec.low_memory, device=spec.device

@@ -39,7 +39,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores
-from evomerge.merging.analysis import task_vector_norms
+from evomerge.merging.analysis.norms import task_vector_norms
 from evomerge.merging.recipe import Recipe
 from evomerge.running import executors
 from evomerge.running.store import BASE, RunStore

@@ -18,9 +18,9 @@ import numpy as np
 from evomerge.evaluation.scores import Scores, TaskScores
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.search import selection
-from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.optimizers.cma_es import CmaEs
 from evomerge.search.selection import Candidate
+from evomerge.search.spaces.space import Coordinate, Genome
 
 DIMENSION, GENERATIONS, COUNT, FRESH = 12, 30, 8, 20_000
 

@@ -20,11 +20,11 @@ from evomerge.delivery.report import kept_line, percent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
 from evomerge.evaluation.scores import Failure, Scores, Split
-from evomerge.merging import engine
-from evomerge.merging.adapter_export import AdapterReport, write_adapter
-from evomerge.merging.drafts import drafted_file
+from evomerge.files import drafted_file
+from evomerge.merging.export import writer
+from evomerge.merging.export.adapter import AdapterReport, write_adapter
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.source import open_source
+from evomerge.merging.sources.source import open_source
 from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
 from evomerge.running.store import RunStore
@@ -55,7 +55,7 @@ def export(store: RunStore, summary: Summary, out: Path, *, pick: str = "winner"
         extra["mergekit.yaml"] = chosen.recipe.to_mergekit_yaml()
     except ConfigError as error:
         no_mergekit = error.what
-    engine.write(chosen.recipe, out, extra=extra)
+    writer.write(chosen.recipe, out, extra=extra)
     return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit)
 
 
@@ -95,7 +95,7 @@ def export_adapter(
     Raises what `export` and `write_adapter` do.
     """
     chosen = find(store, summary, pick)
-    engine.new_folder(out)
+    writer.new_folder(out)
     worker = compose.prepare(compose.stored_config(store.folder)).worker
     worker = scoring_alike(worker, store, "test")
     found: list[ScoredAdapter] = []

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from evomerge.running.store import RunStore
-from evomerge.search.guide import TRUSTED, WINDOW
+from evomerge.search.surrogate.guide import TRUSTED, WINDOW
 
 _ACCENT, _WARM, _PALE = "#2f6fed", "#d9822b", "#f3e3cf"
 

@@ -18,10 +18,11 @@ from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.running import warm_start
 from evomerge.running.store import RunStore
-from evomerge.search import baselines, prediction
-from evomerge.search.genes import Genome
-from evomerge.search.guide import TRUSTED
-from evomerge.search.prediction import Example, Forecast
+from evomerge.search import baselines
+from evomerge.search.spaces.space import Genome
+from evomerge.search.surrogate import prediction
+from evomerge.search.surrogate.guide import TRUSTED
+from evomerge.search.surrogate.prediction import Example, Forecast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from evomerge.delivery.guidance import guidance
 from evomerge.delivery.objectives import Front
 from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary
 from evomerge.evaluation.statistics import Interval
-from evomerge.merging.drafts import drafted_file
+from evomerge.files import drafted_file
 from evomerge.merging.recipe import Recipe
 from evomerge.running import forward
 from evomerge.running.store import RunStore

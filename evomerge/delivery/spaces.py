@@ -18,9 +18,9 @@ from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.running.store import BASE
 from evomerge.schema import preset_folder
-from evomerge.search.layer_path import LayerPathSpace, LayerPathSpec
-from evomerge.search.space import Gene, SearchSpace, SpaceSpec
-from evomerge.search.spaces import AnySpace, AnySpec, apply
+from evomerge.search.spaces.kinds import AnySpace, AnySpec, apply
+from evomerge.search.spaces.layer_path import LayerPathSpace, LayerPathSpec
+from evomerge.search.spaces.merge_space import Gene, SearchSpace, SpaceSpec
 
 EXAMPLE_LAYERS, EXAMPLE_SOURCES = 32, ("a", "b", "c")
 _LAYER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")
@@ -42,7 +42,7 @@ class Models:
     @classmethod
     def of(cls, config: Path) -> Models:
         """Open the models of a run config, headers only."""
-        from evomerge.merging.source import open_sources
+        from evomerge.merging.sources.source import open_sources
 
         run = RunConfig.load(config)
         sources = tuple(run.models.sources)

@@ -21,7 +21,7 @@ from evomerge.running import forward
 from evomerge.running.batches import decisions
 from evomerge.running.store import RunStore
 from evomerge.search.baselines import Named
-from evomerge.search.prediction import shared_blocks
+from evomerge.search.surrogate.prediction import shared_blocks
 
 _SEED = 20240  # of the bootstrap: a report of the same run always shows the same digits
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
-from evomerge.merging import fisher, methods
-from evomerge.merging.application import apply, arguments
-from evomerge.merging.checkpoint import HEADS
+from evomerge.merging import methods
+from evomerge.merging.analysis import fisher
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
-from evomerge.merging.source import Source
+from evomerge.merging.sources.checkpoint import HEADS
+from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.stacking import COUNTS, output_headers, stacked_config
-from evomerge.merging.tensorfile import Header
-from evomerge.merging.vocabulary import Aligned
+from evomerge.merging.tensors.application import apply, arguments
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 SAME = (

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from evomerge.errors import ConfigError
-from evomerge.merging import mergekit
+from evomerge.merging.mergekit import reader
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import load_yaml
 
@@ -21,12 +21,12 @@ def read_recipe(path: str | Path) -> Recipe:
     data = load_yaml(path)
     try:
         if "merge_method" in data:
-            return mergekit.read(path.read_text(encoding="utf-8"), root=path.parent)
+            return reader.read(path.read_text(encoding="utf-8"), root=path.parent)
         recipe = Recipe.from_data(data)
     except ConfigError as error:
         raise ConfigError(
             f"{path}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
         ) from None
-    located = {name: mergekit.resolved(place, path.parent) for name, place in recipe.models.items()}
-    fishers = {name: mergekit.resolved(place, path.parent) for name, place in recipe.fisher.items()}
+    located = {name: reader.resolved(place, path.parent) for name, place in recipe.models.items()}
+    fishers = {name: reader.resolved(place, path.parent) for name, place in recipe.fisher.items()}
     return dataclasses.replace(recipe, models=located, fisher=fishers)

@@ -33,7 +33,7 @@ from evomerge.merging.methods import Method
 from evomerge.schema import parse_yaml
 
 if TYPE_CHECKING:
-    from evomerge.merging.source import Source
+    from evomerge.merging.sources.source import Source
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -455,7 +455,7 @@ class Recipe:
 
     def to_mergekit_yaml(self, tensors: Iterable[str] | None = None) -> str:
         """Return the recipe as mergekit YAML, or raise ConfigError; see `mergekit_export.write`."""
-        from evomerge.merging.mergekit_export import write
+        from evomerge.merging.mergekit.writer import write
 
         return write(self, tensors)
 
@@ -469,7 +469,7 @@ class Recipe:
         tensors: Iterable[str] | None = None,
     ) -> Recipe:
         """Read mergekit YAML; see `mergekit.read`."""
-        from evomerge.merging.mergekit import read
+        from evomerge.merging.mergekit.reader import read
 
         return read(text, root=root, seed=seed, tensors=tensors)
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError
-from evomerge.merging.checkpoint import natural_order
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of, shifted
-from evomerge.merging.source import Source
-from evomerge.merging.tensorfile import Header
+from evomerge.merging.sources.checkpoint import natural_order
+from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.tensorfile import Header
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names under which a config.json says how many layers a model has."""

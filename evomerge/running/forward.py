@@ -62,9 +62,9 @@ def find(worker: WorkerSpec) -> Forward:
     """Settle how a worker computes, from headers and configs alone; ModelError where it can't."""
     import torch
 
+    from evomerge.merging.live.stacked_models import build
     from evomerge.merging.recipe import tokenizer_of
-    from evomerge.merging.rewiring import build
-    from evomerge.merging.source import open_source
+    from evomerge.merging.sources.source import open_source
 
     named = tokenizer_of(worker.tokenizer, worker.base, worker.models)
     source = open_source(worker.models[named if named in worker.models else worker.base])

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from multiprocessing import util
 from pathlib import Path
 
-from evomerge.merging.drafts import own_folder
+from evomerge.files import own_folder
 
 _LONGEST = 60
 """Characters of the folder: the socket's whole path must stay below 108."""

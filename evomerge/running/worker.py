@@ -115,7 +115,7 @@ class Worker:
         import torch
 
         from evomerge.evaluation.harness import Harness
-        from evomerge.merging.workbench import Workbench
+        from evomerge.merging.live.workbench import Workbench
 
         torch.set_num_threads(spec.threads)
         self.name = name
@@ -219,7 +219,7 @@ class Worker:
 
 def _engine(spec: WorkerSpec) -> Engine:
     from evomerge.evaluation.vllm_engine import VllmEngine
-    from evomerge.merging.source import open_source
+    from evomerge.merging.sources.source import open_source
 
     folder = open_source(spec.models[spec.base]).folder
     return VllmEngine(folder, dtype=spec.dtype, max_length=spec.max_length, device=spec.device)

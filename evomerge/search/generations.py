@@ -15,12 +15,12 @@ from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging.recipe import Recipe
 from evomerge.search import pareto, selection
 from evomerge.search.baselines import Named
-from evomerge.search.genes import Genome, Space
-from evomerge.search.guide import Asked, Guide, GuideState
 from evomerge.search.ledger import Ledger
 from evomerge.search.optimizers import Optimizer
 from evomerge.search.racing import RaceResult, RacingSpec, Views, race
 from evomerge.search.selection import Candidate
+from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.surrogate.guide import Asked, Guide, GuideState
 
 
 class OutOfTime(Exception):  # noqa: N818  (nothing went wrong)

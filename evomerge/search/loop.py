@@ -22,13 +22,13 @@ from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, generations, pareto, selection
 from evomerge.search.baselines import Named
 from evomerge.search.generations import Budget, Found, Generations, Observer, Scorer
-from evomerge.search.genes import Genome, Space
-from evomerge.search.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, create
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order
 from evomerge.search.selection import Candidate
+from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.warm_start import Descent, GradientSpec, Slopes, WarmStart, descend, distinct
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)

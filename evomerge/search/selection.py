@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from evomerge.evaluation.scores import Array
 from evomerge.merging.recipe import Recipe
-from evomerge.search.genes import Coordinate, Genome
+from evomerge.search.spaces.space import Coordinate, Genome
 
 MODELLED = 300
 """How many candidates, the best by loss, the estimates are fitted to: those a finalist can come from."""

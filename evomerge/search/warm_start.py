@@ -1,7 +1,7 @@
 """Warm start: begin the search from recipes that are already good, and from gradients.
 
 Gradients: one backward pass of a smooth loss gives its derivative by all continuous parameters of a recipe
-at once (see `evomerge.merging.derivatives`); the derivative of `decode` carries it to the coordinates of
+at once (see `evomerge.merging.tensors.derivatives`); the derivative of `decode` carries it to the coordinates of
 the genome, and Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1) follows it inside the unit cube:
 
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      u = clip(u - rate_t m' / sqrt(v'), 0, 1)
@@ -26,7 +26,7 @@ from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import Strict
 from evomerge.search.baselines import Named
-from evomerge.search.genes import Genome, Space
+from evomerge.search.spaces.space import Genome, Space
 
 FIRST, SECOND = 0.9, 0.99
 """Adam's decay rates b1 and b2; the second shorter than its usual 0.999, for the steps are few."""

@@ -18,8 +18,8 @@ from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ModelError, StoreError
 from evomerge.evaluation.scores import Scores
+from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.workbench import Workbench
 from evomerge.running.store import RunStore
 
 

@@ -19,8 +19,8 @@ from evomerge.delivery.guidance import guidance
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
 from evomerge.running.store import RunStore
-from evomerge.search import prediction
-from evomerge.search.guide import TRUSTED, GuideState
+from evomerge.search.surrogate import prediction
+from evomerge.search.surrogate.guide import TRUSTED, GuideState
 
 Opened = tuple[RunStore, Summary, compose.Prepared]
 

@@ -27,8 +27,8 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation.engine import EngineMismatch, Mirror, canary_logprobs, refuse_sampling, weights
 from evomerge.evaluation.scores import Failure, NonFiniteScores, Scores
 from evomerge.evaluation.vllm_engine import VllmEngine
+from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.workbench import Workbench
 from evomerge.running import worker as worker_module
 from evomerge.running.worker import Job, Worker, WorkerSpec
 from tests.test_cli import refuse

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.source import Source, open_sources
-
-from .conftest import WORDS, llama, save
+from evomerge.merging.sources.source import Source, open_sources
+from tests.merging.conftest import WORDS, llama, save
 
 
 def linear(models: dict[str, str], *sources: str, **changes: Any) -> Recipe:

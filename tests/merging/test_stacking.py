@@ -12,16 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from evomerge.errors import ConfigError, ModelError
-from evomerge.merging import workbench
-from evomerge.merging.engine import write
+from evomerge.merging.export.writer import write
+from evomerge.merging.live import workbench
+from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of, shifted
-from evomerge.merging.source import open_sources
+from evomerge.merging.sources.source import open_sources
+from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.stacking import output_headers, stacked_config
-from evomerge.merging.tensorfile import Header
-from evomerge.merging.workbench import Workbench
-
-from .conftest import llama, perturb, save
-from .test_engine import assert_same_bits
+from tests.merging.conftest import llama, perturb, save
+from tests.merging.export.test_writer import assert_same_bits
 
 
 def group(method: str, *sources: str, **changes: Any) -> TensorGroup:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from evomerge import compose
 from evomerge.cli import app
 from evomerge.delivery.progress import Silent
-from evomerge.merging import engine
+from evomerge.merging.export import writer
 from tests.running import quick
 from tests.running.crash import facts
 
@@ -87,7 +87,7 @@ def main(config: Path, folder: Path, means: str) -> None:
         found["resumed"][f"run {free}"] = facts(run)
     run = folder / "run-0"
     usage = namedtuple("usage", "total used free")
-    engine.shutil.disk_usage = lambda _: usage(10**12, 0, 10**12)  # type: ignore[attr-defined] # a quota is not seen
+    writer.shutil.disk_usage = lambda _: usage(10**12, 0, 10**12)  # type: ignore[attr-defined] # a quota is not seen
     for free in (0, 60_000):
         with left(free):
             found["full"][f"report {free}"] = invoke("report", run)

@@ -26,15 +26,15 @@ from evomerge.running.executors import LocalProcesses
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, Result, WorkerSpec, failure_of
-from evomerge.search.guide import SurrogateSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
+from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.running.fakes import TIMING, spec
 from tests.running.killed import die_at, forked
 from tests.search.fakes import SUITE, TARGET
-from tests.search.test_space import make
+from tests.search.spaces.test_merge_space import make
 
 BLOCKS, ITEMS, BATCH = 3, 8, 32
 

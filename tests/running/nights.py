@@ -23,11 +23,11 @@ from evomerge.running.forecast import Forecast, Watch
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import RunStore, Timing
 from evomerge.running.worker import GradientJob, Job, NotBegun, Result
-from evomerge.search.guide import SurrogateSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
+from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.search.fakes import SUITE
 from tests.search.test_guided_loop import BLOCKS, SPACE, Landscape
 
@@ -102,7 +102,7 @@ def spend_night(
     time = executor.time
     config = {"models": {"base": "base", "sources": {"a": "a", "b": "b"}}, "budget": budget.model_dump()}
     facts = {"config": config, "blocks": BLOCKS, "suite": SUITE.model_dump(mode="json")}
-    with mock.patch("evomerge.running.store.time", SimpleNamespace(time=time)):
+    with mock.patch("evomerge.running.store.store.time", SimpleNamespace(time=time)):
         exists = RunStore.exists(folder)
         with RunStore.open(folder) if exists else RunStore.create(folder, facts) as store:
             store._db.execute("PRAGMA synchronous=OFF")  # nobody pulls the plug here

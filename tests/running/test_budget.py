@@ -23,8 +23,8 @@ from evomerge.running.forecast import SAFETY, Estimate
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Job
 from evomerge.schema import parse
-from evomerge.search.guide import SurrogateSpec
 from evomerge.search.loop import Outcome
+from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.running.nights import POPULATION, Simulated, Time, course, spend_night
 from tests.search.test_guided_loop import BLOCKS, FULL
 

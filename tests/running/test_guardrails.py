@@ -15,10 +15,10 @@ from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import BrokenRunError, NonFiniteError, NoWinnerError, StoreError, UserError
 from evomerge.evaluation.scores import Failure, Scores
-from evomerge.running import retries, store_file
+from evomerge.running import retries
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import LocalProcesses
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, file
 from evomerge.running.worker import Job, NotBegun, Result, Worker
 from evomerge.search.baselines import Named
 from tests.running.fakes import TIMING, recipe, scores, spec
@@ -267,7 +267,7 @@ def test_failures_before_a_success_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_store_that_stays_locked_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_file, "BUSY", 0.1)
+    monkeypatch.setattr(file, "BUSY", 0.1)
     with RunStore.create(tmp_path / "run", {}) as made:
         other = sqlite3.connect(tmp_path / "run" / "run.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")

@@ -118,7 +118,7 @@ def test_a_torn_line_is_skipped_and_the_next_stands_alone(tmp_path: Path) -> Non
 
 def test_what_modules_say_is_logged(tmp_path: Path) -> None:
     with RunLog(tmp_path):
-        logging.getLogger("evomerge.merging.kernels").error("no compiler")
+        logging.getLogger("evomerge.merging.tensors.kernels").error("no compiler")
     logging.getLogger("evomerge").handlers.clear()
     (event,) = read(tmp_path)
     assert (event["event"], event["level"], event["text"]) == ("note", "error", "no compiler")

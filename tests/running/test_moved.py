@@ -162,7 +162,7 @@ def test_every_byte_is_compared_on_request(project: Path, monkeypatch: pytest.Mo
     assert set(hashes) == {"base", "upper", "add"}
     assert {"config.json", "model.safetensors", "adapter_model.safetensors"} <= set(hashes["add"])
     assert resume(project / "run", "--full-hash") == (0, "")
-    monkeypatch.setattr("evomerge.merging.checkpoint.sample_hash", lambda _: "same")
+    monkeypatch.setattr("evomerge.merging.sources.checkpoint.sample_hash", lambda _: "same")
     monkeypatch.setattr("evomerge.identity._changed", lambda *_: {})  # as if no sample had met it
     other_contents(project)
     assert resume(project / "run") == (0, "")

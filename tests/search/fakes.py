@@ -11,7 +11,7 @@ from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search.baselines import Named
-from evomerge.search.guide import GuideState
+from evomerge.search.surrogate.guide import GuideState
 
 SUITE = Suite.model_validate(
     {

@@ -9,7 +9,7 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.schema import load_yaml, preset_folder
 from evomerge.search import baselines
 from evomerge.search.selection import Candidate, finalists
-from evomerge.search.space import SearchSpace
+from evomerge.search.spaces.merge_space import SearchSpace
 
 NAMES = ("a", "b", "c")
 TEMPLATE = Recipe(

@@ -11,14 +11,14 @@ import scipy.special
 
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
-from evomerge.search.genes import Genome
-from evomerge.search.guide import SurrogateSpec
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
+from evomerge.search.spaces.space import Genome
+from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
-from tests.search.test_space import make
+from tests.search.spaces.test_merge_space import make
 
 SPACE = make("task_arithmetic_layers")
 BLOCKS, ITEMS = 4, 15

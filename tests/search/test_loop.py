@@ -17,7 +17,7 @@ from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
-from tests.search.test_space import make
+from tests.search.spaces.test_merge_space import make
 
 
 def search(scorer: FakeScorer, journal: FakeJournal, *, generations: int = 12, seed: int = 0) -> Outcome:

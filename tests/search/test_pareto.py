@@ -17,7 +17,7 @@ from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.selection import Candidate
 from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
-from tests.search.test_space import make
+from tests.search.spaces.test_merge_space import make
 
 POINTS = st.integers(1, 12).flatmap(
     lambda n: st.integers(2, 4).flatmap(

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.selection import (
     FEWEST,
     Candidate,
@@ -20,6 +19,7 @@ from evomerge.search.selection import (
     mean_genome,
     winner,
 )
+from evomerge.search.spaces.space import Coordinate, Genome
 
 
 def candidate(genome: object, loss: float, *, generation: int = 0, items: int = 100) -> Candidate:

@@ -15,11 +15,11 @@ from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask, smooth_loss
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.search.baselines import Named
-from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
-from evomerge.search.space import SearchSpace
+from evomerge.search.spaces.merge_space import SearchSpace
+from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.warm_start import (
     Chain,
     GradientSpec,
@@ -30,7 +30,7 @@ from evomerge.search.warm_start import (
     parameters,
 )
 from tests.search.fakes import SUITE, TARGET, FakeBudget, FakeJournal, FakeScorer, Quiet
-from tests.search.test_space import inline, make
+from tests.search.spaces.test_merge_space import inline, make
 
 LOSS = SmoothLoss(tasks=(SmoothTask(task="a", gain=1.0, items=(0, 1, 2)),), price=0.0, softness=1.0)
 

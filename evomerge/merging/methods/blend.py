@@ -2,7 +2,7 @@
 
 A `Blend` says which elements of each input take part and with which coefficients; a method that returns
 one (declared with `@blended`) never touches a tensor. It is run by `run`, here, on whole tensors of any
-device, or in one compiled pass over memory by `evomerge.merging.kernels`. Both give the same bits: the
+device, or in one compiled pass over memory by `evomerge.merging.tensors.kernels`. Both give the same bits: the
 elementwise steps are separate multiplications and additions in one order, never fused, and nothing
 depends on the number of threads.
 

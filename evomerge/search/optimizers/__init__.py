@@ -15,7 +15,6 @@ from pydantic import Field
 
 from evomerge.errors import ConfigError
 from evomerge.schema import Strict
-from evomerge.search.genes import Coordinate, Genome
 from evomerge.search.optimizers.ask_tell import Algorithm, AskTell, Optimizer
 from evomerge.search.optimizers.catcma import CatCma, ComoCatCma
 from evomerge.search.optimizers.cma_es import SEPARABLE_ABOVE, CmaEs, Restarts
@@ -24,6 +23,7 @@ from evomerge.search.optimizers.nsga import Nsga
 from evomerge.search.optimizers.random import Random
 from evomerge.search.optimizers.sobol import Sobol
 from evomerge.search.optimizers.tpe import Tpe
+from evomerge.search.spaces.space import Coordinate, Genome
 
 __all__ = ["Optimizer", "OptimizerSpec", "choose", "create"]
 

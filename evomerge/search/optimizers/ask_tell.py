@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from threadpoolctl import ThreadpoolController
 
-from evomerge.search.genes import Genome
 from evomerge.search.optimizers.cube import Cube
+from evomerge.search.spaces.space import Genome
 
 
 class Optimizer(Protocol):

@@ -1,6 +1,6 @@
 """CMA-ES (Hansen and Ostermeier 2001; Hansen 2016, arXiv:1604.00772) with restarts, through pycma.
 
->>> from evomerge.search.genes import Coordinate
+>>> from evomerge.search.spaces.space import Coordinate
 >>> from evomerge.search.optimizers.cube import Cube
 >>> seed = np.random.SeedSequence(0)
 >>> algorithm = CmaEs(Cube([Coordinate()] * 3), starts=np.full((1, 3), 0.5), sigma=0.2, seed=seed)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.search.genes import Coordinate
+from evomerge.search.spaces.space import Coordinate
 
 
 class Cube:

@@ -1,0 +1,109 @@
+"""Drafts: what is written under a temporary name first, so that a killed process leaves no half of a file.
+
+A draft's name says whose it is (process and machine). What killed processes left is removed by the next one
+that writes the same thing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evomerge.errors import DiskError, UserError
+from evomerge.merging.sources.tensorfile import sync
+
+
+@contextmanager
+def drafted_file(out: Path) -> Iterator[Path]:
+    """Yield the place of a file that becomes `out`, over what is there, or disappears on failure.
+
+    Raises DiskError where the disk can't take it.
+    """
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out.parent, out.name)
+        draft = out.parent / f"{_mark(out.name)}0"
+        try:
+            yield draft
+            sync([draft])
+            draft.replace(out)
+            sync([out.parent])
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+    except Exception as error:
+        raise _told(error, out) from None
+
+
+@contextmanager
+def drafted_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` on success and disappears on failure.
+
+    Raises DiskError where the disk can't take it, or `out` has something in it.
+    """
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with passing_folder(out.parent, out.name) as folder:
+            yield folder
+            folder.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+            sync([*folder.iterdir(), folder])
+            folder.rename(out)  # replaces an empty folder, fails on any other
+            sync([out.parent])
+    except Exception as error:
+        raise _told(error, out) from None
+
+
+@contextmanager
+def passing_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a temporary folder, which is gone afterwards unless it was renamed. Raises OSError."""
+    folder = own_folder(parent, name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def own_folder(parent: Path, name: str) -> Path:
+    """Make a temporary folder of this process, after removing those of processes that were killed."""
+    remove_abandoned(parent, name)
+    return Path(tempfile.mkdtemp(prefix=_mark(name), dir=parent))
+
+
+def remove_abandoned(parent: Path, name: str | None = None) -> None:
+    """Remove drafts of `name`, or all there are, that killed processes of this machine left in a folder."""
+    drafted = ".+" if name is None else re.escape(name)
+    pattern = re.compile(rf"\.{drafted}\.partial-(\d{{1,9}})-{re.escape(socket.gethostname())}-\w+")
+    for stale in parent.iterdir():
+        found = pattern.fullmatch(stale.name)
+        if found is None:
+            continue
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            if stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
+        except PermissionError:
+            continue  # alive, and somebody else's
+
+
+def _told(error: Exception, out: Path) -> Exception:
+    """Return DiskError for what the disk did, also where a library in Rust (safetensors) says so."""
+    if isinstance(error, OSError):
+        return DiskError(f"{out}: can't be written", got=error.strerror or str(error))
+    if "(os error " in str(error) and not isinstance(error, UserError):
+        return DiskError(f"{out}: can't be written", got=str(error).splitlines()[0])
+    return error
+
+
+def _mark(name: str) -> str:
+    return f".{name}.partial-{os.getpid()}-{socket.gethostname()}-"

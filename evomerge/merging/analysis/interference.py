@@ -1,0 +1,364 @@
+"""Where fine-tunes of one base agree and where they get in each other's way, told from their files.
+
+`measure` streams: of one tensor, the base and every model are in memory at a time (4 bytes per element
+each, and as much again while a model's elements are ranked); everything else is counted in blocks. What
+is kept of a tensor is a `Tally`: inner products and counts for all pairs of models. Tallies add up, so
+layers, module kinds and the whole model are sums of tensors.
+
+An element counts as changed by a model where |task vector| > threshold * mean |task vector| of that
+model and tensor. So a dense fine-tune's noise does not count, a sparse one's few elements do, and a
+longer task vector is no more "changed" than a short one: shares compare directions, norms sizes.
+
+Not covered: what the models can do. Equal files say equal skills, but no number here says which skill a
+merge keeps; `advice` is worded accordingly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.merging.compatibility import check_models
+from evomerge.merging.recipe import layer_of
+from evomerge.merging.sources.arrays import to_tensor, widened
+from evomerge.merging.sources.source import Source, open_sources
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Place = TypeVar("Place", bound=Hashable)
+
+THRESHOLD = 1.0
+"""Default threshold: for normally distributed changes 42 % of the elements count as changed."""
+TOP = 0.2
+"""Default share of largest elements compared between models: what TIES keeps by default."""
+BLOCK = 1 << 16
+"""Elements per model counted at a time: blocks stay in the cache, and float32 counts stay exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tally:
+    """What there is to count about N task vectors on some elements; adds up over tensors.
+
+    count: elements. base: sum of squares of the base.
+    products: (N, N) inner products of the task vectors.
+    same, opposite: (N, N) elements that both change, in the same or in opposite directions; the diagonal
+        of `same` is what one model changes.
+    top: (N, N) elements in the top of both; the diagonal is the size of one model's top.
+    shares: (4,) elements changed by none, by one, by several in one direction, by several in opposite
+        directions.
+    """
+
+    count: int
+    base: float
+    products: Floats
+    same: Counts
+    opposite: Counts
+    top: Counts
+    shares: Counts
+
+    @classmethod
+    def total(cls, tallies: Iterable[Tally]) -> Tally:
+        """Add tallies up; there must be at least one."""
+        found = list(tallies)
+        return cls(
+            count=sum(t.count for t in found),
+            base=math.fsum(t.base for t in found),
+            products=np.sum([t.products for t in found], axis=0),
+            same=np.sum([t.same for t in found], axis=0),
+            opposite=np.sum([t.opposite for t in found], axis=0),
+            top=np.sum([t.top for t in found], axis=0),
+            shares=np.sum([t.shares for t in found], axis=0),
+        )
+
+    @property
+    def norms(self) -> Floats:
+        """(N,) norms of the task vectors."""
+        return np.asarray(np.sqrt(np.diag(self.products)))
+
+    @property
+    def relative(self) -> Floats:
+        """(N,) norms of the task vectors as shares of the base's; infinite on a base of zeros."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = self.norms / math.sqrt(self.base)
+        return np.where(self.norms > 0, found, 0.0)
+
+    @property
+    def cosine(self) -> Floats:
+        """(N, N) cosines between the task vectors; 0 with a task vector of zeros."""
+        size = np.outer(self.norms, self.norms)
+        found = np.divide(self.products, size, out=np.zeros_like(size), where=size > 0)
+        return np.clip(found, -1.0, 1.0)
+
+    @property
+    def conflict(self) -> Floats:
+        """(N, N) share of opposite directions among the elements both change; NaN where there are none.
+
+        Two task vectors that have nothing to do with each other disagree on half of them.
+        """
+        return _share(self.opposite, self.same + self.opposite)
+
+    @property
+    def overlap(self) -> Floats:
+        """(N, N) Jaccard index of the tops: common elements / elements in either; NaN for empty ones."""
+        sizes = np.diag(self.top)
+        return _share(self.top, np.add.outer(sizes, sizes) - self.top)
+
+    @property
+    def changed(self) -> Floats:
+        """(N,) share of the elements each model changes."""
+        return _share(np.diag(self.same), np.full(len(self.same), self.count))
+
+    @property
+    def chance_shares(self) -> Floats:
+        """(4,) what `shares` would be, as shares of 1, were places and directions drawn independently.
+
+        Every model keeps the number of elements it changes.
+        """
+        p = np.nan_to_num(self.changed)
+        none = float(np.prod(1.0 - p))
+        one = math.fsum(float(np.prod(np.delete(1.0 - p, i)) * p[i]) for i in range(len(p)))
+        one_way = 2.0 * (float(np.prod(1.0 - p / 2.0)) - none - one / 2.0)
+        found: Floats = np.array([none, one, one_way, 1.0 - none - one - one_way]).clip(0.0, 1.0)
+        return found
+
+    @property
+    def mean_conflict(self) -> float:
+        """Conflict over all pairs of models together; NaN where no element is changed by two."""
+        pairs = np.triu_indices(len(self.products), 1)
+        return float(_share(self.opposite[pairs].sum(), (self.same + self.opposite)[pairs].sum()))
+
+    @property
+    def mean_cosine(self) -> float:
+        """The mean cosine of all pairs of models."""
+        return float(self.cosine[np.triu_indices(len(self.products), 1)].mean())
+
+    @property
+    def mean_overlap(self) -> float:
+        """The mean overlap of all pairs of models; NaN where all tops are empty."""
+        found = self.overlap[np.triu_indices(len(self.products), 1)]
+        found = found[~np.isnan(found)]
+        return float(found.mean()) if len(found) else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interference:
+    """The tallies of all tensors of a set of models, and their sums.
+
+    models: names of the fine-tunes, in the order of every (N, ...) array. tensors: name -> tally.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    locations: Mapping[str, str]
+    threshold: float
+    top: float
+    tensors: Mapping[str, Tally]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> Tally:
+        """The whole model."""
+        return Tally.total(self.tensors.values())
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The positions of all pairs of models."""
+        return [(i, j) for j in range(len(self.models)) for i in range(j)]
+
+    @property
+    def chance_overlap(self) -> float:
+        """The overlap of two tops that have nothing to do with each other."""
+        return self.top / (2.0 - self.top)
+
+    def by_layer(self) -> dict[int | None, Tally]:
+        """Sum by layer; None holds what is outside all layers."""
+        return self._grouped(layer_of)
+
+    def by_kind(self) -> dict[str, Tally]:
+        """Sum by module kind, over all layers; see `kind_of`."""
+        return self._grouped(kind_of)
+
+    def cells(self) -> dict[tuple[int | None, str], Tally]:
+        """Sum by layer and module kind: the cells of the heat map."""
+        return self._grouped(lambda tensor: (layer_of(tensor), kind_of(tensor)))
+
+    def _grouped(self, place: Callable[[str], Place]) -> dict[Place, Tally]:
+        found: dict[Place, list[Tally]] = {}
+        for tensor, one in self.tensors.items():
+            found.setdefault(place(tensor), []).append(one)
+        return {key: Tally.total(tallies) for key, tallies in found.items()}
+
+
+def kind_of(tensor: str) -> str:
+    """Return a tensor's name without its layer, without `.weight`, with other numbers as a star.
+
+    >>> kind_of("model.layers.3.self_attn.q_proj.weight"), kind_of("model.norm.weight")
+    ('self_attn.q_proj', 'model.norm')
+    >>> kind_of("model.layers.3.mlp.experts.5.w1.weight")
+    'mlp.experts.*.w1'
+    """
+    layer = layer_of(tensor)
+    name = tensor if layer is None else tensor.partition(f".{layer}.")[2]
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name).removesuffix(".weight")
+
+
+def measure(
+    models: Mapping[str, str],
+    base: str,
+    *,
+    threshold: float = THRESHOLD,
+    top: float = TOP,
+    progress: Callable[[int, int], None] | None = None,
+) -> Interference:
+    """Measure every tensor of the fine-tunes of one base.
+
+    models: name -> location, base and at least two fine-tunes of it among them; adapters given alone may
+    rest on the base. threshold: an element counts as changed above this multiple of the mean |task
+    vector| of its tensor. top: share of largest elements compared. progress: told after each tensor how many
+    elements of how many are done.
+
+    Raises ConfigError for an unknown base, fewer than two fine-tunes or settings out of range, ModelError
+    where models do not fit each other or hold weights that are not finite.
+    """
+    if base not in models:
+        raise ConfigError(f"unknown base model {base!r}", fix=nearest(base, models))
+    names = tuple(name for name in models if name != base)
+    if len(names) < 2:
+        raise ConfigError(
+            "an analysis compares fine-tunes of one base",
+            expected="a base and at least two other models",
+            got=f"base {base!r} and {', '.join(map(repr, names)) or 'nothing else'}",
+            fix="name more models; --base names the base of a file that has none of its own",
+        )
+    if not (math.isfinite(threshold) and threshold >= 0.0):
+        raise ConfigError("analysis: threshold", expected="a number >= 0", got=f"{threshold:g}")
+    if not 0.0 < top <= 1.0:
+        raise ConfigError("analysis: top", expected="0 < top <= 1", got=f"{top:g}")
+    sources = open_sources(models, base)
+    notes = check_models({base: sources[base]} | sources)
+    tensors: dict[str, Tally] = {}
+    done, whole = 0, sum(header.count for header in sources[base].headers.values())
+    for tensor, header in sources[base].headers.items():
+        origin, vectors = _read(sources, base, names, tensor)
+        one = tally(origin, vectors, threshold=threshold, top=top)
+        if not (math.isfinite(one.base) and np.isfinite(one.products).all()):
+            sick = [n for n, ok in zip(names, np.isfinite(np.diag(one.products)), strict=True) if not ok]
+            raise ModelError(
+                f"tensor {tensor!r} has elements that are NaN or infinite",
+                got=f"in {base if len(sick) != 1 else sick[0]}",
+                fix="use a sound copy of the model",
+            )
+        tensors[tensor] = one
+        done += header.count
+        if progress is not None:
+            progress(done, whole)
+    return Interference(
+        base=base,
+        models=names,
+        locations=dict(models),
+        threshold=threshold,
+        top=top,
+        tensors=tensors,
+        notes=notes,
+    )
+
+
+def _read(
+    sources: Mapping[str, Source], base: str, names: Sequence[str], tensor: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the base's tensor and the task vectors, from copies: a mapped file would stay in memory."""
+
+    def read(name: str) -> Tensor:
+
+        return to_tensor(widened(sources[name].array(tensor, mapped=False)))
+
+    origin = read(base)
+    return origin, [read(name) - origin for name in names]
+
+
+def tally(
+    base: Tensor, vectors: Sequence[Tensor], *, threshold: float = THRESHOLD, top: float = TOP
+) -> Tally:
+    """Count one tensor: its base and one task vector per model, float32, all of one shape.
+
+    The top of a model is what is at least as large as its int(top * n)-th largest element, ties
+    included, zeros excluded.
+
+    >>> import torch
+    >>> vectors = [torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([1.0, 0.0, -2.0, 1.0])]
+    >>> tally(torch.ones(4), vectors, threshold=0.0).shares.tolist()
+    [1, 1, 1, 1]
+    """
+    import torch
+
+    count, number = base.numel(), len(vectors)
+    flat = [vector.reshape(-1) for vector in vectors]
+    bounds = [_bounds(vector, threshold, top) for vector in flat]
+    least, largest = torch.tensor(bounds, dtype=torch.float32).reshape(number, 2, 1).unbind(1)
+    squares, shares = 0.0, np.zeros(4, dtype=np.int64)
+    products = np.zeros((number, number))
+    net, both, common = (np.zeros((number, number), dtype=np.int64) for _ in range(3))
+    origin = base.reshape(-1)
+    for start in range(0, count, BLOCK):
+        block = torch.stack([vector[start : start + BLOCK] for vector in flat])
+        size = block.abs()
+        exact = block.double()
+        products += (exact @ exact.T).numpy()
+        squares += origin[start : start + BLOCK].double().square().sum().item()
+        # Matrix products of -1, 0 and 1 count all pairs at once.
+        changed = (size > least).float()
+        sign = block.sign() * changed
+        net += _counted(sign)
+        both += _counted(changed)
+        common += _counted(((size >= largest) & (size > 0.0)).float())
+        by = changed.sum(0)
+        several = by > 1.0
+        agreed = int((several & (sign.sum(0).abs() == by)).sum())
+        none, one, more = int((by == 0.0).sum()), int((by == 1.0).sum()), int(several.sum())
+        shares += np.array([none, one, agreed, more - agreed])
+    return Tally(
+        count=count,
+        base=squares,
+        products=products,
+        same=(both + net) // 2,
+        opposite=(both - net) // 2,
+        top=common,
+        shares=shares,
+    )
+
+
+def _bounds(vector: Tensor, threshold: float, top: float) -> tuple[float, float]:
+    """Return above which |element| counts as changed, and from which on it is in the top."""
+    import torch
+
+    count = vector.numel()
+    if not count:
+        return 0.0, math.inf
+    size = vector.abs()
+    mean = size.sum(dtype=torch.float64).item() / count
+    kept = int(top * count)
+    if not kept or not math.isfinite(mean):
+        return threshold * mean, math.inf
+    ranked: NDArray[Any] = size.numpy()
+    ranked.partition(count - kept)  # in place, on our own copy
+    return threshold * mean, float(ranked[count - kept])
+
+
+def _counted(marks: Tensor) -> Counts:
+    return np.asarray((marks @ marks.T).numpy(), dtype=np.int64)
+
+
+def _share(part: Any, whole: Any) -> Floats:
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    found: Floats = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+    return found

@@ -1,0 +1,505 @@
+"""Export a merge as a LoRA adapter: exact where the merge adds up adapters, else truncated.
+
+Exact: in every group the merge is base + sum(c_i B_i A_i) for adapters on one base (task_arithmetic,
+linear, passthrough). Then the factors are stacked, A = [A_1; A_2; ...] and B = [c_1 B_1, c_2 B_2, ...],
+and nothing is lost. Tensors that some adapter stores whole are stored whole again.
+
+Truncated: everything else. Each linear layer's change is cut to a chosen rank by the singular value
+decomposition, the best there is of that rank in the Frobenius norm (Eckart and Young 1936). How much of
+the change is captured is measured on the factors as written, and what a LoRA can't hold (norms,
+embeddings, biases) is counted as lost and named, or stored whole if asked.
+
+An adapter gives the merge before it is rounded to the recipe's dtype: it is not the exported model's bits.
+Not covered: adapters on adapters, and DoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import ConfigError, ModelError
+from evomerge.files import drafted_folder
+from evomerge.merging import methods
+from evomerge.merging.compatibility import check
+from evomerge.merging.export import writer
+from evomerge.merging.methods.reduction import norm
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.sources.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
+from evomerge.merging.sources.arrays import of_tensor
+from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
+from evomerge.merging.sources.source import Source, open_source, open_used, same_base
+from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
+from evomerge.merging.tensors.application import apply
+from evomerge.merging.tensors.inputs import FileInputs
+from evomerge.merging.tensors.merge_tensor import checked, merge_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADDING = ("task_arithmetic", "linear", "passthrough")
+"""Methods that are sums of their sources; whether the sources' shares keep the base whole is checked."""
+ROUNDING = 1e-6
+"""Change, as a share of a tensor's length, below which it is float32 rounding and not a change."""
+WHOLE_SVD = 2048
+"""Shorter side up to which a full decomposition is made; beyond it, where the rank is small, a random one."""
+OVERSAMPLING, ITERATIONS = 16, 4
+
+Finish = Callable[[Path, "AdapterReport"], Mapping[str, str]]
+Term = tuple[float, AdaptedCheckpoint]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterReport:
+    """What an adapter holds of a merge.
+
+    exact: nothing is lost but rounding. base: location of the model it is for. ranks: layer -> rank.
+    shares: name of each changed tensor -> share of its squared Frobenius norm that is captured.
+    energy: the same over all tensors. whole: tensors stored whole. lost: changed tensors not held at all.
+    """
+
+    exact: bool
+    base: str
+    ranks: Mapping[str, int]
+    shares: Mapping[str, float]
+    energy: float
+    whole: tuple[str, ...]
+    lost: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.ranks.values())
+
+    def summary(self) -> str:
+        """Return one sentence for people.
+
+        >>> AdapterReport(exact=False, base="b", ranks={"q": 8}, shares={"q": 0.5, "norm": 0.0},
+        ...               energy=0.4, whole=(), lost=("norm",)).summary()
+        'rank 8, captures 40.00 % of the change (squared norm); not held: norm'
+        """
+        if self.exact:
+            text = f"rank {self.rank}, exact: the adapters' factors, concatenated"
+        else:
+            percent = math.floor(10_000 * self.energy) / 100  # never 100 if something is missing
+            text = f"rank {self.rank}, captures {percent:.2f} % of the change (squared norm)"
+        for label, names in (("stored whole", self.whole), ("not held", self.lost)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                text += f"; {label}: {', '.join(names[:3])}{more}"
+        return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layers:
+    """The modules of the live model: all names, and which of them peft can adapt; `tied` heads by tensor."""
+
+    names: tuple[str, ...]
+    linear: frozenset[str]
+    transposed: frozenset[str]
+    embeddings: frozenset[str]
+    tied: Mapping[str, str]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Plan:
+    """What goes into the file: factors B (out, r) and A (r, in) by tensor, and tensors stored whole."""
+
+    factors: dict[str, tuple[int, Callable[[], tuple[Tensor, Tensor]]]]
+    whole: list[str]
+    squares: dict[str, tuple[float, float]]
+    lost: list[str]
+
+
+def write_adapter(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    base: str | None = None,
+    keep_rest: bool = False,
+    sources: Mapping[str, Source] | None = None,
+    finish: Finish | None = None,
+) -> AdapterReport:
+    """Write a merge as a PEFT LoRA adapter folder, with its recipe, and say what it holds.
+
+    rank: of each layer, for a truncated adapter; without it only an exact one is written, with it an exact
+        one if its ranks are not larger.
+    base: location of the model the adapter is for (default: the recipe's base, else the one model that
+        all its adapters are made for).
+    keep_rest: store changed tensors that a LoRA can't hold whole, instead of losing them.
+    sources: already opened models by name.
+    finish: called with the complete folder before it gets its name; returns text files that belong into it.
+
+    Merged tensors are made one at a time; the factors stay in memory. Raises ModelError and ConfigError
+    where `check` does and where the merge can't be an adapter, NonFiniteWeights, DiskError.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
+    if recipe.stacked:
+        raise ConfigError(
+            "this merge takes layers from other places, and an adapter changes layers where they are",
+            expected="a recipe without num_layers, shift and base_shift",
+            fix="write a whole model",
+        )
+    out = writer.new_folder(out)
+    opened = dict(open_used(recipe) if sources is None else sources)
+    check(recipe, opened)
+    location, below = _base(recipe, opened, base)
+    layers = _layers(below)
+    unrounded = dataclasses.replace(recipe, dtype="float32")
+    plan, reason = _exact(unrounded, opened, below, layers)
+    exact = plan is not None and (rank is None or max(_ranks(plan).values(), default=0) <= rank)
+    if plan is None or not exact:
+        if rank is None:
+            raise ConfigError(
+                "this merge is not a sum of adapters on one base, so an adapter of it has to be truncated",
+                got=reason,
+                fix="choose a rank (--rank 16, say), or write a whole model",
+            )
+        plan = _truncated(unrounded, opened, below, layers, rank, keep_rest)
+    _check_targets(plan, recipe)
+    report = _report(plan, exact, location)
+    stored = _whole_modules(plan.whole, below, layers)
+    writer.check_space(out, {WEIGHTS: _headers(plan, stored, below, recipe.dtype, layers)})
+    with drafted_folder(out) as folder:
+        _write_weights(folder / WEIGHTS, plan, stored, recipe, opened, below, layers)
+        _write_config(folder, plan, stored, report, layers, below)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        for name, text in (finish(folder, report) if finish else {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return report
+
+
+def _base(recipe: Recipe, sources: dict[str, Source], given: str | None) -> tuple[str, Checkpoint]:
+    """Return the location of the adapter's base as the user wrote it, and the base opened."""
+    if given is not None or recipe.base is not None:
+        location = given if given is not None else recipe.models[recipe.base or ""]
+        found = sources.get(recipe.base or "") if given is None else None
+        opened = open_source(location) if found is None else found
+        if not isinstance(opened, Checkpoint):
+            raise ConfigError(
+                "an adapter can't be written for a base that is itself an adapter",
+                expected="a whole model as base",
+                got=location,
+            )
+        return location, opened
+    found_bases = [source.base for source in sources.values() if isinstance(source, AdaptedCheckpoint)]
+    if not found_bases or not all(same_base(found_bases[0], each) for each in found_bases):
+        raise ConfigError(
+            "an adapter needs a base, and this recipe names none",
+            fix="set `base` in the recipe to the model that its sources were made from",
+        )
+    below = found_bases[0]
+    for name, source in sources.items():
+        if isinstance(source, Checkpoint) and same_base(source, below):
+            return recipe.models[name], source
+    return below.location, below
+
+
+# -- which factors ----------------------------------------------------------------------------------------
+
+
+def coefficients(group: TensorGroup, base: str | None) -> tuple[float, ...] | None:
+    """Return c where a group makes base + sum(c_i * task vector i), None where it makes something else.
+
+    base: the recipe's, by name. The method itself is asked, with unit vectors for sources.
+
+    >>> half = TensorGroup(method="linear", sources=("a", "b"), parameters={"weight": (1.0, 3.0)})
+    >>> coefficients(half, None)
+    (0.25, 0.75)
+    """
+    import torch
+
+    if group.method not in ADDING:
+        return None
+    count = len(group.sources)
+    found = apply(group, torch.zeros(count), list(torch.eye(count)), seed=0, tensor="")
+    on_models = not methods.get(group.method).uses_task_vectors(base)
+    if on_models and abs(math.fsum(found.tolist()) - 1.0) > ROUNDING:
+        return None  # the base would be scaled, too
+    return tuple(found.tolist())
+
+
+def _exact(
+    recipe: Recipe, sources: Mapping[str, Source], base: Checkpoint, layers: _Layers
+) -> tuple[_Plan | None, str]:
+    """Return the plan of an exact adapter; None where there is none, and why."""
+    names = set(layers.names)
+    sums = {id(group): coefficients(group, recipe.base) for group in recipe.groups}
+    plan = _Plan(factors={}, whole=[], squares={}, lost=[])
+    for name in base.headers:
+        group = recipe.group_for(name)
+        shares = sums[id(group)]
+        if shares is None:
+            return None, f"group {group.label()!r} ({group.method})"
+        if recipe.base_of(group) not in (None, recipe.base):
+            return None, f"group {group.label()!r}, which has a base of its own"
+        terms: list[Term] = []
+        for share, each in zip(shares, group.sources, strict=True):
+            source = sources[each]
+            if not same_base(source, base):
+                return None, f"source {each!r}, which is not an adapter on {base.location}"
+            if share and isinstance(source, AdaptedCheckpoint) and name in (source.updates | source.replaced):
+                terms.append((share, source))
+        if terms and name.rpartition(".")[0] not in names:
+            return None, f"a change of {name!r}, which is not a module of the live model"
+        if any(name in s.replaced or s.updates[name].down is None for _, s in terms):
+            plan.whole.append(name)
+        elif terms:
+            ranks = sum(s.factors(name)[1].shape[0] for _, s in terms)
+            plan.factors[name] = ranks, _stack(name, terms)
+        if terms:
+            plan.squares[name] = 1.0, 1.0
+    return plan, ""
+
+
+def _stack(name: str, terms: Iterable[Term]) -> Callable[[], tuple[Tensor, Tensor]]:
+    def stacked() -> tuple[Tensor, Tensor]:
+        import torch
+
+        pairs = [(share, *source.factors(name)) for share, source in terms]
+        up = torch.cat([up * share for share, up, _ in pairs], dim=1)
+        return up, torch.cat([down for _, _, down in pairs], dim=0)
+
+    return stacked
+
+
+def _truncated(
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    base: Checkpoint,
+    layers: _Layers,
+    rank: int,
+    keep_rest: bool,
+) -> _Plan:
+    plan = _Plan(factors={}, whole=[], squares={}, lost=[])
+    inputs, names = FileInputs(sources), set(layers.names)
+    for name in base.headers:
+        origin = base.tensor(name)
+        change = merge_tensor(recipe, name, inputs) - origin
+        size = norm(change)
+        if size <= ROUNDING * norm(origin):
+            continue
+        module = name.removesuffix(".weight")
+        if module not in layers.linear:
+            kept = keep_rest and name.rpartition(".")[0] in names
+            (plan.whole if kept else plan.lost).append(name)
+            plan.squares[name] = size**2 if kept else 0.0, size**2
+            continue
+        change = change.T if module in layers.transposed else change
+        up, down = low_rank(change, rank)
+        plan.factors[name] = down.shape[0], _constant(up, down)
+        plan.squares[name] = max(size**2 - norm(change - up @ down) ** 2, 0.0), size**2
+    return plan
+
+
+def _constant(up: Tensor, down: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: (up, down)
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B (out, r) and A (r, in), the best approximation B A of a float32 matrix; r <= rank.
+
+    Both get the square roots of the singular values. Matrices with more than 2048 rows and columns are
+    decomposed at small ranks inside a random subspace found by power iteration (Halko, Martinsson and
+    Tropp 2011, arXiv:0909.4061, algorithm 4.4, with a generator of its own), which may capture slightly
+    less than the best; so measure the result.
+
+    >>> import torch
+    >>> up, down = low_rank(torch.ones(3, 2), 1)
+    >>> torch.allclose(up @ down, torch.ones(3, 2))
+    True
+    """
+    import torch
+
+    smaller = min(matrix.shape)
+    if smaller > WHOLE_SVD and 4 * (rank + OVERSAMPLING) < smaller:
+        random = torch.Generator().manual_seed(0)
+        drawn = torch.randn(matrix.shape[1], rank + OVERSAMPLING, generator=random)
+        span = torch.linalg.qr(matrix @ drawn).Q
+        for _ in range(ITERATIONS):
+            span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ span).Q).Q
+        inner, values, right = torch.linalg.svd(span.T @ matrix, full_matrices=False)
+        left = span @ inner
+    else:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    roots = values[:rank].sqrt()
+    return (left[:, :rank] * roots).contiguous(), (right[:rank] * roots[:, None]).contiguous()
+
+
+def _check_targets(plan: _Plan, recipe: Recipe) -> None:
+    if plan.factors:
+        return
+    changed = [*plan.whole, *plan.lost]
+    raise ConfigError(
+        "no linear layer of the live model changes in this merge, so a LoRA adapter could not hold it",
+        got=f"changes in {', '.join(changed[:3])}" if changed else f"the base itself ({recipe.hash[:12]})",
+        fix="write a whole model",
+    )
+
+
+def _ranks(plan: _Plan) -> dict[str, int]:
+    return {name.removesuffix(".weight"): rank for name, (rank, _) in plan.factors.items()}
+
+
+def _report(plan: _Plan, exact: bool, base: str) -> AdapterReport:
+    total = math.fsum(square for _, square in plan.squares.values())
+    return AdapterReport(
+        exact=exact,
+        base=base,
+        ranks=_ranks(plan),
+        shares={name: held / square for name, (held, square) in plan.squares.items()},
+        energy=math.fsum(held for held, _ in plan.squares.values()) / total,
+        whole=tuple(plan.whole),
+        lost=tuple(plan.lost),
+    )
+
+
+# -- the files --------------------------------------------------------------------------------------------
+
+
+def _layers(base: Checkpoint) -> _Layers:
+    """Build the live model without weights: only its classes say what peft can adapt."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{base.location}: transformers can't build this model", got=" ".join(str(error).split())[:300]
+        ) from None
+    found: dict[type, set[str]] = {torch.nn.Linear: set(), Conv1D: set(), torch.nn.Embedding: set()}
+    for name, module in model.named_modules():
+        for kind, names in found.items():
+            if isinstance(module, kind):
+                names.add(name)
+    return _Layers(
+        names=tuple(name for name, _ in model.named_modules()),
+        linear=frozenset(found[torch.nn.Linear] | found[Conv1D]),
+        transposed=frozenset(found[Conv1D]),
+        embeddings=frozenset(found[torch.nn.Embedding]),
+        tied={name: source for name, source in model.all_tied_weights_keys.items() if name.endswith(HEADS)},
+    )
+
+
+def _whole_modules(whole: Iterable[str], base: Checkpoint, layers: _Layers) -> list[str]:
+    """Return the tensors to store whole: peft wants all of a module, but takes biases by themselves."""
+    modules = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
+    names = set(layers.names)
+    modules |= {name for name in names for module in modules if name.endswith(module)}  # as peft matches
+    chosen = set(whole) | {name for name in base.headers if name.rpartition(".")[0] in modules}
+    return [name for name in base.headers if name in chosen]
+
+
+def _headers(
+    plan: _Plan, stored: Iterable[str], base: Checkpoint, dtype: str, layers: _Layers
+) -> dict[str, Header]:
+    """Return what the file announces, in its order: factors in float32, whole tensors in `dtype`."""
+    headers: dict[str, Header] = {}
+    for name, (rank, _) in plan.factors.items():
+        module = name.removesuffix(".weight")
+        rows, columns = base.headers[name].shape
+        if module in layers.transposed | layers.embeddings:
+            rows, columns = columns, rows
+        down, up = _factor_names(module, layers)
+        headers[down] = Header(shape=(rank, columns), dtype="F32")
+        headers[up] = Header(shape=(rows, rank), dtype="F32")
+    for name in stored:
+        for key in _stored_names(name, plan, layers):
+            headers[key] = Header(shape=base.headers[name].shape, dtype=CODES[dtype])
+    return headers
+
+
+def _factor_names(module: str, layers: _Layers) -> tuple[str, str]:
+    if module in layers.embeddings:
+        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _stored_names(name: str, plan: _Plan, layers: _Layers) -> list[str]:
+    """Return where a whole tensor goes; that of tied embeddings is stored for the head, too."""
+    module, _, part = name.rpartition(".")
+    if f"{module}.weight" in plan.factors:
+        return [f"{PREFIX}{module}.base_layer.{part}"]
+    return [PREFIX + name, *(PREFIX + head for head, source in layers.tied.items() if source == name)]
+
+
+def _write_weights(
+    path: Path,
+    plan: _Plan,
+    stored: Iterable[str],
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    base: Checkpoint,
+    layers: _Layers,
+) -> None:
+    inputs = FileInputs(sources)
+    with ShardWriter(path, _headers(plan, stored, base, recipe.dtype, layers)) as writer:
+        for name, (_, made) in plan.factors.items():
+            up, down = (checked(each, name) for each in made())
+            for key, factor in zip(
+                _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
+            ):
+                writer.add(key, of_tensor(factor))
+        for name in stored:
+            merged = merge_tensor(recipe, name, inputs)
+            for key in _stored_names(name, plan, layers):
+                writer.add(key, of_tensor(merged))
+
+
+def _write_config(
+    folder: Path,
+    plan: _Plan,
+    stored: Iterable[str],
+    report: AdapterReport,
+    layers: _Layers,
+    base: Checkpoint,
+) -> None:
+    """Write adapter_config.json through peft's own class; lists in a fixed order."""
+    from peft import LoraConfig
+
+    usual = Counter(report.ranks.values()).most_common(1)[0][0]
+    others = {module: rank for module, rank in report.ranks.items() if rank != usual}
+    modules = {name.rpartition(".")[0] for name in stored if not name.endswith(".bias")}
+    if base.tied:  # stored under both names instead: modules_to_save would take the two apart
+        modules -= {source.rpartition(".")[0] for source in layers.tied.values()}
+    biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in modules for name in stored)
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=report.base,
+        inference_mode=True,
+        r=usual,
+        lora_alpha=usual,  # so that the factor of B A is 1
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=_targets(report.ranks, layers.names),
+        modules_to_save=sorted(modules) or None,
+        bias="all" if biases else "none",
+        fan_in_fan_out=bool(layers.transposed.intersection(report.ranks)),
+    ).save_pretrained(str(folder))
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _targets(adapted: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the adapted modules by their last names where those mean no other module, else in full."""
+    wanted = set(adapted)
+    targets = set()
+    for module in wanted:
+        short = module.rpartition(".")[2]
+        meant = {name for name in names if name == short or name.endswith(f".{short}")}
+        targets.add(short if meant <= wanted else module)
+    return sorted(targets)

@@ -1,0 +1,220 @@
+"""The engine: `write` streams a whole merged model to disk, tensor by tensor, all of it or nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import DiskError
+from evomerge.files import drafted_folder
+from evomerge.merging.compatibility import check
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.checkpoint import INDEX, SINGLE
+from evomerge.merging.sources.source import Source, open_used
+from evomerge.merging.sources.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter
+from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
+from evomerge.merging.stacking import output_headers, stacked_config
+from evomerge.merging.tensors.inputs import FileInputs, Inputs
+from evomerge.merging.tensors.merge_tensor import merge_array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SHARD_BYTES = 5_000_000_000
+MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
+"""mallopt's parameter (malloc.h) for the size from which blocks are mapped one by one, and that size."""
+DISK_MARGIN = 64_000_000
+"""Bytes kept free beside the weights: tokenizer, config, and the file system's own."""
+COPIED = (
+    "generation_config.json",  # the only one that is not the tokenizer's
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def write(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    sources: Mapping[str, Source] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a merged model as a Hugging Face folder, tensor by tensor, and return the folder.
+
+    Memory stays at a few times the largest tensor times the number of sources. Everything is written to
+    a temporary folder beside `out` and renamed at the end: `out` is complete or not there. An existing
+    folder with files in it is never touched.
+
+    sources: already opened models by name (default: opened from the recipe's locations).
+    extra: text files (name -> content) that belong into the folder, such as a model card.
+    Raises ModelError and ConfigError where `check` does, DiskError, and NonFiniteWeights.
+    """
+    out = new_folder(out)
+    sources = open_used(recipe) if sources is None else sources
+    check(recipe, sources)
+    _return_memory()
+    pattern = sources[recipe.pattern]
+    shards = plan_shards(output_headers(recipe, sources), recipe.dtype, max_shard_bytes)
+    extended = isinstance(pattern, Aligned) and pattern.additions
+    tokenizer = open_tokenizer(pattern) if extended else None  # now: it may refuse
+    check_space(out, shards)
+    with drafted_folder(out) as folder:
+        _write_weights(recipe, FileInputs(sources), shards, folder)
+        _write_rest(recipe, pattern, tokenizer, stacked_config(recipe, sources), folder)
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return out
+
+
+def new_folder(out: str | Path) -> Path:
+    """Return the path of a folder to write, or raise DiskError where something is there already."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DiskError(
+            f"{out}: already exists and is not an empty folder",
+            expected="a new folder",
+            fix="choose another name or remove it yourself",
+        )
+    return out
+
+
+def plan_shards(
+    headers: Mapping[str, Header], dtype: str, max_shard_bytes: int
+) -> dict[str, dict[str, Header]]:
+    """Return file name -> tensor headers, filling one shard after the other in the order of names."""
+    code = CODES[dtype]
+    filled: list[dict[str, Header]] = [{}]
+    size = 0
+    for name, header in headers.items():
+        bytes_ = header.count * ITEM_SIZES[code]
+        if filled[-1] and size + bytes_ > max_shard_bytes:
+            filled.append({})
+            size = 0
+        filled[-1][name] = Header(shape=header.shape, dtype=code)
+        size += bytes_
+    if len(filled) == 1:
+        return {SINGLE: filled[0]}
+    total = len(filled)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": shard for i, shard in enumerate(filled, start=1)}
+
+
+def _write_weights(
+    recipe: Recipe, inputs: Inputs, shards: Mapping[str, Mapping[str, Header]], folder: Path
+) -> None:
+    merged = _in_order(recipe, inputs, [each for headers in shards.values() for each in headers.items()])
+    for file, headers in shards.items():
+        with ShardWriter(folder / file, headers) as writer:
+            for name in headers:
+                writer.add(name, next(merged))
+    if len(shards) > 1:
+        size = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
+        where = {name: file for file, headers in shards.items() for name in headers}
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def pool() -> ThreadPoolExecutor:
+    """Return as many threads as torch has or would have, to merge one tensor on each."""
+    return ThreadPoolExecutor(threads(), initializer=_one_thread_each)
+
+
+def threads() -> int:
+    """Return torch's number of threads; where it is not imported, OMP_NUM_THREADS or the cores given."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()  # type: ignore[no-any-return]
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _one_thread_each() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Array]:
+    """Yield merged tensors in order, merging ahead on torch's number of threads.
+
+    No more elements are under way at a time than the largest tensor has, so memory stays that of one.
+    """
+    most = max((header.count for _, header in tensors), default=0)
+    with pool() as workers:
+        ahead: deque[tuple[int, Future[Array]]] = deque()
+        try:
+            for name, header in tensors:
+                while ahead and sum(count for count, _ in ahead) + header.count > most:
+                    yield ahead.popleft()[1].result()
+                ahead.append((header.count, workers.submit(merge_array, recipe, name, inputs)))
+            while ahead:
+                yield ahead.popleft()[1].result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _write_rest(
+    recipe: Recipe,
+    pattern: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: dict[str, Any],
+    folder: Path,
+) -> None:
+    for name in COPIED if tokenizer is None else COPIED[:1]:
+        if (pattern.folder / name).is_file():
+            shutil.copyfile(pattern.folder / name, folder / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
+    _write_json(folder / "config.json", config | {"dtype": recipe.dtype})
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _return_memory() -> None:
+    """Have the C library hand large blocks back to the system when they are freed, where it can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def _existing_parent(out: Path) -> Path:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
+    """Raise DiskError where there is no room for these files; shards: file name -> headers."""
+    parent = _existing_parent(out)
+    needed = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
+    free = shutil.disk_usage(parent).free
+    if free < needed + DISK_MARGIN:
+        raise DiskError(
+            f"{parent}: not enough disk space for the merged model",
+            expected=f"{(needed + DISK_MARGIN) / 1e9:.2f} GB free",
+            got=f"{free / 1e9:.2f} GB",
+            fix="free some space or write to another disk",
+        )

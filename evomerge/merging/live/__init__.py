@@ -1,0 +1,1 @@
+"""A merge in memory: a live model whose weights change in place."""

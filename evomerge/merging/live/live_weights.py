@@ -1,0 +1,291 @@
+"""Where each checkpoint tensor lies in a live model, so that it can be replaced in place.
+
+transformers renames tensors when it loads a model, and stacks, joins or splits some of them (the experts of
+a mixture, for one). Which tensors become what is its business and changes with its versions, so there is no
+table here: the conversions of the installed version are run once, on tensors whose elements are numbered,
+and the numbers tell where every element went. Most tensors then are a view of a live parameter.
+
+Costs, once at opening: some sixteen bytes per element of the largest converted parameter (layers alike are
+looked at once), and what a `Spread` keeps. Not covered: conversions that compute instead of moving elements
+(a dequantisation, say); models that need them are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evomerge.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from evomerge.merging.sources.tensorfile import Header
+
+
+BLOCK = 2**24
+"""Elements whose numbers are looked at together."""
+
+
+class Place(Protocol):
+    """Storage of one checkpoint tensor in the live model: a view of it, or a `Spread`."""
+
+    def copy_(self, weights: Tensor, /) -> object: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Storage that is no view of one parameter: elements with their places, one by one.
+
+    parts: a flat live parameter, places in it, and as many places in the flattened tensor, all whole numbers.
+    """
+
+    parts: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    def copy_(self, weights: Tensor, /) -> None:
+        """Put a tensor's elements where they belong, converted to the live type and device."""
+        flat = weights.reshape(-1)
+        for live, places, own in self.parts:
+            moved = flat[own.to(flat.device).long()].to(device=live.device, dtype=live.dtype)
+            live[places.to(live.device).long()] = moved
+
+
+def address(place: Place) -> Hashable:
+    """Return what is equal for two places only if they are the same memory."""
+    import torch
+
+    if isinstance(place, torch.Tensor):
+        return place.data_ptr(), tuple(place.shape), place.stride()
+    return id(place)
+
+
+def gradient_at(place: Place, parameters: Mapping[int, Tensor]) -> Tensor:
+    """Return the gradient of what lies at a place, float32 and on the CPU, of the checkpoint tensor's shape.
+
+    parameters: the live parameters by the address of their storage, each with its `.grad`; the part of one
+        that no loss reached is zeros. A `Spread` gives a flat tensor.
+    """
+    import torch
+
+    if isinstance(place, Spread):
+        count = sum(len(own) for _, _, own in place.parts)
+        spread = torch.zeros(count)
+        for live, places, own in place.parts:
+            spread[own.long()] = _gradient(live, parameters).reshape(-1)[places.to(live.device).long()].cpu()
+        return spread
+    assert isinstance(place, torch.Tensor)
+    gradient = _gradient(place, parameters)
+    return gradient.as_strided(place.shape, place.stride(), place.storage_offset()).cpu().contiguous()
+
+
+def _gradient(live: Tensor, parameters: Mapping[int, Tensor]) -> Tensor:
+    import torch
+
+    parameter = parameters[live.untyped_storage().data_ptr()]
+    if parameter.grad is None:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    return parameter.grad.to(torch.float32).contiguous()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """A tensor that is a regular part of live parameter number `index` of its group."""
+
+    index: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, parameters: Sequence[Tensor]) -> Place:
+        return parameters[self.index].as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scattered:
+    """A tensor whose elements lie anywhere: (parameter number, places there, places in the tensor)."""
+
+    parts: tuple[tuple[int, Tensor, Tensor], ...]
+
+    def of(self, parameters: Sequence[Tensor]) -> Place:
+        return Spread(parts=tuple((parameters[index], places, own) for index, places, own in self.parts))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Group:
+    """Checkpoint tensors that live parameters are made of together.
+
+    converter: what makes them; None where one tensor is only renamed. members: names, each with the
+    converter's pattern it matched, in the order of loading.
+    """
+
+    converter: Any
+    members: list[tuple[str, str]] = field(default_factory=list)
+
+
+def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str) -> dict[str, Place]:
+    """Return tensor name -> its storage in the live model, for every tensor of a checkpoint.
+
+    location: what messages call the checkpoint.
+
+    Raises ModelError unless every tensor has a place of its own, and every weight of the live
+    model is reached.
+    """
+    live = {name: tensor.data for name, tensor in model.state_dict().items()}
+    groups, extra = _groups(model, headers, live)
+    places: dict[str, Place] = {}
+    reached = set(model.all_tied_weights_keys)
+    known: dict[object, list[_View | _Scattered]] = {}
+    for first, group in groups.items():
+        if group.converter is None:
+            name = group.members[0][0]
+            _check_shape(headers, location, name, tuple(live[first].shape))
+            places[name] = live[first]
+            reached.add(first)
+            continue
+        shapes = [(pattern, headers[name].shape) for name, pattern in group.members]
+        single = len(group.converter.target_patterns) == 1
+        key = (*shapes, tuple(live[first].shape))
+        if single and key in known:
+            names, found = [first], known[key]
+        else:
+            names, found = _follow(model, headers, location, first, group, live)
+            known |= {key: found} if single else {}
+        parameters = [live[name].view(-1) for name in names]
+        places |= {name: each.of(parameters) for (name, _), each in zip(group.members, found, strict=True)}
+        reached.update(names)
+    missing = [name for name in live if name not in reached]
+    if missing or extra:
+        raise ModelError(
+            f"{location}: its tensors are not those of {type(model).__name__}",
+            expected=_some(missing) or "no other tensors",
+            got=_some(extra) or "no such tensors",
+            fix="save the model again with a current transformers version",
+        )
+    return {name: places[name] for name in headers}
+
+
+def _groups(
+    model: PreTrainedModel, names: Iterable[str], live: dict[str, Tensor]
+) -> tuple[dict[str, _Group], list[str]]:
+    """Return first live parameter -> the tensors it is made of, and the names that lead nowhere."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    groups: dict[str, _Group] = {}
+    extra = []
+    for name in sorted(names, key=dot_natural_key):  # the order decides which expert is which
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, live)
+        if target not in live and name in live:
+            target, pattern = name, None
+        converter = None if pattern is None else by_pattern[pattern]
+        if target not in live or (target in groups and (converter is None or not groups[target].converter)):
+            extra.append(name)
+        else:
+            groups.setdefault(target, _Group(converter=converter)).members.append((name, pattern or name))
+    return groups, extra
+
+
+def _follow(
+    model: PreTrainedModel,
+    headers: Mapping[str, Header],
+    location: str,
+    first: str,
+    group: _Group,
+    live: Mapping[str, Tensor],
+) -> tuple[list[str], list[_View | _Scattered]]:
+    """Return the live parameters a group fills, and where in them each of its tensors goes."""
+    import torch
+
+    converter = copy.deepcopy(group.converter)
+    members = [headers[name] for name, _ in group.members]
+    bounds = list(itertools.accumulate((header.count for header in members), initial=0))
+    whole = torch.int32 if bounds[-1] < 2**31 else torch.int64
+    for (name, pattern), header, start in zip(group.members, members, bounds, strict=False):
+        numbers = torch.arange(start, start + header.count, dtype=whole).reshape(header.shape)
+        converter.add_tensor(first, name, pattern, numbers)
+        del numbers  # the converter lets go of them one by one
+    try:
+        made = converter.convert(first, model=model, config=model.config)
+    except (ValueError, RuntimeError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise _refused(model, location, group, f"{type(error).__name__}: {error}") from None
+    arrived = {n: (each[0] if isinstance(each, list) else each).contiguous() for n, each in made.items()}
+    for name, tensor in arrived.items():
+        shape = list(live[name].shape) if name in live else "no such weight"
+        if list(tensor.shape) != shape or not live[name].is_contiguous():
+            raise _refused(model, location, group, f"{name} of shape {list(tensor.shape)}, not {shape}")
+    starts = list(itertools.accumulate((tensor.numel() for tensor in arrived.values()), initial=0))
+    if starts[-1] != bounds[-1] or any(tensor.dtype != whole for tensor in arrived.values()):
+        raise _refused(model, location, group, "numbers computed from them")
+    places = torch.full((bounds[-1],), -1, dtype=whole)
+    for tensor, start in zip(arrived.values(), starts, strict=False):
+        for block in range(0, tensor.numel(), BLOCK):
+            order = tensor.view(-1)[block : block + BLOCK].long()
+            if int(order.min()) < 0 or int(order.max()) >= len(places):
+                raise _refused(model, location, group, "numbers computed from them")
+            places[order] = torch.arange(start + block, start + block + len(order), dtype=whole)
+    if int(places.min()) < 0:
+        raise _refused(model, location, group, "numbers computed from them")
+    found = [
+        _part(places[start:end].reshape(header.shape), starts)
+        for header, (start, end) in zip(members, itertools.pairwise(bounds), strict=True)
+    ]
+    return list(arrived), found
+
+
+def _part(places: Tensor, starts: Sequence[int]) -> _View | _Scattered:
+    """Say where a tensor's elements lie: `places`, counted over parameters that begin at `starts`."""
+    import torch
+
+    low, high = int(places.min()), int(places.max())
+    index = max(i for i, start in enumerate(starts[:-1]) if start <= low)
+    stride = []
+    regular = torch.full_like(places, low)
+    for axis, size in enumerate(places.shape):
+        second = tuple(int(other == axis) for other in range(places.dim()))
+        step = int(places[second]) - int(places[(0,) * places.dim()]) if size > 1 else 0
+        stride.append(step)
+        regular += (torch.arange(size) * step).reshape([-1 if o == axis else 1 for o in range(places.dim())])
+    if min(stride, default=0) >= 0 and high < starts[index + 1] and torch.equal(regular, places):
+        return _View(index=index, size=tuple(places.shape), stride=tuple(stride), offset=low - starts[index])
+    flat, parts = places.reshape(-1), []
+    for index, (start, end) in enumerate(itertools.pairwise(starts)):
+        own = torch.nonzero((flat >= start) & (flat < end)).reshape(-1)
+        if len(own):
+            parts.append((index, flat[own] - start, own))
+    return _Scattered(parts=tuple(parts))
+
+
+def _check_shape(headers: Mapping[str, Header], location: str, name: str, shape: tuple[int, ...]) -> None:
+    if headers[name].shape != shape:
+        raise ModelError(
+            f"{location}: tensor {name!r} does not have the shape its config asks for",
+            expected=str(list(shape)),
+            got=str(list(headers[name].shape)),
+        )
+
+
+def _refused(model: PreTrainedModel, location: str, group: _Group, got: str) -> ModelError:
+    return ModelError(
+        f"{location}: its tensors can't be put into {type(model).__name__} as they are",
+        expected=f"a place for every element of {_some(name for name, _ in group.members)}",
+        got=got[:300],
+        fix="load the model with a current transformers version and save_pretrained it again",
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

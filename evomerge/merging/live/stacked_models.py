@@ -1,0 +1,336 @@
+"""Rewiring: live models made of other models' layers, which share their weights.
+
+A stacked recipe takes layers of its sources, in any order and number. Each source is held once, as a live
+model that fills with weights as they are needed. For each number (and kind) of layers there is a frame: a
+model that transformers builds from the recipe's own config, so positions in the cache, kinds of attention
+and the like are those of the exported model. Its parameters own nothing: loading a recipe points each at the
+weights of the layer it is to be. Only what a recipe changes on the way, the output projections that a
+`scale` multiplies or layers that are merged, is made, and kept until the next recipe.
+
+Memory: what the recipes use of each source, in the forward pass's type, and what the current one changes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import tempfile
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import ConfigError, DiskError, ModelError
+from evomerge.files import passing_folder
+from evomerge.merging.live.live_weights import Place, Spread, locate
+from evomerge.merging.recipe import Recipe, TensorGroup, shifted
+from evomerge.merging.sources.source import Source
+from evomerge.merging.stacking import output_headers, stacked_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+FRAMES = 32
+"""Frames kept. One costs a few objects per layer; what it points at is not its own."""
+
+Merge = Callable[[Recipe, Mapping[str, Place], Mapping[str, int], Callable[[str], object]], None]
+"""Merges tensors of a recipe into places, given their sizes, and notes each one that is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A tensor of the result, or the part of it that lies in one live parameter.
+
+    source, own, owner: whose tensor and live parameter give it its place.
+    """
+
+    name: str
+    source: str
+    own: str
+    owner: str
+    group: TensorGroup
+
+    @property
+    def copied(self) -> bool:
+        return self.group.method == "passthrough" and self.group.per_source("scale") == (1.0,)
+
+
+class _Held:
+    """A source as a live model: its parameters, and where in them its tensors lie.
+
+    members: live name -> the tensors that are put there; owners: the inverse.
+    """
+
+    def __init__(self, source: Source, model: PreTrainedModel) -> None:
+        self.live = _state(model)
+        self.places = locate(model, source.headers, source.location)
+        self.filled: dict[str, str] = {}
+        """Tensor -> the type its weights were rounded to."""
+        starts = {tensor.untyped_storage().data_ptr(): name for name, tensor in self.live.items()}
+        self.owners: dict[str, tuple[str, ...]] = {}
+        self.members: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            tensors = [part[0] for part in place.parts] if isinstance(place, Spread) else [place]
+            owners = dict.fromkeys(starts[tensor.untyped_storage().data_ptr()] for tensor in tensors)  # type: ignore[attr-defined]
+            self.owners[name] = tuple(owners)
+            for owner in owners:
+                self.members.setdefault(owner, []).append(name)
+
+    def note(self, dtype: str) -> Callable[[str], object]:
+        """Return what notes a tensor whose weights, rounded to a type, are in their place."""
+        return lambda name: self.filled.update({name: dtype})
+
+    def place_on(self, name: str, fresh: Mapping[str, Tensor]) -> Place:
+        """Return a tensor's place on other storage: live name -> a tensor like the live one.
+
+        Parts of it that lie elsewhere are left out.
+        """
+        place = self.places[name]
+        if not isinstance(place, Spread):
+            (owner,) = self.owners[name]
+            view: Any = place
+            offset = view.storage_offset() - self.live[owner].storage_offset()
+            return fresh[owner].as_strided(view.size(), view.stride(), offset)
+        starts = {self.live[n].untyped_storage().data_ptr(): tensor for n, tensor in fresh.items()}
+        return Spread(
+            parts=tuple(
+                (starts[flat.untyped_storage().data_ptr()].view(-1), there, own)
+                for flat, there, own in place.parts
+                if flat.untyped_storage().data_ptr() in starts
+            )
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Frame:
+    """A model without weights of its own. slots: live name -> the parameter to point at them."""
+
+    model: PreTrainedModel
+    slots: dict[str, Tensor]
+    made: list[str] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Let go of what was made for the last recipe."""
+        for name in self.made:
+            self.slots[name].data = self.slots[name].data.new_empty(0)
+        self.made = []
+
+
+class Rewiring:
+    """The live models of stacked recipes. `merge` is how the workbench makes tensors."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        *,
+        pattern: str,
+        device: str,
+        compute_dtype: str,
+        attn_implementation: str | None,
+        merge: Merge,
+    ) -> None:
+        self._sources, self._pattern, self._merge = sources, sources[pattern], merge
+        self._device, self._dtype, self._attention = device, compute_dtype, attn_implementation
+        self._held: dict[str, _Held] = {}
+        self._frames: dict[str, _Frame] = {}
+        self._made: dict[str, tuple[Hashable, Tensor]] = {}
+        self._current: _Frame | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the weights held, shared by all live models, in bytes."""
+        filled = {
+            (s, owner) for s, held in self._held.items() for t in held.filled for owner in held.owners[t]
+        }
+        held = sum(self._held[source].live[owner].nbytes for source, owner in filled)
+        return held + sum(tensor.nbytes for _, tensor in self._made.values())
+
+    def load(self, recipe: Recipe, key: Callable[[TensorGroup], Hashable]) -> PreTrainedModel:
+        """Return a live model with a checked recipe's weights; the one before loses them.
+
+        key: what determines the bits a group makes of a tensor. Raises NonFiniteWeights, and ModelError
+        where layers can't be put together.
+        """
+        wanted = self._parts(recipe)
+        frame = self._frame(recipe, wanted)
+        if self._current is not None:
+            self._current.release()
+        self._current = frame
+        weights = self._share(recipe, wanted)
+        frame.made = [live for live in wanted if live not in weights]
+        weights |= self._make(recipe, {live: wanted[live] for live in frame.made}, key)
+        for live, tensor in weights.items():
+            frame.slots[live].data = tensor
+        frame.model.to(self._device)  # type: ignore[arg-type]  # a new frame's rotary tables are no weights
+        return frame.model
+
+    def _parts(self, recipe: Recipe) -> dict[str, list[_Part]]:
+        """Return live name of the result -> the tensors it is made of."""
+        wanted: dict[str, list[_Part]] = {}
+        for name in output_headers(recipe, self._sources):
+            group = recipe.group_for(name)
+            source, shift = group.sources[0], group.shifts[0]
+            own = shifted(name, shift)
+            for owner in self._hold(source).owners[own]:
+                part = _Part(name=name, source=source, own=own, owner=owner, group=group)
+                wanted.setdefault(shifted(owner, -shift), []).append(part)
+        for live, parts in wanted.items():
+            first = parts[0]
+            members = self._held[first.source].members[first.owner]
+            whole = {shifted(name, -first.group.shifts[0]) for name in members}
+            if whole != {part.name for part in parts}:
+                raise ModelError(
+                    f"{live} of the stacked model is made of tensors that do not belong together",
+                    expected=f"those that are {first.owner} of {first.source}",
+                    got=", ".join(sorted(part.name for part in parts)[:3]),
+                    fix="take the layer's modules from layers of one kind",
+                )
+        return wanted
+
+    def _hold(self, source: str) -> _Held:
+        if source not in self._held:
+            opened = self._sources[source]
+            model = build(opened, opened.config, self._dtype, self._attention)
+            model.to(self._device)  # type: ignore[arg-type]
+            self._held[source] = _Held(opened, model)
+        return self._held[source]
+
+    def _frame(self, recipe: Recipe, wanted: Mapping[str, object]) -> _Frame:
+        """Return the frame of a recipe's config; only `FRAMES` are kept, those used last."""
+        config = stacked_config(recipe, self._sources)
+        name = json.dumps(config, sort_keys=True)
+        frame = self._frames.pop(name, None)
+        if frame is None:
+            model = build(self._pattern, config, self._dtype, self._attention)
+            frame = _Frame(model=model, slots=_state(model))
+            if set(frame.slots) != set(wanted):
+                differing = sorted(set(frame.slots) ^ set(wanted))
+                raise ModelError(
+                    "the stacked layers are not those of the model their config describes",
+                    got=", ".join(differing[:3]),
+                    fix="take layers of the kind the config gives to their place",
+                )
+            if len(self._frames) == FRAMES:
+                del self._frames[next(iter(self._frames))]
+        self._frames[name] = frame
+        return frame
+
+    def _share(self, recipe: Recipe, wanted: Mapping[str, Sequence[_Part]]) -> dict[str, Tensor]:
+        """Return live name -> weights, of all that are some source's as they are."""
+        found = {}
+        needed: dict[str, dict[str, int]] = {}
+        for live, parts in wanted.items():
+            source, owner = parts[0].source, parts[0].owner
+            if all(part.copied and (part.source, part.owner) == (source, owner) for part in parts):
+                found[live] = self._held[source].live[owner]
+                headers = self._sources[source].headers
+                needed.setdefault(source, {}).update((part.own, headers[part.own].count) for part in parts)
+        for source, sizes in needed.items():
+            held = self._held[source]
+            empty = {name: n for name, n in sizes.items() if held.filled.get(name) != recipe.dtype}
+            for name in empty:
+                held.filled.pop(name, None)
+            copying = TensorGroup(method="passthrough", sources=(source,))
+            copies = Recipe(
+                models=recipe.models,
+                groups=(copying,),
+                base=recipe.base,
+                dtype=recipe.dtype,
+                tokenizer=recipe.tokenizer,
+            )
+            self._merge(copies, {name: held.places[name] for name in empty}, empty, held.note(recipe.dtype))
+        return found
+
+    def _make(
+        self,
+        recipe: Recipe,
+        wanted: Mapping[str, Sequence[_Part]],
+        key: Callable[[TensorGroup], Hashable],
+    ) -> dict[str, Tensor]:
+        """Return live name -> weights made for this recipe; those the last one had, too, are kept."""
+        import torch
+
+        marks = {
+            live: tuple((p.name, p.source, p.own, p.owner, key(p.group)) for p in parts)
+            for live, parts in wanted.items()
+        }
+        kept = {live: each for live, each in self._made.items() if each[0] == marks.get(live)}
+        self._made = kept
+        fresh = {
+            live: torch.empty_like(self._held[parts[0].source].live[parts[0].owner])
+            for live, parts in wanted.items()
+            if live not in kept
+        }
+        places: dict[str, Place] = {}
+        sizes: dict[str, int] = {}
+        for live in fresh:
+            for part in wanted[live]:
+                held = self._held[part.source]
+                own = {
+                    owner: fresh[new]
+                    for owner in held.owners[part.own]
+                    if (new := shifted(owner, -part.group.shifts[0])) in fresh
+                }
+                places[part.name] = held.place_on(part.own, own)
+                sizes[part.name] = self._sources[part.source].headers[part.own].count
+        self._merge(recipe, places, sizes, lambda name: None)
+        self._made = kept | {live: (marks[live], tensor) for live, tensor in fresh.items()}
+        return {live: tensor for live, (_, tensor) in self._made.items()}
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
+    """Make a model of a config without reading or initialising its weights; they are put in later."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    if attention is not None and not attention.isidentifier():  # transformers would fetch code from the hub
+        raise _no_attention(attention, "not a plain name")
+    try:
+        with passing_folder(Path(tempfile.gettempdir()), "evomerge-model") as folder:
+            (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=getattr(torch, dtype), attn_implementation=attention
+            )
+        if (source.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise DiskError(
+                f"{tempfile.gettempdir()}: could not be written: {error.strerror}", fix="free some room there"
+            ) from None
+        if attention is not None and _plain(attention) in _plain(str(error)):
+            raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
+        raise ModelError(
+            f"{source.location}: transformers can't build this model",
+            got=" ".join(str(error).split())[:300],
+            fix="check its config.json; models that need remote code are not supported",
+        ) from None
+    model.tie_weights()  # skipped with the initialisation
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _no_attention(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"executor.attention: {name!r} can't be used here",
+        expected="eager or sdpa; flash_attention_2 and others where packages and model allow it",
+        got=reason,
+        fix="leave it out, and transformers chooses",
+    )
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace("_", "")
+
+
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return live name -> the parameter or buffer itself, each tied one once."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}

@@ -1,0 +1,201 @@
+"""The workbench: one live model whose weights are replaced in place, candidate after candidate.
+
+    bench = Workbench({"base": "zoo/base", "code": "zoo/code", "maths": "zoo/maths"}, base="base")
+    bench.load(recipe)          # bench.model now has the recipe's weights
+    bench.load(next_recipe)     # only tensors whose group changed are merged again
+    bench.load(stacked_recipe)  # bench.model is another, of the sources' own layers (see `rewiring`)
+
+Memory beside the live model: the sources' files, memory-mapped (shared by all processes that map them),
+and what trimming by magnitude remembers of each task vector (see `Spectrum`). Weights are rounded to the
+recipe's dtype before they go into the live model, whatever it computes in, so what is scored is what
+`engine.write` exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING
+
+from evomerge.errors import ConfigError, nearest
+from evomerge.merging import methods
+from evomerge.merging.compatibility import check, check_models
+from evomerge.merging.export.writer import pool, threads
+from evomerge.merging.live.live_weights import Place, address, gradient_at, locate
+from evomerge.merging.live.stacked_models import Rewiring, build
+from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
+from evomerge.merging.sources.source import open_sources
+from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
+from evomerge.merging.tensors.derivatives import Derivatives, added, tensor_derivatives
+from evomerge.merging.tensors.inputs import WarmInputs
+from evomerge.merging.tensors.merge_tensor import merge_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+WORTH_THREADS = 1_000_000
+"""Parameters to merge from which on several threads are faster than one."""
+
+
+class Workbench:
+    """Holds the models of a search, opened once, and one live model to score candidates with.
+
+    models, base, tokenizer: as in a Recipe.
+    device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
+    low_memory: remember nothing of trimmed task vectors; such candidates then take longer.
+
+    Raises ModelError where the models can't be used or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        base: str | None = None,
+        *,
+        tokenizer: str = "",
+        device: str = "cpu",
+        compute_dtype: str = "float32",
+        attn_implementation: str | None = None,
+        low_memory: bool = False,
+    ) -> None:
+        if base is not None and base not in models:
+            raise ConfigError(f"workbench: unknown model {base!r}", fix=nearest(base, models))
+        self.base = base
+        self._vocabulary = tokenizer_of(tokenizer, base, models)
+        self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
+        self.sources = open_sources(models, base, tokenizer=tokenizer)
+        pattern = {self._pattern: self.sources[self._pattern]}
+        self.notes = check_models(pattern | self.sources)
+        self._headers = self.sources[self._pattern].headers
+        self._inputs = WarmInputs(self.sources, low_memory=low_memory)
+        self._loaded: dict[str, Hashable] = {}
+        self._checked: set[Hashable] = set()
+        own = self.sources[self._pattern]
+        self._plain = build(own, own.config, compute_dtype, attn_implementation)
+        self._plain.to(device)  # type: ignore[arg-type]
+        self._targets = locate(self._plain, self._headers, own.location)
+        self._rewiring = Rewiring(
+            self.sources,
+            pattern=self._pattern,
+            device=device,
+            compute_dtype=compute_dtype,
+            attn_implementation=attn_implementation,
+            merge=self._merge,
+        )
+        self.model: PreTrainedModel = self._plain
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model that gives config and tokenizer, opened on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.sources[self._pattern])
+        return self._tokenizer
+
+    @property
+    def nbytes(self) -> int:
+        """The memory kept beside the live model and the mapped files, in bytes."""
+        return self._inputs.nbytes + self._rewiring.nbytes
+
+    def load(self, recipe: Recipe) -> None:
+        """Make `model` a live model with a recipe's weights.
+
+        Tensors whose group, parameters, dtype (and seed, for random methods) are those already loaded
+        stay. A recipe of stacked layers has a live model of its own. Raises NonFiniteWeights, and
+        ConfigError for a recipe that does not fit the models; the live model is then unspecified until the
+        next successful load.
+        """
+        if recipe.tokenizer != self._vocabulary:
+            raise ConfigError(
+                "workbench: the recipe takes tokenizer and config from another model",
+                expected=self._vocabulary,
+                got=recipe.tokenizer,
+                fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
+            )
+        rows_differ = any(isinstance(source, Aligned) for source in self.sources.values())
+        if rows_differ and (tuple(recipe.models), recipe.base) != (tuple(self.sources), self.base):
+            raise ConfigError(
+                "workbench: the vocabularies differ, and what a model lacks depends on the others",
+                expected=f"models {', '.join(self.sources)} with base {self.base}",
+                got=f"models {', '.join(recipe.models)} with base {recipe.base}",
+                fix="give the recipe the workbench's models and base",
+            )
+        if recipe.stacked:
+            check(recipe, self.sources)
+            keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
+            self.model = self._rewiring.load(recipe, lambda group: keys[id(group)])
+            return
+        made = ((g.layers, g.match, *_made_from(recipe, g)) for g in recipe.groups)
+        shape = (tuple(recipe.fisher.items()), *made)
+        if shape not in self._checked:
+            check(recipe, self.sources)
+            self._checked.add(shape)
+        keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
+        wanted = {name: keys[id(recipe.group_for(name))] for name in self._targets}
+        changed = [name for name, key in wanted.items() if self._loaded.get(name) != key]
+        for name in changed:
+            self._loaded.pop(name, None)
+
+        def note(name: str) -> None:
+            self._loaded[name] = wanted[name]
+
+        sizes = {name: self._headers[name].count for name in changed}
+        self._merge(recipe, {name: self._targets[name] for name in changed}, sizes, note)
+        self.model = self._plain
+
+    def _merge(
+        self,
+        recipe: Recipe,
+        places: Mapping[str, Place],
+        sizes: Mapping[str, int],
+        note: Callable[[str], object],
+    ) -> None:
+        """Merge tensors of some sizes into their places, and note each one that is done."""
+        waiting = iter(sorted(places, key=lambda name: -sizes[name]))
+
+        def work() -> None:
+            for name in waiting:  # threads draw from one iterator, the largest tensors first
+                merge_tensor(recipe, name, self._inputs, out=places[name])
+                note(name)
+
+        if threads() == 1 or sum(sizes.values()) < WORTH_THREADS:
+            work()
+        else:
+            with pool() as workers:
+                for done in [workers.submit(work) for _ in range(threads())]:
+                    done.result()
+
+    def derivatives(self, recipe: Recipe) -> list[Derivatives]:
+        """Return dL/dp of every group's parameters p from the gradients in the live model; see `derivatives`.
+
+        Of the last loaded recipe, after a backward pass. A group whose method can't be differentiated, or
+        which makes no tensor, has none. Sums over tensors are taken in one order.
+        """
+        live = {each.untyped_storage().data_ptr(): each for each in self.model.parameters()}
+        found: dict[int, list[Derivatives]] = {}
+        # Tied weights that are stored twice lie in one place, and its gradient counts once.
+        owners = {address(place): name for name, place in self._targets.items()}
+        for name in sorted(owners.values()):
+            gradient = gradient_at(self._targets[name], live).view(self._headers[name].shape).numpy()
+            of_tensor = tensor_derivatives(recipe, name, gradient, self._inputs)
+            if of_tensor is not None:
+                found.setdefault(id(recipe.group_for(name)), []).append(of_tensor)
+        return [added(found.get(id(group), [])) for group in recipe.groups]
+
+
+def _key(recipe: Recipe, position: int) -> Hashable:
+    """Return what determines the bits a group makes of a tensor."""
+    group = recipe.groups[position]
+    method = methods.get(group.method)
+    return (
+        *_made_from(recipe, group),
+        tuple(group.parameters.items()),
+        recipe.dtype,
+        recipe.seed if method.random else None,
+        tuple(recipe.fisher[source] for source in group.sources) if method.fisher else None,
+    )
+
+
+def _made_from(recipe: Recipe, group: TensorGroup) -> tuple[Hashable, ...]:
+    """Return what a group reads, and how."""
+    return group.method, group.sources, group.shifts, recipe.base_of(group), group.base_shift

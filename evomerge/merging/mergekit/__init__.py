@@ -1,0 +1,1 @@
+"""mergekit's YAML, read into recipes and written from them."""

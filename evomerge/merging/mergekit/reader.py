@@ -1,0 +1,402 @@
+"""Recipes as mergekit YAML, both ways.
+
+Reading understands the configuration grammar for the methods we have: `models`, `slices` or one module;
+slices that stack, skip, repeat and shift layers; parameters as numbers, gradients over the layers, or
+ordered filters, looked up from the source over its slice and module to the whole file; `base_model` per
+slice, with a `layer_range` of its own; `dtype` and `out_dtype`; `path+adapter`.
+Writing puts every run of layers with equal parameters into a slice and the rest into filters, then reads
+the result back and compares: what can't be said exactly is refused.
+
+Deviations from mergekit: we compute in float32 whatever `dtype` says (it writes `out_dtype`, else
+`dtype`, else the stored type, and so do we); DARE rescales by 1/density; misspelt keys are errors; a
+model that appears twice in a slice stays two sources; a base that slices do not list is read at the
+layers of their sources; `weight` may be left out; the final norm and the head are made of all sources of
+the last slice (mergekit takes no more than the first slice has). What slices mean is in
+`mergekit_groups`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.merging import methods
+from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
+from evomerge.merging.methods import Method
+from evomerge.merging.recipe import DTYPES, UNION, Recipe
+from evomerge.schema import parse_yaml
+
+KEYS = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
+UNUSED = {"task_arithmetic": ("density", "rescale")}
+"""Parameters mergekit accepts for a method although they do not change what it computes."""
+NEVER_USED = "int8_mask"
+"""A parameter of mergekit that saves it memory and never changes what any method computes."""
+NEUTRAL = {
+    "ties": {"rescale": False},
+    "breadcrumbs": {"rescale": False},
+    "breadcrumbs_ties": {"rescale": False},
+    "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
+    "multislerp": {"normalize_weights": True},
+}
+"""Parameters we understand only at the value that changes nothing; any other is refused by name."""
+OURS = ("chained_slerp", "fisher")
+"""Methods mergekit does not have."""
+COPYING = ("slerp", "arcee_fusion")
+"""Methods that take the only source of a slice as it is."""
+Conditions = Mapping[str, tuple[Condition, ...]]
+"""Parameter -> ordered conditions, of one level of the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One source of a slice: its location, its own parameters, and the first of its layers."""
+
+    model: str
+    parameters: Conditions
+    start: int = 0
+
+
+def read(
+    text: str, *, root: str | Path | None = None, seed: int = 0, tensors: Iterable[str] | None = None
+) -> Recipe:
+    """Return the recipe that a mergekit YAML describes.
+
+    root: folder where relative model paths start (default: the current one). seed: owner of random
+    masks, which mergekit takes from its command line. tensors: names of the model's tensors. Without
+    them, the headers of the models are read where the file needs them: for slices, gradients over
+    `models`, and filters that overlap.
+
+    Raises ConfigError, naming the nearest valid key for an unknown one.
+    """
+    try:
+        data = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("mergekit file: not valid YAML", got=" ".join(str(error).split())) from None
+    data = _checked(data, KEYS, "mergekit file")
+    if "merge_method" not in data:
+        raise ConfigError("mergekit file: missing key 'merge_method'")
+    method = methods.get(str(data["merge_method"]))
+    if method.name in OURS:
+        raise ConfigError(
+            f"mergekit file: {method.name} is not one of its methods", fix="write a recipe.yaml"
+        )
+    slices = placed(_slices(data, method))
+    base = _base(data, "mergekit file")
+    tokenizer = _tokenizer(data)
+    used = [each for part in slices for each in (part.made.base, *part.made.sources)]
+    if tokenizer == "base":
+        tokenizer = base or slices[0].made.sources[0]
+    named = (base, *used, tokenizer)
+    locations = list(dict.fromkeys(each for each in named if each and each != UNION))
+    names = _names(locations)
+    places = {location: resolved(location, root) for location in locations}
+    headers = Headers(places, tensors, base)
+    length = None
+    if slices[0].length is not None:
+        length = slices[-1].start + (slices[-1].length or 0)
+        try:
+            check_ranges(slices, headers)
+            own = locations[0] if tokenizer in (None, UNION) else tokenizer
+            if length == headers.layout(own).num_layers:
+                length = None
+        except ModelError:
+            pass  # the models are not at hand; whoever merges checks the layers again
+    pattern = tokenizer or base
+    if any(methods.get(part.made.method).uses_base(base) and part.made.base is None for part in slices):
+        base = None  # so that groups without a base have none; the others name theirs
+    return Recipe(
+        models={names[location]: place for location, place in places.items()},
+        base=names[base] if base else None,
+        groups=groups(slices, names, base, headers),
+        dtype=_dtype(data, headers, locations[0]),
+        tokenizer=names.get(pattern, UNION) if pattern and (tokenizer or base is None) else "",
+        seed=seed,
+        num_layers=length,
+    )
+
+
+def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
+    """Bring `models`, `slices` and `modules` to one form; shifts are still the sources' first layers."""
+    given = [key for key in ("models", "slices", "modules") if data.get(key)]
+    if len(given) != 1:
+        raise ConfigError(
+            "mergekit file: what to merge", expected="exactly one of models, slices, modules", got=str(given)
+        )
+    levels = [_parameters(data, method, "parameters")]
+    content, where = data, ""
+    if given == ["modules"]:
+        if not isinstance(data["modules"], Mapping) or len(data["modules"]) != 1:
+            raise ConfigError("mergekit file: modules", expected="one module", got=str(data["modules"])[:80])
+        name, content = next(iter(data["modules"].items()))
+        where = f"modules.{name}."
+        content = _checked(content, ("models", "slices", "parameters"), f"mergekit file: modules.{name}")
+        levels.insert(0, _parameters(content, method, f"{where}parameters"))
+    base = _base(data, "mergekit file")
+    if content.get("models"):
+        entries = _list(content["models"], f"{where}models")
+        return [_slice(entries, base, method, levels, f"{where}models", ranged=False)]
+    slices = []
+    for index, entry in enumerate(_list(content.get("slices"), f"{where}slices")):
+        place = f"{where}slices[{index}]"
+        part = _checked(entry, ("sources", "parameters", "base_model"), f"mergekit file: {place}")
+        entries = _list(part.get("sources"), f"{place}.sources")
+        own = _base(part, f"mergekit file: {place}") or base
+        inner = [_parameters(part, method, f"{place}.parameters"), *levels]
+        slices.append(_slice(entries, own, method, inner, f"{place}.sources", ranged=True))
+    return slices
+
+
+def _slice(
+    given: Sequence[Any],
+    base: str | None,
+    method: Method,
+    levels: Sequence[Conditions],
+    where: str,
+    *,
+    ranged: bool,
+) -> Slice:
+    valid = ("model", "parameters", *(("layer_range",) if ranged else ()))
+    entries, lengths = [], []
+    for index, each in enumerate(given):
+        place = f"{where}[{index}]"
+        entry = _checked(each, valid, f"mergekit file: {place}")
+        model = _location(entry.get("model"), f"mergekit file: {place}: model")
+        parameters = _parameters(entry, method, f"{place}.parameters", source=True)
+        start, end = _layer_range(entry, place) if ranged else (0, None)
+        entries.append(_Entry(model=model, parameters=parameters, start=start))
+        lengths.append(None if end is None else end - start)
+    if len(set(lengths)) > 1:
+        ranges = [
+            f"{e.model} [{e.start}, {e.start + (n or 0)}]" for e, n in zip(entries, lengths, strict=True)
+        ]
+        raise ConfigError(
+            f"mergekit file: {where}: the sources of a slice have different numbers of layers",
+            expected="layer_ranges of the same length",
+            got=", ".join(ranges),
+        )
+    if ranged and _is_copy(method, entries, base):
+        made = Made(method="passthrough", sources=(entries[0].model,), shift=(entries[0].start,), base=None)
+        return Slice(length=lengths[0], made=made, conditions={"scale": (((None, (1.0,)),),)})
+    made, entries = _roles(method, entries, base, levels, where, ranged=ranged)
+    conditions = {}
+    for name, parameter in method.parameters.items():
+        chains = [entry.parameters.get(name, ()) for entry in entries] if parameter.per_source else [()]
+        outer = tuple(c for level in levels for c in level.get(name, ()))
+        conditions[name] = tuple((*chain, *outer, (None, (parameter.default,))) for chain in chains)
+    return Slice(length=lengths[0], made=made, conditions=conditions)
+
+
+def _is_copy(method: Method, entries: Sequence[_Entry], base: str | None) -> bool:
+    """Whether a slice of these sources is one model as it is: nothing is added to it."""
+    if len(entries) != 1:
+        return False
+    return method.name in COPYING or (method.uses_base(base) and entries[0].model == base)
+
+
+def _roles(
+    method: Method,
+    entries: list[_Entry],
+    base: str | None,
+    levels: Sequence[Conditions],
+    where: str,
+    *,
+    ranged: bool,
+) -> tuple[Made, list[_Entry]]:
+    """Give the base model its role: it is no task vector of its own, and it is slerp's t = 0.
+
+    mergekit adds an unlisted base to `models`, where methods without a base average it like any other,
+    but not to the sources of slices.
+    """
+    where = f"mergekit file: {where}"
+    listed = [entry for entry in entries if entry.model == base]
+    own, base_start = base if method.uses_base(base) else None, 0
+    if own is not None and ranged and not listed and not method.needs_base and method.name != "nuslerp":
+        own = None
+    if own is not None:
+        entries = [entry for entry in entries if entry.model != base]
+        starts = {entry.start for entry in listed or entries}
+        if len(listed) > 1 or len(starts) > 1:
+            raise ConfigError(
+                f"{where}: at which layers is the base {base} read?",
+                expected="the base among the sources, once, with its layer_range",
+                got=f"{len(listed)} times",
+            )
+        base_start = starts.pop() if starts else 0
+    elif method.name == "slerp":
+        if base is None:
+            raise ConfigError(f"{where}: slerp needs base_model, the model at t = 0")
+        first = listed[0] if listed else _Entry(model=base, parameters={})
+        entries = [first, *(entry for entry in entries if entry is not first)]
+    elif base is not None and not ranged and not listed and method.max_sources != len(entries):
+        if "weight" in method.parameters and not any("weight" in level for level in levels):
+            raise ConfigError(
+                f"{where}: {method.name} averages base_model with the models, and nothing gives it a weight",
+                expected=f"{base} among the models with a weight, or no base_model",
+            )
+        entries = [*entries, _Entry(model=base, parameters={})]
+    made = Made(
+        method=method.name,
+        sources=tuple(entry.model for entry in entries),
+        shift=tuple(entry.start for entry in entries),
+        base=own,
+        base_shift=base_start,
+    )
+    return made, entries
+
+
+def _parameters(
+    data: Mapping[str, Any], method: Method, where: str, *, source: bool = False
+) -> dict[str, tuple[Condition, ...]]:
+    """Return parameter -> ordered conditions of one level of the file."""
+    found: dict[str, tuple[Condition, ...]] = {}
+    where = f"mergekit file: {where}"
+    for name, setting in _mapping(data.get("parameters") or {}, where).items():
+        neutral = NEUTRAL.get(method.name, {})
+        unused = name == NEVER_USED or name in UNUSED.get(method.name, ())
+        if unused or (name in neutral and setting == neutral[name]):
+            continue
+        declared = method.parameter(str(name), where)
+        if source and not declared.per_source:
+            raise ConfigError(
+                f"{where}: {name} holds for all sources of a tensor", fix="move it out of the source"
+            )
+        found[name] = _conditions(setting, f"{where}.{name}")
+        if declared.kind == "flag":  # mergekit takes 0 and 1 as well
+            found[name] = tuple(
+                (p, tuple(bool(v) if v in (0, 1) else v for v in vs)) for p, vs in found[name]
+            )
+    return found
+
+
+def _conditions(setting: object, where: str) -> tuple[Condition, ...]:
+    if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
+        found: list[Condition] = []
+        for given in setting:
+            item = _checked(given, ("filter", "value"), where)
+            if "value" not in item:
+                raise ConfigError(f"{where}: a filter without value")
+            part = item.get("filter")
+            found.append((None if part in (None, "*") else str(part), _values(item["value"], where)))
+        return tuple(found)
+    return ((None, _values(setting, where)),)
+
+
+def _values(value: object, where: str) -> tuple[Any, ...]:
+    values = [_number(each) for each in (value if isinstance(value, list) else [value])]
+    numbers = all(isinstance(v, int | float) for v in values)
+    if not values or not numbers or (len(values) > 1 and any(isinstance(v, bool) for v in values)):
+        raise ConfigError(f"{where}", expected="a number, a list of numbers, or filters", got=repr(value))
+    return tuple(values)
+
+
+def _number(value: object) -> object:
+    """Return the number a text like `1e-5` is, which YAML 1.1 takes for a text; all else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
+    given = entry.get("layer_range")
+    whole = isinstance(given, list) and len(given) == 2 and all(type(v) is int for v in given)
+    if not whole or not 0 <= given[0] < given[1]:  # type: ignore[index]
+        raise ConfigError(
+            f"mergekit file: {where}: layer_range", expected="[first, end), end above first", got=repr(given)
+        )
+    return given[0], given[1]  # type: ignore[index]
+
+
+def _names(locations: Iterable[str]) -> dict[str, str]:
+    """Return location -> a short name: its last part, numbered where it is taken or means all models."""
+    names: dict[str, str] = {}
+    for location in dict.fromkeys(locations):
+        stem = Path(location.rpartition("+")[2]).name or location
+        name, number = stem, 2
+        while name in (*names.values(), UNION):
+            name, number = f"{stem}-{number}", number + 1
+        names[location] = name
+    return names
+
+
+def resolved(location: str, root: str | Path | None) -> str:
+    """Return a location whose parts start at `root` where they exist there."""
+    parts = location.split("+")
+    if root is not None:
+        parts = [str(Path(root) / part) if (Path(root) / part).exists() else part for part in parts]
+    return "+".join(parts)
+
+
+def _base(data: Mapping[str, Any], where: str) -> str | None:
+    given = data.get("base_model")
+    return None if given is None else _location(given, f"{where}: base_model")
+
+
+def _location(given: object, where: str) -> str:
+    """Return a model's location, written as a text or as mergekit's own mapping of model and lora."""
+    if isinstance(given, dict) and "model" in given:
+        parts = _checked(given, ("model", "lora"), where)
+        return "+".join(_location(parts[key], where) for key in ("model", "lora") if parts.get(key))
+    if isinstance(given, dict) and "path" in given:
+        return str(_checked(given, ("path",), where)["path"])
+    if not isinstance(given, str):
+        raise ConfigError(where, expected="a path or hub id", got=repr(given))
+    return given
+
+
+def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
+    for key in ("dtype", "out_dtype"):
+        if data.get(key) is not None and data[key] not in DTYPES:
+            raise ConfigError(f"mergekit file: {key}: {data[key]!r}", fix=nearest(str(data[key]), DTYPES))
+    given = data.get("out_dtype") or data.get("dtype")
+    return str(given) if given else headers.dtype(location)
+
+
+def _tokenizer(data: Mapping[str, Any]) -> str | None:
+    """Return `base`, `union`, or the location of the tokenizer's model; None where the file says nothing."""
+    if data.get("chat_template") not in (None, "auto"):
+        raise ConfigError("mergekit file: chat_template is not supported", fix="set it in the result")
+    given = data.get("tokenizer_source")
+    if data.get("tokenizer") is not None:
+        given = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(
+            "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(given)
+        )
+    return given
+
+
+def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:
+    for key in (found := _mapping(data, where)):
+        if key not in valid:
+            raise ConfigError(f"{where}: unknown key {key!r}", fix=nearest(str(key), valid))
+    return found
+
+
+def _mapping(data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ConfigError(where, expected="a mapping", got=type(data).__name__)
+    return data
+
+
+def _list(data: object, where: str) -> list[Any]:
+    if not isinstance(data, list) or not data:
+        raise ConfigError(f"mergekit file: {where}", expected="a list", got=repr(data)[:80])
+    return data

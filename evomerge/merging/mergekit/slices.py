@@ -1,0 +1,262 @@
+"""The slices of a mergekit file as tensor groups of a recipe: which layers, which sources, which parameters.
+
+`mergekit` reads the file into slices; this module says what they mean, tensor by tensor, and writes that
+down in as few groups as it can. Tensors before the first layer are the first slice's, those after the
+last layer the last slice's, both at position 0 of gradients; a layer's position is idx / (n - 1) inside
+its slice. Filters of per-source parameters see the tensor's name in the source, those of other
+parameters its name in the result, which differ where layers are shifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from evomerge.errors import ConfigError
+from evomerge.merging import methods
+from evomerge.merging.recipe import OUTSIDE, Setting, TensorGroup, layer_of, shifted
+from evomerge.merging.sources.checkpoint import HEADS, Layout
+from evomerge.merging.sources.source import Source, open_source
+
+EMBEDDINGS = ("embed", "wte", "wpe")
+"""Parts of the names of tensors before the first layer, which are the first slice's."""
+STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+Condition = tuple[str | None, tuple[Any, ...]]
+"""A filter (None: always) and its value: one number, or a gradient over the slice's layers."""
+Rule = tuple[tuple[str, ...], tuple[tuple[str, Setting], ...]]
+"""Substrings of tensor names and the parameters of the tensors that contain one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a tensor is made of: a method, sources (locations) and how far their layers are shifted."""
+
+    method: str
+    sources: tuple[str, ...]
+    shift: tuple[int, ...]
+    base: str | None
+    base_shift: int = 0
+
+    def outside(self) -> Made:
+        """Return the same for tensors outside the layers, which are never shifted."""
+        return replace(self, shift=(0,) * len(self.shift), base_shift=0)
+
+    def further(self, by: int) -> Made:
+        """Return the same with all shifts changed."""
+        return replace(self, shift=tuple(s + by for s in self.shift), base_shift=self.base_shift + by)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """Consecutive layers of the result from `start` on; length None: all layers of the models."""
+
+    start: int = 0
+    length: int | None
+    made: Made
+    conditions: Mapping[str, tuple[tuple[Condition, ...], ...]]
+    """Parameter -> for each source (one entry for parameters of the group) its ordered conditions."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same parameters: no gradients, and no filters with layer numbers."""
+        chains = [chain for chains in self.conditions.values() for chain in chains]
+        return all(len(values) == 1 and not _numbered(part) for chain in chains for part, values in chain)
+
+
+class Headers:
+    """Facts about the models that a file leaves open, read from their headers when first needed."""
+
+    def __init__(self, places: Mapping[str, str], tensors: Iterable[str] | None, base: str | None) -> None:
+        self._places, self._base = places, base
+        self._tensors = None if tensors is None else tuple(tensors)
+        self._opened: dict[str, Source] = {}
+        self._layouts: dict[str, Layout] = {}
+
+    def _source(self, location: str) -> Source:
+        if location not in self._opened:
+            below = self._places[self._base] if self._base else None
+            self._opened[location] = open_source(self._places[location], base=below)
+        return self._opened[location]
+
+    def names(self, location: str) -> tuple[str, ...]:
+        """Return the names of a model's tensors."""
+        return tuple(self._source(location).headers) if self._tensors is None else self._tensors
+
+    def layout(self, location: str) -> Layout:
+        """Return how a model's tensors are named."""
+        key = location if self._tensors is None else ""
+        if key not in self._layouts:
+            self._layouts[key] = Layout.of(self.names(location))
+        return self._layouts[key]
+
+    def dtype(self, location: str) -> str:
+        """Return the type a model is stored in."""
+        return STORED[next(iter(self._source(location).headers.values())).dtype]
+
+
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside the layers comes before them, as embeddings do."""
+    return any(part in name for part in EMBEDDINGS) and not name.endswith(HEADS)
+
+
+def groups(
+    slices: Sequence[Slice], names: Mapping[str, str], base: str | None, headers: Headers
+) -> tuple[TensorGroup, ...]:
+    """Return the tensor groups that slices stand for.
+
+    names: location -> name in the recipe. base: location of the recipe's base; groups with another get
+    their own.
+    """
+    return tuple(
+        TensorGroup(
+            method=made.method,
+            sources=tuple(names[source] for source in made.sources),
+            parameters=dict(parameters),
+            layers=layers,
+            match=match,
+            shift=made.shift,
+            base=names[made.base] if made.base is not None and made.base != base else None,
+            base_shift=made.base_shift,
+        )
+        for layers, made, rules in _places(slices, headers)
+        for match, parameters in rules
+    )
+
+
+def _places(
+    slices: Sequence[Slice], headers: Headers
+) -> list[tuple[tuple[int, ...] | None, Made, list[Rule]]]:
+    """Return (layers, sources, rules), one for each run of layers that are made the same way."""
+    if len(slices) == 1 and slices[0].length is None and slices[0].uniform:
+        return [(None, slices[0].made, _rules(slices[0], 0.0, headers, "all"))]
+    runs: list[tuple[list[int], Made, list[Rule]]] = []
+    for part in slices:
+        count = headers.layout(part.made.sources[0]).num_layers if part.length is None else part.length
+        for index in range(count):
+            position = index / (count - 1) if count > 1 else 1.0
+            layer = part.start + index
+            rules = _rules(part, position, headers, layer)
+            if runs and runs[-1][1:] == (part.made, rules):
+                runs[-1][0].append(layer)
+            else:
+                runs.append(([layer], part.made, rules))
+    places: list[tuple[tuple[int, ...] | None, Made, list[Rule]]]
+    places = [(tuple(layers), made, rules) for layers, made, rules in runs]
+    first, last = (
+        (part.made.outside(), _rules(part, 0.0, headers, "outside")) for part in (slices[0], slices[-1])
+    )
+    if first != last:
+        outside = headers.layout(slices[0].made.sources[0]).outside
+        names = [name for name in outside if is_before_layers(name)]
+        places.append((OUTSIDE, first[0], _exact_rules(slices[0], 0.0, names)))
+    return [*places, (OUTSIDE, *last)]
+
+
+def _rules(
+    part: Slice, position: float, headers: Headers, scope: int | Literal["all", "outside"]
+) -> list[Rule]:
+    """Return ordered rules for all tensors, for those of one layer, or for those outside the layers."""
+    chains = [chain for chains in part.conditions.values() for chain in chains]
+    orders = {order for chain in chains if (order := _filters(chain))}
+    numbered = any(_numbered(each) for order in orders for each in order)
+    if len(orders) <= 1 and not numbered:
+        order = next(iter(orders), ())
+        named: list[Rule] = [((each,), _resolve(part, position, each)) for each in order]
+        return _joined([*named, ((), _resolve(part, position, ""))])
+    # Filters of several parameters overlap in their own ways: ask the tensors themselves.
+    first = part.made.sources[0]
+    if isinstance(scope, int):
+        shift = part.made.shift[0]
+        inside = [n for n in headers.names(first) if layer_of(n) == scope + shift]
+        rules = _exact_rules(part, position, [shifted(name, -shift) for name in inside])
+    else:
+        modules = [f".{m}" for m in headers.layout(first).modules] if scope == "all" else []
+        rules = _exact_rules(part, position, [*headers.layout(first).outside, *modules])
+    return [((), rules[0][1])] if len(rules) == 1 else rules
+
+
+def _exact_rules(part: Slice, position: float, names: Sequence[str]) -> list[Rule]:
+    """Return rules by full names (inside a layer: after its number), one for each set of parameters."""
+    by_setting: dict[tuple[tuple[str, Setting], ...], dict[str, None]] = {}
+    for name in names:
+        layer = layer_of(name)
+        match = name if layer is None else f".{name.partition(f'.{layer}.')[2]}"
+        by_setting.setdefault(_resolve(part, position, name), {})[match] = None
+    return [(tuple(found), settings) for settings, found in by_setting.items()]
+
+
+def _joined(rules: list[Rule]) -> list[Rule]:
+    """Join neighbouring rules with equal parameters, and drop what the default says anyway."""
+    joined: list[Rule] = []
+    for match, settings in rules:
+        if joined and joined[-1][1] == settings:
+            joined[-1] = ((*joined[-1][0], *match) if match else (), settings)
+        else:
+            joined.append((match, settings))
+    return joined
+
+
+def _numbered(part: str | None) -> bool:
+    """Whether a filter may tell one layer from another."""
+    return part is not None and any(character.isdigit() for character in part)
+
+
+def _filters(chain: Sequence[Condition]) -> tuple[str, ...]:
+    """Return the filters of a chain up to its first unconditional value."""
+    found: dict[str, None] = {}
+    for part, _ in chain:
+        if part is None:
+            break
+        found[part] = None
+    return tuple(found)
+
+
+def _resolve(part: Slice, position: float, name: str) -> tuple[tuple[str, Setting], ...]:
+    """Return the parameters of an output tensor by name, in the method's order."""
+    settings: list[tuple[str, Setting]] = []
+    for parameter, chains in part.conditions.items():
+        if methods.get(part.made.method).parameters[parameter].per_source:
+            each = zip(chains, part.made.shift, strict=True)
+            values = tuple(_value(chain, position, shifted(name, shift)) for chain, shift in each)
+            settings.append((parameter, values))
+        else:
+            settings.append((parameter, _value(chains[0], position, name)))
+    return tuple(settings)
+
+
+def _value(chain: Sequence[Condition], position: float, name: str) -> float | int | bool:
+    values = next(values for part, values in chain if part is None or part in name)
+    if len(values) == 1:
+        return values[0]  # type: ignore[no-any-return]
+    place = position * (len(values) - 1)
+    left = min(int(place), len(values) - 2)
+    share = place - left
+    return float(values[left] * (1.0 - share) + values[left + 1] * share)
+
+
+def placed(slices: Sequence[Slice]) -> list[Slice]:
+    """Return the slices with their place in the result, one after the other, and shifts relative to it."""
+    start, result = 0, []
+    for part in slices:
+        result.append(replace(part, start=start, made=part.made.further(-start)))
+        start += part.length or 0
+    return result
+
+
+def check_ranges(slices: Sequence[Slice], headers: Headers) -> None:
+    """Refuse layers a model does not have."""
+    for index, part in enumerate(slices):
+        made = part.made
+        reads = [*zip(made.sources, made.shift, strict=True)]
+        reads += [(made.base, made.base_shift)] if made.base is not None else []
+        for source, shift in reads:
+            first = part.start + shift
+            end, count = first + (part.length or 0), headers.layout(source).num_layers
+            if end > count:
+                raise ConfigError(
+                    f"mergekit file: slices[{index}]: {source} does not have all layers of its layer_range",
+                    expected=f"an end of at most {count}",
+                    got=f"[{first}, {end}]",
+                )

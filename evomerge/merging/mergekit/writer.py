@@ -1,0 +1,228 @@
+"""Write a recipe as mergekit YAML, or say why it can't be said there.
+
+One method for all groups; runs of layers with equal groups become slices, each source with its own
+layers and the base among them; names become filters, and the tensors outside the layers are filtered by
+their full names in the first slice (embeddings) and the last. What is written is read back and compared
+tensor by tensor, so nothing wrong is ever written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+
+from evomerge.errors import ConfigError
+from evomerge.merging import methods
+from evomerge.merging.mergekit import reader
+from evomerge.merging.mergekit.slices import is_before_layers
+from evomerge.merging.recipe import Recipe, Setting, TensorGroup, layer_of, shifted
+from evomerge.merging.sources.source import open_used
+from evomerge.merging.stacking import output_names
+
+Branch = tuple[str | None, TensorGroup]
+"""A filter (None: everything else) and the group it leads to."""
+
+
+def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
+    """Return mergekit YAML that makes the same model, or raise ConfigError.
+
+    tensors: names of the model's tensors; where a recipe has more than one group and they are not given,
+    they are read from the headers of the tokenizer's model. Left out, because mergekit takes them from
+    elsewhere: the seed of random masks (its command line).
+    """
+    used = {group.method for group in recipe.groups if not _is_copy(group)} or {"passthrough"}
+    if len(used) > 1:
+        raise _inexpressible("one file has one merge method", f"methods {', '.join(sorted(used))}")
+    if ours := used & set(reader.OURS):
+        raise _inexpressible("a method of mergekit's", ", ".join(sorted(ours)))
+    plain = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
+    names: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    if plain and not recipe.stacked:
+        data = _head(recipe, *used) | {"models": _models(recipe, [(None, recipe.groups[0])])}
+        data["parameters"] = _shared([(None, recipe.groups[0])])
+    else:
+        names, own = _names(recipe, tensors)
+        data = _head(recipe, *used)
+        data |= {"slices": _slices(recipe, names, data.get("base_model"))}
+        if "slerp" in used and any(map(_is_copy, recipe.groups)):
+            data["parameters"] = {"t": 0.0}  # mergekit wants one even where it copies
+    text = yaml.safe_dump(
+        {key: value for key, value in data.items() if value}, sort_keys=False, default_flow_style=None
+    )
+    _verify(recipe, text, names, own)
+    return text
+
+
+def _names(recipe: Recipe, tensors: Iterable[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the result's tensors, and those of the tokenizer's model."""
+    if tensors is None:
+        opened = {name: tuple(source.headers) for name, source in open_used(recipe).items()}
+    else:
+        opened = dict.fromkeys(recipe.models, tuple(tensors))
+    own = opened[recipe.pattern]
+    if not recipe.stacked:
+        return own, own
+    return tuple(output_names(recipe, opened, recipe.num_layers or _num_layers(own))), own
+
+
+def _is_copy(group: TensorGroup) -> bool:
+    """Whether a group is one model as it is; in files of other methods, a slice with one source can be."""
+    return group.method == "passthrough" and group.per_source("scale") == (1.0,)
+
+
+def _head(recipe: Recipe, method: str) -> dict[str, Any]:
+    data: dict[str, Any] = {"merge_method": method}
+    bases = [_base(recipe, group) for group in recipe.groups if group.method == method]
+    if bases[0] is not None and None not in bases:  # slices with another one name it themselves
+        data["base_model"] = recipe.models[bases[0]]
+    default = data.get("base_model") or recipe.models[recipe.groups[0].sources[0]]
+    if recipe.tokenizer not in recipe.models:
+        data["tokenizer_source"] = recipe.tokenizer
+    elif recipe.models[recipe.tokenizer] != default:
+        data["tokenizer_source"] = recipe.models[recipe.tokenizer]
+    # Merging computes in float32 here; mergekit computes in `dtype`, so both are written.
+    return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
+
+
+def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> list[dict[str, Any]]:
+    by_layer: dict[int | None, list[str]] = {layer: [] for layer in (None, *range(_num_layers(names)))}
+    for name in names:
+        by_layer[layer_of(name)].append(name)
+    outside: list[Branch] = [(name, recipe.group_for(name)) for name in by_layer.pop(None)]
+    runs: list[tuple[int, int, list[Branch]]] = []
+    for layer, members in sorted((layer, found) for layer, found in by_layer.items() if layer is not None):
+        branches = _branches(recipe, members)
+        if runs and runs[-1][2] == branches:
+            runs[-1] = (runs[-1][0], layer + 1, branches)
+        else:
+            runs.append((layer, layer + 1, branches))
+    if not runs:
+        raise _inexpressible("slices of layers", "a model without layers")
+    written = []
+    for index, (start, end, inner) in enumerate(runs):
+        ends = [each for each in outside if is_before_layers(each[0] or "") is (index == 0) or len(runs) == 1]
+        ends = ends if index in (0, len(runs) - 1) else []
+        branches = [*(each for each in ends if _falls_elsewhere(each, inner)), *inner]
+        shifts = {(group.shifts, group.base_shift) for _, group in inner}
+        if len(shifts) > 1:
+            raise _inexpressible("one shift for all tensors of a layer", f"several in layer {start}")
+        part: dict[str, Any] = {"sources": _models(recipe, branches, layers=(start, end), shift=shifts.pop())}
+        if (base := _base(recipe, inner[0][1])) and recipe.models[base] != base_model:
+            part["base_model"] = recipe.models[base]
+        if shared := _shared(branches):
+            part["parameters"] = shared
+        written.append(part)
+    first, last = (len(written[end]["sources"]) for end in (0, -1))
+    if first < last:  # mergekit would leave them out of the final norm and the head, without a word
+        raise _inexpressible("no more sources in the last slice than in the first", f"{last} after {first}")
+    return written
+
+
+def _base(recipe: Recipe, group: TensorGroup) -> str | None:
+    """Return what mergekit calls the base_model of a group: the base it reads, or slerp's t = 0."""
+    return group.sources[0] if group.method == "slerp" else recipe.base_of(group)
+
+
+def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
+    """Return the filters that lead the tensors of one layer to their groups, first match first."""
+    reached = {id(recipe.group_for(name)) for name in members}
+    branches: list[Branch] = []
+    for group in recipe.groups:
+        if id(group) in reached:
+            branches += [(part, group) for part in group.match] or [(None, group)]
+    return branches
+
+
+def _falls_elsewhere(branch: Branch, branches: Sequence[Branch]) -> bool:
+    """Say whether a tensor outside the layers would get other parameters from a layer's branches."""
+    name, group = branch
+    found = (g for part, g in branches if part is None or part in (name or ""))
+    other = next(found, None)
+    return other is None or (other.sources, other.parameters) != (group.sources, group.parameters)
+
+
+def _models(
+    recipe: Recipe,
+    branches: Sequence[Branch],
+    layers: tuple[int, int] | None = None,
+    shift: tuple[tuple[int, ...], int] = ((), 0),
+) -> list[dict[str, Any]]:
+    sources = {(group.sources, _base(recipe, group)) for _, group in branches}
+    if len(sources) > 1:
+        raise _inexpressible(
+            "the same sources for all tensors of a slice", f"{len(sources)} lists of sources"
+        )
+    names, base = sources.pop()
+    if len({recipe.models[name] for name in names}) < len(names):
+        raise _inexpressible("each source once", f"sources {', '.join(names)}")
+    copied = _is_copy(branches[-1][1]) and any(g.method != "passthrough" for g in recipe.groups)
+    declared = () if copied else methods.get(branches[-1][1].method).parameters.values()
+    per_source = [parameter.name for parameter in declared if parameter.per_source]
+    entries = []
+    for index, name in enumerate(names):
+        entry: dict[str, Any] = {"model": recipe.models[name]}
+        if layers is not None:
+            entry["layer_range"] = [end + shift[0][index] for end in layers]
+        if per_source:
+            entry["parameters"] = {
+                p: _setting([(part, group.per_source(p)[index]) for part, group in branches])
+                for p in per_source
+            }
+        entries.append(entry)
+    if layers is not None and base is not None and base not in names:
+        ranged = [end + shift[1] for end in layers]
+        entries.insert(0, {"model": recipe.models[base], "layer_range": ranged})
+    return entries
+
+
+def _shared(branches: Sequence[Branch]) -> dict[str, Any]:
+    declared = methods.get(branches[0][1].method).parameters.values()
+    return {
+        p.name: _setting([(part, group.parameters[p.name]) for part, group in branches])
+        for p in declared
+        if not p.per_source
+    }
+
+
+def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:
+    if len({value for _, value in values}) == 1:
+        return values[0][1]
+    return [{"value": value} if part is None else {"filter": part, "value": value} for part, value in values]
+
+
+def _verify(recipe: Recipe, text: str, names: Sequence[str], tensors: Sequence[str]) -> None:
+    """Read the text back and compare what every tensor is made of."""
+    try:
+        again = reader.read(text, seed=recipe.seed, tensors=tensors or None)
+    except ConfigError as error:
+        raise _inexpressible("a file that reads back", error.what) from None
+    if _num_layers(names) != (again.num_layers or _num_layers(tensors)):
+        raise _inexpressible(f"{_num_layers(names)} layers", f"{again.num_layers} when read back")
+    for name in names or ("",):
+        ours, theirs = (_made_of(each, name) for each in (recipe, again))
+        if ours != theirs:
+            raise _inexpressible(f"{name or 'all tensors'} made by {ours}", f"{theirs} when read back")
+
+
+def _num_layers(names: Iterable[str]) -> int:
+    return 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+
+
+def _made_of(recipe: Recipe, name: str) -> tuple[Any, ...]:
+    group = recipe.group_for(name)
+    base = recipe.base_of(group)
+    reads = [(recipe.models[source], tensor) for source, tensor in group.reads(name)]
+    below = None if base is None else (recipe.models[base], shifted(name, group.base_shift))
+    return group.method, reads, below, dict(group.parameters), recipe.dtype
+
+
+def _inexpressible(expected: str, got: str) -> ConfigError:
+    return ConfigError(
+        "this recipe can't be written as mergekit YAML",
+        expected=expected,
+        got=got,
+        fix="use recipe.yaml: `evomerge merge recipe.yaml OUT`",
+    )

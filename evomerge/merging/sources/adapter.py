@@ -1,0 +1,454 @@
+"""LoRA adapters as sources: a checkpoint plus low-rank updates, read as if they were one model.
+
+The tensor of an adapted model is what peft's `merge_and_unload` makes of it in float32: the base's, or the
+whole tensor the adapter stores in its place (modules_to_save, trained biases), plus scale * B A. Read
+exactly: alpha, rsLoRA, rank and alpha patterns, layers stored transposed (Conv1D), adapted embeddings,
+lora_bias. Everything else that changes a model's output (DoRA, new tokens, initialisations that change the
+base) is refused by name, and so is an adapter that takes a tied head and its embeddings apart: merged, it
+would be another model than the one that was trained, or one with other tensors than its base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import ModelError
+from evomerge.merging.sources.arrays import Array, of_tensor
+from evomerge.merging.sources.checkpoint import HEADS, Checkpoint, Layout, read_json, sample_hash
+from evomerge.merging.sources.tensorfile import Header, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+BARE = frozenset(
+    {
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+        "eva_config",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "ensure_weight_tying",
+        "modules_to_save",
+        "bias",
+        "lora_bias",
+    }
+)
+"""Keys of an adapter config that are read here, or that do not change what the adapter computes."""
+PAIRS = (("A.weight", "B.weight"), ("embedding_A", "embedding_B"))
+"""What a file calls the factors of a layer and of embeddings, after `lora_`."""
+BIAS = "B.bias"
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+"""Names of token embeddings, any prefix: what a tied model's head is."""
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that subtract from the base: the adapter then belongs to other weights than the base's."""
+
+
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+"""Model types whose layers are stored (in, out); only square weights don't show it by their shape."""
+UNMERGEABLE = "merge the adapter into its base with peft (merge_and_unload) and give that folder"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """One update: names of A (r, in) and B (out, r) in the adapter file, and the factor of B A.
+
+    Without A it is the update of a bias (lora_bias): the factor times the vector `up`.
+    """
+
+    down: str | None
+    up: str
+    scale: float
+    transposed: bool
+
+
+class AdaptedCheckpoint:
+    """A checkpoint with a LoRA adapter applied; reads like the checkpoint itself.
+
+    updates: tensor name -> what is added to it. replaced: tensor name -> what the file stores in its place.
+    A tensor in neither is the base's.
+    """
+
+    def __init__(self, base: Checkpoint, folder: Path, location: str) -> None:
+        self.base, self.adapter, self.location = base, folder, location
+        self.folder, self.config, self.headers = base.folder, base.config, base.headers
+        self._settings = read_json(folder / CONFIG)
+        self._factors: dict[str, Tensor] = {}
+        _refuse_unsupported(self._settings, location)
+        if not (folder / WEIGHTS).is_file():
+            pickled = (folder / "adapter_model.bin").is_file()
+            raise ModelError(
+                f"{location}: no {WEIGHTS} there",
+                got="adapter_model.bin, which is pickled and not read" if pickled else None,
+                fix="save the adapter again with safe_serialization=True" if pickled else None,
+            )
+        found = read_header(folder / WEIGHTS)
+        self.updates = _updates(found, location, self._settings, base)
+        self.replaced = _replaced(found, location, self._settings, base, self.updates)
+        if base.tied:
+            self._check_tied()
+
+    @property
+    def tied(self) -> bool:
+        return self.base.tied
+
+    @property
+    def layout(self) -> Layout:
+        return self.base.layout
+
+    @property
+    def num_layers(self) -> int:
+        return self.base.num_layers
+
+    @property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        return self.base.vocabulary
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the base's fingerprint and the adapter's config and weights (sampled)."""
+        parts = [self.base.fingerprint, self._settings, sample_hash(self.adapter / WEIGHTS)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def array(self, name: str, *, mapped: bool = True) -> Array:
+        """Return the tensor in float32 where the adapter changes it, else as stored."""
+        changed = name in self.updates or name in self.replaced
+        return of_tensor(self.tensor(name)) if changed else self.base.array(name, mapped=mapped)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the adapted tensor in float32: base + scale * B A. It must not be modified."""
+        kept = self._stored(self.replaced[name]) if name in self.replaced else self.base.tensor(name)
+        update = self.update(name)
+        return kept if update is None else kept + update
+
+    def update(self, name: str) -> Tensor | None:
+        """Return scale * B A of a tensor in float32, or None where it has no low-rank update."""
+        found = self.updates.get(name)
+        if found is None:
+            return None
+        if found.down is None:
+            return self._factor(found.up) * found.scale
+        with _one_thread():
+            product: Tensor = self._factor(found.up) @ self._factor(found.down)
+        return (product.T.contiguous() if found.transposed else product) * found.scale
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return B (out, r), times the scale, and A (r, in) of an updated weight, in float32."""
+        found = self.updates[name]
+        assert found.down is not None, name
+        return self._factor(found.up) * found.scale, self._factor(found.down)
+
+    def _factor(self, part: str) -> Tensor:
+        """Return a factor in float32; factors stay in memory, being small."""
+        if part not in self._factors:
+            self._factors[part] = self._stored(part)
+        return self._factors[part]
+
+    def _stored(self, part: str) -> Tensor:
+        import torch
+
+        tensor: Tensor = self._file.get_tensor(part)
+        return tensor.to(torch.float32)
+
+    @functools.cached_property
+    def _file(self) -> Any:
+        from safetensors import safe_open
+
+        return safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu")
+
+    def _check_tied(self) -> None:
+        """Refuse an adapter that takes a tied head and its embeddings apart; drop the head's equal copy."""
+        import torch
+
+        heads = [name for name in self.replaced if name.endswith(HEADS)]
+        embeddings = [name for name in self.replaced if name not in heads and is_embedding(name)]
+        adapted = [name for name in self.updates if name.endswith(HEADS) or is_embedding(name)]
+        if not adapted and not heads and not embeddings:
+            return
+        if not adapted and len(heads) == len(embeddings) == 1:
+            head, matrix = (self._stored(self.replaced[name]) for name in (heads[0], embeddings[0]))
+            if torch.equal(head, matrix):
+                del self.replaced[heads[0]]
+                return
+        raise _taken_apart(self.location, *adapted, *heads, *embeddings)
+
+
+def is_embedding(name: str) -> bool:
+    """Say whether a tensor is the matrix of token embeddings, by its name.
+
+    >>> is_embedding("model.embed_tokens.weight"), is_embedding("transformer.wpe.weight")
+    (True, False)
+    """
+    return name.endswith(EMBEDDINGS)
+
+
+def split_location(location: str) -> tuple[str, str | None]:
+    """Split `path+adapter`; a folder that really has a plus sign in its name stays whole.
+
+    >>> split_location("models/base+adapters/maths")
+    ('models/base', 'adapters/maths')
+    """
+    if "+" not in location or Path(location).expanduser().is_dir():
+        return location, None
+    for cut in (match.start() for match in re.finditer(r"\+", location)):
+        if Path(location[:cut]).expanduser().is_dir():
+            return location[:cut], location[cut + 1 :]
+    model, _, adapter = location.partition("+")
+    return model, adapter
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds an adapter and not a whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def open_adapter(
+    base: Checkpoint | None, folder: Path, location: str, *, fallback: str | None = None
+) -> AdaptedCheckpoint:
+    """Open an adapter on a base; without one, on the base its own config names, else on `fallback`.
+
+    A relative `base_model_name_or_path` starts at the adapter's folder, else at the current folder.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{location}: {folder} is not an adapter",
+            expected=f"a folder with {CONFIG}",
+            got="no such folder" if not folder.is_dir() else "a folder without it",
+        )
+    if base is None:
+        base = Checkpoint.open(_own_base(folder, location, fallback))
+    return AdaptedCheckpoint(base, folder, location)
+
+
+def _own_base(folder: Path, location: str, fallback: str | None) -> str:
+    named = read_json(folder / CONFIG).get("base_model_name_or_path")
+    if isinstance(named, str) and named:
+        for path in (folder / Path(named).expanduser(), Path(named).expanduser()):
+            if (path / "config.json").is_file():
+                return str(path)
+    if fallback is not None:
+        return fallback
+    if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and named[0] != ".":
+        return named
+    raise ModelError(
+        f"{location}: the adapter's base model is not there",
+        got=f"base_model_name_or_path: {named!r}",
+        fix="write the location as `base+adapter`",
+    )
+
+
+def _refuse_unsupported(settings: Mapping[str, Any], location: str) -> None:
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"{location}: unsupported adapter type {kind!r}", expected="LORA")
+    for key, value in settings.items():
+        if key not in BARE and value:
+            raise ModelError(
+                f"{location}: the adapter uses {key}, which is not supported",
+                expected="plain LoRA (alpha, rsLoRA, rank and alpha patterns, modules_to_save, bias)",
+                got=f"{key}: {json.dumps(value)[:80]}",
+                fix=UNMERGEABLE,
+            )
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
+        raise ModelError(
+            f"{location}: init_lora_weights: {start} changes the base, so the adapter alone is not the model",
+            fix=UNMERGEABLE,
+        )
+
+
+def _updates(
+    found: Mapping[str, Header], location: str, settings: Mapping[str, Any], base: Checkpoint
+) -> dict[str, LowRank]:
+    """Return tensor name -> update for every tensor of the base that has one."""
+    updates: dict[str, LowRank] = {}
+    for name, header in found.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
+        if not module:
+            continue
+        pair = next((pair for pair in PAIRS if part in pair), None)
+        if pair is None and part != BIAS:
+            raise _unsupported(location, name)
+        target = f"{module}.weight" if pair else f"{module}.bias"
+        if target not in base.headers:
+            if base.tied and target.endswith(HEADS):
+                raise _taken_apart(location, target)
+            raise ModelError(
+                f"{location}: the adapter changes {target!r}, which its base does not have",
+                expected="an adapter made for this base",
+                fix="check which base the adapter was trained on",
+            )
+        shape = base.headers[target].shape
+        if pair is None:
+            other = found.get(f"{name[: -len(BIAS)]}A.weight")
+            if other is None or header.shape != shape:
+                raise _misfit(location, target, shape, header)
+            scale = _scale(settings, module, other.shape[0])
+            updates[target] = LowRank(down=None, up=name, scale=scale, transposed=False)
+            continue
+        down, up = (f"{name[: -len(part)]}{each}" for each in pair)
+        if down not in found or up not in found:
+            raise ModelError(f"{location}: the adapter has only one of lora_A and lora_B for {module!r}")
+        flipped = pair == PAIRS[1] or _stored_transposed(base, shape, found[down], found[up])
+        if flipped:
+            shape = shape[::-1]
+        _check_shapes(location, target, shape, found[down], found[up])
+        scale = _scale(settings, module, found[down].shape[0])
+        updates[target] = LowRank(down=down, up=up, scale=scale, transposed=flipped)
+    return updates
+
+
+def _stored_transposed(base: Checkpoint, shape: tuple[int, ...], down: Header, up: Header) -> bool:
+    """Say whether a layer's weight is stored (in, out), as Conv1D does.
+
+    The file knows better than `fan_in_fan_out`, which peft overrules for the layers it does not fit.
+    """
+    if len(shape) == 2 and shape[0] == shape[1]:
+        return base.config.get("model_type") in CONV1D
+    return up.shape[:1] + down.shape[1:] == shape[::-1]
+
+
+def _replaced(
+    found: Mapping[str, Header],
+    location: str,
+    settings: Mapping[str, Any],
+    base: Checkpoint,
+    updates: Mapping[str, LowRank],
+) -> dict[str, str]:
+    """Return tensor name -> name in the file, for every tensor the adapter stores whole."""
+    adapted = {target.rpartition(".")[0] for target in updates}
+    replaced: dict[str, str] = {}
+    for name, header in found.items():
+        bare = name.removeprefix(PREFIX)
+        if ".lora_" in bare:
+            continue
+        target = bare.replace(".base_layer.", ".")
+        tied = base.tied and target.endswith(HEADS)
+        below = ".base_layer." in bare  # where the tensors of an adapted layer lie
+        if (target not in base.headers and not tied) or below != (target.rpartition(".")[0] in adapted):
+            raise _unsupported(location, name)
+        if not tied and header.shape != base.headers[target].shape:
+            raise _misfit(location, target, base.headers[target].shape, header)
+        replaced[target] = name
+    for module in settings.get("modules_to_save") or ():
+        lacking = [name for name in base.headers if _within(name, module) and name not in replaced]
+        if base.tied and not any(name.endswith(HEADS) for name in replaced):
+            lacking += [name for name in HEADS if _within(name, module)]
+        if lacking:
+            raise ModelError(
+                f"{location}: the adapter does not hold what its modules_to_save names",
+                expected=f"{lacking[0]!r} stored whole, for {module!r}",
+                fix="save the adapter again",
+            )
+    return replaced
+
+
+def _within(tensor: str, module: str) -> bool:
+    """Say whether a tensor belongs to a module that modules_to_save names; peft compares endings."""
+    parts = tensor.split(".")[:-1]
+    return any(".".join(parts[: end + 1]).endswith(module) for end in range(len(parts)))
+
+
+def _unsupported(location: str, name: str) -> ModelError:
+    return ModelError(
+        f"{location}: the adapter has an unsupported tensor {name!r}",
+        expected="lora_A and lora_B of linear layers and embeddings, or tensors of the base stored whole",
+        fix=UNMERGEABLE,
+    )
+
+
+def _misfit(location: str, target: str, shape: tuple[int, ...], found: Header) -> ModelError:
+    return ModelError(
+        f"{location}: the adapter does not fit {target!r}",
+        expected=str(list(shape)),
+        got=str(list(found.shape)),
+        fix="apply it to the base it was trained on, resized vocabulary included",
+    )
+
+
+def _taken_apart(location: str, *names: str) -> ModelError:
+    return ModelError(
+        f"{location}: the adapter takes apart the embeddings and the head that is tied to them",
+        expected="both unchanged, or both stored whole and equal (modules_to_save)",
+        got=f"changes of {', '.join(names)}",
+        fix="save the base with tie_word_embeddings=False and the head stored, and apply the adapter to that",
+    )
+
+
+def _check_shapes(location: str, target: str, shape: tuple[int, ...], down: Header, up: Header) -> None:
+    fits = len(down.shape) == len(up.shape) == len(shape) == 2
+    if not fits or (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+        raise ModelError(
+            f"{location}: the adapter does not fit {target!r}",
+            expected=f"B (out, r) and A (r, in) for a weight of shape {list(shape)}",
+            got=f"B {list(up.shape)}, A {list(down.shape)}",
+        )
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
+    declared = _by_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))
+    if declared != rank:
+        raise ModelError(
+            f"adapter: rank of {module!r}", expected=f"{declared:g}, as its config says", got=str(rank)
+        )
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """Return the value of the first pattern that matches the end of a module's name, as peft does."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return float(value)
+    return float(default)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Multiply matrices on one thread: how a product is split among threads may change its last bits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

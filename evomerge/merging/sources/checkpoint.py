@@ -1,0 +1,328 @@
+"""A model folder in safetensors: what it holds, told without reading weights, and its tensors on demand.
+
+Covers local folders and hub ids, single files and shards, tied and untied heads. Not covered: pickled
+weights (refused, they can run code), quantised weights and remote code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import ModelError
+from evomerge.merging.recipe import layer_of
+from evomerge.merging.sources.arrays import Array, to_tensor
+from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ARRAY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
+"""The types a merge can read: safetensors' code -> numpy's name."""
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Names of output projections, any prefix: what a tied model shares with its embeddings."""
+DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
+"""Buffers old files carry although the model computes them; they are not weights."""
+MASKS = ("attn.bias", "attention.bias")
+"""Causal masks of old GPT-2 and GPT-NeoX files: told from biases by their four dimensions."""
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a model's tensors are named: layers by index, module names inside a layer, the rest.
+
+    modules: distinct names inside the layers, e.g. `self_attn.q_proj.weight`, in the model's order.
+    outside: full names of the tensors that belong to no layer.
+    """
+
+    num_layers: int
+    modules: tuple[str, ...]
+    outside: tuple[str, ...]
+
+    @classmethod
+    def of(cls, names: tuple[str, ...]) -> Layout:
+        """Sort tensor names into a layout."""
+        layers = {layer for name in names if (layer := layer_of(name)) is not None}
+        modules = dict.fromkeys(
+            name.partition(f".{layer}.")[2] for name in names if (layer := layer_of(name)) is not None
+        )
+        outside = tuple(name for name in names if layer_of(name) is None)
+        return cls(num_layers=max(layers, default=-1) + 1, modules=tuple(modules), outside=outside)
+
+
+class Checkpoint:
+    """One model folder. Opening it reads JSON and headers only.
+
+    headers: tensor name -> shape and stored type, natural order, without tied heads.
+    config: config.json as plain data. `folder`: where the files are. `location`: what the user wrote.
+
+    >>> Checkpoint.open("no/such/folder")
+    Traceback (most recent call last):
+    evomerge.errors.ModelError: no/such/folder: no such model folder
+    ...
+    """
+
+    def __init__(self, folder: Path, location: str) -> None:
+        self.folder, self.location = folder, location
+        self.config = read_json(folder / "config.json")
+        self._files: dict[str, Path] = {}
+        self._maps: dict[Path, Array] = {}
+        stored: dict[str, Header] = {}
+        for path, names in _weight_files(folder, location):
+            found = read_header(path)
+            for name in found if names is None else names:
+                if name not in found:
+                    raise ModelError(
+                        f"{folder / INDEX}: index and shard do not match",
+                        expected=f"tensor {name!r} in {path.name}",
+                        got=f"{len(found)} other tensors there",
+                        fix="download or copy the model again",
+                    )
+                stored[name] = found[name]
+                self._files[name] = path
+        self._stored = stored
+        kept = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
+        self.headers: Mapping[str, Header] = {name: stored[name] for name in sorted(kept, key=natural_order)}
+
+    @classmethod
+    def open(cls, location: str) -> Checkpoint:
+        """Open a folder or a hub id (`organisation/name`), or raise ModelError.
+
+        Of a hub repository only safetensors, JSON and tokenizer files are fetched.
+        """
+        folder = Path(location).expanduser()
+        if not folder.is_dir():
+            folder = _from_hub(location)
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{location}: no config.json there",
+                expected="a Hugging Face model folder",
+                got=_listing(folder),
+            )
+        return cls(folder, location)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection is the embedding matrix, as the config says."""
+        return bool(self.config.get("tie_word_embeddings", not self._has_head))
+
+    @functools.cached_property
+    def _has_head(self) -> bool:
+        return any(name.endswith(HEADS) for name in self._stored)
+
+    def _is_derived(self, name: str) -> bool:
+        mask = name.endswith(MASKS) and len(self._stored[name].shape) == 4
+        return mask or name.endswith(DERIVED)
+
+    def _is_tied(self, name: str) -> bool:
+        return self.tied and name.endswith(HEADS)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(sorted(set(self._files.values())))
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Names sorted into layers and the rest."""
+        return Layout.of(tuple(self.headers))
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers the tensor names show."""
+        return self.layout.num_layers
+
+    @functools.cached_property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        """Token -> id from tokenizer.json, added tokens included; None where there is no such file."""
+        return read_vocabulary(self.folder)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config, headers, and file sizes and samples: cheap, and changes when the files do."""
+        headers = [(name, header.shape, header.dtype) for name, header in self.headers.items()]
+        files = {path.name: sample_hash(path) for path in set(self._files.values())}
+        text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def array(self, name: str, *, mapped: bool = True) -> Array:
+        """Return a tensor as stored, as an array (see `arrays`). It must not be modified.
+
+        mapped: a view of the mapped file, which stays in memory as long as the system likes; else a copy
+        that goes when the caller lets it go.
+        """
+        header, path = self._stored[name], self._files[name]
+        size = header.count * ITEM_SIZES[header.dtype]
+        if mapped:
+            data = self._map(path)[header.offset : header.offset + size]
+            data = data if header.offset % 8 == 0 else data.copy()  # old files may not be aligned
+        else:
+            data = _read(path, header.offset, size)
+        return data.view(ARRAY_TYPES[header.dtype]).reshape(header.shape)
+
+    def stored(self, name: str, *, mapped: bool = True) -> Tensor:
+        """Return what `array` returns as a tensor of the stored type."""
+        return to_tensor(self.array(name, mapped=mapped))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in float32. It must not be modified: it may be the mapped file itself."""
+        import torch
+
+        return self.stored(name).to(torch.float32)
+
+    def _map(self, path: Path) -> Array:
+        if path not in self._maps:
+            import numpy
+
+            try:  # copy-on-write: torch warns of memory it may not write to, although nobody writes
+                self._maps[path] = numpy.memmap(path, dtype=numpy.uint8, mode="c").view(numpy.ndarray)
+            except OSError as error:
+                raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+        return self._maps[path]
+
+
+def _read(path: Path, offset: int, size: int) -> Array:
+    import numpy
+
+    data = numpy.empty(size, dtype=numpy.uint8)
+    view = memoryview(data)  # type: ignore[arg-type]
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while view:
+                done = file.readinto(view)
+                if not done:
+                    raise ModelError(
+                        f"{path}: ends before byte {offset + size}", fix="download or copy the model again"
+                    )
+                view = view[done:]
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+    return data
+
+
+def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Return a sort key that puts layer 2 before layer 10.
+
+    >>> sorted(["h.10.w", "h.2.w"], key=natural_order)
+    ['h.2.w', 'h.10.w']
+    """
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON mapping of a model folder, or raise ModelError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON", got=str(error), fix="download the file again") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: not a mapping", got=type(data).__name__)
+    return data
+
+
+def read_vocabulary(folder: Path) -> Mapping[str, int] | None:
+    """Return token -> id of a folder's tokenizer.json, or None where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    try:
+        pieces = data["model"]["vocab"]
+        if isinstance(pieces, list):  # Unigram models list (token, score) pairs in the order of ids
+            vocabulary = {piece[0]: index for index, piece in enumerate(pieces)}
+        else:
+            vocabulary = dict(pieces)
+        vocabulary |= {added["content"]: added["id"] for added in data.get("added_tokens") or ()}
+    except (KeyError, TypeError, IndexError):
+        raise ModelError(f"{path}: no vocabulary in it", expected="a `tokenizers` file") from None
+    return vocabulary
+
+
+def sample_hash(path: Path) -> str:
+    """Return a hash of a file's size and of 16 blocks spread evenly over it, whatever its size."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for block in range(16):
+            file.seek((size - 4096) * block // 15 if size > 4096 else 0)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | None]]:
+    """Return the files with the tensors to take from each (None: all), following an index if any."""
+    if (folder / SINGLE).is_file():
+        return [(folder / SINGLE, None)]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return [(found[0], None)]
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{location}: pickled weights are not read, they can run code",
+            expected="safetensors files",
+            got=", ".join(pickled[:3]),
+            fix="convert the model: load it with transformers and save_pretrained it again",
+        )
+    raise ModelError(f"{location}: no weights there", expected=SINGLE, got=_listing(folder))
+
+
+def _indexed_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
+    where = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ModelError(f"{folder / INDEX}: no weight_map in it", fix="download the file again")
+    shards: dict[str, list[str]] = {}
+    for name, shard in where.items():
+        shards.setdefault(str(shard), []).append(str(name))
+    for shard in shards:
+        if Path(shard).name != shard or shard in (".", ".."):
+            raise ModelError(
+                f"{folder / INDEX}: names a file outside its folder",
+                expected="plain file names",
+                got=repr(shard),
+            )
+        if not (folder / shard).is_file():
+            raise ModelError(
+                f"{folder}: the index names a missing file", expected=shard, fix="download or copy the file"
+            )
+    return [(folder / shard, names) for shard, names in sorted(shards.items())]
+
+
+def _from_hub(location: str) -> Path:
+    missing = ModelError(
+        f"{location}: no such model folder", fix="check the path, or give a Hugging Face hub id (owner/name)"
+    )
+    parts = location.split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise missing
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(location, allow_patterns=list(HUB_FILES)))
+    except HFValidationError:
+        raise missing from None
+    except Exception as error:  # the hub client raises its own, requests' and OS errors alike
+        raise ModelError(
+            f"{location}: neither a local folder nor available from the Hugging Face hub",
+            got=" ".join(str(error).split())[:300] or type(error).__name__,
+            fix="check the spelling and the network, or download the model and give its folder",
+        ) from None
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "") if names else "an empty folder"

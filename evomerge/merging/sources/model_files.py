@@ -1,0 +1,84 @@
+"""What a model's files are, so that a later session can say which of them changed and how.
+
+Of weights the size, the header and samples of the contents are kept, which costs no time however large they
+are; every byte is hashed on request only. Of the small files (config, tokenizer) the contents are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from evomerge.merging.sources import adapter
+from evomerge.merging.sources.adapter import AdaptedCheckpoint
+from evomerge.merging.sources.checkpoint import Checkpoint, read_json, sample_hash
+from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.vocabulary import Aligned
+
+Facts = Mapping[str, Mapping[str, int | str]]
+"""File -> what is known of it: size, header, sample; or contents."""
+JSON = ("config.json", adapter.CONFIG)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_WORDS = {"size": "another size", "header": "another header", "sample": "other contents"}
+
+
+def files_of(source: Source) -> dict[str, Path]:
+    """Return name -> path of all files that decide what a model computes.
+
+    An adapter's own come after those of the model it is on.
+    """
+    if isinstance(source, Aligned):
+        return files_of(source.source)
+    if isinstance(source, AdaptedCheckpoint):
+        own = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)
+        return files_of(source.base) | {path.name: path for path in own}
+    assert isinstance(source, Checkpoint)
+    small = (source.folder / name for name in (*JSON[:1], *TOKENIZER))
+    return {path.name: path for path in (*small, *source.files) if path.is_file()}
+
+
+def facts(source: Source) -> dict[str, dict[str, int | str]]:
+    """Return what is known of a model's files without reading all of them."""
+    return {name: _of_file(path) for name, path in files_of(source).items()}
+
+
+def full_hashes(source: Source) -> dict[str, str]:
+    """Return the SHA-256 of every byte of a model's files."""
+    found = {}
+    for name, path in files_of(source).items():
+        with path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def changes(before: Facts, after: Facts) -> list[str]:
+    """Say file by file how a model's files differ from what they were.
+
+    >>> weights = {"size": 10, "header": "a", "sample": "b"}
+    >>> changes({"w.safetensors": weights}, {"w.safetensors": {**weights, "sample": "c"}})
+    ['w.safetensors (other contents)']
+    >>> changes({"a.json": {"contents": "a"}}, {"b.json": {"contents": "a"}})
+    ['a.json (missing)', 'b.json (new)']
+    """
+    found = [f"{name} (missing)" for name in before if name not in after]
+    for name in after:
+        if name not in before:
+            found.append(f"{name} (new)")
+        elif before[name] != after[name]:
+            keys = [key for key in after[name] if before[name].get(key) != after[name][key]]
+            found.append(f"{name} ({_WORDS.get(keys[0] if keys else '', 'other contents')})")
+    return found
+
+
+def _of_file(path: Path) -> dict[str, int | str]:
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = hashlib.sha256(file.read(length)).hexdigest()
+        return {"size": path.stat().st_size, "header": header, "sample": sample_hash(path)}
+    content = path.read_bytes()
+    if path.name in JSON:  # written anew by any tool that copies a model, in another layout
+        content = json.dumps(read_json(path), sort_keys=True).encode()
+    return {"contents": hashlib.sha256(content).hexdigest()}

@@ -1,0 +1,125 @@
+"""A source of a merge: anything that has tensors by name, whatever files they come from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evomerge.merging.recipe import Recipe, tokenizer_of
+from evomerge.merging.sources.adapter import AdaptedCheckpoint, is_adapter, open_adapter, split_location
+from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.checkpoint import Checkpoint, Layout
+from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.vocabulary import align, differ
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["AdaptedCheckpoint", "Checkpoint", "Source", "open_source", "open_sources", "task_vector"]
+
+
+class Source(Protocol):
+    """What the engine needs of a model: facts without reading weights, and tensors by name.
+
+    `folder` is where config and tokenizer lie; `fingerprint` changes when the files do.
+    """
+
+    location: str
+    folder: Path
+    config: dict[str, Any]
+    headers: Mapping[str, Header]
+
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def vocabulary(self) -> Mapping[str, int] | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in float32; callers must not modify it."""
+        ...
+
+    def array(self, name: str, *, mapped: bool = True) -> Array:
+        """Return a tensor in the type it has (see `arrays`), mapped from its file if possible."""
+        ...
+
+
+def same_base(one: Source, other: Source) -> bool:
+    """Say whether two models, adapters taken off, are one folder, however it was named."""
+    return _resolved(one.folder) == _resolved(other.folder)
+
+
+@functools.cache
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()  # asked for every tensor of every candidate
+
+
+def task_vector(
+    source: Source, base: Source, name: str, origin: Callable[[], Tensor] | None = None
+) -> Tensor | None:
+    """Return source - base of one tensor in float32, or None where it is known to be zero unread.
+
+    An adapter on the very files of the base has the task vector scale * B A, computed from its factors
+    and not by adding them to the base and taking the base away again; of a tensor it does not touch, none.
+    An adapter on another model has that model's task vector plus scale * B A. Everything else is a
+    difference. All who need a task vector get it here, so that they get the same bits.
+
+    origin: gives the base's tensor where the caller keeps it; it is called only if the base is needed.
+    """
+    origin = origin or functools.partial(base.tensor, name)
+    if isinstance(base, AdaptedCheckpoint):
+        return source.tensor(name) - origin()
+    same = same_base(source, base)
+    if not isinstance(source, AdaptedCheckpoint):
+        return None if same else source.tensor(name) - origin()
+    if name in source.replaced:
+        return source.tensor(name) - origin()
+    update = source.update(name)
+    if same:
+        return update
+    moved = source.base.tensor(name) - origin()
+    return moved if update is None else moved + update
+
+
+def open_source(location: str, *, base: str | None = None) -> Source:
+    """Open a model folder, hub id, `path+adapter`, or adapter folder; raise ModelError.
+
+    base: location of the model an adapter folder given alone is applied to, where the one its own
+    config names is not there.
+    """
+    model, adapter = split_location(location)
+    if adapter is not None:
+        return open_adapter(Checkpoint.open(model), Path(adapter).expanduser(), location)
+    if is_adapter(Path(location).expanduser()):
+        return open_adapter(None, Path(location).expanduser(), location, fallback=base)
+    return Checkpoint.open(location)
+
+
+def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str = "") -> dict[str, Source]:
+    """Open all models by name; adapters given alone may rest on the model named `base`.
+
+    tokenizer: as in a Recipe; embedding rows follow its vocabulary where models differ, see `vocabulary`.
+    """
+    below = models[base] if base is not None else None
+    opened = {name: open_source(location, base=below) for name, location in models.items()}
+    chosen = tokenizer_of(tokenizer, base, models)
+    return align(opened, tokenizer=chosen, base=base, asked=bool(tokenizer))
+
+
+def open_used(recipe: Recipe) -> dict[str, Source]:
+    """Open the models a recipe reads, and the one whose tokenizer and config it takes."""
+    used = dict.fromkeys((*recipe.used_models(), recipe.pattern))
+    below = recipe.models[recipe.base] if recipe.base is not None else None
+    opened = {name: open_source(recipe.models[name], base=below) for name in used}
+    if recipe.tokenizer == recipe.pattern and not differ(opened, recipe.pattern):
+        return opened
+    # Models that are not merged may still give rows that others lack, so all are looked at.
+    every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
+    aligned = align(every, tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
+    return {name: aligned[name] for name in used}

@@ -1,0 +1,182 @@
+"""safetensors files by hand: validated headers without reading weights, and a streaming writer.
+
+The safetensors library reads the weights themselves (memory-mapped). Its writer wants all tensors at
+once, so ours writes the header first and then one tensor at a time, and memory stays bounded. The format
+is eight bytes of header length, a JSON header, and the raw tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from evomerge.errors import ModelError
+from evomerge.merging.sources.arrays import DTYPES, Array
+
+ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+NAMES = {code: name for name, code in CODES.items()}
+HEADER_LIMIT = 100_000_000
+"""Largest header the safetensors library accepts, in bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a file says about one tensor: its shape, its type in safetensors' code, e.g. `BF16`.
+
+    offset: where its data begin, in bytes from the start of the file; no part of its identity.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int = field(default=0, compare=False)
+
+    @property
+    def count(self) -> int:
+        """The number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def read_header(path: Path) -> dict[str, Header]:
+    """Return name -> header of a safetensors file, in the order of the data.
+
+    Reads the header alone, but checks it against the size of the file, so that a truncated download is
+    found before any work starts. Raises ModelError.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise _damaged(path, f"a header of {length} bytes in a file of {size} bytes")
+            data = json.loads(file.read(length))
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise _damaged(path, "a header that is not JSON") from None
+    if not isinstance(data, dict):
+        raise _damaged(path, "a header that is not a mapping")
+    data.pop("__metadata__", None)
+    return _validated(path, data, 8 + length, size)
+
+
+def _validated(path: Path, data: Mapping[str, Any], begin: int, size: int) -> dict[str, Header]:
+    entries = []
+    for name, entry in data.items():
+        try:
+            start, end = map(int, entry["data_offsets"])
+            shape = tuple(map(int, entry["shape"]))
+            header = Header(shape=shape, dtype=str(entry["dtype"]), offset=begin + start)
+        except (KeyError, TypeError, ValueError):
+            raise _damaged(path, f"an unreadable entry for tensor {name!r}") from None
+        if header.dtype not in ITEM_SIZES:
+            raise ModelError(f"{path}: tensor {name!r} has the unknown type {header.dtype}")
+        if min(header.shape, default=1) < 0 or end - start != header.count * ITEM_SIZES[header.dtype]:
+            raise _damaged(path, f"tensor {name!r} of shape {list(header.shape)} in {end - start} bytes")
+        entries.append((start, end, name, header))
+    entries.sort(key=lambda entry: entry[:2])
+    expected = 0
+    for start, end, name, _ in entries:
+        if start != expected:
+            raise _damaged(path, f"tensor {name!r} at byte {start} instead of {expected}")
+        expected = end
+    if expected != size - begin:
+        raise _damaged(path, f"{size - begin} bytes of weights where the header announces {expected}")
+    return {name: header for _, _, name, header in entries}
+
+
+def _damaged(path: Path, got: str) -> ModelError:
+    return ModelError(
+        f"{path}: truncated or corrupt safetensors file",
+        expected="a complete file whose header fits its size",
+        got=got,
+        fix="download or copy the file again",
+    )
+
+
+class ShardWriter:
+    """Write one safetensors file, one tensor after the other, in the announced order.
+
+    >>> import tempfile, numpy
+    >>> headers = {"a": Header(shape=(2,), dtype="F32")}
+    >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> with ShardWriter(path, headers) as writer:
+    ...     writer.add("a", numpy.zeros(2, dtype="float32"))
+    >>> read_header(path) == headers
+    True
+    """
+
+    def __init__(self, path: Path, headers: Mapping[str, Header]) -> None:
+        self._pending = list(headers.items())[::-1]
+        self._file: BinaryIO = path.open("xb")
+        self._file.write(_encoded(headers))
+
+    def add(self, name: str, array: Array) -> None:
+        """Append the next tensor; its name, shape and type must be those announced."""
+        expected, header = self._pending.pop()
+        assert name == expected, (name, expected)
+        assert array.shape == header.shape, name
+        assert array.dtype == DTYPES[NAMES[header.dtype]], (array.dtype, header.dtype)
+        self._file.write(array.reshape(-1).view("uint8").data)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                assert not self._pending, self._pending
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def _encoded(headers: Mapping[str, Header]) -> bytes:
+    data: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, header in headers.items():
+        start, end = end, end + header.count * ITEM_SIZES[header.dtype]
+        data[name] = {"dtype": header.dtype, "shape": list(header.shape), "data_offsets": [start, end]}
+    text = json.dumps(data, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as readers that map memory expect
+    return struct.pack("<Q", len(text)) + text
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Make files and folders durable before a rename publishes them."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

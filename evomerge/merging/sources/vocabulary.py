@@ -1,0 +1,434 @@
+"""Models whose vocabularies differ: embedding rows are matched by token string before anything is merged.
+
+    aligned = align(opened, tokenizer="union", base="base", asked=True)
+    aligned["chat"].tensor("model.embed_tokens.weight")   # rows in the order of the union's ids
+
+`row_maps` is the pure part: for every model, which of its rows each row of the result comes from. `align`
+wraps the models that need it in an `Aligned` source, which serves re-rowed embeddings and heads, so methods,
+engine and workbench see models of one vocabulary and need to know nothing of this.
+
+A row a model lacks is the base's, so its task vector is zero there; where the base lacks it too, the base
+and every model that lacks it get the mean of the models that have it, in the recipe's order, in float32; a
+padding row that nobody has is zero. Tokens of a union that its base lacks are appended as added tokens, even
+those that were plain pieces elsewhere: the tokenizer then finds them literally in the text, before it cuts
+the rest into pieces, and no merge rule makes them.
+
+Not covered: per-layer embeddings and other tables of tokens with a row count of their own (refused), and
+tokenizers without tokenizer.json, whose models must have the rows of the model that gives the tokenizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evomerge.errors import ModelError
+from evomerge.merging.recipe import layer_of
+from evomerge.merging.sources.arrays import Array, of_tensor
+from evomerge.merging.sources.checkpoint import HEADS, Layout, read_json
+from evomerge.merging.sources.tensorfile import Header
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from evomerge.merging.sources.source import Source
+
+LACKS = -1
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""What tokenizer.json says about an added token beside its text."""
+_HEAD_PARTS = (*HEADS, *(name.removesuffix("weight") + "bias" for name in HEADS))
+_EMBEDDING = re.compile(r"embed|wte")
+_NO_TOKENS = re.compile(r"pos|wpe|type|patch|class")
+"""Parts of the names of embeddings of something else than tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Which rows a model has: token -> id (None: not known) and their number, padding included."""
+
+    tokens: Mapping[str, int] | None
+    count: int
+
+
+def row_maps(models: Mapping[str, Rows], target: Rows) -> dict[str, NDArray[np.int64]]:
+    """Return for every model the row each row of the target comes from, shape (target.count,).
+
+    -1 says that the model lacks the row's token. A row without token is padding and comes from the
+    model's own padding at the same place. Ids beyond a model's rows count as lacking.
+
+    >>> maps = row_maps({"m": Rows(tokens={"b": 0, "a": 1}, count=4)}, Rows(tokens={"a": 0, "c": 1}, count=3))
+    >>> maps["m"].tolist()
+    [1, -1, 2]
+    """
+    assert target.tokens is not None
+    wanted = {row: token for token, row in target.tokens.items() if row < target.count}
+    padding = np.array([row for row in range(target.count) if row not in wanted], dtype=np.int64)
+    maps = {}
+    for name, model in models.items():
+        assert model.tokens is not None
+        rows = np.full(target.count, LACKS, dtype=np.int64)
+        for row, token in wanted.items():
+            own = model.tokens.get(token, LACKS)
+            rows[row] = own if own < model.count else LACKS
+        named = np.fromiter(model.tokens.values(), dtype=np.int64, count=len(model.tokens))
+        free = padding[padding < model.count]
+        free = free[~np.isin(free, named)]
+        rows[free] = free
+        maps[name] = rows
+    return maps
+
+
+def row_tensors(source: Source) -> tuple[str, ...]:
+    """Return the names of the tensors with one row per token: embeddings, and head and its bias if untied.
+
+    Found by name and shape: outside the layers, with as many rows as the config's vocabulary.
+    """
+    found = {
+        name: header.shape[0]
+        for name, header in source.headers.items()
+        if layer_of(name) is None
+        and (
+            (name.endswith(_HEAD_PARTS) and header.shape)
+            or (len(header.shape) == 2 and _EMBEDDING.search(name) and not _NO_TOKENS.search(name))
+        )
+    }
+    config = source.config.get("text_config") or source.config
+    declared = config.get("vocab_size", source.config.get("vocab_size"))
+    count = declared if declared in found.values() else next(iter(found.values()), None)
+    return tuple(name for name, rows in found.items() if rows == count)
+
+
+def rows_of(source: Source) -> int | None:
+    """Return the number of rows of a model's embeddings, or None where no such tensor is found."""
+    names = row_tensors(source)
+    return source.headers[names[0]].shape[0] if names else None
+
+
+def differ(sources: Mapping[str, Source], pattern: str) -> bool:
+    """Say whether a model has other tokens, or another number of rows, than the model named `pattern`."""
+    first = sources[pattern]
+    return any(
+        rows_of(source) != rows_of(first) or not _same_tokens(source.vocabulary, first.vocabulary)
+        for source in sources.values()
+    )
+
+
+def align(
+    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool
+) -> dict[str, Source]:
+    """Return the models with their embedding rows in the order of one vocabulary.
+
+    sources: all models of a recipe, in its order. tokenizer: the model whose vocabulary the result gets, or
+    `union`: the base's (without a base, the first model's), then what others add in the order of models.
+    asked: whether that was asked for. If not, only models with the same tokens and other padding are
+    aligned; the rest is left as it is, and `compatibility.check` refuses it.
+
+    Raises ModelError where rows can't be matched: no tokenizer.json and another number of rows, unknown
+    embeddings, or ids with holes under `union`.
+    """
+    pattern = tokenizer if tokenizer in sources else base or next(iter(sources))
+    first = sources[pattern]
+    names = row_tensors(first)
+    unlike = any(row_tensors(source) != names for source in sources.values())  # refused by `check`
+    if pattern != tokenizer and first.vocabulary is None and any(s.vocabulary for s in sources.values()):
+        raise ModelError(
+            f"model {pattern!r} has no tokenizer.json, so its tokens can't be matched",
+            expected=f"tokens for the rows of {pattern} ({first.location})",
+            fix=f"put the tokenizer.json {pattern} was trained with into its folder",
+        )
+    if unlike or not names or first.vocabulary is None or not differ(sources, pattern):
+        return dict(sources)
+    same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
+    if not same and not asked:
+        return dict(sources)
+    known = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
+    additions = () if tokenizer in sources else _additions(sources, pattern)
+    target = _target(known[pattern], additions)
+    _check_tables(sources, names)
+    if additions:
+        _check_ids(first, target, additions)
+    table = Table(
+        sources=dict(sources),
+        base=base,
+        tensors=names,
+        known=known,
+        target=target,
+        maps=row_maps(known, target),
+    )
+    return {
+        name: source
+        if known[name].tokens == target.tokens and known[name].count == target.count
+        else Aligned(name, source, table, additions if name == pattern else ())
+        for name, source in sources.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """All that is known of an alignment: the models as they are, and where each row comes from."""
+
+    sources: Mapping[str, Source]
+    base: str | None
+    tensors: tuple[str, ...]
+    known: Mapping[str, Rows]
+    target: Rows
+    maps: Mapping[str, NDArray[np.int64]]
+
+    def gather(self, model: str, tensor: str) -> Tensor:
+        """Return a model's tensor with the target's rows, in float32."""
+        import torch
+
+        rows, own = self.maps[model], self.sources[model].tensor(tensor)
+        if np.array_equal(rows, np.arange(len(rows))):
+            return own[: len(rows)]
+        result = own.index_select(0, torch.from_numpy(np.maximum(rows, 0)))
+        del own
+        lacking = rows == LACKS
+        result[torch.from_numpy(lacking)] = 0
+        if self.base is not None and self.base != model and lacking.any():
+            theirs = self.maps[self.base]
+            given = np.flatnonzero(lacking & (theirs != LACKS))
+            if given.size:
+                found = self.sources[self.base].tensor(tensor)[torch.from_numpy(theirs[given])]
+                result[torch.from_numpy(given)] = found
+                lacking[given] = False
+        if lacking.any():
+            self._add_means(result, np.flatnonzero(lacking), tensor)
+        return result
+
+    def _add_means(self, result: Tensor, places: NDArray[np.int64], tensor: str) -> None:
+        """Fill rows with the mean over the models that have them; those nobody has stay zero."""
+        import torch
+
+        total = torch.zeros((len(places), *result.shape[1:]), dtype=result.dtype)
+        count = torch.zeros(len(places), dtype=result.dtype)
+        for name, rows in self.maps.items():
+            has = np.flatnonzero(rows[places] != LACKS)
+            if has.size:
+                found = self.sources[name].tensor(tensor)[torch.from_numpy(rows[places][has])]
+                total.index_add_(0, torch.from_numpy(has), found)
+                count[torch.from_numpy(has)] += 1
+        shape = (-1, *(1,) * (result.dim() - 1))
+        result[torch.from_numpy(places)] = total / count.clamp(min=1).reshape(shape)
+
+    def mark(self) -> str:
+        """Return a hash of everything that decides the rows."""
+        digest = hashlib.sha256()
+        tokens = sorted((self.target.tokens or {}).items())
+        prints = [source.fingerprint for source in self.sources.values()]
+        digest.update(json.dumps([tokens, self.target.count, prints, self.base, self.tensors]).encode())
+        for rows in self.maps.values():
+            digest.update(rows.tobytes())
+        return digest.hexdigest()
+
+
+class Aligned:
+    """A source with the rows of another vocabulary; everything else is the source's own.
+
+    additions: tokens (with their flags, as in tokenizer.json) the tokenizer in `folder` does not have yet.
+    note: what is worth telling the user.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        table: Table,
+        additions: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.name, self.source, self.additions = name, source, tuple(additions)
+        self._table = table
+        self.note = _note(name, table.known[name], table.target, additions)
+        self.location, self.folder = source.location, source.folder
+        self.config = with_rows(source.config, table.target.count)
+        self.headers: Mapping[str, Header] = {
+            tensor: Header(shape=(table.target.count, *header.shape[1:]), dtype=header.dtype)
+            if tensor in table.tensors
+            else header
+            for tensor, header in source.headers.items()
+        }
+
+    @property
+    def tied(self) -> bool:
+        return self.source.tied
+
+    @property
+    def layout(self) -> Layout:
+        return self.source.layout
+
+    @property
+    def num_layers(self) -> int:
+        return self.source.num_layers
+
+    @property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        return self._table.target.tokens
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the source's fingerprint and all that decides its rows."""
+        return hashlib.sha256(f"{self.source.fingerprint} {self._table.mark()}".encode()).hexdigest()
+
+    def array(self, name: str, *, mapped: bool = True) -> Array:
+        """Return the tensor in float32 where its rows move, else as the source has it."""
+        moved = name in self._table.tensors
+        return of_tensor(self.tensor(name)) if moved else self.source.array(name, mapped=mapped)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in float32, its rows in the target's order. It must not be modified."""
+        return (
+            self._table.gather(self.name, name) if name in self._table.tensors else self.source.tensor(name)
+        )
+
+
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a model's config with another number of embedding rows."""
+    changed = dict(config)
+    if isinstance(changed.get("text_config"), dict):
+        changed["text_config"] = changed["text_config"] | {"vocab_size": rows}
+    if "vocab_size" in changed or "text_config" not in changed:
+        changed["vocab_size"] = rows
+    return changed
+
+
+def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Open a source's tokenizer, with the tokens its alignment adds; raise ModelError where it can't be."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source.location}: its tokenizer can't be opened", got=str(error)[:200]) from None
+    additions = source.additions if isinstance(source, Aligned) else ()
+    if additions:
+        assert source.vocabulary is not None
+        tokenizer.add_tokens(_added(additions))
+        texts = [str(token["content"]) for token in additions]
+        if tokenizer.convert_tokens_to_ids(texts) != [source.vocabulary[text] for text in texts]:
+            raise _no_union(source)
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def _same_tokens(ours: Mapping[str, int] | None, theirs: Mapping[str, int] | None) -> bool:
+    return ours is None or theirs is None or ours == theirs
+
+
+def _rows(name: str, source: Source, pattern_name: str, pattern: Source) -> Rows:
+    """Return a model's rows; one without tokenizer.json has the pattern's, if it has as many."""
+    count, expected = rows_of(source), rows_of(pattern)
+    assert count is not None
+    if source.vocabulary is not None:
+        return Rows(tokens=source.vocabulary, count=count)
+    if count != expected:
+        raise ModelError(
+            f"model {name!r} has no tokenizer.json, so its embedding rows can't be matched",
+            expected=f"{expected} rows as in {pattern_name} ({pattern.location}), or a tokenizer.json",
+            got=f"{count} rows in {name} ({source.location})",
+            fix=f"put the tokenizer.json {name} was trained with into its folder",
+        )
+    return Rows(tokens=pattern.vocabulary, count=count)
+
+
+def _additions(sources: Mapping[str, Source], pattern: str) -> tuple[dict[str, Any], ...]:
+    """Return the tokens the pattern lacks, in the order of models and ids, with their flags."""
+    have = set(sources[pattern].vocabulary or ())
+    found = []
+    for source in sources.values():
+        new = {token: row for token, row in (source.vocabulary or {}).items() if token not in have}
+        if not new:
+            continue
+        flags = _flags(source.folder)
+        plain = {"special": False, "normalized": True}
+        found += [
+            {"content": token, **flags.get(token, plain)} for token in sorted(new, key=lambda t: new[t])
+        ]
+        have |= new.keys()
+    return tuple(found)
+
+
+def _flags(folder: Path) -> dict[str, dict[str, bool]]:
+    return {
+        str(token["content"]): {flag: bool(token[flag]) for flag in FLAGS if flag in token}
+        for token in read_json(folder / "tokenizer.json").get("added_tokens") or ()
+    }
+
+
+def _target(pattern: Rows, additions: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return the pattern's rows, the additions after its last token: padding is used up first."""
+    assert pattern.tokens is not None
+    start = 1 + max(pattern.tokens.values(), default=-1)
+    new = {str(token["content"]): start + index for index, token in enumerate(additions)}
+    count = max(pattern.count, start + len(new)) if new else pattern.count
+    return Rows(tokens={**pattern.tokens, **new}, count=count)
+
+
+def _added(additions: Sequence[Mapping[str, Any]]) -> list[Any]:
+    from tokenizers import AddedToken
+
+    return [AddedToken(token["content"], **{f: token[f] for f in FLAGS if f in token}) for token in additions]
+
+
+def _check_ids(pattern: Source, target: Rows, additions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a union whose tokenizer would give the new tokens other ids than their rows."""
+    from tokenizers import Tokenizer
+
+    assert target.tokens is not None
+    tokenizer = Tokenizer.from_file(str(pattern.folder / "tokenizer.json"))
+    tokenizer.add_tokens(_added(additions))
+    if any(tokenizer.token_to_id(t["content"]) != target.tokens[t["content"]] for t in additions):
+        raise _no_union(pattern)
+
+
+def _no_union(pattern: Source) -> ModelError:
+    return ModelError(
+        f"{pattern.location}: its tokenizer can't be extended to a union of vocabularies",
+        expected="token ids without holes",
+        got="new tokens would get ids that are taken or have no row",
+        fix="choose one model's vocabulary: `tokenizer: base` or a model's name",
+    )
+
+
+def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
+    """Refuse further tables of tokens: leaving them as they are would mix up their rows in silence."""
+    for name, source in sources.items():
+        for tensor, header in source.headers.items():
+            if tensor in names or layer_of(tensor) is not None or len(header.shape) != 2:
+                continue
+            table = re.search(r"embed\w*token|token\w*embed", tensor) and not _NO_TOKENS.search(tensor)
+            if table or tensor.endswith(HEADS):
+                raise ModelError(
+                    f"model {name!r}: {tensor!r} has rows of tokens that can't be matched",
+                    expected=f"as many rows as {', '.join(names)}",
+                    got=f"shape {list(header.shape)}",
+                    fix="merge models that share a tokenizer",
+                )
+
+
+def _note(name: str, own: Rows, target: Rows, additions: Sequence[Mapping[str, Any]]) -> str:
+    assert own.tokens is not None
+    assert target.tokens is not None
+    if own.tokens == target.tokens:
+        return f"padding differs: {name} has {own.count} embedding rows, the result {target.count}"
+    if additions:
+        plain = sum(not token.get("special") for token in additions)
+        return (
+            f"the union adds {len(additions)} tokens to the {len(own.tokens)} of {name}, {plain} of them not "
+            "special: the tokenizer finds those literally in any text"
+        )
+    lacks = sum(token not in own.tokens for token in target.tokens)
+    loses = sum(token not in target.tokens for token in own.tokens)
+    moved = sum(own.tokens.get(token, row) != row for token, row in target.tokens.items())
+    return (
+        f"vocabularies differ: {name} lacks {lacks} of the result's tokens, loses {loses} of its own and has "
+        f"{moved} in other rows"
+    )

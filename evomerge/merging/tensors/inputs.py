@@ -1,0 +1,122 @@
+"""Where a merge gets its tensors and their statistics from: files, read once, or a search's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy
+
+from evomerge.merging.analysis import fisher
+from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
+from evomerge.merging.sources.arrays import Array, computable, of_tensor
+from evomerge.merging.sources.source import AdaptedCheckpoint, Checkpoint, Source, task_vector
+from evomerge.merging.tensors.kernels import Operand
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Place = tuple[str, str]
+"""A model and one of its tensors, by name."""
+Difference = tuple[Place, Place | None]
+"""A tensor, and the base's that is subtracted from it (None: nothing)."""
+Gram = list[list[float]]
+
+
+class Inputs(Protocol):
+    """What `merge_tensor` asks for. Statistics come with a way to compute them where they are not known."""
+
+    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
+        """Return a source's tensor, float32 or bfloat16, and whether `base` is still to be subtracted."""
+        ...
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        """Return a tensor of a Fisher file, in float32."""
+        ...
+
+    def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
+        """Return the inner products of what is at some places."""
+        ...
+
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+        """Return the boundary above which `rank` elements of what is at a place are.
+
+        magnitudes: makes them, (n,) float32, to use up.
+        """
+        ...
+
+
+class FileInputs:
+    """Tensors read from the files each time, and nothing remembered: for writing a model once."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = sources
+
+    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
+        return _operand(self._sources, source, tensor, base, mapped=False)
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
+
+    def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
+        return compute()
+
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+        return boundary(magnitudes(), rank, reorder=True)
+
+
+class WarmInputs:
+    """Tensors as they lie in the mapped files, and statistics kept once computed: for many candidates.
+
+    Kept: the inner products a method asked for (a few numbers per tensor), and the spectrum of each task
+    vector that was trimmed (see `Spectrum`), unless `low_memory`: then every trim selects again. Updates
+    of adapters stay factored; their product is made for each candidate that uses it.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], *, low_memory: bool = False) -> None:
+        self._sources, self._low_memory = sources, low_memory
+        self._grams: dict[tuple[Difference, ...], Gram] = {}
+        self._spectra: dict[Difference, Spectrum] = {}
+        self._mapped: dict[Difference, Operand] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The memory the statistics take."""
+        return sum(each.nbytes for each in self._spectra.values())
+
+    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
+        place = (source, tensor), base
+        if place in self._mapped:
+            return self._mapped[place]
+        found = _operand(self._sources, source, tensor, base, mapped=True)
+        if found.data.base is not None and isinstance(self._sources[source], Checkpoint):
+            self._mapped[place] = found  # a view of the file: keeping it costs nothing
+        return found
+
+    def fisher(self, file: str, tensor: str) -> Tensor:
+        return fisher.tensor(file, tensor)
+
+    def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
+        if places not in self._grams:
+            self._grams[places] = compute()
+        return self._grams[places]
+
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+        if self._low_memory:
+            return boundary(magnitudes(), rank, reorder=True)
+        if place not in self._spectra:
+            self._spectra[place] = Spectrum(magnitudes())
+        return self._spectra[place].boundary(rank)
+
+
+def _operand(
+    sources: Mapping[str, Source], source: str, tensor: str, base: Place | None, *, mapped: bool
+) -> Operand:
+    """Return a model, or a task vector: as a difference still to be taken, or an adapter's own update."""
+    found = sources[source]
+    if base is None or base[1] != tensor or not isinstance(found, AdaptedCheckpoint):
+        return Operand(computable(found.array(tensor, mapped=mapped)), base is not None)
+    vector = task_vector(found, sources[base[0]], tensor)
+    if vector is None:
+        return Operand(numpy.zeros(found.headers[tensor].shape, dtype=numpy.float32), False)
+    return Operand(of_tensor(vector), False)

@@ -1,0 +1,304 @@
+"""Blends in one compiled pass over memory: kernels.c, built by the machine's C compiler when first needed.
+
+A kernel is compiled for one shape of a blend (number and formats of the sources, which rules it has) in
+under a second and kept in the user's cache folder. It reads weights as they are stored, subtracts the base,
+chooses, weighs, elects, adds, rounds, and writes straight into the file's buffer or the live model, and
+it gives the bits of `methods.blend.run`. Without a C compiler (or with EVOMERGE_KERNELS=0) that one is used
+instead: the same weights, many times slower.
+
+Covered: float32 and bfloat16 in main memory. Everything else is brought to float32 first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from evomerge.files import own_folder, passing_folder
+from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
+from evomerge.merging.methods.reduction import BLOCK, symmetric
+from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
+from evomerge.merging.sources.arrays import Array
+
+log = logging.getLogger(__name__)
+MISSING = (
+    "no working C compiler found (CC, cc, gcc, clang), so merging goes without compiled kernels: "
+    "the weights are the same, merging takes many times longer"
+)
+
+EXACT = (
+    "-O3",
+    "-std=gnu11",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
+FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+"""Flags tried in turn for the processor at hand; none of them changes a result."""
+CODE = files("evomerge.merging.tensors").joinpath("kernels.c").read_text(encoding="utf-8")
+"""Read now: a long run must not meet the C code of a version installed later."""
+FORMATS = {numpy.dtype("float32"): "f32", numpy.dtype("uint16"): "bf16"}
+"""numpy type -> what kernels.c calls it; bfloat16 comes as its bits."""
+
+
+SOURCE = numpy.dtype(
+    [
+        ("weight", "f4"),
+        ("size", "f4"),
+        ("factor", "f4"),
+        ("limit", "f4"),
+        ("top", "f4"),
+        ("ties", "i8"),
+        ("top_ties", "i8"),
+        ("key", "u8"),
+        ("share", "u4"),
+    ],
+    align=True,
+)
+"""`source_t` of kernels.c."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One input of a merge as a kernel takes it: weights, and whether the base is to be subtracted.
+
+    data: float32, or bfloat16 as its bits in uint16 (see `arrays`); contiguous.
+    """
+
+    data: Array
+    minus_base: bool = False
+    address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.data.flags.c_contiguous
+        object.__setattr__(self, "address", self.data.__array_interface__["data"][0])
+
+    @property
+    def format(self) -> str:
+        """What kernels.c calls the type."""
+        return FORMATS[self.data.dtype]
+
+
+def available() -> bool:
+    """Say whether kernels can be compiled here."""
+    return _compiler() is not None
+
+
+def notes() -> tuple[str, ...]:
+    """Return what a user should know: that merging goes without kernels, if it does."""
+    return () if available() or _declined() else (MISSING,)
+
+
+def _declined() -> bool:
+    return os.environ.get("EVOMERGE_KERNELS") == "0"
+
+
+def blend(
+    plan: Blend,
+    base: Operand | None,
+    operands: Sequence[Operand],
+    boundaries: Callable[[int, int], Boundary],
+    out: Array,
+    *,
+    add_base: bool,
+    rounded: bool = False,
+) -> bool:
+    """Write a blend into `out` and say whether all of it is finite.
+
+    base: subtracted from operands that ask for it, and added to the result if `add_base`.
+    boundaries: (operand's index, rank) -> the boundary above which that many elements are.
+    out: contiguous float32 or bfloat16 on the CPU; `rounded` rounds a float32 one to bfloat16.
+    """
+    ranked = bool(plan.kept) and isinstance(plan.kept[0], Ranks)
+    drawn = bool(plan.kept) and not ranked
+    top = ranked and any(isinstance(rule, Ranks) and rule.first for rule in plan.kept)
+    settings = numpy.empty(len(operands), dtype=SOURCE)
+    rules = plan.kept or (None,) * len(operands)
+    for index, (weight, size, rule) in enumerate(zip(plan.weights, plan.sizes, rules, strict=True)):
+        limit, above = EVERYTHING, Boundary(math.nan, EVERYTHING.ties)
+        key, share, factor = 0, 0, 1.0
+        if isinstance(rule, Draws):
+            key, share, factor = rule.key, rule.share, rule.factor
+        elif isinstance(rule, Ranks):
+            limit = boundaries(index, rule.last)
+            above = boundaries(index, rule.first) if rule.first else above
+        settings[index] = (
+            *(weight, size, factor),
+            *(limit.magnitude, above.magnitude, limit.ties, above.ties, key, share),
+        )
+    result = Operand(out)
+    flags = (
+        *("ADD",) * add_base,
+        *("RANKED",) * ranked,
+        *("TOP",) * top,
+        *("DRAWN",) * drawn,
+        *("ELECT",) * plan.elect,
+        *("MEAN",) * (plan.elect and plan.mean),
+        *("ROUND",) * (rounded or result.format == "bf16"),
+        f"OUT={result.format}",
+    )
+    kernel = _found("blend", *_shape(base, operands, needed=add_base), *flags)
+    scale = ctypes.c_float(plan.scale)
+    bad = kernel(out.size, _address(base), _addresses(operands), settings.ctypes.data, scale, result.address)
+    return not bad
+
+
+def gram(base: Operand | None, operands: Sequence[Operand]) -> list[list[float]]:
+    """Return the inner products of all pairs of operands, the bits of `methods.reduction.gram`."""
+    count, size = len(operands), operands[0].data.size
+    blocks, pairs = -(-size // BLOCK), count * (count + 1) // 2
+    sums = (ctypes.c_double * (blocks * pairs))()
+    kernel = _found("gram", *_shape(base, operands, needed=False))
+    kernel(size, _address(base), _addresses(operands), sums)
+    values = list(sums)
+    return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
+
+
+def magnitudes(operand: Operand, base: Operand | None) -> Array:
+    """Return the magnitudes of an operand's elements, (n,) float32, new."""
+    found = numpy.empty(operand.data.size, dtype=numpy.float32)
+    blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, found, add_base=False)
+    return numpy.abs(found, out=found)
+
+
+def _shape(base: Operand | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
+    sources = " ".join(f"S({k},{each.format},{int(each.minus_base)})" for k, each in enumerate(operands))
+    found = (f"SOURCES(S)={sources}", f"K={len(operands)}")
+    if base is not None and (needed or any(each.minus_base for each in operands)):
+        return (*found, f"BASE={base.format}")
+    return found
+
+
+def _address(operand: Operand | None) -> int | None:
+    return None if operand is None else operand.address
+
+
+def _addresses(operands: Sequence[Operand]) -> Any:
+    return (ctypes.c_void_p * len(operands))(*(each.address for each in operands))
+
+
+class NoKernelError(Exception):
+    """This kernel can't be had although others could: torch has to do it."""
+
+
+def _found(name: str, *definitions: str) -> Any:
+    kernel = _kernel(name, *definitions)
+    if kernel is None:
+        raise NoKernelError
+    return kernel
+
+
+@functools.cache
+def _kernel(name: str, *definitions: str) -> Any:
+    """Return the compiled function of that shape, or None after saying why there is none."""
+    compiler = _compiler()
+    assert compiler is not None
+    try:
+        function = getattr(ctypes.CDLL(str(_built(compiler, name, definitions))), name)
+    except (OSError, subprocess.SubprocessError) as error:
+        # An error, for the command line silences warnings.
+        log.error("%s fails to compile a merge kernel (%s): merging goes on without, slower", compiler, error)
+        return None
+    function.restype = ctypes.c_int
+    pointer = ctypes.c_void_p
+    if name == "blend":
+        function.argtypes = (ctypes.c_int64, pointer, pointer, pointer, ctypes.c_float, pointer)
+    else:
+        function.argtypes = (ctypes.c_int64, pointer, pointer, pointer)
+    return function
+
+
+def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
+    """Return the library with that function, compiling it if it is not in the cache folder.
+
+    Its name ends in the hash of its content: one that a full disk or a crash cut short is made again, for
+    loading it would end the process. Compiled to a temporary file and renamed, for several processes may
+    be at it. Raises OSError, subprocess.SubprocessError.
+    """
+    identity = _digest(repr((CODE, compiler, EXACT, GUARD, definitions, _processor())).encode())
+    for found in _folder().glob(f"{name}-{identity}-*.so"):
+        if found.stem.endswith(_digest(found.read_bytes())):
+            return found
+        found.unlink(missing_ok=True)
+    with passing_folder(_folder(), "kernel") as folder:
+        code, built = folder / "kernels.c", folder / "kernels.so"
+        code.write_text(CODE, encoding="utf-8")
+        defined = [f"-D{each}" for each in (f"GUARD={GUARD}f", *definitions)]
+        for flags in FASTEST:
+            command = [compiler, *EXACT, *flags, *defined, str(code), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, check=False, timeout=300)
+            if done.returncode == 0:
+                path = _folder() / f"{name}-{identity}-{_digest(built.read_bytes())}.so"
+                built.replace(path)
+                return path
+        done.check_returncode()
+    raise AssertionError("unreachable")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+@functools.cache
+def _compiler() -> str | None:
+    """Return a C compiler that works here, or None."""
+    if _declined():
+        return None
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        found = shutil.which(name) if name else None
+        if found and _works(found):
+            return found
+    return None
+
+
+def _works(compiler: str) -> bool:
+    """Say whether a compiler makes a kernel that can be loaded."""
+    try:
+        ctypes.CDLL(str(_built(compiler, "blend", ("SOURCES(S)=S(0,f32,0)", "K=1", "OUT=f32"))))
+        return True
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+@functools.cache
+def _processor() -> str:
+    """Return what -march=native depends on, so that a shared cache folder serves unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        kept = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    except OSError:
+        kept = []
+    return "\n".join((platform.machine(), platform.processor(), *kept))
+
+
+@functools.cache
+def _folder() -> Path:
+    """Return the folder of compiled kernels; one of this process alone where the cache can't be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "evomerge" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):
+        own = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        return own

@@ -1,0 +1,211 @@
+"""One function makes one output tensor; it is the only place where a recipe meets weights.
+
+The writer and the workbench both call it, and that is why what was scored is what is exported, bit for bit.
+Blends run as compiled kernels where there are any, else in torch; all other methods are called as they are.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from evomerge.errors import NonFiniteError
+from evomerge.merging import methods
+from evomerge.merging.live.live_weights import Place
+from evomerge.merging.methods.blend import Blend, run
+from evomerge.merging.methods.declaration import Method
+from evomerge.merging.methods.reduction import gram
+from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
+from evomerge.merging.recipe import Recipe, TensorGroup, shifted
+from evomerge.merging.sources.arrays import DTYPES, Array, is_finite, of_tensor, to_tensor, widened
+from evomerge.merging.tensors import kernels
+from evomerge.merging.tensors.application import arguments
+from evomerge.merging.tensors.inputs import Difference, Inputs
+from evomerge.merging.tensors.kernels import Operand
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS_AT_ONCE = 1 << 18
+"""Elements that methods working row by row are given at a time."""
+
+
+class NonFiniteWeights(NonFiniteError):  # noqa: N818  (named for what it reports)
+    """A merged tensor has NaN or infinite elements: the recipe's parameters make no model."""
+
+
+def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Place | None = None) -> Tensor:
+    """Return one output tensor of a recipe, rounded to the recipe's dtype.
+
+    The method computes in float32; rounding is to nearest, ties to even. Raises NonFiniteWeights.
+
+    out: where the tensor lies in a live model, to be written into; it may have another type than the
+        recipe's, and then holds the rounded values.
+    """
+    space = _space(out, recipe.dtype)
+    merged = to_tensor(merge_array(recipe, tensor, inputs, out=space))
+    if out is not None and space is None:
+        out.copy_(merged)
+    return merged
+
+
+def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | None = None) -> Array:
+    """Return what `merge_tensor` returns, as an array (see `arrays`); blends then need no torch.
+
+    out: contiguous memory to write to, of the recipe's dtype; float32 where that is bfloat16 is fine, too.
+    """
+    group = recipe.group_for(tensor)
+    method = methods.get(group.method)
+    base, at_base = recipe.base_of(group), shifted(tensor, group.base_shift)
+    subtracted = None if base is None or not method.uses_task_vectors(base) else (base, at_base)
+    reads = group.reads(tensor)
+    operands = [inputs.operand(*read, subtracted) for read in reads]
+    origin = None if base is None else inputs.operand(base, at_base, None)
+    settings = arguments(group, seed=recipe.seed, tensor=tensor)
+    if method.fisher:
+        settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
+    measure = InputMeasure(inputs, [(read, subtracted) for read in reads], operands, origin)
+    plan = None if method.blend is None else method.blend(measure, **settings)
+    finite = None
+    if plan is not None and kernels.available():
+        shape = operands[0].data.shape
+        computed = recipe.dtype if recipe.dtype in ("float32", "bfloat16") else "float32"
+        merged = numpy.empty(shape, dtype=DTYPES[computed]) if out is None else out
+        with suppress(kernels.NoKernelError):
+            finite = kernels.blend(
+                plan,
+                origin,
+                operands,
+                measure.boundary,
+                merged,
+                add_base=subtracted is not None,
+                rounded=recipe.dtype == "bfloat16",
+            )
+        if finite and computed != recipe.dtype:
+            with numpy.errstate(over="ignore"):
+                merged = merged.astype(DTYPES[recipe.dtype])
+            finite = is_finite(merged)
+    if finite is None:
+        bases = [] if origin is None else [origin.data]
+        del origin, measure
+        merged = _in_torch(method, plan, bases, operands, settings, recipe.dtype)
+        finite = is_finite(merged)
+        if out is not None:
+            out[...] = merged if out.dtype == merged.dtype else widened(merged)
+            merged = out
+    if not finite:
+        raise _not_finite(tensor, recipe.dtype, group)
+    return merged
+
+
+def _in_torch(
+    method: Method,
+    plan: Blend | None,
+    bases: list[Array],
+    operands: list[Operand],
+    settings: dict[str, Any],
+    dtype: str,
+) -> Array:
+    """Merge by calling the method's function, some rows at a time where it lets us, and round the result.
+
+    bases: the base's weights, or none. Both lists are used up: what is widened need not stay as stored.
+    """
+    import torch
+
+    type_ = getattr(torch, dtype)
+    shape = operands[0].data.shape
+    if not method.by_rows or len(shape) < 2 or plan is not None:
+        full = to_tensor(widened(bases.pop())) if bases else None
+        inputs = [alone(operands.pop(0), full) for _ in range(len(operands))]
+        if plan is not None:
+            return of_tensor(run(plan, full, inputs).to(type_))
+        return of_tensor(method.function(full, inputs, **settings).to(type_))
+    columns = shape[-1]
+    rows = [each.data.reshape(-1, columns) for each in operands]
+    step = max(1, ROWS_AT_ONCE // max(columns, 1))
+    merged = numpy.empty(rows[0].shape, dtype=DTYPES[dtype])
+    for start in range(0, len(rows[0]), step):
+        here = slice(start, start + step)
+        full = to_tensor(widened(bases[0].reshape(-1, columns)[here])) if bases else None
+        inputs = [
+            alone(Operand(matrix[here], each.minus_base), full)
+            for matrix, each in zip(rows, operands, strict=True)
+        ]
+        first = {"first": start * columns} if method.random else {}
+        merged[here] = of_tensor(method.function(full, inputs, **settings, **first).to(type_))
+    return merged.reshape(shape)
+
+
+def alone(operand: Operand, base: Tensor | None) -> Tensor:
+    """Return an operand as a method takes it: float32, its base subtracted."""
+    tensor = to_tensor(widened(operand.data))
+    if not operand.minus_base:
+        return tensor
+    assert base is not None
+    return tensor - base
+
+
+def _space(out: Place | None, dtype: str) -> Array | None:
+    """Return the memory of a live tensor where a merge can be written straight into it."""
+    import torch
+
+    if not isinstance(out, torch.Tensor) or out.device.type != "cpu" or not out.is_contiguous():
+        return None
+    if out.dtype == getattr(torch, dtype) or (out.dtype == torch.float32 and dtype == "bfloat16"):
+        return of_tensor(out) if out.dtype != torch.float16 else None
+    return None
+
+
+def checked(merged: Tensor, tensor: str) -> Tensor:
+    """Return a tensor as it is, or raise NonFiniteWeights naming it."""
+    if not is_finite(of_tensor(merged)):
+        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), None)
+    return merged
+
+
+def _not_finite(tensor: str, dtype: str, group: TensorGroup | None) -> NonFiniteWeights:
+    made = "" if group is None else f" made by group {group.label()!r} ({group.method})"
+    return NonFiniteWeights(
+        f"the merged tensor {tensor!r} is not finite",
+        expected=f"finite {dtype} numbers",
+        got=f"NaN or infinite elements{made}",
+        fix="use smaller weights or lambda, and check that the sources themselves are finite",
+    )
+
+
+class InputMeasure:
+    """What a method may ask about the inputs of one tensor, answered by `Inputs` if it has been before."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        places: list[Difference],
+        operands: list[Operand],
+        origin: Operand | None,
+    ) -> None:
+        self._inputs, self._operands, self._origin = inputs, operands, origin
+        self._places = places
+        self.count, self.size = len(operands), operands[0].data.size
+
+    def gram(self) -> list[list[float]]:
+        def compute() -> list[list[float]]:
+            if kernels.available():
+                with suppress(kernels.NoKernelError):
+                    return kernels.gram(self._origin, self._operands)
+            base = None if self._origin is None else to_tensor(widened(self._origin.data))
+            return gram([alone(each, base) for each in self._operands])
+
+        return self._inputs.gram(tuple(self._places), compute)
+
+    def boundary(self, index: int, rank: int) -> Boundary:
+        """Return the boundary above which `rank` elements of an operand are."""
+        if rank <= 0:
+            return NOTHING
+        if rank >= self.size:
+            return EVERYTHING
+        operand = self._operands[index]
+        return self._inputs.boundary(
+            self._places[index], rank, lambda: kernels.magnitudes(operand, self._origin)
+        )

@@ -1,0 +1,1 @@
+"""A model of the scores: what it predicts, where it is trusted, and what it proposes."""

@@ -1,0 +1,379 @@
+"""The guide: what the surrogate contributes to a search, and when it is listened to.
+
+In every generation it proposes some genomes itself, the best in its trust region, and screens an oversized
+population of the optimizer for the rest; the optimizer is told both. It also decides how many item blocks a
+generation is scored on: few at first, because a model that learns from every item of many candidates needs
+few of each; twice as many once the trust region has collapsed, which says that nothing more is to be found
+on these items. Where it proposes nothing (a model that is not trusted), some generations without a better
+candidate say the same.
+
+Before a candidate is scored, its loss is predicted; the rank correlation of the last predictions with what
+was then measured is the guide's own mark. While it is low the optimizer works alone. The guide's proposals
+don't count in it: each of them is where the model is most likely to promise too much, which the trust region
+is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.special
+import scipy.stats
+from numpy.typing import NDArray
+from pydantic import Field
+from threadpoolctl import threadpool_limits
+
+from evomerge.evaluation.normalise import Normaliser
+from evomerge.evaluation.scores import Scores
+from evomerge.schema import Strict
+from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.optimizers import Optimizer
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
+from evomerge.search.surrogate.trust_region import TrustRegion
+
+Array = NDArray[np.float64]
+
+WINDOW = 32
+"""Predictions that the rank correlation is taken over, the latest ones."""
+TRUSTED = 0.1
+"""Rank correlation below which the model is not listened to."""
+FEW = 16
+"""Predictions before which it is given the benefit of the doubt."""
+SCATTERED = 12
+"""Candidates of the optimizer's own that the model learns from before it predicts any: baselines lie on a
+few lines through the space and say nothing of what is beside them."""
+REFRESHED = 16
+"""Candidates, the best, that are scored on further blocks when those are added."""
+TUNED_EVERY = 3
+"""Generations between choices of the kernel."""
+PATIENCE = 6
+"""Generations in a row without proposals and without a better candidate, after which blocks are added."""
+
+
+class SurrogateSpec(Strict):
+    """The `surrogate` part of a run config; `surrogate: off` leaves everything to the optimizer."""
+
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Share of every generation that the surrogate proposes."""
+    oversample: int = Field(default=4, ge=1)
+    """Candidates the optimizer draws for each one that is scored; the surrogate picks the most promising."""
+    blocks: int = Field(default=2, ge=1)
+    """Item blocks a generation is scored on at first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A generation to score: genomes (n, dimension), and which rows of the optimizer's ask they are."""
+
+    genomes: Array
+    chosen: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuideState:
+    """What the guide did in a generation, for the store and the report.
+
+    correlation: Spearman's, of the last predictions with what was measured; None while there are too few.
+    proposed: candidates it proposed itself. blocks: item blocks scored. radius: of the trust region.
+    """
+
+    correlation: float | None
+    proposed: int
+    blocks: int
+    radius: float
+
+
+class MeanLoss:
+    """The loss of predicted means: (tasks,) in, loss and slope (tasks,) out.
+
+    The tasks are the counted skills, then those of retention and of coherence. normaliser: of the blocks
+    predicted. spec: prices and limits. limits: least normalised score of some skills.
+    """
+
+    SHORT = 2.0
+    """Price of a unit that anything is short of its limit: more than another skill can gain by it."""
+
+    def __init__(
+        self, normaliser: Normaliser, spec: ObjectiveSpec, *, limits: dict[str, float] | None = None
+    ) -> None:
+        skills, kept, coherent = normaliser.skills, normaliser.kept, normaliser.coherent
+        self.tasks = tuple(s.task for s in (*skills, *kept, *coherent))
+        self._shares = np.array([s.share for s in skills])
+        self._zero = np.array([s.zero for s in skills])
+        self._headroom = np.array([s.headroom for s in skills])
+        self._kept_shares = np.array([k.share for k in kept])
+        self._kept_base = np.array([k.zero for k in kept])
+        self._coherence = np.array([c.share / c.zero for c in coherent])
+        self._spec = spec
+        limits = limits or {}
+        self._limits = np.array([limits.get(s.task, -np.inf) for s in skills])
+
+    def __call__(self, values: Array) -> tuple[float, Array]:
+        """Return the loss and its slope."""
+        count = len(self._shares)
+        scores = (values[:count] - self._zero) / self._headroom
+        short = scores < self._limits
+        loss = -float(self._shares @ scores)
+        slope = np.zeros(len(values))
+        slope[:count] = -self._shares / self._headroom
+        if short.any():
+            loss += self.SHORT * float((self._limits[short] - scores[short]).sum())
+            slope[:count] -= np.where(short, self.SHORT / self._headroom, 0.0)
+        stop = count + len(self._kept_shares)
+        if stop > count:
+            gained = values[count:stop] - self._kept_base
+            ratios = self._kept_shares * np.exp(np.minimum(gained, 1.0))
+            cost, change = self._cost(
+                float(ratios.sum()), self._spec.retention, self._spec.constraints.retention
+            )
+            loss += cost
+            slope[count:stop] = change * np.where(gained < 1.0, ratios, 0.0)
+        if len(values) > stop:
+            kept = float(self._coherence @ values[stop:])
+            cost, change = self._cost(kept, self._spec.coherence, self._spec.constraints.coherence)
+            loss += cost
+            slope[stop:] = change * self._coherence
+        return loss, slope
+
+    def _cost(self, kept: float, price: float, least: float | None) -> tuple[float, float]:
+        """Return what it costs to keep only so much of what the base had, and how that changes."""
+        cost, change = (price * (1.0 - kept), -price) if kept < 1.0 else (0.0, 0.0)
+        if least is not None and kept < least:
+            cost, change = cost + self.SHORT * (least - kept), change - self.SHORT
+        return cost, change
+
+
+class Observed:
+    """Turns scores into what the surrogate learns: columns per block, and their means per task.
+
+    tasks: as in MeanLoss. base: the base's scores on every block, for the number of items in each.
+    """
+
+    def __init__(self, tasks: Sequence[str], base: Sequence[Scores]) -> None:
+        self._tasks = tuple(tasks)
+        self._counts = [[len(part[task].metric) for task in tasks] for part in base]
+        self._margins = [base[0][task].margin is not None for task in tasks]
+        self.outputs = tuple(
+            Outputs(
+                task=np.repeat(np.arange(len(tasks)), counts),
+                margins=np.repeat(np.array(self._margins), counts),
+            )
+            for counts in self._counts
+        )
+
+    def columns(self, scores: Scores) -> dict[int, Array]:
+        """Return the outputs of each block that scores hold."""
+        at = [0] * len(self._tasks)
+        found: dict[int, Array] = {}
+        for block in scores.blocks:
+            parts = []
+            for index, (task, margins) in enumerate(zip(self._tasks, self._margins, strict=True)):
+                values = scores[task].margin if margins else scores[task].metric
+                assert values is not None
+                stop = at[index] + self._counts[block][index]
+                parts.append(values[at[index] : stop])
+                at[index] = stop
+            found[block] = np.concatenate(parts)
+        return found
+
+    def means(self, columns: dict[int, Array], blocks: Sequence[int]) -> Array:
+        """Return (tasks,) means over blocks, right answers counted as softly as the surrogate does."""
+        sums, counts = np.zeros(len(self._tasks)), np.zeros(len(self._tasks))
+        for block in blocks:
+            outputs, values = self.outputs[block], columns[block]
+            soft = scipy.special.ndtr(np.clip(values, -CLIP, CLIP) / SOFTNESS)
+            value = np.where(outputs.margins, soft, values)
+            sums += np.bincount(outputs.task, weights=value, minlength=len(sums))
+            counts += np.bincount(outputs.task, minlength=len(sums))
+        means: Array = sums / np.maximum(counts, 1)
+        return means
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Promise:
+    """Of the guide's own proposals: the losses the model promised, and the boxes they kept to."""
+
+    losses: tuple[float, ...]
+    radii: tuple[float, ...]
+
+
+class Guide:
+    """The surrogate in a search with one objective.
+
+    order: item blocks, the most telling first. loss_on: the loss of means on given blocks.
+    """
+
+    def __init__(
+        self,
+        spec: SurrogateSpec,
+        *,
+        coordinates: Sequence[Coordinate],
+        base: Sequence[Scores],
+        order: Sequence[int],
+        loss_on: Callable[[Sequence[int]], MeanLoss],
+        seed: np.random.SeedSequence,
+    ) -> None:
+        self._spec, self._order, self._loss_on = spec, tuple(order), loss_on
+        tasks = loss_on(order).tasks
+        self._observed = Observed(tasks, base)
+        self._surrogate = Surrogate(coordinates, self._observed.outputs, tasks=len(tasks))
+        self._region = TrustRegion(coordinates, seed=seed)
+        self._active = min(spec.blocks, len(order))
+        self._known: dict[bytes, tuple[Genome, dict[int, Array]]] = {}
+        self._pairs: list[tuple[float, float]] = []
+        self._predicted: list[float] | None = None
+        self._proposed = 0
+        self._promise: _Promise | None = None
+        self._generation = 0
+        self._told = 0
+        self._stalled = 0
+        self._losses: dict[tuple[bytes, int], float] = {}
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The item blocks that the next generation is scored on, in order."""
+        return self._order[: self._active]
+
+    @property
+    def correlation(self) -> float | None:
+        """Spearman's rank correlation of predictions with what was measured, the optimizer's own candidates.
+
+        Of all candidates where the optimizer has none of its own.
+        """
+        if len(self._pairs) < FEW:
+            return None
+        predicted, measured = np.array(self._pairs[-WINDOW:]).T
+        if np.ptp(predicted) == 0 or np.ptp(measured) == 0:
+            return 0.0
+        return float(scipy.stats.spearmanr(predicted, measured).statistic)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the model is listened to."""
+        found = self.correlation
+        return found is None or found >= TRUSTED
+
+    def learn(self, genome: Genome, scores: Scores) -> None:
+        """Take in what a genome scored, on whatever blocks."""
+        genome = np.array(genome, dtype=np.float64)
+        _, known = self._known.setdefault(genome.tobytes(), (genome, {}))
+        for block, columns in self._observed.columns(scores).items():
+            known[block] = columns
+            self._surrogate.learn(genome, block, columns)
+
+    def ask(self, optimizer: Optimizer) -> Asked:
+        """Return the next generation: proposals first, then the optimizer's own, screened."""
+        self._predicted, self._proposed, self._promise = None, 0, None
+        size = optimizer.population
+        best = self._best(self.blocks)
+        tune = self._generation % TUNED_EVERY == 1
+        ready = best is not None and self._told >= SCATTERED
+        model = self._surrogate.fit(best[0], self.blocks, tune=tune) if ready and best else None
+        self._generation += 1
+        if model is None or best is None:
+            return Asked(genomes=optimizer.ask())
+        loss = self._loss_on(self.blocks)
+        if not self.trusted:
+            genomes = optimizer.ask()
+            self._predicted = self._predict(model, loss, genomes)
+            return Asked(genomes=genomes)
+        count = round(self._spec.share * size)
+        if count:
+            blocks = self.blocks
+            known = {key for key, (genome, _) in self._known.items() if self._loss(genome, blocks) < np.inf}
+            proposals = self._region.propose(model, loss, best[0], count, known=known)
+            count = len(proposals.genomes)
+        if count:
+            here, *there = self._predict(model, loss, [best[0], *proposals.genomes])
+            promised = tuple(best[1] + min(0.0, value - here) for value in there)
+            self._promise = _Promise(losses=promised, radii=proposals.radii)
+            optimizer.inject(proposals.genomes)
+        pool = optimizer.ask(self._spec.oversample * size)
+        assert not optimizer.required, "an optimizer of several objectives"
+        predicted = np.array(self._predict(model, loss, pool))
+        rest = np.argsort(predicted[count:], kind="stable")[: size - count] + count
+        chosen = (*range(count), *(int(i) for i in rest))
+        self._predicted, self._proposed = predicted[list(chosen)].tolist(), count
+        return Asked(genomes=pool[list(chosen)], chosen=chosen)
+
+    def tell(self, genomes: Array, results: Sequence[Scores | None], losses: Array) -> list[Genome]:
+        """Learn from a scored generation; return genomes that should be scored on `blocks` now, if any.
+
+        results: None where a candidate failed. losses: (n,) as told to the optimizer.
+        """
+        before = self._best(self.blocks)
+        self._told += len(genomes)
+        for genome, scores in zip(genomes, results, strict=True):
+            if scores is not None:
+                self.learn(genome, scores)
+        if self._predicted is not None:
+            own = self._proposed if self._proposed < len(genomes) else 0
+            self._pairs += [
+                (p, float(m))
+                for p, m, scores in zip(self._predicted[own:], losses[own:], results[own:], strict=True)
+                if scores is not None
+            ]
+        if before is None or not self._exhausted(genomes, before[1]) or self._active == len(self._order):
+            return []
+        best = sorted(
+            (g for g, known in self._known.values() if all(b in known for b in self.blocks)),
+            key=lambda g: self._loss(g, self.blocks),
+        )
+        self._active = min(2 * self._active, len(self._order))
+        self._region.reset()
+        self._stalled = 0
+        self._pairs.clear()
+        return best[:REFRESHED]
+
+    def _exhausted(self, genomes: Array, before: float) -> bool:
+        """Take in how far a generation came; say whether nothing more is to be found on these items."""
+        mine = genomes if self._promise is None else genomes[: self._proposed]
+        reached = [self._loss(genome, self.blocks) for genome in mine]
+        if self._promise is None:
+            self._stalled = 0 if min(reached) < before else self._stalled + 1
+            return self._stalled >= PATIENCE
+        self._region.learn(
+            before=before, promised=self._promise.losses, reached=reached, radii=self._promise.radii
+        )
+        return self._region.collapsed
+
+    def state(self) -> GuideState:
+        """Return what the store and the report say about the last generation."""
+        return GuideState(
+            correlation=self.correlation,
+            proposed=self._proposed,
+            blocks=self._active,
+            radius=self._region.radius,
+        )
+
+    def estimates(self, genomes: Sequence[Genome]) -> Array | None:
+        """Return the losses the model believes genomes to have, (n,), or None without a model."""
+        best = self._best(self.blocks)
+        model = None if best is None else self._surrogate.fit(best[0], self.blocks)
+        return None if model is None else np.array(self._predict(model, self._loss_on(self.blocks), genomes))
+
+    def _predict(self, model: Model, loss: MeanLoss, genomes: Sequence[Genome] | Array) -> list[float]:
+        with threadpool_limits(1):
+            return [loss(values)[0] for values in model.values(genomes)]
+
+    def _loss(self, genome: Genome, blocks: Sequence[int]) -> float:
+        """The measured loss of a genome on blocks, inf where it was not scored on all of them."""
+        key = np.asarray(genome, dtype=np.float64).tobytes()
+        loss = self._losses.get((key, len(blocks)))  # blocks are always the first of `order`
+        if loss is not None:
+            return loss
+        found = self._known.get(key)
+        if found is None or any(block not in found[1] for block in blocks):
+            return float("inf")
+        loss = self._loss_on(blocks)(self._observed.means(found[1], blocks))[0]
+        self._losses[key, len(blocks)] = loss
+        return loss
+
+    def _best(self, blocks: Sequence[int]) -> tuple[Genome, float] | None:
+        """The best genome known on all of the blocks, with its loss."""
+        losses = [(self._loss(genome, blocks), key) for key, (genome, _) in self._known.items()]
+        loss, key = min(losses, default=(np.inf, b""), key=lambda pair: pair[0])
+        return None if not np.isfinite(loss) else (self._known[key][0], loss)

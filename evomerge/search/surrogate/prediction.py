@@ -1,0 +1,192 @@
+"""What a recipe that was not scored would score: a surrogate's mean, and an interval that keeps its word.
+
+A Gaussian process knows how far away it is, not how wrong it is. So its uncertainty is only the shape of
+the interval; the size comes from what it got wrong where the truth is known: every scored genome is predicted
+from the others (leave-one-out) and compared with the metric itself, and the interval is as many uncertainties
+wide as 95 % of those errors were (conformal prediction with normalised errors, Papadopoulos et al. 2008).
+
+Candidates are often scored on some item blocks only. What their items say of all items is uncertain, too: the
+spread of that difference over the recipes that were scored on everything is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.stats
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from evomerge.errors import UserError
+from evomerge.evaluation.normalise import Normaliser, Share
+from evomerge.evaluation.scores import Scores, joined
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.guide import Observed
+from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
+
+Array = NDArray[np.float64]
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A scored recipe: its genome, and its scores block by block."""
+
+    recipe: str
+    genome: Genome
+    parts: Mapping[int, Scores]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What is expected of a recipe on `search`, 0 the base and 1 the specialists.
+
+    mean, low, high: the mean normalised score and its 95 % interval. tasks: the same per skill that counts.
+    values: per task on its own scale. retention: ratio to the base, None without a task for it. learnt:
+    number of recipes the model learnt from. blocks: the item blocks it learnt on. error: typical (root mean
+    square) error of leave-one-out predictions. correlation: their rank correlation with what was measured.
+    uncertainty: 0 at a scored genome, 1 where nothing near is known.
+    """
+
+    mean: float
+    low: float
+    high: float
+    tasks: dict[str, float]
+    values: dict[str, float]
+    retention: float | None
+    learnt: int
+    blocks: tuple[int, ...]
+    error: float
+    correlation: float
+    uncertainty: float
+
+
+def forecast(
+    genome: Genome,
+    examples: Sequence[Example],
+    *,
+    coordinates: Sequence[Coordinate],
+    normaliser: Normaliser,
+    base: Sequence[Scores],
+) -> Forecast:
+    """Predict a genome from scored ones; itself must not be among them.
+
+    normaliser: of all `search` items. base: the base's scores block by block.
+
+    Raises:
+        UserError: fewer than 8 scored genomes.
+    """
+    blocks = shared_blocks([set(example.parts) for example in examples])
+    known = _nearest(genome, [e for e in examples if set(blocks) <= set(e.parts)])
+    if len(known) < ENOUGH:
+        raise UserError(
+            "too little was scored to learn from",
+            expected=f"{ENOUGH} recipes of the run's space scored on the same `search` items",
+            got=str(len(known)),
+            fix="let the run go on",
+        )
+    scale = normaliser.on(joined([base[block] for block in blocks]))
+    skills, kept = scale.skills, scale.kept
+    tasks = [share.task for share in (*skills, *kept)]
+    observed = Observed(tasks, base)
+    outputs = [observed.outputs[block] for block in blocks]
+    surrogate = Surrogate(
+        coordinates,
+        [
+            Outputs(
+                task=np.concatenate([each.task for each in outputs]),
+                margins=np.concatenate([each.margins for each in outputs]),
+            )
+        ],
+        tasks=len(tasks),
+    )
+    for example in known:
+        columns = [observed.columns(example.parts[block])[block] for block in blocks]
+        surrogate.learn(example.genome, 0, np.concatenate(columns))
+    with threadpool_limits(1):
+        model = surrogate.fit(genome, [0])
+        assert model is not None
+        found = model.predict(genome)
+        guesses = np.array([_mean(values, skills) for values in model.left_out()])
+        doubts = model.left_out_uncertainty()
+    measured = np.array([scale.mean(joined([e.parts[block] for block in blocks])) for e in known])
+    errors = measured - guesses
+    reach = _quantile(np.abs(errors) / doubts) * float(np.hypot(found.uncertainty, np.sqrt(model.noise)))
+    half = float(np.hypot(reach, _unseen(examples, blocks, normaliser, scale, count=len(base))))
+    mean = _mean(found.values, skills)
+    values = dict(zip(tasks, found.values.tolist(), strict=True))
+    return Forecast(
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        tasks={s.task: (values[s.task] - s.zero) / s.headroom for s in skills},
+        values=values,
+        retention=sum(k.share * float(np.exp(values[k.task] - k.zero)) for k in kept) if kept else None,
+        learnt=len(known),
+        blocks=blocks,
+        error=float(np.sqrt((errors**2).mean())),
+        correlation=_rank_correlation(guesses, measured),
+        uncertainty=found.uncertainty,
+    )
+
+
+def shared_blocks(sets: Sequence[set[int]], share: float = 0.5) -> tuple[int, ...]:
+    """Return the most item blocks that at least a share of the recipes have all been scored on.
+
+    >>> shared_blocks([{0, 3}, {0, 3}, {3}, {0, 1, 2, 3}])
+    (0, 3)
+    """
+    most: set[int] = set()
+    for candidate in sets:
+        met = sum(candidate <= other for other in sets)
+        if met >= share * len(sets) and (len(candidate), sorted(most)) > (len(most), sorted(candidate)):
+            most = candidate
+    return tuple(sorted(most))
+
+
+def _nearest(genome: Genome, examples: Sequence[Example]) -> list[Example]:
+    """The examples a model takes in, each genome once."""
+    distinct = list({e.genome.tobytes(): e for e in reversed(examples)}.values())[::-1]
+    order = np.argsort([float(((e.genome - genome) ** 2).sum()) for e in distinct], kind="stable")
+    return [distinct[i] for i in sorted(int(i) for i in order[:NEAREST])]
+
+
+def _mean(values: Array, skills: Sequence[Share]) -> float:
+    """The mean normalised score of tasks' values, the skills first."""
+    return sum(s.share * (float(v) - s.zero) / s.headroom for s, v in zip(skills, values, strict=False))
+
+
+def _quantile(ratios: Array) -> float:
+    """The error, in uncertainties, that the next one stays below with probability 0.95 at least."""
+    rank = min(len(ratios), int(np.ceil(LEVEL * (len(ratios) + 1))))
+    return float(np.sort(ratios)[rank - 1])
+
+
+def _unseen(
+    examples: Sequence[Example],
+    blocks: Sequence[int],
+    whole: Normaliser,
+    part: Normaliser,
+    *,
+    count: int,
+) -> float:
+    """Half the 95 % interval of the mean on all items around that on some blocks."""
+    if len(blocks) == count:
+        return 0.0
+    gaps = [
+        whole.mean(joined(list(e.parts.values()))) - part.mean(joined([e.parts[b] for b in blocks]))
+        for e in examples
+        if len(e.parts) == count
+    ]
+    if len(gaps) < 2:
+        return 0.0
+    return float(scipy.stats.t.ppf(0.5 + LEVEL / 2, len(gaps) - 1) * np.sqrt(np.mean(np.square(gaps))))
+
+
+def _rank_correlation(a: Array, b: Array) -> float:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(scipy.stats.spearmanr(a, b).statistic)

@@ -1,0 +1,148 @@
+"""What `evomerge analyze` takes and shows: three kinds of files, any width, a page without a network."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from evomerge.delivery.analyze import terminal as delivery
+from evomerge.delivery.analyze.page import write_html
+from evomerge.delivery.analyze.terminal import Measure, labels, measures, read_models
+from evomerge.errors import ConfigError
+from evomerge.merging.analysis.advice import Advised, advise
+from evomerge.merging.analysis.interference import Interference, measure
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_zoo: Path) -> tuple[Interference, Advised]:
+    named = {name: str(tiny_zoo / name) for name in ("base", "upper", "reverse")}
+    found = measure(named | {"add": f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"}, "base")
+    return found, advise(found)
+
+
+def shown(measured: tuple[Interference, Advised], width: int, map_: str = "conflict") -> str:
+    console = Console(
+        width=width, record=True, file=io.StringIO(), color_system="truecolor", force_terminal=True
+    )
+    console.print(delivery.terminal(*measured, measure=map_, width=width))
+    return console.export_text()
+
+
+# Which models ------------------------------------------------------------------------------------------
+
+
+def test_the_models_of_a_run_config(config: Callable[..., Path], tiny_zoo: Path) -> None:
+    models, base = read_models(config())
+    assert base == "base"
+    assert models == {name: str(tiny_zoo / name) for name in ("base", "upper", "reverse")}
+
+
+def test_the_models_of_a_recipe_and_of_a_mergekit_file(tmp_path: Path) -> None:
+    for name in "xyz":
+        (tmp_path / name).mkdir()
+    recipe = {
+        "models": {"x": "x", "y": "y", "z": "z", "unused": "nowhere"},
+        "base": "y",
+        "groups": [{"method": "ties", "sources": ["z", "x"]}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    models, base = read_models(tmp_path / "recipe.yaml")
+    assert (list(models), base) == (["y", "x", "z"], "y")
+    assert models["x"] == str(tmp_path / "x")
+    kit = {
+        "merge_method": "linear",
+        "models": [{"model": "x", "parameters": {"weight": 1}}, {"model": "z", "parameters": {"weight": 1}}],
+        "dtype": "float32",
+    }
+    (tmp_path / "kit.yaml").write_text(yaml.safe_dump(kit))
+    with pytest.raises(ConfigError, match=r"names no base model[^$]*--base"):
+        read_models(tmp_path / "kit.yaml")
+    models, base = read_models(tmp_path / "kit.yaml", str(tmp_path / "y"))
+    assert (list(models), base, models["base"]) == (["base", "x", "z"], "base", str(tmp_path / "y"))
+    assert read_models(tmp_path / "recipe.yaml", "z")[1] == "z"
+
+
+# The terminal ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("map_", delivery.MEASURES)
+@pytest.mark.parametrize("width", [70, 120])
+def test_everything_fits_and_reads_without_colour(
+    measured: tuple[Interference, Advised], width: int, map_: str
+) -> None:
+    text = shown(measured, width, map_)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    found, advised = measured
+    for word in ("upper - reverse", "outside the layers", advised.verdict, advised.preset, "evomerge run"):
+        assert word in text
+    kinds, short, cells = delivery.grid(found)
+    one = measures(found)[map_]
+    rows = [line.split() for line in text.splitlines() if re.match(r"^ [01] ", line)]
+    numbers = [one.text(one.of(cells[layer, kind])) for layer in (0, 1) for kind in kinds]
+    assert sorted(n for row in rows for n in row[1:-1]) == sorted(numbers)
+    assert len(short) == len(set(short))
+
+
+def test_colours_end_where_chance_is(measured: tuple[Interference, Advised]) -> None:
+    known = measures(measured[0])
+    assert known["conflict"].colour(0.5) == (255, 255, 255) == known["cosine"].colour(0.0)
+    assert known["conflict"].colour(0.9) == delivery.BAD == known["cosine"].colour(-0.9)
+    assert known["conflict"].colour(0.1) == delivery.GOOD == known["cosine"].colour(0.9)
+    assert known["norm"].colour(known["norm"].high) == delivery.STRONG
+    for one in known.values():
+        assert isinstance(one, Measure)
+        assert one.colour(math.nan) == (255, 255, 255)
+        assert one.text(math.nan) == "-"
+        assert "-0" not in one.text(-1e-9)
+
+
+def test_labels_stay_apart() -> None:
+    assert labels(["self_attn.q_proj", "self_attn.q_proj.bias", "mlp.down_proj"]) == ["q", "bias", "down"]
+    assert labels(["a.norm", "b.norm", "norm"]) == ["a.norm", "b.norm", "norm"]
+
+
+def test_as_data_is_json_and_complete(measured: tuple[Interference, Advised]) -> None:
+    data = json.loads(json.dumps(delivery.as_data(*measured), allow_nan=False))
+    found = measured[0]
+    assert set(data["tensors"]) == set(found.tensors)
+    assert set(data["layers"]) == {"outside", "0", "1"}
+    for part in (data["total"], *data["tensors"].values()):
+        assert sum(part["shares"].values()) == pytest.approx(1.0)
+        assert len(part["pairs"]) == 3
+    assert data["total"]["pairs"][0]["relation"] == measured[1].relations[0, 1]
+    assert data["total"]["pairs"][0]["cosine"] == pytest.approx(found.total.cosine[0, 1])
+    assert {each["rule"] for each in data["advice"]} <= {rule["name"] for rule in data["rules"]}
+
+
+# The page ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_self_contained_and_drawn(measured: tuple[Interference, Advised], tmp_path: Path) -> None:
+    page = write_html(*measured, tmp_path / "new" / "page.html")
+    assert [p.name for p in page.parent.iterdir()] == ["page.html"]
+    text = page.read_text()
+    outside = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"(src|href)=[\"'](?!data:)", outside)
+    for each in measured[1].advice:
+        assert each.text.split(" (")[0] in outside.replace("&#39;", "'")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9"]
+    flags += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
+    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120, check=True)
+    for figure in ("pairs", "map", "norms", "shares"):
+        assert re.search(rf'id="{figure}"[^>]*js-plotly-plot|js-plotly-plot[^>]*id="{figure}"', done.stdout)

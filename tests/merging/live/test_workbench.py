@@ -1,0 +1,165 @@
+"""The live model: what is loaded, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from evomerge.errors import ConfigError, ModelError
+from evomerge.merging.export import writer
+from evomerge.merging.live import workbench
+from evomerge.merging.live.workbench import Workbench
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.sources.source import AdaptedCheckpoint, open_source
+from tests.merging.conftest import llama, save
+
+
+def layered(models: dict[str, str], *weights: float, dtype: str = "bfloat16", seed: int = 0) -> Recipe:
+    """Return task arithmetic of `a` with one weight per layer, the last one for the rest."""
+    groups = [
+        TensorGroup(method="task_arithmetic", sources=("a",), layers=(i,), parameters={"weight": w})
+        for i, w in enumerate(weights[:-1])
+    ]
+    groups.append(TensorGroup(method="task_arithmetic", sources=("a",), parameters={"weight": weights[-1]}))
+    return Recipe(models=models, base="base", groups=tuple(groups), dtype=dtype, seed=seed)
+
+
+@pytest.fixture
+def merged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of tensors that were merged since the last `clear`."""
+    names: list[str] = []
+    merge = workbench.merge_tensor
+
+    def counting(recipe: Recipe, name: str, inputs: Any, **options: Any) -> torch.Tensor:
+        names.append(name)
+        return merge(recipe, name, inputs, **options)
+
+    monkeypatch.setattr(workbench, "merge_tensor", counting)
+    return names
+
+
+def test_the_live_model_is_ready_to_score(models: dict[str, str]) -> None:
+    bench = Workbench(models, "base", attn_implementation="eager")
+    assert isinstance(bench.model, LlamaForCausalLM)
+    assert not bench.model.training
+    assert not any(parameter.requires_grad for parameter in bench.model.parameters())
+    assert bench.model.lm_head.weight.data_ptr() == bench.model.model.embed_tokens.weight.data_ptr()
+    assert bench.model.dtype == torch.float32
+    assert bench.model.config._attn_implementation == "eager"
+    assert bench.tokenizer("w1").input_ids == [5]
+    assert bench.notes == ()
+
+
+@pytest.mark.parametrize("name", ["base", "a", "c"])
+def test_a_source_is_the_parent_itself(name: str, models: dict[str, str]) -> None:
+    bench = Workbench(models, "base")
+    bench.load(Recipe(models=models, base="base", groups=(TensorGroup(method="linear", sources=(name,)),)))
+    ids = torch.arange(4, 20)[None]
+    own = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
+    assert torch.equal(bench.model(ids).logits, own(ids).logits)
+
+
+def test_only_what_changed_is_merged_again(models: dict[str, str], merged: list[str]) -> None:
+    bench = Workbench(models, "base")
+    bench.load(layered(models, 0.1, 0.2, 0.3, 0.4))
+    assert len(merged) == len(bench.sources["a"].headers)
+    merged.clear()
+    bench.load(layered(models, 0.1, 0.25, 0.3, 0.4, seed=9))  # task arithmetic draws nothing
+    assert len(merged) == 9
+    assert all(".layers.1." in name for name in merged)
+    merged.clear()
+    bench.load(layered(models, 0.1, 0.25, 0.3, 0.4, dtype="float16"))
+    assert len(merged) == len(bench.sources["a"].headers)
+    bench.load(Recipe(models=models, base="base", groups=(TensorGroup(method="linear", sources=("b",)),)))
+    merged.clear()
+    bench.load(layered(models, 0.1, 0.25, 0.3, 0.4, dtype="float16"))
+    assert len(merged) == len(bench.sources["a"].headers)
+
+
+def test_a_seed_matters_to_random_methods_only(models: dict[str, str], merged: list[str]) -> None:
+    group = TensorGroup(method="dare_linear", sources=("a",), parameters={"density": 0.5})
+    bench = Workbench(models, "base")
+    states = []
+    for seed in (0, 1, 0):
+        merged.clear()
+        bench.load(Recipe(models=models, base="base", groups=(group,), seed=seed))
+        assert merged
+        states.append(torch.cat([p.flatten() for p in bench.model.parameters()]))
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
+
+
+def test_the_order_of_candidates_changes_no_bit(models: dict[str, str]) -> None:
+    recipes = [layered(models, *w) for w in ((0.1, 0.2, 0.3, 0.4), (0.9, 0.2, -0.5, 0.4), (1, 1, 1, 1))]
+    seen: dict[str, list[torch.Tensor]] = {}
+    for order in (recipes, recipes[::-1]):
+        bench = Workbench(models, "base")
+        for recipe in order:
+            bench.load(recipe)
+            weights = torch.cat([p.flatten() for p in bench.model.parameters()])
+            seen.setdefault(recipe.hash, []).append(weights)
+    assert all(torch.equal(*pair) for pair in seen.values())
+
+
+def test_no_global_randomness_is_touched(models: dict[str, str]) -> None:
+    before = torch.get_rng_state()
+    bench = Workbench(models, "base")
+    group = TensorGroup(method="dare_ties", sources=("a", "b"), parameters={"density": 0.5})
+    bench.load(Recipe(models=models, base="base", groups=(group,)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_names_are_checked(models: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"unknown model 'bse'\n.*did you mean 'base'"):
+        Workbench(models, "bse")
+    bench = Workbench({name: models[name] for name in ("base", "a")}, "base")
+    group = TensorGroup(method="linear", sources=("b",))
+    with pytest.raises(ConfigError, match="model 'b' was not opened"):
+        bench.load(Recipe(models=models, base="base", groups=(group,)))
+    with pytest.raises(ConfigError, match="takes tokenizer and config from another model"):
+        bench.load(
+            Recipe(models=models, groups=(TensorGroup(method="linear", sources=("a",)),), tokenizer="a")
+        )
+
+
+def test_a_config_that_does_not_fit_its_weights_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    folder = save(llama(), tmp_path / "m")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(ModelError, match=r"its tensors are not those of LlamaForCausalLM\n.*layers\.3\."):
+        Workbench({"m": str(folder)})
+    config.write_text(config.read_text().replace('"llama"', '"lama"').replace("Llama", "Lama"))
+    with pytest.raises(ModelError, match="transformers can't build this model"):
+        Workbench({"m": str(folder)})
+
+
+def test_adapters_are_loaded_as_they_are_written_and_cost_their_factors(
+    models: dict[str, str], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    places = {"base": models["base"], "p": adapters["plain"], "q": f"{models['a']}+{adapters['patterns']}"}
+    bench = Workbench(places, "base")
+    recipe = Recipe(
+        models=places,
+        base="base",
+        groups=(
+            TensorGroup(method="task_arithmetic", sources=("p",), layers=(0,), parameters={"weight": 0.4}),
+            TensorGroup(method="ties", sources=("p", "q"), parameters={"density": 0.6}),
+        ),
+    )
+    bench.load(recipe)
+    written = open_source(str(writer.write(recipe, tmp_path / "out")))
+    live = bench.model.state_dict()
+    for name in written.headers:
+        assert torch.equal(live[name], written.tensor(name)), name
+    adapter = bench.sources["p"]
+    assert isinstance(adapter, AdaptedCheckpoint)
+    assert {part.split(".lora_")[0] for part in adapter._factors} == {
+        f"base_model.model.{name.removesuffix('.weight')}" for name in adapter.updates
+    }
+    bench = Workbench(places, "base", low_memory=True)
+    bench.load(recipe)
+    assert bench.nbytes == 0

@@ -1,0 +1,220 @@
+"""The surrogate on margins that are known functions of the genome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.special
+
+from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.surrogate.margins import (
+    CLIP,
+    ENOUGH,
+    NEAREST,
+    SOFTNESS,
+    Model,
+    Outputs,
+    Pending,
+    Surrogate,
+)
+
+DIMENSION, ITEMS = 4, 12
+CONTINUOUS = (Coordinate(),) * DIMENSION
+MIXED = (Coordinate(), Coordinate(), Coordinate(levels=5), Coordinate(levels=3, ordered=False))
+OUTPUTS = Outputs(  # two tasks with margins, and one (its last four columns) without
+    task=np.repeat([0, 1, 2], [5, 3, 4]), margins=np.repeat([True, True, False], [5, 3, 4])
+)
+_rng = np.random.default_rng(0)
+DIRECTIONS, SHIFTS = _rng.normal(0, 1.5, (DIMENSION, ITEMS)), _rng.normal(0, 1, ITEMS)
+
+
+def margins(genome: Genome) -> np.ndarray:
+    """Twelve smooth functions of a genome."""
+    along: np.ndarray = (genome - 0.5) @ DIRECTIONS
+    return along + SHIFTS - 2 * ((genome - 0.6) ** 2).sum()
+
+
+def soft(columns: np.ndarray) -> np.ndarray:
+    """(tasks,) means of columns, right answers counted softly."""
+    value = np.where(OUTPUTS.margins, scipy.special.ndtr(columns / SOFTNESS), columns)
+    return np.array([value[OUTPUTS.task == task].mean() for task in range(3)])
+
+
+def taught(
+    count: int,
+    *,
+    coordinates: tuple[Coordinate, ...] = CONTINUOUS,
+    of: Callable[[Genome], np.ndarray] = margins,
+    blocks: int = 1,
+    seed: int = 1,
+) -> Surrogate:
+    """A surrogate that learnt `count` random genomes on every block."""
+    surrogate = Surrogate(coordinates, [OUTPUTS] * blocks, tasks=3)
+    generator = np.random.default_rng(seed)
+    for genome in generator.random((count, len(coordinates))):
+        for block in range(blocks):
+            surrogate.learn(genome, block, of(genome) + block)
+    return surrogate
+
+
+def fitted(surrogate: Surrogate, blocks: tuple[int, ...] = (0,)) -> Model:
+    model = surrogate.fit(np.full(DIMENSION, 0.5), blocks)
+    assert model is not None
+    return model
+
+
+def test_predicts_what_it_was_not_shown() -> None:
+    model = fitted(taught(60))
+    unseen = np.random.default_rng(2).random((20, DIMENSION))
+    found = np.array([model.predict(genome).values for genome in unseen])
+    true = np.array([soft(margins(genome)) for genome in unseen])
+    assert np.abs(found - true).max() < 0.05
+    assert np.abs(true - true.mean(axis=0)).max() > 0.2  # there was something to predict
+
+
+def test_is_certain_of_what_it_was_shown_and_of_nothing_far_away() -> None:
+    generator = np.random.default_rng(1)
+    shown = generator.random((60, DIMENSION))
+    model = fitted(taught(60))
+    for genome in shown[:5]:
+        assert model.predict(genome).values == pytest.approx(soft(margins(genome)), abs=0.02)
+        assert model.predict(genome).uncertainty < 0.2
+    assert model.predict(np.full(DIMENSION, 40.0)).uncertainty > 0.3
+
+
+@pytest.mark.parametrize("optimism", [0.0, 0.7])
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_slopes_are_finite_differences(optimism: float, pending: bool, blocks: int) -> None:
+    model = fitted(taught(30, blocks=blocks), tuple(range(blocks)))
+    extra = Pending(model, np.random.default_rng(4).random((3, DIMENSION))) if pending else None
+    here, step = np.array([0.3, 0.7, 0.45, 0.6]), 1e-5
+
+    def values(genome: Genome) -> np.ndarray:
+        return model.predict(genome, optimism=optimism, pending=extra).values
+
+    slopes = model.predict(here, optimism=optimism, pending=extra).slopes
+    for axis, unit in enumerate(np.eye(DIMENSION)):
+        expected = (values(here + step * unit) - values(here - step * unit)) / (2 * step)
+        assert slopes[:, axis] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_optimism_raises_values_and_pending_genomes_lower_the_uncertainty() -> None:
+    model = fitted(taught(12))
+    here = np.array([0.9, 0.1, 0.9, 0.1])
+    plain, hopeful = model.predict(here), model.predict(here, optimism=1.0)
+    assert (hopeful.values > plain.values).all()
+    pending = Pending(model, [here])
+    told = model.predict(here, pending=pending)
+    assert told.uncertainty < 0.5 * plain.uncertainty
+    assert model.predict(here, optimism=1.0, pending=pending).values.sum() < hopeful.values.sum()
+    metric = OUTPUTS.task[~OUTPUTS.margins][0]
+    assert told.values[metric] == plain.values[metric]  # nobody knows yet what they will score
+
+
+def test_left_out_is_what_the_others_predict() -> None:
+    count = 14
+    genomes = np.random.default_rng(1).random((count, DIMENSION))
+    model = fitted(taught(count))
+    block = model._blocks[0]
+    found = model.left_out()
+    for row in (0, 5, 13):  # from the definition: solve without the row, mean and kernel kept
+        others = np.delete(np.arange(count), row)
+        gram = block.kernel(genomes[others], genomes[others])
+        gram += (block.kernel.noise + 1e-10) * np.eye(count - 1)
+        along = block.kernel(genomes[[row]], genomes[others])[0]
+        mean = block.mean + along @ np.linalg.solve(gram, block.residuals[others])
+        own = block.kernel(genomes[[row]], genomes[[row]]).item() + block.kernel.noise + 1e-10
+        variance = block.variance * (own - along @ np.linalg.solve(gram, along))
+        value = np.where(OUTPUTS.margins, scipy.special.ndtr(mean / np.sqrt(SOFTNESS**2 + variance)), mean)
+        expected = [value[OUTPUTS.task == task].mean() for task in range(3)]
+        assert found[row] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_same_data_gives_the_same_bits() -> None:
+    here = np.full(DIMENSION, 0.4)
+    first, second = (fitted(taught(40)).predict(here, optimism=0.5) for _ in range(2))
+    assert first.values.tobytes() == second.values.tobytes()
+    assert first.slopes.tobytes() == second.slopes.tobytes()
+
+
+def test_names_are_no_numbers_and_have_no_slope() -> None:
+    """The best of three names is the middle one; as a number, its neighbours would pull it down."""
+
+    def of(genome: Genome) -> np.ndarray:
+        level = MIXED[3].level(genome[3])
+        return np.full(ITEMS, (-1.5, 1.5, -1.5)[level] + 0.5 * (genome[0] - 0.5))
+
+    model = fitted(taught(40, coordinates=MIXED, of=of))
+    found = [model.predict(np.array([0.5, 0.5, 0.5, MIXED[3].middle(i)])).values[0] for i in range(3)]
+    assert found[1] > 0.95
+    assert max(found[0], found[2]) < 0.05
+    slopes = model.predict(np.array([0.5, 0.5, 0.5, 0.5])).slopes
+    assert slopes.shape == (3, 4)
+    assert (slopes[:, 2:] == 0).all()
+    assert slopes[2, 0] > 0.3
+    inside = [model.predict(np.array([0.5, 0.5, 0.5, u])).values.tobytes() for u in (0.34, 0.65)]
+    assert inside[0] == inside[1]  # all of a bin means the same
+
+
+def test_too_few_genomes_are_no_model_and_blocks_without_enough_are_left_out() -> None:
+    assert taught(ENOUGH - 1).fit(np.full(DIMENSION, 0.5), [0]) is None
+    surrogate = taught(ENOUGH, blocks=2)
+    other = Surrogate(CONTINUOUS, [OUTPUTS] * 2, tasks=3)
+    for genome in np.random.default_rng(1).random((ENOUGH, DIMENSION)):
+        other.learn(genome, 0, margins(genome))
+    here = np.full(DIMENSION, 0.3)
+    alone = fitted(other, (0, 1)).predict(here)
+    assert alone.values == pytest.approx(fitted(surrogate, (0,)).predict(here).values)
+    assert other.count(1) == 0
+
+
+def test_a_genome_is_learnt_once_and_margins_are_clipped() -> None:
+    surrogate = taught(20, of=lambda _: np.full(ITEMS, 1000.0))
+    surrogate.learn(np.random.default_rng(1).random((1, DIMENSION))[0], 0, np.zeros(ITEMS))
+    assert surrogate.count(0) == 20
+    values = fitted(surrogate).predict(np.full(DIMENSION, 0.5)).values
+    assert values == pytest.approx([1.0, 1.0, 1000.0])
+    assert scipy.special.ndtr(CLIP / SOFTNESS) == 1.0
+
+
+def test_where_nothing_varies_it_predicts_that() -> None:
+    constant = np.linspace(-1, 1, ITEMS) / 3
+    model = fitted(taught(25, of=lambda _: constant))
+    found = model.predict(np.array([0.1, 0.9, 0.2, 0.3]), optimism=0.5)
+    assert found.values == pytest.approx(soft(constant), abs=1e-6)
+    assert np.abs(found.slopes).max() < 1e-6
+
+    def one_varies(genome: Genome) -> np.ndarray:
+        return np.append(constant[:-1], 3 * genome[0])
+
+    alone = taught(25, of=lambda genome: np.full(ITEMS, 3 * genome[0]))
+    beside = taught(25, of=one_varies)
+    fitted(alone), fitted(beside)
+    assert alone._kernel == beside._kernel  # constant columns have no say in it
+
+
+def test_only_the_nearest_are_taken_in() -> None:
+    surrogate = taught(NEAREST + 40)
+    model = surrogate.fit(np.zeros(DIMENSION), [0])
+    assert model is not None
+    assert len(model.left_out()) == NEAREST
+    genomes = np.random.default_rng(1).random((NEAREST + 40, DIMENSION))
+    far = np.argsort((genomes**2).sum(axis=1))[-1]
+    near = np.argsort((genomes**2).sum(axis=1))[0]
+    rows = {row.tobytes() for row in model._blocks[0].rows}
+    assert genomes[near].tobytes() in rows
+    assert genomes[far].tobytes() not in rows
+
+
+@pytest.mark.parametrize("optimism", [0.0, 0.7])
+@pytest.mark.parametrize("pending", [False, True])
+def test_many_at_once_are_what_each_is(optimism: float, pending: bool) -> None:
+    model = fitted(taught(30, blocks=2), (0, 1))
+    genomes = np.random.default_rng(4).random((5, DIMENSION))
+    extra = Pending(model, genomes[:2]) if pending else None
+    found = model.values(genomes, optimism=optimism, pending=extra)
+    one_by_one = [model.predict(genome, optimism=optimism, pending=extra).values for genome in genomes]
+    assert found == pytest.approx(np.array(one_by_one), abs=1e-9)

@@ -1,0 +1,98 @@
+"""Predictions of recipes not scored: the interval holds what it promises, also on part of the items."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from evomerge.errors import UserError
+from evomerge.evaluation.normalise import Normaliser
+from evomerge.evaluation.scores import Scores, TaskScores, joined
+from evomerge.search.spaces.space import Coordinate
+from evomerge.search.surrogate.prediction import Example, Forecast, forecast, shared_blocks
+from tests.search.fakes import SUITE
+
+BLOCKS, ITEMS, DIMENSION = 4, 30, 3
+COORDINATES = [Coordinate()] * DIMENSION
+RNG = np.random.default_rng(3)
+SLOPES = {task: RNG.normal(0, 3, (BLOCKS, ITEMS, DIMENSION)) for task in ("a", "b")}
+EASE = {task: RNG.normal(0, 1.5, (BLOCKS, ITEMS)) for task in ("a", "b")}
+
+
+def parts(lead: float, genome: np.ndarray | None = None) -> list[Scores]:
+    """Scores on every block: margins linear in the genome, and as far ahead as `lead` says."""
+    found = []
+    for block in range(BLOCKS):
+        tasks = []
+        for task in ("a", "b"):
+            margin = lead + EASE[task][block]
+            if genome is not None:
+                margin = margin + SLOPES[task][block] @ (genome - 0.5) - 4 * ((genome - 0.5) ** 2).sum()
+            tasks.append(TaskScores(task=task, metric=(margin > 0).astype(float), margin=margin))
+        found.append(Scores(split="search", tasks=tuple(tasks), blocks=(block,)))
+    return found
+
+
+BASE = parts(-1.5)
+NORMALISER = Normaliser(SUITE, base=joined(BASE), parents={name: joined(parts(1.5)) for name in ("a", "b")})
+
+
+def example(seed: int, blocks: tuple[int, ...] = tuple(range(BLOCKS))) -> Example:
+    genome = np.random.default_rng(seed).random(DIMENSION)
+    found = parts(0.0, genome)
+    return Example(recipe=str(seed), genome=genome, parts={b: found[b] for b in blocks})
+
+
+def predict(genome: np.ndarray, examples: list[Example]) -> Forecast:
+    return forecast(genome, examples, coordinates=COORDINATES, normaliser=NORMALISER, base=BASE)
+
+
+@pytest.mark.parametrize("blocks", [(0, 1, 2, 3), (2, 0)])
+def test_nineteen_of_twenty_lie_in_the_interval(blocks: tuple[int, ...]) -> None:
+    known = [example(n) for n in range(12)] + [example(n, blocks) for n in range(12, 40)]
+    new = [example(n) for n in range(100, 140)]
+    truth = np.array([NORMALISER.mean(joined(list(e.parts.values()))) for e in new])
+    found = [predict(e.genome, known) for e in new]
+    inside = [f.low <= t <= f.high for f, t in zip(found, truth, strict=True)]
+    assert np.mean(inside) >= 0.9
+    assert np.corrcoef([f.mean for f in found], truth)[0, 1] > 0.8
+    assert np.mean([f.high - f.low for f in found]) < np.ptp(truth)
+    assert found[0].blocks == tuple(sorted(blocks))
+    assert found[0].learnt == 40
+
+
+def test_the_interval_is_wider_far_away_and_on_part_of_the_items() -> None:
+    near = [Example(recipe=e.recipe, genome=0.2 * e.genome, parts=e.parts) for e in map(example, range(30))]
+    here, there = predict(np.full(DIMENSION, 0.1), near), predict(np.ones(DIMENSION), near)
+    assert there.uncertainty > here.uncertainty
+    assert there.high - there.low > here.high - here.low
+    whole = [example(n) for n in range(30)]
+    part = whole[:10] + [example(n, (1,)) for n in range(10, 30)]
+    genome = np.full(DIMENSION, 0.4)
+    assert np.subtract(*_bounds(predict(genome, part))) < np.subtract(*_bounds(predict(genome, whole)))
+
+
+def _bounds(found: Forecast) -> tuple[float, float]:
+    return found.low, found.high
+
+
+def test_the_mean_is_that_of_the_tasks() -> None:
+    found = predict(np.full(DIMENSION, 0.5), [example(n) for n in range(20)])
+    assert found.mean == pytest.approx(np.mean(list(found.tasks.values())))
+    assert found.mean == pytest.approx((found.low + found.high) / 2)
+    assert found.retention is None
+
+
+def test_too_few_scores_are_said_to_be_too_few() -> None:
+    known = [example(n) for n in range(7)]
+    twins = [Example(recipe=f"{e.recipe} again", genome=e.genome, parts=e.parts) for e in known]
+    with pytest.raises(UserError, match="too little was scored"):
+        predict(np.full(DIMENSION, 0.5), [*known, *twins])
+
+
+def test_the_most_blocks_that_enough_were_scored_on() -> None:
+    sets = [{0, 1, 2, 3}, {2}, {2}, {1, 2}, {1, 2}]
+    assert shared_blocks(sets) == (1, 2)
+    assert shared_blocks(sets, 0.9) == (2,)
+    assert shared_blocks(sets, 0.2) == (0, 1, 2, 3)
+    assert shared_blocks([]) == ()

@@ -1,0 +1,124 @@
+"""Drafts: whole or not at all, over what was there, and nothing of killed processes stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evomerge import files
+from evomerge.errors import DiskError
+from evomerge.files import drafted_file, drafted_folder, passing_folder, remove_abandoned
+from evomerge.merging.tensors import kernels
+
+
+def killed(code: str, *arguments: object, **environment: str) -> None:
+    """Run some code that kills its own process by calling `die`."""
+    head = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from evomerge.files import drafted_file, drafted_folder, passing_folder\n"
+    )
+    command = [sys.executable, "-c", head + code, *map(str, arguments)]
+    done = subprocess.run(command, check=False, env={**os.environ, **environment})
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_file_takes_the_place_of_another_in_one_step(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "page.html"
+    for text in ("first", "second"):
+        with drafted_file(out) as draft:
+            draft.write_text(text)
+            assert not out.exists() or out.read_text() == "first"
+        assert out.read_text() == text
+    assert [p.name for p in out.parent.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_what_was_there(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    (tmp_path / "page.html").write_text("old")
+    monkeypatch.setattr(files, "sync", fail)
+    expected = DiskError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected), drafted_file(tmp_path / "page.html") as draft:
+        draft.write_text("new")
+    with pytest.raises(expected), drafted_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("new")
+    with pytest.raises(type(error)), passing_folder(tmp_path, "x"):
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_a_library_in_rust_meets_a_full_disk(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    def write() -> None:
+        with drafted_file(tmp_path / "out") as draft:
+            save_file({"x": np.zeros(10_000)}, draft)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(DiskError, match=r"out: can't be written\n  got: .*too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(SafetensorError), drafted_folder(tmp_path / "model"):
+        raise SafetensorError("something else")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_processes_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    killed("with drafted_file(Path(sys.argv[1])) as d: d.write_text('half'); die()", tmp_path / "a.yaml")
+    killed("with drafted_folder(Path(sys.argv[1])) as d: (d / 'x').touch(); die()", tmp_path / "model")
+    killed("with passing_folder(Path(sys.argv[1]), 'kernel') as d: die()", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    with drafted_file(tmp_path / "a.yaml") as draft:
+        draft.touch()
+    with drafted_folder(tmp_path / "model"), passing_folder(tmp_path, "kernel"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.yaml", "model"]
+
+
+def test_what_the_living_and_other_machines_have_is_left_alone(tmp_path: Path) -> None:
+    names = [
+        f".a.partial-{os.getpid()}-{socket.gethostname()}-0",
+        ".a.partial-99999999-elsewhere-0",
+        f".b.partial-99999999-{socket.gethostname()}-0",
+        f"a.partial-99999999-{socket.gethostname()}-0",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_abandoned(tmp_path, "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+    remove_abandoned(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[:2] + names[3:])
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C compiler")
+def test_a_compilation_that_was_killed_leaves_nothing_for_long(tmp_path: Path) -> None:
+    code = "from evomerge.merging.tensors import kernels\n{}kernels._compiler()"
+    dying = "import types; kernels.subprocess = types.SimpleNamespace(run=die, SubprocessError=OSError)\n"
+    killed(code.format(dying), XDG_CACHE_HOME=str(tmp_path))
+    folder = tmp_path / "evomerge" / "kernels"
+    assert len(list(folder.iterdir())) == 1
+    subprocess.run(
+        [sys.executable, "-c", code.format("")],
+        check=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert [p.suffix for p in folder.iterdir()] == [".so"]
