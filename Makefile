@@ -16,8 +16,8 @@ demo: $(INSTALLED)   ## search, report and export on the models that come with e
 test: $(INSTALLED)   ## the default tests, under five minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
-slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, build and install a wheel
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -m "slow or not slow"
+slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, install a wheel; random examples for the property tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -m "slow or not slow" --hypothesis-profile random
 
 torture: $(INSTALLED) ## kill runs at random, 400 times (EVOMERGE_KILLS=20: of each kind fewer), and compare what they end in
 	$(BIN)/python -m pytest -q -m slow tests/running/test_torture.py -s

@@ -509,6 +509,7 @@ def export(
     from evomerge import compose
     from evomerge.delivery import export as delivery
     from evomerge.delivery.summary import Summary
+    from evomerge.merging import mergekit
     from evomerge.running.store import RunStore
 
     _check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
@@ -521,7 +522,7 @@ def export(
             return
         if form != "model":
             recipe = delivery.find(store, summary, pick).recipe
-            delivery.write_text(out, recipe.to_yaml() if form == "recipe" else recipe.to_mergekit_yaml())
+            delivery.write_text(out, recipe.to_yaml() if form == "recipe" else mergekit.write(recipe))
             _say_file(out, recipe.hash)
             return
         done = delivery.export(store, summary, out, pick=pick)
@@ -540,9 +541,11 @@ def merge(
     keep_rest: KeepRest = False,
 ) -> None:
     """Write the merge a recipe (or a mergekit YAML) describes: a model, a LoRA adapter, or mergekit YAML."""
+    from evomerge.merging import mergekit
+    from evomerge.merging.compatibility import check
     from evomerge.merging.export import writer
     from evomerge.merging.reading import read_recipe
-    from evomerge.merging.sources.source import open_used
+    from evomerge.merging.sources.opening import open_used
     from evomerge.merging.tensors import kernels
 
     _check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
@@ -556,11 +559,11 @@ def merge(
     if form == "mergekit":
         from evomerge.delivery.export import write_text
 
-        write_text(out, found.to_mergekit_yaml())
+        write_text(out, mergekit.write(found))
         _say_file(out, found.hash)
         return
     sources = open_used(found)
-    for note in (*found.check(sources), *kernels.notes()):
+    for note in (*check(found, sources), *kernels.notes()):
         _out.say(f"note: {note}")
     writer.write(found, out, sources=sources)
     _out.say(f"wrote {_shown(out)} (recipe {found.hash[:12]})")

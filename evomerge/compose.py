@@ -89,7 +89,7 @@ def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
     from evomerge.merging.compatibility import check
     from evomerge.merging.sources import model_files
-    from evomerge.merging.sources.source import open_sources
+    from evomerge.merging.sources.opening import open_sources
 
     suite = Suite.load(config.suite).weighted(config.objective.weights)
     config.objective.check(suite)
@@ -230,11 +230,11 @@ def versions() -> dict[str, str]:
     found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["vllm"] = importlib.metadata.version("vllm")
-    return found | {"processor": forward.processor()}
+    return found | {"processor": forward.processor(), "blas": forward.blas(), "simd": forward.simd()}
 
 
 def environment_note(folder: Path) -> str | None:
-    """Say what of libraries and processor changed since the run in a folder was begun, None if nothing."""
+    """Say what of libraries, processor and kernels changed since a run was begun, None if nothing."""
     if not RunStore.exists(folder):
         return None
     with RunStore.read(folder) as store:

@@ -11,12 +11,11 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from evomerge.errors import DiskError, UserError
-from evomerge.merging.sources.tensorfile import sync
 
 
 @contextmanager
@@ -107,3 +106,13 @@ def _told(error: Exception, out: Path) -> Exception:
 
 def _mark(name: str) -> str:
     return f".{name}.partial-{os.getpid()}-{socket.gethostname()}-"
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Make files and folders durable before a rename publishes them."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

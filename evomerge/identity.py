@@ -10,7 +10,7 @@ from typing import Any
 from evomerge.config import RunConfig, resolve_location, resolve_suite
 from evomerge.errors import ConfigError, ModelError, StoreError, nearest
 from evomerge.merging.sources import model_files
-from evomerge.merging.sources.source import open_sources
+from evomerge.merging.sources.opening import open_sources
 from evomerge.running import forward
 from evomerge.running.store import BASE, RunStore, migrations
 from evomerge.running.store.file import FILE

@@ -13,11 +13,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
 os.environ["OMP_NUM_THREADS"] = "1"  # test processes share the cores
 
+import hypothesis
 import pytest
 import yaml
 
 from evomerge.schema import preset_folder
 from tests.zoo_fixture import tiny_zoo as build_tiny_zoo
+
+# By default examples are derived from the test, so that what passes here passes elsewhere. `make slow`
+# searches for new ones; what it finds is mended and kept as an @example.
+hypothesis.settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 SUITE: dict[str, Any] = {
     "name": "tiny",

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -160,3 +161,13 @@ def test_make_docs_is_a_target() -> None:
     done = subprocess.run(shlex.split("make -n docs"), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "mkdocs build" in done.stdout
+
+
+def test_the_floors_of_the_architecture_page_are_the_contracts() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    page = (DOCS / "architecture.md").read_text()
+    for contract in contracts:
+        if contract["type"] == "layers":
+            room = contract["containers"][0].replace(".", "/")
+            floors = " / ".join(floor.replace(" |", ",") for floor in contract["layers"])
+            assert f"{room}:  {floors}" in page

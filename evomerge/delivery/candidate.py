@@ -125,7 +125,7 @@ def _items(
 def _texts(store: RunStore, task: str, split: Split) -> list[list[dict[str, Any]]]:
     """Return of every item of a task, block by block, what the model was asked and offered as answers."""
     from evomerge.evaluation.harness import Harness
-    from evomerge.merging.sources.source import open_sources
+    from evomerge.merging.sources.opening import open_sources
     from evomerge.merging.sources.vocabulary import open_tokenizer
 
     worker = compose.prepare(compose.stored_config(store.folder)).worker

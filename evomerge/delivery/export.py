@@ -21,15 +21,16 @@ from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.files import drafted_file
+from evomerge.merging import mergekit
 from evomerge.merging.export import writer
 from evomerge.merging.export.adapter import AdapterReport, write_adapter
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.source import open_source
+from evomerge.merging.sources.opening import open_source
 from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, Worker, WorkerSpec
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ def export(store: RunStore, summary: Summary, out: Path, *, pick: str = "winner"
     extra = {"README.md": card(store, summary, chosen)}
     no_mergekit = None
     try:
-        extra["mergekit.yaml"] = chosen.recipe.to_mergekit_yaml()
+        extra["mergekit.yaml"] = mergekit.write(chosen.recipe)
     except ConfigError as error:
         no_mergekit = error.what
     writer.write(chosen.recipe, out, extra=extra)

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.running.store import RunStore, StoredFront
 from evomerge.schema import parse
 from evomerge.search import pareto
-from evomerge.search.baselines import Named
 from evomerge.search.objective import Objective, ObjectiveSpec
-
-if TYPE_CHECKING:
-    from evomerge.delivery.summary import Summary
+from evomerge.search.ports import Named
 
 PICKS = ("knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3")
 

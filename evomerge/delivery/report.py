@@ -21,6 +21,7 @@ from rich.text import Text
 
 from evomerge.delivery import front_plots, objectives
 from evomerge.delivery.guidance import guidance
+from evomerge.delivery.notes import notes
 from evomerge.delivery.objectives import Front
 from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary
 from evomerge.evaluation.statistics import Interval
@@ -55,7 +56,7 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
             parts.append(Text(f"the best baseline: evomerge export {folder} OUT --pick best-baseline"))
     else:
         parts.append(Text("no verdict yet: the run has not been tested", style="yellow"))
-    parts += [Text(f"note: {note}", style="yellow") for note in summary.notes()]
+    parts += [Text(f"note: {note}", style="yellow") for note in notes(store, summary)]
     guided = guidance(store)
     if guided is not None:
         parts.append(Text(guided.sentence, style="dim"))
@@ -252,7 +253,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "search": cost.search,
             "overhead": cost.overhead,
         },
-        "notes": summary.notes(),
+        "notes": notes(store, summary),
         "forward": store.fact(forward.FACT),
         "surrogate": None if guided is None else guided.as_data(),
         "front": None if front is None else front.as_data(),
@@ -288,7 +289,7 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         claims=_claim_table(summary, summary.claims(rows)),
         shares=summary.shares(rows),
         luck=summary.luck(),
-        notes=summary.notes(),
+        notes=notes(store, summary),
         cost=summary.cost(),
         finalists=summary.finalists(),
         progress=progress,

@@ -11,7 +11,7 @@ from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
-from evomerge.merging.sources.source import open_source
+from evomerge.merging.sources.opening import open_source
 from evomerge.running import executors
 from evomerge.running.worker import Job, Worker, WorkerSpec
 

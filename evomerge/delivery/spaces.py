@@ -42,7 +42,7 @@ class Models:
     @classmethod
     def of(cls, config: Path) -> Models:
         """Open the models of a run config, headers only."""
-        from evomerge.merging.sources.source import open_sources
+        from evomerge.merging.sources.opening import open_sources
 
         run = RunConfig.load(config)
         sources = tuple(run.models.sources)

@@ -8,6 +8,7 @@ from typing import Any
 
 from evomerge.delivery import objectives
 from evomerge.delivery.guidance import guidance
+from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import outlook
 from evomerge.delivery.report import blocks_text
 from evomerge.delivery.summary import Summary
@@ -48,7 +49,7 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "front": front.as_data() | {"sentence": front.sentence} if front else None,
         "constraints": objectives.constraints(store, summary),
         "surrogate": None if guided is None else guided.as_data(),
-        "notes": summary.notes(),
+        "notes": notes(store, summary),
     }
 
 

@@ -11,16 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.delivery import objectives
 from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite, SuiteTask
-from evomerge.running import forward
-from evomerge.running.batches import decisions
 from evomerge.running.store import RunStore
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 from evomerge.search.surrogate.prediction import shared_blocks
 
 _SEED = 20240  # of the bootstrap: a report of the same run always shows the same digits
@@ -529,26 +526,6 @@ class Summary:
             )
             for f, seen in found
         ]
-
-    def notes(self) -> list[str]:
-        """Return what a reader must know to read the table right, one sentence each."""
-        found, normaliser = objectives.notes(self._store, self), self.normaliser("test")
-        for task in normaliser.floored if normaliser is not None else ():
-            found.append(
-                f"{task}: its specialist is hardly better than the base; its share of the mean is noise"
-            )
-        found += [decision.sentence for decision in decisions(self._store)]
-        first, *later = self._store.sessions() or [{}]
-        changed = dict.fromkeys(change for each in later if (change := forward.changes(first, each)))
-        found += [f"worked on in several environments, so last digits may differ: {what}" for what in changed]
-        known = {named.recipe.hash for named in (*self.parents, *self.baselines, *self.starts)}
-        tested = set(self._store.timings("test")) - known
-        if len(tested) > 1:
-            found.append(
-                f"the test items have judged {len(tested)} winners of this run (its budget was raised); "
-                "each look makes the verdict a little optimistic"
-            )
-        return found
 
     def _mean(self, recipe: str, split: Split) -> float | None:
         normaliser, scores = self.normaliser(split), self._store.result(recipe, split)

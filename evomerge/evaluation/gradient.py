@@ -10,19 +10,17 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from evomerge.evaluation.backend import Pair
+from evomerge.evaluation.items import Items, TaskItems
 from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
 from evomerge.evaluation.scores import NonFiniteScores
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
-
-if TYPE_CHECKING:
-    from evomerge.evaluation.harness import Items, TaskItems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
-from evomerge.merging.analysis import fisher
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
+from evomerge.merging.sources import fisher_files
 from evomerge.merging.sources.checkpoint import HEADS
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
@@ -52,7 +52,7 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
             fix="use another method, or merge models that share a tokenizer",
         )
     prints = {name: sources[name].fingerprint for name in recipe.used_fishers()}
-    fisher.check(recipe, sources[recipe.pattern].headers, prints)
+    fisher_files.check(recipe, sources[recipe.pattern].headers, prints)
     return notes
 
 

@@ -21,9 +21,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import yaml
 
@@ -31,9 +30,6 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Method
 from evomerge.schema import parse_yaml
-
-if TYPE_CHECKING:
-    from evomerge.merging.sources.source import Source
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -446,32 +442,6 @@ class Recipe:
             return cls.from_data(parse_yaml(text))
         except yaml.YAMLError as error:
             raise ConfigError("recipe: not valid YAML", got=str(error)) from None
-
-    def check(self, sources: Mapping[str, Source]) -> tuple[str, ...]:
-        """Check the recipe against opened models (headers only) and return notes; see `compatibility`."""
-        from evomerge.merging.compatibility import check
-
-        return check(self, sources)
-
-    def to_mergekit_yaml(self, tensors: Iterable[str] | None = None) -> str:
-        """Return the recipe as mergekit YAML, or raise ConfigError; see `mergekit_export.write`."""
-        from evomerge.merging.mergekit.writer import write
-
-        return write(self, tensors)
-
-    @classmethod
-    def from_mergekit_yaml(
-        cls,
-        text: str,
-        *,
-        root: str | Path | None = None,
-        seed: int = 0,
-        tensors: Iterable[str] | None = None,
-    ) -> Recipe:
-        """Read mergekit YAML; see `mergekit.read`."""
-        from evomerge.merging.mergekit.reader import read
-
-        return read(text, root=root, seed=seed, tensors=tensors)
 
     def __reduce__(self) -> tuple[object, ...]:  # mapping proxies don't pickle; plain data does
         return Recipe.from_data, (self.to_data(),)

@@ -15,8 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from threadpoolctl import threadpool_info
+
 from evomerge.errors import StoreError
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, differences
 from evomerge.running.worker import WorkerSpec
 
 FACT = "forward"
@@ -64,7 +67,7 @@ def find(worker: WorkerSpec) -> Forward:
 
     from evomerge.merging.live.stacked_models import build
     from evomerge.merging.recipe import tokenizer_of
-    from evomerge.merging.sources.source import open_source
+    from evomerge.merging.sources.opening import open_source
 
     named = tokenizer_of(worker.tokenizer, worker.base, worker.models)
     source = open_source(worker.models[named if named in worker.models else worker.base])
@@ -130,14 +133,32 @@ def processor() -> str:
     return ", ".join(found)
 
 
+def blas() -> str:
+    """Return the BLAS libraries loaded here (numpy's, scipy's), with the kernels they chose.
+
+    Another kernel rounds the sums of a matrix product in another order, so CMA-ES asks for other bits.
+    """
+    found = {
+        f"{library['internal_api']} {library.get('architecture') or 'unknown'}"
+        for library in threadpool_info()
+        if library["user_api"] == "blas"
+    }
+    return ", ".join(sorted(found)) or "unknown"
+
+
+def simd() -> str:
+    """Return the instructions beyond its baseline that numpy uses: its exp and log differ between them."""
+    extensions = np.show_config(mode="dicts").get("SIMD Extensions", {})
+    return " ".join(extensions.get("found", ())) or "baseline"
+
+
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Say in one line what of libraries and processor is not what it was, None where all is.
+    """Say in one line what of libraries, processor and kernels is not what it was, None where all is.
 
     >>> changes({"torch": "2.12", "numpy": "2.4"}, {"torch": "2.13", "numpy": "2.4", "processor": "new"})
     'torch 2.12 before, 2.13 now'
     """
-    both = [name for name in before if name in now and before[name] != now[name]]
-    return "; ".join(f"{name} {before[name]} before, {now[name]} now" for name in both) or None
+    return "; ".join(differences(before, now)) or None
 
 
 def warning(what: str) -> str:

@@ -16,8 +16,7 @@ from evomerge.running.executors import Executor
 from evomerge.running.forecast import Estimate
 from evomerge.running.store import RunStore, Timing
 from evomerge.running.worker import Job, NotBegun, Result
-from evomerge.search.baselines import Named
-from evomerge.search.generations import OutOfTime
+from evomerge.search.ports import Named, OutOfTime
 
 
 class Observer(Protocol):

@@ -14,7 +14,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import BASE, RunStore
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart, WarmStartSpec, distinct
 

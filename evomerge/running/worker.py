@@ -219,7 +219,7 @@ class Worker:
 
 def _engine(spec: WorkerSpec) -> Engine:
     from evomerge.evaluation.vllm_engine import VllmEngine
-    from evomerge.merging.sources.source import open_source
+    from evomerge.merging.sources.opening import open_source
 
     folder = open_source(spec.models[spec.base]).folder
     return VllmEngine(folder, dtype=spec.dtype, max_length=spec.max_length, device=spec.device)

@@ -7,20 +7,12 @@ and the verdict is a paired test of the winner against the best of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
+from evomerge.search.ports import Named
 
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """The task-arithmetic grid: the weight every task vector gets."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Named:
-    """A recipe with the name it has in tables and in the verdict."""
-
-    name: str
-    recipe: Recipe
 
 
 def parents(template: Recipe, sources: Sequence[str]) -> list[Named]:

@@ -6,108 +6,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.scores import Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.search import pareto, selection
-from evomerge.search.baselines import Named
 from evomerge.search.ledger import Ledger
 from evomerge.search.optimizers import Optimizer
+from evomerge.search.ports import (
+    CandidateScorer,
+    Journal,
+    Observer,
+    OutOfTime,
+    SearchBudget,
+)
 from evomerge.search.racing import RaceResult, RacingSpec, Views, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
-from evomerge.search.surrogate.guide import Asked, Guide, GuideState
-
-
-class OutOfTime(Exception):  # noqa: N818  (nothing went wrong)
-    """The scorer began no further job because its `not_after` had passed."""
-
-
-class Scorer(Protocol):
-    """Scores recipes, each only once in the life of a run.
-
-    seconds: time spent so far on book-keeping, apart from the scoring itself. not_after: the moment, in epoch
-    seconds, from which on no job is begun; what is under way is finished and stored, then `score` raises
-    OutOfTime unless all it was asked for is known.
-    """
-
-    seconds: float
-    not_after: float | None
-
-    def score(
-        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
-    ) -> list[Scores | Failure]:
-        """Return one result per recipe, in order. `phase` is shown to the user.
-
-        blocks: item blocks of the split to score on; None means all.
-        """
-        ...
-
-    def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
-        """Like `score` for recipes the run can't do without: the first failure raises UserError."""
-        ...
-
-    def known(
-        self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
-    ) -> list[Scores | Failure | None]:
-        """Return what recipes are known to have scored on blocks, None where `score` has work to do."""
-        ...
-
-
-class Journal(Protocol):
-    """Records generations, or checks them against what a former session recorded."""
-
-    def record_ask(
-        self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]
-    ) -> None: ...
-
-    def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None: ...
-
-    def record_guide(self, generation: int, state: GuideState) -> None: ...
-
-    def record_front(
-        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
-    ) -> None: ...
-
-    def record_spent(self, generation: int, items: int) -> None: ...
-
-    def has_ask(self, generation: int) -> bool: ...
-
-
-class Budget(Protocol):
-    """Says when to stop asking."""
-
-    @property
-    def timed(self) -> bool:
-        """Whether the clock may end the search."""
-        ...
-
-    def stop_reason(
-        self, *, generations: int, items: int, forecast: int, full: int, stale: int
-    ) -> str | None: ...
-
-    def deadline(self) -> float | None:
-        """Return when the last job of the search may begin, in epoch seconds; None: at any time."""
-        ...
-
-    def out_of_time(self, generations: int, *, cut: bool) -> str:
-        """Say why the clock ends the search after so many told generations. cut: amid the next one."""
-        ...
-
-
-class Observer(Protocol):
-    """Is told what happens, for progress displays and logs."""
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """A generation was told.
-
-        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
-        """
-        ...
+from evomerge.search.surrogate.guide import Asked, Guide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +89,9 @@ class Generations:
 
     space: Space
     optimizer: Optimizer
-    scorer: Scorer
+    scorer: CandidateScorer
     journal: Journal
-    budget: Budget
+    budget: SearchBudget
     observer: Observer
     views: Views
     ledger: Ledger

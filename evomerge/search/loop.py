@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 
@@ -19,28 +19,20 @@ from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search import baselines, generations, pareto, selection
-from evomerge.search.baselines import Named
-from evomerge.search.generations import Budget, Found, Generations, Observer, Scorer
+from evomerge.search import baselines, pareto, selection
+from evomerge.search.generations import Found, Generations
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, create
+from evomerge.search.ports import CandidateScorer, GradientSource, Journal, Named, Observer, SearchBudget
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
-from evomerge.search.warm_start import Descent, GradientSpec, Slopes, WarmStart, descend, distinct
+from evomerge.search.warm_start import Descent, GradientSpec, WarmStart, descend, distinct
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
 """Which stream of the run's seed is whose."""
-
-
-class Journal(generations.Journal, Protocol):
-    """Records what the search decided, or checks it against what a former session recorded."""
-
-    def record_entry(self, role: str, position: int, entry: Named) -> None: ...
-
-    def trim_entries(self, role: str, count: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +91,11 @@ class Search:
         self,
         plan: SearchPlan,
         *,
-        scorer: Scorer,
+        scorer: CandidateScorer,
         journal: Journal,
-        budget: Budget,
+        budget: SearchBudget,
         observer: Observer,
-        slopes: Slopes | None = None,
+        slopes: GradientSource | None = None,
         ahead: Callable[[Sequence[Recipe], Split], None] = lambda recipes, split: None,
     ) -> None:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget

@@ -31,17 +31,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.evaluation.scores import Failure, Scores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import Strict
 from evomerge.search.objective import FAILURE_MARGIN, Objective
+from evomerge.search.ports import CandidateScorer
 
 PRIOR = 2.0
 """Weight, in items, of the mean over the tasks in each task's variance."""
@@ -69,14 +69,6 @@ class RacingSpec(Strict):
 
 
 NO_RACING = RacingSpec(blocks=1)
-
-
-class Scorer(Protocol):
-    """Scores recipes on item blocks, each only once in the life of a run."""
-
-    def score(
-        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
-    ) -> list[Scores | Failure]: ...
 
 
 class Views:
@@ -126,7 +118,7 @@ class RaceResult:
 def race(
     recipes: Sequence[Recipe],
     *,
-    scorer: Scorer,
+    scorer: CandidateScorer,
     views: Views,
     spec: RacingSpec,
     order: Sequence[int],
@@ -175,7 +167,7 @@ def race(
 
 
 def _scored(
-    scorer: Scorer, recipes: Sequence[Recipe], phase: str, blocks: Sequence[int]
+    scorer: CandidateScorer, recipes: Sequence[Recipe], phase: str, blocks: Sequence[int]
 ) -> list[list[Scores] | Failure]:
     """Return one result per recipe: its scores on each of the blocks, or its failure on one."""
     found = scorer.score(recipes, "search", phase, blocks)

@@ -1,8 +1,9 @@
 """Warm start: begin the search from recipes that are already good, and from gradients.
 
-Gradients: one backward pass of a smooth loss gives its derivative by all continuous parameters of a recipe
-at once (see `evomerge.merging.tensors.derivatives`); the derivative of `decode` carries it to the coordinates of
-the genome, and Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1) follows it inside the unit cube:
+Gradients: one backward pass of a smooth loss gives its derivative with respect to all continuous parameters
+of a recipe at once (see `evomerge.merging.tensors.derivatives`); the derivative of `decode` carries it to the
+coordinates of the genome, and Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1) follows it inside the
+unit cube:
 
     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      u = clip(u - rate_t m' / sqrt(v'), 0, 1)
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import Strict
-from evomerge.search.baselines import Named
+from evomerge.search.ports import GradientSource, Named
 from evomerge.search.spaces.space import Genome, Space
 
 FIRST, SECOND = 0.9, 0.99
@@ -83,14 +84,6 @@ class WarmStart:
     gradients: GradientSpec | None = None
 
 
-class Slopes(Protocol):
-    """Differentiates losses by the parameters of recipes, each only once in the life of a run."""
-
-    def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
-        """Return a loss and its derivatives. step, steps: shown to the user."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descent:
     """Where gradients led: the last point, the mean of the last ones, and the items that it cost.
@@ -106,7 +99,11 @@ class Descent:
 
 
 def descend(
-    space: Space, start: Genome, spec: GradientSpec, loss_of: Callable[[int], SmoothLoss], slopes: Slopes
+    space: Space,
+    start: Genome,
+    spec: GradientSpec,
+    loss_of: Callable[[int], SmoothLoss],
+    slopes: GradientSource,
 ) -> Descent:
     """Follow the gradient from a genome.
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery import export, objectives, report, status
+from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
@@ -190,7 +191,7 @@ def test_an_unmet_constraint_is_said_aloud_everywhere(opened: Opened) -> None:
     assert sentence is not None
     assert sentence.startswith("no finalist meets the constraints on select; the winner falls short least")
     assert re.search(r"demo_reverse -?[\d.]+ of 500", sentence)
-    assert sentence in summary.notes()
+    assert sentence in notes(store, summary)
     assert sentence in status.text(status.as_data(store, summary))
     assert report.as_data(store, summary)["constraints"] == sentence
     assert summary.winner is not None

@@ -18,9 +18,11 @@ from evomerge.delivery import predict, report, status
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
+from evomerge.merging import mergekit
 from evomerge.running.store import RunStore
+from evomerge.search.ports import GuideState
 from evomerge.search.surrogate import prediction
-from evomerge.search.surrogate.guide import TRUSTED, GuideState
+from evomerge.search.surrogate.guide import TRUSTED
 
 Opened = tuple[RunStore, Summary, compose.Prepared]
 
@@ -43,7 +45,7 @@ def test_a_file_and_the_start_of_a_hash_are_the_same_recipe(opened: Opened, tmp_
     assert summary.winner is not None
     recipe = summary.winner.recipe
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    (tmp_path / "mergekit.yaml").write_text(recipe.to_mergekit_yaml())
+    (tmp_path / "mergekit.yaml").write_text(mergekit.write(recipe))
     by_hash = predict.predict(store, summary, prepared, recipe.hash[:10])
     for name in ("recipe.yaml", "mergekit.yaml"):
         assert predict.predict(store, summary, prepared, str(tmp_path / name)) == by_hash

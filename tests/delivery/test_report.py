@@ -18,7 +18,7 @@ from evomerge.delivery.summary import Summary
 from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Scores
 from evomerge.running.store import RunStore
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

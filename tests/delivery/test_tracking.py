@@ -21,7 +21,7 @@ from evomerge.delivery.summary import Summary
 from evomerge.delivery.tracking import STATE, Tracked, flat, opened, require_packages
 from evomerge.errors import ConfigError
 from evomerge.running.store import RunStore
-from evomerge.search.surrogate.guide import GuideState
+from evomerge.search.ports import GuideState
 from tests.running.fakes import recipe
 from tests.test_cli import invoke, refuse
 

@@ -28,6 +28,8 @@ from evomerge.evaluation.suite import Suite
 
 LETTERS = "abcdefgh"
 CONTEXT = 24
+CHOICE_TOKENS = 3
+"""Tokens of the longest choice: its log-likelihood is their sum."""
 ITEMS = {"search": 30, "select": 20, "test": 40}
 NAMED = {"search": "search", "select": "select", "test": "test"}
 

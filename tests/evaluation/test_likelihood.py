@@ -19,12 +19,14 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation.backend import Backend
 from evomerge.evaluation.likelihood import Plan, plan
 from evomerge.evaluation.scores import NonFiniteScores
+from tests.rounding import of_log_likelihoods
 
 from .conftest import CONTEXT, new_model, new_tokenizer
 
 MODEL = new_model()
 TOKENIZER = new_tokenizer()
 VOCABULARY = MODEL.config.vocab_size
+SLACK = of_log_likelihoods(MODEL, tokens=CONTEXT)
 
 token = st.integers(1, VOCABULARY - 1)
 pair = st.tuples(st.lists(token, min_size=1, max_size=30), st.lists(token, min_size=1, max_size=CONTEXT))
@@ -54,7 +56,7 @@ def test_equals_hflm_for_any_tokens(pairs: list[tuple[list[int], list[int]]], ba
     found = lay(pairs, batch_size).score(MODEL)
     requests = [(("", ""), context, continuation) for context, continuation in pairs]
     expected = hflm()._loglikelihood_tokens(requests, disable_tqdm=True)
-    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], rtol=0, atol=SLACK)
     assert found.greedy.tolist() == [greedy for _, greedy in expected]
 
 
@@ -75,7 +77,7 @@ def test_equals_hflm_from_text_to_numbers(max_length: int | None) -> None:
     backend = Backend(TOKENIZER, batch_size=2, max_length=max_length)
     found = lay(backend.pairs(instances), 2, max_length or CONTEXT).score(MODEL)
     expected = hflm(max_length=max_length).loglikelihood(instances, disable_tqdm=True)
-    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], rtol=0, atol=SLACK)
     assert found.greedy.tolist() == [greedy for _, greedy in expected]
 
 
@@ -95,7 +97,7 @@ def test_bfloat16_models_are_read_in_float32() -> None:
     pairs = [([4, 5, 6], [7, 8, 9]), ([4], [5, 6])]
     requests = [(("", ""), context, continuation) for context, continuation in pairs]
     expected = hflm(model, softmax_dtype="float32")._loglikelihood_tokens(requests, disable_tqdm=True)
-    np.testing.assert_allclose(lay(pairs).score(model).ll, [ll for ll, _ in expected], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(lay(pairs).score(model).ll, [ll for ll, _ in expected], rtol=0, atol=SLACK)
 
 
 def test_a_uniform_model() -> None:
@@ -112,7 +114,7 @@ def test_a_model_that_cannot_trim_its_logits_scores_the_same() -> None:
             return MODEL(input_ids=input_ids)
 
     pairs = [([4, 5, 6], [7, 8]), ([4], [5, 6, 7, 8]), ([9], [1])]
-    np.testing.assert_allclose(lay(pairs).score(Plain()).ll, lay(pairs).score(MODEL).ll, atol=1e-6)
+    np.testing.assert_allclose(lay(pairs).score(Plain()).ll, lay(pairs).score(MODEL).ll, atol=SLACK)
 
 
 def test_equal_inputs_are_computed_once() -> None:

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from evomerge.merging.analysis.fisher import KIND
+from evomerge.merging.sources.fisher_files import KIND
 
 logging.disable_progress_bar()
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import ConfigError, ModelError
+from evomerge.merging.compatibility import check
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.sources.source import Source, open_sources
+from evomerge.merging.sources.opening import open_sources
+from evomerge.merging.sources.source import Source
 from tests.merging.conftest import WORDS, llama, save
 
 
@@ -22,7 +24,7 @@ def linear(models: dict[str, str], *sources: str, **changes: Any) -> Recipe:
 
 def refusal(models: dict[str, str], **changes: Any) -> str:
     with pytest.raises((ModelError, ConfigError)) as caught:
-        linear(models, *models, **changes).check(open_sources(models, None))
+        check(linear(models, *models, **changes), open_sources(models, None))
     return str(caught.value)
 
 
@@ -37,7 +39,7 @@ def test_models_of_one_family_pass_without_reading_weights(
     sources: dict[str, Source] = open_sources(models | {"lora": adapters["plain"]}, "base")
     for source in sources.values():
         monkeypatch.setattr(type(source), "tensor", None)
-    assert linear(models | {"lora": "x"}, "a", "b", "lora").check(sources) == ()
+    assert check(linear(models | {"lora": "x"}, "a", "b", "lora"), sources) == ()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_harmless_differences_are_noted(models: dict[str, str], tmp_path: Path) 
     odd = save(llama().to(torch.float16), tmp_path / "odd")
     edit(odd, rms_norm_eps=1e-5)
     both = {"base": models["base"], "odd": str(odd)}
-    notes = linear(both, "base", "odd").check(open_sources(both, None))
+    notes = check(linear(both, "base", "odd"), open_sources(both, None))
     assert notes == (
         "rms_norm_eps differs: odd has 1e-05, base 1e-06",
         "stored types differ (base BF16, odd F16); merging computes in float32",
@@ -137,7 +139,7 @@ def test_recipes_that_do_not_fit_the_models_are_refused(
     group = TensorGroup(method="linear", sources=("base", "a"), **changes)
     rest = () if message.startswith("no group") else (TensorGroup(method="linear", sources=("a",)),)
     with pytest.raises(ConfigError) as caught:
-        Recipe(models=used, groups=(group, *rest)).check(open_sources(used, None))
+        check(Recipe(models=used, groups=(group, *rest)), open_sources(used, None))
     assert message in str(caught.value)
 
 
@@ -147,4 +149,4 @@ def test_a_filter_for_the_head_of_a_tied_model_is_no_mistake(models: dict[str, s
         TensorGroup(method="linear", sources=("a",), match=("lm_head",)),
         TensorGroup(method="linear", sources=("a",)),
     )
-    assert Recipe(models=used, groups=groups).check(open_sources(used, None)) == ()
+    assert check(Recipe(models=used, groups=groups), open_sources(used, None)) == ()

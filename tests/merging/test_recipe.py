@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.errors import ConfigError
-from evomerge.merging import methods
+from evomerge.merging import mergekit, methods
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, TensorGroup, layer_of
 
@@ -213,7 +213,7 @@ def test_a_recipe_file_may_be_in_either_format(tmp_path: Path) -> None:
         (tmp_path / name.partition("+")[0]).mkdir(parents=True, exist_ok=True)
     original = recipe(dtype="float32")
     (tmp_path / "recipe.yaml").write_text(original.to_yaml())
-    (tmp_path / "mergekit.yaml").write_text(original.to_mergekit_yaml())
+    (tmp_path / "mergekit.yaml").write_text(mergekit.write(original))
     ours, theirs = (read_recipe(tmp_path / name) for name in ("recipe.yaml", "mergekit.yaml"))
     assert ours.hash == original.hash
     assert ours.models == {

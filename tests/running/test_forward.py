@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery import export as exporting
+from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import StoreError
@@ -147,8 +150,26 @@ def test_another_environment_is_a_note_before_and_in_the_report(
     assert "processor another (AVX2) before" in said
     with RunStore.open(folder) as store:
         store.begin_session(now)
-        notes = Summary(store, compose.stored_suite(store)).notes()
-    assert any(note.startswith("worked on in several environments") and "torch 1.0" in note for note in notes)
+        lines = notes(store, Summary(store, compose.stored_suite(store)))
+    assert any(line.startswith("several environments were used") and "torch 1.0" in line for line in lines)
+
+
+def test_a_run_notes_the_kernels_that_a_process_of_the_same_environment_has(tmp_path: Path) -> None:
+    now = compose.versions()
+    assert {"blas", "simd"} <= now.keys()
+    script = "from evomerge import compose; found = compose.versions(); print(found['blas'], found['simd'])"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"{now['blas']} {now['simd']}", done.stderr
+
+
+def test_another_blas_kernel_is_a_note_and_an_unknown_one_is_not() -> None:
+    now = compose.versions()
+    assert forward.changes({**now, "blas": "openblas Another"}, now) == (
+        f"blas openblas Another before, {now['blas']} now"
+    )
+    old = {name: version for name, version in now.items() if name not in ("blas", "simd")}
+    assert forward.changes(old, now) is None
 
 
 @pytest.mark.parametrize("module", [forward, out_of_memory], ids=lambda module: module.__name__)

@@ -20,7 +20,7 @@ from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.store import RunStore, file
 from evomerge.running.worker import Job, NotBegun, Result, Worker
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 from tests.running.fakes import TIMING, recipe, scores, spec
 from tests.running.nights import Simulated, Time, spend_night
 from tests.search.fakes import SUITE

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search.baselines import Named
-from evomerge.search.surrogate.guide import GuideState
+from evomerge.search.ports import GuideState, Named
 
 SUITE = Suite.model_validate(
     {

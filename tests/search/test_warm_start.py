@@ -14,10 +14,10 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask, smooth_loss
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.search.baselines import Named
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.ports import Named
 from evomerge.search.spaces.merge_space import SearchSpace
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.warm_start import (

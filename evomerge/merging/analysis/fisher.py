@@ -1,4 +1,4 @@
-"""Diagonal Fisher information: estimated on a text file, kept in a safetensors file, read by tensor name.
+"""Estimate a model's diagonal Fisher information on a text file, for the method `fisher`.
 
     evomerge fisher MODEL TEXT OUT           # then, in recipe.yaml:   fisher: {maths: OUT, ...}
 
@@ -13,17 +13,17 @@ Not covered: other than diagonal, and Fishers that do not fit into memory.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from evomerge.errors import ConfigError, DiskError, ModelError, NonFiniteError, nearest
+from evomerge.errors import ConfigError, DiskError, NonFiniteError, nearest
 from evomerge.files import drafted_file
+from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.tensorfile import Header, read_header
+from evomerge.merging.sources.fisher_files import KIND
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 Labels = Literal["text", "model"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
 MAX_LENGTH = 512
-KIND = "diagonal Fisher information"
-"""What a Fisher file says it is, so that a model's own weights are not taken for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,80 +41,6 @@ class Estimated:
     sequences: int
     tokens: int
     mean: float
-
-
-# Reading -------------------------------------------------------------------------------------------
-
-
-def headers(file: str) -> Mapping[str, Header]:
-    """Return tensor name -> header of a Fisher file, or raise ModelError."""
-    _stamp(file)
-    return read_header(Path(file))
-
-
-def tensor(file: str, name: str) -> Tensor:
-    """Return one Fisher tensor in float32. It must not be modified: it may be the mapped file itself."""
-    import torch
-
-    found: Tensor = _opened(file, _stamp(file)).get_tensor(name).to(torch.float32)
-    if found.numel() and not (found.min() >= 0 and torch.isfinite(found.max())):
-        raise ModelError(f"{file}: {name!r} has elements that are negative or not finite")
-    return found
-
-
-def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[str, str]) -> None:
-    """Check from headers that the Fisher files a recipe uses are those of its models.
-
-    pattern: the headers of the models. fingerprints: model -> its fingerprint, compared where a file has
-    one. Raises ModelError naming the file and the tensor.
-    """
-    for name in recipe.used_fishers():
-        file = recipe.fisher[name]
-        found = headers(file)
-        facts = _opened(file, _stamp(file)).metadata() or {}
-        if facts.get("kind") != KIND:
-            raise ModelError(
-                f"{file}: not a Fisher file",
-                expected=f"kind: {KIND!r} in its metadata",
-                got=repr(facts.get("kind")),
-                fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
-            )
-        if facts.get("model_fingerprint") not in (None, fingerprints[name]):
-            raise ModelError(
-                f"{file}: the Fisher of another model than {name!r}",
-                fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
-            )
-        for wanted, header in pattern.items():
-            if wanted not in found or found[wanted].shape != header.shape:
-                raise ModelError(
-                    f"{file}: not a Fisher of model {name!r}",
-                    expected=f"tensor {wanted!r} of shape {list(header.shape)}",
-                    got=f"shape {list(found[wanted].shape)}" if wanted in found else "no such tensor",
-                    fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
-                )
-
-
-def _stamp(file: str) -> tuple[int, int]:
-    try:
-        facts = Path(file).stat()
-    except OSError as error:
-        raise ModelError(
-            f"{file}: no such Fisher file", got=error.strerror, fix="evomerge fisher MODEL TEXT OUT"
-        ) from None
-    return facts.st_mtime_ns, facts.st_size
-
-
-@functools.lru_cache(maxsize=16)
-def _opened(file: str, stamp: tuple[int, int]) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: can't be read", got=str(error)) from None
-
-
-# Estimating ----------------------------------------------------------------------------------------
 
 
 def estimate(
@@ -141,8 +65,6 @@ def estimate(
     Raises ModelError, ConfigError for a text without two tokens in any line, NonFiniteError, DiskError.
     """
     import torch
-
-    from evomerge.merging.live.workbench import Workbench
 
     if labels not in LABELS:
         raise ConfigError(f"unknown labels {labels!r}", fix=nearest(labels, LABELS))

@@ -28,14 +28,15 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging.compatibility import check_models
 from evomerge.merging.recipe import layer_of
 from evomerge.merging.sources.arrays import to_tensor, widened
-from evomerge.merging.sources.source import Source, open_sources
+from evomerge.merging.sources.opening import open_sources
+from evomerge.merging.sources.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
-Place = TypeVar("Place", bound=Hashable)
+Bin = TypeVar("Bin", bound=Hashable)
 
 THRESHOLD = 1.0
 """Default threshold: for normally distributed changes 42 % of the elements count as changed."""
@@ -192,8 +193,8 @@ class Interference:
         """Sum by layer and module kind: the cells of the heat map."""
         return self._grouped(lambda tensor: (layer_of(tensor), kind_of(tensor)))
 
-    def _grouped(self, place: Callable[[str], Place]) -> dict[Place, Tally]:
-        found: dict[Place, list[Tally]] = {}
+    def _grouped(self, place: Callable[[str], Bin]) -> dict[Bin, Tally]:
+        found: dict[Bin, list[Tally]] = {}
         for tensor, one in self.tensors.items():
             found.setdefault(place(tensor), []).append(one)
         return {key: Tally.total(tallies) for key, tallies in found.items()}

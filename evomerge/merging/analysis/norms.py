@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging.compatibility import check_models
 from evomerge.merging.methods.reduction import norm
-from evomerge.merging.sources.source import open_sources
+from evomerge.merging.sources.opening import open_sources
 
 
 def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = "") -> dict[str, float]:

@@ -34,7 +34,8 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
 from evomerge.merging.sources.arrays import of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
-from evomerge.merging.sources.source import Source, open_source, open_used, same_base
+from evomerge.merging.sources.opening import open_source, open_used
+from evomerge.merging.sources.source import Source, same_base
 from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
 from evomerge.merging.tensors.application import apply
 from evomerge.merging.tensors.inputs import FileInputs

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +18,14 @@ from evomerge.merging.compatibility import check
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.arrays import Array
 from evomerge.merging.sources.checkpoint import INDEX, SINGLE
-from evomerge.merging.sources.source import Source, open_used
+from evomerge.merging.sources.opening import open_used
+from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter
 from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
 from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensors.inputs import FileInputs, Inputs
 from evomerge.merging.tensors.merge_tensor import merge_array
+from evomerge.merging.tensors.threads import pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,26 +130,6 @@ def _write_weights(
         size = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
         where = {name: file for file, headers in shards.items() for name in headers}
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-
-
-def pool() -> ThreadPoolExecutor:
-    """Return as many threads as torch has or would have, to merge one tensor on each."""
-    return ThreadPoolExecutor(threads(), initializer=_one_thread_each)
-
-
-def threads() -> int:
-    """Return torch's number of threads; where it is not imported, OMP_NUM_THREADS or the cores given."""
-    if "torch" in sys.modules:
-        return sys.modules["torch"].get_num_threads()  # type: ignore[no-any-return]
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _one_thread_each() -> None:
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
 
 
 def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Array]:

@@ -16,25 +16,19 @@ import copy
 import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.tensors.merge_tensor import Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from evomerge.merging.sources.tensorfile import Header
-
 
 BLOCK = 2**24
 """Elements whose numbers are looked at together."""
-
-
-class Place(Protocol):
-    """Storage of one checkpoint tensor in the live model: a view of it, or a `Spread`."""
-
-    def copy_(self, weights: Tensor, /) -> object: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +48,7 @@ class Spread:
             live[places.to(live.device).long()] = moved
 
 
-def address(place: Place) -> Hashable:
+def address(place: Storage) -> Hashable:
     """Return what is equal for two places only if they are the same memory."""
     import torch
 
@@ -63,7 +57,7 @@ def address(place: Place) -> Hashable:
     return id(place)
 
 
-def gradient_at(place: Place, parameters: Mapping[int, Tensor]) -> Tensor:
+def gradient_at(place: Storage, parameters: Mapping[int, Tensor]) -> Tensor:
     """Return the gradient of what lies at a place, float32 and on the CPU, of the checkpoint tensor's shape.
 
     parameters: the live parameters by the address of their storage, each with its `.grad`; the part of one
@@ -100,7 +94,7 @@ class _View:
     stride: tuple[int, ...]
     offset: int
 
-    def of(self, parameters: Sequence[Tensor]) -> Place:
+    def of(self, parameters: Sequence[Tensor]) -> Storage:
         return parameters[self.index].as_strided(self.size, self.stride, self.offset)
 
 
@@ -110,7 +104,7 @@ class _Scattered:
 
     parts: tuple[tuple[int, Tensor, Tensor], ...]
 
-    def of(self, parameters: Sequence[Tensor]) -> Place:
+    def of(self, parameters: Sequence[Tensor]) -> Storage:
         return Spread(parts=tuple((parameters[index], places, own) for index, places, own in self.parts))
 
 
@@ -126,7 +120,7 @@ class _Group:
     members: list[tuple[str, str]] = field(default_factory=list)
 
 
-def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str) -> dict[str, Place]:
+def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str) -> dict[str, Storage]:
     """Return tensor name -> its storage in the live model, for every tensor of a checkpoint.
 
     location: what messages call the checkpoint.
@@ -136,7 +130,7 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
     """
     live = {name: tensor.data for name, tensor in model.state_dict().items()}
     groups, extra = _groups(model, headers, live)
-    places: dict[str, Place] = {}
+    places: dict[str, Storage] = {}
     reached = set(model.all_tied_weights_keys)
     known: dict[object, list[_View | _Scattered]] = {}
     for first, group in groups.items():

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, DiskError, ModelError
 from evomerge.files import passing_folder
-from evomerge.merging.live.live_weights import Place, Spread, locate
+from evomerge.merging.live.live_weights import Spread, locate
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 from evomerge.merging.sources.source import Source
 from evomerge.merging.stacking import output_headers, stacked_config
+from evomerge.merging.tensors.merge_tensor import Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 FRAMES = 32
 """Frames kept. One costs a few objects per layer; what it points at is not its own."""
 
-Merge = Callable[[Recipe, Mapping[str, Place], Mapping[str, int], Callable[[str], object]], None]
+Merge = Callable[[Recipe, Mapping[str, Storage], Mapping[str, int], Callable[[str], object]], None]
 """Merges tensors of a recipe into places, given their sizes, and notes each one that is done."""
 
 
@@ -81,7 +82,7 @@ class _Held:
         """Return what notes a tensor whose weights, rounded to a type, are in their place."""
         return lambda name: self.filled.update({name: dtype})
 
-    def place_on(self, name: str, fresh: Mapping[str, Tensor]) -> Place:
+    def place_on(self, name: str, fresh: Mapping[str, Tensor]) -> Storage:
         """Return a tensor's place on other storage: live name -> a tensor like the live one.
 
         Parts of it that lie elsewhere are left out.
@@ -262,7 +263,7 @@ class Rewiring:
             for live, parts in wanted.items()
             if live not in kept
         }
-        places: dict[str, Place] = {}
+        places: dict[str, Storage] = {}
         sizes: dict[str, int] = {}
         for live in fresh:
             for part in wanted[live]:

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.export.writer import pool, threads
-from evomerge.merging.live.live_weights import Place, address, gradient_at, locate
+from evomerge.merging.live.live_weights import address, gradient_at, locate
 from evomerge.merging.live.stacked_models import Rewiring, build
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
-from evomerge.merging.sources.source import open_sources
+from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
 from evomerge.merging.tensors.derivatives import Derivatives, added, tensor_derivatives
 from evomerge.merging.tensors.inputs import WarmInputs
-from evomerge.merging.tensors.merge_tensor import merge_tensor
+from evomerge.merging.tensors.merge_tensor import Storage, merge_tensor
+from evomerge.merging.tensors.threads import pool, threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ class Workbench:
     def _merge(
         self,
         recipe: Recipe,
-        places: Mapping[str, Place],
+        places: Mapping[str, Storage],
         sizes: Mapping[str, int],
         note: Callable[[str], object],
     ) -> None:

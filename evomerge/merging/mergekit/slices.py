@@ -16,8 +16,9 @@ from typing import Any, Literal
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.recipe import OUTSIDE, Setting, TensorGroup, layer_of, shifted
-from evomerge.merging.sources.checkpoint import HEADS, Layout
-from evomerge.merging.sources.source import Source, open_source
+from evomerge.merging.sources.checkpoint import HEADS, TensorNames
+from evomerge.merging.sources.opening import open_source
+from evomerge.merging.sources.source import Source
 
 EMBEDDINGS = ("embed", "wte", "wpe")
 """Parts of the names of tensors before the first layer, which are the first slice's."""
@@ -25,7 +26,7 @@ STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 
 Condition = tuple[str | None, tuple[Any, ...]]
 """A filter (None: always) and its value: one number, or a gradient over the slice's layers."""
-Rule = tuple[tuple[str, ...], tuple[tuple[str, Setting], ...]]
+FilterRule = tuple[tuple[str, ...], tuple[tuple[str, Setting], ...]]
 """Substrings of tensor names and the parameters of the tensors that contain one of them."""
 
 
@@ -72,7 +73,7 @@ class Headers:
         self._places, self._base = places, base
         self._tensors = None if tensors is None else tuple(tensors)
         self._opened: dict[str, Source] = {}
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, TensorNames] = {}
 
     def _source(self, location: str) -> Source:
         if location not in self._opened:
@@ -84,11 +85,11 @@ class Headers:
         """Return the names of a model's tensors."""
         return tuple(self._source(location).headers) if self._tensors is None else self._tensors
 
-    def layout(self, location: str) -> Layout:
+    def layout(self, location: str) -> TensorNames:
         """Return how a model's tensors are named."""
         key = location if self._tensors is None else ""
         if key not in self._layouts:
-            self._layouts[key] = Layout.of(self.names(location))
+            self._layouts[key] = TensorNames.of(self.names(location))
         return self._layouts[key]
 
     def dtype(self, location: str) -> str:
@@ -127,11 +128,11 @@ def groups(
 
 def _places(
     slices: Sequence[Slice], headers: Headers
-) -> list[tuple[tuple[int, ...] | None, Made, list[Rule]]]:
+) -> list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]]:
     """Return (layers, sources, rules), one for each run of layers that are made the same way."""
     if len(slices) == 1 and slices[0].length is None and slices[0].uniform:
         return [(None, slices[0].made, _rules(slices[0], 0.0, headers, "all"))]
-    runs: list[tuple[list[int], Made, list[Rule]]] = []
+    runs: list[tuple[list[int], Made, list[FilterRule]]] = []
     for part in slices:
         count = headers.layout(part.made.sources[0]).num_layers if part.length is None else part.length
         for index in range(count):
@@ -142,7 +143,7 @@ def _places(
                 runs[-1][0].append(layer)
             else:
                 runs.append(([layer], part.made, rules))
-    places: list[tuple[tuple[int, ...] | None, Made, list[Rule]]]
+    places: list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]]
     places = [(tuple(layers), made, rules) for layers, made, rules in runs]
     first, last = (
         (part.made.outside(), _rules(part, 0.0, headers, "outside")) for part in (slices[0], slices[-1])
@@ -156,14 +157,14 @@ def _places(
 
 def _rules(
     part: Slice, position: float, headers: Headers, scope: int | Literal["all", "outside"]
-) -> list[Rule]:
+) -> list[FilterRule]:
     """Return ordered rules for all tensors, for those of one layer, or for those outside the layers."""
     chains = [chain for chains in part.conditions.values() for chain in chains]
     orders = {order for chain in chains if (order := _filters(chain))}
     numbered = any(_numbered(each) for order in orders for each in order)
     if len(orders) <= 1 and not numbered:
         order = next(iter(orders), ())
-        named: list[Rule] = [((each,), _resolve(part, position, each)) for each in order]
+        named: list[FilterRule] = [((each,), _resolve(part, position, each)) for each in order]
         return _joined([*named, ((), _resolve(part, position, ""))])
     # Filters of several parameters overlap in their own ways: ask the tensors themselves.
     first = part.made.sources[0]
@@ -177,7 +178,7 @@ def _rules(
     return [((), rules[0][1])] if len(rules) == 1 else rules
 
 
-def _exact_rules(part: Slice, position: float, names: Sequence[str]) -> list[Rule]:
+def _exact_rules(part: Slice, position: float, names: Sequence[str]) -> list[FilterRule]:
     """Return rules by full names (inside a layer: after its number), one for each set of parameters."""
     by_setting: dict[tuple[tuple[str, Setting], ...], dict[str, None]] = {}
     for name in names:
@@ -187,9 +188,9 @@ def _exact_rules(part: Slice, position: float, names: Sequence[str]) -> list[Rul
     return [(tuple(found), settings) for settings, found in by_setting.items()]
 
 
-def _joined(rules: list[Rule]) -> list[Rule]:
+def _joined(rules: list[FilterRule]) -> list[FilterRule]:
     """Join neighbouring rules with equal parameters, and drop what the default says anyway."""
-    joined: list[Rule] = []
+    joined: list[FilterRule] = []
     for match, settings in rules:
         if joined and joined[-1][1] == settings:
             joined[-1] = ((*joined[-1][0], *match) if match else (), settings)

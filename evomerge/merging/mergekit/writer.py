@@ -18,7 +18,7 @@ from evomerge.merging import methods
 from evomerge.merging.mergekit import reader
 from evomerge.merging.mergekit.slices import is_before_layers
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup, layer_of, shifted
-from evomerge.merging.sources.source import open_used
+from evomerge.merging.sources.opening import open_used
 from evomerge.merging.stacking import output_names
 
 Branch = tuple[str | None, TensorGroup]

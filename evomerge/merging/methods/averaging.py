@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError
-from evomerge.merging.methods.blend import Blend, Measure, Measured, run, weighted_sum
+from evomerge.merging.methods.blend import Blend, Statistics, TensorStatistics, run, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, blended, method
 from evomerge.merging.methods.reduction import as_rows, cosines, row_cosines
 
@@ -40,7 +40,7 @@ WEIGHT_LIMIT = 1e4
     paper="Wortsman et al. 2022, Model soups, arXiv:2203.05482",
     inputs="models",
 )
-def linear(tensors: Measure, *, weight: tuple[float, ...], normalize: bool = True) -> Blend:
+def linear(tensors: Statistics, *, weight: tuple[float, ...], normalize: bool = True) -> Blend:
     """Average the models with weights: sum(w x) / sum(w).
 
     The uniform soup of the paper (section 2) is all weights equal; other weights make the learned soup
@@ -80,7 +80,7 @@ def linear(tensors: Measure, *, weight: tuple[float, ...], normalize: bool = Tru
     inputs="models",
     sources=(1, 1),
 )
-def passthrough(tensors: Measure, *, scale: tuple[float, ...]) -> Blend:
+def passthrough(tensors: Statistics, *, scale: tuple[float, ...]) -> Blend:
     """Take one model's weights as they are, times a factor.
 
     >>> import torch
@@ -90,7 +90,7 @@ def passthrough(tensors: Measure, *, scale: tuple[float, ...]) -> Blend:
     return Blend(weights=scale)
 
 
-def _stock(tensors: Measure, *, filter_wise: bool = False) -> Blend | None:
+def _stock(tensors: Statistics, *, filter_wise: bool = False) -> Blend | None:
     """Return the blend of whole-tensor Model Stock; filter-wise ratios are none."""
     if filter_wise:
         return None
@@ -129,7 +129,7 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = 
     tensor([1., 1.])
     """
     if not filter_wise:
-        blend = _stock(Measured(tensors))
+        blend = _stock(TensorStatistics(tensors))
         assert blend is not None
         return run(blend, base, tensors)
     count = len(tensors)

@@ -2,12 +2,13 @@
 
 A `Blend` says which elements of each input take part and with which coefficients; a method that returns
 one (declared with `@blended`) never touches a tensor. It is run by `run`, here, on whole tensors of any
-device, or in one compiled pass over memory by `evomerge.merging.tensors.kernels`. Both give the same bits: the
-elementwise steps are separate multiplications and additions in one order, never fused, and nothing
+device, or in one compiled pass over memory by `evomerge.merging.tensors.kernels`. Both give the same
+bits: the elementwise steps are separate multiplications and additions in one order, never fused, and nothing
 depends on the number of threads.
 
 Guards: a divisor below 1/100 of the size of the weights that took part counts as 0, and a divisor of 0
 means "do not divide". Without that, weights such as 0.5 and -0.4999 would blow the result up by 1e4.
+Where a mean is taken, weights below 2^-119 count as 0: see `SMALLEST_SHARE`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ CANCELLED = 0.01
 """Weights cancel where |sum| is at most this share of the sum of their sizes."""
 GUARD = 0.01
 """Share of the weights' size below which a per-element divisor counts as 0."""
+SMALLEST = 2.0**-126
+"""The smallest number float32 holds in full. What is below is subnormal: its reciprocal may be infinite."""
+SMALLEST_SHARE = 2.0**-119
+"""Size below which a weight counts as 0 where a mean is taken. A sum of larger ones that passes the guard is
+at least GUARD * SMALLEST_SHARE, which is above SMALLEST: no divisor is subnormal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +70,10 @@ class Blend:
     mean: bool = False
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.elect and self.mean:
+            object.__setattr__(self, "weights", without_tiny(self.weights, SMALLEST_SHARE))
+
     @property
     def sizes(self) -> tuple[float, ...]:
         """What each weight adds to the size its divisor is compared with: nothing if they share a sign."""
@@ -71,7 +81,7 @@ class Blend:
         return tuple(0.0 if one_signed else abs(w) for w in self.weights)
 
 
-class Measure(Protocol):
+class Statistics(Protocol):
     """Facts about the inputs of one tensor that a method may ask for before it says its blend."""
 
     @property
@@ -89,8 +99,8 @@ class Measure(Protocol):
         ...
 
 
-class Measured:
-    """The measure of tensors at hand."""
+class TensorStatistics:
+    """Statistics of tensors in memory."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -98,6 +108,15 @@ class Measured:
 
     def gram(self) -> list[list[float]]:
         return gram(self._tensors)
+
+
+def without_tiny(weights: Sequence[float], smallest: float = SMALLEST) -> tuple[float, ...]:
+    """Return the weights with those below a size as 0 of their sign.
+
+    >>> without_tiny((1.0, -1e-45, 0.5))
+    (1.0, -0.0, 0.5)
+    """
+    return tuple(math.copysign(0.0, w) if abs(w) < smallest else w for w in weights)
 
 
 def normalised(weight: Sequence[float], normalize: bool) -> tuple[float, ...]:

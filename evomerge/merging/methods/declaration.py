@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge.errors import ConfigError, nearest
-from evomerge.merging.methods.blend import Blend, Measured, run
+from evomerge.merging.methods.blend import Blend, TensorStatistics, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Value = float | int | bool
-Inputs = Literal["models", "task_vectors", "either"]
+Kind = Literal["models", "task_vectors", "either"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class Method:
     by_rows: bool
     summary: str
     paper: str
-    inputs: Inputs
+    inputs: Kind
     needs_base: bool
     min_sources: int
     max_sources: int | None
@@ -108,7 +108,7 @@ class Method:
         return self.inputs == "task_vectors" or (self.inputs == "either" and base is not None)
 
 
-INPUTS: dict[Inputs, str] = {
+INPUTS: dict[Kind, str] = {
     "models": "the sources' own weights",
     "task_vectors": "the sources' task vectors",
     "either": "the sources' task vectors where the recipe has a base, else on their own weights",
@@ -130,7 +130,7 @@ def method(
     name: str,
     *parameters: Parameter,
     paper: str,
-    inputs: Inputs,
+    inputs: Kind,
     needs_base: bool | None = None,
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
@@ -175,7 +175,7 @@ def blended(
 ) -> Callable[[Callable[..., Blend]], Callable[..., Any]]:
     """Declare a merge method that says its `Blend` and leaves the tensors to whoever runs it.
 
-    The decorated function takes a `Measure` of the inputs in place of `base, tensors`, and the parameters
+    The decorated function takes a `Statistics` of the inputs in place of `base, tensors`, and the parameters
     as in `method`. What it is decorated into takes base and tensors, like every method.
     """
 
@@ -183,7 +183,7 @@ def blended(
         @functools.wraps(blend)
         def function(base: Tensor | None, tensors: Sequence[Tensor], **settings: Any) -> Tensor:
             added = None if declaration["inputs"] == "models" else base
-            return run(blend(Measured(tensors), **settings), added, tensors)
+            return run(blend(TensorStatistics(tensors), **settings), added, tensors)
 
         return method(name, *parameters, blend=blend, **declaration)(function)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
-from evomerge.merging.methods.blend import weighted_sum
+from evomerge.merging.methods.blend import SMALLEST, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def fisher(
 
     Deviations: the Fisher below which an element has no say is relative. Smaller ones than `floor` times
     the largest of this tensor in any source count as that much, so where no source is sure of an element
-    it becomes the plain weighted mean; the scale common to all Fishers has no effect. The Fishers are not
+    it becomes the plain weighted mean; the scale common to all Fishers has no effect, but Fishers that are
+    all below 2^-126 (subnormal in float32) count as 0. The Fishers are not
     normalised against each other: a source with larger ones counts more, as in the paper.
 
     >>> import torch
@@ -62,7 +63,7 @@ def fisher(
     whole = math.fsum(weight)
     shares = [w / whole if whole > 0.0 else 1.0 / len(weight) for w in weight]
     largest = max((float(f.max()) for f in fishers if f.numel()), default=0.0)
-    if largest <= 0.0:
+    if largest < SMALLEST:  # its reciprocal, which a GPU multiplies with, may be infinite
         return weighted_sum(tensors, shares)
     mix, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])
     for tensor, own, share in zip(tensors, fishers, shares, strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
-from evomerge.merging.methods.blend import reaches, weighted_sum
+from evomerge.merging.methods.blend import reaches, weighted_sum, without_tiny
 from evomerge.merging.methods.declaration import Parameter, method
 from evomerge.merging.methods.reduction import BLOCK, as_rows, norm
 from evomerge.merging.methods.selection import boundary
@@ -47,7 +47,7 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
 
     Deviations: with `select_topk` below 1 the share is of the elements with a variance above 0, as in
     mergekit, so that untouched ones do not count; equal variances are ranked by lowest index; where all
-    energies are 0 the base is returned.
+    energies are 0 the base is returned; weights that are subnormal in float32 count as 0.
 
     >>> import torch
     >>> sce(torch.zeros(2), [torch.tensor([2.0, 1.5]), torch.tensor([-1.0, 1.0])], select_topk=0.5)
@@ -74,9 +74,10 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
     total = math.fsum(energy)
     if total == 0.0:
         return base.clone()
+    shares = without_tiny([each / total for each in energy])
     mix = base.clone().view(-1)
     for piece in pieces:
-        mix[piece] += _by_majority(selected(piece), [each / total for each in energy])
+        mix[piece] += _by_majority(selected(piece), shares)
     return mix.view(base.shape)
 
 

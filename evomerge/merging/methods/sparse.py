@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.methods.blend import Blend, Measure, Ranks, normalised, run
+from evomerge.merging.methods.blend import Blend, Ranks, Statistics, normalised, run
 from evomerge.merging.methods.declaration import Parameter, blended, method
 from evomerge.merging.methods.draws import uniform
 from evomerge.merging.methods.reduction import as_rows
@@ -129,7 +129,7 @@ def della_linear(
     inputs="task_vectors",
 )
 def breadcrumbs(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     weight: tuple[float, ...],
     density: tuple[float, ...],
@@ -162,7 +162,7 @@ def breadcrumbs(
     inputs="task_vectors",
 )
 def breadcrumbs_ties(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     weight: tuple[float, ...],
     density: tuple[float, ...],

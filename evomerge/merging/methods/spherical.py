@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
-from evomerge.merging.methods.blend import Blend, Measure
+from evomerge.merging.methods.blend import Blend, Statistics
 from evomerge.merging.methods.declaration import Parameter, blended
 from evomerge.merging.methods.reduction import SHORTEST, cosines
 
@@ -19,7 +19,8 @@ NEARLY_PARALLEL = 0.9995
 """Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
 SMALLEST_SINE = 1e-8
 SHORTEST_LENGTH = 1e-30
-"""Length of a tensor at or below which it counts as zeros: float32 can't hold its reciprocal."""
+"""Length at or below which a tensor counts as zeros, also as a share of the longest one's length where that
+is above 1: float32 can't hold the coefficient that would make its direction count."""
 SHORTEST_MEAN = 1e-4
 """Length of a mean of unit vectors below which they cancel and their mean has no direction."""
 SHARE = Parameter(
@@ -38,7 +39,7 @@ SHARE = Parameter(
     ordered=True,
 )
 def slerp(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     t: float,
 ) -> Blend:
@@ -64,7 +65,7 @@ def slerp(
     sources=(2, None),
     ordered=True,
 )
-def chained_slerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
+def chained_slerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
     """Interpolate along arcs source by source, in their order: slerp of slerps.
 
     Starts at the first source; the i-th moves the result so far towards itself, as slerp does, by
@@ -101,7 +102,7 @@ def chained_slerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     inputs="either",
     sources=(2, 2),
 )
-def nuslerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
+def nuslerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
     """Interpolate along the arc by relative weights; between task vectors where there is a base.
 
     slerp with t = w2 / (w1 + w2); weights that are all 0 count as equal. With a base, `tensors` are task
@@ -129,7 +130,7 @@ def nuslerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     paper="Goddard 2025, multislerp in mergekit; after Buss and Fillmore 2001, Spherical averages",
     inputs="either",
 )
-def multislerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
+def multislerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
     """Average directions on the sphere by weights, and give the mean the weighted mean length.
 
     The direction is that of m = sum(w u) over unit tensors u. A further step in the tangent space at
@@ -158,7 +159,7 @@ def multislerp(tensors: Measure, *, weight: tuple[float, ...]) -> Blend:
     paper="Karcher 1977, Riemannian center of mass and mollifier smoothing",
     inputs="models",
 )
-def karcher(tensors: Measure, *, max_iter: int = 10, tol: float = 1e-5) -> Blend:
+def karcher(tensors: Statistics, *, max_iter: int = 10, tol: float = 1e-5) -> Blend:
     """Find the Riemannian mean of the directions by iteration; give it the mean length.
 
     Gradient descent with step 1 on the sum of squared arcs: from the normalised mean of the unit tensors,
@@ -226,7 +227,8 @@ def _shares(weight: Sequence[float]) -> tuple[float, ...]:
 def _angles(products: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
     """Return the tensors' lengths and the inner products of their directions (0 without a length)."""
     lengths = [math.sqrt(products[i][i]) for i in range(len(products))]
-    lengths = [length if length > SHORTEST_LENGTH else 0.0 for length in lengths]
+    shortest = SHORTEST_LENGTH * max(1.0, *lengths)
+    lengths = [length if length > shortest else 0.0 for length in lengths]
     cos = [
         [
             1.0 if i == j and a > 0.0 else product / a / b if a > 0.0 and b > 0.0 else 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
-from evomerge.merging.methods.blend import Blend, Draws, Measure, Ranks, normalised
+from evomerge.merging.methods.blend import Blend, Draws, Ranks, Statistics, normalised
 from evomerge.merging.methods.declaration import Parameter, blended
 from evomerge.merging.methods.draws import STEPS
 
@@ -53,7 +53,7 @@ RESCALE = Parameter(
     inputs="task_vectors",
 )
 def task_arithmetic(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     weight: tuple[float, ...],
     normalize: bool = False,
@@ -80,7 +80,7 @@ def task_arithmetic(
     inputs="task_vectors",
 )
 def ties(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     weight: tuple[float, ...],
     density: tuple[float, ...],
@@ -118,7 +118,7 @@ def ties(
     random=True,
 )
 def dare_linear(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     weight: tuple[float, ...],
     density: tuple[float, ...],
@@ -153,7 +153,7 @@ def dare_linear(
     random=True,
 )
 def dare_ties(
-    tensors: Measure,
+    tensors: Statistics,
     *,
     weight: tuple[float, ...],
     density: tuple[float, ...],

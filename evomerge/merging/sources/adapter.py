@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.sources.arrays import Array, of_tensor
-from evomerge.merging.sources.checkpoint import HEADS, Checkpoint, Layout, read_json, sample_hash
+from evomerge.merging.sources.checkpoint import HEADS, Checkpoint, TensorNames, read_json, sample_hash
 from evomerge.merging.sources.tensorfile import Header, read_header
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class AdaptedCheckpoint:
         return self.base.tied
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TensorNames:
         return self.base.layout
 
     @property

@@ -36,7 +36,7 @@ HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class TensorNames:
     """How a model's tensors are named: layers by index, module names inside a layer, the rest.
 
     modules: distinct names inside the layers, e.g. `self_attn.q_proj.weight`, in the model's order.
@@ -48,7 +48,7 @@ class Layout:
     outside: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: tuple[str, ...]) -> Layout:
+    def of(cls, names: tuple[str, ...]) -> TensorNames:
         """Sort tensor names into a layout."""
         layers = {layer for name in names if (layer := layer_of(name)) is not None}
         modules = dict.fromkeys(
@@ -131,9 +131,9 @@ class Checkpoint:
         return tuple(sorted(set(self._files.values())))
 
     @functools.cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> TensorNames:
         """Names sorted into layers and the rest."""
-        return Layout.of(tuple(self.headers))
+        return TensorNames.of(tuple(self.headers))
 
     @property
     def num_layers(self) -> int:

@@ -7,17 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from evomerge.merging.recipe import Recipe, tokenizer_of
-from evomerge.merging.sources.adapter import AdaptedCheckpoint, is_adapter, open_adapter, split_location
+from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import Array
-from evomerge.merging.sources.checkpoint import Checkpoint, Layout
+from evomerge.merging.sources.checkpoint import TensorNames
 from evomerge.merging.sources.tensorfile import Header
-from evomerge.merging.sources.vocabulary import align, differ
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["AdaptedCheckpoint", "Checkpoint", "Source", "open_source", "open_sources", "task_vector"]
 
 
 class Source(Protocol):
@@ -34,7 +30,7 @@ class Source(Protocol):
     @property
     def tied(self) -> bool: ...
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> TensorNames: ...
     @property
     def num_layers(self) -> int: ...
     @property
@@ -85,41 +81,3 @@ def task_vector(
         return update
     moved = source.base.tensor(name) - origin()
     return moved if update is None else moved + update
-
-
-def open_source(location: str, *, base: str | None = None) -> Source:
-    """Open a model folder, hub id, `path+adapter`, or adapter folder; raise ModelError.
-
-    base: location of the model an adapter folder given alone is applied to, where the one its own
-    config names is not there.
-    """
-    model, adapter = split_location(location)
-    if adapter is not None:
-        return open_adapter(Checkpoint.open(model), Path(adapter).expanduser(), location)
-    if is_adapter(Path(location).expanduser()):
-        return open_adapter(None, Path(location).expanduser(), location, fallback=base)
-    return Checkpoint.open(location)
-
-
-def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str = "") -> dict[str, Source]:
-    """Open all models by name; adapters given alone may rest on the model named `base`.
-
-    tokenizer: as in a Recipe; embedding rows follow its vocabulary where models differ, see `vocabulary`.
-    """
-    below = models[base] if base is not None else None
-    opened = {name: open_source(location, base=below) for name, location in models.items()}
-    chosen = tokenizer_of(tokenizer, base, models)
-    return align(opened, tokenizer=chosen, base=base, asked=bool(tokenizer))
-
-
-def open_used(recipe: Recipe) -> dict[str, Source]:
-    """Open the models a recipe reads, and the one whose tokenizer and config it takes."""
-    used = dict.fromkeys((*recipe.used_models(), recipe.pattern))
-    below = recipe.models[recipe.base] if recipe.base is not None else None
-    opened = {name: open_source(recipe.models[name], base=below) for name in used}
-    if recipe.tokenizer == recipe.pattern and not differ(opened, recipe.pattern):
-        return opened
-    # Models that are not merged may still give rows that others lack, so all are looked at.
-    every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
-    aligned = align(every, tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
-    return {name: aligned[name] for name in used}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -170,13 +170,3 @@ def _encoded(headers: Mapping[str, Header]) -> bytes:
     text = json.dumps(data, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as readers that map memory expect
     return struct.pack("<Q", len(text)) + text
-
-
-def sync(paths: Iterable[Path]) -> None:
-    """Make files and folders durable before a rename publishes them."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -33,15 +33,14 @@ import numpy as np
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
 from evomerge.merging.sources.arrays import Array, of_tensor
-from evomerge.merging.sources.checkpoint import HEADS, Layout, read_json
+from evomerge.merging.sources.checkpoint import HEADS, TensorNames, read_json
+from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from evomerge.merging.sources.source import Source
 
 LACKS = -1
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -263,7 +262,7 @@ class Aligned:
         return self.source.tied
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TensorNames:
         return self.source.layout
 
     @property

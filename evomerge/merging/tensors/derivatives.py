@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from evomerge.merging import methods
-from evomerge.merging.methods.blend import GUARD, Blend, Measure, keep
+from evomerge.merging.methods.blend import GUARD, Blend, Statistics, keep
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import BLOCK
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 from evomerge.merging.sources.arrays import Array, of_tensor, to_tensor, widened
 from evomerge.merging.tensors.application import arguments
 from evomerge.merging.tensors.inputs import Inputs
-from evomerge.merging.tensors.merge_tensor import InputMeasure, alone
+from evomerge.merging.tensors.merge_tensor import StoredStatistics, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def tensor_derivatives(recipe: Recipe, tensor: str, gradient: Array, inputs: Inp
     operands = [inputs.operand(*read, subtracted) for read in reads]
     origin = None if base is None else inputs.operand(base, at_base, None)
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
-    measure = InputMeasure(inputs, [(read, subtracted) for read in reads], operands, origin)
+    measure = StoredStatistics(inputs, [(read, subtracted) for read in reads], operands, origin)
     blend = method.blend(measure, **settings)
     if blend is None:
         return None
@@ -139,7 +139,7 @@ def _chained(
     method: Method,
     group: TensorGroup,
     settings: Mapping[str, Any],
-    measure: Measure,
+    measure: Statistics,
     partial: _Partials,
 ) -> Derivatives:
     """Multiply the partials with the Jacobian of a blend's numbers by its method's parameters."""

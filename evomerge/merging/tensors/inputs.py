@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy
 
-from evomerge.merging.analysis import fisher
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
+from evomerge.merging.sources import fisher_files
+from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import Array, computable, of_tensor
-from evomerge.merging.sources.source import AdaptedCheckpoint, Checkpoint, Source, task_vector
+from evomerge.merging.sources.checkpoint import Checkpoint
+from evomerge.merging.sources.source import Source, task_vector
 from evomerge.merging.tensors.kernels import Operand
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Place = tuple[str, str]
+TensorKey = tuple[str, str]
 """A model and one of its tensors, by name."""
-Difference = tuple[Place, Place | None]
+Difference = tuple[TensorKey, TensorKey | None]
 """A tensor, and the base's that is subtracted from it (None: nothing)."""
 Gram = list[list[float]]
 
@@ -26,7 +28,7 @@ Gram = list[list[float]]
 class Inputs(Protocol):
     """What `merge_tensor` asks for. Statistics come with a way to compute them where they are not known."""
 
-    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
+    def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         """Return a source's tensor, float32 or bfloat16, and whether `base` is still to be subtracted."""
         ...
 
@@ -52,11 +54,11 @@ class FileInputs:
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = sources
 
-    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
+    def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=False)
 
     def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher.tensor(file, tensor)
+        return fisher_files.tensor(file, tensor)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
@@ -84,7 +86,7 @@ class WarmInputs:
         """The memory the statistics take."""
         return sum(each.nbytes for each in self._spectra.values())
 
-    def operand(self, source: str, tensor: str, base: Place | None) -> Operand:
+    def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         place = (source, tensor), base
         if place in self._mapped:
             return self._mapped[place]
@@ -94,7 +96,7 @@ class WarmInputs:
         return found
 
     def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher.tensor(file, tensor)
+        return fisher_files.tensor(file, tensor)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         if places not in self._grams:
@@ -110,7 +112,7 @@ class WarmInputs:
 
 
 def _operand(
-    sources: Mapping[str, Source], source: str, tensor: str, base: Place | None, *, mapped: bool
+    sources: Mapping[str, Source], source: str, tensor: str, base: TensorKey | None, *, mapped: bool
 ) -> Operand:
     """Return a model, or a task vector: as a difference still to be taken, or an adapter's own update."""
     found = sources[source]

@@ -7,13 +7,12 @@ Blends run as compiled kernels where there are any, else in torch; all other met
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy
 
 from evomerge.errors import NonFiniteError
 from evomerge.merging import methods
-from evomerge.merging.live.live_weights import Place
 from evomerge.merging.methods.blend import Blend, run
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import gram
@@ -36,7 +35,13 @@ class NonFiniteWeights(NonFiniteError):  # noqa: N818  (named for what it report
     """A merged tensor has NaN or infinite elements: the recipe's parameters make no model."""
 
 
-def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Place | None = None) -> Tensor:
+class Storage(Protocol):
+    """Where one checkpoint tensor lies in a live model: a view of a parameter, or elements one by one."""
+
+    def copy_(self, weights: Tensor, /) -> object: ...
+
+
+def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Storage | None = None) -> Tensor:
     """Return one output tensor of a recipe, rounded to the recipe's dtype.
 
     The method computes in float32; rounding is to nearest, ties to even. Raises NonFiniteWeights.
@@ -66,7 +71,7 @@ def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | Non
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
     if method.fisher:
         settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
-    measure = InputMeasure(inputs, [(read, subtracted) for read in reads], operands, origin)
+    measure = StoredStatistics(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
     finite = None
     if plan is not None and kernels.available():
@@ -147,7 +152,7 @@ def alone(operand: Operand, base: Tensor | None) -> Tensor:
     return tensor - base
 
 
-def _space(out: Place | None, dtype: str) -> Array | None:
+def _space(out: Storage | None, dtype: str) -> Array | None:
     """Return the memory of a live tensor where a merge can be written straight into it."""
     import torch
 
@@ -175,7 +180,7 @@ def _not_finite(tensor: str, dtype: str, group: TensorGroup | None) -> NonFinite
     )
 
 
-class InputMeasure:
+class StoredStatistics:
     """What a method may ask about the inputs of one tensor, answered by `Inputs` if it has been before."""
 
     def __init__(

@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
+from evomerge.files import sync
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.tensorfile import sync
 from evomerge.running.store.file import (
     FILE,
     check_file,
@@ -41,10 +41,7 @@ from evomerge.running.store.file import (
     snapshot,
     take_lock,
 )
-from evomerge.search.baselines import Named
-
-if TYPE_CHECKING:
-    from evomerge.search.surrogate.guide import GuideState
+from evomerge.search.ports import GuideState, Named
 
 ID = 12
 """How many digits of its recipe's hash a candidate is called by, in logs and messages."""
@@ -359,8 +356,6 @@ class RunStore:
 
     def guide(self) -> list[GuideState]:
         """Return what the surrogate did, generation by generation; nothing where there is none."""
-        from evomerge.search.surrogate.guide import GuideState
-
         query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
         return [
             GuideState(correlation=c, proposed=p, blocks=b, radius=r)
@@ -676,11 +671,21 @@ class RunStore:
 
     def _diverged(self, what: str) -> ReplayError:
         recorded = ", ".join(f"{name} {version}" for name, version in self.versions().items())
+        sessions = self.sessions() or [{}]
+        differ = dict.fromkeys(each for before in sessions for each in differences(before, sessions[-1]))
         return ReplayError(
             f"{self.folder}: replaying the stored search gives another result at {what}",
             expected=f"the library versions that wrote it: {recorded}",
-            fix="install those versions, or start a new run in another folder",
+            got="; ".join(differ) or None,
+            fix="install those versions, have OpenBLAS use the same kernel (OPENBLAS_CORETYPE), "
+            "or start a new run in another folder",
         )
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Name what two sessions both say of their environments, but not alike."""
+    both = [name for name in before if name in now and before[name] != now[name]]
+    return [f"{name} {before[name]} before, {now[name]} now" for name in both]
 
 
 def _losses(tells: Mapping[int, tuple[bytes, float]], number: int, count: int) -> NDArray[np.float64] | None:

@@ -11,7 +11,7 @@ from evomerge.search.spaces.preset import SpaceSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Region:
     """One group of tensors.
 
     run: what its layers are called. module: the name of its filter; `alone` where there is no other.
@@ -26,7 +26,7 @@ class Place:
     tensors: tuple[str, ...]
 
 
-def cut(spec: SpaceSpec, tensors: Sequence[str]) -> tuple[Place, ...]:
+def cut(spec: SpaceSpec, tensors: Sequence[str]) -> tuple[Region, ...]:
     """Return the groups that hold tensors, layers first; raise ConfigError where some are in none."""
     where = f"search space {spec.name}"
     layers = sorted({layer for t in tensors if (layer := layer_of(t)) is not None})
@@ -41,7 +41,7 @@ def cut(spec: SpaceSpec, tensors: Sequence[str]) -> tuple[Place, ...]:
             left.difference_update(mine)
             if mine:
                 places.append(
-                    Place(
+                    Region(
                         run=label,
                         module=module,
                         alone=len(filters) == 1,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from evomerge.search.spaces.curve import Curve
 from evomerge.search.spaces.domain import Continuous, Domain
-from evomerge.search.spaces.grouping import Place
+from evomerge.search.spaces.grouping import Region
 from evomerge.search.spaces.resolve import Varied
 
 _Key = tuple[str, str | None, str | None, str | None]
@@ -37,14 +37,14 @@ class Gene:
     point: tuple[int, int] | None = None
 
 
-class Layout:
+class GeneLayout:
     """The coordinates and curves of a space.
 
     entries: what varies, in the order a group's genes have. Genes are numbered in the order in which the
     groups need them.
     """
 
-    def __init__(self, entries: Sequence[Varied], sources: Sequence[str], places: Sequence[Place]) -> None:
+    def __init__(self, entries: Sequence[Varied], sources: Sequence[str], places: Sequence[Region]) -> None:
         self.genes: list[Gene] = []
         self._sources, self._places = sources, places
         self._positions: dict[_Key, int] = {}
@@ -77,7 +77,7 @@ class Layout:
             self.curves.append(Curve.through(domain, points, rows, entry.curve.kind))
         self.size = position
 
-    def positions(self, entry: Varied, place: Place) -> tuple[int, ...]:
+    def positions(self, entry: Varied, place: Region) -> tuple[int, ...]:
         """Return where the table holds an entry's values for a place: one per source, or one."""
         return tuple(self._positions[_key(entry, place, source)] for source in self._owners(entry))
 
@@ -89,7 +89,7 @@ class Layout:
         there = [p for p in self._places if p.layers and key[2] in (None, p.module)]
         return tuple(dict.fromkeys(_key(entry, place, source) for place in there))
 
-    def _add(self, entry: Varied, place: Place, key: _Key, point: tuple[int, int] | None = None) -> None:
+    def _add(self, entry: Varied, place: Region, key: _Key, point: tuple[int, int] | None = None) -> None:
         _, run, module, source = key
         where = ("layers" if point else run, None if place.alone else module)
         group = " ".join(part for part in where if part) or None
@@ -111,7 +111,7 @@ class Layout:
         )
 
 
-def _key(entry: Varied, place: Place, source: str | None) -> _Key:
+def _key(entry: Varied, place: Region, source: str | None) -> _Key:
     return (
         entry.label,
         place.run if "layers" in entry.per else None,

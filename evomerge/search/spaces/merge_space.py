@@ -16,8 +16,8 @@ import numpy as np
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
 from evomerge.search.spaces.domain import Choice, listed
-from evomerge.search.spaces.grouping import Place, cut
-from evomerge.search.spaces.layout import Gene, Layout
+from evomerge.search.spaces.grouping import Region, cut
+from evomerge.search.spaces.layout import Gene, GeneLayout
 from evomerge.search.spaces.preset import GeneSpec, SpaceSpec
 from evomerge.search.spaces.resolve import SWITCH, Resolved, Varied, check_methods, redundancies, resolve
 from evomerge.search.spaces.space import Coordinate, Genome
@@ -42,7 +42,7 @@ class _Cell:
     slots: per method, what of it varies.
     """
 
-    place: Place
+    place: Region
     method: int | None
     switches: tuple[int, ...]
     slots: Mapping[str, tuple[_Slot, ...]]
@@ -69,7 +69,7 @@ class SearchSpace:
         self._fixed = resolved.fixed
         places = cut(spec, tensors)
         choices = [entry for entry in (resolved.method, resolved.switch) if entry is not None]
-        layout = Layout([*choices, *resolved.varied], self.sources, places)
+        layout = GeneLayout([*choices, *resolved.varied], self.sources, places)
         self._genes, self._curves = tuple(layout.genes), tuple(layout.curves)
         self._table_size = layout.size
         self._coordinates = tuple(gene.domain.coordinate for gene in self._genes)
@@ -242,7 +242,7 @@ class SearchSpace:
         return [by_source.get(source, left_out) for source in self.sources]
 
 
-def _cell(place: Place, layout: Layout, resolved: Resolved) -> _Cell:
+def _cell(place: Region, layout: GeneLayout, resolved: Resolved) -> _Cell:
     def slot(entry: Varied) -> _Slot:
         values = layout.positions(entry, place)
         return _Slot(parameter=entry.parameter, per_source=entry.per_source, values=values)

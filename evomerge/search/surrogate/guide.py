@@ -30,6 +30,7 @@ from evomerge.evaluation.scores import Scores
 from evomerge.schema import Strict
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import Optimizer
+from evomerge.search.ports import GuideState
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
 from evomerge.search.surrogate.trust_region import TrustRegion
@@ -70,20 +71,6 @@ class Asked:
 
     genomes: Array
     chosen: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuideState:
-    """What the guide did in a generation, for the store and the report.
-
-    correlation: Spearman's, of the last predictions with what was measured; None while there are too few.
-    proposed: candidates it proposed itself. blocks: item blocks scored. radius: of the trust region.
-    """
-
-    correlation: float | None
-    proposed: int
-    blocks: int
-    radius: float
 
 
 class MeanLoss:

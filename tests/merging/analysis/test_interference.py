@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evomerge.errors import ConfigError, ModelError
+from evomerge.merging.analysis import interference
 from evomerge.merging.analysis.interference import Tally, kind_of, measure, tally
-from evomerge.merging.analysis.norms import interference
 from evomerge.merging.export.writer import write
 from evomerge.merging.recipe import Recipe, layer_of
 from tests.merging.conftest import llama, save

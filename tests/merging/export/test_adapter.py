@@ -22,8 +22,9 @@ from evomerge.evaluation import likelihood
 from evomerge.merging.export import adapter, writer
 from evomerge.merging.export.adapter import AdapterReport, low_rank, write_adapter
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.checkpoint import Checkpoint
-from evomerge.merging.sources.source import AdaptedCheckpoint, open_source
+from evomerge.merging.sources.opening import open_source
 from tests.merging.conftest import llama, perturb
 from tests.merging.sources.test_adapter import gpt2, trained
 

@@ -14,7 +14,8 @@ from evomerge.merging.export import writer
 from evomerge.merging.live import workbench
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.sources.source import AdaptedCheckpoint, open_source
+from evomerge.merging.sources.adapter import AdaptedCheckpoint
+from evomerge.merging.sources.opening import open_source
 from tests.merging.conftest import llama, save
 
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evomerge.errors import ConfigError
-from evomerge.merging import methods
+from evomerge.merging import mergekit, methods
 from evomerge.merging.mergekit.reader import OURS
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of, shifted
-from evomerge.merging.sources.source import Source, open_used
+from evomerge.merging.sources.opening import open_used
+from evomerge.merging.sources.source import Source
 from evomerge.merging.stacking import output_headers, output_names
 from evomerge.merging.tensors.inputs import FileInputs
 from evomerge.merging.tensors.merge_tensor import merge_tensor
@@ -36,7 +37,7 @@ MODELS = {"base": "m/base", "a": "m/a", "b": "m/b+lora"}
 
 
 def read(text: str, **options: Any) -> Recipe:
-    return Recipe.from_mergekit_yaml(text, **options)
+    return mergekit.read(text, **options)
 
 
 def made_of(recipe: Recipe) -> list[tuple[Any, ...]]:
@@ -84,7 +85,7 @@ def assert_at_threshold(recipe: Recipe, name: str, sources: Mapping[str, Source]
 @pytest.mark.parametrize("case", CASES)
 def test_reference_cases_survive_the_round_trip(case: str) -> None:
     recipe = read((GOLDEN / "cases" / f"{case}.yml").read_text(), root=GOLDEN)
-    again = read(recipe.to_mergekit_yaml())
+    again = read(mergekit.write(recipe))
     assert (again.dtype, again.num_layers) == (recipe.dtype, recipe.num_layers)
     for name in load_file(GOLDEN / "expected" / f"{case}.safetensors"):
         ours, theirs = recipe.group_for(name), again.group_for(name)
@@ -145,7 +146,7 @@ def test_methods_mergekit_does_not_have_are_refused_both_ways() -> None:
         with pytest.raises(
             ConfigError, match=f"can't be written as mergekit YAML[^$]*{method}[^$]*recipe.yaml"
         ):
-            recipe.to_mergekit_yaml(TENSORS)
+            mergekit.write(recipe, TENSORS)
         with pytest.raises(ConfigError, match=f"{method} is not one of its methods"):
             read(f"merge_method: {method}\nmodels: [{{model: a}}, {{model: b}}]\ndtype: float32")
 
@@ -153,7 +154,7 @@ def test_methods_mergekit_does_not_have_are_refused_both_ways() -> None:
 @settings(max_examples=150, deadline=None)
 @given(recipes())
 def test_what_we_write_we_read_back_exactly(recipe: Recipe) -> None:
-    again = read(recipe.to_mergekit_yaml(TENSORS), tensors=TENSORS)
+    again = read(mergekit.write(recipe, TENSORS), tensors=TENSORS)
     assert made_of(again) == made_of(recipe)
     assert again.dtype == recipe.dtype
     assert again.models[again.tokenizer] == recipe.models[recipe.tokenizer]
@@ -161,7 +162,7 @@ def test_what_we_write_we_read_back_exactly(recipe: Recipe) -> None:
 
 def test_a_global_recipe_takes_the_plain_form() -> None:
     group = TensorGroup(method="ties", sources=("a", "b"), parameters={"weight": (0.1, 0.3), "density": 0.5})
-    text = Recipe(models=MODELS, base="base", groups=(group,), dtype="float16").to_mergekit_yaml()
+    text = mergekit.write(Recipe(models=MODELS, base="base", groups=(group,), dtype="float16"))
     assert yaml.safe_load(text) == {
         "merge_method": "ties",
         "base_model": "m/base",
@@ -184,7 +185,7 @@ def test_layers_become_slices_and_names_become_filters() -> None:
         TensorGroup(method="linear", sources=("a", "b"), match=("mlp",), parameters={"weight": (0.5, 1.0)}),
         TensorGroup(method="linear", sources=("a", "b")),
     )
-    data = yaml.safe_load(Recipe(models=MODELS, groups=groups).to_mergekit_yaml(TENSORS))
+    data = yaml.safe_load(mergekit.write(Recipe(models=MODELS, groups=groups), TENSORS))
     ranges = [[source["layer_range"] for source in part["sources"]] for part in data["slices"]]
     assert ranges == [[[0, 2]] * 2, [[2, 4]] * 2]
     assert data["slices"][1]["sources"][0]["parameters"]["weight"] == [
@@ -238,7 +239,7 @@ def test_layers_become_slices_and_names_become_filters() -> None:
 )
 def test_what_one_file_can_not_say_is_refused(groups: tuple[TensorGroup, ...], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Recipe(models=MODELS, base="base", groups=groups).to_mergekit_yaml(TENSORS)
+        mergekit.write(Recipe(models=MODELS, base="base", groups=groups), TENSORS)
     assert "this recipe can't be written as mergekit YAML" in str(caught.value)
     assert message in str(caught.value)
     assert "recipe.yaml" in str(caught.value)
@@ -445,7 +446,7 @@ def test_a_slice_has_its_own_base() -> None:
     assert (recipe.base, recipe.num_layers, recipe.tokenizer) == ("base", None, "base")
     outside = [recipe.base_of(recipe.group_for(n)) for n in ("model.embed_tokens.weight", "lm_head.weight")]
     assert outside == ["base", "b"]
-    assert layers_of(read(recipe.to_mergekit_yaml(TENSORS), tensors=TENSORS)) == layers_of(recipe)
+    assert layers_of(read(mergekit.write(recipe, TENSORS), tensors=TENSORS)) == layers_of(recipe)
 
 
 def test_filters_with_layer_numbers_mean_the_source_for_its_own_parameters_else_the_result() -> None:
@@ -488,7 +489,7 @@ def test_embeddings_are_the_first_slices_norm_and_head_the_last_ones(
     tensors = [embeddings, "x.layers.0.mlp.weight", "x.layers.1.mlp.weight", norm, head]
     recipe = read(slices([("a", 0, 1)], [("b", 0, 1)]), tensors=tensors)
     assert [recipe.group_for(name).sources for name in tensors] == [("a",), ("a",), ("b",), ("b",), ("b",)]
-    again = read(recipe.to_mergekit_yaml(tensors), tensors=tensors)
+    again = read(mergekit.write(recipe, tensors), tensors=tensors)
     assert again.groups == recipe.groups
 
 
@@ -612,10 +613,10 @@ def test_a_base_model_makes_nuslerp_work_on_task_vectors() -> None:
     recipe = read(yaml.safe_dump(data))
     assert recipe.groups[0].sources == ("a", "b")
     assert recipe.used_models() == ("base", "a", "b")
-    assert yaml.safe_load(recipe.to_mergekit_yaml())["base_model"] == "m/base"
+    assert yaml.safe_load(mergekit.write(recipe))["base_model"] == "m/base"
     alone = read(yaml.safe_dump(data | {"base_model": None, "models": models[:2]}))
     assert alone.used_models() == ("a", "b")
-    assert "base_model" not in yaml.safe_load(alone.to_mergekit_yaml())
+    assert "base_model" not in yaml.safe_load(mergekit.write(alone))
 
 
 def test_passthrough_takes_each_layer_from_one_model() -> None:

@@ -18,9 +18,10 @@ import yaml
 from torch import Tensor
 
 from evomerge.errors import ConfigError
+from evomerge.merging import mergekit
 from evomerge.merging.export import writer
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.source import open_source
+from evomerge.merging.sources.opening import open_source
 from evomerge.merging.sources.tensorfile import read_header
 from evomerge.merging.tensors import merge_tensor
 
@@ -99,7 +100,7 @@ class Files:
     def read(self, text: str, **options: Any) -> Recipe:
         for name in self.models:
             text = text.replace(f"model: {name}", f"model: {self.models[name]}")
-        return Recipe.from_mergekit_yaml(text, **options)
+        return mergekit.read(text, **options)
 
     def merge(self, text: str, out: str = "out", **options: Any) -> dict[str, Tensor]:
         source = open_source(str(writer.write(self.read(text, **options), self.folder / out)))
@@ -132,7 +133,7 @@ def test_exported_recipes_name_the_models_as_the_user_did(
     recipe = files.read(
         "{merge_method: ties, base_model: base, dtype: float32, models: [{model: a}, {model: lora}]}"
     )
-    data = yaml.safe_load(recipe.to_mergekit_yaml())
+    data = yaml.safe_load(mergekit.write(recipe))
     assert data["base_model"] == files.models["base"]
     assert [entry["model"] for entry in data["models"]] == [files.models["a"], files.models["lora"]]
     written = yaml.safe_load((writer.write(recipe, tmp_path / "out") / "recipe.yaml").read_text())
@@ -171,7 +172,7 @@ modules:
 def test_a_misspelt_key_is_refused_wherever_it_stands(place: tuple[Any, ...]) -> None:
     tensors = [f"h.{layer}.{module}" for layer in range(3) for module in ("mlp", "attn")]
     data = yaml.safe_load(WHOLE)
-    Recipe.from_mergekit_yaml(yaml.safe_dump(data), tensors=tensors)
+    mergekit.read(yaml.safe_dump(data), tensors=tensors)
     inner = data
     for key in place[:-1]:
         inner = inner[key]
@@ -179,7 +180,7 @@ def test_a_misspelt_key_is_refused_wherever_it_stands(place: tuple[Any, ...]) ->
     if place == ("modules", "default"):
         return  # its name depends on the architecture
     with pytest.raises(ConfigError):
-        Recipe.from_mergekit_yaml(yaml.safe_dump(data), tensors=tensors)
+        mergekit.read(yaml.safe_dump(data), tensors=tensors)
 
 
 def test_a_filter_that_matches_nothing_is_refused(files: Files) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from evomerge.merging import methods
 from evomerge.merging.methods import selective
 from evomerge.merging.methods.averaging import linear, model_stock, passthrough
 from evomerge.merging.methods.blend import Ranks, keep_ranks
-from evomerge.merging.methods.declaration import Method
+from evomerge.merging.methods.declaration import Method, Parameter
 from evomerge.merging.methods.draws import keys, short, uniform
 from evomerge.merging.methods.fisher import fisher
 from evomerge.merging.methods.reduction import BLOCK, cosines, gram, norm
@@ -97,8 +97,79 @@ def cases(draw: st.DrawFn, count: int | None = None) -> tuple[str, Tensor, list[
     return method, draw(values), [draw(values) for _ in range(number)], parameters
 
 
+TINY = (5e-324, 1e-310, 2.0**-149, 1e-40, 2.0**-126, 2.0**-120, 1e-30, 1e-16)
+"""Subnormal in float64 and in float32, at the border, and others whose squares or reciprocals may be lost."""
+extreme = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e4, -1e4, 1e-3, *TINY, *(-w for w in TINY)])
+scattered = st.one_of(coarse, st.sampled_from([1e-45, -1e-45, 1e-38, 1e-25, -1e-19, 1e-8, 1e15, -1e15]))
+
+
+@st.composite
+def extremes(draw: st.DrawFn, method: str) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+    """A base and models of any scale, and numbers of any scale as parameters of a method."""
+    number = declared(method).max_sources or draw(st.integers(2, 3))
+    size = draw(st.integers(1, 6))
+    values = st.lists(scattered, min_size=size, max_size=size).map(torch.tensor)
+    parameters: dict[str, Any] = {}
+    for p in declared(method).parameters.values():
+        one: st.SearchStrategy[Any] = st.booleans() if p.kind == "flag" else extreme.map(within(p))
+        if p.kind == "integer":
+            one = st.integers(int(p.low), int(p.high))
+        parameters[p.name] = tuple(draw(one) for _ in range(number)) if p.per_source else draw(one)
+    return draw(values), [draw(values) for _ in range(number)], parameters
+
+
+def within(parameter: Parameter) -> Any:
+    return lambda value: min(max(value, parameter.low), parameter.high)
+
+
+@pytest.mark.parametrize("method", ALL)
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_numbers_of_any_scale_give_finite_weights(method: str, data: st.DataObject) -> None:
+    base, models, parameters = data.draw(extremes(method))
+    weight = parameters.get("weight", (1.0,))
+    if method == "linear" and abs(math.fsum(weight)) <= 1e-3 * math.fsum(map(abs, weight)):
+        with pytest.raises(ConfigError, match="the weights cancel"):
+            run(method, base, models, {**parameters, "normalize": True})
+        parameters["normalize"] = False
+    assert run(method, base, models, parameters).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in methods.names() if "weight" in methods.get(name).parameters]
+)
+@pytest.mark.parametrize("weight", [1.1e4, -3.4e38, 1e300, math.inf, math.nan])
+def test_weights_that_can_only_be_a_slip_are_refused(name: str, weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"weight is (out of range|not a number)"):
+        TensorGroup(method=name, sources=NAMES[:2], parameters={"weight": (1.0, weight)})
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "breadcrumbs_ties"])
+@pytest.mark.parametrize("weight", [2.0**-149, 1e-40, 2.0**-126, 2.0**-119, -(2.0**-119), 1e-30])
+def test_a_mean_by_tiny_weights_is_that_of_one_source_or_nothing(method: str, weight: float) -> None:
+    models = [torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])]
+    merged = run(method, torch.zeros(2), models, {"weight": (weight, 0.0), "normalize": True})
+    expected = models[0] if abs(weight) >= 2.0**-119 else torch.zeros(2)
+    torch.testing.assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("method", ["multislerp", "karcher"])
+def test_a_direction_far_too_short_to_count_is_none(method: str) -> None:
+    models = [torch.tensor([1e10, 0.0]), torch.tensor([0.0, 2e-30])]
+    merged = run(method + ALONE if method == "multislerp" else method, torch.zeros(2), models, {})
+    torch.testing.assert_close(merged, torch.tensor([5e9, 0.0]))
+
+
 @quick
 @given(cases())
+@example(
+    (
+        "dare_ties",
+        torch.zeros(1),
+        [torch.ones(1), torch.zeros(1), torch.zeros(1)],
+        {"weight": (1.4e-45, 0.0, 0.0), "density": (1.0, 1.0, 1.0), "normalize": True},
+    )
+)
 def test_any_legal_parameters_give_finite_results_and_leave_the_inputs_alone(case: Any) -> None:
     method, base, models, parameters = case
     before = [tensor.clone() for tensor in (base, *models)]

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from evomerge.errors import ModelError
-from evomerge.merging.sources.adapter import is_embedding, split_location
+from evomerge.merging.sources.adapter import AdaptedCheckpoint, is_embedding, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
-from evomerge.merging.sources.source import AdaptedCheckpoint, open_source, task_vector
+from evomerge.merging.sources.opening import open_source
+from evomerge.merging.sources.source import task_vector
 from tests.merging.conftest import llama, save
 
 NAMES = ("plain", "rslora", "patterns")

@@ -21,13 +21,15 @@ from typer.testing import CliRunner
 
 from evomerge.cli import app
 from evomerge.errors import ConfigError, ModelError
-from evomerge.merging import methods
+from evomerge.merging import mergekit, methods
 from evomerge.merging.analysis.norms import task_vector_norms
+from evomerge.merging.compatibility import check
 from evomerge.merging.export.writer import write
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.checkpoint import Checkpoint
-from evomerge.merging.sources.source import Source, open_sources, open_used
+from evomerge.merging.sources.opening import open_sources, open_used
+from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.vocabulary import Rows, row_maps, row_tensors
 from tests.merging.conftest import WORDS, llama, perturb
 from tests.merging.export.test_writer import assert_same_bits
@@ -265,7 +267,7 @@ def test_fisher_files_do_not_follow_moved_rows(family: dict[str, str]) -> None:
     files = {"chat": "chat.safetensors", "other": "other.safetensors"}
     recipe = Recipe(models=family, base="base", groups=(group,), tokenizer="union", fisher=files)
     with pytest.raises(ConfigError, match="Fisher files have one row per token of their own model"):
-        recipe.check(open_used(recipe))
+        check(recipe, open_used(recipe))
 
 
 @pytest.mark.parametrize(
@@ -375,7 +377,7 @@ def test_models_without_tokenizer_must_have_the_rows(tmp_path: Path) -> None:
             open_sources({name: models[name] for name in ("base", "wide")}, "base", tokenizer=tokenizer)
     both = {"bare": models["bare"], "wide": models["wide"]}
     with pytest.raises(ModelError, match=r"tensor 'model.embed_tokens.weight' has another shape in 'wide'"):
-        recipe_of(both, "wide", base=None).check(open_sources(both, None))
+        check(recipe_of(both, "wide", base=None), open_sources(both, None))
 
 
 def test_further_tables_of_tokens_are_refused(tmp_path: Path) -> None:
@@ -420,9 +422,9 @@ def test_the_setting_of_a_recipe(models: dict[str, str]) -> None:
 )
 def test_mergekit_says_it_too(said: str, tokenizer: str, asked: bool) -> None:
     text = f"merge_method: ties\nbase_model: m/base\nmodels: [{{model: m/chat}}]\ndtype: float32\n{said}\n"
-    recipe = Recipe.from_mergekit_yaml(text)
+    recipe = mergekit.read(text)
     assert (recipe.tokenizer, recipe.asked) == (tokenizer, asked)
-    again = Recipe.from_mergekit_yaml(recipe.to_mergekit_yaml())
+    again = mergekit.read(mergekit.write(recipe))
     assert again.hash == recipe.hash
 
 

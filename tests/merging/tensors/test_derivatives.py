@@ -16,7 +16,7 @@ from evomerge.merging import methods
 from evomerge.merging.live.live_weights import Spread, gradient_at
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
-from evomerge.merging.sources.source import open_sources
+from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.tensors.derivatives import added, inner, parameters, supports, tensor_derivatives
 from evomerge.merging.tensors.inputs import FileInputs
 from evomerge.merging.tensors.merge_tensor import merge_tensor

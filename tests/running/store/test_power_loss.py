@@ -27,7 +27,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure
 from evomerge.running.store import RunStore
 from evomerge.running.store.file import FILE
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 from tests.conftest import write_suite
 from tests.running import quick
 from tests.running.fakes import TIMING, recipe, scores

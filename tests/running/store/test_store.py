@@ -16,7 +16,7 @@ from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.running.store import RunStore
 from evomerge.running.store.store import FILE, SCHEMA_VERSION
-from evomerge.search.baselines import Named
+from evomerge.search.ports import Named
 from tests.running.fakes import TIMING, recipe, scores
 
 GENOMES = np.array([[0.25, 0.5], [1.0, 0.0]])
@@ -62,6 +62,8 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
 def test_the_digest_ignores_order_of_arrival_and_time(tmp_path: Path) -> None:
     with filled(tmp_path / "a") as first, filled(tmp_path / "b", order=(1, 0)) as second:
         assert first.digest() == second.digest()
+        second.begin_session({"cma": "4.5.0", "blas": "openblas Haswell"})
+        assert first.digest() == second.digest()
         second.record_scores(recipe(2), scores(2), TIMING)
         assert first.digest() != second.digest()
 
@@ -85,6 +87,16 @@ def test_a_replay_that_differs_names_candidate_and_versions(tmp_path: Path) -> N
             store.record_tell(0, LOSSES + 1e-16, 0.0)
         with pytest.raises(ReplayError, match="the size of generation 0"):
             store.record_ask(0, GENOMES[:1], [recipe(0)])
+
+
+def test_a_replay_that_differs_names_both_kernels(tmp_path: Path) -> None:
+    with filled(tmp_path) as store:
+        store.begin_session({"cma": "4.5.0", "blas": "openblas Haswell"})
+        store.begin_session({"cma": "4.5.0", "blas": "openblas SkylakeX"})
+        with pytest.raises(ReplayError) as caught:
+            store.record_ask(0, GENOMES[:1], [recipe(0)])
+        assert "got: blas openblas Haswell before, openblas SkylakeX now\n" in str(caught.value)
+        assert "OPENBLAS_CORETYPE" in str(caught.value)
 
 
 def test_fronts_are_kept_and_checked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -407,7 +408,7 @@ def test_a_new_process_without_matplotlib_asks_for_the_same_bits() -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "3", "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "3", "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == digests()

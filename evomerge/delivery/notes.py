@@ -1,0 +1,33 @@
+"""Notes: what a reader must know to read a run's table right."""
+
+from __future__ import annotations
+
+from evomerge.delivery import objectives
+from evomerge.delivery.summary import Summary
+from evomerge.running import forward
+from evomerge.running.batches import decisions
+from evomerge.running.store import RunStore
+
+
+def notes(store: RunStore, summary: Summary) -> list[str]:
+    """Return the notes below a run's table, one sentence each."""
+    normaliser = summary.normaliser("test")
+    sentences = objectives.notes(store, summary)
+    for task in normaliser.floored if normaliser is not None else ():
+        sentences.append(
+            f"{task}: its specialist is hardly better than the base, so its share of the mean is noise"
+        )
+    sentences += [decision.sentence for decision in decisions(store)]
+    first, *later = store.sessions() or [{}]
+    changes = dict.fromkeys(change for versions in later if (change := forward.changes(first, versions)))
+    sentences += [
+        f"several environments were used, so last digits may differ: {change}" for change in changes
+    ]
+    unsearched = {named.recipe.hash for named in (*summary.parents, *summary.baselines, *summary.starts)}
+    winners = set(store.timings("test")) - unsearched
+    if len(winners) > 1:
+        sentences.append(
+            f"`test` was used for {len(winners)} winners (the budget was raised), "
+            "so its p-values are optimistic"
+        )
+    return sentences

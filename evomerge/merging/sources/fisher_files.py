@@ -1,0 +1,86 @@
+"""Diagonal Fisher information as stored: safetensors files with a model's tensor names, read by tensor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import ModelError
+from evomerge.merging.recipe import Recipe
+from evomerge.merging.sources.tensorfile import Header, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KIND = "diagonal Fisher information"
+"""What a Fisher file says it is, so that a model's own weights are not taken for one."""
+
+
+def headers(file: str) -> Mapping[str, Header]:
+    """Return tensor name -> header of a Fisher file, or raise ModelError."""
+    _stamp(file)
+    return read_header(Path(file))
+
+
+def tensor(file: str, name: str) -> Tensor:
+    """Return one Fisher tensor in float32. It must not be modified: it may be the mapped file itself."""
+    import torch
+
+    found: Tensor = _opened(file, _stamp(file)).get_tensor(name).to(torch.float32)
+    if found.numel() and not (found.min() >= 0 and torch.isfinite(found.max())):
+        raise ModelError(f"{file}: {name!r} has elements that are negative or not finite")
+    return found
+
+
+def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[str, str]) -> None:
+    """Check from headers that the Fisher files a recipe uses are those of its models.
+
+    pattern: the headers of the models. fingerprints: model -> its fingerprint, compared where a file has
+    one. Raises ModelError naming the file and the tensor.
+    """
+    for name in recipe.used_fishers():
+        file = recipe.fisher[name]
+        found = headers(file)
+        facts = _opened(file, _stamp(file)).metadata() or {}
+        if facts.get("kind") != KIND:
+            raise ModelError(
+                f"{file}: not a Fisher file",
+                expected=f"kind: {KIND!r} in its metadata",
+                got=repr(facts.get("kind")),
+                fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
+            )
+        if facts.get("model_fingerprint") not in (None, fingerprints[name]):
+            raise ModelError(
+                f"{file}: the Fisher of another model than {name!r}",
+                fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
+            )
+        for wanted, header in pattern.items():
+            if wanted not in found or found[wanted].shape != header.shape:
+                raise ModelError(
+                    f"{file}: not a Fisher of model {name!r}",
+                    expected=f"tensor {wanted!r} of shape {list(header.shape)}",
+                    got=f"shape {list(found[wanted].shape)}" if wanted in found else "no such tensor",
+                    fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
+                )
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    try:
+        facts = Path(file).stat()
+    except OSError as error:
+        raise ModelError(
+            f"{file}: no such Fisher file", got=error.strerror, fix="evomerge fisher MODEL TEXT OUT"
+        ) from None
+    return facts.st_mtime_ns, facts.st_size
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(file: str, stamp: tuple[int, int]) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: can't be read", got=str(error)) from None

@@ -1,0 +1,138 @@
+"""Ports: what the search needs from outside, as protocols, and the records that cross that border.
+
+`running` implements the protocols (scoring, storing, budgets, gradients); tests use fakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
+from evomerge.merging.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """A recipe with the name it has in tables and in the verdict."""
+
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuideState:
+    """What the guide did in a generation, for the store and the report.
+
+    correlation: Spearman's, of the last predictions with what was measured; None while there are too few.
+    proposed: candidates it proposed itself. blocks: item blocks scored. radius: of the trust region.
+    """
+
+    correlation: float | None
+    proposed: int
+    blocks: int
+    radius: float
+
+
+class OutOfTime(Exception):  # noqa: N818  (nothing went wrong)
+    """The scorer began no further job because its `not_after` had passed."""
+
+
+class CandidateScorer(Protocol):
+    """Scores recipes, each only once in the life of a run.
+
+    seconds: time spent so far on book-keeping, apart from the scoring itself. not_after: the moment, in epoch
+    seconds, from which on no job is begun; what is under way is finished and stored, then `score` raises
+    OutOfTime unless all it was asked for is known.
+    """
+
+    seconds: float
+    not_after: float | None
+
+    def score(
+        self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
+    ) -> list[Scores | Failure]:
+        """Return one result per recipe, in order. `phase` is shown to the user.
+
+        blocks: item blocks of the split to score on; None means all.
+        """
+        ...
+
+    def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
+        """Like `score` for recipes the run can't do without: the first failure raises UserError."""
+        ...
+
+    def known(
+        self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
+    ) -> list[Scores | Failure | None]:
+        """Return what recipes are known to have scored on blocks, None where `score` has work to do."""
+        ...
+
+
+class Journal(Protocol):
+    """Records what the search decided, or checks it against what an earlier session recorded."""
+
+    def record_ask(
+        self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None: ...
+
+    def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None: ...
+
+    def record_guide(self, generation: int, state: GuideState) -> None: ...
+
+    def record_front(
+        self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
+    ) -> None: ...
+
+    def record_spent(self, generation: int, items: int) -> None: ...
+
+    def has_ask(self, generation: int) -> bool: ...
+
+    def record_entry(self, role: str, position: int, entry: Named) -> None: ...
+
+    def trim_entries(self, role: str, count: int) -> None: ...
+
+
+class SearchBudget(Protocol):
+    """Says when to stop asking."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether the clock may end the search."""
+        ...
+
+    def stop_reason(
+        self, *, generations: int, items: int, forecast: int, full: int, stale: int
+    ) -> str | None: ...
+
+    def deadline(self) -> float | None:
+        """Return when the last job of the search may begin, in epoch seconds; None: at any time."""
+        ...
+
+    def out_of_time(self, generations: int, *, cut: bool) -> str:
+        """Say why the clock ends the search after so many told generations. cut: amid the next one."""
+        ...
+
+
+class Observer(Protocol):
+    """Receives the events of a search, for progress displays, logs and trackers."""
+
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """A generation was told.
+
+        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
+        """
+        ...
+
+
+class GradientSource(Protocol):
+    """Differentiates losses with respect to recipes' parameters, each only once in the life of a run."""
+
+    def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
+        """Return a loss and its derivatives. step, steps: shown to the user."""
+        ...
