@@ -19,7 +19,8 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from evomerge.errors import StoreError
-from evomerge.running.store import RunStore, differences
+from evomerge.running.store import RunStore
+from evomerge.running.store.store import differences
 from evomerge.running.worker import WorkerSpec
 
 FACT = "forward"
