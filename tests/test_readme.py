@@ -72,6 +72,7 @@ def test_the_readme_is_short_and_starts_with_the_installation() -> None:
     assert len(README.splitlines()) <= 200
     assert commands(README)[: len(INSTALL)] == INSTALL
     assert (ROOT / "constraints.txt").is_file()
+    assert commands((ROOT / "docs" / "getting_started.md").read_text()) == INSTALL
 
 
 def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
