@@ -34,42 +34,39 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class ConstraintsSpec(Strict):
-    """What a candidate must not fall below.
-
-    tasks: share of its specialist, the normalised score (0 is the base, 1 the specialist), that every
-        task of the mean must reach; or a share for each task named. retention, coherence: relative to
-        the base.
-    """
+    """Lower limits. A candidate that violates one ranks behind every candidate that does not."""
 
     tasks: float | dict[str, float] | None = None
+    """Least normalised score (0 is the base, 1 the specialist) of every task of the mean; or `{task:
+    score}`."""
     retention: float | None = Field(default=None, gt=0)
+    """Least retention, relative to the base."""
     coherence: float | None = Field(default=None, gt=0)
+    """Least coherence, relative to the base."""
 
     def __bool__(self) -> bool:
         return self.tasks is not None or self.retention is not None or self.coherence is not None
 
 
 class ObjectiveSpec(Strict):
-    """The `objective` part of a run config.
-
-    smooth: share, in [0, 1], of the continuous companion of the metrics (probability of the gold
-        answer). Accuracies tie often and move in steps; the companion never does.
-    retention, coherence: loss per unit of the base model's general ability, or of the coherence of its
-        free generations, that is lost. depth: loss for every layer more, in units of the base's number
-        of layers; layers saved are a gain.
-    weights: replaces the suite's task weights, in the search, the selection and the verdict alike.
-    several: two or more objectives instead of one: "mean", "retention", "coherence", "depth", a task, or
-        a weighted group of tasks {task: weight, ...}. The prices above don't enter them.
-    constraints: what no candidate may fall below; one that does ranks behind all that don't.
-    """
+    """The `objective` part of a run config."""
 
     smooth: float = Field(default=0.3, ge=0, le=1)
+    """Share of the gold answer's probability in a score; the rest is the metric. Accuracies tie often and
+    move in steps, probabilities do not."""
     retention: float = Field(default=0.2, ge=0)
+    """Loss per unit of the base's general ability that is lost."""
     coherence: float = Field(default=0.2, ge=0)
+    """Loss per unit of the coherence of the base's free generations that is lost."""
     depth: float = Field(default=0.0, ge=0)
+    """Loss for every additional layer, in units of the base's number of layers; fewer layers are a gain."""
     weights: dict[str, Weight] = Field(default={})
+    """Task weights that replace the suite's, in search, selection and verdict."""
     several: tuple[str | dict[str, Weight], ...] = ()
+    """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, a task, or a weighted
+    group of tasks `{task: weight, ...}`. The prices above do not enter them."""
     constraints: ConstraintsSpec = Field(default_factory=ConstraintsSpec)
+    """Lower limits that candidates must respect."""
 
     @field_validator("several")
     @classmethod

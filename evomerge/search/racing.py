@@ -50,17 +50,16 @@ _ROUNDING = 1e-9  # losses closer than this are equal
 
 
 class RacingSpec(Strict):
-    """The `racing` part of a run config; `racing: off` scores every candidate on all items at once.
-
-    blocks: item blocks that the `search` items are cut into. blocks_min: blocks to score before the first
-        comparison. keep: share of a generation that is to be scored in full. error: highest probability,
-        per generation, that one of those stops early all the same.
-    """
+    """The `racing` part of a run config; `racing: off` scores every candidate on all items at once."""
 
     blocks: int = Field(default=8, ge=1, le=64)
+    """Item blocks that the `search` items are cut into."""
     blocks_min: int = Field(default=1, ge=1)
+    """Item blocks that are scored before the first comparison; at most `blocks`."""
     keep: float = Field(default=0.25, gt=0, le=1)
+    """Share of a generation, the best, that must be scored in full."""
     error: float = Field(default=0.1, gt=0, lt=1)
+    """Highest probability, per generation, that one of those best candidates stops early."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RacingSpec:

@@ -40,33 +40,34 @@ AVERAGED = 0.25
 
 
 class GradientSpec(Strict):
-    """The `gradients` part of a warm start.
+    """The `gradients` part of a warm start: Adam on the continuous parameters, before the search.
 
-    steps: of Adam. rate: its first step size, in the unit cube. share: of each task's search items that a
-        step takes, drawn anew each time. A step costs as much as scoring three times its items, which
-        counts towards `budget.evaluations`: the default as much as 39 candidates.
-    softness: in nats, how far around the border between wrong and right an item pulls.
+    A step costs as much as scoring three times its items, which counts towards `budget.evaluations`: the
+    default costs as much as 39 candidates.
     """
 
     steps: int = Field(default=64, ge=1)
+    """Steps of Adam."""
     rate: float = Field(default=0.05, gt=0, le=1)
+    """First step size, in the unit cube."""
     share: float = Field(default=0.2, gt=0, le=1)
+    """Share of each task's `search` items in a step, drawn anew for each step."""
     softness: float = Field(default=0.5, gt=0)
+    """Width, in nats, of the zone around the border between wrong and right in which an item has a
+    gradient."""
 
 
 class WarmStartSpec(Strict):
-    """The `warm_start` part of a run config: what is scored beside the baselines and may seed the search.
-
-    run: the folder of another run, finished or not, on models with the same names; its winner and best
-        candidates are taken, as far as the space can express them.
-    recipes: recipe.yaml or mergekit YAML files over this run's models, stacked layers among them; what the
-        space can't express is scored, and may win, but seeds nothing.
-    gradients: steps down the gradient from the best point known before the search; `off` by default.
-    """
+    """The `warm_start` part of a run config: what is scored beside the baselines and may seed the search."""
 
     run: str | None = None
+    """The folder of another run on models with the same names, finished or not. Its winner and best
+    candidates are taken where the space can express them."""
     recipes: tuple[str, ...] = ()
+    """recipe.yaml or mergekit YAML files over this run's models. A recipe that the space can't express is
+    scored and may win, but does not seed the search."""
     gradients: GradientSpec | Literal["off"] = "off"
+    """Gradient steps from the best known point before the search. `on` takes the defaults below."""
 
     @field_validator("gradients", mode="before")
     @classmethod

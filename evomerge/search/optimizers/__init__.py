@@ -31,19 +31,17 @@ Name = Literal["auto", "cma_es", "catcma", "nsga2", "nsga3", "tpe", "random", "s
 
 
 class OptimizerSpec(Strict):
-    """The `optimizer` part of a run config.
-
-    name: "auto" picks by the coordinates and the number of objectives (`choose`).
-    sigma: initial standard deviation in the unit cube (cma_es, catcma). population: candidates per
-    generation (default: the algorithm's own, 4 + 3 ln(dimension) for most). restarts: what cma_es does
-    when it has converged: go on with twice the population (ipop), alternate that with small ones (bipop),
-    or stop (none).
-    """
+    """The `optimizer` part of a run config."""
 
     name: Name = "auto"
+    """The algorithm. `auto` picks by the space's coordinates and the number of objectives."""
     sigma: float = Field(default=0.15, gt=0, le=1)
+    """Initial standard deviation in the unit cube (cma_es, catcma)."""
     population: int | None = Field(default=None, ge=4)
+    """Candidates per generation. Default: the algorithm's own, 4 + 3 ln(dimension) for most."""
     restarts: Restarts = "ipop"
+    """What cma_es does when it has converged: restart with twice the population (`ipop`), alternate large and
+    small populations (`bipop`), or stop (`none`)."""
 
 
 def choose(

@@ -52,15 +52,14 @@ PATIENCE = 6
 
 
 class SurrogateSpec(Strict):
-    """The `surrogate` part of a run config; `surrogate: off` leaves everything to the optimizer.
-
-    share: of every generation, proposed by the model itself. oversample: candidates the optimizer draws for
-    each that is scored; the model screens them. blocks: item blocks a generation is scored on at first.
-    """
+    """The `surrogate` part of a run config; `surrogate: off` leaves everything to the optimizer."""
 
     share: float = Field(default=0.5, ge=0, le=1)
+    """Share of every generation that the surrogate proposes."""
     oversample: int = Field(default=4, ge=1)
+    """Candidates the optimizer draws for each one that is scored; the surrogate picks the most promising."""
     blocks: int = Field(default=2, ge=1)
+    """Item blocks a generation is scored on at first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
