@@ -256,9 +256,15 @@ class Objective:
     def losses(
         self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
     ) -> NDArray[np.float64]:
-        """Return the losses of a generation, shape (n, objectives), all finite.
+        """Return the losses of a generation.
 
-        recipes: of the results; only `depth` needs them.
+        Args:
+            results: Scores or failures, one per candidate.
+            recipes: The candidates' recipes; only the depth objective needs them.
+
+        Returns:
+            Shape (n, objectives), all finite, lower is better. Without other terms a loss is minus the mean
+            normalised score: 0 is the base, -1 the specialists.
 
         With constraints the rules of Deb (2000, CMAME 186, section 3) hold for every single loss: one that
         meets them is below INFEASIBLE (losses above 0, the base's, are squeezed into [0, 1)), one that

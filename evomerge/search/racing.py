@@ -126,9 +126,16 @@ def race(
 ) -> RaceResult:
     """Score a generation block by block and let the clearly worse leave early.
 
-    recipes: at least one. views: a single objective, on any blocks. order: the blocks to score, in
-    order; those in it are all there is, so a part of them makes a shorter race, with losses on that part.
-    phase: shown to the user.
+    Args:
+        recipes: The candidates, at least one.
+        scorer: Scores recipes on item blocks of `search`.
+        views: The single objective, on any set of blocks.
+        spec: When candidates may leave: after how many blocks, down to which share, at which error rate.
+        order: The blocks to score, in this order. Losses refer to these blocks only.
+        phase: Shown in progress displays.
+
+    Returns:
+        Results, finite losses of shape (n, objectives) and the blocks used, per candidate.
     """
     parts: list[list[Scores]] = [[] for _ in recipes]
     failed: dict[int, Failure] = {}

@@ -57,8 +57,8 @@ def estimates(candidates: Sequence[Candidate]) -> Array:
 
     A Gaussian process over the genomes (squared-exponential kernel, constant mean; Rasmussen & Williams 2006,
     eq. 2.41), its length, strength and noise those of the highest likelihood on a small grid (eq. 2.30). Its
-    posterior mean is what a candidate's loss and those of its neighbours say together: a stroke of luck that
-    no neighbour shares is mostly taken away.
+    posterior mean combines a candidate's loss with those of its neighbours, so luck that no neighbour shares
+    is mostly removed.
 
     Fitted to the best MODELLED candidates of full item count; all others keep the loss as measured.
     """
@@ -166,10 +166,12 @@ def greedy_soup(
 
 
 def winner(estimates: NDArray[np.float64], select: NDArray[np.float64], *, items: tuple[int, int]) -> int:
-    """Return the index of the finalist with the lowest loss on both splits together.
+    """Return the index of the finalist with the lowest pooled loss.
 
-    estimates: (k,) of the losses on `search`. select: (k,) losses on `select`. items: how many items the two
-    come from, which are their weights. NaN on either split is a finalist that could not be scored there.
+    Args:
+        estimates: Shape (k,), estimated losses on `search`. NaN: not scored.
+        select: Shape (k,), losses on `select`. NaN: not scored.
+        items: Number of items behind the two, the weights of the pooled loss.
     """
     shares = np.array(items) / sum(items)
     pooled = shares[0] * estimates + shares[1] * select

@@ -105,10 +105,19 @@ def descend(
     loss_of: Callable[[int], SmoothLoss],
     slopes: GradientSource,
 ) -> Descent:
-    """Follow the gradient from a genome.
+    """Follow the gradient from a genome with Adam.
 
-    loss_of: the loss of each step, by its number from 0.
-    A step that fails (weights that are not finite, say) ends the descent at the last good point.
+    A step that fails (for example with non-finite weights) ends the descent at the last good point.
+
+    Args:
+        space: Maps genomes to recipes; discrete coordinates stay as they are.
+        start: Shape (dimension,), values in [0, 1].
+        spec: Number of steps, rate and share of items per step.
+        loss_of: Returns the loss of a step, numbered from 0.
+        slopes: Computes gradients with respect to a recipe's parameters.
+
+    Returns:
+        The last point, the mean of the last ones, the losses, and the cost in items.
     """
     chain = Chain(space)
     u = np.array(start, dtype=np.float64)

@@ -47,7 +47,15 @@ class OptimizerSpec(Strict):
 def choose(
     spec: OptimizerSpec, coordinates: Sequence[Coordinate], objectives: int = 1
 ) -> tuple[OptimizerSpec, str]:
-    """Return the spec with "auto" replaced by an optimizer, and one sentence that says why.
+    """Resolve `auto` to an optimizer.
+
+    Args:
+        spec: The `optimizer` part of a run config.
+        coordinates: The kind of every coordinate of the search space.
+        objectives: Number of losses per candidate.
+
+    Returns:
+        The spec with a concrete name, and one sentence with the reason.
 
     >>> choose(OptimizerSpec(), [Coordinate(), Coordinate(levels=3)])[1]
     'catcma: 1 of 2 coordinates is discrete'
@@ -77,11 +85,21 @@ def create(
     starts: Sequence[Genome],
     seed: np.random.SeedSequence,
 ) -> Optimizer:
-    """Build the optimizer a run config names.
+    """Create the optimizer named in a run config.
 
-    starts: at least one genome, best first. CMA-ES and CatCMA begin around the first; the others
-    ask for all of them in their first generations. Raises ConfigError where the optimizer can't search
-    such coordinates or so many objectives.
+    Args:
+        spec: The `optimizer` part of the config; `auto` is resolved by `choose`.
+        coordinates: The kind of every coordinate of the search space, in genome order.
+        objectives: Number of losses per candidate.
+        starts: At least one genome of shape (dimension,), best first. CMA-ES and CatCMA begin around the
+            first; the others return all of them in their first generations.
+        seed: The optimizer's own random stream. It is not advanced.
+
+    Returns:
+        An optimizer that, with the same seed and the same losses, asks for the same genomes bit for bit.
+
+    Raises:
+        ConfigError: The optimizer can't search these coordinates or this number of objectives.
     """
     spec, _ = choose(spec, coordinates, objectives)
     seed = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key)  # libraries spawn from theirs

@@ -25,11 +25,19 @@ class Optimizer(Protocol):
         ...
 
     def ask(self, count: int | None = None) -> NDArray[np.float64]:
-        """Return the next generation, shape (n, dimension), values in [0, 1], read-only.
+        """Return the next generation.
 
-        Discrete coordinates are in the middles of their bins. n is `population`, or `count` where
-        given (at least `population`): an oversized generation drawn from the same distribution, of
-        which only some are told.
+        Args:
+            count: Number of genomes, at least `population` (the default). A larger generation is drawn from
+                the same distribution; `tell` then takes the losses of `population` of them.
+
+        Returns:
+            Genomes of shape (n, dimension), values in [0, 1], read-only. Discrete coordinates are in the
+            middles of their bins.
+
+        Raises:
+            RuntimeError: The losses of the last generation were not passed to `tell`.
+            ValueError: `count` is below `population`.
         """
         ...
 
@@ -39,19 +47,25 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, losses: NDArray[np.float64], chosen: Sequence[int] | None = None) -> None:
-        """Take the losses of the last generation, shape (population, objectives), all finite.
+        """Update the optimizer with the losses of the last generation.
 
-        chosen: which rows they belong to, in that order: `population` different ones. None: all rows,
-        of a generation that is not oversized.
+        Args:
+            losses: Shape (population, objectives), finite; lower is better. The array is copied.
+            chosen: The row of each loss in the last `ask`, all different. None: all rows, of a generation
+                of `population`.
+
+        Raises:
+            RuntimeError: There is no generation to tell about.
+            ValueError: Shape or rows do not fit the last `ask`, or a loss is not finite.
         """
         ...
 
     def inject(self, genomes: ArrayLike) -> None:
-        """Put points, shape (k, dimension), first into the next generation, and the next ones if need be."""
+        """Put genomes of shape (k, dimension) first into the next generation, the rest into later ones."""
         ...
 
     def stop_reason(self) -> str | None:
-        """Say why another generation is pointless, or None."""
+        """Return why another generation is pointless (one sentence), or None."""
         ...
 
     def favourite(self) -> Genome | None:

@@ -69,12 +69,20 @@ def predict_score(
     normaliser: Normaliser,
     base: Sequence[Scores],
 ) -> PredictedScore:
-    """Predict a genome from scored ones; itself must not be among them.
+    """Predict the score of a genome from scored genomes.
 
-    normaliser: of all `search` items. base: the base's scores block by block.
+    Args:
+        genome: Shape (dimension,), values in [0, 1]; not one of the examples.
+        examples: Scored genomes with their scores per item block.
+        coordinates: The kind of every coordinate, in genome order.
+        normaliser: The normalisation on all `search` items.
+        base: The base's scores, block by block.
+
+    Returns:
+        The mean normalised score with a calibrated interval, and the score of every task.
 
     Raises:
-        UserError: fewer than 8 scored genomes.
+        UserError: There are fewer than 8 scored genomes.
     """
     blocks = shared_blocks([set(example.parts) for example in examples])
     known = _nearest(genome, [e for e in examples if set(blocks) <= set(e.parts)])
