@@ -96,30 +96,12 @@ def prepare(config: RunConfig) -> Prepared:
         check(start.recipe, sources)
     _check_gradients(warm, space)
     _check_engine(config)
-    device, dtype, threads = executors.resolve(config.executor)
-    if config.executor.threads is None:  # a run keeps the number it was begun with
-        threads = forward.kept_threads(Path(config.out)) or threads
     return Prepared(
         config=config,
         suite=suite,
         space=space,
         template=template,
-        worker=WorkerSpec(
-            models=config.locations,
-            base=BASE,
-            tokenizer=config.tokenizer,
-            suite=suite,
-            batch_size=config.executor.batch_size,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            max_length=config.executor.max_length,
-            attention=config.executor.attention,
-            low_memory=config.executor.low_memory,
-            blocks=config.racing.blocks,
-            block_seed=config.seed,
-            generation=config.executor.generation,
-        ),
+        worker=_worker(config, suite),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         files={name: model_files.facts(source) for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
@@ -127,6 +109,29 @@ def prepare(config: RunConfig) -> Prepared:
         layers=len({layer_of(name) for name in headers} - {None}),
         notes=notes,
         warm=warm,
+    )
+
+
+def _worker(config: RunConfig, suite: Suite) -> WorkerSpec:
+    """Return what workers need to score this run's candidates."""
+    device, dtype, threads = executors.resolve(config.executor)
+    if config.executor.threads is None:  # a run keeps the number it was begun with
+        threads = forward.kept_threads(Path(config.out)) or threads
+    return WorkerSpec(
+        models=config.locations,
+        base=BASE,
+        tokenizer=config.tokenizer,
+        suite=suite,
+        batch_size=config.executor.batch_size,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_length=config.executor.max_length,
+        attention=config.executor.attention,
+        low_memory=config.executor.low_memory,
+        blocks=config.racing.blocks,
+        block_seed=config.seed,
+        generation=config.executor.generation,
     )
 
 

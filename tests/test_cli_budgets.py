@@ -129,7 +129,9 @@ def test_check_says_when_a_run_begun_now_would_end_and_what_it_would_cost(
     assert f"begun now it ends about {until:%Y-%m-%d}" in text
     late = succeed("check", config(budget={"hours": 1e-4}))
     assert "the budget's time is too short" in late
-    assert "nobody knows" in succeed("check", config(budget={"patience": 5}))
+    assert "cost:   unknown (the budget sets only `patience`)" in succeed(
+        "check", config(budget={"patience": 5})
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -31,15 +31,15 @@ def as_data(
     Raises ConfigError where there is no such candidate, task or split.
     """
     store = summary.store
-    found = export.find(summary, asked)
-    hash_ = found.recipe.hash
-    splits = {each: data for each in SPLITS if (data := _on_split(store, hash_, each)) is not None}
+    candidate = export.find(summary, asked)
+    hash_ = candidate.recipe.hash
+    splits = {part: data for part in SPLITS if (data := _on_split(store, hash_, part)) is not None}
     roles = ("base", "parent", "baseline", "start", "descent", "finalist", "winner")
     data = {
         "id": hash_[:ID],
         "hash": hash_,
-        "recipe": found.recipe.to_data(),
-        "yaml": found.recipe.to_yaml(),
+        "recipe": candidate.recipe.to_data(),
+        "yaml": candidate.recipe.to_yaml(),
         "names": [
             {"role": role, "name": named.name}
             for role in roles
@@ -87,8 +87,8 @@ def _on_split(store: StoreReader, hash_: str, split: Split) -> dict[str, Any] | 
 
 def _parts(store: StoreReader, hash_: str, split: Split) -> list[Scores]:
     """Return the scores of a candidate, block by block."""
-    found = (store.result(hash_, split, block) for block in range(store.blocks(split)))
-    return [part for part in found if part is not None and not isinstance(part, Failure)]
+    results = (store.result(hash_, split, block) for block in range(store.blocks(split)))
+    return [part for part in results if part is not None and not isinstance(part, Failure)]
 
 
 def _items(
@@ -97,7 +97,7 @@ def _items(
     tasks = [entry.task for entry in run.suite.tasks]
     if task not in tasks:
         raise ConfigError(f"--items {task}: no such task in this run", fix=nearest(task, tasks))
-    scored = [each for each, data in splits.items() if task in data["tasks"]]
+    scored = [place for place, data in splits.items() if task in data["tasks"]]
     chosen = split or (scored[-1] if scored else None)
     if chosen is None or chosen not in scored:
         raise ConfigError(
@@ -139,10 +139,10 @@ def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]
         blocks=worker.blocks,
         block_seed=worker.block_seed,
     )
-    found = []
+    blocks = []
     for block in worker.blocks_of(split):
-        (items,) = (each for each in harness.items(split, block).tasks if each.name == task)
-        found.append(
+        (items,) = (task_items for task_items in harness.items(split, block).tasks if task_items.name == task)
+        blocks.append(
             [
                 {
                     "prompt": str(group[0].args[0]),
@@ -154,7 +154,7 @@ def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]
                 for number, group in enumerate(items.groups)
             ]
         )
-    return found
+    return blocks
 
 
 def text(data: dict[str, Any]) -> RenderableType:

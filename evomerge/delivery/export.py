@@ -98,13 +98,13 @@ def export_adapter(
     chosen = find(summary, pick)
     writer.new_folder(out)
     worker = scoring_alike(prepare(summary.run.config()).worker, store, "test")
-    found: list[ScoredAdapter] = []
+    scored: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
         whole = _test_scores(store, chosen.recipe, worker)
         base = open_source(report.base).folder
         adapter = rescore(folder, worker, "test", base=base)
-        found.append(
+        scored.append(
             ScoredAdapter(
                 folder=out,
                 pick=chosen,
@@ -114,10 +114,10 @@ def export_adapter(
                 adapter=adapter,
             )
         )
-        return {"README.md": card(summary, chosen, adapter=found[0])}
+        return {"README.md": card(summary, chosen, adapter=scored[0])}
 
     write_adapter(chosen.recipe, out, rank=rank, keep_rest=keep_rest, finish=finish)
-    return found[0]
+    return scored[0]
 
 
 def _test_scores(store: StoreReader, recipe: Recipe, worker: WorkerSpec) -> Scores:

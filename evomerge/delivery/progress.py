@@ -112,11 +112,11 @@ class Live(Observer):
 
 def outlook(estimate: Estimate) -> list[str]:
     """Return when a run is expected to end and what it will cost, in a few words each."""
-    found = []
+    parts = []
     if estimate.search_ends is not None and estimate.ends is not None:
-        found.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
-        found.append(f"all done about {brief(estimate.ends, estimate.made)}")
+        parts.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
+        parts.append(f"all done about {brief(estimate.ends, estimate.made)}")
     if estimate.spent is not None:
         whole = "" if estimate.cost is None else f" of about {estimate.cost:.2f}"
-        found.append(f"cost {estimate.spent:.2f}{whole}")
-    return found
+        parts.append(f"cost {estimate.spent:.2f}{whole}")
+    return parts

@@ -23,7 +23,7 @@ from evomerge.delivery import front_plots, objectives
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.notes import notes
 from evomerge.delivery.objectives import Front
-from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary
+from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary, Verdict
 from evomerge.evaluation.statistics import Interval
 from evomerge.files import drafted_file
 from evomerge.merging.recipe import Recipe
@@ -210,17 +210,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "run": str(store.folder),
         "digest": store.digest(),
         "stopped": facts.STOPPED.get(store),
-        "verdict": None
-        if verdict is None
-        else {
-            "sentence": verdict.sentence,
-            "helped": verdict.helped,
-            "best_baseline": verdict.rival,
-            "points": 100 * verdict.test.estimate,
-            "low": 100 * verdict.test.low,
-            "high": 100 * verdict.test.high,
-            "p": verdict.test.p,
-        },
+        "verdict": None if verdict is None else _verdict_data(verdict),
         "claims": [
             {
                 "task": claim.task,
@@ -263,6 +253,18 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "failures": [
             {"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()
         ],
+    }
+
+
+def _verdict_data(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "sentence": verdict.sentence,
+        "helped": verdict.helped,
+        "best_baseline": verdict.rival,
+        "points": 100 * verdict.test.estimate,
+        "low": 100 * verdict.test.low,
+        "high": 100 * verdict.test.high,
+        "p": verdict.test.p,
     }
 
 

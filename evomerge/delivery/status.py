@@ -72,15 +72,15 @@ def _clock(store: StoreReader) -> dict[str, Any]:
 
 def limits(budget: dict[str, Any]) -> str:
     """Return the limits of a stored budget in a line."""
-    found = [f"{v} {k}" for k, v in budget.items() if v is not None and k in LIMITS[:4]]
+    parts = [f"{v} {k}" for k, v in budget.items() if v is not None and k in LIMITS[:4]]
     if budget.get("until"):
-        found.append(f"until {budget['until']}")
+        parts.append(f"until {budget['until']}")
     if cost := budget.get("cost"):
         most = "" if cost["max"] is None else f"{cost['max']:g} "
-        found.append(f"{most}at {cost['per_hour']:g} per hour")
+        parts.append(f"{most}at {cost['per_hour']:g} per hour")
     if budget.get("patience"):
-        found.append(f"patience {budget['patience']}")
-    return ", ".join(found)
+        parts.append(f"patience {budget['patience']}")
+    return ", ".join(parts)
 
 
 def text(data: dict[str, Any]) -> str:

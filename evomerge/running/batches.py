@@ -12,7 +12,7 @@ ones made anew. So whatever is compared was scored alike:
   differs from what comes after in the last bits only.
 
 A second time out of memory, or one at batch size 1, is that candidate's failure. A resumed run takes the
-sizes from the store and finds out nothing again.
+sizes from the store.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Decision:
 
     @property
     def sentence(self) -> str:
-        """What a reader of scores must know of it."""
+        """The decision in one line, for readers of the scores."""
         where = "gradients" if self.split == GRADIENTS else f"`{self.split}`"
         if self.split == "search":
             where += f", item block {self.block},"
@@ -75,7 +75,7 @@ def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T
 
 
 def decisions(store: StoreReader) -> list[Decision]:
-    """Return the halvings of a run, by split and block: which came first may have been a worker's haste."""
+    """Return the halvings of a run by split and block, because their order in time depends on the workers."""
     return [Decision(**row) for row in facts.BATCH_SIZES.get(store) or []]
 
 
@@ -106,9 +106,9 @@ class Batches:
         return self.may_halve(result.job.split, result.block)
 
     def halve(self, split: Split, new: Mapping[int, Sequence[str]], phase: str) -> None:
-        """Halve the size on some blocks and drop what has to be scored alike.
+        """Halve the size on some blocks and drop the scores that have to be made again with it.
 
-        new: block -> the recipes (hashes) that nobody asked for there before. phase: what the run was doing.
+        new: block -> recipes (hashes) that were not asked for there before. phase: of the run, as shown.
         """
         everybody = split != "search" or not self._store.has_ask(0)
         self._made += [self._decision(split, block, phase, everybody) for block in new]
@@ -146,5 +146,5 @@ def _in_force(made: Sequence[Decision], size: int, split: str, block: int) -> in
 
 
 def _as_data(made: Sequence[Decision]) -> list[dict[str, Any]]:
-    ordered = sorted(made, key=lambda each: (each.split, each.block))
-    return [dataclasses.asdict(each) for each in ordered]
+    ordered = sorted(made, key=lambda decision: (decision.split, decision.block))
+    return [dataclasses.asdict(decision) for decision in ordered]

@@ -1,4 +1,4 @@
-"""The circuit breaker: when everything fails, stop; the candidates are not to blame."""
+"""The circuit breaker: stops a run in which every candidate fails, because the cause lies elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Breaker:
             f"{store.folder}: the last {len(self._row)} candidates all failed "
             f"({', '.join(f'{count} of kind {kind}' for kind, count in kinds)}), so the run was stopped",
             got=_reasons(self._row),
-            fix=f"mend the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
+            fix=f"remove the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
             "(they are tried again; where so many are bound to fail, add --failures N)",
         )
 
@@ -56,7 +56,7 @@ def tried_again(store: RunStore) -> Iterator[None]:
         raise NoWinnerError(
             error.what,
             got=_reasons(forgotten),
-            fix=f"mend the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
+            fix=f"remove the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
             "(what failed is tried again)",
         ) from None
 

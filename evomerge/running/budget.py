@@ -25,37 +25,41 @@ LIMITS = ("evaluations", "items", "generations", "hours", "until", "cost", "pati
 
 
 class CostSpec(Strict):
-    """What the whole machine costs, in any currency: `per_hour`; `max` (default: none) ends the search."""
+    """The price of the machines, in any currency."""
 
     per_hour: float = Field(gt=0)
+    """Price of one hour of work, all machines together."""
     max: float | None = Field(default=None, gt=0)
+    """Limit of the run; the search ends in time for selection and test. Without it, cost is shown only."""
 
 
 class BudgetSpec(Strict):
-    """The `budget` part of a run config; whichever limit comes first ends the search.
+    """The `budget` part of a run config; the search ends at the limit that is reached first.
 
-    evaluations: of candidates of the optimizer on all `search` items (baselines and what follows the search
-    don't count); one that stops early or fails counts in part, a repeated one not at all. items: the same
-    limit in scored items.
-    generations: of the optimizer. patience: generations in a row without a better candidate (with several
-    objectives: without a larger hypervolume). These are checked between generations, taking the cost of
-    the last for that of the next.
-
-    hours: of work on the run, all sessions together. until: a time of day, "08:00": its next occurrence
-    after each start of the run or of a session; or a date and time. cost: money for those hours. They may
-    cut a generation short, and come early enough for what follows the search.
-
-    failures: in a row, after which the run stops with an error.
+    A budget names at least one of the first seven keys (of `cost`: its `max`). Limits that count are
+    checked between generations, and the next generation is expected to cost what the last one did. Limits
+    of the clock (hours, until, cost) may cut a generation short, and leave time for selection and test.
     """
 
     evaluations: int | None = Field(default=None, ge=1)
+    """Full evaluations: the optimizer's candidates on all `search` items. A candidate that stops early or
+    fails counts in part, a repeated one not at all. Baselines, selection and test do not count."""
     items: int | None = Field(default=None, ge=1)
+    """The same limit in scored items."""
     generations: int | None = Field(default=None, ge=1)
+    """Generations of the optimizer."""
     hours: float | None = Field(default=None, gt=0)
+    """Hours of work on the run, all sessions together."""
     until: str | None = None
+    """A time of day in quotes, such as "08:00": its next occurrence after each start of a session; or a date
+    and time such as "2026-12-24T08:00"."""
     cost: CostSpec | None = None
+    """A limit in money: `{per_hour: 2.5, max: 30}`."""
     patience: int | None = Field(default=None, ge=1)
+    """Generations in a row without a better candidate; with several objectives, without a larger
+    hypervolume."""
     failures: int = Field(default=16, ge=1)
+    """Failed candidates in a row after which the run stops with an error."""
 
     @field_validator("until", mode="before")
     @classmethod
@@ -80,15 +84,15 @@ class BudgetSpec(Strict):
 
     def clock_limit(self, clock: Clock) -> ClockLimit | None:
         """Return the limit of the clock that comes first, or None where there is none."""
-        found: list[ClockLimit] = []
+        limits: list[ClockLimit] = []
         if self.hours is not None:
-            found.append(ClockLimit(name="hours", value=f"{self.hours:g}", at=clock.after(self.hours)))
+            limits.append(ClockLimit(name="hours", value=f"{self.hours:g}", at=clock.after(self.hours)))
         if self.cost is not None and self.paid_hours is not None:
             value = f"{self.cost.max:g} at {self.cost.per_hour:g} per hour"
-            found.append(ClockLimit(name="cost", value=value, at=clock.after(self.paid_hours)))
+            limits.append(ClockLimit(name="cost", value=value, at=clock.after(self.paid_hours)))
         if self.until is not None:
-            found.append(ClockLimit(name="until", value=self.until, at=moment(self.until, clock.started)))
-        return min(found, key=lambda limit: limit.at, default=None)
+            limits.append(ClockLimit(name="until", value=self.until, at=moment(self.until, clock.started)))
+        return min(limits, key=lambda limit: limit.at, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,23 +241,23 @@ class Budget:
         return self._stop.reason
 
 
-def replaced(budget: Mapping[str, Any], given: Mapping[str, Any], now: float) -> dict[str, Any]:
+def replaced(budget: Mapping[str, Any], changes: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Return a budget as data with single limits replaced, as the command line gives them.
 
-    given: limits by name, None where not given; `cost` and `per_hour` are numbers. A time of day becomes
+    changes: limits by name, None where unchanged; `cost` and `per_hour` are numbers. A time of day becomes
     that moment: said again on another evening it means another one.
 
     >>> replaced({"hours": 3}, {"hours": 5, "cost": 20.0, "per_hour": 2.5, "items": None}, 0.0)
     {'hours': 5, 'cost': {'max': 20.0, 'per_hour': 2.5}}
     """
-    found = {name: value for name, value in given.items() if value is not None}
+    limits = {name: value for name, value in changes.items() if value is not None}
     cost = {
-        key: found.pop(name) for name, key in (("cost", "max"), ("per_hour", "per_hour")) if name in found
+        key: limits.pop(name) for name, key in (("cost", "max"), ("per_hour", "per_hour")) if name in limits
     }
     before = budget.get("cost") or {}
     if cost and isinstance(before, Mapping):
-        found["cost"] = {**before, **cost}
-    if "until" in found:
+        limits["cost"] = {**before, **cost}
+    if "until" in limits:
         with contextlib.suppress(ValueError):  # what is wrong with it is said with the rest of the config
-            found["until"] = fixed(found["until"], now)
-    return {**budget, **found}
+            limits["until"] = fixed(limits["until"], now)
+    return {**budget, **limits}

@@ -60,9 +60,9 @@ def moment(until: str, after: float) -> float:
             raise ValueError(_FORM) from None
     if ":" not in until or of_day.tzinfo is not None:
         raise ValueError(_FORM)
-    found = datetime.combine(day, of_day).timestamp()
+    today = datetime.combine(day, of_day).timestamp()
     # By the calendar, not by 24 hours: the night of a clock change is longer or shorter.
-    return found if found > after else datetime.combine(day + timedelta(days=1), of_day).timestamp()
+    return today if today > after else datetime.combine(day + timedelta(days=1), of_day).timestamp()
 
 
 _FORM = 'expected a time of day in quotes ("08:00"), or a date and time ("2026-12-24T08:00")'

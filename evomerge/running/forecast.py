@@ -45,7 +45,7 @@ class Work:
 
 
 class Forecast:
-    """Says what a run has still to do, from what its store knows.
+    """Estimates the remaining time of a run from its store.
 
     workers: that score side by side. finalists: of the run. several: whether there are several objectives,
     where what was not searched is scored on `select`, too.
@@ -77,21 +77,21 @@ class Forecast:
     def seconds(self) -> dict[Split, float]:
         """Return how long a candidate takes on each split, once some are scored.
 
-        On `search`, the longest of the last generation: not all meet all items, but the best do. On splits
-        where nothing was scored yet, as long as the share of their items says.
+        On `search`, the longest of the last generation: only the best candidates are scored on all items. On
+        splits where nothing was scored yet, in proportion to their items.
         """
-        found: dict[Split, float] = {}
+        means: dict[Split, float] = {}
         for split in SPLITS:
             totals = [timing.total for timing in self._store.timings(split).values()]
             if totals:
-                found[split] = sum(totals) / len(totals)
-        if "search" not in found:
+                means[split] = sum(totals) / len(totals)
+        if "search" not in means:
             return dict.fromkeys(SPLITS, 0.0)
         items = self._store.split_items()
         for split in SPLITS:
-            if split not in found:
-                found[split] = found["search"] * items.get(split, 1) / items.get("search", 1)
-        return {**found, "search": self._store.longest_of_last_generation() or found["search"]}
+            if split not in means:
+                means[split] = means["search"] * items.get(split, 1) / items.get("search", 1)
+        return {**means, "search": self._store.longest_of_last_generation() or means["search"]}
 
     def finish_seconds(self) -> float:
         """Return how long what follows the search is expected to take."""
@@ -165,15 +165,15 @@ class Watch(Observer):
 
     def _left(self, generation: int, evaluations: float, elapsed: float) -> float | None:
         """Seconds until a counting limit ends the search, at the pace so far."""
-        budget, found = self._budget, []
+        budget, ends = self._budget, []
         spent = evaluations - self._before
         limits = [budget.evaluations]
         if budget.items is not None and (full := self._store.split_items().get("search")):
             limits.append(budget.items / full)  # type: ignore[arg-type]
         for limit in limits:
             if limit is not None and spent > 0:
-                found.append(elapsed / spent * max(0.0, limit - evaluations))
+                ends.append(elapsed / spent * max(0.0, limit - evaluations))
         if budget.generations is not None:
             left = max(0, budget.generations - generation - 1)
-            found.append(elapsed / self._generations * left)
-        return min(found, default=None)
+            ends.append(elapsed / self._generations * left)
+        return min(ends, default=None)

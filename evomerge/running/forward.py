@@ -75,17 +75,17 @@ def find(worker: WorkerSpec) -> Forward:
     from evomerge.merging.recipe import tokenizer_of
     from evomerge.merging.sources.opening import open_source
 
-    named = tokenizer_of(worker.tokenizer, worker.base, worker.models)
-    source = open_source(worker.models[named if named in worker.models else worker.base])
+    tokenizer = tokenizer_of(worker.tokenizer, worker.base, worker.models)
+    source = open_source(worker.models[tokenizer if tokenizer in worker.models else worker.base])
     with torch.device("meta"):  # a model without weights
         config = build(source, source.config, worker.dtype, worker.attention).config
-    own = next((length for name in _CONTEXT if (length := getattr(config, name, None))), None)
+    length_of_model = next((length for name in _CONTEXT if (length := getattr(config, name, None))), None)
     device = worker.device.partition(":")[0]
     return Forward(
         device=device,
         dtype=worker.dtype,
         attention=str(config._attn_implementation),
-        max_length=worker.max_length or own,
+        max_length=worker.max_length or length_of_model,
         batch_size=worker.batch_size,
         threads=worker.threads if device == "cpu" else None,
         generation=worker.generation,
@@ -106,19 +106,19 @@ def kept_threads(folder: Path) -> int | None:
         contextlib.suppress(StoreError),
         StoreReader.read(folder) as store,
     ):  # who opens it to run will say why
-        found = stored(store)
-        return None if found is None else found.threads
+        passes = stored(store)
+        return None if passes is None else passes.threads
     return None
 
 
-def check_same(store: StoreReader, found: Forward) -> None:
+def check_same(store: StoreReader, passes: Forward) -> None:
     """Raise StoreError where a run would go on in another arithmetic than it was begun in."""
     before = stored(store)
     if before is None:
         return
     names = {"attention": "the attention implementation", "threads": "the number of threads of each worker"}
     for name, what in names.items():
-        mine, theirs = getattr(found, name), getattr(before, name)
+        mine, theirs = getattr(passes, name), getattr(before, name)
         if mine != theirs:
             raise StoreError(
                 f"{store.folder}: {what} changed since the run began, so scores would not be comparable",
@@ -136,10 +136,10 @@ def processor() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    found = [f"{name} ({torch.backends.cpu.get_cpu_capability()})"]
+    processors = [f"{name} ({torch.backends.cpu.get_cpu_capability()})"]
     if torch.cuda.is_available():
-        found += sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
-    return ", ".join(found)
+        processors += sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+    return ", ".join(processors)
 
 
 def blas() -> str:
@@ -147,12 +147,12 @@ def blas() -> str:
 
     Another kernel rounds the sums of a matrix product in another order, so CMA-ES asks for other bits.
     """
-    found = {
+    kernels = {
         f"{library['internal_api']} {library.get('architecture') or 'unknown'}"
         for library in threadpool_info()
         if library["user_api"] == "blas"
     }
-    return ", ".join(sorted(found)) or "unknown"
+    return ", ".join(sorted(kernels)) or "unknown"
 
 
 def simd() -> str:
@@ -187,6 +187,6 @@ def warning(what: str) -> str:
     )
 
 
-def as_data(found: Forward) -> dict[str, Any]:
+def as_data(passes: Forward) -> dict[str, Any]:
     """Return it as a fact for the store and for JSON."""
-    return asdict(found)
+    return asdict(passes)

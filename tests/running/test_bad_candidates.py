@@ -179,7 +179,7 @@ def test_a_parent_that_fails_is_named_and_can_be_mended(
         patched.setattr(quick, "_unlucky", lambda recipe: recipe.groups[0].sources == ("upper",))
         with pytest.raises(UserError, match="upper could not be scored on search: RuntimeError") as error:
             quick_run()
-    assert "mend this, then resume" in str(error.value)
+    assert "remove the cause, then resume" in str(error.value)
     with RunStore.read(tmp_path / "run") as store:
         assert store.failures() == []  # it may be scored once its cause is gone
     compose.resume(tmp_path / "run", Silent(), generations=1)

@@ -150,10 +150,10 @@ class Tracked(Observer):
         """Open a tracker when there is something to send: replaying a finished run leaves no trace."""
         if name not in self._trackers:
             state = self._state(name)
-            known = bool(state.get("begun"))
+            begun = bool(state.get("begun"))
             tracker = self._trackers[name] = self._open(self._specs[name], self._folder, state)
             self._mark(state, begun=True)
-            if not known:
+            if not begun:
                 with StoreReader.read(self._folder) as store:
                     tracker.config(flat(facts.CONFIG.require(store)))
         return self._trackers[name]
@@ -225,10 +225,10 @@ def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     >>> flat({"budget": {"hours": 2}, "tracking": ["wandb"], "seed": 0})
     {'budget.hours': 2, 'tracking': '["wandb"]', 'seed': 0}
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{place}{name}.")
+            flattened |= flat(value, f"{place}{name}.")
         else:
-            found[f"{place}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
-    return found
+            flattened[f"{place}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return flattened
