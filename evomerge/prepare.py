@@ -39,9 +39,9 @@ class Prepared:
     """A run config that passed all checks, with everything it names opened (headers only).
 
     fingerprints: model name -> hash of its config, headers, sizes and sampled weights. files: model name ->
-    what is known of each of its files. parameters: number of the base model's weights. layers: the base
-    model's. optimizer: its name and why it was picked. notes: about the models, though nothing is
-    wrong.
+    size, time and hashes of each of its files. parameters: number of the base model's weights. layers: number
+    of the base model's layers. optimizer: its name and the reason for it. notes: remarks on the models that
+    are no errors.
     """
 
     config: RunConfig
@@ -226,11 +226,11 @@ def check_folder(prepared: Prepared) -> None:
 
 
 def check_time(prepared: Prepared) -> None:
-    """Refuse to begin a run whose time is over."""
+    """Refuse to start a run whose time limit has passed."""
     until, now = prepared.config.budget.until, time.time()
     if until is not None and not StoreReader.exists(prepared.folder) and moment(until, now) <= now:
         raise ConfigError(
-            f"budget.until: {shown(moment(until, now))} is over",
+            f"budget.until: {shown(moment(until, now))} has passed",
             fix='give a later moment, or a time of day ("08:00")',
         )
 

@@ -136,8 +136,8 @@ def test_check_says_when_a_run_begun_now_would_end_and_what_it_would_cost(
 
 
 def test_mistakes_in_limits(path: Path, config: Callable[..., Path], tmp_path: Path) -> None:
-    assert "is over" in refuse("run", path, "--until", "2020-01-01T08:00", folder=tmp_path)
-    assert "is over" in refuse("check", config(budget={"until": "2020-01-01 08:00"}), folder=tmp_path)
+    assert "has passed" in refuse("run", path, "--until", "2020-01-01T08:00", folder=tmp_path)
+    assert "has passed" in refuse("check", config(budget={"until": "2020-01-01 08:00"}), folder=tmp_path)
     assert "a time of day" in refuse("run", path, "--until", "noon", folder=tmp_path)
     plain = config(budget={"generations": 1})
     message = refuse("run", plain, "--cost", "5", folder=tmp_path)

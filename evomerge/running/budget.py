@@ -1,8 +1,8 @@
-"""The budget: how much a run may ask for before it stops and picks its winner.
+"""The budget: the limits of a search, after which the run picks its winner.
 
 Limits that count (evaluations, items, generations, patience) depend on stored scores alone, so they end a
-resumed search where they end an unbroken one. Limits of the clock (hours, until, cost) don't; where one of
-them ended a search is stored as a `Stop`, and holds until that limit is raised.
+resumed search where they end an uninterrupted one. Limits of the clock (hours, until, cost) don't; the place
+where one of them ended a search is stored as a `Stop`, and holds until that limit is raised.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ class ClockLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Where a limit of the clock ended a search.
+    """The place where a limit of the clock ended a search.
 
-    limit, value: its name and value in the config. at: of `until` the moment in epoch seconds, else the
-    hours of work it allows. reason: for people. generations: told by then.
+    limit, value: its name and value in the config. at: for `until` the moment in epoch seconds, else the
+    hours of work it allows. reason: one sentence. generations: number of finished generations.
     """
 
     limit: str
@@ -124,9 +124,9 @@ class Stop:
     generations: int
 
     def holds(self, spec: BudgetSpec, now: float) -> bool:
-        """Say whether a budget still ends the search there: the same limit, not raised.
+        """Whether a budget still ends the search there: the same limit, not raised.
 
-        A time of day that stands as it was is not a new one: the finished run would go on every evening.
+        An unchanged time of day counts as not raised; otherwise a finished run would continue every evening.
         """
         if self.limit == "until":
             return spec.until is not None and (spec.until == self.value or moment(spec.until, now) <= self.at)
@@ -139,10 +139,10 @@ class Stop:
 
 
 class Budget:
-    """Says when to stop asking.
+    """Decides when the search stops.
 
-    reserve: seconds to keep for what follows the search. stop: where the clock ended it in a former
-    session, and still does. record: told where the clock ends it now.
+    reserve: seconds to keep for the work after the search. stop: where the clock ended the search in an
+    earlier session, if that limit still holds. record: receives the stop of this session.
     """
 
     def __init__(
@@ -195,12 +195,12 @@ class Budget:
     def stop_reason(
         self, *, generations: int, items: int, forecast: int, full: int, stale: int = 0
     ) -> str | None:
-        """Say why the next generation must not start, or None.
+        """Return why the next generation must not start, or None.
 
         items: scored so far. forecast: what the next generation will cost. full: of one evaluation. stale:
         generations in a row without improvement.
 
-        The first generation always runs, so that there is something to choose from.
+        The first generation always runs, so that there are candidates to choose a winner from.
         """
         spec = self._spec
         if generations == 0:
@@ -219,9 +219,9 @@ class Budget:
         return self.out_of_time(generations, cut=False)
 
     def out_of_time(self, generations: int, *, cut: bool = True) -> str:
-        """Say why the clock ends the search after so many told generations, and record it.
+        """Return why the clock ends the search after some finished generations, and record it.
 
-        cut: whether another one is under way.
+        cut: whether the next generation is under way.
         """
         if self._stop is None:
             limit = self._limit
@@ -258,6 +258,6 @@ def replaced(budget: Mapping[str, Any], changes: Mapping[str, Any], now: float) 
     if cost and isinstance(before, Mapping):
         limits["cost"] = {**before, **cost}
     if "until" in limits:
-        with contextlib.suppress(ValueError):  # what is wrong with it is said with the rest of the config
+        with contextlib.suppress(ValueError):  # parsing the config reports the mistake
             limits["until"] = fixed(limits["until"], now)
     return {**budget, **limits}

@@ -1,4 +1,4 @@
-"""The clock of a session: what time it is, how long the run was worked on, when a wall-clock limit comes."""
+"""The clock of a session: the time, the hours worked on the run, and the moments of wall-clock limits."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def brief(at: float, now: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return a length of time as people say it.
+    """Return a duration as text with a unit.
 
     >>> span(42), span(600), span(9000)
     ('42 s', '10 min', '2.5 h')

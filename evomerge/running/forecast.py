@@ -1,8 +1,8 @@
-"""The forecast: how long what follows the search takes, and when the run will be over, from its own seconds.
+"""The forecast: the time after the search and the end of the run, estimated from the run's own times.
 
 Candidates are scored in rounds of one per worker. After the search come, one after another on `search`, the
-soups of the finalists and the optimizer's favourite; then the finalists on `select`; then the winner and
-whatever it is compared with on `test`; then the report.
+soups of the finalists and the optimizer's favourite; then the finalists on `select`; then the winner and its
+rivals on `test`; then the report.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from evomerge.running.observers import Estimate, Observer
 from evomerge.running.store import RunStore, facts
 
 SAFETY = 1.5
-"""How much longer than on average the end may take without the run's being late."""
+"""Factor on the expected time after the search, so that a slow end is still in time."""
 REPORT = 10.0
-"""Seconds kept for the report and all else that is not scoring."""
+"""Seconds reserved for the report and everything else but scoring."""
 EXTRA = 2
 """Scored on `select` beside the finalists: their soup, and the optimizer's favourite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is still to be scored after the search: soups one after another; per split side by side."""
+    """The work after the search: soups one after another, then candidates per split in parallel."""
 
     soups: int
     select: int
     test: int
 
     def seconds(self, each: Mapping[Split, float], workers: int) -> float:
-        """Return how long it takes with so many seconds for a candidate of each split.
+        """Return its time in seconds, from the seconds of one candidate on each split.
 
         >>> Work(soups=8, select=10, test=3).seconds({"search": 1.0, "select": 2.0, "test": 3.0}, workers=4)
         17.0
@@ -47,8 +47,8 @@ class Work:
 class Forecast:
     """Estimates the remaining time of a run from its store.
 
-    workers: that score side by side. finalists: of the run. several: whether there are several objectives,
-    where what was not searched is scored on `select`, too.
+    workers: number of parallel workers. finalists: number of finalists. several: whether there are several
+    objectives; unsearched recipes are then scored on `select`, too.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Forecast:
         self._finalists, self._several = finalists, several
 
     def work(self) -> Work:
-        """Return what is still to be scored after the search."""
+        """Return the work left after the search."""
         references, baselines = ("base", "parent"), ("baseline",)
         beside = (*references, *(baselines if self._several else ()))
         return Work(
@@ -75,7 +75,7 @@ class Forecast:
         )
 
     def seconds(self) -> dict[Split, float]:
-        """Return how long a candidate takes on each split, once some are scored.
+        """Return the seconds of a candidate on each split, once some are scored.
 
         On `search`, the longest of the last generation: only the best candidates are scored on all items. On
         splits where nothing was scored yet, in proportion to their items.
@@ -121,11 +121,10 @@ class Forecast:
 
 
 class Watch(Observer):
-    """Tells an audience, and the store, when the run will end.
+    """Estimates when the run will end, for observers and for the store.
 
-    It measures the pace of the generations that are scored in this session: seconds per evaluation and per
-    generation. It belongs before its audience in the order of observers, so that an estimate arrives before
-    the generation it was made after.
+    It measures the pace of the generations scored in this session: seconds per evaluation and per generation.
+    It must come before its observers, so that they receive an estimate before the event of its generation.
     """
 
     def __init__(
@@ -145,7 +144,7 @@ class Watch(Observer):
         self._generations = 0
 
     def phase(self, name: str, jobs: int, known: int) -> None:
-        """Note when the first generation begins that is not replayed."""
+        """Record when the first generation starts that is not replayed."""
         if name.startswith("generation ") and jobs > known:
             self._fresh = True
             self._since = self._now() if self._since is None else self._since

@@ -1,4 +1,4 @@
-"""Forward passes: on what and how a run computes them; settled when it begins and kept with it.
+"""Forward passes: device, dtype and settings of a run's forward passes, fixed when the run starts.
 
 Scores of two candidates are comparable in every bit only where the same arithmetic made them. Device type,
 dtype, attention, context length and batch size change their last bits, and on a CPU so does the number of
@@ -68,7 +68,7 @@ class Forward:
 
 
 def find(worker: WorkerSpec) -> Forward:
-    """Settle how a worker computes, from headers and configs alone; ModelError where it can't."""
+    """Determine the forward settings of a worker from headers and configs alone; raise ModelError."""
     import torch
 
     from evomerge.merging.live.stacked_models import build
@@ -93,26 +93,26 @@ def find(worker: WorkerSpec) -> Forward:
 
 
 def stored(store: StoreReader) -> Forward | None:
-    """Return how a run computes; None for one that was begun before this was kept."""
+    """Return a run's forward settings; None for a run stored by a version without them."""
     data = facts.FORWARD.get(store)
     return None if data is None else Forward(**data)
 
 
 def kept_threads(folder: Path) -> int | None:
-    """Return the threads per worker that a run in a folder was begun with, if there is one and it says so."""
+    """Return the stored number of threads per worker of the run in a folder, None without one."""
     if not StoreReader.exists(folder):
         return None
     with (
         contextlib.suppress(StoreError),
         StoreReader.read(folder) as store,
-    ):  # who opens it to run will say why
+    ):  # opening the run for work raises the same error with its reason
         passes = stored(store)
         return None if passes is None else passes.threads
     return None
 
 
 def check_same(store: StoreReader, passes: Forward) -> None:
-    """Raise StoreError where a run would go on in another arithmetic than it was begun in."""
+    """Raise StoreError where the forward settings differ from those stored with the run."""
     before = stored(store)
     if before is None:
         return
@@ -171,7 +171,7 @@ def versions() -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Say in one line what of libraries, processor and kernels is not what it was, None where all is.
+    """Return one line that names the changed libraries, processor and kernels; None without a change.
 
     >>> changes({"torch": "2.12", "numpy": "2.4"}, {"torch": "2.13", "numpy": "2.4", "processor": "new"})
     'torch 2.12 before, 2.13 now'
@@ -180,10 +180,10 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
 
 
 def warning(what: str) -> str:
-    """Return the note about a run that goes on in another environment."""
+    """Return the note about a run resumed in another environment."""
     return (
-        f"this run was begun in another environment ({what}): scores from before may differ from those made "
-        "now in their last digits; a search that can't be repeated exactly stops with a message"
+        f"this run was started in another environment ({what}): new scores may differ from stored ones in "
+        "their last digits; a search that can't be replayed exactly stops with a message"
     )
 
 

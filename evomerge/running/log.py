@@ -168,7 +168,7 @@ def _expected(facts: Mapping[str, Any]) -> str:
         parts.append(f"the end at about {ends:%Y-%m-%d %H:%M}")
     if facts["cost"] is not None:
         parts.append(f"a cost of {facts['cost']:.2f}, {facts['spent']:.2f} so far")
-    return f"expected: {', '.join(parts) or 'no limit says when it ends'}"
+    return f"expected: {', '.join(parts) or 'end unknown (no limit on time or evaluations)'}"
 
 
 _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -183,7 +183,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "failed": lambda f: f"failed {f['id']} on {f['split']}: {f['reason']} ({f['kind']})",
     "asked": lambda f: f"generation {f['generation']} asks for {', '.join(f['ids'])}",
     "generation": lambda f: (
-        f"generation {f['generation']} told, {f['evaluations']:g} evaluations"
+        f"generation {f['generation']} done, {f['evaluations']:g} evaluations"
         + ("" if f["best"] is None else f", best so far {100 * f['best']:.1f} points")
     ),
     "expected": _expected,

@@ -38,7 +38,7 @@ class Scorer:
         self._store, self._executor, self._observer, self._batches = store, executor, observer, batches
         self._breaker, self._now = Breaker(failures), now
         self.not_after: float | None = None
-        """From when on no job is begun (see `search.ports.CandidateScorer`)."""
+        """The latest start of a job, in epoch seconds (see `search.ports.CandidateScorer`)."""
         self._asked: set[tuple[str, Split, int]] = set()
         """(recipe, split, block) of earlier calls; the same in every session, which replays the search."""
         self.seconds = 0.0
@@ -60,8 +60,8 @@ class Scorer:
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
         """Like `score` for recipes the run can't do without: the first failure raises UserError.
 
-        Such a failure is not recorded, and what failed just before it is forgotten, so that the run can be
-        resumed once their cause is gone.
+        Such a failure is not recorded, and failures just before it are deleted, so that the run can be
+        resumed once their cause is removed.
         """
         results = self._score([n.recipe for n in named], split, phase, None, keep_failures=False)
         scores = []
@@ -85,7 +85,7 @@ class Scorer:
     def known(
         self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
     ) -> list[Scores | Failure | None]:
-        """Return what is stored of recipes on item blocks, None where something is missing."""
+        """Return the stored results of recipes on item blocks, None where something is missing."""
         results: list[Scores | Failure | None] = []
         for recipe in recipes:
             scores, failure, missing = self._stored(recipe.hash, split, blocks)

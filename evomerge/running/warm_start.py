@@ -1,4 +1,4 @@
-"""Read what a run is told to start from: recipe files and the best of another run, over its own models.
+"""Read a run's warm starts: recipe files and the best candidates of another run over the same models.
 
 Both are read once, when the run begins, and stored in it: resuming needs neither file nor folder.
 """
@@ -23,9 +23,9 @@ TAKEN = 5
 
 
 def resolve(spec: WarmStartSpec, *, space: Space, template: Recipe, folder: Path) -> WarmStart:
-    """Return what a config names, from the run in `folder` if there is one already.
+    """Return the warm starts of a config, from the run in `folder` if there is one already.
 
-    Raises ConfigError for recipes over other models, and for a run of which the space can express nothing.
+    Raises ConfigError for recipes over other models, and for a run whose recipes the space can't express.
     """
     gradients = None if spec.gradients == "off" else spec.gradients
     if StoreReader.exists(folder):

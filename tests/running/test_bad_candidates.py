@@ -145,7 +145,7 @@ def test_a_run_whose_candidates_all_fail_says_so(
     monkeypatch.setattr(quick, "_unlucky", lambda recipe: recipe.hash not in good)
     with pytest.raises(UserError, match="no candidate could be scored, so there is no winner") as error:
         quick_run(budget={"generations": 2})
-    assert "what failed is tried again" in str(error.value)
+    assert "failed candidates are tried again" in str(error.value)
     monkeypatch.undo()
     monkeypatch.setattr(compose.executors, "build", quick.build(0))
     with RunStore.read(tmp_path / "run") as store:
