@@ -39,7 +39,7 @@ class Prepared:
     """A run config that passed all checks, with everything it names opened (headers only).
 
     fingerprints: model name -> hash of its config, headers, sizes and sampled weights. files: model name ->
-    what is known of each of its files. parameters: number of the base model's weights. layers: the base
+    size and hashes of each of its files. parameters: number of the base model's weights. layers: the base
     model's. optimizer: its name and why it was picked. notes: about the models, though nothing is
     wrong.
     """
