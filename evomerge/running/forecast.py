@@ -34,14 +34,18 @@ class Work:
     select: int
     test: int
 
-    def seconds(self, each: Mapping[Split, float], workers: int) -> float:
-        """Return its time in seconds, from the seconds of one candidate on each split.
+    def seconds(self, per_candidate: Mapping[Split, float], workers: int) -> float:
+        """Return how long it takes. per_candidate: seconds on each split.
 
         >>> Work(soups=8, select=10, test=3).seconds({"search": 1.0, "select": 2.0, "test": 3.0}, workers=4)
         17.0
         """
-        rounds = {"select": math.ceil(self.select / workers), "test": math.ceil(self.test / workers)}
-        return self.soups * each["search"] + rounds["select"] * each["select"] + rounds["test"] * each["test"]
+        rounds: dict[Split, int] = {
+            "select": math.ceil(self.select / workers),
+            "test": math.ceil(self.test / workers),
+        }
+        side_by_side = sum(count * per_candidate[split] for split, count in rounds.items())
+        return self.soups * per_candidate["search"] + side_by_side
 
 
 class Forecast:

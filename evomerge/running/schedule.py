@@ -64,11 +64,11 @@ def _mean(past: float | None, now: float) -> float:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _PendingJob:
-    """A job that `run` must answer.
+class _Pending:
+    """A job that a call of `run` waits for.
 
-    left: blocks not handed out. out: number of pieces under way. pieces: finished pieces. block: seconds of
-    one of its blocks, None while unknown.
+    left: blocks not handed out. out: pieces under way. pieces: those done. block: seconds of one of its own
+    blocks, None while unknown.
     """
 
     job: AnyJob
@@ -84,21 +84,21 @@ class Scheduler:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._pace = Pace()
-        self._fresh: collections.deque[_PendingJob] = collections.deque()
-        self._begun: list[_PendingJob] = []
+        self._fresh: collections.deque[_Pending] = collections.deque()
+        self._begun: list[_Pending] = []
         """Jobs with blocks not handed out: `_fresh` all of them, `_begun` some."""
-        self._open: set[_PendingJob] = set()
-        self._under_way: dict[Hashable, _PendingJob] = {}
+        self._open: set[_Pending] = set()
+        self._under_way: dict[Hashable, _Pending] = {}
         """Pieces handed out, by key."""
         self._warm: set[Hashable] = set()
         """Pieces whose worker already had the weights, by key."""
         self._spare: collections.deque[Job] = collections.deque()
         self._keep: dict[Hashable, Callable[[Result], None]] = {}
         """Receivers of the results of spare jobs, by key."""
-        self._given: set[Hashable] = set()
-        """Spare jobs handed out."""
-        self._adopted: dict[Hashable, _PendingJob] = {}
-        """Jobs that `run` must answer and that are under way as spare jobs."""
+        self._spare_out: set[Hashable] = set()
+        """Keys of spare jobs handed out."""
+        self._adopted: dict[Hashable, _Pending] = {}
+        """Pending jobs that are in progress as spare ones."""
 
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes."""
@@ -135,15 +135,15 @@ class Scheduler:
     # -- handing out --------------------------------------------------------------------------------
 
     def _begin(self, jobs: Iterable[AnyJob]) -> None:
-        pending = [_PendingJob(job=job, left=getattr(job, "blocks", ())) for job in jobs]
-        self._open, self._under_way = set(pending), {}
-        asked = {key_of(each.job): each for each in pending}
-        self._adopted = {key: each for key, each in asked.items() if key in self._given}
+        requested = [_Pending(job=job, left=getattr(job, "blocks", ())) for job in jobs]
+        self._open, self._under_way = set(requested), {}
+        asked = {key_of(pending.job): pending for pending in requested}
+        self._adopted = {key: pending for key, pending in asked.items() if key in self._spare_out}
         self._spare = collections.deque(job for job in self._spare if key_of(job) not in asked)
-        for key in asked.keys() - self._given:
+        for key in asked.keys() - self._spare_out:
             self._keep.pop(key, None)
-        rest = [each for key, each in asked.items() if key not in self._adopted]
-        rest.sort(key=lambda each: -self._pace.expected(each.job))
+        rest = [pending for key, pending in asked.items() if key not in self._adopted]
+        rest.sort(key=lambda pending: -self._pace.expected(pending.job))
         self._fresh, self._begun = collections.deque(rest), []
 
     def after(self, last: AnyJob | None) -> AnyJob | None:
@@ -153,7 +153,7 @@ class Scheduler:
             return self._piece(pending, count, last)
         if self._spare and self._workers > 1:
             job = self._spare.popleft()
-            self._given.add(key_of(job))
+            self._spare_out.add(key_of(job))
             return job
         return None
 
@@ -162,26 +162,26 @@ class Scheduler:
         while (last := self.after(last)) is not None:
             yield last
 
-    def _choose(self, last: AnyJob | None) -> tuple[_PendingJob | None, int]:
-        """Return the next job for a worker, and how many blocks of it."""
-        own = next(
-            (each for each in self._begun if last is not None and each.job.recipe is last.recipe), None
+    def _choose(self, last: AnyJob | None) -> tuple[_Pending | None, int]:
+        """Return the pending job for a worker, and how many of its blocks."""
+        same = next(
+            (begun for begun in self._begun if last is not None and begun.job.recipe is last.recipe), None
         )
-        others = [each for each in self._begun if each is not own]
+        others = [begun for begun in self._begun if begun is not same]
         longest = max(others, key=self._rest, default=None)
-        if longest is not None and ((own is None and not self._fresh) or self._awaited(longest)):
+        if longest is not None and ((same is None and not self._fresh) or self._awaited(longest)):
             worth = self._worth(longest)
             if worth <= len(longest.left):
                 return longest, int(worth)
-        if own is not None:
-            return own, self._at_once(own)
+        if same is not None:
+            return same, self._at_once(same)
         if self._fresh:
             pending = self._fresh.popleft()
             self._begun.append(pending)
             return pending, self._at_once(pending)
-        return next((each for each in self._begun if not each.out), None), 1  # its worker helps others
+        return next((begun for begun in self._begun if not begun.out), None), 1  # its worker helps others
 
-    def _piece(self, pending: _PendingJob, count: int, last: AnyJob | None) -> AnyJob:
+    def _piece(self, pending: _Pending, count: int, last: AnyJob | None) -> AnyJob:
         """Cut off a piece of a job and record that it is under way."""
         piece = pending.job
         if isinstance(piece, Job):
@@ -195,23 +195,23 @@ class Scheduler:
             self._warm.add(key_of(piece))
         return piece
 
-    def _at_once(self, pending: _PendingJob) -> int:
+    def _at_once(self, pending: _Pending) -> int:
         """Return how many of a candidate's blocks its worker gets: one if others might help, else all."""
         return 1 if self._workers > 1 and self._worth(pending) < len(pending.left) else len(pending.left)
 
-    def _awaited(self, pending: _PendingJob) -> bool:
+    def _awaited(self, pending: _Pending) -> bool:
         """Whether one worker needs longer for this candidate than all workers for everything else."""
-        fresh = sum(len(each.left) * self._block(each) for each in self._fresh)
+        fresh = sum(len(job.left) * self._block(job) for job in self._fresh)
         return self._rest(pending) * self._workers > fresh + sum(map(self._rest, self._begun))
 
-    def _rest(self, pending: _PendingJob) -> float:
+    def _rest(self, pending: _Pending) -> float:
         return len(pending.left) * self._block(pending)
 
-    def _block(self, pending: _PendingJob) -> float:
+    def _block(self, pending: _Pending) -> float:
         """Return the time of a block of a candidate, in seconds once one was timed."""
         return pending.block or self._pace.blocks.get(pending.job.split, 1.0)
 
-    def _worth(self, pending: _PendingJob) -> float:
+    def _worth(self, pending: _Pending) -> float:
         """Return the least number of blocks worth a merge of their own; infinite while unknown."""
         merge, known = self._pace.merge, pending.block or self._pace.blocks.get(pending.job.split)
         return math.inf if merge is None or not known else max(1, math.ceil(WORTH * merge / known))
@@ -219,12 +219,12 @@ class Scheduler:
     # -- taking in ----------------------------------------------------------------------------------
 
     def _take(self, result: Result) -> Result | None:
-        """Process one result; return the result of a job that `run` must answer, once it is complete."""
+        """Process one result; return the result of a pending job once it is complete."""
         key = key_of(result.job)
         self._pace.learn(result, warm=key in self._warm)
         self._warm.discard(key)
-        if key in self._given:
-            self._given.remove(key)
+        if key in self._spare_out:
+            self._spare_out.remove(key)
             keep = self._keep.pop(key)
             pending = self._adopted.pop(key, None)
             scored = isinstance(result.outcome, Scores)
@@ -253,7 +253,7 @@ class Scheduler:
         return _whole(pending)
 
 
-def _whole(pending: _PendingJob) -> Result:
+def _whole(pending: _Pending) -> Result:
     """Join the results of pieces: the scores of all, or the first failure."""
     if len(pending.pieces) == 1:
         return dataclasses.replace(pending.pieces[0], job=pending.job)
