@@ -39,9 +39,9 @@ class Prepared:
     """A run config that passed all checks, with everything it names opened (headers only).
 
     fingerprints: model name -> hash of its config, headers, sizes and sampled weights. files: model name ->
-    what is known of each of its files. parameters: number of the base model's weights. layers: the base
-    model's. optimizer: its name and why it was picked. notes: about the models, though nothing is
-    wrong.
+    size, time and hashes of each of its files. parameters: number of the base model's weights. layers: number
+    of the base model's layers. optimizer: its name and the reason for it. notes: remarks on the models that
+    are no errors.
     """
 
     config: RunConfig
@@ -96,30 +96,12 @@ def prepare(config: RunConfig) -> Prepared:
         check(start.recipe, sources)
     _check_gradients(warm, space)
     _check_engine(config)
-    device, dtype, threads = executors.resolve(config.executor)
-    if config.executor.threads is None:  # a run keeps the number it was begun with
-        threads = forward.kept_threads(Path(config.out)) or threads
     return Prepared(
         config=config,
         suite=suite,
         space=space,
         template=template,
-        worker=WorkerSpec(
-            models=config.locations,
-            base=BASE,
-            tokenizer=config.tokenizer,
-            suite=suite,
-            batch_size=config.executor.batch_size,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            max_length=config.executor.max_length,
-            attention=config.executor.attention,
-            low_memory=config.executor.low_memory,
-            blocks=config.racing.blocks,
-            block_seed=config.seed,
-            generation=config.executor.generation,
-        ),
+        worker=_worker(config, suite),
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         files={name: model_files.facts(source) for name, source in sources.items()},
         parameters=sum(header.count for header in headers.values()),
@@ -127,6 +109,29 @@ def prepare(config: RunConfig) -> Prepared:
         layers=len({layer_of(name) for name in headers} - {None}),
         notes=notes,
         warm=warm,
+    )
+
+
+def _worker(config: RunConfig, suite: Suite) -> WorkerSpec:
+    """Return what workers need to score this run's candidates."""
+    device, dtype, threads = executors.resolve(config.executor)
+    if config.executor.threads is None:  # a run keeps the number it was begun with
+        threads = forward.kept_threads(Path(config.out)) or threads
+    return WorkerSpec(
+        models=config.locations,
+        base=BASE,
+        tokenizer=config.tokenizer,
+        suite=suite,
+        batch_size=config.executor.batch_size,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_length=config.executor.max_length,
+        attention=config.executor.attention,
+        low_memory=config.executor.low_memory,
+        blocks=config.racing.blocks,
+        block_seed=config.seed,
+        generation=config.executor.generation,
     )
 
 
@@ -221,11 +226,11 @@ def check_folder(prepared: Prepared) -> None:
 
 
 def check_time(prepared: Prepared) -> None:
-    """Refuse to begin a run whose time is over."""
+    """Refuse to start a run whose time limit has passed."""
     until, now = prepared.config.budget.until, time.time()
     if until is not None and not StoreReader.exists(prepared.folder) and moment(until, now) <= now:
         raise ConfigError(
-            f"budget.until: {shown(moment(until, now))} is over",
+            f"budget.until: {shown(moment(until, now))} has passed",
             fix='give a later moment, or a time of day ("08:00")',
         )
 

@@ -75,7 +75,7 @@ class StoredRun:
     # -- is this the run that was begun? ------------------------------------------------------------
 
     def check_same(self, begun: facts.Values) -> None:
-        """Refuse to go on with the run where config, models, tasks or device differ from the given facts."""
+        """Refuse to continue the run where config, models, tasks or device differ from these facts."""
         self.refuse_older()
         if facts.IDENTITY.get(self.store) != begun[facts.IDENTITY]:
             raise StoreError(
@@ -205,7 +205,7 @@ def _refuse_missing(config: RunConfig) -> None:
         raise ModelError(
             "models of this run are not where they were",
             got="; ".join(f"{name}: {config.locations[name]}" for name in missing),
-            fix=f"put them back, or say where they are: evomerge resume {shlex.quote(config.out)} {options}",
+            fix=f"put them back, or give their paths: evomerge resume {shlex.quote(config.out)} {options}",
         )
 
 

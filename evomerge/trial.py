@@ -23,10 +23,10 @@ from evomerge.search import baselines
 class Probe:
     """Items and mean seconds of two trial candidates per split, and what the whole run will take.
 
-    seconds_before: until the first generation has ended, which always runs. seconds_after: what follows the
-    search. estimate: seconds of the whole run, None where only `patience` ends it. ends: when, in epoch
-    seconds, if it began now. cost: None without a price. late: whether a limit of the clock comes too early
-    for a single generation.
+    seconds_before: until the end of the first generation, which always runs. seconds_after: after the search.
+    estimate: seconds of the whole run, None where only `patience` ends it. ends: its end in epoch seconds, if
+    it started now. cost: None without a price. late: whether a limit of the clock comes too early for a
+    single generation.
     """
 
     items: dict[str, int]
@@ -111,7 +111,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
 
 
 def _slopes(prepared: Prepared) -> float:
-    """Return what following gradients costs, in full evaluations."""
+    """Return the cost of the gradient warm start, in full evaluations."""
     spec = prepared.warm.gradients
     return 0.0 if spec is None else PASSES * spec.steps * spec.share
 

@@ -89,8 +89,8 @@ def _search_settings(prepared: Prepared) -> str:
     blocks = config.racing.blocks
     scoring = "every candidate is scored on all items"
     if blocks > 1:
-        racing = "racing stops clearly worse candidates early" if _races(prepared) else "no racing"
-        scoring = f"{blocks} item blocks, {racing}"
+        early = "clearly worse candidates stop early" if _races(prepared) else "no candidate stops early"
+        scoring = f"{blocks} item blocks, {early}"
     surrogate = "off"
     if config.surrogate != "off":
         reason = "several objectives" if config.objective.several else "the objective charges for depth"

@@ -102,7 +102,7 @@ def tasks_figure(summary: Summary, rows: Sequence[Row]) -> go.Figure | None:
 
 
 def genome_figure(recipe: Recipe) -> go.Figure | None:
-    """Draw a recipe's parameters as a heat map: tensor groups by source, None where none varies."""
+    """Draw a recipe's parameters as a heat map: tensor groups by source; None without any."""
     names, groups, values = parameter_table(recipe)
     if not names or not values:
         return None
@@ -125,7 +125,7 @@ def genome_figure(recipe: Recipe) -> go.Figure | None:
 
 
 def parameter_table(recipe: Recipe) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Return a recipe's varying parameters as a table.
+    """Return the parameters that differ between a recipe's tensor groups, or all if none does, as a table.
 
     Returns:
         Column names (a parameter, or a parameter and its source), labels of the tensor groups, and the
@@ -145,9 +145,10 @@ def parameter_table(recipe: Recipe) -> tuple[list[str], list[str], list[list[flo
                 cells[name] = float(value)
         columns |= dict.fromkeys(cells)
         table.append(cells)
-    varying = [c for c in columns if len(table) == 1 or len({row.get(c) for row in table}) > 1]
+    varying = [c for c in columns if len({row.get(c) for row in table}) > 1]
+    shown = varying or list(columns)
     labels = [_group_label(recipe, index) for index in range(len(recipe.groups))]
-    return varying, labels, [[row.get(c) for c in varying] for row in table]
+    return shown, labels, [[row.get(c) for c in shown] for row in table]
 
 
 def _group_label(recipe: Recipe, index: int) -> str:

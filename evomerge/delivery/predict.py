@@ -23,7 +23,7 @@ from evomerge.search import baselines
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate import prediction
 from evomerge.search.surrogate.guide import TRUSTED
-from evomerge.search.surrogate.prediction import Example, Forecast
+from evomerge.search.surrogate.prediction import Example, PredictedScore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Prediction:
     """
 
     recipe: str
-    forecast: Forecast
+    forecast: PredictedScore
     measured: SearchScore | None
     baseline: str | None
     baseline_mean: float | None
@@ -103,7 +103,7 @@ def predict(summary: Summary, prepared: Prepared, name: str) -> Prediction:
             expected=f"a recipe that {prepared.space.describe()} can express",
             fix="score it: start a run from it (warm_start.recipes), or evaluate the merged model",
         )
-    forecast = prediction.forecast(
+    forecast = prediction.predict_score(
         genome,
         [e for e in examples if e.recipe != recipe.hash and e.genome.tobytes() != genome.tobytes()],
         coordinates=prepared.space.coordinates,
@@ -226,7 +226,7 @@ def as_data(predicted: Prediction) -> dict[str, Any]:
     }
 
 
-def _against_baseline(forecast: Forecast, baseline: float) -> str:
+def _against_baseline(forecast: PredictedScore, baseline: float) -> str:
     if forecast.low > baseline:
         return "predicted to be better than the best baseline (the interval lies above it)"
     if forecast.high < baseline:

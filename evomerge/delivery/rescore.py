@@ -20,7 +20,7 @@ from evomerge.search.ports import Named
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredAdapter:
-    """An adapter that was written, with its scores on `test` and those of the full merge.
+    """An adapter that was written, with its scores on `test` and those of the whole merge.
 
     folder: where it is. pick: the recipe it was made from. keep_rest: whether it stores in full what a LoRA
     can't represent.
@@ -39,15 +39,15 @@ class ScoredAdapter:
         return f" --as adapter{rank}{' --keep-rest' * self.keep_rest}"
 
     def rows(self) -> list[tuple[str, float, float]]:
-        """Return task, mean raw score of the full merge, mean raw score of the adapter."""
+        """Return task, mean raw score of the whole merge, mean raw score of the adapter."""
         return [(scores.task, scores.mean, self.adapter[scores.task].mean) for scores in self.merge]
 
 
 def comparison(scored: ScoredAdapter) -> Table:
-    """Return the adapter's scores beside those of the full merge, as a table for the terminal."""
+    """Return the adapter's scores beside those of the whole merge, as a table for the terminal."""
     table = style.table(
         style.words("task"),
-        style.numbers("full merge"),
+        style.numbers("whole merge"),
         style.numbers("adapter"),
         title="mean raw score on `test`",
     )

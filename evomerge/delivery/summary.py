@@ -193,7 +193,7 @@ class Summary:
         return self._normalisers[split]
 
     def scores(self, recipe: str, split: Split) -> Scores | None:
-        """Return the scores of a recipe (its hash) on all items of a split; None if it failed or is not scored."""
+        """Return the scores of a recipe (its hash) on all items of a split, None without them."""
         result = self.store.result(recipe, split)
         return result if isinstance(result, Scores) else None
 

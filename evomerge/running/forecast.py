@@ -1,8 +1,8 @@
-"""The forecast: how long what follows the search takes, and when the run will be over, from its own seconds.
+"""The forecast: the time after the search and the end of the run, estimated from the run's own times.
 
 Candidates are scored in rounds of one per worker. After the search come, one after another on `search`, the
-soups of the finalists and the optimizer's favourite; then the finalists on `select`; then the winner and
-whatever it is compared with on `test`; then the report.
+soups of the finalists and the optimizer's favourite; then the finalists on `select`; then the winner and its
+rivals on `test`; then the report.
 """
 
 from __future__ import annotations
@@ -19,36 +19,40 @@ from evomerge.running.observers import Estimate, Observer
 from evomerge.running.store import RunStore, facts
 
 SAFETY = 1.5
-"""How much longer than on average the end may take without the run's being late."""
+"""Factor on the expected time after the search, so that a slow end is still in time."""
 REPORT = 10.0
-"""Seconds kept for the report and all else that is not scoring."""
+"""Seconds reserved for the report and everything else but scoring."""
 EXTRA = 2
 """Scored on `select` beside the finalists: their soup, and the optimizer's favourite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is still to be scored after the search: soups one after another; per split side by side."""
+    """The work after the search: soups one after another, then candidates per split in parallel."""
 
     soups: int
     select: int
     test: int
 
-    def seconds(self, each: Mapping[Split, float], workers: int) -> float:
-        """Return how long it takes with so many seconds for a candidate of each split.
+    def seconds(self, per_candidate: Mapping[Split, float], workers: int) -> float:
+        """Return how long it takes. per_candidate: seconds on each split.
 
         >>> Work(soups=8, select=10, test=3).seconds({"search": 1.0, "select": 2.0, "test": 3.0}, workers=4)
         17.0
         """
-        rounds = {"select": math.ceil(self.select / workers), "test": math.ceil(self.test / workers)}
-        return self.soups * each["search"] + rounds["select"] * each["select"] + rounds["test"] * each["test"]
+        rounds: dict[Split, int] = {
+            "select": math.ceil(self.select / workers),
+            "test": math.ceil(self.test / workers),
+        }
+        side_by_side = sum(count * per_candidate[split] for split, count in rounds.items())
+        return self.soups * per_candidate["search"] + side_by_side
 
 
 class Forecast:
-    """Says what a run has still to do, from what its store knows.
+    """Estimates the remaining time of a run from its store.
 
-    workers: that score side by side. finalists: of the run. several: whether there are several objectives,
-    where what was not searched is scored on `select`, too.
+    workers: number of parallel workers. finalists: number of finalists. several: whether there are several
+    objectives; unsearched recipes are then scored on `select`, too.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Forecast:
         self._finalists, self._several = finalists, several
 
     def work(self) -> Work:
-        """Return what is still to be scored after the search."""
+        """Return the work left after the search."""
         references, baselines = ("base", "parent"), ("baseline",)
         beside = (*references, *(baselines if self._several else ()))
         return Work(
@@ -75,23 +79,23 @@ class Forecast:
         )
 
     def seconds(self) -> dict[Split, float]:
-        """Return how long a candidate takes on each split, once some are scored.
+        """Return the seconds of a candidate on each split, once some are scored.
 
-        On `search`, the longest of the last generation: not all meet all items, but the best do. On splits
-        where nothing was scored yet, as long as the share of their items says.
+        On `search`, the longest of the last generation: only the best candidates are scored on all items. On
+        splits where nothing was scored yet, in proportion to their items.
         """
-        found: dict[Split, float] = {}
+        means: dict[Split, float] = {}
         for split in SPLITS:
             totals = [timing.total for timing in self._store.timings(split).values()]
             if totals:
-                found[split] = sum(totals) / len(totals)
-        if "search" not in found:
+                means[split] = sum(totals) / len(totals)
+        if "search" not in means:
             return dict.fromkeys(SPLITS, 0.0)
         items = self._store.split_items()
         for split in SPLITS:
-            if split not in found:
-                found[split] = found["search"] * items.get(split, 1) / items.get("search", 1)
-        return {**found, "search": self._store.longest_of_last_generation() or found["search"]}
+            if split not in means:
+                means[split] = means["search"] * items.get(split, 1) / items.get("search", 1)
+        return {**means, "search": self._store.longest_of_last_generation() or means["search"]}
 
     def finish_seconds(self) -> float:
         """Return how long what follows the search is expected to take."""
@@ -121,11 +125,10 @@ class Forecast:
 
 
 class Watch(Observer):
-    """Tells an audience, and the store, when the run will end.
+    """Estimates when the run will end, for observers and for the store.
 
-    It measures the pace of the generations that are scored in this session: seconds per evaluation and per
-    generation. It belongs before its audience in the order of observers, so that an estimate arrives before
-    the generation it was made after.
+    It measures the pace of the generations scored in this session: seconds per evaluation and per generation.
+    It must come before its observers, so that they receive an estimate before the event of its generation.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class Watch(Observer):
         self._generations = 0
 
     def phase(self, name: str, jobs: int, known: int) -> None:
-        """Note when the first generation begins that is not replayed."""
+        """Record when the first generation starts that is not replayed."""
         if name.startswith("generation ") and jobs > known:
             self._fresh = True
             self._since = self._now() if self._since is None else self._since
@@ -165,15 +168,15 @@ class Watch(Observer):
 
     def _left(self, generation: int, evaluations: float, elapsed: float) -> float | None:
         """Seconds until a counting limit ends the search, at the pace so far."""
-        budget, found = self._budget, []
+        budget, ends = self._budget, []
         spent = evaluations - self._before
         limits = [budget.evaluations]
         if budget.items is not None and (full := self._store.split_items().get("search")):
             limits.append(budget.items / full)  # type: ignore[arg-type]
         for limit in limits:
             if limit is not None and spent > 0:
-                found.append(elapsed / spent * max(0.0, limit - evaluations))
+                ends.append(elapsed / spent * max(0.0, limit - evaluations))
         if budget.generations is not None:
             left = max(0, budget.generations - generation - 1)
-            found.append(elapsed / self._generations * left)
-        return min(found, default=None)
+            ends.append(elapsed / self._generations * left)
+        return min(ends, default=None)

@@ -35,7 +35,7 @@ class Estimate:
 
 
 class Observer:
-    """Receives the events of a run. Every method here does nothing; override those you show.
+    """Receives the events of a run. All methods do nothing; override those you need.
 
     >>> class Best(Observer):
     ...     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
@@ -53,7 +53,7 @@ class Observer:
         """A recipe was just scored, or failed."""
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """A generation was told.
+        """The losses of a generation were passed to the optimizer.
 
         evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
         """

@@ -1,7 +1,7 @@
 """Gradients through an executor, each computed only once in the life of a run.
 
-A gradient is stored as a fact named after what it is of, so a run killed in the middle of its warm start
-finds all finished steps again and goes on with the next, in the same bits. Its `items` are what it cost.
+A gradient is stored as a fact named after its recipe and loss, so a run killed during its warm start reads
+all finished steps from the store and continues with the same bits. Its `items` are its cost.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PHASE = "gradient start"
 
 
 class Slopes:
-    """Differentiates losses by the parameters of recipes.
+    """Differentiates losses with respect to the parameters of recipes.
 
-    A batch size that turns out too large for the device's memory is halved once, for the steps from there on.
+    Where the device runs out of memory, the batch size is halved once, for this and all later steps.
     """
 
     def __init__(self, store: RunStore, executor: Executor, observer: Observer, batches: Batches) -> None:

@@ -145,7 +145,7 @@ def test_a_run_whose_candidates_all_fail_says_so(
     monkeypatch.setattr(quick, "_unlucky", lambda recipe: recipe.hash not in good)
     with pytest.raises(UserError, match="no candidate could be scored, so there is no winner") as error:
         quick_run(budget={"generations": 2})
-    assert "what failed is tried again" in str(error.value)
+    assert "failed candidates are tried again" in str(error.value)
     monkeypatch.undo()
     monkeypatch.setattr(compose.executors, "build", quick.build(0))
     with RunStore.read(tmp_path / "run") as store:
@@ -179,7 +179,7 @@ def test_a_parent_that_fails_is_named_and_can_be_mended(
         patched.setattr(quick, "_unlucky", lambda recipe: recipe.groups[0].sources == ("upper",))
         with pytest.raises(UserError, match="upper could not be scored on search: RuntimeError") as error:
             quick_run()
-    assert "mend this, then resume" in str(error.value)
+    assert "remove the cause, then resume" in str(error.value)
     with RunStore.read(tmp_path / "run") as store:
         assert store.failures() == []  # it may be scored once its cause is gone
     compose.resume(tmp_path / "run", Silent(), generations=1)

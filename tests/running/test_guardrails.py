@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.delivery.course import Course
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import BrokenRunError, NonFiniteError, NoWinnerError, StoreError, UserError
@@ -21,9 +22,9 @@ from evomerge.running.executors import LocalProcesses
 from evomerge.running.store import RunStore, facts, file
 from evomerge.running.worker import Job, NotBegun, Result, Worker
 from evomerge.search.ports import Named
+from evomerge.stored import StoredRun
 from tests.running.fakes import TIMING, recipe, scores, spec
 from tests.running.nights import Simulated, Time, spend_night
-from tests.search.fakes import SUITE
 
 
 class OutOfMemory(RuntimeError):
@@ -228,7 +229,9 @@ def test_a_few_failures_are_a_few_failures(tmp_path: Path) -> None:
     spend_night(tmp_path / "run", Flaky(Time()), budget, observer=Hears())
     with RunStore.read(tmp_path / "run") as kept:
         assert len(kept.failures()) > 10
-        assert Summary(kept, SUITE).evaluations() == told[-1] == 6 * 6  # the failed are charged, too
+        assert (
+            Course(Summary(StoredRun(kept))).evaluations() == told[-1] == 6 * 6
+        )  # the failed are charged, too
 
 
 def test_finalists_that_all_fail_are_tried_again(tmp_path: Path) -> None:
@@ -273,7 +276,7 @@ def test_a_store_that_stays_locked_is_one_message(tmp_path: Path, monkeypatch: p
     with RunStore.create(tmp_path / "run", {}) as made:
         other = sqlite3.connect(tmp_path / "run" / "run.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match="kept it locked"):
+        with pytest.raises(StoreError, match="another program has locked it"):
             facts.NORMS.set(made, {})
         other.execute("ROLLBACK")
         other.close()

@@ -46,8 +46,8 @@ class StoreReader:
     def read(folder: Path) -> StoreReader:
         """Open an existing run for reading, also while it is running.
 
-        What nobody works on is read into memory: that leaves none of SQLite's own files behind, and a
-        writer who starts meanwhile can't change what is read.
+        A store that no process has open is read into memory: that leaves none of SQLite's own files behind,
+        and a writer that starts meanwhile can't change what is read.
         """
         check_file(folder)
         copy = None if holder(folder) is not None else snapshot(folder / FILE)
@@ -214,8 +214,8 @@ class StoreReader:
         block: None means the whole split; then there is an answer once all its blocks are scored, or one
         has failed.
         """
-        wanted = range(self.blocks(split)) if block is None else (block,)
-        parts = [self._part(recipe, split, number) for number in wanted]
+        numbers = range(self.blocks(split)) if block is None else (block,)
+        parts = [self._part(recipe, split, number) for number in numbers]
         scored = [part for part in parts if part is not None]
         if len(scored) == len(parts):
             return joined(scored)
@@ -240,10 +240,10 @@ class StoreReader:
     def scored_blocks(self, split: Split) -> dict[str, tuple[int, ...]]:
         """Return the blocks of a split on which each recipe (by hash) is scored, in order."""
         query = "SELECT DISTINCT recipe, block FROM score WHERE split = ? ORDER BY recipe, block"
-        found: dict[str, list[int]] = {}
+        blocks_by_recipe: dict[str, list[int]] = {}
         for recipe, block in self._db.execute(query, (split,)):
-            found.setdefault(recipe, []).append(block)
-        return {recipe: tuple(blocks) for recipe, blocks in found.items()}
+            blocks_by_recipe.setdefault(recipe, []).append(block)
+        return {recipe: tuple(blocks) for recipe, blocks in blocks_by_recipe.items()}
 
     def failures(self) -> list[tuple[str, Split, Failure]]:
         """Return (recipe hash, split, failure) of everything that failed, oldest first."""
@@ -265,15 +265,15 @@ class StoreReader:
     def split_items(self) -> dict[Split, int]:
         """Return the number of items of each split, where the base is scored on it or the suite says it."""
         tasks = (facts.SUITE.get(self) or {}).get("tasks", [])
-        found: dict[Split, int] = {}
+        items: dict[Split, int] = {}
         base = self._db.execute("SELECT recipe FROM entry WHERE role = 'base'").fetchone()
         for split in SPLITS:
             counts = [task["splits"][split] for task in tasks if task["splits"][split] is not None]
             if base is not None and isinstance(scores := self.result(base[0], split), Scores):
-                found[split] = scores.items
+                items[split] = scores.items
             elif counts and all(isinstance(count, int) for count in counts):
-                found[split] = sum(counts)
-        return found
+                items[split] = sum(counts)
+        return items
 
     def untimed(self, roles: Sequence[str], split: Split) -> int:
         """Return how many recipes of some roles (as in `record_entry`) are not scored on a split."""
