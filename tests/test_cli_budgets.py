@@ -38,14 +38,14 @@ def path(config: Callable[..., Path]) -> Path:
 def test_a_run_that_its_time_ended_goes_on_only_with_more_of_it(path: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = succeed("run", path, "--hours", "0.0001")
-    assert "all done about" in said
+    assert "run ends about" in said
     data = status(run)
     assert data["generations"] == 1
     assert data["stopped"].startswith("budget of 0.0001 hours used")
     assert data["stopped_by_clock"]["limit"] == "hours"
     assert data["cost"] == pytest.approx(6.0 * data["hours"], abs=1e-3)
     text = succeed("status", run)
-    assert f"go on with: evomerge resume {run} --hours N" in text
+    assert f"to continue: evomerge resume {run} --hours N" in text
     assert "0.0001 hours, at 6 per hour" in text
     assert "budget of 0.0001 hours used" in (run / "report.html").read_text()
     winner = data["winner"]
@@ -79,7 +79,7 @@ def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_pat
     data, text = seen[0]
     assert data["state"] == "running"
     assert data["estimate"]["ends"] > datetime.now().timestamp() - 600
-    assert "all done about" in text
+    assert "run ends about" in text
     assert "cost 0.0" in text
     assert f"time is up at {until:%Y-%m-%d %H:%M}" in text
     assert all("search ends in about" in text for _, text in seen)
