@@ -11,7 +11,7 @@ Three things are done, none of which changes a score, because scores belong to (
   fails is its candidate's failure.
 - **Spare work.** What is certain to be asked for later is given to workers that have nothing else to do.
   No call waits for it: its results go to the store, where the later phase reads them; what is still in
-  progress by then is waited for instead of done twice. A failure is forgotten: the later phase meets it again.
+  progress by then is waited for instead of done twice. A failure is forgotten: the later phase repeats it.
 """
 
 from __future__ import annotations
