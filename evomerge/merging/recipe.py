@@ -194,6 +194,27 @@ class TensorGroup:
         """Return the values of a per-source parameter, in the order of `sources`."""
         return cast(tuple[float, ...], self.parameters[name])
 
+    @property
+    def copied_source(self) -> str | None:
+        """The source whose exact bits the group's tensors have, or None if the group computes anything.
+
+        The one definition of a plain copy. Shifts don't matter: they say which layer is copied. Copies are
+        `passthrough` of scale 1, and `linear` of one source whose weight is 1 or, normalised, anything but 0.
+
+        None does not say that the bits differ: weights (1, 0), slerp at t = 0 and the like equal a source
+        up to the sign of zeros. A task vector of weight 1 does not: base + (x - base) is rounded twice.
+
+        >>> TensorGroup(method="linear", sources=("a",), parameters={"weight": 2.0}).copied_source
+        'a'
+        """
+        if self.method == "passthrough":
+            return self.sources[0] if self.per_source("scale") == (1.0,) else None
+        if self.method != "linear" or len(self.sources) != 1:
+            return None
+        (weight,) = self.per_source("weight")
+        normalised = bool(self.parameters["normalize"]) and weight != 0.0
+        return self.sources[0] if weight == 1.0 or normalised else None
+
     def _as_data(self) -> dict[str, Any]:
         data: dict[str, Any] = {"method": self.method}
         if self.layers is not None:
@@ -322,6 +343,37 @@ class Recipe:
             models={"model": location},
             groups=(TensorGroup(method="linear", sources=("model",), parameters={"weight": 1.0}),),
             dtype=dtype,
+        )
+
+    def with_groups(self, groups: Iterable[TensorGroup], *, num_layers: int | None = None) -> Recipe:
+        """Return a recipe of the same models, base, dtype, tokenizer and seed with other groups.
+
+        Args:
+            groups: the new tensor groups, in order of precedence.
+            num_layers: of the new result; None means as many as its sources have.
+
+        Returns:
+            The new recipe. It names the Fisher files only if one of its groups uses them.
+
+        Raises:
+            ConfigError: a group names an unknown model, or needs a base or a Fisher file that is missing.
+
+        >>> copy = Recipe.copy_of("./model", dtype="float32")
+        >>> half = TensorGroup(method="passthrough", sources=("model",), parameters={"scale": 0.5})
+        >>> copy.with_groups([half]).dtype
+        'float32'
+        """
+        groups = tuple(groups)
+        uses_fisher = any(methods.get(group.method).fisher for group in groups)
+        return Recipe(
+            models=self.models,
+            groups=groups,
+            base=self.base,
+            dtype=self.dtype,
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+            num_layers=num_layers,
+            fisher=self.fisher if uses_fisher else {},
         )
 
     def group_for(self, tensor: str) -> TensorGroup:

@@ -52,10 +52,6 @@ class _Part:
     owner: str
     group: TensorGroup
 
-    @property
-    def copied(self) -> bool:
-        return self.group.method == "passthrough" and self.group.per_source("scale") == (1.0,)
-
 
 class _Held:
     """A source as a live model: its parameters, and where in them its tensors lie.
@@ -223,7 +219,8 @@ class Rewiring:
         needed: dict[str, dict[str, int]] = {}
         for live, parts in wanted.items():
             source, owner = parts[0].source, parts[0].owner
-            if all(part.copied and (part.source, part.owner) == (source, owner) for part in parts):
+            copied = all(part.group.copied_source == part.source for part in parts)
+            if copied and all((part.source, part.owner) == (source, owner) for part in parts):
                 found[live] = self._held[source].live[owner]
                 headers = self._sources[source].headers
                 needed.setdefault(source, {}).update((part.own, headers[part.own].count) for part in parts)
@@ -232,14 +229,7 @@ class Rewiring:
             empty = {name: n for name, n in sizes.items() if held.filled.get(name) != recipe.dtype}
             for name in empty:
                 held.filled.pop(name, None)
-            copying = TensorGroup(method="passthrough", sources=(source,))
-            copies = Recipe(
-                models=recipe.models,
-                groups=(copying,),
-                base=recipe.base,
-                dtype=recipe.dtype,
-                tokenizer=recipe.tokenizer,
-            )
+            copies = recipe.with_groups([TensorGroup(method="passthrough", sources=(source,))])
             self._merge(copies, {name: held.places[name] for name in empty}, empty, held.note(recipe.dtype))
         return found
 

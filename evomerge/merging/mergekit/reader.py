@@ -191,7 +191,7 @@ def _slice(
             expected="layer_ranges of the same length",
             got=", ".join(ranges),
         )
-    if ranged and _is_copy(method, entries, base):
+    if ranged and _copies_its_source(method, entries, base):
         made = Made(method="passthrough", sources=(entries[0].model,), shift=(entries[0].start,), base=None)
         return Slice(length=lengths[0], made=made, conditions={"scale": (((None, (1.0,)),),)})
     made, entries = _roles(method, entries, base, levels, where, ranged=ranged)
@@ -203,8 +203,11 @@ def _slice(
     return Slice(length=lengths[0], made=made, conditions=conditions)
 
 
-def _is_copy(method: Method, entries: Sequence[_Entry], base: str | None) -> bool:
-    """Whether a slice of these sources is one model as it is: nothing is added to it."""
+def _copies_its_source(method: Method, entries: Sequence[_Entry], base: str | None) -> bool:
+    """Say whether mergekit copies a slice's only source, which is read as a `passthrough` group.
+
+    A matter of mergekit's grammar. Of groups `TensorGroup.copied_source` says it.
+    """
     if len(entries) != 1:
         return False
     return method.name in COPYING or (method.uses_base(base) and entries[0].model == base)

@@ -9,6 +9,7 @@ tensor by tensor, so nothing wrong is ever written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -32,27 +33,30 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
     they are read from the headers of the tokenizer's model. Left out, because mergekit takes them from
     elsewhere: the seed of random masks (its command line).
     """
-    used = {group.method for group in recipe.groups if not _is_copy(group)} or {"passthrough"}
+    original, recipe = recipe, _with_plain_copies(recipe)
+    used = {group.method for group in recipe.groups if group.copied_source is None}
+    used = used or {group.method for group in recipe.groups}
     if len(used) > 1:
-        raise _inexpressible("one file has one merge method", f"methods {', '.join(sorted(used))}")
-    if ours := used & set(reader.OURS):
-        raise _inexpressible("a method of mergekit's", ", ".join(sorted(ours)))
-    plain = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
+        raise _inexpressible("one merge method per file", f"methods {', '.join(sorted(used))}")
+    if missing := used & set(reader.OURS):
+        raise _inexpressible("a method that mergekit has", ", ".join(sorted(missing)))
+    (method,) = used
+    data = _head(recipe, method)
     names: tuple[str, ...] = ()
-    own: tuple[str, ...] = ()
-    if plain and not recipe.stacked:
-        data = _head(recipe, *used) | {"models": _models(recipe, [(None, recipe.groups[0])])}
-        data["parameters"] = _shared([(None, recipe.groups[0])])
+    source_names: tuple[str, ...] = ()
+    whole_model = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
+    if not whole_model or recipe.stacked:
+        names, source_names = _names(original, tensors)
+        data |= {"slices": _slices(recipe, method, names, data.get("base_model"))}
+        if method == "slerp" and any(group.copied_source is not None for group in recipe.groups):
+            data["parameters"] = {"t": 0.0}  # mergekit requires one even where it copies
     else:
-        names, own = _names(recipe, tensors)
-        data = _head(recipe, *used)
-        data |= {"slices": _slices(recipe, names, data.get("base_model"))}
-        if "slerp" in used and any(map(_is_copy, recipe.groups)):
-            data["parameters"] = {"t": 0.0}  # mergekit wants one even where it copies
+        data |= {"models": _models(recipe, method, [(None, recipe.groups[0])])}
+        data["parameters"] = _shared([(None, recipe.groups[0])])
     text = yaml.safe_dump(
         {key: value for key, value in data.items() if value}, sort_keys=False, default_flow_style=None
     )
-    _verify(recipe, text, names, own)
+    _verify(recipe, text, names, source_names)
     return text
 
 
@@ -62,15 +66,25 @@ def _names(recipe: Recipe, tensors: Iterable[str] | None) -> tuple[tuple[str, ..
         opened = {name: tuple(source.headers) for name, source in open_used(recipe).items()}
     else:
         opened = dict.fromkeys(recipe.models, tuple(tensors))
-    own = opened[recipe.pattern]
+    source_names = opened[recipe.pattern]
     if not recipe.stacked:
-        return own, own
-    return tuple(output_names(recipe, opened, recipe.num_layers or _num_layers(own))), own
+        return source_names, source_names
+    num_layers = recipe.num_layers or _num_layers(source_names)
+    return tuple(output_names(recipe, opened, num_layers)), source_names
 
 
-def _is_copy(group: TensorGroup) -> bool:
-    """Whether a group is one model as it is; in files of other methods, a slice with one source can be."""
-    return group.method == "passthrough" and group.per_source("scale") == (1.0,)
+def _with_plain_copies(recipe: Recipe) -> Recipe:
+    """Return the recipe with its copies written as `passthrough`, where its groups use several methods.
+
+    In a file of another method, mergekit and the reader take a slice of one source as a copy.
+    """
+    if len({group.method for group in recipe.groups}) == 1:
+        return recipe
+    groups = [
+        group if group.copied_source is None else replace(group, method="passthrough", parameters={})
+        for group in recipe.groups
+    ]
+    return recipe.with_groups(groups, num_layers=recipe.num_layers)
 
 
 def _head(recipe: Recipe, method: str) -> dict[str, Any]:
@@ -87,7 +101,9 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
 
 
-def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> list[dict[str, Any]]:
+def _slices(
+    recipe: Recipe, method: str, names: Sequence[str], base_model: str | None
+) -> list[dict[str, Any]]:
     by_layer: dict[int | None, list[str]] = {layer: [] for layer in (None, *range(_num_layers(names)))}
     for name in names:
         by_layer[layer_of(name)].append(name)
@@ -109,7 +125,9 @@ def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> lis
         shifts = {(group.shifts, group.base_shift) for _, group in inner}
         if len(shifts) > 1:
             raise _inexpressible("one shift for all tensors of a layer", f"several in layer {start}")
-        part: dict[str, Any] = {"sources": _models(recipe, branches, layers=(start, end), shift=shifts.pop())}
+        part: dict[str, Any] = {
+            "sources": _models(recipe, method, branches, layers=(start, end), shift=shifts.pop())
+        }
         if (base := _base(recipe, inner[0][1])) and recipe.models[base] != base_model:
             part["base_model"] = recipe.models[base]
         if shared := _shared(branches):
@@ -146,6 +164,7 @@ def _falls_elsewhere(branch: Branch, branches: Sequence[Branch]) -> bool:
 
 def _models(
     recipe: Recipe,
+    method: str,
     branches: Sequence[Branch],
     layers: tuple[int, int] | None = None,
     shift: tuple[tuple[int, ...], int] = ((), 0),
@@ -158,8 +177,8 @@ def _models(
     names, base = sources.pop()
     if len({recipe.models[name] for name in names}) < len(names):
         raise _inexpressible("each source once", f"sources {', '.join(names)}")
-    copied = _is_copy(branches[-1][1]) and any(g.method != "passthrough" for g in recipe.groups)
-    declared = () if copied else methods.get(branches[-1][1].method).parameters.values()
+    copied = branches[-1][1].method != method  # groups of another method than the file's are copies
+    declared = () if copied else methods.get(method).parameters.values()
     per_source = [parameter.name for parameter in declared if parameter.per_source]
     entries = []
     for index, name in enumerate(names):

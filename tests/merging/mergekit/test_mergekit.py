@@ -200,9 +200,9 @@ def test_layers_become_slices_and_names_become_filters() -> None:
         (
             (
                 TensorGroup(method="ties", sources=("a",), layers=(0,)),
-                TensorGroup(method="linear", sources=("a",)),
+                TensorGroup(method="linear", sources=("a", "b")),
             ),
-            "one file has one merge method\n  got: methods linear, ties",
+            "one merge method per file\n  got: methods linear, ties",
         ),
         (
             (
@@ -243,6 +243,22 @@ def test_what_one_file_can_not_say_is_refused(groups: tuple[TensorGroup, ...], m
     assert "this recipe can't be written as mergekit YAML" in str(caught.value)
     assert message in str(caught.value)
     assert "recipe.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"weight": 2.0}, {"weight": 1.0, "normalize": False}])
+def test_a_copy_of_the_base_fits_into_a_file_of_another_method(parameters: dict[str, Any]) -> None:
+    """`linear` of one source is a copy as `passthrough` is, and both are written alike."""
+    ties = TensorGroup(method="ties", sources=("a", "b"), parameters={"density": 0.5})
+    copies = [
+        TensorGroup(method="linear", sources=("base",), parameters=parameters, layers=(1, 2)),
+        TensorGroup(method="passthrough", sources=("base",), layers=(1, 2)),
+    ]
+    written = [
+        mergekit.write(Recipe(models=MODELS, base="base", groups=(copy, ties)), TENSORS) for copy in copies
+    ]
+    assert written[0] == written[1]
+    again = read(written[0], tensors=TENSORS).group_for("model.layers.2.mlp.up_proj.weight")
+    assert (again.method, again.copied_source) == ("passthrough", "base")
 
 
 # Reading -------------------------------------------------------------------------------------------
