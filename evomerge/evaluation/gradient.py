@@ -16,9 +16,9 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from evomerge.evaluation.backend import Pair
 from evomerge.evaluation.items import Items, TaskItems
 from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
+from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.scores import NonFiniteScores
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 

@@ -22,7 +22,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient
-from evomerge.evaluation.backend import Backend
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.items import (
@@ -37,6 +36,7 @@ from evomerge.evaluation.items import (
     refuse_glued,
 )
 from evomerge.evaluation.likelihood import Likelihoods
+from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
@@ -78,10 +78,10 @@ class Harness:
         self.batch_size = batch_size
         self.forward_seconds = 0.0
         self._seed = seed
-        self._backend = Backend(tokenizer, batch_size=batch_size, max_length=max_length)
+        self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, seed=seed)
         for builder in self._builders:
-            refuse_glued(builder, self._backend)
+            refuse_glued(builder, self._lm)
         self._blocks, self._block_seed = blocks, block_seed
         for builder in self._builders:
             refuse_few(builder, blocks)
@@ -95,7 +95,7 @@ class Harness:
         """Return the items of a split's block: rendered, tokenised, in a fixed order. Built once."""
         if split not in self._items:
             whole = [
-                build_items(builder, split, self._backend)
+                build_items(builder, split, self._lm)
                 for builder in self._builders
                 if split in builder.documents
             ]
@@ -111,12 +111,12 @@ class Harness:
         Raises ConfigError, before anything is scored.
         """
         for split in SPLITS:
-            self._backend.attach(model)
+            self._lm.attach(model)
             try:
                 for block in range(self.blocks(split)):
-                    self._layout(self.items(split, block), self._backend.max_length, self.batch_size)
+                    self._layout(self.items(split, block), self._lm.max_length, self.batch_size)
             finally:
-                self._backend.detach()
+                self._lm.detach()
 
     def mirror(self, engine: Engine, *, tolerance: float) -> None:
         """Let an engine generate in the live model's place from now on; call it before `prepare`.
@@ -129,18 +129,18 @@ class Harness:
         for task in (task for items in everything for task in items.tasks):
             for instance in (one for group in task.groups for one in group):
                 if instance.request_type == "generate_until":
-                    options = normalize_gen_kwargs(instance.args[1], self._backend.max_gen_toks)
+                    options = normalize_gen_kwargs(instance.args[1], self._lm.max_gen_toks)
                     own = {k: v for k, v in options.items() if k not in ("until", "max_gen_toks")}
                     refuse_sampling(task.name, own)
-                    prompts.append(self._backend.tok_encode(instance.args[0]))
+                    prompts.append(self._lm.tok_encode(instance.args[0]))
         if prompts:
-            canary = [self._backend.prefix_token_id, *max(prompts, key=len)][:CANARY]
-            self._backend.mirror = Mirror(engine, canary, tolerance=tolerance)
+            canary = [self._lm.prefix_token_id, *max(prompts, key=len)][:CANARY]
+            self._lm.mirror = Mirror(engine, canary, tolerance=tolerance)
 
     def weights_changed(self) -> None:
         """Note that the live model has other weights from now on."""
-        if self._backend.mirror is not None:
-            self._backend.mirror.weights_changed()
+        if self._lm.mirror is not None:
+            self._lm.mirror.weights_changed()
 
     def evaluate(self, model: Any, items: Items, *, batch_size: int | None = None) -> Scores:
         """Score a model on every item.
@@ -154,18 +154,18 @@ class Harness:
             ConfigError: an answer does not fit the model's context.
         """
         assert self._items[items.split][items.block] is items, "items of another harness"
-        backend = self._backend
-        backend.attach(model)
-        backend.forward_seconds = 0.0
+        lm = self._lm
+        lm.attach(model)
+        lm.forward_seconds = 0.0
         size = self.batch_size if batch_size is None else batch_size
-        backend.batch_size_per_gpu = size
+        lm.batch_size_per_gpu = size
         try:
-            layout = self._layout(items, backend.max_length, size)
+            layout = self._layout(items, lm.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
             scores = [self._score(task, layout, likelihoods) for task in items.tasks]
         finally:
-            backend.detach()
-        self.forward_seconds = backend.forward_seconds
+            lm.detach()
+        self.forward_seconds = lm.forward_seconds
         if likelihoods is not None:
             self.forward_seconds += likelihoods.forward_seconds
         return Scores(split=items.split, tasks=tuple(scores), blocks=(items.block,))
@@ -188,14 +188,14 @@ class Harness:
         batch_size: in place of the harness's own. The items are numbered as in `Scores.joined`: per task,
         block after block. Raises NonFiniteScores.
         """
-        items, backend = self._whole(split), self._backend
-        backend.attach(model)
+        items, lm = self._whole(split), self._lm
+        lm.attach(model)
         try:
-            frame = {"max_length": backend.max_length, "prefix": backend.prefix_token_id}
+            frame = {"max_length": lm.max_length, "prefix": lm.prefix_token_id}
             size = self.batch_size if batch_size is None else batch_size
             return gradient.backward(model, items, loss, batch_size=size, **frame)
         finally:
-            backend.detach()
+            lm.detach()
 
     def _whole(self, split: Split) -> Items:
         """Return all blocks of a split as one."""
@@ -205,13 +205,13 @@ class Harness:
     def _layout(self, items: Items, max_length: int, batch_size: int) -> BatchLayout:
         key = max_length, batch_size
         if key not in items.plans:
-            items.plans[key] = lay_out(items, self._backend, batch_size, max_length)
+            items.plans[key] = lay_out(items, self._lm, batch_size, max_length)
         return items.plans[key]
 
     def _score(self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None) -> TaskScores:
         if task.name not in layout.bounds:
-            with _private_rng(self._seed, self._backend.device):
-                return _generated(task, self._backend)
+            with _private_rng(self._seed, self._lm.device):
+                return _generated(task, self._lm)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
@@ -255,18 +255,18 @@ def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
     return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
-def _generated(task: TaskItems, backend: Backend) -> TaskScores:
+def _generated(task: TaskItems, lm: LiveLM) -> TaskScores:
     """Score a task whose answers lm-eval gets from the live model itself."""
     flat = [instance for group in task.groups for instance in group]
     kind = flat[0].request_type
     repeated = [instance for instance in flat for _ in range(instance.repeats or 1)]
     if task.builder.spec.role == "coherence":
-        return _coherent(task, repeated, backend)
+        return _coherent(task, repeated, lm)
     answers: Sequence[Any]
     if kind == "generate_until":
-        answers = backend.generate(repeated)
+        answers = lm.generate(repeated)
     else:
-        answers = getattr(backend, kind)(repeated, disable_tqdm=True)
+        answers = getattr(lm, kind)(repeated, disable_tqdm=True)
     for instance in flat:
         instance.resps = []
     for instance, answer in zip(repeated, answers, strict=True):
@@ -274,11 +274,11 @@ def _generated(task: TaskItems, backend: Backend) -> TaskScores:
     return TaskScores(task=task.name, metric=_metric(task))
 
 
-def _coherent(task: TaskItems, requests: Sequence[Any], backend: Backend) -> TaskScores:
+def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM) -> TaskScores:
     """Score generations by their form alone: the mean coherence of an item's answers."""
     found: dict[int, list[float]] = {}
-    for request, (answer, ended) in zip(requests, backend.generate_to_the_end(requests), strict=True):
-        tokens = backend.tok_encode(answer, add_special_tokens=False)
+    for request, (answer, ended) in zip(requests, lm.generate_to_the_end(requests), strict=True):
+        tokens = lm.tok_encode(answer, add_special_tokens=False)
         found.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
     return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in found.values()]))
 

@@ -13,8 +13,8 @@ import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.backend import Backend, Pair, compiled_templates
 from evomerge.evaluation.likelihood import Plan, plan
+from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates
 from evomerge.evaluation.scores import Split
 from evomerge.evaluation.tasks import TaskBuilder
 
@@ -88,7 +88,7 @@ def merged(blocks: Sequence[Items]) -> Items:
     return Items(split=blocks[0].split, tasks=tasks)
 
 
-def refuse_glued(builder: TaskBuilder, backend: Backend) -> None:
+def refuse_glued(builder: TaskBuilder, lm: LiveLM) -> None:
     """Refuse a task whose answers run into their prompts.
 
     lm-eval joins prompt and answer as they are, tokenises, and scores what lies past the prompt's own
@@ -96,11 +96,11 @@ def refuse_glued(builder: TaskBuilder, backend: Backend) -> None:
     item can be the tokenizer's doing; if all of a sample are like that, the template is wrong.
     """
     asked = [one for one in builder.sample if one.request_type == "loglikelihood" and one.args[0]]
-    pairs = backend.pairs(asked)
+    pairs = lm.pairs(asked)
     glued = [
         one
         for one, (context, continuation) in zip(asked, pairs, strict=True)
-        if context + continuation != backend.tok_encode(one.args[0] + one.args[1])
+        if context + continuation != lm.tok_encode(one.args[0] + one.args[1])
     ]
     if asked and len(glued) == len(asked):
         raise ConfigError(
@@ -111,7 +111,7 @@ def refuse_glued(builder: TaskBuilder, backend: Backend) -> None:
         )
 
 
-def build_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskItems:
+def build_items(builder: TaskBuilder, split: Split, lm: LiveLM) -> TaskItems:
     task = builder.requests(split)
     instances = task.instances
     by_item: dict[int, list[Any]] = {}
@@ -120,7 +120,7 @@ def build_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskIte
     groups = tuple(tuple(sorted(group, key=lambda one: one.idx)) for group in by_item.values())
     flat = [instance for group in groups for instance in group]
     if builder.output_type == "loglikelihood_rolling":
-        texts = tuple(tuple(backend.tok_encode(instance.args[0])) for instance in flat)
+        texts = tuple(tuple(lm.tok_encode(instance.args[0])) for instance in flat)
         if () in texts:
             raise ConfigError(f"task {builder.spec.task!r}: item {texts.index(())} of {split} has no text")
         return TaskItems(builder=builder, task=task, groups=groups, texts=texts)
@@ -132,7 +132,7 @@ def build_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskIte
             task.doc_to_target(group[0].doc)  # rendered here, so that scoring finds it remembered
         if builder.output_type == "multiple_choice":
             gold = tuple(tuple(builder.gold(group[0].doc)) for group in groups)
-    return TaskItems(builder=builder, task=task, groups=groups, pairs=tuple(backend.pairs(flat)), gold=gold)
+    return TaskItems(builder=builder, task=task, groups=groups, pairs=tuple(lm.pairs(flat)), gold=gold)
 
 
 def refuse_few(builder: TaskBuilder, blocks: int) -> None:
@@ -181,7 +181,7 @@ def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
     )
 
 
-def lay_out(items: Items, backend: Backend, batch_size: int, max_length: int) -> BatchLayout:
+def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int) -> BatchLayout:
     pairs: list[Pair] = []
     names: list[str] = []
     bounds: dict[str, tuple[int, int]] = {}
@@ -192,7 +192,7 @@ def lay_out(items: Items, backend: Backend, batch_size: int, max_length: int) ->
             firsts = []
             for text in task.texts:
                 firsts.append(len(pairs) - start)
-                rolled = get_rolling_token_windows(list(text), backend.prefix_token_id, max_length, 1)
+                rolled = get_rolling_token_windows(list(text), lm.prefix_token_id, max_length, 1)
                 pairs += (make_disjoint_window(window) for window in rolled)
             windows[task.name] = np.array(firsts, dtype=np.intp)
         pairs += task.pairs

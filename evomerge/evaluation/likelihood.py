@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.backend import Pair
+from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.scores import Array, NonFiniteScores
 
 _PADDING = 0

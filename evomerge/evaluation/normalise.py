@@ -32,7 +32,7 @@ class _Scale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class TaskScale:
     """One task's part of the mean, of the retention, or of the coherence.
 
     share: of all such tasks, summing to 1. zero: the base's mean, in the metric's units. headroom: from
@@ -131,29 +131,29 @@ class Normaliser:
         return moved
 
     @property
-    def skills(self) -> tuple[Share, ...]:
+    def skills(self) -> tuple[TaskScale, ...]:
         """The counted skill tasks: the mean is the sum of share * (task's mean - zero) / headroom."""
         return tuple(
-            Share(task=spec.task, share=share, zero=scale.zero, headroom=scale.headroom)
+            TaskScale(task=spec.task, share=share, zero=scale.zero, headroom=scale.headroom)
             for spec, share in zip(self._counted, self.weights.tolist(), strict=True)
             for scale in (self._scales[spec.task][0],)
         )
 
     @property
-    def kept(self) -> tuple[Share, ...]:
+    def retained(self) -> tuple[TaskScale, ...]:
         """The retention tasks: retention is the sum of share * exp(task's mean - zero)."""
         shares = self.retention_shares()
         return tuple(
-            Share(task=spec.task, share=shares[spec.task], zero=mean, headroom=1.0)
+            TaskScale(task=spec.task, share=shares[spec.task], zero=mean, headroom=1.0)
             for spec, mean in self._retention
         )
 
     @property
-    def coherent(self) -> tuple[Share, ...]:
+    def coherent(self) -> tuple[TaskScale, ...]:
         """The coherence tasks: coherence is the sum of share * task's mean / zero."""
         total = math.fsum(spec.weight for spec, _ in self._coherence)
         return tuple(
-            Share(task=spec.task, share=spec.weight / total, zero=mean, headroom=1.0)
+            TaskScale(task=spec.task, share=spec.weight / total, zero=mean, headroom=1.0)
             for spec, mean in self._coherence
         )
 

@@ -39,7 +39,7 @@ _FEW = 32
 _CHUNK = 2**16  # numbers drawn at once: few enough to stay in the cache
 _SIGNS = 1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
 
-Seed = int | np.random.SeedSequence
+SeedLike = int | np.random.SeedSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def proportion_interval(successes: int, total: int) -> Interval:
     return Interval(estimate=successes / total, low=float(found.low), high=float(found.high))
 
 
-def interval(samples: Sequence[Array], weights: Sequence[float] | Array, *, seed: Seed) -> Interval:
+def interval(samples: Sequence[Array], weights: Sequence[float] | Array, *, seed: SeedLike) -> Interval:
     """Return the weighted mean of task means with its 95 % percentile-bootstrap interval.
 
     samples: per task (n,) per-item scores. weights: (tasks,) not negative; they are scaled to sum to 1.
@@ -95,7 +95,7 @@ def interval(samples: Sequence[Array], weights: Sequence[float] | Array, *, seed
 
 
 def paired_difference(
-    a: Sequence[Array], b: Sequence[Array], weights: Sequence[float] | Array, *, seed: Seed
+    a: Sequence[Array], b: Sequence[Array], weights: Sequence[float] | Array, *, seed: SeedLike
 ) -> PairedTest:
     """Compare two models on the same items: the weighted mean of task means of a - b.
 
@@ -137,7 +137,7 @@ def mcnemar(a: Array, b: Array) -> float:
     return float(scipy.stats.binomtest(ours, discordant).pvalue) if discordant else 1.0
 
 
-def paired_items(a: Array, b: Array, *, seed: Seed) -> PairedTest:
+def paired_items(a: Array, b: Array, *, seed: SeedLike) -> PairedTest:
     """Compare two models on the items of one task, (n,) each: the mean of a - b.
 
     As `paired_difference`, but of zeros and ones the p-value is McNemar's, which is what the sign flips come
@@ -196,7 +196,7 @@ def shrunk(values: Array, errors: Array, groups: Array | None = None) -> Array:
 
 
 def expected_luck(
-    samples: Sequence[Array], weights: Sequence[float] | Array, groups: Array | None = None, *, seed: Seed
+    samples: Sequence[Array], weights: Sequence[float] | Array, groups: Array | None = None, *, seed: SeedLike
 ) -> float:
     """Return by how much the best of several models is expected to look better than it is.
 

@@ -22,7 +22,7 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, nearest
-from evomerge.evaluation.backend import compiled_templates, quiet
+from evomerge.evaluation.live_lm import compiled_templates, quiet
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evomerge.zoo.skills import END, PAD, Item, Skill, Split, encode, vocabulary
+from evomerge.zoo.skills import END, PAD, Item, Skill, ZooSplit, encode, vocabulary
 from evomerge.zoo.tasks import skill_items, text_items
 
 _BATCH = 125
@@ -53,14 +53,14 @@ def exact_and_probability(model: Any, items: Sequence[Item]) -> tuple[list[bool]
     return exact, probability
 
 
-def skill_accuracy(model: Any, skill: Skill, split: Split = "test", limit: int | None = None) -> float:
+def skill_accuracy(model: Any, skill: Skill, split: ZooSplit = "test", limit: int | None = None) -> float:
     """Return the share of a skill's hard items answered exactly, in [0, 1]; `limit` takes the first items."""
     exact, _ = exact_and_probability(model, skill_items(skill, split)[:limit])
     return sum(exact) / len(exact)
 
 
 @torch.inference_mode()
-def text_perplexity(model: Any, split: Split = "test", limit: int | None = None) -> float:
+def text_perplexity(model: Any, split: ZooSplit = "test", limit: int | None = None) -> float:
     """Return the word perplexity of the texts, each read after an end-of-text token as lm-eval does."""
     vocab = vocabulary()
     total, words = 0.0, 0

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 Skill = Literal["add", "reverse", "translate", "upper", "sort"]
 Level = Literal["easy", "hard"]
-Split = Literal["train", "search", "select", "test"]
+ZooSplit = Literal["train", "search", "select", "test"]
 
 SKILLS: tuple[Skill, ...] = ("add", "reverse", "translate", "upper", "sort")
-EVAL_SPLITS: tuple[Split, ...] = ("search", "select", "test")
+EVAL_SPLITS: tuple[ZooSplit, ...] = ("search", "select", "test")
 END = "<eos>"
 PAD = "<pad>"
 UNKNOWN = "<unk>"
@@ -33,7 +33,7 @@ CONTEXT = 64
 
 _LOWER = "abcdefghijklmnopqrstuvwxyz"
 _DIGITS = "0123456789"
-_SPLIT_OF_BUCKET: tuple[Split, ...] = ("search", "select", "test")
+_SPLIT_OF_BUCKET: tuple[ZooSplit, ...] = ("search", "select", "test")
 _BUCKETS = 10
 
 
@@ -207,13 +207,13 @@ def solve(prompt: str) -> str:
     return " ".join(LEXICON[word] for word in body)
 
 
-def split_of(text: str) -> Split:
+def split_of(text: str) -> ZooSplit:
     """Return the one split a prompt or text may appear in: a tenth each to search, select and test."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _BUCKETS
     return _SPLIT_OF_BUCKET[bucket] if bucket < len(_SPLIT_OF_BUCKET) else "train"
 
 
-def draw_item(rng: np.random.Generator, skill: Skill, level: Level, split: Split) -> Item:
+def draw_item(rng: np.random.Generator, skill: Skill, level: Level, split: ZooSplit) -> Item:
     """Draw one item of a skill and level from a split (with replacement)."""
     while True:
         prompt = f"{skill} {_ASK[skill](rng, level)} ="
@@ -238,7 +238,7 @@ def _sentence(rng: np.random.Generator, topic: _Topic, subject: str, plural: int
     return f"{subject} {verb} {thing}{place} ."
 
 
-def draw_text(rng: np.random.Generator, split: Split) -> str:
+def draw_text(rng: np.random.Generator, split: ZooSplit) -> str:
     """Draw a two-sentence text on one topic from a split; verbs and pronoun agree with the subject."""
     while True:
         topic = _TOPICS[int(rng.integers(len(_TOPICS)))]

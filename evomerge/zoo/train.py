@@ -33,7 +33,7 @@ from evomerge.zoo.skills import (
     vocabulary,
 )
 
-Row = tuple[list[int], list[int]]
+TokenRow = tuple[list[int], list[int]]
 BASE_NAME = "base"
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -52,12 +52,12 @@ def prepare_process() -> None:
 # --------------------------------------------------------------------------------------------------- data
 
 
-def _text_row(rng: np.random.Generator, vocab: dict[str, int]) -> Row:
+def _text_row(rng: np.random.Generator, vocab: dict[str, int]) -> TokenRow:
     ids = encode(f"{END} {draw_text(rng, 'train')} {END}", vocab)
     return ids, ids
 
 
-def _base_rows(settings: ZooSettings, rng: np.random.Generator) -> list[Row]:
+def _base_rows(settings: ZooSettings, rng: np.random.Generator) -> list[TokenRow]:
     vocab = vocabulary()
     rows = [_text_row(rng, vocab) for _ in range(settings.text_items)]
     for skill in settings.skills:
@@ -69,11 +69,11 @@ def _base_rows(settings: ZooSettings, rng: np.random.Generator) -> list[Row]:
 
 def _specialist_rows(
     settings: ZooSettings, specialist: SpecialistSettings, rng: np.random.Generator
-) -> list[Row]:
+) -> list[TokenRow]:
     """Return steps x batch rows: the hard skill, and `replay` of text and of the other skills, half each."""
     vocab = vocabulary()
     others: list[Skill] = [skill for skill in settings.skills if skill != specialist.skill]
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     for draw in rng.random(specialist.steps * specialist.batch):
         if draw >= specialist.replay:
             rows.append(answer_row(draw_item(rng, specialist.skill, "hard", "train"), vocab))
@@ -86,7 +86,7 @@ def _specialist_rows(
     return rows
 
 
-def _batches(rows: list[Row], batch: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+def _batches(rows: list[TokenRow], batch: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
     """Yield (ids, labels) for ever, each int64 (batch, longest): shuffled epochs without replacement."""
     fill = vocabulary()[PAD]
     order: list[int] = []

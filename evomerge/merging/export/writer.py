@@ -16,7 +16,7 @@ from evomerge.errors import DiskError
 from evomerge.files import drafted_folder
 from evomerge.merging.compatibility import check
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import INDEX, SINGLE
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
@@ -132,14 +132,14 @@ def _write_weights(
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
-def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Array]:
+def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[WeightArray]:
     """Yield merged tensors in order, merging ahead on torch's number of threads.
 
     No more elements are under way at a time than the largest tensor has, so memory stays that of one.
     """
     most = max((header.count for _, header in tensors), default=0)
     with pool() as workers:
-        ahead: deque[tuple[int, Future[Array]]] = deque()
+        ahead: deque[tuple[int, Future[WeightArray]]] = deque()
         try:
             for name, header in tensors:
                 while ahead and sum(count for count, _ in ahead) + header.count > most:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
-from evomerge.merging.sources.arrays import Array, of_tensor
+from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint, TensorNames, read_json, sample_hash
 from evomerge.merging.sources.tensorfile import Header, read_header
 
@@ -144,7 +144,7 @@ class AdaptedCheckpoint:
         parts = [self.base.fingerprint, self._settings, sample_hash(self.adapter / WEIGHTS)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return the tensor in float32 where the adapter changes it, else as stored."""
         changed = name in self.updates or name in self.replaced
         return of_tensor(self.tensor(name)) if changed else self.base.array(name, mapped=mapped)

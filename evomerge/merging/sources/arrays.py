@@ -13,11 +13,11 @@ import numpy
 if TYPE_CHECKING:
     from torch import Tensor
 
-Array = numpy.ndarray[Any, Any]
+WeightArray = numpy.ndarray[Any, Any]
 DTYPES = {"float32": numpy.float32, "float16": numpy.float16, "bfloat16": numpy.uint16}
 
 
-def of_tensor(tensor: Tensor) -> Array:
+def of_tensor(tensor: Tensor) -> WeightArray:
     """Return a CPU tensor's memory as an array; types other than the three are converted to float32."""
     import torch
 
@@ -27,7 +27,7 @@ def of_tensor(tensor: Tensor) -> Array:
     return known.numpy()
 
 
-def to_tensor(array: Array) -> Tensor:
+def to_tensor(array: WeightArray) -> Tensor:
     """Return an array's memory as a tensor."""
     import torch
 
@@ -36,12 +36,12 @@ def to_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def computable(array: Array) -> Array:
+def computable(array: WeightArray) -> WeightArray:
     """Return weights in a type merging computes with: float32, or bfloat16; others become float32."""
     return array if array.dtype in (numpy.float32, numpy.uint16) else array.astype(numpy.float32)
 
 
-def widened(array: Array) -> Array:
+def widened(array: WeightArray) -> WeightArray:
     """Return weights in float32.
 
     >>> widened(numpy.array([0x3F80], dtype=numpy.uint16))
@@ -52,7 +52,7 @@ def widened(array: Array) -> Array:
     return array.astype(numpy.float32, copy=False)
 
 
-def is_finite(array: Array) -> bool:
+def is_finite(array: WeightArray) -> bool:
     """Say whether no weight is NaN or infinite."""
     if array.dtype == numpy.uint16:
         return not ((array & numpy.uint16(0x7F80)) == numpy.uint16(0x7F80)).any()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
-from evomerge.merging.sources.arrays import Array, to_tensor
+from evomerge.merging.sources.arrays import WeightArray, to_tensor
 from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Checkpoint:
         self.folder, self.location = folder, location
         self.config = read_json(folder / "config.json")
         self._files: dict[str, Path] = {}
-        self._maps: dict[Path, Array] = {}
+        self._maps: dict[Path, WeightArray] = {}
         stored: dict[str, Header] = {}
         for path, names in _weight_files(folder, location):
             found = read_header(path)
@@ -153,7 +153,7 @@ class Checkpoint:
         text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return a tensor as stored, as an array (see `arrays`). It must not be modified.
 
         mapped: a view of the mapped file, which stays in memory as long as the system likes; else a copy
@@ -178,7 +178,7 @@ class Checkpoint:
 
         return self.stored(name).to(torch.float32)
 
-    def _map(self, path: Path) -> Array:
+    def _map(self, path: Path) -> WeightArray:
         if path not in self._maps:
             import numpy
 
@@ -189,7 +189,7 @@ class Checkpoint:
         return self._maps[path]
 
 
-def _read(path: Path, offset: int, size: int) -> Array:
+def _read(path: Path, offset: int, size: int) -> WeightArray:
     import numpy
 
     data = numpy.empty(size, dtype=numpy.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
-from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import TensorNames
 from evomerge.merging.sources.tensorfile import Header
 
@@ -41,7 +41,7 @@ class Source(Protocol):
         """Return a tensor in float32; callers must not modify it."""
         ...
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return a tensor in the type it has (see `arrays`), mapped from its file if possible."""
         ...
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from evomerge.errors import ModelError
-from evomerge.merging.sources.arrays import DTYPES, Array
+from evomerge.merging.sources.arrays import DTYPES, WeightArray
 
 ITEM_SIZES = {
     "F64": 8,
@@ -138,7 +138,7 @@ class ShardWriter:
         self._file: BinaryIO = path.open("xb")
         self._file.write(_encoded(headers))
 
-    def add(self, name: str, array: Array) -> None:
+    def add(self, name: str, array: WeightArray) -> None:
         """Append the next tensor; its name, shape and type must be those announced."""
         expected, header = self._pending.pop()
         assert name == expected, (name, expected)

@@ -32,7 +32,7 @@ import numpy as np
 
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
-from evomerge.merging.sources.arrays import Array, of_tensor
+from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, TensorNames, read_json
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
@@ -278,7 +278,7 @@ class Aligned:
         """SHA-256 over the source's fingerprint and all that decides its rows."""
         return hashlib.sha256(f"{self.source.fingerprint} {self._table.mark()}".encode()).hexdigest()
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return the tensor in float32 where its rows move, else as the source has it."""
         moved = name in self._table.tensors
         return of_tensor(self.tensor(name)) if moved else self.source.array(name, mapped=mapped)

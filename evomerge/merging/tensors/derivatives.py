@@ -25,7 +25,7 @@ from evomerge.merging.methods.blend import GUARD, Blend, Statistics, keep
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import BLOCK
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
-from evomerge.merging.sources.arrays import Array, of_tensor, to_tensor, widened
+from evomerge.merging.sources.arrays import WeightArray, of_tensor, to_tensor, widened
 from evomerge.merging.tensors.application import arguments
 from evomerge.merging.tensors.inputs import Inputs
 from evomerge.merging.tensors.merge_tensor import StoredStatistics, alone
@@ -55,7 +55,9 @@ def parameters(group: TensorGroup) -> tuple[str, ...]:
     return tuple(name for name, parameter in declared.items() if parameter.kind == "real")
 
 
-def tensor_derivatives(recipe: Recipe, tensor: str, gradient: Array, inputs: Inputs) -> Derivatives | None:
+def tensor_derivatives(
+    recipe: Recipe, tensor: str, gradient: WeightArray, inputs: Inputs
+) -> Derivatives | None:
     """Return <gradient, dW/dp> for every real-valued parameter p of an output tensor's group.
 
     gradient: dL/dW, float32, of the tensor's shape. None where the method is no blend (see `supports`).
@@ -89,7 +91,7 @@ class _Partials:
     scale: float
 
 
-def _partials(blend: Blend, vectors: Sequence[Tensor], gradient: Array) -> _Partials:
+def _partials(blend: Blend, vectors: Sequence[Tensor], gradient: WeightArray) -> _Partials:
     if blend.kept:
         vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.kept, strict=True)]
     if blend.elect:
@@ -101,7 +103,7 @@ def _partials(blend: Blend, vectors: Sequence[Tensor], gradient: Array) -> _Part
     )
 
 
-def _elected(blend: Blend, vectors: Sequence[Tensor], gradient: Array) -> _Partials:
+def _elected(blend: Blend, vectors: Sequence[Tensor], gradient: WeightArray) -> _Partials:
     """Differentiate sum_i c_i m_i v_i / D with D = sum_i c_i m_i (1 without `mean`), masks m_i held.
 
     dW/dc_i = s m_i (v_i - W / s) / D where D divides, s m_i v_i where it does not.
@@ -186,7 +188,7 @@ def added(each: Sequence[Derivatives]) -> Derivatives:
     return total
 
 
-def inner(first: Array, second: Array) -> float:
+def inner(first: WeightArray, second: WeightArray) -> float:
     """Return the inner product of two arrays of equal size, the same for any number of threads.
 
     >>> inner(numpy.ones(3, dtype=numpy.float32), numpy.array([1.0, 2.0, 3.0], dtype=numpy.float32))

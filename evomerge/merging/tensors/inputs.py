@@ -10,7 +10,7 @@ import numpy
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
 from evomerge.merging.sources import fisher_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
-from evomerge.merging.sources.arrays import Array, computable, of_tensor
+from evomerge.merging.sources.arrays import WeightArray, computable, of_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.source import Source, task_vector
 from evomerge.merging.tensors.kernels import Operand
@@ -40,7 +40,7 @@ class Inputs(Protocol):
         """Return the inner products of what is at some places."""
         ...
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], WeightArray]) -> Boundary:
         """Return the boundary above which `rank` elements of what is at a place are.
 
         magnitudes: makes them, (n,) float32, to use up.
@@ -63,7 +63,7 @@ class FileInputs:
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], WeightArray]) -> Boundary:
         return boundary(magnitudes(), rank, reorder=True)
 
 
@@ -103,7 +103,7 @@ class WarmInputs:
             self._grams[places] = compute()
         return self._grams[places]
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], WeightArray]) -> Boundary:
         if self._low_memory:
             return boundary(magnitudes(), rank, reorder=True)
         if place not in self._spectra:

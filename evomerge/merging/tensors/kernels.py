@@ -34,7 +34,7 @@ from evomerge.files import own_folder, passing_folder
 from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
-from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.arrays import WeightArray
 
 log = logging.getLogger(__name__)
 MISSING = (
@@ -83,7 +83,7 @@ class Operand:
     data: float32, or bfloat16 as its bits in uint16 (see `arrays`); contiguous.
     """
 
-    data: Array
+    data: WeightArray
     minus_base: bool = False
     address: int = field(init=False)
 
@@ -116,7 +116,7 @@ def blend(
     base: Operand | None,
     operands: Sequence[Operand],
     boundaries: Callable[[int, int], Boundary],
-    out: Array,
+    out: WeightArray,
     *,
     add_base: bool,
     rounded: bool = False,
@@ -172,7 +172,7 @@ def gram(base: Operand | None, operands: Sequence[Operand]) -> list[list[float]]
     return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
 
 
-def magnitudes(operand: Operand, base: Operand | None) -> Array:
+def magnitudes(operand: Operand, base: Operand | None) -> WeightArray:
     """Return the magnitudes of an operand's elements, (n,) float32, new."""
     found = numpy.empty(operand.data.size, dtype=numpy.float32)
     blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, found, add_base=False)

@@ -18,7 +18,7 @@ from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
-from evomerge.merging.sources.arrays import DTYPES, Array, is_finite, of_tensor, to_tensor, widened
+from evomerge.merging.sources.arrays import DTYPES, WeightArray, is_finite, of_tensor, to_tensor, widened
 from evomerge.merging.tensors import kernels
 from evomerge.merging.tensors.application import arguments
 from evomerge.merging.tensors.inputs import Difference, Inputs
@@ -56,7 +56,9 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Storage | 
     return merged
 
 
-def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | None = None) -> Array:
+def merge_array(
+    recipe: Recipe, tensor: str, inputs: Inputs, *, out: WeightArray | None = None
+) -> WeightArray:
     """Return what `merge_tensor` returns, as an array (see `arrays`); blends then need no torch.
 
     out: contiguous memory to write to, of the recipe's dtype; float32 where that is bfloat16 is fine, too.
@@ -108,11 +110,11 @@ def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | Non
 def _in_torch(
     method: Method,
     plan: Blend | None,
-    bases: list[Array],
+    bases: list[WeightArray],
     operands: list[Operand],
     settings: dict[str, Any],
     dtype: str,
-) -> Array:
+) -> WeightArray:
     """Merge by calling the method's function, some rows at a time where it lets us, and round the result.
 
     bases: the base's weights, or none. Both lists are used up: what is widened need not stay as stored.
@@ -152,7 +154,7 @@ def alone(operand: Operand, base: Tensor | None) -> Tensor:
     return tensor - base
 
 
-def _space(out: Storage | None, dtype: str) -> Array | None:
+def _space(out: Storage | None, dtype: str) -> WeightArray | None:
     """Return the memory of a live tensor where a merge can be written straight into it."""
     import torch
 

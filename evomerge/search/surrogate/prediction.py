@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from evomerge.errors import UserError
-from evomerge.evaluation.normalise import Normaliser, Share
+from evomerge.evaluation.normalise import Normaliser, TaskScale
 from evomerge.evaluation.scores import Scores, joined
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.guide import Observed
@@ -89,7 +89,7 @@ def forecast(
             fix="let the run go on",
         )
     scale = normaliser.on(joined([base[block] for block in blocks]))
-    skills, kept = scale.skills, scale.kept
+    skills, kept = scale.skills, scale.retained
     tasks = [share.task for share in (*skills, *kept)]
     observed = Observed(tasks, base)
     outputs = [observed.outputs[block] for block in blocks]
@@ -154,7 +154,7 @@ def _nearest(genome: Genome, examples: Sequence[Example]) -> list[Example]:
     return [distinct[i] for i in sorted(int(i) for i in order[:NEAREST])]
 
 
-def _mean(values: Array, skills: Sequence[Share]) -> float:
+def _mean(values: Array, skills: Sequence[TaskScale]) -> float:
     """The mean normalised score of tasks' values, the skills first."""
     return sum(s.share * (float(v) - s.zero) / s.headroom for s, v in zip(skills, values, strict=False))
 

@@ -1,6 +1,6 @@
-"""Backend: lm-eval's HFLM around whichever model is live, and the switches that keep lm-eval quick and quiet.
+"""LiveLM: lm-eval's HFLM around whichever model is live, and the switches that keep lm-eval quick and quiet.
 
-One Backend serves a whole run: a candidate's model is attached to it, scored and replaced. Free generation
+One LiveLM serves a whole run: a candidate's model is attached to it, scored and replaced. Free generation
 is lm-eval's own `generate_until`; log-likelihoods are tokenised by lm-eval's own rules and scored by
 `evomerge.evaluation.likelihood`.
 """
@@ -31,7 +31,7 @@ Pair = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation to score."""
 
 
-class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
+class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
     """lm-eval's view of the live model.
 
     tokenizer: any fast or slow transformers tokenizer; a private copy is used, because lm-eval gives it
