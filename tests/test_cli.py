@@ -513,7 +513,7 @@ def test_mistakes_in_the_suite(
 def test_a_key_that_stands_twice(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config()
     path.write_text(path.read_text() + "seed: 3\n")
-    assert "the key 'seed' stands twice" in refuse("run", path, folder=tmp_path)
+    assert "duplicate key 'seed'" in refuse("run", path, folder=tmp_path)
 
 
 def test_a_source_that_changes_nothing_or_is_not_finite(

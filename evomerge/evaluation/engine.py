@@ -88,12 +88,12 @@ class Mirror:
             self._load(model)
         if self._difference(expected) > self._tolerance:
             self._load(model)
-            if (found := self._difference(expected)) > self._tolerance:
+            if (difference := self._difference(expected)) > self._tolerance:
                 self._current = False
                 raise EngineMismatch(
                     "the generation engine does not hold the candidate's weights",
                     expected=f"a canary's log-probabilities within {self._tolerance:g} nats of the model's",
-                    got=f"{found:.3g} nats apart, also after loading the weights again",
+                    got=f"{difference:.3g} nats apart, also after loading the weights again",
                     fix="set executor.generation: transformers",
                 )
 
@@ -119,9 +119,9 @@ class Mirror:
         self._current = True
 
     def _difference(self, expected: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-        found = np.array(self._engine.logprobs(self._canary))
-        assert found.shape == expected.shape, "one log-probability for each token but the first"
-        difference = float(np.abs(found - expected).mean())
+        logprobs = np.array(self._engine.logprobs(self._canary))
+        assert logprobs.shape == expected.shape, "one log-probability for each token but the first"
+        difference = float(np.abs(logprobs - expected).mean())
         return difference if np.isfinite(difference) else np.inf
 
 
@@ -138,11 +138,11 @@ def canary_logprobs(model: Any, tokens: Sequence[int]) -> np.ndarray[Any, np.dty
     ids = torch.tensor([list(tokens)], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    own = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    found: np.ndarray[Any, np.dtype[np.float64]] = own.cpu().double().numpy()
-    if not np.isfinite(found).all():
+    token_logprobs = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    logprobs: np.ndarray[Any, np.dtype[np.float64]] = token_logprobs.cpu().double().numpy()
+    if not np.isfinite(logprobs).all():
         raise NonFiniteScores("the model's logits are not finite", got="NaN or infinite on a canary prompt")
-    return found
+    return logprobs
 
 
 def refuse_sampling(task: str, options: dict[str, Any]) -> None:

@@ -84,11 +84,11 @@ def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
         bounds.append((start, start + choices, task.gold[number] if task.gold else (0,)))
         start += len(group)
     weight = part.gain / len(part.items)
-    found = []
+    taking_part = []
     for number in part.items:
         first, stop, right = bounds[number]
-        found.append(_Item(task=task.name, pairs=task.pairs[first:stop], right=right, weight=weight))
-    return found
+        taking_part.append(_Item(task=task.name, pairs=task.pairs[first:stop], right=right, weight=weight))
+    return taking_part
 
 
 def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
@@ -119,9 +119,9 @@ def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int
         else:
             right = torch.zeros(stop - start, dtype=torch.bool)
             right[[index for index in item.right if 0 <= index < stop - start]] = True
-            own = ll[start:stop]
-            wrong = own.masked_fill(right.to(own.device), -torch.inf).amax()
-            margins.append(own.masked_fill(~right.to(own.device), -torch.inf).amax() - wrong)
+            choices = ll[start:stop]
+            wrong = choices.masked_fill(right.to(choices.device), -torch.inf).amax()
+            margins.append(choices.masked_fill(~right.to(choices.device), -torch.inf).amax() - wrong)
         start = stop
     weights = torch.tensor([item.weight for item in chunk], device=ll.device)
     value = (torch.sigmoid(torch.stack(margins) / softness) * weights).sum()
@@ -147,9 +147,9 @@ def _tokens(model: Any, batch: Batch, trimmed: bool) -> tuple[Tensor, Tensor]:
     logits = forward(model, batch, trimmed)
     gold = batch.gold.to(logits.device)[:, None]
     scored = logits[batch.row.to(logits.device), batch.column.to(logits.device)].float()
-    own = scored.gather(1, gold)[:, 0]
+    gold_logits = scored.gather(1, gold)[:, 0]
     others = scored.scatter(1, gold, -torch.inf).amax(1)
-    return own - scored.logsumexp(1), own - others
+    return gold_logits - scored.logsumexp(1), gold_logits - others
 
 
 def _retention(
@@ -166,19 +166,21 @@ def _retention(
     """
     laid = [_windows(task, part, batch_size, max_length, prefix) for task, part in texts]
     parts = [part for _, part in texts]
-    means = [float(each.score(model).ll @ weights) for each, weights in laid]
-    kept = [part.gain * math.exp(mean - (part.base or 0.0)) for part, mean in zip(parts, means, strict=True)]
-    lost = 1.0 - math.fsum(kept)
+    means = [float(windows.score(model).ll @ weights) for windows, weights in laid]
+    retained = [
+        part.gain * math.exp(mean - (part.base or 0.0)) for part, mean in zip(parts, means, strict=True)
+    ]
+    lost = 1.0 - math.fsum(retained)
     if lost <= 0.0:
         return 0.0
     trimmed = trims(model)
-    for (each, weights), slope in zip(laid, kept, strict=True):
+    for (windows, weights), slope in zip(laid, retained, strict=True):
         start = 0
-        by_token = torch.from_numpy(weights[each.order]).repeat_interleave(_lengths(each))
-        for batch in each.batches:
+        by_token = torch.from_numpy(weights[windows.order]).repeat_interleave(_lengths(windows))
+        for batch in windows.batches:
             likelihood, _ = _tokens(model, batch, trimmed)
-            own = by_token[start : start + len(likelihood)].to(likelihood)
-            (-price * slope * (own * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
+            token_weights = by_token[start : start + len(likelihood)].to(likelihood)
+            (-price * slope * (token_weights * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
             start += len(likelihood)
     return price * lost
 

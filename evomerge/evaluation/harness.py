@@ -127,11 +127,11 @@ class Harness:
         prompts = []
         everything = (self.items(split, block) for split in SPLITS for block in range(self.blocks(split)))
         for task in (task for items in everything for task in items.tasks):
-            for instance in (one for group in task.groups for one in group):
+            for instance in (request for group in task.groups for request in group):
                 if instance.request_type == "generate_until":
                     options = normalize_gen_kwargs(instance.args[1], self._lm.max_gen_toks)
-                    own = {k: v for k, v in options.items() if k not in ("until", "max_gen_toks")}
-                    refuse_sampling(task.name, own)
+                    sampling = {k: v for k, v in options.items() if k not in ("until", "max_gen_toks")}
+                    refuse_sampling(task.name, sampling)
                     prompts.append(self._lm.tok_encode(instance.args[0]))
         if prompts:
             canary = [self._lm.prefix_token_id, *max(prompts, key=len)][:CANARY]
@@ -276,11 +276,11 @@ def _generated(task: TaskItems, lm: LiveLM) -> TaskScores:
 
 def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM) -> TaskScores:
     """Score generations by their form alone: the mean coherence of an item's answers."""
-    found: dict[int, list[float]] = {}
+    by_item: dict[int, list[float]] = {}
     for request, (answer, ended) in zip(requests, lm.generate_to_the_end(requests), strict=True):
         tokens = lm.tok_encode(answer, add_special_tokens=False)
-        found.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
-    return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in found.values()]))
+        by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
+    return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in by_item.values()]))
 
 
 def _metric(task: TaskItems) -> Array:

@@ -95,12 +95,16 @@ def refuse_glued(builder: TaskBuilder, lm: LiveLM) -> None:
     number of tokens. Where a word spans the border, the answer's first tokens are silently lost. One such
     item can be the tokenizer's doing; if all of a sample are like that, the template is wrong.
     """
-    asked = [one for one in builder.sample if one.request_type == "loglikelihood" and one.args[0]]
+    asked = [
+        instance
+        for instance in builder.sample
+        if instance.request_type == "loglikelihood" and instance.args[0]
+    ]
     pairs = lm.pairs(asked)
     glued = [
-        one
-        for one, (context, continuation) in zip(asked, pairs, strict=True)
-        if context + continuation != lm.tok_encode(one.args[0] + one.args[1])
+        instance
+        for instance, (context, continuation) in zip(asked, pairs, strict=True)
+        if context + continuation != lm.tok_encode(instance.args[0] + instance.args[1])
     ]
     if asked and len(glued) == len(asked):
         raise ConfigError(
@@ -117,7 +121,7 @@ def build_items(builder: TaskBuilder, split: Split, lm: LiveLM) -> TaskItems:
     by_item: dict[int, list[Any]] = {}
     for instance in instances:
         by_item.setdefault(instance.doc_id, []).append(instance)
-    groups = tuple(tuple(sorted(group, key=lambda one: one.idx)) for group in by_item.values())
+    groups = tuple(tuple(sorted(group, key=lambda instance: instance.idx)) for group in by_item.values())
     flat = [instance for group in groups for instance in group]
     if builder.output_type == "loglikelihood_rolling":
         texts = tuple(tuple(lm.tok_encode(instance.args[0])) for instance in flat)

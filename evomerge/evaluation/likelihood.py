@@ -193,8 +193,8 @@ def _read(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     device = logits.device
     gold = batch.gold.to(device)
     scored = logits[batch.row.to(device), batch.column.to(device)].float()
-    own = scored.gather(1, gold[:, None])
-    likelihood = own[:, 0] - scored.logsumexp(1)
+    gold_logits = scored.gather(1, gold[:, None])
+    likelihood = gold_logits[:, 0] - scored.logsumexp(1)
     hit = scored.argmax(1) == gold
     others = scored.scatter_(1, gold[:, None], -torch.inf).amax(1)  # `scored` is a copy of the logits
-    return likelihood, hit, own[:, 0] - others
+    return likelihood, hit, gold_logits[:, 0] - others

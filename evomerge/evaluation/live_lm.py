@@ -166,8 +166,8 @@ class _FiniteLogits(transformers.LogitsProcessor):
         self.broken: torch.Tensor | None = None
 
     def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        found = torch.isnan(scores).any()
-        self.broken = found if self.broken is None else self.broken | found
+        has_nan = torch.isnan(scores).any()
+        self.broken = has_nan if self.broken is None else self.broken | has_nan
         return scores
 
 

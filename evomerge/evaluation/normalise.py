@@ -168,27 +168,29 @@ class Normaliser:
         makes the spread over the items what decides the sum's error.
         """
         self._check(scores)
-        found = []
+        contributions = []
         for spec, weight in zip(self._counted, self.weights.tolist(), strict=True):
             task, (scale, smooth_scale) = scores[spec.task], self._scales[spec.task]
             values = (task.metric - scale.zero) / scale.headroom
             if smooth_scale is not None and task.smooth is not None:
                 second = (task.smooth - smooth_scale.zero) / smooth_scale.headroom
                 values = (1 - smooth) * values + smooth * second
-            found.append(-weight * values)
-        kept, total = self.retention(scores), math.fsum(spec.weight for spec, _ in self._retention)
+            contributions.append(-weight * values)
+        retained, total = self.retention(scores), math.fsum(spec.weight for spec, _ in self._retention)
         for spec, base_mean in self._retention:
-            assert kept is not None
+            assert retained is not None
             task, share = scores[spec.task], spec.weight / total
-            slope = share * math.exp(task.mean - base_mean) if kept < 1 else 0.0
-            found.append(retention * (share * max(0.0, 1 - kept) - slope * (task.metric - task.mean)))
-        kept = self.coherence(scores)
+            slope = share * math.exp(task.mean - base_mean) if retained < 1 else 0.0
+            lost = share * max(0.0, 1 - retained)
+            contributions.append(retention * (lost - slope * (task.metric - task.mean)))
+        coherent = self.coherence(scores)
         for part in self.coherent:
-            assert kept is not None
+            assert coherent is not None
             task = scores[part.task]
-            slope = part.share / part.zero if kept < 1 else 0.0
-            found.append(coherence * (part.share * max(0.0, 1 - kept) - slope * (task.metric - task.mean)))
-        return found
+            slope = part.share / part.zero if coherent < 1 else 0.0
+            lost = part.share * max(0.0, 1 - coherent)
+            contributions.append(coherence * (lost - slope * (task.metric - task.mean)))
+        return contributions
 
     def _check(self, scores: Scores) -> None:
         assert scores.split == self.split, "scores of another split"
@@ -209,11 +211,11 @@ class Normaliser:
         self._check(scores)
         values = {}
         for name, (scale, smooth_scale) in self._scales.items():
-            found = scores[name]
-            if smooth_scale is None or found.smooth is None:
-                values[name] = scale(found.mean)
+            task = scores[name]
+            if smooth_scale is None or task.smooth is None:
+                values[name] = scale(task.mean)
             else:
-                values[name] = smooth_scale(float(found.smooth.mean()))
+                values[name] = smooth_scale(float(task.smooth.mean()))
         return values
 
     def smooth_mean(self, scores: Scores) -> float:
@@ -286,12 +288,12 @@ def _mean(values: Array | None) -> float:
 def _reference(spec: SuiteTask, parents: Mapping[str, Scores]) -> TaskScores:
     if spec.specialist is not None:
         return parents[spec.specialist][spec.task]
-    return max((parent[spec.task] for parent in parents.values()), key=lambda found: found.mean)
+    return max((parent[spec.task] for parent in parents.values()), key=lambda task: task.mean)
 
 
 def _scales(base: TaskScores, reference: TaskScores) -> tuple[_Scale, _Scale | None]:
     metric = _Scale(zero=base.mean, headroom=max(reference.mean - base.mean, HEADROOM_FLOOR))
     if base.smooth is None or reference.smooth is None:
         return metric, None
-    zero, one = _mean(base.smooth), _mean(reference.smooth)
-    return metric, _Scale(zero=zero, headroom=max(one - zero, HEADROOM_FLOOR))
+    zero, specialist = _mean(base.smooth), _mean(reference.smooth)
+    return metric, _Scale(zero=zero, headroom=max(specialist - zero, HEADROOM_FLOOR))

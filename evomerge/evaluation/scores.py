@@ -128,9 +128,9 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def _together(vectors: Sequence[Array | None]) -> Array | None:
-    found = [vector for vector in vectors if vector is not None]
-    assert len(found) in (0, len(vectors)), "blocks of different kinds"
-    return np.concatenate(found) if found else None
+    present = [vector for vector in vectors if vector is not None]
+    assert len(present) in (0, len(vectors)), "blocks of different kinds"
+    return np.concatenate(present) if present else None
 
 
 class NonFiniteScores(NonFiniteError):  # noqa: N818  # names what was found, as a Failure's kind does

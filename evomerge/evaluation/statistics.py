@@ -72,8 +72,8 @@ def proportion_interval(successes: int, total: int) -> Interval:
     """
     assert 0 <= successes <= total, (successes, total)
     assert total > 0, "no items"
-    found = scipy.stats.binomtest(successes, total).proportion_ci(LEVEL, method="wilson")
-    return Interval(estimate=successes / total, low=float(found.low), high=float(found.high))
+    bounds = scipy.stats.binomtest(successes, total).proportion_ci(LEVEL, method="wilson")
+    return Interval(estimate=successes / total, low=float(bounds.low), high=float(bounds.high))
 
 
 def interval(samples: Sequence[Array], weights: Sequence[float] | Array, *, seed: SeedLike) -> Interval:
@@ -118,9 +118,9 @@ def paired_difference(
         np.random.default_rng(np.random.SeedSequence(sequence.entropy, spawn_key=(*sequence.spawn_key, key)))
         for key in (0, 1)
     )
-    found = _bootstrap(differences, shares, first)
+    mean = _bootstrap(differences, shares, first)
     p = _sign_flip(differences, shares, second)
-    return PairedTest(estimate=found.estimate, low=found.low, high=found.high, p=p)
+    return PairedTest(estimate=mean.estimate, low=mean.low, high=mean.high, p=p)
 
 
 def mcnemar(a: Array, b: Array) -> float:
@@ -133,8 +133,8 @@ def mcnemar(a: Array, b: Array) -> float:
     0.0625
     """
     assert a.shape == b.shape, "the two models met different items"
-    ours, discordant = int((a > b).sum()), int((a != b).sum())
-    return float(scipy.stats.binomtest(ours, discordant).pvalue) if discordant else 1.0
+    wins, discordant = int((a > b).sum()), int((a != b).sum())
+    return float(scipy.stats.binomtest(wins, discordant).pvalue) if discordant else 1.0
 
 
 def paired_items(a: Array, b: Array, *, seed: SeedLike) -> PairedTest:
@@ -143,8 +143,8 @@ def paired_items(a: Array, b: Array, *, seed: SeedLike) -> PairedTest:
     As `paired_difference`, but of zeros and ones the p-value is McNemar's, which is what the sign flips come
     down to there, without their sampling error.
     """
-    found = paired_difference([a], [b], [1.0], seed=seed)
-    return replace(found, p=mcnemar(a, b)) if np.isin([a, b], (0.0, 1.0)).all() else found
+    test = paired_difference([a], [b], [1.0], seed=seed)
+    return replace(test, p=mcnemar(a, b)) if np.isin([a, b], (0.0, 1.0)).all() else test
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -188,8 +188,8 @@ def shrunk(values: Array, errors: Array, groups: Array | None = None) -> Array:
         squares = float(((values[near] - centre) ** 2).sum())
         if count <= 3 or squares == 0.0:
             continue
-        own = errors[near] - errors[near].mean(axis=0)
-        noise = float((own**2).sum()) / (count - 1)
+        deviations = errors[near] - errors[near].mean(axis=0)
+        noise = float((deviations**2).sum()) / (count - 1)
         factor = max(0.0, 1.0 - (count - 3) * noise / squares)
         result[groups == group] = centre + factor * (values[groups == group] - centre)
     return result

@@ -67,10 +67,10 @@ class Splits(Strict):
 
     @model_validator(mode="after")
     def _apart(self) -> Splits:
-        given = [value for value in (self.search, self.select, self.test) if value is not None]
-        if len({type(value) for value in given}) > 1:
+        values = [value for value in (self.search, self.select, self.test) if value is not None]
+        if len({type(value) for value in values}) > 1:
             raise ValueError("give split names for all, or numbers of items for all")
-        names = [value for value in given if isinstance(value, str)]
+        names = [value for value in values if isinstance(value, str)]
         if shared := {name for name in names if names.count(name) > 1}:
             raise ValueError(
                 f"the dataset split {sorted(shared)[0]!r} is used twice, "
@@ -161,16 +161,16 @@ class Suite(Strict):
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, folder: Path, where: str) -> Suite:
         """Check plain data. `folder` is what `tasks_dir` is relative to; `where` names the file in errors."""
-        given = data.get("tasks_dir") if isinstance(data, Mapping) else None
-        if isinstance(given, str):
-            tasks_dir = (folder / Path(given).expanduser()).resolve()
-            if not tasks_dir.is_dir():
+        location = data.get("tasks_dir") if isinstance(data, Mapping) else None
+        if isinstance(location, str):
+            location = (folder / Path(location).expanduser()).resolve()
+            if not location.is_dir():
                 raise ConfigError(
                     f"{where}: tasks_dir is not a folder",
                     expected="a folder of lm-eval task YAMLs, relative to the suite file",
-                    got=str(tasks_dir),
+                    got=str(location),
                 )
-            data = {**data, "tasks_dir": tasks_dir}
+            data = {**data, "tasks_dir": location}
         return parse(cls, data, where)
 
     def weighted(self, weights: Mapping[str, float]) -> Suite:
@@ -206,8 +206,8 @@ class Suite(Strict):
         if self.tasks_dir is None:
             return ()
         below = (path for path in self.tasks_dir.rglob("*") if path.is_file())
-        kept = (path for path in below if not set(_NOT_DATA) & set(path.parts))
-        return sorted(kept, key=lambda path: path.as_posix())
+        data_files = (path for path in below if not set(_NOT_DATA) & set(path.parts))
+        return sorted(data_files, key=lambda path: path.as_posix())
 
     def of(self, split: Split) -> tuple[SuiteTask, ...]:
         """Return the tasks that have items in a split, in suite order."""
@@ -215,7 +215,7 @@ class Suite(Strict):
         return tuple(task for task in self.tasks if task.splits[split] is not None)
 
     def __getitem__(self, task: str) -> SuiteTask:
-        for found in self.tasks:
-            if found.task == task:
-                return found
+        for spec in self.tasks:
+            if spec.task == task:
+                return spec
         raise KeyError(task)

@@ -75,7 +75,7 @@ class TaskBuilder:
         if isinstance(target, str):
             choices = self._task.doc_to_choice(document)
             return [choices.index(target)] if target in choices else []
-        return [int(one) for one in (target if isinstance(target, list) else [target])]
+        return [int(index) for index in (target if isinstance(target, list) else [target])]
 
     def _view(self, split: Split, documents: Sequence[Any]) -> Any:
         view = copy.copy(self._task)
@@ -124,7 +124,7 @@ class TaskBuilder:
                     if owner.setdefault(key, split) != split:
                         shared.append((owner[key], split, key))
         if shared:
-            first, second, key = min(shared, key=lambda found: found[2])
+            first, second, key = min(shared, key=lambda item: item[2])
             raise ConfigError(
                 f"task {self.spec.task!r}: {len(shared)} items are in more than one split",
                 expected="splits that share no item, or held-out scores mean nothing",
@@ -134,13 +134,13 @@ class TaskBuilder:
 
     def _drawn(self, seed: int) -> dict[Split, list[Any]]:
         pool = self._task.eval_docs
-        wanted = {s: int(n) for s in SPLITS if (n := self.spec.splits[s]) is not None}
+        counts = {s: int(n) for s in SPLITS if (n := self.spec.splits[s]) is not None}
         name = int.from_bytes(hashlib.sha256(self.spec.task.encode()).digest()[:8], "big")
         order = np.random.default_rng([seed, name]).permutation(len(pool))
-        documents: dict[Split, list[Any]] = {split: [] for split in wanted}
+        documents: dict[Split, list[Any]] = {split: [] for split in counts}
         seen: set[str] = set()
         # From the test items on, so that asking for more search items leaves the other splits as they are.
-        open_splits = [split for split in reversed(SPLITS) if split in wanted]
+        open_splits = [split for split in reversed(SPLITS) if split in counts]
         with compiled_templates():
             for index in order:
                 document = pool[int(index)]
@@ -148,13 +148,13 @@ class TaskBuilder:
                     continue
                 seen.add(key)
                 documents[open_splits[0]].append(document)
-                if len(documents[open_splits[0]]) == wanted[open_splits[0]]:
+                if len(documents[open_splits[0]]) == counts[open_splits[0]]:
                     open_splits.pop(0)
                     if not open_splits:
                         return documents
         raise ConfigError(
             f"task {self.spec.task!r} has too few items for its splits",
-            expected=" + ".join(f"{n} ({split})" for split, n in wanted.items()),
+            expected=" + ".join(f"{n} ({split})" for split, n in counts.items()),
             got=f"{len(seen)} different items",
         )
 
@@ -222,24 +222,24 @@ class TaskBuilder:
             key = chosen or filters[0]
             if self.spec.role == "coherence":
                 return COHERENCE, key
-            found = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
+            results = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(
                 f"task {self.spec.task!r} can't process a result", got=f"{type(error).__name__}: {error}"
             ) from error
-        self._check_metric(name, found, view.higher_is_better())
+        self._check_metric(name, results, view.higher_is_better())
         return name, key
 
-    def _check_metric(self, name: str, found: Mapping[str, Any], higher: Mapping[str, bool]) -> None:
-        numbers = [key for key, value in found.items() if is_number(value)]
-        if name in found and name not in numbers:
+    def _check_metric(self, name: str, results: Mapping[str, Any], higher: Mapping[str, bool]) -> None:
+        numbers = [key for key, value in results.items() if is_number(value)]
+        if name in results and name not in numbers:
             raise ConfigError(
                 f"task {self.spec.task!r}: metric {name!r} has no value for a single item",
                 fix=f"use one that has: {', '.join(numbers) or 'none here'}",
             )
-        if name not in found:
+        if name not in results:
             raise self._unknown_metric(name, numbers)
         if higher.get(name) is False:
             raise ConfigError(
@@ -340,14 +340,14 @@ def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
 
     Documents are recognised by identity, and kept, so that an identity is never reused.
     """
-    known: dict[int, tuple[Any, Any]] = {}
+    renderings: dict[int, tuple[Any, Any]] = {}
 
     def call(document: Any, *other_template: Any) -> Any:
         if any(template is not None for template in other_template):
             return method(document, *other_template)
-        if (found := known.get(id(document))) is None:
-            found = known[id(document)] = (document, method(document))
-        return found[1]
+        if (rendering := renderings.get(id(document))) is None:
+            rendering = renderings[id(document)] = (document, method(document))
+        return rendering[1]
 
     return call
 

@@ -75,8 +75,8 @@ class VllmEngine:
         """Return the prompt's own log-probabilities."""
         asking = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         (output,) = self._llm.generate(_tokens([tokens]), sampling_params=asking, use_tqdm=False)
-        given = output.prompt_logprobs[1:]  # of the first token there is none
-        return [float(entry[token].logprob) for entry, token in zip(given, tokens[1:], strict=True)]
+        entries = output.prompt_logprobs[1:]  # of the first token there is none
+        return [float(entry[token].logprob) for entry, token in zip(entries, tokens[1:], strict=True)]
 
 
 def _tokens(prompts: Sequence[Sequence[int]]) -> list[dict[str, list[int]]]:

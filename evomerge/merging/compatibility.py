@@ -102,16 +102,16 @@ def _check_types(name: str, source: Source) -> None:
 
 
 def _check_architecture(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
-    ours, theirs = source.config, pattern.config
-    keys = [k for k in SAME if k in ours and k in theirs and not (stacked and k in COUNTS)]
-    if ours.get("architectures") and theirs.get("architectures"):
+    config, pattern_config = source.config, pattern.config
+    keys = [k for k in SAME if k in config and k in pattern_config and not (stacked and k in COUNTS)]
+    if config.get("architectures") and pattern_config.get("architectures"):
         keys.insert(0, "architectures")
     for key in keys:
-        if ours[key] != theirs[key]:
+        if config[key] != pattern_config[key]:
             raise ModelError(
                 f"model {name!r} does not fit {pattern_name!r}: {key} differs",
-                expected=f"{_shown(theirs[key])} as in {pattern_name} ({pattern.location})",
-                got=f"{_shown(ours[key])} in {name} ({source.location})",
+                expected=f"{_shown(pattern_config[key])} as in {pattern_name} ({pattern.location})",
+                got=f"{_shown(config[key])} in {name} ({source.location})",
                 fix="merge models that were fine-tuned from the same base",
             )
     if source.tied != pattern.tied:
@@ -125,12 +125,12 @@ def _check_architecture(name: str, source: Source, pattern_name: str, pattern: S
 
 
 def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
-    expected, found = (
+    expected, names = (
         [tensor for tensor in model.headers if not stacked or layer_of(tensor) is None]
         for model in (pattern, source)
     )
     missing = [tensor for tensor in expected if tensor not in source.headers]
-    extra = [tensor for tensor in found if tensor not in pattern.headers]
+    extra = [tensor for tensor in names if tensor not in pattern.headers]
     if missing or extra:
         heads = any(tensor.endswith(HEADS) for tensor in missing + extra)
         raise ModelError(
@@ -159,13 +159,13 @@ def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source,
 
 
 def _check_vocabulary(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
-    ours, theirs = source.vocabulary, pattern.vocabulary
-    if ours is None or theirs is None or ours == theirs:
+    rows, pattern_rows = source.vocabulary, pattern.vocabulary
+    if rows is None or pattern_rows is None or rows == pattern_rows:
         return
-    differing = [token for token in theirs if ours.get(token) != theirs[token]]
-    differing += [token for token in ours if token not in theirs]
+    differing = [token for token in pattern_rows if rows.get(token) != pattern_rows[token]]
+    differing += [token for token in rows if token not in pattern_rows]
     shown = ", ".join(
-        f"{token!r} is {_row(ours, token)} in {name} and {_row(theirs, token)} in {pattern_name}"
+        f"{token!r} is {_row(rows, token)} in {name} and {_row(pattern_rows, token)} in {pattern_name}"
         for token in differing[:3]
     )
     raise ModelError(

@@ -69,9 +69,9 @@ def output_names(recipe: Recipe, names: Mapping[str, Iterable[str]], num_layers:
     for a tensor that no group makes.
     """
     by_layer: dict[str, dict[int | None, list[str]]] = {}
-    for model, found in names.items():
+    for model, tensors in names.items():
         layers = by_layer.setdefault(model, {})
-        for name in found:
+        for name in tensors:
             layers.setdefault(layer_of(name), []).append(name)
     made = list(by_layer[recipe.pattern].get(None, ()))
     for name in made:
@@ -128,15 +128,15 @@ def _remapped(
 ) -> dict[str, Any]:
     """Return a config with the layers `taken`, pairs of a source and its layer."""
     new = dict(config)
-    own = _count(config)
+    num_layers = _count(config)
     for key, value in config.items():
         if key in COUNTS:
             new[key] = len(taken)
         elif key in INDICES and isinstance(value, list):
             new[key] = [i for i, (source, at) in enumerate(taken) if at in (configs[source].get(key) or ())]
-        elif isinstance(value, list) and len(value) == own and not key.endswith(NOT_PER_LAYER):
+        elif isinstance(value, list) and len(value) == num_layers and not key.endswith(NOT_PER_LAYER):
             lists = {
-                source: found if isinstance(found := configs[source].get(key), list) else value
+                source: entries if isinstance(entries := configs[source].get(key), list) else value
                 for source, _ in taken
             }
             if all(layer < len(lists[source]) for source, layer in taken):

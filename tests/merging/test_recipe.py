@@ -130,7 +130,7 @@ def test_a_fisher_file_is_part_of_the_hash_where_it_is_read() -> None:
 
 def test_a_fisher_method_needs_a_file_for_every_source() -> None:
     with pytest.raises(
-        ConfigError, match=r"Fisher information\n.*\n  got: none for b\n  do: evomerge fisher"
+        ConfigError, match=r"Fisher information of its sources\n.*\n  got: none for b\n  do: evomerge fisher"
     ):
         recipe("fisher", fisher={"a": "a.fisher"})
     with pytest.raises(ConfigError, match="fisher names an unknown model 'c'"):

@@ -70,15 +70,15 @@ class Tally:
     @classmethod
     def total(cls, tallies: Iterable[Tally]) -> Tally:
         """Add tallies up; there must be at least one."""
-        found = list(tallies)
+        summands = list(tallies)
         return cls(
-            count=sum(t.count for t in found),
-            base=math.fsum(t.base for t in found),
-            products=np.sum([t.products for t in found], axis=0),
-            same=np.sum([t.same for t in found], axis=0),
-            opposite=np.sum([t.opposite for t in found], axis=0),
-            top=np.sum([t.top for t in found], axis=0),
-            shares=np.sum([t.shares for t in found], axis=0),
+            count=sum(t.count for t in summands),
+            base=math.fsum(t.base for t in summands),
+            products=np.sum([t.products for t in summands], axis=0),
+            same=np.sum([t.same for t in summands], axis=0),
+            opposite=np.sum([t.opposite for t in summands], axis=0),
+            top=np.sum([t.top for t in summands], axis=0),
+            shares=np.sum([t.shares for t in summands], axis=0),
         )
 
     @property
@@ -90,15 +90,15 @@ class Tally:
     def relative(self) -> Floats:
         """(N,) norms of the task vectors as shares of the base's; infinite on a base of zeros."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = self.norms / math.sqrt(self.base)
-        return np.where(self.norms > 0, found, 0.0)
+            lengths = self.norms / math.sqrt(self.base)
+        return np.where(self.norms > 0, lengths, 0.0)
 
     @property
     def cosine(self) -> Floats:
         """(N, N) cosines between the task vectors; 0 with a task vector of zeros."""
         size = np.outer(self.norms, self.norms)
-        found = np.divide(self.products, size, out=np.zeros_like(size), where=size > 0)
-        return np.clip(found, -1.0, 1.0)
+        cosines = np.divide(self.products, size, out=np.zeros_like(size), where=size > 0)
+        return np.clip(cosines, -1.0, 1.0)
 
     @property
     def conflict(self) -> Floats:
@@ -127,10 +127,10 @@ class Tally:
         """
         p = np.nan_to_num(self.changed)
         none = float(np.prod(1.0 - p))
-        one = math.fsum(float(np.prod(np.delete(1.0 - p, i)) * p[i]) for i in range(len(p)))
-        one_way = 2.0 * (float(np.prod(1.0 - p / 2.0)) - none - one / 2.0)
-        found: Floats = np.array([none, one, one_way, 1.0 - none - one - one_way]).clip(0.0, 1.0)
-        return found
+        by_one = math.fsum(float(np.prod(np.delete(1.0 - p, i)) * p[i]) for i in range(len(p)))
+        one_way = 2.0 * (float(np.prod(1.0 - p / 2.0)) - none - by_one / 2.0)
+        shares: Floats = np.array([none, by_one, one_way, 1.0 - none - by_one - one_way]).clip(0.0, 1.0)
+        return shares
 
     @property
     def mean_conflict(self) -> float:
@@ -146,9 +146,9 @@ class Tally:
     @property
     def mean_overlap(self) -> float:
         """The mean overlap of all pairs of models; NaN where all tops are empty."""
-        found = self.overlap[np.triu_indices(len(self.products), 1)]
-        found = found[~np.isnan(found)]
-        return float(found.mean()) if len(found) else math.nan
+        overlaps = self.overlap[np.triu_indices(len(self.products), 1)]
+        overlaps = overlaps[~np.isnan(overlaps)]
+        return float(overlaps.mean()) if len(overlaps) else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,10 +194,10 @@ class Interference:
         return self._grouped(lambda tensor: (layer_of(tensor), kind_of(tensor)))
 
     def _grouped(self, place: Callable[[str], Bin]) -> dict[Bin, Tally]:
-        found: dict[Bin, list[Tally]] = {}
-        for tensor, one in self.tensors.items():
-            found.setdefault(place(tensor), []).append(one)
-        return {key: Tally.total(tallies) for key, tallies in found.items()}
+        tallies_at: dict[Bin, list[Tally]] = {}
+        for tensor, tensor_tally in self.tensors.items():
+            tallies_at.setdefault(place(tensor), []).append(tensor_tally)
+        return {key: Tally.total(tallies) for key, tallies in tallies_at.items()}
 
 
 def kind_of(tensor: str) -> str:
@@ -251,15 +251,17 @@ def measure(
     done, whole = 0, sum(header.count for header in sources[base].headers.values())
     for tensor, header in sources[base].headers.items():
         origin, vectors = _read(sources, base, names, tensor)
-        one = tally(origin, vectors, threshold=threshold, top=top)
-        if not (math.isfinite(one.base) and np.isfinite(one.products).all()):
-            sick = [n for n, ok in zip(names, np.isfinite(np.diag(one.products)), strict=True) if not ok]
+        tensor_tally = tally(origin, vectors, threshold=threshold, top=top)
+        if not (math.isfinite(tensor_tally.base) and np.isfinite(tensor_tally.products).all()):
+            non_finite = [
+                n for n, ok in zip(names, np.isfinite(np.diag(tensor_tally.products)), strict=True) if not ok
+            ]
             raise ModelError(
                 f"tensor {tensor!r} has elements that are NaN or infinite",
-                got=f"in {base if len(sick) != 1 else sick[0]}",
+                got=f"in {base if len(non_finite) != 1 else non_finite[0]}",
                 fix="use a sound copy of the model",
             )
-        tensors[tensor] = one
+        tensors[tensor] = tensor_tally
         done += header.count
         if progress is not None:
             progress(done, whole)
@@ -325,8 +327,8 @@ def tally(
         by = changed.sum(0)
         several = by > 1.0
         agreed = int((several & (sign.sum(0).abs() == by)).sum())
-        none, one, more = int((by == 0.0).sum()), int((by == 1.0).sum()), int(several.sum())
-        shares += np.array([none, one, agreed, more - agreed])
+        by_none, by_one, more = int((by == 0.0).sum()), int((by == 1.0).sum()), int(several.sum())
+        shares += np.array([by_none, by_one, agreed, more - agreed])
     return Tally(
         count=count,
         base=squares,
@@ -347,12 +349,12 @@ def _bounds(vector: Tensor, threshold: float, top: float) -> tuple[float, float]
         return 0.0, math.inf
     size = vector.abs()
     mean = size.sum(dtype=torch.float64).item() / count
-    kept = int(top * count)
-    if not kept or not math.isfinite(mean):
+    top_count = int(top * count)
+    if not top_count or not math.isfinite(mean):
         return threshold * mean, math.inf
     ranked: NDArray[Any] = size.numpy()
-    ranked.partition(count - kept)  # in place, on our own copy
-    return threshold * mean, float(ranked[count - kept])
+    ranked.partition(count - top_count)  # in place, on our own copy
+    return threshold * mean, float(ranked[count - top_count])
 
 
 def _counted(marks: Tensor) -> Counts:
@@ -361,5 +363,5 @@ def _counted(marks: Tensor) -> Counts:
 
 def _share(part: Any, whole: Any) -> Floats:
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
-    found: Floats = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
-    return found
+    shares: Floats = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+    return shares

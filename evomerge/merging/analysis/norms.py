@@ -27,9 +27,9 @@ def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = 
     squares: dict[str, list[float]] = {name: [] for name in models if name != base}
     for tensor in sources[base].headers:
         origin = sources[base].tensor(tensor)
-        for name, found in squares.items():
-            found.append(norm(sources[name].tensor(tensor) - origin) ** 2)
-    norms = {name: math.sqrt(math.fsum(found)) for name, found in squares.items()}
+        for name, parts in squares.items():
+            parts.append(norm(sources[name].tensor(tensor) - origin) ** 2)
+    norms = {name: math.sqrt(math.fsum(parts)) for name, parts in squares.items()}
     for name, length in norms.items():
         if not math.isfinite(length):
             raise ModelError(

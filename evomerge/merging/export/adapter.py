@@ -178,12 +178,12 @@ def write_adapter(
     return report
 
 
-def _base(recipe: Recipe, sources: dict[str, Source], given: str | None) -> tuple[str, Checkpoint]:
+def _base(recipe: Recipe, sources: dict[str, Source], chosen: str | None) -> tuple[str, Checkpoint]:
     """Return the location of the adapter's base as the user wrote it, and the base opened."""
-    if given is not None or recipe.base is not None:
-        location = given if given is not None else recipe.models[recipe.base or ""]
-        found = sources.get(recipe.base or "") if given is None else None
-        opened = open_source(location) if found is None else found
+    if chosen is not None or recipe.base is not None:
+        location = chosen if chosen is not None else recipe.models[recipe.base or ""]
+        base = sources.get(recipe.base or "") if chosen is None else None
+        opened = open_source(location) if base is None else base
         if not isinstance(opened, Checkpoint):
             raise ConfigError(
                 "an adapter can't be written for a base that is itself an adapter",
@@ -191,13 +191,13 @@ def _base(recipe: Recipe, sources: dict[str, Source], given: str | None) -> tupl
                 got=location,
             )
         return location, opened
-    found_bases = [source.base for source in sources.values() if isinstance(source, AdaptedCheckpoint)]
-    if not found_bases or not all(same_base(found_bases[0], each) for each in found_bases):
+    adapter_bases = [source.base for source in sources.values() if isinstance(source, AdaptedCheckpoint)]
+    if not adapter_bases or not all(same_base(adapter_bases[0], other) for other in adapter_bases):
         raise ConfigError(
             "an adapter needs a base, and this recipe names none",
             fix="set `base` in the recipe to the model that its sources were made from",
         )
-    below = found_bases[0]
+    below = adapter_bases[0]
     for name, source in sources.items():
         if isinstance(source, Checkpoint) and same_base(source, below):
             return recipe.models[name], source
@@ -221,11 +221,11 @@ def coefficients(group: TensorGroup, base: str | None) -> tuple[float, ...] | No
     if group.method not in ADDING:
         return None
     count = len(group.sources)
-    found = apply(group, torch.zeros(count), list(torch.eye(count)), seed=0, tensor="")
+    sums = apply(group, torch.zeros(count), list(torch.eye(count)), seed=0, tensor="")
     on_models = not methods.get(group.method).uses_task_vectors(base)
-    if on_models and abs(math.fsum(found.tolist()) - 1.0) > ROUNDING:
+    if on_models and abs(math.fsum(sums.tolist()) - 1.0) > ROUNDING:
         return None  # the base would be scaled, too
-    return tuple(found.tolist())
+    return tuple(sums.tolist())
 
 
 def _exact(
@@ -243,10 +243,10 @@ def _exact(
         if recipe.base_of(group) not in (None, recipe.base):
             return None, f"group {group.label()!r}, which has a base of its own"
         terms: list[Term] = []
-        for share, each in zip(shares, group.sources, strict=True):
-            source = sources[each]
+        for share, source_name in zip(shares, group.sources, strict=True):
+            source = sources[source_name]
             if not same_base(source, base):
-                return None, f"source {each!r}, which is not an adapter on {base.location}"
+                return None, f"source {source_name!r}, which is not an adapter on {base.location}"
             if share and isinstance(source, AdaptedCheckpoint) and name in (source.updates | source.replaced):
                 terms.append((share, source))
         if terms and name.rpartition(".")[0] not in names:
@@ -290,9 +290,9 @@ def _truncated(
             continue
         module = name.removesuffix(".weight")
         if module not in layers.linear:
-            kept = keep_rest and name.rpartition(".")[0] in names
-            (plan.whole if kept else plan.lost).append(name)
-            plan.squares[name] = size**2 if kept else 0.0, size**2
+            stored = keep_rest and name.rpartition(".")[0] in names
+            (plan.whole if stored else plan.lost).append(name)
+            plan.squares[name] = size**2 if stored else 0.0, size**2
             continue
         change = change.T if module in layers.transposed else change
         up, down = low_rank(change, rank)
@@ -380,16 +380,16 @@ def _layers(base: Checkpoint) -> _Layers:
         raise ModelError(
             f"{base.location}: transformers can't build this model", got=" ".join(str(error).split())[:300]
         ) from None
-    found: dict[type, set[str]] = {torch.nn.Linear: set(), Conv1D: set(), torch.nn.Embedding: set()}
+    modules: dict[type, set[str]] = {torch.nn.Linear: set(), Conv1D: set(), torch.nn.Embedding: set()}
     for name, module in model.named_modules():
-        for kind, names in found.items():
+        for kind, names in modules.items():
             if isinstance(module, kind):
                 names.add(name)
     return _Layers(
         names=tuple(name for name, _ in model.named_modules()),
-        linear=frozenset(found[torch.nn.Linear] | found[Conv1D]),
-        transposed=frozenset(found[Conv1D]),
-        embeddings=frozenset(found[torch.nn.Embedding]),
+        linear=frozenset(modules[torch.nn.Linear] | modules[Conv1D]),
+        transposed=frozenset(modules[Conv1D]),
+        embeddings=frozenset(modules[torch.nn.Embedding]),
         tied={name: source for name, source in model.all_tied_weights_keys.items() if name.endswith(HEADS)},
     )
 
@@ -448,7 +448,7 @@ def _write_weights(
     inputs = FileInputs(sources)
     with ShardWriter(path, _headers(plan, stored, base, recipe.dtype, layers)) as writer:
         for name, (_, made) in plan.factors.items():
-            up, down = (checked(each, name) for each in made())
+            up, down = (checked(factor, name) for factor in made())
             for key, factor in zip(
                 _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
             ):
@@ -497,10 +497,10 @@ def _write_config(
 
 def _targets(adapted: Iterable[str], names: Iterable[str]) -> list[str]:
     """Return the adapted modules by their last names where those mean no other module, else in full."""
-    wanted = set(adapted)
+    modules = set(adapted)
     targets = set()
-    for module in wanted:
+    for module in modules:
         short = module.rpartition(".")[2]
         meant = {name for name in names if name == short or name.endswith(f".{short}")}
-        targets.add(short if meant <= wanted else module)
+        targets.add(short if meant <= modules else module)
     return sorted(targets)

@@ -121,7 +121,7 @@ def plan_shards(
 def _write_weights(
     recipe: Recipe, inputs: Inputs, shards: Mapping[str, Mapping[str, Header]], folder: Path
 ) -> None:
-    merged = _in_order(recipe, inputs, [each for headers in shards.values() for each in headers.items()])
+    merged = _in_order(recipe, inputs, [named for headers in shards.values() for named in headers.items()])
     for file, headers in shards.items():
         with ShardWriter(folder / file, headers) as writer:
             for name in headers:

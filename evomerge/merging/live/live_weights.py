@@ -43,9 +43,9 @@ class Spread:
     def copy_(self, weights: Tensor, /) -> None:
         """Put a tensor's elements where they belong, converted to the live type and device."""
         flat = weights.reshape(-1)
-        for live, places, own in self.parts:
-            moved = flat[own.to(flat.device).long()].to(device=live.device, dtype=live.dtype)
-            live[places.to(live.device).long()] = moved
+        for live, live_places, tensor_places in self.parts:
+            moved = flat[tensor_places.to(flat.device).long()].to(device=live.device, dtype=live.dtype)
+            live[live_places.to(live.device).long()] = moved
 
 
 def address(place: Storage) -> Hashable:
@@ -66,10 +66,12 @@ def gradient_at(place: Storage, parameters: Mapping[int, Tensor]) -> Tensor:
     import torch
 
     if isinstance(place, Spread):
-        count = sum(len(own) for _, _, own in place.parts)
+        count = sum(len(tensor_places) for _, _, tensor_places in place.parts)
         spread = torch.zeros(count)
-        for live, places, own in place.parts:
-            spread[own.long()] = _gradient(live, parameters).reshape(-1)[places.to(live.device).long()].cpu()
+        for live, live_places, tensor_places in place.parts:
+            spread[tensor_places.long()] = (
+                _gradient(live, parameters).reshape(-1)[live_places.to(live.device).long()].cpu()
+            )
         return spread
     assert isinstance(place, torch.Tensor)
     gradient = _gradient(place, parameters)
@@ -105,7 +107,12 @@ class _Scattered:
     parts: tuple[tuple[int, Tensor, Tensor], ...]
 
     def of(self, parameters: Sequence[Tensor]) -> Storage:
-        return Spread(parts=tuple((parameters[index], places, own) for index, places, own in self.parts))
+        return Spread(
+            parts=tuple(
+                (parameters[index], live_places, tensor_places)
+                for index, live_places, tensor_places in self.parts
+            )
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -132,7 +139,7 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
     groups, extra = _groups(model, headers, live)
     places: dict[str, Storage] = {}
     reached = set(model.all_tied_weights_keys)
-    known: dict[object, list[_View | _Scattered]] = {}
+    solved: dict[object, list[_View | _Scattered]] = {}
     for first, group in groups.items():
         if group.converter is None:
             name = group.members[0][0]
@@ -143,13 +150,13 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
         shapes = [(pattern, headers[name].shape) for name, pattern in group.members]
         single = len(group.converter.target_patterns) == 1
         key = (*shapes, tuple(live[first].shape))
-        if single and key in known:
-            names, found = [first], known[key]
+        if single and key in solved:
+            names, parts = [first], solved[key]
         else:
-            names, found = _follow(model, headers, location, first, group, live)
-            known |= {key: found} if single else {}
+            names, parts = _follow(model, headers, location, first, group, live)
+            solved |= {key: parts} if single else {}
         parameters = [live[name].view(-1) for name in names]
-        places |= {name: each.of(parameters) for (name, _), each in zip(group.members, found, strict=True)}
+        places |= {name: part.of(parameters) for (name, _), part in zip(group.members, parts, strict=True)}
         reached.update(names)
     missing = [name for name in live if name not in reached]
     if missing or extra:
@@ -175,9 +182,9 @@ def _groups(
     )
 
     mapping = get_model_conversion_mapping(model)
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
+    by_pattern = {pattern: conversion for conversion in converters for pattern in conversion.source_patterns}
     groups: dict[str, _Group] = {}
     extra = []
     for name in sorted(names, key=dot_natural_key):  # the order decides which expert is which
@@ -215,7 +222,10 @@ def _follow(
         made = converter.convert(first, model=model, config=model.config)
     except (ValueError, RuntimeError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise _refused(model, location, group, f"{type(error).__name__}: {error}") from None
-    arrived = {n: (each[0] if isinstance(each, list) else each).contiguous() for n, each in made.items()}
+    arrived = {
+        n: (converted[0] if isinstance(converted, list) else converted).contiguous()
+        for n, converted in made.items()
+    }
     for name, tensor in arrived.items():
         shape = list(live[name].shape) if name in live else "no such weight"
         if list(tensor.shape) != shape or not live[name].is_contiguous():
@@ -232,11 +242,11 @@ def _follow(
             places[order] = torch.arange(start + block, start + block + len(order), dtype=whole)
     if int(places.min()) < 0:
         raise _refused(model, location, group, "numbers computed from them")
-    found = [
+    parts = [
         _part(places[start:end].reshape(header.shape), starts)
         for header, (start, end) in zip(members, itertools.pairwise(bounds), strict=True)
     ]
-    return list(arrived), found
+    return list(arrived), parts
 
 
 def _part(places: Tensor, starts: Sequence[int]) -> _View | _Scattered:
@@ -256,9 +266,9 @@ def _part(places: Tensor, starts: Sequence[int]) -> _View | _Scattered:
         return _View(index=index, size=tuple(places.shape), stride=tuple(stride), offset=low - starts[index])
     flat, parts = places.reshape(-1), []
     for index, (start, end) in enumerate(itertools.pairwise(starts)):
-        own = torch.nonzero((flat >= start) & (flat < end)).reshape(-1)
-        if len(own):
-            parts.append((index, flat[own] - start, own))
+        tensor_places = torch.nonzero((flat >= start) & (flat < end)).reshape(-1)
+        if len(tensor_places):
+            parts.append((index, flat[tensor_places] - start, tensor_places))
     return _Scattered(parts=tuple(parts))
 
 

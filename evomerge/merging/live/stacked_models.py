@@ -43,12 +43,12 @@ Merge = Callable[[Recipe, Mapping[str, Storage], Mapping[str, int], Callable[[st
 class _Part:
     """A tensor of the result, or the part of it that lies in one live parameter.
 
-    source, own, owner: whose tensor and live parameter give it its place.
+    source, source_tensor: the model and its tensor that give it its place. owner: the live parameter there.
     """
 
     name: str
     source: str
-    own: str
+    source_tensor: str
     owner: str
     group: TensorGroup
 
@@ -92,8 +92,8 @@ class _Held:
         starts = {self.live[n].untyped_storage().data_ptr(): tensor for n, tensor in fresh.items()}
         return Spread(
             parts=tuple(
-                (starts[flat.untyped_storage().data_ptr()].view(-1), there, own)
-                for flat, there, own in place.parts
+                (starts[flat.untyped_storage().data_ptr()].view(-1), live_places, tensor_places)
+                for flat, live_places, tensor_places in place.parts
                 if flat.untyped_storage().data_ptr() in starts
             )
         )
@@ -149,14 +149,14 @@ class Rewiring:
         key: what determines the bits a group makes of a tensor. Raises NonFiniteWeights, and ModelError
         where layers can't be put together.
         """
-        wanted = self._parts(recipe)
-        frame = self._frame(recipe, wanted)
+        parts_by_live = self._parts(recipe)
+        frame = self._frame(recipe, parts_by_live)
         if self._current is not None:
             self._current.release()
         self._current = frame
-        weights = self._share(recipe, wanted)
-        frame.made = [live for live in wanted if live not in weights]
-        weights |= self._make(recipe, {live: wanted[live] for live in frame.made}, key)
+        weights = self._share(recipe, parts_by_live)
+        frame.made = [live for live in parts_by_live if live not in weights]
+        weights |= self._make(recipe, {live: parts_by_live[live] for live in frame.made}, key)
         for live, tensor in weights.items():
             frame.slots[live].data = tensor
         frame.model.to(self._device)  # type: ignore[arg-type]  # a new frame's rotary tables are no weights
@@ -164,15 +164,15 @@ class Rewiring:
 
     def _parts(self, recipe: Recipe) -> dict[str, list[_Part]]:
         """Return live name of the result -> the tensors it is made of."""
-        wanted: dict[str, list[_Part]] = {}
+        parts_by_live: dict[str, list[_Part]] = {}
         for name in output_headers(recipe, self._sources):
             group = recipe.group_for(name)
             source, shift = group.sources[0], group.shifts[0]
-            own = shifted(name, shift)
-            for owner in self._hold(source).owners[own]:
-                part = _Part(name=name, source=source, own=own, owner=owner, group=group)
-                wanted.setdefault(shifted(owner, -shift), []).append(part)
-        for live, parts in wanted.items():
+            source_tensor = shifted(name, shift)
+            for owner in self._hold(source).owners[source_tensor]:
+                part = _Part(name=name, source=source, source_tensor=source_tensor, owner=owner, group=group)
+                parts_by_live.setdefault(shifted(owner, -shift), []).append(part)
+        for live, parts in parts_by_live.items():
             first = parts[0]
             members = self._held[first.source].members[first.owner]
             whole = {shifted(name, -first.group.shifts[0]) for name in members}
@@ -183,7 +183,7 @@ class Rewiring:
                     got=", ".join(sorted(part.name for part in parts)[:3]),
                     fix="take the layer's modules from layers of one kind",
                 )
-        return wanted
+        return parts_by_live
 
     def _hold(self, source: str) -> _Held:
         if source not in self._held:
@@ -193,7 +193,7 @@ class Rewiring:
             self._held[source] = _Held(opened, model)
         return self._held[source]
 
-    def _frame(self, recipe: Recipe, wanted: Mapping[str, object]) -> _Frame:
+    def _frame(self, recipe: Recipe, parts_by_live: Mapping[str, object]) -> _Frame:
         """Return the frame of a recipe's config; only `FRAMES` are kept, those used last."""
         config = stacked_config(recipe, self._sources)
         name = json.dumps(config, sort_keys=True)
@@ -201,8 +201,8 @@ class Rewiring:
         if frame is None:
             model = build(self._pattern, config, self._dtype, self._attention)
             frame = _Frame(model=model, slots=_state(model))
-            if set(frame.slots) != set(wanted):
-                differing = sorted(set(frame.slots) ^ set(wanted))
+            if set(frame.slots) != set(parts_by_live):
+                differing = sorted(set(frame.slots) ^ set(parts_by_live))
                 raise ModelError(
                     "the stacked layers are not those of the model their config describes",
                     got=", ".join(differing[:3]),
@@ -213,17 +213,19 @@ class Rewiring:
         self._frames[name] = frame
         return frame
 
-    def _share(self, recipe: Recipe, wanted: Mapping[str, Sequence[_Part]]) -> dict[str, Tensor]:
+    def _share(self, recipe: Recipe, parts_by_live: Mapping[str, Sequence[_Part]]) -> dict[str, Tensor]:
         """Return live name -> weights, of all that are some source's as they are."""
-        found = {}
+        shared = {}
         needed: dict[str, dict[str, int]] = {}
-        for live, parts in wanted.items():
+        for live, parts in parts_by_live.items():
             source, owner = parts[0].source, parts[0].owner
             copied = all(part.group.copied_source == part.source for part in parts)
             if copied and all((part.source, part.owner) == (source, owner) for part in parts):
-                found[live] = self._held[source].live[owner]
+                shared[live] = self._held[source].live[owner]
                 headers = self._sources[source].headers
-                needed.setdefault(source, {}).update((part.own, headers[part.own].count) for part in parts)
+                needed.setdefault(source, {}).update(
+                    (part.source_tensor, headers[part.source_tensor].count) for part in parts
+                )
         for source, sizes in needed.items():
             held = self._held[source]
             empty = {name: n for name, n in sizes.items() if held.filled.get(name) != recipe.dtype}
@@ -231,42 +233,42 @@ class Rewiring:
                 held.filled.pop(name, None)
             copies = recipe.with_groups([TensorGroup(method="passthrough", sources=(source,))])
             self._merge(copies, {name: held.places[name] for name in empty}, empty, held.note(recipe.dtype))
-        return found
+        return shared
 
     def _make(
         self,
         recipe: Recipe,
-        wanted: Mapping[str, Sequence[_Part]],
+        parts_by_live: Mapping[str, Sequence[_Part]],
         key: Callable[[TensorGroup], Hashable],
     ) -> dict[str, Tensor]:
         """Return live name -> weights made for this recipe; those the last one had, too, are kept."""
         import torch
 
         marks = {
-            live: tuple((p.name, p.source, p.own, p.owner, key(p.group)) for p in parts)
-            for live, parts in wanted.items()
+            live: tuple((p.name, p.source, p.source_tensor, p.owner, key(p.group)) for p in parts)
+            for live, parts in parts_by_live.items()
         }
-        kept = {live: each for live, each in self._made.items() if each[0] == marks.get(live)}
-        self._made = kept
+        reused = {live: made for live, made in self._made.items() if made[0] == marks.get(live)}
+        self._made = reused
         fresh = {
             live: torch.empty_like(self._held[parts[0].source].live[parts[0].owner])
-            for live, parts in wanted.items()
-            if live not in kept
+            for live, parts in parts_by_live.items()
+            if live not in reused
         }
         places: dict[str, Storage] = {}
         sizes: dict[str, int] = {}
         for live in fresh:
-            for part in wanted[live]:
+            for part in parts_by_live[live]:
                 held = self._held[part.source]
-                own = {
+                fresh_by_owner = {
                     owner: fresh[new]
-                    for owner in held.owners[part.own]
+                    for owner in held.owners[part.source_tensor]
                     if (new := shifted(owner, -part.group.shifts[0])) in fresh
                 }
-                places[part.name] = held.place_on(part.own, own)
-                sizes[part.name] = self._sources[part.source].headers[part.own].count
+                places[part.name] = held.place_on(part.source_tensor, fresh_by_owner)
+                sizes[part.name] = self._sources[part.source].headers[part.source_tensor].count
         self._merge(recipe, places, sizes, lambda name: None)
-        self._made = kept | {live: (marks[live], tensor) for live, tensor in fresh.items()}
+        self._made = reused | {live: (marks[live], tensor) for live, tensor in fresh.items()}
         return {live: tensor for live, (_, tensor) in self._made.items()}
 
 

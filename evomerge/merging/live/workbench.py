@@ -70,10 +70,10 @@ class Workbench:
         self._inputs = WarmInputs(self.sources, low_memory=low_memory)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
-        own = self.sources[self._pattern]
-        self._plain = build(own, own.config, compute_dtype, attn_implementation)
+        pattern_source = self.sources[self._pattern]
+        self._plain = build(pattern_source, pattern_source.config, compute_dtype, attn_implementation)
         self._plain.to(device)  # type: ignore[arg-type]
-        self._targets = locate(self._plain, self._headers, own.location)
+        self._targets = locate(self._plain, self._headers, pattern_source.location)
         self._rewiring = Rewiring(
             self.sources,
             pattern=self._pattern,
@@ -131,13 +131,13 @@ class Workbench:
             check(recipe, self.sources)
             self._checked.add(shape)
         keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
-        wanted = {name: keys[id(recipe.group_for(name))] for name in self._targets}
-        changed = [name for name, key in wanted.items() if self._loaded.get(name) != key]
+        wanted_keys = {name: keys[id(recipe.group_for(name))] for name in self._targets}
+        changed = [name for name, key in wanted_keys.items() if self._loaded.get(name) != key]
         for name in changed:
             self._loaded.pop(name, None)
 
         def note(name: str) -> None:
-            self._loaded[name] = wanted[name]
+            self._loaded[name] = wanted_keys[name]
 
         sizes = {name: self._headers[name].count for name in changed}
         self._merge(recipe, {name: self._targets[name] for name in changed}, sizes, note)
@@ -171,16 +171,16 @@ class Workbench:
         Of the last loaded recipe, after a backward pass. A group whose method can't be differentiated, or
         which makes no tensor, has none. Sums over tensors are taken in one order.
         """
-        live = {each.untyped_storage().data_ptr(): each for each in self.model.parameters()}
-        found: dict[int, list[Derivatives]] = {}
+        live = {parameter.untyped_storage().data_ptr(): parameter for parameter in self.model.parameters()}
+        by_group: dict[int, list[Derivatives]] = {}
         # Tied weights that are stored twice lie in one place, and its gradient counts once.
         owners = {address(place): name for name, place in self._targets.items()}
         for name in sorted(owners.values()):
             gradient = gradient_at(self._targets[name], live).view(self._headers[name].shape).numpy()
             of_tensor = tensor_derivatives(recipe, name, gradient, self._inputs)
             if of_tensor is not None:
-                found.setdefault(id(recipe.group_for(name)), []).append(of_tensor)
-        return [added(found.get(id(group), [])) for group in recipe.groups]
+                by_group.setdefault(id(recipe.group_for(name)), []).append(of_tensor)
+        return [added(by_group.get(id(group), [])) for group in recipe.groups]
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:

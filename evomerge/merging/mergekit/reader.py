@@ -100,11 +100,11 @@ def read(
     slices = placed(_slices(data, method))
     base = _base(data, "mergekit file")
     tokenizer = _tokenizer(data)
-    used = [each for part in slices for each in (part.made.base, *part.made.sources)]
+    used = [location for part in slices for location in (part.made.base, *part.made.sources)]
     if tokenizer == "base":
         tokenizer = base or slices[0].made.sources[0]
     named = (base, *used, tokenizer)
-    locations = list(dict.fromkeys(each for each in named if each and each != UNION))
+    locations = list(dict.fromkeys(location for location in named if location and location != UNION))
     names = _names(locations)
     places = {location: resolved(location, root) for location in locations}
     headers = Headers(places, tensors, base)
@@ -113,8 +113,8 @@ def read(
         length = slices[-1].start + (slices[-1].length or 0)
         try:
             check_ranges(slices, headers)
-            own = locations[0] if tokenizer in (None, UNION) else tokenizer
-            if length == headers.layout(own).num_layers:
+            pattern_location = locations[0] if tokenizer in (None, UNION) else tokenizer
+            if length == headers.layout(pattern_location).num_layers:
                 length = None
         except ModelError:
             pass  # the models are not at hand; whoever merges checks the layers again
@@ -134,14 +134,14 @@ def read(
 
 def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
     """Bring `models`, `slices` and `modules` to one form; shifts are still the sources' first layers."""
-    given = [key for key in ("models", "slices", "modules") if data.get(key)]
-    if len(given) != 1:
+    keys = [key for key in ("models", "slices", "modules") if data.get(key)]
+    if len(keys) != 1:
         raise ConfigError(
-            "mergekit file: what to merge", expected="exactly one of models, slices, modules", got=str(given)
+            "mergekit file: what to merge", expected="exactly one of models, slices, modules", got=str(keys)
         )
     levels = [_parameters(data, method, "parameters")]
     content, where = data, ""
-    if given == ["modules"]:
+    if keys == ["modules"]:
         if not isinstance(data["modules"], Mapping) or len(data["modules"]) != 1:
             raise ConfigError("mergekit file: modules", expected="one module", got=str(data["modules"])[:80])
         name, content = next(iter(data["modules"].items()))
@@ -157,14 +157,14 @@ def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
         place = f"{where}slices[{index}]"
         part = _checked(entry, ("sources", "parameters", "base_model"), f"mergekit file: {place}")
         entries = _list(part.get("sources"), f"{place}.sources")
-        own = _base(part, f"mergekit file: {place}") or base
+        slice_base = _base(part, f"mergekit file: {place}") or base
         inner = [_parameters(part, method, f"{place}.parameters"), *levels]
-        slices.append(_slice(entries, own, method, inner, f"{place}.sources", ranged=True))
+        slices.append(_slice(entries, slice_base, method, inner, f"{place}.sources", ranged=True))
     return slices
 
 
 def _slice(
-    given: Sequence[Any],
+    listed: Sequence[Any],
     base: str | None,
     method: Method,
     levels: Sequence[Conditions],
@@ -174,9 +174,9 @@ def _slice(
 ) -> Slice:
     valid = ("model", "parameters", *(("layer_range",) if ranged else ()))
     entries, lengths = [], []
-    for index, each in enumerate(given):
+    for index, source in enumerate(listed):
         place = f"{where}[{index}]"
-        entry = _checked(each, valid, f"mergekit file: {place}")
+        entry = _checked(source, valid, f"mergekit file: {place}")
         model = _location(entry.get("model"), f"mergekit file: {place}: model")
         parameters = _parameters(entry, method, f"{place}.parameters", source=True)
         start, end = _layer_range(entry, place) if ranged else (0, None)
@@ -229,10 +229,16 @@ def _roles(
     """
     where = f"mergekit file: {where}"
     listed = [entry for entry in entries if entry.model == base]
-    own, base_start = base if method.uses_base(base) else None, 0
-    if own is not None and ranged and not listed and not method.needs_base and method.name != "nuslerp":
-        own = None
-    if own is not None:
+    group_base, base_start = base if method.uses_base(base) else None, 0
+    if (
+        group_base is not None
+        and ranged
+        and not listed
+        and not method.needs_base
+        and method.name != "nuslerp"
+    ):
+        group_base = None
+    if group_base is not None:
         entries = [entry for entry in entries if entry.model != base]
         starts = {entry.start for entry in listed or entries}
         if len(listed) > 1 or len(starts) > 1:
@@ -258,7 +264,7 @@ def _roles(
         method=method.name,
         sources=tuple(entry.model for entry in entries),
         shift=tuple(entry.start for entry in entries),
-        base=own,
+        base=group_base,
         base_shift=base_start,
     )
     return made, entries
@@ -268,7 +274,7 @@ def _parameters(
     data: Mapping[str, Any], method: Method, where: str, *, source: bool = False
 ) -> dict[str, tuple[Condition, ...]]:
     """Return parameter -> ordered conditions of one level of the file."""
-    found: dict[str, tuple[Condition, ...]] = {}
+    conditions: dict[str, tuple[Condition, ...]] = {}
     where = f"mergekit file: {where}"
     for name, setting in _mapping(data.get("parameters") or {}, where).items():
         neutral = NEUTRAL.get(method.name, {})
@@ -280,29 +286,29 @@ def _parameters(
             raise ConfigError(
                 f"{where}: {name} holds for all sources of a tensor", fix="move it out of the source"
             )
-        found[name] = _conditions(setting, f"{where}.{name}")
+        conditions[name] = _conditions(setting, f"{where}.{name}")
         if declared.kind == "flag":  # mergekit takes 0 and 1 as well
-            found[name] = tuple(
-                (p, tuple(bool(v) if v in (0, 1) else v for v in vs)) for p, vs in found[name]
+            conditions[name] = tuple(
+                (p, tuple(bool(v) if v in (0, 1) else v for v in vs)) for p, vs in conditions[name]
             )
-    return found
+    return conditions
 
 
 def _conditions(setting: object, where: str) -> tuple[Condition, ...]:
     if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
-        found: list[Condition] = []
-        for given in setting:
-            item = _checked(given, ("filter", "value"), where)
+        conditions: list[Condition] = []
+        for entry in setting:
+            item = _checked(entry, ("filter", "value"), where)
             if "value" not in item:
                 raise ConfigError(f"{where}: a filter without value")
             part = item.get("filter")
-            found.append((None if part in (None, "*") else str(part), _values(item["value"], where)))
-        return tuple(found)
+            conditions.append((None if part in (None, "*") else str(part), _values(item["value"], where)))
+        return tuple(conditions)
     return ((None, _values(setting, where)),)
 
 
 def _values(value: object, where: str) -> tuple[Any, ...]:
-    values = [_number(each) for each in (value if isinstance(value, list) else [value])]
+    values = [_number(number) for number in (value if isinstance(value, list) else [value])]
     numbers = all(isinstance(v, int | float) for v in values)
     if not values or not numbers or (len(values) > 1 and any(isinstance(v, bool) for v in values)):
         raise ConfigError(f"{where}", expected="a number, a list of numbers, or filters", got=repr(value))
@@ -318,13 +324,13 @@ def _number(value: object) -> object:
 
 
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
-    given = entry.get("layer_range")
-    whole = isinstance(given, list) and len(given) == 2 and all(type(v) is int for v in given)
-    if not whole or not 0 <= given[0] < given[1]:  # type: ignore[index]
+    bounds = entry.get("layer_range")
+    whole = isinstance(bounds, list) and len(bounds) == 2 and all(type(v) is int for v in bounds)
+    if not whole or not 0 <= bounds[0] < bounds[1]:  # type: ignore[index]
         raise ConfigError(
-            f"mergekit file: {where}: layer_range", expected="[first, end), end above first", got=repr(given)
+            f"mergekit file: {where}: layer_range", expected="[first, end), end above first", got=repr(bounds)
         )
-    return given[0], given[1]  # type: ignore[index]
+    return bounds[0], bounds[1]  # type: ignore[index]
 
 
 def _names(locations: Iterable[str]) -> dict[str, str]:
@@ -348,49 +354,49 @@ def resolved(location: str, root: str | Path | None) -> str:
 
 
 def _base(data: Mapping[str, Any], where: str) -> str | None:
-    given = data.get("base_model")
-    return None if given is None else _location(given, f"{where}: base_model")
+    location = data.get("base_model")
+    return None if location is None else _location(location, f"{where}: base_model")
 
 
-def _location(given: object, where: str) -> str:
+def _location(location: object, where: str) -> str:
     """Return a model's location, written as a text or as mergekit's own mapping of model and lora."""
-    if isinstance(given, dict) and "model" in given:
-        parts = _checked(given, ("model", "lora"), where)
+    if isinstance(location, dict) and "model" in location:
+        parts = _checked(location, ("model", "lora"), where)
         return "+".join(_location(parts[key], where) for key in ("model", "lora") if parts.get(key))
-    if isinstance(given, dict) and "path" in given:
-        return str(_checked(given, ("path",), where)["path"])
-    if not isinstance(given, str):
-        raise ConfigError(where, expected="a path or hub id", got=repr(given))
-    return given
+    if isinstance(location, dict) and "path" in location:
+        return str(_checked(location, ("path",), where)["path"])
+    if not isinstance(location, str):
+        raise ConfigError(where, expected="a path or hub id", got=repr(location))
+    return location
 
 
 def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
     for key in ("dtype", "out_dtype"):
         if data.get(key) is not None and data[key] not in DTYPES:
             raise ConfigError(f"mergekit file: {key}: {data[key]!r}", fix=nearest(str(data[key]), DTYPES))
-    given = data.get("out_dtype") or data.get("dtype")
-    return str(given) if given else headers.dtype(location)
+    dtype = data.get("out_dtype") or data.get("dtype")
+    return str(dtype) if dtype else headers.dtype(location)
 
 
 def _tokenizer(data: Mapping[str, Any]) -> str | None:
     """Return `base`, `union`, or the location of the tokenizer's model; None where the file says nothing."""
     if data.get("chat_template") not in (None, "auto"):
         raise ConfigError("mergekit file: chat_template is not supported", fix="set it in the result")
-    given = data.get("tokenizer_source")
+    source = data.get("tokenizer_source")
     if data.get("tokenizer") is not None:
-        given = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
-    if given is not None and not isinstance(given, str):
+        source = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
+    if source is not None and not isinstance(source, str):
         raise ConfigError(
-            "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(given)
+            "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(source)
         )
-    return given
+    return source
 
 
 def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:
-    for key in (found := _mapping(data, where)):
+    for key in (checked := _mapping(data, where)):
         if key not in valid:
             raise ConfigError(f"{where}: unknown key {key!r}", fix=nearest(str(key), valid))
-    return found
+    return checked
 
 
 def _mapping(data: object, where: str) -> dict[str, Any]:

@@ -161,10 +161,12 @@ def _rules(
     """Return ordered rules for all tensors, for those of one layer, or for those outside the layers."""
     chains = [chain for chains in part.conditions.values() for chain in chains]
     orders = {order for chain in chains if (order := _filters(chain))}
-    numbered = any(_numbered(each) for order in orders for each in order)
+    numbered = any(_numbered(part_filter) for order in orders for part_filter in order)
     if len(orders) <= 1 and not numbered:
         order = next(iter(orders), ())
-        named: list[FilterRule] = [((each,), _resolve(part, position, each)) for each in order]
+        named: list[FilterRule] = [
+            ((part_filter,), _resolve(part, position, part_filter)) for part_filter in order
+        ]
         return _joined([*named, ((), _resolve(part, position, ""))])
     # Filters of several parameters overlap in their own ways: ask the tensors themselves.
     first = part.made.sources[0]
@@ -185,7 +187,7 @@ def _exact_rules(part: Slice, position: float, names: Sequence[str]) -> list[Fil
         layer = layer_of(name)
         match = name if layer is None else f".{name.partition(f'.{layer}.')[2]}"
         by_setting.setdefault(_resolve(part, position, name), {})[match] = None
-    return [(tuple(found), settings) for settings, found in by_setting.items()]
+    return [(tuple(matches), settings) for settings, matches in by_setting.items()]
 
 
 def _joined(rules: list[FilterRule]) -> list[FilterRule]:
@@ -206,12 +208,12 @@ def _numbered(part: str | None) -> bool:
 
 def _filters(chain: Sequence[Condition]) -> tuple[str, ...]:
     """Return the filters of a chain up to its first unconditional value."""
-    found: dict[str, None] = {}
+    filters: dict[str, None] = {}
     for part, _ in chain:
         if part is None:
             break
-        found[part] = None
-    return tuple(found)
+        filters[part] = None
+    return tuple(filters)
 
 
 def _resolve(part: Slice, position: float, name: str) -> tuple[tuple[str, Setting], ...]:
@@ -219,8 +221,8 @@ def _resolve(part: Slice, position: float, name: str) -> tuple[tuple[str, Settin
     settings: list[tuple[str, Setting]] = []
     for parameter, chains in part.conditions.items():
         if methods.get(part.made.method).parameters[parameter].per_source:
-            each = zip(chains, part.made.shift, strict=True)
-            values = tuple(_value(chain, position, shifted(name, shift)) for chain, shift in each)
+            shifted_chains = zip(chains, part.made.shift, strict=True)
+            values = tuple(_value(chain, position, shifted(name, shift)) for chain, shift in shifted_chains)
             settings.append((parameter, values))
         else:
             settings.append((parameter, _value(chains[0], position, name)))

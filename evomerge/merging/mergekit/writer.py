@@ -109,7 +109,9 @@ def _slices(
         by_layer[layer_of(name)].append(name)
     outside: list[Branch] = [(name, recipe.group_for(name)) for name in by_layer.pop(None)]
     runs: list[tuple[int, int, list[Branch]]] = []
-    for layer, members in sorted((layer, found) for layer, found in by_layer.items() if layer is not None):
+    for layer, members in sorted(
+        (layer, members) for layer, members in by_layer.items() if layer is not None
+    ):
         branches = _branches(recipe, members)
         if runs and runs[-1][2] == branches:
             runs[-1] = (runs[-1][0], layer + 1, branches)
@@ -119,9 +121,13 @@ def _slices(
         raise _inexpressible("slices of layers", "a model without layers")
     written = []
     for index, (start, end, inner) in enumerate(runs):
-        ends = [each for each in outside if is_before_layers(each[0] or "") is (index == 0) or len(runs) == 1]
+        ends = [
+            branch
+            for branch in outside
+            if is_before_layers(branch[0] or "") is (index == 0) or len(runs) == 1
+        ]
         ends = ends if index in (0, len(runs) - 1) else []
-        branches = [*(each for each in ends if _falls_elsewhere(each, inner)), *inner]
+        branches = [*(branch for branch in ends if _falls_elsewhere(branch, inner)), *inner]
         shifts = {(group.shifts, group.base_shift) for _, group in inner}
         if len(shifts) > 1:
             raise _inexpressible("one shift for all tensors of a layer", f"several in layer {start}")
@@ -157,8 +163,8 @@ def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
 def _falls_elsewhere(branch: Branch, branches: Sequence[Branch]) -> bool:
     """Say whether a tensor outside the layers would get other parameters from a layer's branches."""
     name, group = branch
-    found = (g for part, g in branches if part is None or part in (name or ""))
-    other = next(found, None)
+    matching = (g for part, g in branches if part is None or part in (name or ""))
+    other = next(matching, None)
     return other is None or (other.sources, other.parameters) != (group.sources, group.parameters)
 
 
@@ -221,9 +227,9 @@ def _verify(recipe: Recipe, text: str, names: Sequence[str], tensors: Sequence[s
     if _num_layers(names) != (again.num_layers or _num_layers(tensors)):
         raise _inexpressible(f"{_num_layers(names)} layers", f"{again.num_layers} when read back")
     for name in names or ("",):
-        ours, theirs = (_made_of(each, name) for each in (recipe, again))
-        if ours != theirs:
-            raise _inexpressible(f"{name or 'all tensors'} made by {ours}", f"{theirs} when read back")
+        written, read_back = (_made_of(source, name) for source in (recipe, again))
+        if written != read_back:
+            raise _inexpressible(f"{name or 'all tensors'} made by {written}", f"{read_back} when read back")
 
 
 def _num_layers(names: Iterable[str]) -> int:

@@ -65,7 +65,7 @@ class Blend:
     """
 
     weights: tuple[float, ...]
-    kept: tuple[Ranks | Draws, ...] = ()
+    masks: tuple[Ranks | Draws, ...] = ()
     elect: bool = False
     mean: bool = False
     scale: float = 1.0
@@ -137,8 +137,8 @@ def run(blend: Blend, base: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
     tensor([2.5000, 2.5000])
     """
     vectors = list(inputs)
-    if blend.kept:
-        vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.kept, strict=True)]
+    if blend.masks:
+        vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.masks, strict=True)]
     mix = elected(vectors, blend) if blend.elect else weighted_sum(vectors, blend.weights)
     if blend.scale != 1.0:
         mix *= blend.scale
@@ -194,8 +194,8 @@ def keep(vector: Tensor, rule: Ranks | Draws) -> Tensor:
     if isinstance(rule, Ranks):
         return keep_ranks(vector, rule)
     mask = torch.from_numpy(short(rule.key, vector.numel()) >= rule.share).view(vector.shape)
-    kept = vector.masked_fill(mask.to(vector.device), 0.0)
-    return kept * rule.factor if rule.factor != 1.0 else kept
+    thinned = vector.masked_fill(mask.to(vector.device), 0.0)
+    return thinned * rule.factor if rule.factor != 1.0 else thinned
 
 
 def keep_ranks(vector: Tensor, ranks: Ranks) -> Tensor:

@@ -214,25 +214,25 @@ def markdown() -> str:
         *(f"- {name}: {how}." for name, how in ALIASES.items()),
     ]
     for name in names():
-        found = _REGISTRY[name]
-        low, high = found.min_sources, found.max_sources
+        declared = _REGISTRY[name]
+        low, high = declared.min_sources, declared.max_sources
         count = f"{low} or more" if high is None else f"exactly {low}" if low == high else f"{low} to {high}"
         count += " source" if high == 1 else " sources"
-        needs = INPUTS[found.inputs]
+        needs = INPUTS[declared.inputs]
         lines += [
             "",
             f"## {name}",
             "",
-            found.summary,
+            declared.summary,
             "",
             f"Works on {needs}; {count}"
-            f"{'; needs a base' if found.needs_base else ''}"
-            f"{'; draws masks from the recipe seed' if found.random else ''}"
-            f"{'; needs a Fisher file per source' if found.fisher else ''}. Paper: {found.paper}.",
+            f"{'; needs a base' if declared.needs_base else ''}"
+            f"{'; draws masks from the recipe seed' if declared.random else ''}"
+            f"{'; needs a Fisher file per source' if declared.fisher else ''}. Paper: {declared.paper}.",
         ]
-        if found.parameters:
+        if declared.parameters:
             lines += ["", "| parameter | one per | default | range | meaning |", "|---|---|---|---|---|"]
-        for p in found.parameters.values():
+        for p in declared.parameters.values():
             span = "true, false" if p.kind == "flag" else f"{p.low:g} ... {p.high:g}"
             default = str(p.default).lower() if p.kind == "flag" else f"{p.default:g}"
             owner = "source" if p.per_source else "group"

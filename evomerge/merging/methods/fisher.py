@@ -66,8 +66,8 @@ def fisher(
     if largest < SMALLEST:  # its reciprocal, which a GPU multiplies with, may be infinite
         return weighted_sum(tensors, shares)
     mix, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])
-    for tensor, own, share in zip(tensors, fishers, shares, strict=True):
-        part = (own / largest).clamp_(min=floor) * share
+    for tensor, information, share in zip(tensors, fishers, shares, strict=True):
+        part = (information / largest).clamp_(min=floor) * share
         total += part
         mix += part * tensor
     return mix.div_(total)

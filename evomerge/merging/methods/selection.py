@@ -30,7 +30,7 @@ NOTHING = Boundary(float("inf"), MANY)
 EVERYTHING = Boundary(0.0, MANY)
 
 
-def boundary(magnitudes: ndarray[Any, Any], kept: int, *, reorder: bool = False) -> Boundary:
+def boundary(magnitudes: ndarray[Any, Any], count: int, *, reorder: bool = False) -> Boundary:
     """Return the boundary of the `kept` largest of some magnitudes, (n,) float32.
 
     reorder: they may be left in another order, which saves a copy.
@@ -41,16 +41,16 @@ def boundary(magnitudes: ndarray[Any, Any], kept: int, *, reorder: bool = False)
     """
     import numpy
 
-    if kept <= 0:
+    if count <= 0:
         return NOTHING
-    rank = len(magnitudes) - kept
+    rank = len(magnitudes) - count
     if rank <= 0:
         return EVERYTHING
     ordered = magnitudes if reorder else magnitudes.copy()
     ordered.partition(rank)
     limit = float(ordered[rank])
     above = int(numpy.count_nonzero(ordered[rank:] > ordered[rank]))
-    return Boundary(limit, kept - above) if limit else EVERYTHING
+    return Boundary(limit, count - above) if limit else EVERYTHING
 
 
 class Spectrum:
@@ -77,21 +77,21 @@ class Spectrum:
         """The memory it takes."""
         return int(self._values.nbytes + (0 if self._minus_above is None else self._minus_above.nbytes))
 
-    def boundary(self, kept: int) -> Boundary:
+    def boundary(self, count: int) -> Boundary:
         """Return what the function `boundary` returns for the same magnitudes.
 
         >>> import numpy
         >>> Spectrum(numpy.array([1.0, 3.0, 1.0, 2.0])).boundary(3)
         Boundary(magnitude=1.0, ties=1)
         """
-        if kept <= 0:
+        if count <= 0:
             return NOTHING
-        if kept >= self._count:
+        if count >= self._count:
             return EVERYTHING
         if self._minus_above is None:
-            limit = float(self._values[self._count - kept])
-            above = self._count - int(self._values.searchsorted(self._values[self._count - kept], "right"))
+            limit = float(self._values[self._count - count])
+            above = self._count - int(self._values.searchsorted(self._values[self._count - count], "right"))
         else:  # the first magnitude with fewer than `kept` elements above it
-            place = int(self._minus_above.searchsorted(-kept, "right"))
+            place = int(self._minus_above.searchsorted(-count, "right"))
             limit, above = float(self._values[place]), -int(self._minus_above[place])
-        return Boundary(limit, kept - above) if limit else EVERYTHING
+        return Boundary(limit, count - above) if limit else EVERYTHING

@@ -177,7 +177,7 @@ def karcher(tensors: Statistics, *, max_iter: int = 10, tol: float = 1e-5) -> Bl
     lengths, cos = _angles(tensors.gram())
     count = tensors.count
     pointing = [1.0 if length > 0.0 else 0.0 for length in lengths]
-    point = [each / max(math.fsum(pointing), 1.0) for each in pointing]
+    point = [direction / max(math.fsum(pointing), 1.0) for direction in pointing]
     size = _length(point, cos)
     if size >= SHORTEST_MEAN:
         point = [c / size for c in point]
@@ -236,7 +236,7 @@ def _angles(products: Sequence[Sequence[float]]) -> tuple[list[float], list[list
         ]
         for i, (a, row) in enumerate(zip(lengths, products, strict=True))
     ]
-    return lengths, [[max(-1.0, min(1.0, each)) for each in row] for row in cos]
+    return lengths, [[max(-1.0, min(1.0, cosine)) for cosine in row] for row in cos]
 
 
 def _length(point: Sequence[float], cos: Sequence[Sequence[float]]) -> float:

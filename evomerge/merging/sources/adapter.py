@@ -116,9 +116,9 @@ class AdaptedCheckpoint:
                 got="adapter_model.bin, which is pickled and not read" if pickled else None,
                 fix="save the adapter again with safe_serialization=True" if pickled else None,
             )
-        found = read_header(folder / WEIGHTS)
-        self.updates = _updates(found, location, self._settings, base)
-        self.replaced = _replaced(found, location, self._settings, base, self.updates)
+        headers = read_header(folder / WEIGHTS)
+        self.updates = _updates(headers, location, self._settings, base)
+        self.replaced = _replaced(headers, location, self._settings, base, self.updates)
         if base.tied:
             self._check_tied()
 
@@ -151,26 +151,26 @@ class AdaptedCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return the adapted tensor in float32: base + scale * B A. It must not be modified."""
-        kept = self._stored(self.replaced[name]) if name in self.replaced else self.base.tensor(name)
+        weights = self._stored(self.replaced[name]) if name in self.replaced else self.base.tensor(name)
         update = self.update(name)
-        return kept if update is None else kept + update
+        return weights if update is None else weights + update
 
     def update(self, name: str) -> Tensor | None:
         """Return scale * B A of a tensor in float32, or None where it has no low-rank update."""
-        found = self.updates.get(name)
-        if found is None:
+        factors = self.updates.get(name)
+        if factors is None:
             return None
-        if found.down is None:
-            return self._factor(found.up) * found.scale
+        if factors.down is None:
+            return self._factor(factors.up) * factors.scale
         with _one_thread():
-            product: Tensor = self._factor(found.up) @ self._factor(found.down)
-        return (product.T.contiguous() if found.transposed else product) * found.scale
+            product: Tensor = self._factor(factors.up) @ self._factor(factors.down)
+        return (product.T.contiguous() if factors.transposed else product) * factors.scale
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return B (out, r), times the scale, and A (r, in) of an updated weight, in float32."""
-        found = self.updates[name]
-        assert found.down is not None, name
-        return self._factor(found.up) * found.scale, self._factor(found.down)
+        update = self.updates[name]
+        assert update.down is not None, name
+        return self._factor(update.up) * update.scale, self._factor(update.down)
 
     def _factor(self, part: str) -> Tensor:
         """Return a factor in float32; factors stay in memory, being small."""
@@ -292,11 +292,11 @@ def _refuse_unsupported(settings: Mapping[str, Any], location: str) -> None:
 
 
 def _updates(
-    found: Mapping[str, Header], location: str, settings: Mapping[str, Any], base: Checkpoint
+    headers: Mapping[str, Header], location: str, settings: Mapping[str, Any], base: Checkpoint
 ) -> dict[str, LowRank]:
     """Return tensor name -> update for every tensor of the base that has one."""
     updates: dict[str, LowRank] = {}
-    for name, header in found.items():
+    for name, header in headers.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
         if not module:
             continue
@@ -314,20 +314,20 @@ def _updates(
             )
         shape = base.headers[target].shape
         if pair is None:
-            other = found.get(f"{name[: -len(BIAS)]}A.weight")
+            other = headers.get(f"{name[: -len(BIAS)]}A.weight")
             if other is None or header.shape != shape:
                 raise _misfit(location, target, shape, header)
             scale = _scale(settings, module, other.shape[0])
             updates[target] = LowRank(down=None, up=name, scale=scale, transposed=False)
             continue
-        down, up = (f"{name[: -len(part)]}{each}" for each in pair)
-        if down not in found or up not in found:
+        down, up = (f"{name[: -len(part)]}{ending}" for ending in pair)
+        if down not in headers or up not in headers:
             raise ModelError(f"{location}: the adapter has only one of lora_A and lora_B for {module!r}")
-        flipped = pair == PAIRS[1] or _stored_transposed(base, shape, found[down], found[up])
+        flipped = pair == PAIRS[1] or _stored_transposed(base, shape, headers[down], headers[up])
         if flipped:
             shape = shape[::-1]
-        _check_shapes(location, target, shape, found[down], found[up])
-        scale = _scale(settings, module, found[down].shape[0])
+        _check_shapes(location, target, shape, headers[down], headers[up])
+        scale = _scale(settings, module, headers[down].shape[0])
         updates[target] = LowRank(down=down, up=up, scale=scale, transposed=flipped)
     return updates
 
@@ -343,7 +343,7 @@ def _stored_transposed(base: Checkpoint, shape: tuple[int, ...], down: Header, u
 
 
 def _replaced(
-    found: Mapping[str, Header],
+    headers: Mapping[str, Header],
     location: str,
     settings: Mapping[str, Any],
     base: Checkpoint,
@@ -352,7 +352,7 @@ def _replaced(
     """Return tensor name -> name in the file, for every tensor the adapter stores whole."""
     adapted = {target.rpartition(".")[0] for target in updates}
     replaced: dict[str, str] = {}
-    for name, header in found.items():
+    for name, header in headers.items():
         bare = name.removeprefix(PREFIX)
         if ".lora_" in bare:
             continue
@@ -391,11 +391,11 @@ def _unsupported(location: str, name: str) -> ModelError:
     )
 
 
-def _misfit(location: str, target: str, shape: tuple[int, ...], found: Header) -> ModelError:
+def _misfit(location: str, target: str, shape: tuple[int, ...], header: Header) -> ModelError:
     return ModelError(
         f"{location}: the adapter does not fit {target!r}",
         expected=str(list(shape)),
-        got=str(list(found.shape)),
+        got=str(list(header.shape)),
         fix="apply it to the base it was trained on, resized vocabulary included",
     )
 

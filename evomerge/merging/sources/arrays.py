@@ -23,8 +23,8 @@ def of_tensor(tensor: Tensor) -> WeightArray:
 
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(numpy.uint16)
-    known = tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.to(torch.float32)
-    return known.numpy()
+    supported = tensor if tensor.dtype in (torch.float32, torch.float16) else tensor.to(torch.float32)
+    return supported.numpy()
 
 
 def to_tensor(array: WeightArray) -> Tensor:

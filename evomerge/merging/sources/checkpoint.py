@@ -77,20 +77,22 @@ class Checkpoint:
         self._maps: dict[Path, WeightArray] = {}
         stored: dict[str, Header] = {}
         for path, names in _weight_files(folder, location):
-            found = read_header(path)
-            for name in found if names is None else names:
-                if name not in found:
+            headers = read_header(path)
+            for name in headers if names is None else names:
+                if name not in headers:
                     raise ModelError(
                         f"{folder / INDEX}: index and shard do not match",
                         expected=f"tensor {name!r} in {path.name}",
-                        got=f"{len(found)} other tensors there",
+                        got=f"{len(headers)} other tensors there",
                         fix="download or copy the model again",
                     )
-                stored[name] = found[name]
+                stored[name] = headers[name]
                 self._files[name] = path
         self._stored = stored
-        kept = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
-        self.headers: Mapping[str, Header] = {name: stored[name] for name in sorted(kept, key=natural_order)}
+        weights = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
+        self.headers: Mapping[str, Header] = {
+            name: stored[name] for name in sorted(weights, key=natural_order)
+        }
 
     @classmethod
     def open(cls, location: str) -> Checkpoint:
@@ -266,9 +268,9 @@ def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | N
         return [(folder / SINGLE, None)]
     if (folder / INDEX).is_file():
         return _indexed_files(folder)
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return [(found[0], None)]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return [(files[0], None)]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickled:
         raise ModelError(

@@ -28,10 +28,10 @@ def tensor(file: str, name: str) -> Tensor:
     """Return one Fisher tensor in float32. It must not be modified: it may be the mapped file itself."""
     import torch
 
-    found: Tensor = _opened(file, _stamp(file)).get_tensor(name).to(torch.float32)
-    if found.numel() and not (found.min() >= 0 and torch.isfinite(found.max())):
+    information: Tensor = _opened(file, _stamp(file)).get_tensor(name).to(torch.float32)
+    if information.numel() and not (information.min() >= 0 and torch.isfinite(information.max())):
         raise ModelError(f"{file}: {name!r} has elements that are negative or not finite")
-    return found
+    return information
 
 
 def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[str, str]) -> None:
@@ -42,7 +42,7 @@ def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[s
     """
     for name in recipe.used_fishers():
         file = recipe.fisher[name]
-        found = headers(file)
+        stored = headers(file)
         facts = _opened(file, _stamp(file)).metadata() or {}
         if facts.get("kind") != KIND:
             raise ModelError(
@@ -56,12 +56,14 @@ def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[s
                 f"{file}: the Fisher of another model than {name!r}",
                 fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
             )
-        for wanted, header in pattern.items():
-            if wanted not in found or found[wanted].shape != header.shape:
+        for tensor_name, header in pattern.items():
+            if tensor_name not in stored or stored[tensor_name].shape != header.shape:
                 raise ModelError(
                     f"{file}: not a Fisher of model {name!r}",
-                    expected=f"tensor {wanted!r} of shape {list(header.shape)}",
-                    got=f"shape {list(found[wanted].shape)}" if wanted in found else "no such tensor",
+                    expected=f"tensor {tensor_name!r} of shape {list(header.shape)}",
+                    got=f"shape {list(stored[tensor_name].shape)}"
+                    if tensor_name in stored
+                    else "no such tensor",
                     fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
                 )
 

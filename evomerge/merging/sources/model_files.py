@@ -32,8 +32,8 @@ def files_of(source: Source) -> dict[str, Path]:
     if isinstance(source, Aligned):
         return files_of(source.source)
     if isinstance(source, AdaptedCheckpoint):
-        own = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)
-        return files_of(source.base) | {path.name: path for path in own}
+        adapter_files = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)
+        return files_of(source.base) | {path.name: path for path in adapter_files}
     assert isinstance(source, Checkpoint)
     small = (source.folder / name for name in (*JSON[:1], *TOKENIZER))
     return {path.name: path for path in (*small, *source.files) if path.is_file()}
@@ -46,11 +46,11 @@ def facts(source: Source) -> dict[str, dict[str, int | str]]:
 
 def full_hashes(source: Source) -> dict[str, str]:
     """Return the SHA-256 of every byte of a model's files."""
-    found = {}
+    hashes = {}
     for name, path in files_of(source).items():
         with path.open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def changes(before: Facts, after: Facts) -> list[str]:
@@ -62,14 +62,14 @@ def changes(before: Facts, after: Facts) -> list[str]:
     >>> changes({"a.json": {"contents": "a"}}, {"b.json": {"contents": "a"}})
     ['a.json (missing)', 'b.json (new)']
     """
-    found = [f"{name} (missing)" for name in before if name not in after]
+    changed = [f"{name} (missing)" for name in before if name not in after]
     for name in after:
         if name not in before:
-            found.append(f"{name} (new)")
+            changed.append(f"{name} (new)")
         elif before[name] != after[name]:
             keys = [key for key in after[name] if before[name].get(key) != after[name][key]]
-            found.append(f"{name} ({_WORDS.get(keys[0] if keys else '', 'other contents')})")
-    return found
+            changed.append(f"{name} ({_WORDS.get(keys[0] if keys else '', 'other contents')})")
+    return changed
 
 
 def _of_file(path: Path) -> dict[str, int | str]:

@@ -46,9 +46,9 @@ class Source(Protocol):
         ...
 
 
-def same_base(one: Source, other: Source) -> bool:
+def same_base(source: Source, other: Source) -> bool:
     """Say whether two models, adapters taken off, are one folder, however it was named."""
-    return _resolved(one.folder) == _resolved(other.folder)
+    return _resolved(source.folder) == _resolved(other.folder)
 
 
 @functools.cache

@@ -70,15 +70,15 @@ def row_maps(models: Mapping[str, Rows], target: Rows) -> dict[str, NDArray[np.i
     [1, -1, 2]
     """
     assert target.tokens is not None
-    wanted = {row: token for token, row in target.tokens.items() if row < target.count}
-    padding = np.array([row for row in range(target.count) if row not in wanted], dtype=np.int64)
+    token_of_row = {row: token for token, row in target.tokens.items() if row < target.count}
+    padding = np.array([row for row in range(target.count) if row not in token_of_row], dtype=np.int64)
     maps = {}
     for name, model in models.items():
         assert model.tokens is not None
         rows = np.full(target.count, LACKS, dtype=np.int64)
-        for row, token in wanted.items():
-            own = model.tokens.get(token, LACKS)
-            rows[row] = own if own < model.count else LACKS
+        for row, token in token_of_row.items():
+            model_row = model.tokens.get(token, LACKS)
+            rows[row] = model_row if model_row < model.count else LACKS
         named = np.fromiter(model.tokens.values(), dtype=np.int64, count=len(model.tokens))
         free = padding[padding < model.count]
         free = free[~np.isin(free, named)]
@@ -92,7 +92,7 @@ def row_tensors(source: Source) -> tuple[str, ...]:
 
     Found by name and shape: outside the layers, with as many rows as the config's vocabulary.
     """
-    found = {
+    row_counts = {
         name: header.shape[0]
         for name, header in source.headers.items()
         if layer_of(name) is None
@@ -103,8 +103,8 @@ def row_tensors(source: Source) -> tuple[str, ...]:
     }
     config = source.config.get("text_config") or source.config
     declared = config.get("vocab_size", source.config.get("vocab_size"))
-    count = declared if declared in found.values() else next(iter(found.values()), None)
-    return tuple(name for name, rows in found.items() if rows == count)
+    count = declared if declared in row_counts.values() else next(iter(row_counts.values()), None)
+    return tuple(name for name, rows in row_counts.items() if rows == count)
 
 
 def rows_of(source: Source) -> int | None:
@@ -150,9 +150,9 @@ def align(
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
     if not same and not asked:
         return dict(sources)
-    known = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
+    rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
-    target = _target(known[pattern], additions)
+    target = _target(rows[pattern], additions)
     _check_tables(sources, names)
     if additions:
         _check_ids(first, target, additions)
@@ -160,13 +160,13 @@ def align(
         sources=dict(sources),
         base=base,
         tensors=names,
-        known=known,
+        rows=rows,
         target=target,
-        maps=row_maps(known, target),
+        maps=row_maps(rows, target),
     )
     return {
         name: source
-        if known[name].tokens == target.tokens and known[name].count == target.count
+        if rows[name].tokens == target.tokens and rows[name].count == target.count
         else Aligned(name, source, table, additions if name == pattern else ())
         for name, source in sources.items()
     }
@@ -179,7 +179,7 @@ class Table:
     sources: Mapping[str, Source]
     base: str | None
     tensors: tuple[str, ...]
-    known: Mapping[str, Rows]
+    rows: Mapping[str, Rows]
     target: Rows
     maps: Mapping[str, NDArray[np.int64]]
 
@@ -187,20 +187,20 @@ class Table:
         """Return a model's tensor with the target's rows, in float32."""
         import torch
 
-        rows, own = self.maps[model], self.sources[model].tensor(tensor)
+        rows, weights = self.maps[model], self.sources[model].tensor(tensor)
         if np.array_equal(rows, np.arange(len(rows))):
-            return own[: len(rows)]
-        result = own.index_select(0, torch.from_numpy(np.maximum(rows, 0)))
-        del own
+            return weights[: len(rows)]
+        result = weights.index_select(0, torch.from_numpy(np.maximum(rows, 0)))
+        del weights
         lacking = rows == LACKS
         result[torch.from_numpy(lacking)] = 0
         if self.base is not None and self.base != model and lacking.any():
             theirs = self.maps[self.base]
-            given = np.flatnonzero(lacking & (theirs != LACKS))
-            if given.size:
-                found = self.sources[self.base].tensor(tensor)[torch.from_numpy(theirs[given])]
-                result[torch.from_numpy(given)] = found
-                lacking[given] = False
+            from_base = np.flatnonzero(lacking & (theirs != LACKS))
+            if from_base.size:
+                base_rows = self.sources[self.base].tensor(tensor)[torch.from_numpy(theirs[from_base])]
+                result[torch.from_numpy(from_base)] = base_rows
+                lacking[from_base] = False
         if lacking.any():
             self._add_means(result, np.flatnonzero(lacking), tensor)
         return result
@@ -214,8 +214,8 @@ class Table:
         for name, rows in self.maps.items():
             has = np.flatnonzero(rows[places] != LACKS)
             if has.size:
-                found = self.sources[name].tensor(tensor)[torch.from_numpy(rows[places][has])]
-                total.index_add_(0, torch.from_numpy(has), found)
+                model_rows = self.sources[name].tensor(tensor)[torch.from_numpy(rows[places][has])]
+                total.index_add_(0, torch.from_numpy(has), model_rows)
                 count[torch.from_numpy(has)] += 1
         shape = (-1, *(1,) * (result.dim() - 1))
         result[torch.from_numpy(places)] = total / count.clamp(min=1).reshape(shape)
@@ -247,7 +247,7 @@ class Aligned:
     ) -> None:
         self.name, self.source, self.additions = name, source, tuple(additions)
         self._table = table
-        self.note = _note(name, table.known[name], table.target, additions)
+        self.note = _note(name, table.rows[name], table.target, additions)
         self.location, self.folder = source.location, source.folder
         self.config = with_rows(source.config, table.target.count)
         self.headers: Mapping[str, Header] = {
@@ -318,8 +318,8 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _same_tokens(ours: Mapping[str, int] | None, theirs: Mapping[str, int] | None) -> bool:
-    return ours is None or theirs is None or ours == theirs
+def _same_tokens(tokens: Mapping[str, int] | None, others: Mapping[str, int] | None) -> bool:
+    return tokens is None or others is None or tokens == others
 
 
 def _rows(name: str, source: Source, pattern_name: str, pattern: Source) -> Rows:
@@ -341,18 +341,18 @@ def _rows(name: str, source: Source, pattern_name: str, pattern: Source) -> Rows
 def _additions(sources: Mapping[str, Source], pattern: str) -> tuple[dict[str, Any], ...]:
     """Return the tokens the pattern lacks, in the order of models and ids, with their flags."""
     have = set(sources[pattern].vocabulary or ())
-    found = []
+    additions = []
     for source in sources.values():
         new = {token: row for token, row in (source.vocabulary or {}).items() if token not in have}
         if not new:
             continue
         flags = _flags(source.folder)
         plain = {"special": False, "normalized": True}
-        found += [
+        additions += [
             {"content": token, **flags.get(token, plain)} for token in sorted(new, key=lambda t: new[t])
         ]
         have |= new.keys()
-    return tuple(found)
+    return tuple(additions)
 
 
 def _flags(folder: Path) -> dict[str, dict[str, bool]]:
@@ -413,20 +413,20 @@ def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
                 )
 
 
-def _note(name: str, own: Rows, target: Rows, additions: Sequence[Mapping[str, Any]]) -> str:
-    assert own.tokens is not None
+def _note(name: str, rows: Rows, target: Rows, additions: Sequence[Mapping[str, Any]]) -> str:
+    assert rows.tokens is not None
     assert target.tokens is not None
-    if own.tokens == target.tokens:
-        return f"padding differs: {name} has {own.count} embedding rows, the result {target.count}"
+    if rows.tokens == target.tokens:
+        return f"padding differs: {name} has {rows.count} embedding rows, the result {target.count}"
     if additions:
         plain = sum(not token.get("special") for token in additions)
         return (
-            f"the union adds {len(additions)} tokens to the {len(own.tokens)} of {name}, {plain} of them not "
-            "special: the tokenizer finds those literally in any text"
+            f"the union adds {len(additions)} tokens to the {len(rows.tokens)} of {name}; {plain} of them "
+            "are not special tokens, and the tokenizer matches those literally in any text"
         )
-    lacks = sum(token not in own.tokens for token in target.tokens)
-    loses = sum(token not in target.tokens for token in own.tokens)
-    moved = sum(own.tokens.get(token, row) != row for token, row in target.tokens.items())
+    lacks = sum(token not in rows.tokens for token in target.tokens)
+    loses = sum(token not in target.tokens for token in rows.tokens)
+    moved = sum(rows.tokens.get(token, row) != row for token, row in target.tokens.items())
     return (
         f"vocabularies differ: {name} lacks {lacks} of the result's tokens, loses {loses} of its own and has "
         f"{moved} in other rows"

@@ -33,10 +33,10 @@ def apply(
     tensor([0.5000])
     """
     function = methods.get(group.method).function
-    found = arguments(group, seed=seed, tensor=tensor)
+    settings = arguments(group, seed=seed, tensor=tensor)
     if methods.get(group.method).fisher:
-        found["fishers"] = fishers
-    return function(base, tensors, **found)
+        settings["fishers"] = fishers
+    return function(base, tensors, **settings)
 
 
 def arguments(group: TensorGroup, *, seed: int, tensor: str) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def tensor_derivatives(
     if blend is None:
         return None
     full = None if origin is None else to_tensor(widened(origin.data))
-    vectors = [alone(each, full) for each in operands]
+    vectors = [alone(operand, full) for operand in operands]
     partial = _partials(blend, vectors, gradient)
     return _chained(method, group, settings, measure, partial)
 
@@ -92,8 +92,8 @@ class _Partials:
 
 
 def _partials(blend: Blend, vectors: Sequence[Tensor], gradient: WeightArray) -> _Partials:
-    if blend.kept:
-        vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.kept, strict=True)]
+    if blend.masks:
+        vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.masks, strict=True)]
     if blend.elect:
         return _elected(blend, vectors, gradient)
     products = [inner(gradient, of_tensor(vector)) for vector in vectors]
@@ -151,9 +151,9 @@ def _chained(
         step = STEP * max(1.0, abs(value))
         ends = []
         for moved in (value - step, value + step):
-            given = moved if index is None else _replaced(settings[argument], index, moved)
+            changed = moved if index is None else _replaced(settings[argument], index, moved)
             assert method.blend is not None
-            blend = method.blend(measure, **{**settings, argument: given})
+            blend = method.blend(measure, **{**settings, argument: changed})
             assert blend is not None
             ends.append(blend)
         low, high = ends
@@ -161,28 +161,28 @@ def _chained(
         total = sum(p * (b - a) for p, b, a in changes) + partial.scale * (high.scale - low.scale)
         return float(total / (2.0 * step))
 
-    found: dict[str, tuple[float, ...]] = {}
+    derivatives: dict[str, tuple[float, ...]] = {}
     for name in parameters(group):
         argument = "lambda_" if name == "lambda" else name
         per_source = method.parameters[name].per_source
         indices = range(len(group.sources)) if per_source else (None,)
-        found[name] = tuple(along(argument, index) for index in indices)
-    return found
+        derivatives[name] = tuple(along(argument, index) for index in indices)
+    return derivatives
 
 
 def _replaced(values: Sequence[float], index: int, value: float) -> tuple[float, ...]:
     return (*values[:index], value, *values[index + 1 :])
 
 
-def added(each: Sequence[Derivatives]) -> Derivatives:
+def added(summands: Sequence[Derivatives]) -> Derivatives:
     """Return the sum of derivatives by the same parameters, in order; none give none.
 
     >>> added([{"weight": (1.0, 2.0)}, {"weight": (0.5, 0.0)}])
     {'weight': (1.5, 2.0)}
     """
     total: dict[str, tuple[float, ...]] = {}
-    for one in each:
-        for name, values in one.items():
+    for derivatives in summands:
+        for name, values in derivatives.items():
             before = total.get(name, (0.0,) * len(values))
             total[name] = tuple(a + b for a, b in zip(before, values, strict=True))
     return total

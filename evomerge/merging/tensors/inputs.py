@@ -84,16 +84,16 @@ class WarmInputs:
     @property
     def nbytes(self) -> int:
         """The memory the statistics take."""
-        return sum(each.nbytes for each in self._spectra.values())
+        return sum(spectrum.nbytes for spectrum in self._spectra.values())
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         place = (source, tensor), base
         if place in self._mapped:
             return self._mapped[place]
-        found = _operand(self._sources, source, tensor, base, mapped=True)
-        if found.data.base is not None and isinstance(self._sources[source], Checkpoint):
-            self._mapped[place] = found  # a view of the file: keeping it costs nothing
-        return found
+        operand = _operand(self._sources, source, tensor, base, mapped=True)
+        if operand.data.base is not None and isinstance(self._sources[source], Checkpoint):
+            self._mapped[place] = operand  # a view of the file: keeping it costs nothing
+        return operand
 
     def fisher(self, file: str, tensor: str) -> Tensor:
         return fisher_files.tensor(file, tensor)
@@ -115,10 +115,10 @@ def _operand(
     sources: Mapping[str, Source], source: str, tensor: str, base: TensorKey | None, *, mapped: bool
 ) -> Operand:
     """Return a model, or a task vector: as a difference still to be taken, or an adapter's own update."""
-    found = sources[source]
-    if base is None or base[1] != tensor or not isinstance(found, AdaptedCheckpoint):
-        return Operand(computable(found.array(tensor, mapped=mapped)), base is not None)
-    vector = task_vector(found, sources[base[0]], tensor)
+    model = sources[source]
+    if base is None or base[1] != tensor or not isinstance(model, AdaptedCheckpoint):
+        return Operand(computable(model.array(tensor, mapped=mapped)), base is not None)
+    vector = task_vector(model, sources[base[0]], tensor)
     if vector is None:
-        return Operand(numpy.zeros(found.headers[tensor].shape, dtype=numpy.float32), False)
+        return Operand(numpy.zeros(model.headers[tensor].shape, dtype=numpy.float32), False)
     return Operand(of_tensor(vector), False)

@@ -127,11 +127,11 @@ def blend(
     boundaries: (operand's index, rank) -> the boundary above which that many elements are.
     out: contiguous float32 or bfloat16 on the CPU; `rounded` rounds a float32 one to bfloat16.
     """
-    ranked = bool(plan.kept) and isinstance(plan.kept[0], Ranks)
-    drawn = bool(plan.kept) and not ranked
-    top = ranked and any(isinstance(rule, Ranks) and rule.first for rule in plan.kept)
+    ranked = bool(plan.masks) and isinstance(plan.masks[0], Ranks)
+    drawn = bool(plan.masks) and not ranked
+    top = ranked and any(isinstance(rule, Ranks) and rule.first for rule in plan.masks)
     settings = numpy.empty(len(operands), dtype=SOURCE)
-    rules = plan.kept or (None,) * len(operands)
+    rules = plan.masks or (None,) * len(operands)
     for index, (weight, size, rule) in enumerate(zip(plan.weights, plan.sizes, rules, strict=True)):
         limit, above = EVERYTHING, Boundary(math.nan, EVERYTHING.ties)
         key, share, factor = 0, 0, 1.0
@@ -174,17 +174,19 @@ def gram(base: Operand | None, operands: Sequence[Operand]) -> list[list[float]]
 
 def magnitudes(operand: Operand, base: Operand | None) -> WeightArray:
     """Return the magnitudes of an operand's elements, (n,) float32, new."""
-    found = numpy.empty(operand.data.size, dtype=numpy.float32)
-    blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, found, add_base=False)
-    return numpy.abs(found, out=found)
+    sizes = numpy.empty(operand.data.size, dtype=numpy.float32)
+    blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, sizes, add_base=False)
+    return numpy.abs(sizes, out=sizes)
 
 
 def _shape(base: Operand | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
-    sources = " ".join(f"S({k},{each.format},{int(each.minus_base)})" for k, each in enumerate(operands))
-    found = (f"SOURCES(S)={sources}", f"K={len(operands)}")
-    if base is not None and (needed or any(each.minus_base for each in operands)):
-        return (*found, f"BASE={base.format}")
-    return found
+    sources = " ".join(
+        f"S({k},{operand.format},{int(operand.minus_base)})" for k, operand in enumerate(operands)
+    )
+    definitions = (f"SOURCES(S)={sources}", f"K={len(operands)}")
+    if base is not None and (needed or any(operand.minus_base for operand in operands)):
+        return (*definitions, f"BASE={base.format}")
+    return definitions
 
 
 def _address(operand: Operand | None) -> int | None:
@@ -192,7 +194,7 @@ def _address(operand: Operand | None) -> int | None:
 
 
 def _addresses(operands: Sequence[Operand]) -> Any:
-    return (ctypes.c_void_p * len(operands))(*(each.address for each in operands))
+    return (ctypes.c_void_p * len(operands))(*(operand.address for operand in operands))
 
 
 class NoKernelError(Exception):
@@ -234,14 +236,14 @@ def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
     be at it. Raises OSError, subprocess.SubprocessError.
     """
     identity = _digest(repr((CODE, compiler, EXACT, GUARD, definitions, _processor())).encode())
-    for found in _folder().glob(f"{name}-{identity}-*.so"):
-        if found.stem.endswith(_digest(found.read_bytes())):
-            return found
-        found.unlink(missing_ok=True)
+    for library in _folder().glob(f"{name}-{identity}-*.so"):
+        if library.stem.endswith(_digest(library.read_bytes())):
+            return library
+        library.unlink(missing_ok=True)
     with passing_folder(_folder(), "kernel") as folder:
         code, built = folder / "kernels.c", folder / "kernels.so"
         code.write_text(CODE, encoding="utf-8")
-        defined = [f"-D{each}" for each in (f"GUARD={GUARD}f", *definitions)]
+        defined = [f"-D{definition}" for definition in (f"GUARD={GUARD}f", *definitions)]
         for flags in FASTEST:
             command = [compiler, *EXACT, *flags, *defined, str(code), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, check=False, timeout=300)
@@ -263,9 +265,9 @@ def _compiler() -> str | None:
     if _declined():
         return None
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        found = shutil.which(name) if name else None
-        if found and _works(found):
-            return found
+        path = shutil.which(name) if name else None
+        if path and _works(path):
+            return path
     return None
 
 
@@ -283,10 +285,10 @@ def _processor() -> str:
     """Return what -march=native depends on, so that a shared cache folder serves unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        kept = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+        facts = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
     except OSError:
-        kept = []
-    return "\n".join((platform.machine(), platform.processor(), *kept))
+        facts = []
+    return "\n".join((platform.machine(), platform.processor(), *facts))
 
 
 @functools.cache
@@ -299,6 +301,6 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError):
-        own = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-        return own
+        private = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        return private

@@ -130,15 +130,15 @@ def _in_torch(
             return of_tensor(run(plan, full, inputs).to(type_))
         return of_tensor(method.function(full, inputs, **settings).to(type_))
     columns = shape[-1]
-    rows = [each.data.reshape(-1, columns) for each in operands]
+    rows = [operand.data.reshape(-1, columns) for operand in operands]
     step = max(1, ROWS_AT_ONCE // max(columns, 1))
     merged = numpy.empty(rows[0].shape, dtype=DTYPES[dtype])
     for start in range(0, len(rows[0]), step):
         here = slice(start, start + step)
         full = to_tensor(widened(bases[0].reshape(-1, columns)[here])) if bases else None
         inputs = [
-            alone(Operand(matrix[here], each.minus_base), full)
-            for matrix, each in zip(rows, operands, strict=True)
+            alone(Operand(matrix[here], operand.minus_base), full)
+            for matrix, operand in zip(rows, operands, strict=True)
         ]
         first = {"first": start * columns} if method.random else {}
         merged[here] = of_tensor(method.function(full, inputs, **settings, **first).to(type_))
@@ -202,7 +202,7 @@ class StoredStatistics:
                 with suppress(kernels.NoKernelError):
                     return kernels.gram(self._origin, self._operands)
             base = None if self._origin is None else to_tensor(widened(self._origin.data))
-            return gram([alone(each, base) for each in self._operands])
+            return gram([alone(operand, base) for operand in self._operands])
 
         return self._inputs.gram(tuple(self._places), compute)
 

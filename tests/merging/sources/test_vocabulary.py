@@ -432,8 +432,8 @@ def test_what_happens_to_the_tokens_is_noted(family: dict[str, str]) -> None:
     tail = "of the result's tokens, loses {} of its own and has {} in other rows"
     for tokenizer, expected in {
         "union": {
-            "the union adds 4 tokens to the 32 of base, 1 of them not special: the tokenizer finds those "
-            "literally in any text",
+            "the union adds 4 tokens to the 32 of base; 1 of them are not special tokens, and the tokenizer "
+            "matches those literally in any text",
             "vocabularies differ: chat lacks 2 " + tail.format(0, 0),
             "vocabularies differ: other lacks 1 " + tail.format(0, 31),
         },
