@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow torture lint format bench-merge clean help
+.PHONY: demo test slow torture lint docs format bench-merge clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -28,6 +28,9 @@ lint: $(INSTALLED)   ## formatting, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED)   ## the documentation as a website, in site/; a broken link or an unlisted page is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -38,8 +41,8 @@ bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its o
 	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
 	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
-clean:           ## remove the virtual environment and the demo's run
-	rm -rf $(VENV) $(MERGEKIT) runs/demo
+clean:           ## remove the virtual environment, the demo's run and the website
+	rm -rf $(VENV) $(MERGEKIT) runs/demo site
 
 # Pinned versions; a second run installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt

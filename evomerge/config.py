@@ -35,7 +35,9 @@ class ModelsSpec(Strict):
     """The models: each a folder, a Hugging Face hub id, or `path+adapter` for a LoRA on a model."""
 
     base: str
+    """The model that task vectors are measured from."""
     sources: dict[str, str]
+    """Name -> location of each fine-tune or adapter. The names appear in every table; `base` is reserved."""
 
     @field_validator("sources")
     @classmethod
@@ -48,17 +50,18 @@ class ModelsSpec(Strict):
 
 
 class TrackerSpec(Strict):
-    """One entry of `tracking`: a service that is told how the run goes.
-
-    project: the W&B project or MLflow experiment. mode: of W&B. uri: of the MLflow store; default a database
-    in the run folder. folder: of TensorBoard's files; default RUN/tensorboard.
-    """
+    """One entry of `tracking`: an experiment tracker that receives the run's metrics."""
 
     name: Literal["tensorboard", "wandb", "mlflow"]
+    """The tracker. A bare name stands for `{name: NAME}`."""
     project: str = Field(default="evomerge", min_length=1)
+    """The W&B project or the MLflow experiment."""
     mode: Literal["online", "offline"] = "online"
+    """W&B only: `offline` writes files that `wandb sync` uploads later."""
     uri: str | None = None
+    """MLflow only: the tracking store. Default: the database RUN/mlflow.db."""
     folder: str | None = None
+    """TensorBoard only: the folder of the event files. Default: RUN/tensorboard."""
 
     @model_validator(mode="after")
     def _its_own(self) -> TrackerSpec:
@@ -70,34 +73,40 @@ class TrackerSpec(Strict):
 
 
 class RunConfig(Strict):
-    """A run, as written in its YAML file.
-
-    space, suite: the name of a preset or the path of a file; `space` may also be written out in place.
-    racing: how candidates that are clearly worse stop early; `off` scores all of them in full.
-    surrogate: what a model of the scores contributes to the search; `off` leaves it to the optimizer.
-    warm_start: what the search starts from besides the baselines: another run, recipe files, gradients.
-    finalists: how many of the best candidates are scored again on `select`, beside their soup.
-    dtype: what the merged weights are stored as, and rounded to before they are scored.
-    tokenizer: whose vocabulary the merged models get where models differ: base, union, or a source's name.
-    tracking: services that are told how the run goes, beside its own report; none by default.
-    """
+    """A run, as written in its YAML file."""
 
     models: ModelsSpec
+    """The base model and the models to merge."""
     space: str | AnySpec
+    """What the search may vary: the name of a preset, the path of a file, or a space written out in place."""
     suite: str
+    """What candidates are scored on: the name of a preset or the path of a file."""
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    """The search algorithm."""
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
+    """What the search minimises."""
     budget: BudgetSpec
+    """When the search ends."""
     executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
+    """Where and how candidates are scored."""
     racing: RacingSpec = Field(default_factory=RacingSpec)
+    """How clearly worse candidates stop early. `off` scores every candidate on all items."""
     surrogate: SurrogateSpec | Literal["off"] = Field(default_factory=SurrogateSpec)
+    """The model of the scores that proposes and screens candidates. `off` leaves both to the optimizer."""
     warm_start: WarmStartSpec = Field(default_factory=WarmStartSpec)
+    """What the search starts from besides the baselines: another run, recipe files, gradients."""
     finalists: int = Field(default=8, ge=1)
+    """Number of candidates that are scored again on `select`, beside their greedy soup."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the exported weights. Candidates are rounded to it before they are scored."""
     tokenizer: str = ""
+    """Where vocabularies differ, the vocabulary of the merged model: `base`, `union`, or a source's name."""
     tracking: tuple[TrackerSpec, ...] = ()
+    """Experiment trackers that receive the run's metrics; none by default."""
     seed: int = Field(default=0, ge=0)
+    """Seed of every random draw of the run."""
     out: str
+    """The run folder, relative to the folder in which the command is started."""
 
     @field_validator("surrogate", mode="before")
     @classmethod

@@ -22,7 +22,13 @@ PresetKind = Literal["search_spaces", "benchmarks/suites"]
 class Strict(BaseModel):
     """Base of all parsed files: unknown keys are refused and values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # docs/config.md is generated from them
+    )
 
 
 T = TypeVar("T", bound=BaseModel)

@@ -22,7 +22,7 @@ from evomerge.search import baselines
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate import prediction
 from evomerge.search.surrogate.guide import TRUSTED
-from evomerge.search.surrogate.prediction import Example, Forecast
+from evomerge.search.surrogate.prediction import Example, PredictedScore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Predicted:
     """
 
     recipe: str
-    forecast: Forecast
+    forecast: PredictedScore
     measured: Measured | None
     baseline: str | None
     baseline_mean: float | None
@@ -94,7 +94,7 @@ def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -
         genome = own
     elif not summary.parts(recipe.hash) and summary.parts((same := prepared.space.decode(genome)).hash):
         recipe = same  # written otherwise, as in mergekit's form
-    found = prediction.forecast(
+    found = prediction.predict_score(
         genome,
         [e for e in examples if e.recipe != recipe.hash and e.genome.tobytes() != genome.tobytes()],
         coordinates=prepared.space.coordinates,
@@ -223,7 +223,7 @@ def as_data(found: Predicted) -> dict[str, Any]:
     }
 
 
-def _against(guess: Forecast, baseline: float) -> str:
+def _against(guess: PredictedScore, baseline: float) -> str:
     if guess.low > baseline:
         return "better than the best baseline, as far as this model can tell"
     if guess.high < baseline:

@@ -46,15 +46,21 @@ _NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
 
 
 class Splits(Strict):
-    """Where our three splits of one task come from. Without `search` the task is report-only.
+    """Where the three splits of a task come from.
+
+    Names of dataset splits for all three, or numbers of items for all three. Numbers are drawn, without
+    overlap, from the split that lm-eval would evaluate.
 
     >>> Splits(search=300, select=200, test=500).drawn
     True
     """
 
     search: int | str | None = None
+    """Items the search optimises. Without it the task is reported only."""
     select: int | str
+    """Items the winner is picked on."""
     test: int | str
+    """Items of the report, which nothing is chosen on."""
 
     @field_validator("search", "select", "test", mode="before")
     @classmethod
@@ -89,14 +95,21 @@ class Splits(Strict):
 
 
 class SuiteTask(Strict):
-    """One task of a suite. See the module's docstring for the fields."""
+    """One task of a suite."""
 
     task: str = Field(min_length=1)
+    """The lm-eval task."""
     metric: str = Field(min_length=1)
+    """One of the task's per-item metrics; `metric,filter` picks a filter. Retention and coherence tasks have
+    one."""
     role: Literal["skill", "retention", "coherence"] = "skill"
+    """What the task measures: a skill, the base's general ability, or the coherence of free generations."""
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight in the mean over tasks of the same role; 0 reports the task without counting it."""
     specialist: str | None = None
+    """The source that was trained for the task. Default: the best parent."""
     splits: Splits
+    """Items for search, selection and test."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,16 +141,22 @@ class SuiteTask(Strict):
 
 
 class Suite(Strict):
-    """What a model is scored on. Make one with `Suite.load`.
+    """What a model is scored on: lm-eval tasks, their weights and their splits.
+
+    Made by `Suite.load`.
 
     Raises:
         ConfigError: in `load` and `from_mapping`, listing every problem of the file at once.
     """
 
     name: str = Field(min_length=1)
+    """Name of the suite."""
     about: str = ""
+    """One line for people."""
     tasks_dir: Path | None = None
+    """Folder of lm-eval task YAMLs, relative to the suite's file. Without it, lm-eval's own tasks."""
     tasks: tuple[SuiteTask, ...]
+    """The tasks; at least one skill with `search` items and a weight above 0."""
 
     @model_validator(mode="after")
     def _searchable(self) -> Suite:

@@ -24,37 +24,41 @@ LIMITS = ("evaluations", "items", "generations", "hours", "until", "cost", "pati
 
 
 class CostSpec(Strict):
-    """What the whole machine costs, in any currency: `per_hour`; `max` (default: none) ends the search."""
+    """The price of the machines, in any currency."""
 
     per_hour: float = Field(gt=0)
+    """Price of one hour of work, all machines together."""
     max: float | None = Field(default=None, gt=0)
+    """Limit of the run; the search ends in time for selection and test. Without it, cost is shown only."""
 
 
 class BudgetSpec(Strict):
-    """The `budget` part of a run config; whichever limit comes first ends the search.
+    """The `budget` part of a run config; the search ends at the limit that is reached first.
 
-    evaluations: of candidates of the optimizer on all `search` items (baselines and what follows the search
-    don't count); one that stops early or fails counts in part, a repeated one not at all. items: the same
-    limit in scored items.
-    generations: of the optimizer. patience: generations in a row without a better candidate (with several
-    objectives: without a larger hypervolume). These are checked between generations, taking the cost of
-    the last for that of the next.
-
-    hours: of work on the run, all sessions together. until: a time of day, "08:00": its next occurrence
-    after each start of the run or of a session; or a date and time. cost: money for those hours. They may
-    cut a generation short, and come early enough for what follows the search.
-
-    failures: in a row, after which the run stops with an error.
+    A budget names at least one of the first seven keys (of `cost`: its `max`). Limits that count are
+    checked between generations, and the next generation is expected to cost what the last one did. Limits
+    of the clock (hours, until, cost) may cut a generation short, and leave time for selection and test.
     """
 
     evaluations: int | None = Field(default=None, ge=1)
+    """Full evaluations: the optimizer's candidates on all `search` items. A candidate that stops early or
+    fails counts in part, a repeated one not at all. Baselines, selection and test do not count."""
     items: int | None = Field(default=None, ge=1)
+    """The same limit in scored items."""
     generations: int | None = Field(default=None, ge=1)
+    """Generations of the optimizer."""
     hours: float | None = Field(default=None, gt=0)
+    """Hours of work on the run, all sessions together."""
     until: str | None = None
+    """A time of day in quotes, such as "08:00": its next occurrence after each start of a session; or a date
+    and time such as "2026-12-24T08:00"."""
     cost: CostSpec | None = None
+    """A limit in money: `{per_hour: 2.5, max: 30}`."""
     patience: int | None = Field(default=None, ge=1)
+    """Generations in a row without a better candidate; with several objectives, without a larger
+    hypervolume."""
     failures: int = Field(default=16, ge=1)
+    """Failed candidates in a row after which the run stops with an error."""
 
     @field_validator("until", mode="before")
     @classmethod

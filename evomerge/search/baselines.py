@@ -26,8 +26,15 @@ def parents(template: Recipe, sources: Sequence[str]) -> list[Named]:
 def hand_made(template: Recipe, sources: Sequence[str], norms: Mapping[str, float]) -> list[Named]:
     """Return the standard hand-made merges of all sources.
 
-    norms: the Frobenius norm of every source's task vector; the "equal norms" grid scales each task
-    vector to their mean before weighting, so that the loudest fine-tune does not win by size alone.
+    Args:
+        template: Gives models, base, dtype, tokenizer and seed of every recipe.
+        sources: Names of the models to merge, without the base.
+        norms: The Frobenius norm of every source's task vector. The "equal norms" grid scales each task
+            vector to their mean before weighting, so that no fine-tune dominates by its size alone.
+
+    Returns:
+        Named recipes: uniform average, task-arithmetic grids, TIES, DARE-TIES, SLERP for two sources, Model
+        Stock for two or more.
     """
     count = len(sources)
     mean_norm = sum(norms[s] for s in sources) / count

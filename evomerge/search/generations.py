@@ -1,4 +1,4 @@
-"""The generations of a search: ask, score, tell, until the budget or the optimizer says stop."""
+"""The generations of a search: ask, score, tell, until the budget or the optimizer stops it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from evomerge.search.surrogate.guide import Asked, Guide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What the generations found.
+class SearchResult:
+    """The result of the generations.
 
-    candidates: scored on all of `blocks`, each recipe once. favourite: the optimizer's own, if it has one.
+    candidates: scored on all of `blocks`, each recipe once. favourite: the optimizer's best estimate (CMA-ES:
+    the mean), None where it has none.
     """
 
     candidates: tuple[Candidate, ...]
@@ -42,15 +43,16 @@ class Found:
     guide: Guide | None
 
     def estimates(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
-        """Return the losses on `search` that candidates are believed to have, shape (n,).
+        """Return the estimated losses of candidates on `search`, shape (n,).
 
-        Those of the surrogate where all can be asked of it: their neighbours have their say.
+        The surrogate's posterior means where it is trusted and every candidate has a genome, else the
+        estimates of `selection`.
         """
         genomes = [c.genome for c in candidates if c.genome is not None]
         if self.guide is not None and self.guide.trusted and len(genomes) == len(candidates):
-            found = self.guide.estimates(genomes)
-            if found is not None:
-                return found
+            losses = self.guide.estimates(genomes)
+            if losses is not None:
+                return losses
         return selection.estimates(candidates)
 
 
@@ -69,22 +71,22 @@ class Patience:
     _best: float = np.inf
 
     def told(self, loss: float) -> None:
-        """Take in the lowest loss of a generation."""
+        """Record the lowest loss of a generation."""
         self.stale = 0 if loss < self._best else self.stale + 1
         self._best = min(self._best, loss)
 
     def renewed(self, losses: Sequence[float]) -> None:
-        """Begin anew on more items, where the best candidates have these losses."""
+        """Restart the count on more items, where the best candidates have these losses."""
         self.stale, self._best = 0, min(losses, default=np.inf)
 
 
 @dataclass(slots=True, kw_only=True)
 class Generations:
-    """The course of a search from its first generation.
+    """Runs the generations of a search.
 
-    order: the item blocks, the most telling first. racing: how candidates leave a generation early. guide:
-    the surrogate's part, if any. archive: the front, with several objectives. counted: how many items of
-    some scores the loss rests on.
+    order: the item blocks, the most informative first. racing: when candidates leave a generation early.
+    guide: the surrogate, if any. archive: the front, with several objectives. counted: returns the number of
+    items a candidate's loss is computed from.
     """
 
     space: Space
@@ -101,29 +103,20 @@ class Generations:
     archive: pareto.Archive | None
     counted: Callable[[Scores], int]
 
-    def run(self) -> Found:
-        """Go on until the budget or the optimizer says stop."""
-        found: dict[str, Candidate] = {}
+    def run(self) -> SearchResult:
+        """Run generations until the budget or the optimizer stops the search."""
+        candidates: dict[str, Candidate] = {}
         best, generation, pace, patience = -np.inf, 0, 0.0, Patience()
         blocks = self._blocks()
         while True:
             started, book_keeping = time.perf_counter(), self.scorer.seconds
-            stopped = self.optimizer.stop_reason()
-            if stopped is None:
-                asked = self._ask()
-                if not self.journal.has_ask(generation):  # a stored one could be paid for when it began
-                    stopped = self.budget.stop_reason(
-                        generations=generation,
-                        items=self.ledger.items,
-                        forecast=round(pace * len(asked.genomes) * len(self._blocks())),
-                        full=self.ledger.full,
-                        stale=patience.stale,
-                    )
-            if stopped is not None:
+            asked = self._ask_or_stop(generation, pace, patience.stale)
+            if isinstance(asked, str):
+                stopped = asked
                 break
             recipes = [self.space.decode(u) for u in asked.genomes]
             self.journal.record_ask(generation, asked.genomes, recipes)
-            own = time.perf_counter() - started
+            driver_seconds = time.perf_counter() - started
             blocks = self._blocks()
             try:
                 with self._until_deadline(generation):
@@ -137,40 +130,75 @@ class Generations:
                     )
             except OutOfTime:
                 stopped = self.budget.out_of_time(generation, cut=True)
-                self._salvage(asked.genomes, recipes, blocks, found, generation)
+                self._salvage(asked.genomes, recipes, blocks, candidates, generation)
                 break
             started = time.perf_counter()
             cost = self.ledger.charge(zip((r.hash for r in recipes), raced.blocks, strict=True))
             pace = cost / (len(recipes) * len(blocks))
             self.optimizer.tell(raced.losses, asked.chosen)
             again = self._teach(asked, raced)
-            own += time.perf_counter() - started + self.scorer.seconds - book_keeping
-            self.journal.record_tell(generation, raced.losses, own)
-            for row, genome in enumerate(asked.genomes):
-                result = raced.results[row]
-                if raced.complete[row] and isinstance(result, Scores):
-                    name = f"generation {generation}, candidate {row}"
-                    self._keep(found, name, genome, recipes[row], generation, result, raced.losses[row])
-            self._record(generation, found, raced, recipes)
+            driver_seconds += time.perf_counter() - started + self.scorer.seconds - book_keeping
+            self.journal.record_tell(generation, raced.losses, driver_seconds)
+            self._keep_complete(candidates, generation, asked.genomes, recipes, raced)
+            self._record(generation, candidates, raced, recipes)
             self._note_course(patience, raced)
-            objective = self.views(blocks)
-            whole = [r for r, done in zip(raced.results, raced.complete, strict=True) if done]
-            best = max(best, *(objective.mean(r) for r in whole if isinstance(r, Scores)), -np.inf)
-            stopped = self._score_again(again, found, generation, patience)
+            best = max(best, self._best_mean(raced, blocks))
+            ended = self._score_again(again, candidates, generation, patience)
             self.journal.record_spent(generation, self.ledger.items)
             self.observer.generation_done(generation, self.ledger.evaluations, best)
             generation += 1
-            if stopped is not None:
+            if ended is not None:
+                stopped = ended
                 break
             blocks = self._blocks()
-        most = max((c.items for c in found.values()), default=0)
-        return Found(
-            candidates=tuple(c for c in found.values() if c.items == most),
+        most = max((c.items for c in candidates.values()), default=0)
+        return SearchResult(
+            candidates=tuple(c for c in candidates.values() if c.items == most),
             blocks=blocks,
             favourite=self.optimizer.favourite() if generation else None,
             stopped=stopped,
             guide=self.guide,
         )
+
+    def _ask_or_stop(self, generation: int, pace: float, stale: int) -> Asked | str:
+        """Return the next generation, or why the search stops before it.
+
+        pace: share of the offered items that the last generation was scored on.
+        """
+        stopped = self.optimizer.stop_reason()
+        if stopped is not None:
+            return stopped
+        asked = self._ask()
+        if not self.journal.has_ask(generation):  # the budget allowed a stored one when it began
+            stopped = self.budget.stop_reason(
+                generations=generation,
+                items=self.ledger.items,
+                forecast=round(pace * len(asked.genomes) * len(self._blocks())),
+                full=self.ledger.full,
+                stale=stale,
+            )
+        return asked if stopped is None else stopped
+
+    def _keep_complete(
+        self,
+        candidates: dict[str, Candidate],
+        generation: int,
+        genomes: NDArray[np.float64],
+        recipes: Sequence[Recipe],
+        raced: RaceResult,
+    ) -> None:
+        """Store the candidates of a generation that were scored on all its blocks."""
+        for row, genome in enumerate(genomes):
+            result = raced.results[row]
+            if raced.complete[row] and isinstance(result, Scores):
+                name = f"generation {generation}, candidate {row}"
+                self._keep(candidates, name, genome, recipes[row], generation, result, raced.losses[row])
+
+    def _best_mean(self, raced: RaceResult, blocks: tuple[int, ...]) -> float:
+        """Return the highest mean normalised score of a generation's complete candidates, else -inf."""
+        objective = self.views(blocks)
+        complete = [r for r, done in zip(raced.results, raced.complete, strict=True) if done]
+        return max((objective.mean(r) for r in complete if isinstance(r, Scores)), default=-np.inf)
 
     def _ask(self) -> Asked:
         if self.guide is None:
@@ -181,7 +209,7 @@ class Generations:
         return self.order if self.guide is None else self.guide.blocks
 
     def _teach(self, asked: Asked, raced: RaceResult) -> list[Genome]:
-        """Tell the guide; return the genomes it wants to see on more items."""
+        """Pass a generation to the guide; return the genomes to score on more items."""
         if self.guide is None:
             return []
         results = [r if isinstance(r, Scores) else None for r in raced.results]
@@ -189,7 +217,7 @@ class Generations:
 
     def _keep(
         self,
-        found: dict[str, Candidate],
+        candidates: dict[str, Candidate],
         name: str,
         genome: Genome,
         recipe: Recipe,
@@ -197,11 +225,11 @@ class Generations:
         scores: Scores,
         loss: NDArray[np.float64],
     ) -> None:
-        """Note a candidate with the loss on the most items that it was scored on."""
+        """Store a candidate with its loss on the most items it was scored on."""
         items = self.counted(scores)
-        before = found.get(recipe.hash)
+        before = candidates.get(recipe.hash)
         if before is None or before.items < items:
-            found[recipe.hash] = Candidate(
+            candidates[recipe.hash] = Candidate(
                 name=name if before is None else before.name,
                 recipe=recipe,
                 loss=float(loss[0]),
@@ -211,9 +239,9 @@ class Generations:
             )
 
     def _score_again(
-        self, genomes: Sequence[Genome], found: dict[str, Candidate], generation: int, patience: Patience
+        self, genomes: Sequence[Genome], candidates: dict[str, Candidate], generation: int, patience: Patience
     ) -> str | None:
-        """Score genomes on the blocks that are met from now on; or say why the search stops before."""
+        """Score genomes on all blocks used from now on; return why the search stops instead, if it does."""
         if not genomes or self.guide is None:
             return None
         blocks = self._blocks()
@@ -241,13 +269,13 @@ class Generations:
         for genome, recipe, result, loss in zip(genomes, recipes, results, losses, strict=True):
             if isinstance(result, Scores):
                 self.guide.learn(genome, result)
-                if recipe.hash in found:
-                    self._keep(found, "", genome, recipe, generation, result, loss)
+                if recipe.hash in candidates:
+                    self._keep(candidates, "", genome, recipe, generation, result, loss)
         return None
 
     @contextmanager
     def _until_deadline(self, generation: int) -> Iterator[None]:
-        """Let the clock interrupt what is scored inside; the first generation always runs."""
+        """Let the clock interrupt the scoring in this context; the first generation always runs."""
         self.scorer.not_after = self.budget.deadline() if generation else None
         try:
             yield
@@ -259,12 +287,12 @@ class Generations:
         genomes: NDArray[np.float64],
         recipes: Sequence[Recipe],
         blocks: Sequence[int],
-        found: dict[str, Candidate],
+        candidates: dict[str, Candidate],
         generation: int,
     ) -> None:
-        """Keep what was scored in full of a generation that is cut short.
+        """Keep the fully scored candidates of a generation that is cut short.
 
-        It is not told: whoever resumes the run finishes it first.
+        Its losses are not passed to the optimizer: a resumed run finishes the generation first.
         """
         known = self.scorer.known(recipes, "search", blocks)
         rows = [(i, result) for i, result in enumerate(known) if isinstance(result, Scores)]
@@ -275,12 +303,12 @@ class Generations:
             if self.guide is not None:
                 self.guide.learn(genomes[i], result)
             name = f"generation {generation}, candidate {i}"
-            self._keep(found, name, genomes[i], recipes[i], generation, result, loss)
+            self._keep(candidates, name, genomes[i], recipes[i], generation, result, loss)
         if self.archive is not None:
-            self.archive.add([found[recipes[i].hash] for i, _ in rows], losses)
+            self.archive.add([candidates[recipes[i].hash] for i, _ in rows], losses)
 
     def _note_course(self, patience: Patience, raced: RaceResult) -> None:
-        """Note whether a generation brought anything better, on the items that it was scored on."""
+        """Record whether a generation improved, on the items it was scored on."""
         if self.archive is not None:
             patience.told(-self.archive.hypervolume)
             return
@@ -289,14 +317,14 @@ class Generations:
         patience.told(min(losses, default=np.inf))
 
     def _record(
-        self, generation: int, found: dict[str, Candidate], raced: RaceResult, recipes: Sequence[Recipe]
+        self, generation: int, candidates: dict[str, Candidate], raced: RaceResult, recipes: Sequence[Recipe]
     ) -> None:
-        """Note what the guide did, and the front so far."""
+        """Store the guide's state and the front so far."""
         if self.guide is not None:
             self.journal.record_guide(generation, self.guide.state())
         if self.archive is not None:
             scored = [i for i, result in enumerate(raced.results) if isinstance(result, Scores)]
-            self.archive.add([found[recipes[i].hash] for i in scored], raced.losses[scored])
+            self.archive.add([candidates[recipes[i].hash] for i in scored], raced.losses[scored])
             self.journal.record_front(
                 generation, self.archive.hypervolume, self.archive.reference, self.archive.recipes
             )

@@ -20,7 +20,7 @@ from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, pareto, selection
-from evomerge.search.generations import Found, Generations
+from evomerge.search.generations import Generations, SearchResult
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, create
@@ -32,7 +32,7 @@ from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.warm_start import Descent, GradientSpec, WarmStart, descend, distinct
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
-"""Which stream of the run's seed is whose."""
+"""Spawn keys of the run's seed, one per component."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class SearchPlan:
 
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
     finalists: how many of the best candidates are scored again on `select`, beside their soup and the
-        optimizer's favourite. layers: of the base model, which recipes of another depth are measured by.
+        optimizer's favourite. layers: number of the base model's layers, the unit of the depth objective.
     surrogate: None where the optimizer works alone.
     """
 
@@ -61,15 +61,15 @@ class SearchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a search ended: the winner, and why no further generation was asked for."""
+    """How a search ended: the winner, and why there was no further generation."""
 
     winner: Named
     stopped: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """Something scored on all `search` items before the first generation.
+class ScoredRecipe:
+    """A recipe scored on all `search` items before the first generation.
 
     genome: None where the space can't express it.
     """
@@ -83,8 +83,8 @@ class Known:
 class Search:
     """One run: references, baselines, warm starts, generations, selection, test.
 
-    slopes: needed for a plan with gradients only. ahead: is told what will be scored whatever happens, as
-    soon as that is certain, for workers that are idle; nothing of it is read before its time.
+    slopes: needed only for a plan with gradients. ahead: receives the recipes that will certainly be scored
+    later, so that idle workers can begin; the search reads their scores only when it is due.
     """
 
     def __init__(
@@ -143,26 +143,26 @@ class Search:
             archive=archive,
             counted=self._counted,
         )
-        found = evolution.run()
+        searched = evolution.run()
         if archive is None:
-            winner = self._select([self._start(k, views(found.blocks)) for k in starts], found, views)
+            winner = self._select([self._start(k, views(searched.blocks)) for k in starts], searched, views)
         else:
             winner = self._select_on_front(archive, hand_made)
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
         self._scorer.score([k.named.recipe for k in known], "test", "test of the baselines")
-        return Outcome(winner=winner, stopped=found.stopped)
+        return Outcome(winner=winner, stopped=searched.stopped)
 
     @property
     def _racing(self) -> RacingSpec:
-        """The plan's, but that nobody leaves early where a mean doesn't say who is worse."""
+        """The plan's racing; no candidate leaves early where the objective is not a mean over items."""
         if self._plan.objective.mean_decides:
             return self._plan.racing
         return self._plan.racing.model_copy(update={"keep": 1.0})
 
     def _foresee(self, named: Sequence[Named], *splits: Split) -> None:
         for split in splits:
-            self._ahead([each.recipe for each in named], split)
+            self._ahead([entry.recipe for entry in named], split)
 
     # -- before the first generation ----------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Search:
         return np.random.SeedSequence(self._plan.seed, spawn_key=stream)
 
     def _references(self, split: Split) -> Normaliser:
-        """Score base and parents, which everything else is normalised by."""
+        """Score base and parents, the references of the normalisation."""
         scores = self._scorer.require(self._parents, split, "base and parents")
         by_name = {p.name: s for p, s in zip(self._parents[1:], scores[1:], strict=True)}
         return Normaliser(self._plan.suite, base=scores[0], parents=by_name)
@@ -178,21 +178,21 @@ class Search:
     def _objective(self, references: Normaliser) -> Objective:
         return Objective(self._plan.objective, references, layers=self._plan.layers)
 
-    def _known(self, objective: Objective, named: Sequence[Named], phase: str) -> list[Known]:
-        """Score recipes on all `search` items; return those that could be."""
+    def _known(self, objective: Objective, named: Sequence[Named], phase: str) -> list[ScoredRecipe]:
+        """Score recipes on all `search` items; leave out failures."""
         if not named:
             return []
-        recipes = [each.recipe for each in named]
+        recipes = [entry.recipe for entry in named]
         results = self._scorer.score(recipes, "search", phase)
         losses = objective.scalar_losses(results, recipes)
         return [
-            Known(named=each, scores=result, loss=float(loss), genome=self._expressed(each))
-            for each, result, loss in zip(named, results, losses, strict=True)
+            ScoredRecipe(named=entry, scores=result, loss=float(loss), genome=self._expressed(entry))
+            for entry, result, loss in zip(named, results, losses, strict=True)
             if isinstance(result, Scores)
         ]
 
     def _expressed(self, named: Named) -> Genome | None:
-        """The genome of a recipe, or of one with the same weights, where the space has one."""
+        """Return the genome of a recipe, or of one with the same weights; None where the space has none."""
         space, template = self._plan.space, self._plan.template
         genome = space.encode(named.recipe)
         if genome is None and named in self._parents:
@@ -200,11 +200,11 @@ class Search:
             genome = space.encode(same)
         return genome
 
-    def _score_baselines(self, objective: Objective, parents: Sequence[Known]) -> list[Known]:
+    def _score_baselines(self, objective: Objective, parents: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
         """Score the hand-made merges on `search`."""
         plan = self._plan
         rows = baselines.hand_made(plan.template, plan.space.sources, plan.norms)
-        found = self._known(objective, rows, "baselines")
+        scored = self._known(objective, rows, "baselines")
 
         def loss_of(recipe: Recipe) -> float:
             results = self._scorer.score([recipe], "search", "greedy soup")
@@ -215,14 +215,14 @@ class Search:
         )
         for position, row in enumerate([*rows, soup]):
             self._journal.record_entry("baseline", position, row)
-        return [*found, *self._known(objective, [soup], "greedy soup")]
+        return [*scored, *self._known(objective, [soup], "greedy soup")]
 
     def _score_starts(
-        self, objective: Objective, references: Normaliser, known: Sequence[Known]
-    ) -> tuple[list[Known], int]:
-        """Score what the run is told to start from, and where gradients lead; failures are left out.
+        self, objective: Objective, references: Normaliser, known: Sequence[ScoredRecipe]
+    ) -> tuple[list[ScoredRecipe], int]:
+        """Score the warm starts and the end points of the gradient descent; leave out failures.
 
-        Also returns what following the gradients cost, in items.
+        Also returns the cost of the gradients, in items.
         """
         warm = self._plan.warm
         starts, spent = self._known(objective, list(warm.recipes), "warm start"), 0
@@ -235,27 +235,27 @@ class Search:
             scored = self._known(objective, distinct(reached), "gradient start")
             starts += sorted(scored, key=lambda k: k.loss)[:1]
             spent = descent.items + sum(k.scores.items for k in scored)
-        for position, each in enumerate(starts):
-            self._journal.record_entry("start", position, each.named)
+        for position, start in enumerate(starts):
+            self._journal.record_entry("start", position, start.named)
         return starts, spent
 
     def _measure(self) -> None:
-        """Where the clock ends the search, score base and parents on the other splits now, not after it.
+        """Score base and parents on the other splits before the search, where the clock ends it.
 
-        Then it is known how long that takes, and how much time to keep for it. Nothing is decided by it.
+        Their time tells the budget how much to keep for selection and test. No decision reads these scores.
         """
         if self._budget.timed:
             for split in ("select", "test"):
                 self._scorer.require(self._parents, split, "base and parents")
 
-    def _descend(self, references: Normaliser, known: Sequence[Known], spec: GradientSpec) -> Descent:
-        """Follow the gradient from the best point known."""
+    def _descend(self, references: Normaliser, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
+        """Follow the gradient from the best scored point."""
         assert self._slopes is not None
         (base,) = self._scorer.require(self._parents[:1], "search", "base and parents")
         if all(base[task].margin is None for task in references.gains()):
             raise UserError(
                 "warm_start.gradients: no task on `search` has answers with a likelihood",
-                expected="at least one loglikelihood or multiple_choice task: others have no slope",
+                expected="at least one loglikelihood or multiple_choice task: others have no gradient",
                 fix="set warm_start.gradients: off",
             )
         seeds = self._seed(_GRADIENTS).spawn(spec.steps)
@@ -269,29 +269,29 @@ class Search:
 
         return descend(self._plan.space, self._starts(known)[0], spec, loss_of, self._slopes)
 
-    def _starts(self, known: Sequence[Known]) -> list[Genome]:
-        """The genomes of what is known before the search, best first, as far as the space can express it.
+    def _starts(self, known: Sequence[ScoredRecipe]) -> list[Genome]:
+        """Return the genomes of recipes scored before the search, best first.
 
-        The middle of the space where it can express nothing.
+        The middle of the space where it can express none of them.
         """
         ranked = sorted(known, key=lambda k: k.loss)
         genomes = {k.genome.tobytes(): k.genome for k in ranked if k.genome is not None}
         return list(genomes.values()) or [np.full(self._plan.space.dimension, 0.5)]
 
     def _blocks(
-        self, objective: Objective, unsearched: Sequence[Known], starts: Sequence[Known]
+        self, objective: Objective, unsearched: Sequence[ScoredRecipe], starts: Sequence[ScoredRecipe]
     ) -> tuple[Views, tuple[int, ...], Ledger]:
         """Return the objective on each item block, the order to score them in, and the ledger of the search.
 
-        Whatever was scored before the first generation is answered by the store, and free.
+        Recipes scored before the first generation are read from the store and cost nothing.
         """
         blocks = range(self._plan.racing.blocks)
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
         views = Views(objective, cast(list[Scores], [part[0] for part in parts]))
         ledger = Ledger(views.sizes)
-        for each in (*unsearched, *starts):
-            ledger.give(each.named.recipe.hash, blocks)
+        for entry in (*unsearched, *starts):
+            ledger.give(entry.named.recipe.hash, blocks)
         if objective.count > 1:
             return views, tuple(blocks), ledger
         return (
@@ -301,9 +301,9 @@ class Search:
         )
 
     def _guide(
-        self, references: Normaliser, views: Views, order: Sequence[int], known: Sequence[Known]
+        self, references: Normaliser, views: Views, order: Sequence[int], known: Sequence[ScoredRecipe]
     ) -> Guide | None:
-        """Return the surrogate's part in the search, taught by all that is known before."""
+        """Return the guide, fitted to all recipes scored before the search; None without a surrogate."""
         plan = self._plan
         if plan.surrogate is None or not plan.objective.items_decide:
             return None
@@ -320,15 +320,15 @@ class Search:
             loss_on=loss_on,
             seed=self._seed(_GUIDE),
         )
-        for each in known:
-            if each.genome is not None:
-                guide.learn(each.genome, each.scores)
+        for entry in known:
+            if entry.genome is not None:
+                guide.learn(entry.genome, entry.scores)
         return guide
 
     # -- after the last generation -------------------------------------------------------------------
 
-    def _start(self, known: Known, objective: Objective) -> Candidate:
-        """A warm start as a candidate: it may win, too."""
+    def _start(self, known: ScoredRecipe, objective: Objective) -> Candidate:
+        """Return a warm start as a candidate for the winner selection."""
         blocks = objective.normaliser.blocks
         (result,) = self._scorer.score([known.named.recipe], "search", "warm start", blocks)
         assert isinstance(result, Scores)
@@ -342,16 +342,16 @@ class Search:
         )
 
     def _counted(self, scores: Scores) -> int:
-        """Return how many items the loss rests on, those of retention and of tasks only shown aside."""
+        """Return how many items the loss is computed from, without retention and uncounted tasks."""
         counted = {t.task for t in self._plan.suite.tasks if t.role == "skill" and t.counted}
         return sum(len(task.metric) for task in scores if task.task in counted)
 
-    def _select(self, starts: Sequence[Candidate], found: Found, views: Views) -> Named:
-        """Score the most promising candidates on items the search never saw, and return the winner."""
-        everyone = [*starts, *found.candidates]
-        if not everyone:
+    def _select(self, starts: Sequence[Candidate], searched: SearchResult, views: Views) -> Named:
+        """Score the finalists on `select`, which the search never saw, and return the winner."""
+        candidates = [*starts, *searched.candidates]
+        if not candidates:
             raise _no_winner("no candidate could be scored")
-        chosen = self._finalists(everyone, found, views(found.blocks))
+        chosen = self._finalists(candidates, searched, views(searched.blocks))
         for position, candidate in enumerate(chosen):
             named = Named(name=candidate.name, recipe=candidate.recipe)
             self._journal.record_entry("finalist", position, named)
@@ -361,13 +361,13 @@ class Search:
         scored = [(c, r) for c, r in zip(chosen, results, strict=True) if isinstance(r, Scores)]
         if not scored:
             raise _no_winner("none of the finalists could be scored on `select`")
-        everyone = list(dict.fromkeys([*everyone, *chosen]))
-        believed = dict(zip(everyone, found.estimates(everyone), strict=True))
+        candidates = list(dict.fromkeys([*candidates, *chosen]))
+        estimates = dict(zip(candidates, searched.estimates(candidates), strict=True))
         held_out = again.losses([r for _, r in scored], [c.recipe for c, _ in scored])[:, 0]
         feasible = [i for i, (_, r) in enumerate(scored) if not again.violation(r)]
         allowed = feasible or [int(np.argmin([again.violation(r) for _, r in scored]))]
         best = selection.winner(
-            np.array([believed[scored[i][0]] for i in allowed]),
+            np.array([estimates[scored[i][0]] for i in allowed]),
             held_out[allowed],
             items=(scored[0][0].items, self._counted(scored[0][1])),
         )
@@ -375,14 +375,14 @@ class Search:
         return Named(name=winner.name, recipe=winner.recipe)
 
     def _finalists(
-        self, everyone: Sequence[Candidate], found: Found, objective: Objective
+        self, candidates: Sequence[Candidate], searched: SearchResult, objective: Objective
     ) -> list[Candidate]:
-        """Return the candidates believed best, their soup and the optimizer's favourite, each once."""
+        """Return the candidates with the best estimates, their soup and the optimizer's favourite."""
         decode = self._plan.space.decode
 
         def score(name: str, genome: Genome, generation: int) -> Candidate | None:
             recipe = decode(genome)
-            (result,) = self._scorer.score([recipe], "search", name, found.blocks)
+            (result,) = self._scorer.score([recipe], "search", name, searched.blocks)
             if isinstance(result, Failure):
                 return None
             return Candidate(
@@ -394,7 +394,7 @@ class Search:
                 items=self._counted(result),
             )
 
-        chosen = selection.finalists(everyone, self._plan.finalists, found.estimates(everyone))
+        chosen = selection.finalists(candidates, self._plan.finalists, searched.estimates(candidates))
         extra = [
             selection.greedy_soup(
                 chosen,
@@ -402,20 +402,20 @@ class Search:
                 lambda genome: score("soup of the finalists", genome, chosen[0].generation),
             )
         ]
-        if found.favourite is not None:
-            extra.append(score("mean of the search", found.favourite, everyone[-1].generation))
+        if searched.favourite is not None:
+            extra.append(score("mean of the search", searched.favourite, candidates[-1].generation))
         distinct_ = {c.recipe.hash: c for c in reversed([*chosen, *(e for e in extra if e is not None)])}
         return list(reversed(distinct_.values()))
 
-    def _archive(self, objective: Objective, unsearched: Sequence[Known]) -> pareto.Archive:
-        """An empty front, measured from what was not searched."""
+    def _archive(self, objective: Objective, unsearched: Sequence[ScoredRecipe]) -> pareto.Archive:
+        """Return an empty front whose reference point comes from the unsearched recipes."""
         recipes = [k.named.recipe for k in unsearched]
         return pareto.Archive(objective.reference_point([k.scores for k in unsearched], recipes))
 
-    def _select_on_front(self, archive: pareto.Archive, hand_made: Sequence[Known]) -> Named:
-        """Score candidates that stand for the front on `select`, and return the knee there.
+    def _select_on_front(self, archive: pareto.Archive, hand_made: Sequence[ScoredRecipe]) -> Named:
+        """Score representatives of the front on `select` and return the knee there.
 
-        What was not searched is scored there too, so that the front can be seen beside it.
+        Hand-made merges are scored there too, so that plots can show them beside the front.
         """
         if not archive.members:
             raise _no_winner("no candidate could be scored")

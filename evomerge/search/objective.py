@@ -34,42 +34,39 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class ConstraintsSpec(Strict):
-    """What a candidate must not fall below.
-
-    tasks: share of its specialist, the normalised score (0 is the base, 1 the specialist), that every
-        task of the mean must reach; or a share for each task named. retention, coherence: relative to
-        the base.
-    """
+    """Lower limits. A candidate that violates one ranks behind every candidate that does not."""
 
     tasks: float | dict[str, float] | None = None
+    """Least normalised score (0 is the base, 1 the specialist) of every task of the mean; or `{task:
+    score}`."""
     retention: float | None = Field(default=None, gt=0)
+    """Least retention, relative to the base."""
     coherence: float | None = Field(default=None, gt=0)
+    """Least coherence, relative to the base."""
 
     def __bool__(self) -> bool:
         return self.tasks is not None or self.retention is not None or self.coherence is not None
 
 
 class ObjectiveSpec(Strict):
-    """The `objective` part of a run config.
-
-    smooth: share, in [0, 1], of the continuous companion of the metrics (probability of the gold
-        answer). Accuracies tie often and move in steps; the companion never does.
-    retention, coherence: loss per unit of the base model's general ability, or of the coherence of its
-        free generations, that is lost. depth: loss for every layer more, in units of the base's number
-        of layers; layers saved are a gain.
-    weights: replaces the suite's task weights, in the search, the selection and the verdict alike.
-    several: two or more objectives instead of one: "mean", "retention", "coherence", "depth", a task, or
-        a weighted group of tasks {task: weight, ...}. The prices above don't enter them.
-    constraints: what no candidate may fall below; one that does ranks behind all that don't.
-    """
+    """The `objective` part of a run config."""
 
     smooth: float = Field(default=0.3, ge=0, le=1)
+    """Share of the gold answer's probability in a score; the rest is the metric. Accuracies tie often and
+    move in steps, probabilities do not."""
     retention: float = Field(default=0.2, ge=0)
+    """Loss per unit of the base's general ability that is lost."""
     coherence: float = Field(default=0.2, ge=0)
+    """Loss per unit of the coherence of the base's free generations that is lost."""
     depth: float = Field(default=0.0, ge=0)
+    """Loss for every additional layer, in units of the base's number of layers; fewer layers are a gain."""
     weights: dict[str, Weight] = Field(default={})
+    """Task weights that replace the suite's, in search, selection and verdict."""
     several: tuple[str | dict[str, Weight], ...] = ()
+    """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, a task, or a weighted
+    group of tasks `{task: weight, ...}`. The prices above do not enter them."""
     constraints: ConstraintsSpec = Field(default_factory=ConstraintsSpec)
+    """Lower limits that candidates must respect."""
 
     @field_validator("several")
     @classmethod
@@ -95,7 +92,7 @@ class ObjectiveSpec(Strict):
 
     @property
     def mean_decides(self) -> bool:
-        """Whether the mean over items alone says who is worse, so that some can stop early."""
+        """Whether the loss is a mean over items, so that racing can compare candidates on some of them."""
         return not (self.several or self.constraints or self.depth)
 
     @property
@@ -132,7 +129,7 @@ class ObjectiveSpec(Strict):
             wanted = role in named or getattr(limits, role) is not None
             if wanted and not any(task.role == role and task.counted for task in suite.tasks):
                 raise ConfigError(
-                    f"objective: {role} is wanted, but no task of suite {suite.name!r} measures it",
+                    f"objective: {role} is part of it, but no task of suite {suite.name!r} measures it",
                     expected=f"a task with `role: {role}`, search items and a weight above 0",
                     fix="add one to the suite",
                 )
@@ -191,14 +188,14 @@ class Objective:
         return loss + spec.depth * self.depth(recipe)
 
     def point(self, scores: Scores, recipe: Recipe | None = None) -> NDArray[np.float64]:
-        """Return the losses of one scored candidate, shape (objectives,), whatever the constraints say."""
+        """Return the losses of one scored candidate without constraints, shape (objectives,)."""
         if not self._spec.several:
             return np.array([self.loss(scores, recipe)])
         tasks = self._tasks(scores)
         return np.array([self._one(each, scores, tasks, recipe) for each in self._spec.several])
 
     def violation(self, scores: Scores) -> float:
-        """Return by how much a candidate falls short of the constraints, all added up; 0 where it meets them.
+        """Return the sum of a candidate's shortfalls from the constraints; 0 where it meets them.
 
         Whether a task is short is decided by its metric alone. By how much is the mean of what metric and
         smooth companion are short of: a skill that is gone by the metric (0 of 100 right) would otherwise
@@ -223,14 +220,14 @@ class Objective:
         """Return what a candidate falls short of: name -> (what it reaches, the limit)."""
         limits, normaliser = self._spec.constraints, self._normaliser
         reached: dict[str, float | None] = {}
-        wanted: dict[str, float | None] = {}
+        limits_by_name: dict[str, float | None] = {}
         if limits.tasks is not None:
-            wanted, reached = {**self._limits()}, {**normaliser.task(scores)}
-        wanted |= {"retention": limits.retention, "coherence": limits.coherence}
+            limits_by_name, reached = {**self._limits()}, {**normaliser.task(scores)}
+        limits_by_name |= {"retention": limits.retention, "coherence": limits.coherence}
         reached |= {"retention": normaliser.retention(scores), "coherence": normaliser.coherence(scores)}
         return {
             name: (value, limit)
-            for name, limit in wanted.items()
+            for name, limit in limits_by_name.items()
             if limit is not None and (value := reached[name]) is not None and value < limit
         }
 
@@ -259,9 +256,15 @@ class Objective:
     def losses(
         self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
     ) -> NDArray[np.float64]:
-        """Return the losses of a generation, shape (n, objectives), all finite.
+        """Return the losses of a generation.
 
-        recipes: of the results; only `depth` needs them.
+        Args:
+            results: Scores or failures, one per candidate.
+            recipes: The candidates' recipes; only the depth objective needs them.
+
+        Returns:
+            Shape (n, objectives), all finite, lower is better. Without other terms a loss is minus the mean
+            normalised score: 0 is the base, -1 the specialists.
 
         With constraints the rules of Deb (2000, CMAME 186, section 3) hold for every single loss: one that
         meets them is below INFEASIBLE (losses above 0, the base's, are squeezed into [0, 1)), one that

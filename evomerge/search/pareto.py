@@ -1,4 +1,4 @@
-"""Pareto fronts: who is dominated by nobody, how much a front covers, who stands for it, where its knee is.
+"""Pareto fronts: non-dominated candidates, hypervolume, representatives, and the knee.
 
 Losses have shape (n, objectives), lower is better. A point dominates another if it is nowhere worse and
 somewhere better.
@@ -20,6 +20,9 @@ Losses = NDArray[np.float64]
 def front(losses: Losses) -> list[int]:
     """Return the rows that no other row dominates, in order; of equal rows the first.
 
+    Args:
+        losses: Shape (n, objectives), lower is better.
+
     >>> front(np.array([[0.0, 2.0], [1.0, 1.0], [1.0, 2.0], [2.0, 0.0], [1.0, 1.0]]))
     [0, 1, 3]
     """
@@ -37,6 +40,13 @@ def hypervolume(losses: Losses, reference: Losses) -> float:
 
     Exact for any number of objectives (Zitzler and Thiele 1999; moocore's implementation). Points that
     are not better than the reference everywhere add nothing.
+
+    Args:
+        losses: Shape (n, objectives), lower is better.
+        reference: Shape (objectives,), the corner up to which volume counts.
+
+    Returns:
+        The volume, in the product of the objectives' units; 0 without points.
 
     >>> hypervolume(np.array([[0.0, 0.5], [0.5, 0.0], [2.0, 2.0]]), np.array([1.0, 1.0]))
     0.75

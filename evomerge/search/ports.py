@@ -48,7 +48,7 @@ class CandidateScorer(Protocol):
 
     seconds: time spent so far on book-keeping, apart from the scoring itself. not_after: the moment, in epoch
     seconds, from which on no job is begun; what is under way is finished and stored, then `score` raises
-    OutOfTime unless all it was asked for is known.
+    OutOfTime unless all requested scores are known.
     """
 
     seconds: float
@@ -115,7 +115,7 @@ class SearchBudget(Protocol):
         ...
 
     def out_of_time(self, generations: int, *, cut: bool) -> str:
-        """Say why the clock ends the search after so many told generations. cut: amid the next one."""
+        """Return why the clock ends the search after so many generations. cut: in the middle of the next."""
         ...
 
 
@@ -123,7 +123,7 @@ class Observer(Protocol):
     """Receives the events of a search, for progress displays, logs and trackers."""
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """A generation was told.
+        """The losses of a generation were passed to the optimizer.
 
         evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
         """

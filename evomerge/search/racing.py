@@ -1,7 +1,7 @@
-"""Racing: candidates of a generation meet the items block by block, and the clearly worse stop early.
+"""Racing: candidates of a generation are scored block by block, and the clearly worse stop early.
 
 The `search` items are cut into K blocks, the same for every candidate, each a random share of every task.
-After each block all candidates still in the race are compared in pairs, on the items both have met. One
+After each block all candidates still in the race are compared in pairs, on the items both were scored on. One
 leaves the race when it is significantly worse than `keep` others: then it is not among the best `keep`,
 unless one of those comparisons was wrong.
 
@@ -50,17 +50,16 @@ _ROUNDING = 1e-9  # losses closer than this are equal
 
 
 class RacingSpec(Strict):
-    """The `racing` part of a run config; `racing: off` scores every candidate on all items at once.
-
-    blocks: item blocks that the `search` items are cut into. blocks_min: blocks to score before the first
-        comparison. keep: share of a generation that is to be scored in full. error: highest probability,
-        per generation, that one of those stops early all the same.
-    """
+    """The `racing` part of a run config; `racing: off` scores every candidate on all items at once."""
 
     blocks: int = Field(default=8, ge=1, le=64)
+    """Item blocks that the `search` items are cut into."""
     blocks_min: int = Field(default=1, ge=1)
+    """Item blocks that are scored before the first comparison; at most `blocks`."""
     keep: float = Field(default=0.25, gt=0, le=1)
+    """Share of a generation, the best, that must be scored in full."""
     error: float = Field(default=0.1, gt=0, lt=1)
+    """Highest probability, per generation, that one of those best candidates stops early."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RacingSpec:
@@ -106,7 +105,7 @@ class Views:
 class RaceResult:
     """How a race ended, per candidate in ask order.
 
-    results: the scores on the blocks met, or why there are none. losses: (n, objectives), all finite; of
+    results: the scores on the blocks used, or why there are none. losses: (n, objectives), all finite; of
     those that left early an estimate. blocks: those they were scored on. complete: whether on all.
     """
 
@@ -127,9 +126,16 @@ def race(
 ) -> RaceResult:
     """Score a generation block by block and let the clearly worse leave early.
 
-    recipes: at least one. views: a single objective, on any blocks. order: the blocks to score, in
-    order; those in it are all there is, so a part of them makes a shorter race, with losses on that part.
-    phase: shown to the user.
+    Args:
+        recipes: The candidates, at least one.
+        scorer: Scores recipes on item blocks of `search`.
+        views: The single objective, on any set of blocks.
+        spec: When candidates may leave: after how many blocks, down to which share, at which error rate.
+        order: The blocks to score, in this order. Losses refer to these blocks only.
+        phase: Shown in progress displays.
+
+    Returns:
+        Results, finite losses of shape (n, objectives) and the blocks used, per candidate.
     """
     parts: list[list[Scores]] = [[] for _ in recipes]
     failed: dict[int, Failure] = {}
@@ -141,8 +147,8 @@ def race(
     start = 0
     while alive and start < len(order):
         stop = next((look for look in looks if look > start and len(alive) > keep), len(order))
-        found = _scored(scorer, [recipes[i] for i in alive], phase, order[start:stop])
-        for i, result in zip(alive, found, strict=True):
+        scored_now = _scored(scorer, [recipes[i] for i in alive], phase, order[start:stop])
+        for i, result in zip(alive, scored_now, strict=True):
             met[i] = stop
             if isinstance(result, Failure):
                 failed[i] = result
@@ -171,15 +177,15 @@ def _scored(
     scorer: CandidateScorer, recipes: Sequence[Recipe], phase: str, blocks: Sequence[int]
 ) -> list[list[Scores] | Failure]:
     """Return one result per recipe: its scores on each of the blocks, or its failure on one."""
-    found = scorer.score(recipes, "search", phase, blocks)
+    results = scorer.score(recipes, "search", phase, blocks)
     if len(blocks) == 1:
-        return [result if isinstance(result, Failure) else [result] for result in found]
-    fine = [recipe for recipe, result in zip(recipes, found, strict=True) if isinstance(result, Scores)]
+        return [result if isinstance(result, Failure) else [result] for result in results]
+    fine = [recipe for recipe, result in zip(recipes, results, strict=True) if isinstance(result, Scores)]
     # Known by now, so that nothing is executed.
     each = zip(*(scorer.score(fine, "search", phase, [block]) for block in blocks), strict=True)
     return [
         result if isinstance(result, Failure) else [part for part in next(each) if isinstance(part, Scores)]
-        for result in found
+        for result in results
     ]
 
 
@@ -192,8 +198,8 @@ def clearly_worse(
 ) -> list[bool]:
     """Say of each candidate whether it is significantly worse than `keep` others.
 
-    contributions: per candidate and task (items,) what each item met adds to the loss, in one order of
-    items. totals: number of items of each task, met or not. level: of each one-sided comparison.
+    contributions: per candidate and task (items,) what each scored item adds to the loss, in one order of
+    items. totals: number of items of each task, scored or not. level: of each one-sided comparison.
 
     >>> rng = np.random.default_rng(0)
     >>> losses = [[rng.normal(mean, 1, 50)] for mean in (0, 0, 2)]

@@ -38,7 +38,7 @@ SHARES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Candidate:
-    """A recipe the search asked for, and its loss on `search`.
+    """A searched recipe and its loss on `search`.
 
     genome: None where the recipe is not a point of the space. generation: when it was asked for. items: how
     many items the loss was measured on.
@@ -52,23 +52,23 @@ class Candidate:
     items: int = 0
 
 
-def estimates(found: Sequence[Candidate]) -> Array:
+def estimates(candidates: Sequence[Candidate]) -> Array:
     """Return the estimated true loss of every candidate, shape (n,).
 
     A Gaussian process over the genomes (squared-exponential kernel, constant mean; Rasmussen & Williams 2006,
     eq. 2.41), its length, strength and noise those of the highest likelihood on a small grid (eq. 2.30). Its
-    posterior mean is what a candidate's loss and those of its neighbours say together: a stroke of luck that
-    no neighbour shares is mostly taken away.
+    posterior mean combines a candidate's loss with those of its neighbours, so luck that no neighbour shares
+    is mostly removed.
 
     Fitted to the best MODELLED candidates of full item count; all others keep the loss as measured.
     """
-    result = np.array([candidate.loss for candidate in found], dtype=np.float64)
-    most = max((candidate.items for candidate in found), default=0)
-    full = [i for i, c in enumerate(found) if c.genome is not None and c.items == most]
+    result = np.array([candidate.loss for candidate in candidates], dtype=np.float64)
+    most = max((candidate.items for candidate in candidates), default=0)
+    full = [i for i, c in enumerate(candidates) if c.genome is not None and c.items == most]
     full = sorted(full, key=lambda i: result[i])[:MODELLED]
     if len(full) < FEWEST:
         return result
-    genomes = np.array([found[i].genome for i in full])
+    genomes = np.array([candidates[i].genome for i in full])
     with threadpool_limits(1):  # with more threads the last bits depend on the machine
         result[full] = _posterior_mean(genomes, result[full])
     return result
@@ -99,7 +99,7 @@ def _posterior_mean(genomes: Array, losses: Array) -> Array:
 
 
 def finalists(
-    found: Sequence[Candidate], count: int, estimates: NDArray[np.float64] | None = None
+    candidates: Sequence[Candidate], count: int, estimates: NDArray[np.float64] | None = None
 ) -> list[Candidate]:
     """Return the `count` best distinct recipes by estimated loss, best first; ties go to the earlier one.
 
@@ -110,24 +110,24 @@ def finalists(
     generation gets more than a quarter of the places (at least one) unless the others run out. That is
     coarser than a distance between genomes, but it needs no scale that would have to fit every space.
     """
-    values = [c.loss for c in found] if estimates is None else estimates.tolist()
-    assert len(values) == len(found), "one estimate per candidate"
-    most = max((candidate.items for candidate in found), default=0)
-    order = sorted((i for i, c in enumerate(found) if c.items == most), key=lambda i: values[i])
+    values = [c.loss for c in candidates] if estimates is None else estimates.tolist()
+    assert len(values) == len(candidates), "one estimate per candidate"
+    most = max((candidate.items for candidate in candidates), default=0)
+    order = sorted((i for i, c in enumerate(candidates) if c.items == most), key=lambda i: values[i])
     distinct: dict[str, int] = {}
     for i in order:
-        distinct.setdefault(found[i].recipe.hash, i)
+        distinct.setdefault(candidates[i].recipe.hash, i)
     places = -(-count // SHARES)
     taken: list[int] = []
     left: list[int] = []
     used: dict[int, int] = {}
     for i in distinct.values():
-        generation = found[i].generation
+        generation = candidates[i].generation
         free = len(taken) < count and used.get(generation, 0) < places
         (taken if free else left).append(i)
         used[generation] = used.get(generation, 0) + free
     chosen = sorted([*taken, *left[: count - len(taken)]], key=lambda i: values[i])
-    return [found[i] for i in chosen]
+    return [candidates[i] for i in chosen]
 
 
 def mean_genome(genomes: Sequence[Genome], coordinates: Sequence[Coordinate]) -> Genome:
@@ -166,10 +166,12 @@ def greedy_soup(
 
 
 def winner(estimates: NDArray[np.float64], select: NDArray[np.float64], *, items: tuple[int, int]) -> int:
-    """Return the index of the finalist with the lowest loss on both splits together.
+    """Return the index of the finalist with the lowest pooled loss.
 
-    estimates: (k,) of the losses on `search`. select: (k,) losses on `select`. items: how many items the two
-    come from, which are their weights. NaN on either split is a finalist that could not be scored there.
+    Args:
+        estimates: Shape (k,), estimated losses on `search`. NaN: not scored.
+        select: Shape (k,), losses on `select`. NaN: not scored.
+        items: Number of items behind the two, the weights of the pooled loss.
     """
     shares = np.array(items) / sum(items)
     pooled = shares[0] * estimates + shares[1] * select

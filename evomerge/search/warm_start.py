@@ -40,33 +40,34 @@ AVERAGED = 0.25
 
 
 class GradientSpec(Strict):
-    """The `gradients` part of a warm start.
+    """The `gradients` part of a warm start: Adam on the continuous parameters, before the search.
 
-    steps: of Adam. rate: its first step size, in the unit cube. share: of each task's search items that a
-        step takes, drawn anew each time. A step costs as much as scoring three times its items, which
-        counts towards `budget.evaluations`: the default as much as 39 candidates.
-    softness: in nats, how far around the border between wrong and right an item pulls.
+    A step costs as much as scoring three times its items, which counts towards `budget.evaluations`: the
+    default costs as much as 39 candidates.
     """
 
     steps: int = Field(default=64, ge=1)
+    """Steps of Adam."""
     rate: float = Field(default=0.05, gt=0, le=1)
+    """First step size, in the unit cube."""
     share: float = Field(default=0.2, gt=0, le=1)
+    """Share of each task's `search` items in a step, drawn anew for each step."""
     softness: float = Field(default=0.5, gt=0)
+    """Width, in nats, of the zone around the border between wrong and right in which an item has a
+    gradient."""
 
 
 class WarmStartSpec(Strict):
-    """The `warm_start` part of a run config: what is scored beside the baselines and may seed the search.
-
-    run: the folder of another run, finished or not, on models with the same names; its winner and best
-        candidates are taken, as far as the space can express them.
-    recipes: recipe.yaml or mergekit YAML files over this run's models, stacked layers among them; what the
-        space can't express is scored, and may win, but seeds nothing.
-    gradients: steps down the gradient from the best point known before the search; `off` by default.
-    """
+    """The `warm_start` part of a run config: what is scored beside the baselines and may seed the search."""
 
     run: str | None = None
+    """The folder of another run on models with the same names, finished or not. Its winner and best
+    candidates are taken where the space can express them."""
     recipes: tuple[str, ...] = ()
+    """recipe.yaml or mergekit YAML files over this run's models. A recipe that the space can't express is
+    scored and may win, but does not seed the search."""
     gradients: GradientSpec | Literal["off"] = "off"
+    """Gradient steps from the best known point before the search. `on` takes the defaults below."""
 
     @field_validator("gradients", mode="before")
     @classmethod
@@ -104,10 +105,19 @@ def descend(
     loss_of: Callable[[int], SmoothLoss],
     slopes: GradientSource,
 ) -> Descent:
-    """Follow the gradient from a genome.
+    """Follow the gradient from a genome with Adam.
 
-    loss_of: the loss of each step, by its number from 0.
-    A step that fails (weights that are not finite, say) ends the descent at the last good point.
+    A step that fails (for example with non-finite weights) ends the descent at the last good point.
+
+    Args:
+        space: Maps genomes to recipes; discrete coordinates stay as they are.
+        start: Shape (dimension,), values in [0, 1].
+        spec: Number of steps, rate and share of items per step.
+        loss_of: Returns the loss of a step, numbered from 0.
+        slopes: Computes gradients with respect to a recipe's parameters.
+
+    Returns:
+        The last point, the mean of the last ones, the losses, and the cost in items.
     """
     chain = Chain(space)
     u = np.array(start, dtype=np.float64)
@@ -117,13 +127,13 @@ def descend(
     losses: list[float] = []
     for step in range(spec.steps):
         loss, recipe = loss_of(step), space.decode(u)
-        found = slopes.gradient(recipe, loss, step=step, steps=spec.steps)
+        gradient = slopes.gradient(recipe, loss, step=step, steps=spec.steps)
         items += PASSES * loss.items
-        if isinstance(found, Failure):
-            return Descent(last=good, mean=good, items=items, losses=tuple(losses), failure=found)
+        if isinstance(gradient, Failure):
+            return Descent(last=good, mean=good, items=items, losses=tuple(losses), failure=gradient)
         good = u
-        losses.append(found.loss)
-        slope = chain.carried(u, recipe, found)
+        losses.append(gradient.loss)
+        slope = chain.carried(u, recipe, gradient)
         first = FIRST * first + (1 - FIRST) * slope
         second = SECOND * second + (1 - SECOND) * slope**2
         mean, square = first / (1 - FIRST ** (step + 1)), second / (1 - SECOND ** (step + 1))
@@ -193,7 +203,7 @@ def parameters(recipe: Recipe) -> NDArray[np.float64]:
 
 def distinct(named: Sequence[Named]) -> list[Named]:
     """Return the entries without those whose recipe an earlier one has."""
-    found: dict[str, Named] = {}
-    for each in named:
-        found.setdefault(each.recipe.hash, each)
-    return list(found.values())
+    by_hash: dict[str, Named] = {}
+    for entry in named:
+        by_hash.setdefault(entry.recipe.hash, entry)
+    return list(by_hash.values())

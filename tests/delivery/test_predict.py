@@ -59,13 +59,13 @@ def test_all_that_was_scored_is_learnt_but_the_recipe_itself(
     store, summary, prepared = opened
     asked = store.generations()[-1].recipes[0]
     seen: list[str] = []
-    real = prediction.forecast
+    real = prediction.predict_score
 
-    def spy(genome: Any, examples: Any, **rest: Any) -> prediction.Forecast:
+    def spy(genome: Any, examples: Any, **rest: Any) -> prediction.PredictedScore:
         seen.extend(e.recipe for e in examples)
         return real(genome, examples, **rest)
 
-    monkeypatch.setattr(prediction, "forecast", spy)
+    monkeypatch.setattr(prediction, "predict_score", spy)
     predict.predict(store, summary, prepared, asked)
     every = {e.recipe for e in predict.scored(store, summary, prepared)}
     named = {n.recipe.hash for n in (*summary.parents, *summary.baselines)}

@@ -167,7 +167,7 @@ def test_what_the_suite_does_not_have_is_refused(settings: dict[str, object], me
 def test_what_nothing_measures_is_refused(role: str) -> None:
     bare = Suite.model_validate({"name": "bare", "tasks": [task.model_dump() for task in TWO.tasks[:2]]})
     for settings in ({"several": ["mean", role]}, {"constraints": {role: 0.9}}):
-        with pytest.raises(ConfigError, match=f"{role} is wanted, but no task"):
+        with pytest.raises(ConfigError, match=f"{role} is part of it, but no task"):
             ObjectiveSpec.model_validate(settings).check(bare)
         ObjectiveSpec.model_validate(settings).check(TWO)
 

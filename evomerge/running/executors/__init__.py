@@ -35,33 +35,39 @@ __all__ = [
 
 
 class ExecutorSpec(Strict):
-    """The `executor` part of a run config.
-
-    workers: processes (default: one per GPU, else one per core; on Ray as many as fit into the cluster).
-    threads: of each worker (default: the cores divided among them, or OMP_NUM_THREADS; on Ray its CPUs).
-    device: auto is every GPU, where there is one, else the CPU; more workers than GPUs share them in turn.
-    timeout: seconds a candidate may take on one split. batch_size: requests
-    per forward pass. dtype: of the forward pass; "auto" is float32 on a CPU and bfloat16 on a GPU.
-    max_length: in tokens; default the model's own. attention: the implementation transformers uses.
-    low_memory: keep no statistics of trimmed task vectors (docs/performance.md); the weights are the same.
-    generation: what continues prompts, the live model or vLLM beside it (docs/devices.md).
-    address: of the Ray cluster: auto (the one this machine belongs to), local (one of its own, on this
-    machine), or HOST:PORT. resources: what Ray sets aside for each worker, CPU, GPU, memory or your own.
-    """
+    """The `executor` part of a run config."""
 
     name: Literal["local", "inline", "ray"] = "local"
+    """Worker processes on this machine, the search's own process (for debugging), or actors of a Ray
+    cluster."""
     workers: int | None = Field(default=None, ge=1)
+    """Number of workers. Default: one per GPU, else one per core; on Ray as many as fit into the cluster."""
     threads: int | None = Field(default=None, ge=1)
+    """Threads of each worker. Default: the cores divided among the workers, or OMP_NUM_THREADS; on Ray its
+    CPUs."""
     timeout: float = Field(default=3600.0, gt=0)
+    """Seconds a candidate may take for the items it is given at once."""
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N` or `mps`. `auto` is every GPU where there is one, else the CPU. More workers
+    than GPUs share them in turn."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the forward pass. `auto` is float32 on a CPU and bfloat16 on a GPU."""
     batch_size: int = Field(default=64, ge=1)
+    """Requests per forward pass."""
     max_length: int | None = Field(default=None, ge=8)
+    """Context length in tokens. Default: the model's own."""
     attention: str | None = None
+    """Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2` ... Default: its own
+    choice."""
     low_memory: bool = False
+    """Keep no statistics of trimmed task vectors: less memory, slower TIES, the same weights."""
     generation: Literal["transformers", "vllm"] = "transformers"
+    """What generates text in `generate_until` tasks: the live model, or vLLM beside it."""
     address: str = "auto"
+    """Ray only. `auto`: the cluster this machine belongs to; `local`: a new one on this machine; or
+    HOST:PORT."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Ray only: what Ray reserves for each worker: `CPU`, `GPU`, `memory`, or your own resources."""
 
     @model_validator(mode="after")
     def _fitting(self) -> ExecutorSpec:

@@ -31,25 +31,31 @@ Name = Literal["auto", "cma_es", "catcma", "nsga2", "nsga3", "tpe", "random", "s
 
 
 class OptimizerSpec(Strict):
-    """The `optimizer` part of a run config.
-
-    name: "auto" picks by the coordinates and the number of objectives (`choose`).
-    sigma: initial standard deviation in the unit cube (cma_es, catcma). population: candidates per
-    generation (default: the algorithm's own, 4 + 3 ln(dimension) for most). restarts: what cma_es does
-    when it has converged: go on with twice the population (ipop), alternate that with small ones (bipop),
-    or stop (none).
-    """
+    """The `optimizer` part of a run config."""
 
     name: Name = "auto"
+    """The algorithm. `auto` picks by the space's coordinates and the number of objectives."""
     sigma: float = Field(default=0.15, gt=0, le=1)
+    """Initial standard deviation in the unit cube (cma_es, catcma)."""
     population: int | None = Field(default=None, ge=4)
+    """Candidates per generation. Default: the algorithm's own, 4 + 3 ln(dimension) for most."""
     restarts: Restarts = "ipop"
+    """What cma_es does when it has converged: restart with twice the population (`ipop`), alternate large and
+    small populations (`bipop`), or stop (`none`)."""
 
 
 def choose(
     spec: OptimizerSpec, coordinates: Sequence[Coordinate], objectives: int = 1
 ) -> tuple[OptimizerSpec, str]:
-    """Return the spec with "auto" replaced by an optimizer, and one sentence that says why.
+    """Resolve `auto` to an optimizer.
+
+    Args:
+        spec: The `optimizer` part of a run config.
+        coordinates: The kind of every coordinate of the search space.
+        objectives: Number of losses per candidate.
+
+    Returns:
+        The spec with a concrete name, and one sentence with the reason.
 
     >>> choose(OptimizerSpec(), [Coordinate(), Coordinate(levels=3)])[1]
     'catcma: 1 of 2 coordinates is discrete'
@@ -79,11 +85,21 @@ def create(
     starts: Sequence[Genome],
     seed: np.random.SeedSequence,
 ) -> Optimizer:
-    """Build the optimizer a run config names.
+    """Create the optimizer named in a run config.
 
-    starts: at least one genome, best first. CMA-ES and CatCMA begin around the first; the others
-    ask for all of them in their first generations. Raises ConfigError where the optimizer can't search
-    such coordinates or so many objectives.
+    Args:
+        spec: The `optimizer` part of the config; `auto` is resolved by `choose`.
+        coordinates: The kind of every coordinate of the search space, in genome order.
+        objectives: Number of losses per candidate.
+        starts: At least one genome of shape (dimension,), best first. CMA-ES and CatCMA begin around the
+            first; the others return all of them in their first generations.
+        seed: The optimizer's own random stream. It is not advanced.
+
+    Returns:
+        An optimizer that, with the same seed and the same losses, asks for the same genomes bit for bit.
+
+    Raises:
+        ConfigError: The optimizer can't search these coordinates or this number of objectives.
     """
     spec, _ = choose(spec, coordinates, objectives)
     seed = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key)  # libraries spawn from theirs

@@ -17,19 +17,27 @@ from evomerge.search.spaces.space import Genome
 
 
 class Optimizer(Protocol):
-    """The contract every optimizer meets (tests/search/test_optimizers.py holds the table)."""
+    """The contract of every optimizer (tests/search/optimizers/test_optimizers.py holds the table)."""
 
     @property
     def population(self) -> int:
-        """Number of candidates the next generation is told; it may change between generations."""
+        """Number of losses the next `tell` takes; it may change between generations."""
         ...
 
     def ask(self, count: int | None = None) -> NDArray[np.float64]:
-        """Return the next generation, shape (n, dimension), values in [0, 1], read-only.
+        """Return the next generation.
 
-        Discrete coordinates are in the middles of their bins. n is `population`, or `count` where
-        given (at least `population`): an oversized generation drawn from the same distribution, of
-        which only some are told.
+        Args:
+            count: Number of genomes, at least `population` (the default). A larger generation is drawn from
+                the same distribution; `tell` then takes the losses of `population` of them.
+
+        Returns:
+            Genomes of shape (n, dimension), values in [0, 1], read-only. Discrete coordinates are in the
+            middles of their bins.
+
+        Raises:
+            RuntimeError: The losses of the last generation were not passed to `tell`.
+            ValueError: `count` is below `population`.
         """
         ...
 
@@ -39,23 +47,29 @@ class Optimizer(Protocol):
         ...
 
     def tell(self, losses: NDArray[np.float64], chosen: Sequence[int] | None = None) -> None:
-        """Take the losses of the last generation, shape (population, objectives), all finite.
+        """Update the optimizer with the losses of the last generation.
 
-        chosen: which rows they belong to, in that order: `population` different ones. None: all rows,
-        of a generation that is not oversized.
+        Args:
+            losses: Shape (population, objectives), finite; lower is better. The array is copied.
+            chosen: The row of each loss in the last `ask`, all different. None: all rows, of a generation
+                of `population`.
+
+        Raises:
+            RuntimeError: There is no generation to tell about.
+            ValueError: Shape or rows do not fit the last `ask`, or a loss is not finite.
         """
         ...
 
     def inject(self, genomes: ArrayLike) -> None:
-        """Put points, shape (k, dimension), first into the next generation, and the next ones if need be."""
+        """Put genomes of shape (k, dimension) first into the next generation, the rest into later ones."""
         ...
 
     def stop_reason(self) -> str | None:
-        """Say why another generation is pointless, or None."""
+        """Return why another generation is pointless (one sentence), or None."""
         ...
 
     def favourite(self) -> Genome | None:
-        """Return the genome the optimizer itself believes in most (CMA-ES: the mean), if it has one."""
+        """Return the optimizer's best estimate of the optimum (CMA-ES: the mean), None where it has none."""
         ...
 
 
@@ -104,7 +118,7 @@ class AskTell:
 
     @property
     def population(self) -> int:
-        """Number of candidates the next generation is told."""
+        """Number of losses the next `tell` takes."""
         return self._algorithm.population
 
     @property
@@ -140,7 +154,7 @@ class AskTell:
         losses = np.array(losses, dtype=np.float64)
         if chosen is None and count > population:
             raise ValueError(
-                f"{self._name}.tell: {count} candidates were asked for; say which {population} are chosen"
+                f"{self._name}.tell: the last ask returned {count} candidates; name the {population} chosen"
             )
         rows = np.arange(count) if chosen is None else np.array(chosen, dtype=int)
         if len(rows) != population or len(set(rows.tolist())) != population:
@@ -175,9 +189,9 @@ class AskTell:
         return self._algorithm.stop_reason()
 
     def favourite(self) -> Genome | None:
-        """Return the genome the algorithm believes in most, if it has one."""
-        found = self._algorithm.favourite()
-        return None if found is None else self._cube.expand(self._cube.snap(found[None]))[0]
+        """Return the algorithm's best estimate of the optimum, None where it has none."""
+        genome = self._algorithm.favourite()
+        return None if genome is None else self._cube.expand(self._cube.snap(genome[None]))[0]
 
     def _given(self, room: int) -> NDArray[np.float64]:
         """Take injected points, then starts, off their queues; shape (k, free columns)."""

@@ -29,4 +29,4 @@ class Random:
         """Return None: there is always another point."""
 
     def favourite(self) -> None:
-        """Return None: no point is believed in."""
+        """Return None: random search estimates no optimum."""

@@ -44,4 +44,4 @@ class Sobol:
         """Return None: there is always another point."""
 
     def favourite(self) -> None:
-        """Return None: no point is believed in."""
+        """Return None: a Sobol sequence estimates no optimum."""

@@ -85,11 +85,11 @@ class Curve:
         for column, point in enumerate(given):  # in this order on every machine, as no product promises
             sums += self.shares[:, column] * point
         low, high = self.domain.low, self.domain.high
-        found = []
+        values = []
         for value in sums.tolist():
             rounded = float(f"{math.exp(value) if self.domain.log else value:.{DIGITS}g}") + 0.0
-            found.append(min(max(rounded, low), high))
-        return found
+            values.append(min(max(rounded, low), high))
+        return values
 
     def solve_in(self, table: list[Choice | None]) -> bool:
         """Enter the control points of the rows' values in a table; return whether they lie on such a curve.
@@ -97,17 +97,17 @@ class Curve:
         Where the table has no values, nothing is entered.
         """
         given = [float(value) for row in self.rows if (value := table[row]) is not None]
-        found = self.solve(given) if len(given) == len(self.rows) else None
-        for position, value in zip(self.points, found or (), strict=False):
+        solution = self.solve(given) if len(given) == len(self.rows) else None
+        for position, value in zip(self.points, solution or (), strict=False):
             table[position] = value
-        return found is not None or not given
+        return solution is not None or not given
 
     def solve(self, values: Sequence[float]) -> list[float] | None:
         """Return the control points of values that lie on such a curve, else None."""
         log, domain = self.domain.log, self.domain
         if any(not domain.low <= value <= domain.high for value in values):
             return None
-        wanted = np.array([math.log(v) for v in values] if log else values)
-        found = (self.inverse @ wanted).tolist()
-        points = [domain.nearest(math.exp(x) if log else x) for x in found]
+        targets = np.array([math.log(v) for v in values] if log else values)
+        solution = (self.inverse @ targets).tolist()
+        points = [domain.nearest(math.exp(x) if log else x) for x in solution]
         return points if self.values(points) == list(values) else None

@@ -18,7 +18,7 @@ AnySpace = SearchSpace | LayerPathSpace
 
 
 def parse_space(data: Mapping[str, Any], where: str) -> AnySpec:
-    """Return the search space some plain data describe: `kind` says which, the ordinary kind has none."""
+    """Parse a search space from plain data; `kind` names the kind, merge spaces have none."""
     if "kind" not in data:
         return parse(SpaceSpec, data, where)
     if data["kind"] != "layer_path":

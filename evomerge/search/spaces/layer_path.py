@@ -39,7 +39,9 @@ class ScaleSpec(Strict):
     """The range of the residual scales; 1 leaves a layer as it is."""
 
     low: float
+    """Lower bound, at most 1."""
     high: float
+    """Upper bound, at least 1."""
 
     @model_validator(mode="after")
     def _around_one(self) -> ScaleSpec:
@@ -57,24 +59,26 @@ class ScaleSpec(Strict):
 
 
 class LayerPathSpec(Strict):
-    """A layer-path preset as written (`kind: layer_path`).
-
-    base: whether the base's own layers may be taken, too.
-    block: how many successive layers stay together.
-    shortest, longest: bounds of the depth, as a multiple of the base's (counted in blocks).
-    reach: how many blocks a slot's choice may lie before or behind its place.
-    scale: range of the residual scales, one for attention and one for the MLP of each slot; none if left out.
-    """
+    """A layer-path preset as written (`kind: layer_path`)."""
 
     kind: Literal["layer_path"]
+    """Marks a layer path; an ordinary space has no `kind`."""
     name: str
+    """Name of the space."""
     about: str
+    """One line for people."""
     base: bool = False
+    """Whether the base's own layers may be taken."""
     block: int = Field(default=1, ge=1)
+    """Successive layers that stay together."""
     shortest: float = Field(default=0.75, gt=0)
+    """Least depth, as a multiple of the base's (counted in blocks); at most `longest`."""
     longest: float = Field(default=1.25, gt=0, le=8)
+    """Greatest depth, likewise."""
     reach: int = Field(default=1, ge=0)
+    """How many blocks a slot's choice may lie before or behind its place."""
     scale: ScaleSpec | None = None
+    """Range of the residual scales of attention and MLP of each slot; without it, layers are not scaled."""
 
     @model_validator(mode="after")
     def _ordered(self) -> LayerPathSpec:

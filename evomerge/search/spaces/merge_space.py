@@ -176,18 +176,18 @@ class SearchSpace:
         groups, places = recipe.groups, [cell.place for cell in self._cells]
         if [(g.layers, g.match) for g in groups] == [(p.layers, p.match) for p in places]:
             return [(group,) for group in groups]
-        found = []
+        groups_by_cell = []
         for place in places:
-            mine = {id(group): group for group in map(recipe.group_for, place.tensors)}
-            found.append(tuple(mine.values()))
-        return found
+            distinct = {id(group): group for group in map(recipe.group_for, place.tensors)}
+            groups_by_cell.append(tuple(distinct.values()))
+        return groups_by_cell
 
     def _base_of(self, method: str) -> str | None:
         base = self._template.base
         return base if methods.get(method).uses_base(base) else None
 
     def _read(self, cell: _Cell, group: TensorGroup, table: list[Choice | None]) -> bool:
-        """Enter into the table what a group says of a cell; return whether the space can say it."""
+        """Enter a group's values for a cell into the table; return whether the space can express them."""
         if cell.switches and group.copied_source == self._template.base:
             return all(_enter(table, position, False) for position in cell.switches)
         ours = [name for name in self.sources if name in group.sources]
@@ -249,7 +249,7 @@ def _cell(place: Region, layout: GeneLayout, resolved: Resolved) -> _Cell:
 
 
 def _enter(table: list[Choice | None], position: int, value: Choice) -> bool:
-    """Enter a value, or say whether it agrees with the one that is there."""
+    """Enter a value; return whether it agrees with the one already there."""
     if table[position] is None:
         table[position] = value
     return table[position] == value

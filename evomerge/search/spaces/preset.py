@@ -21,27 +21,30 @@ NARROWEST = 1e-3
 
 
 class CurveSpec(Strict):
-    """Values along the layers that follow from few control points; see `evomerge.search.spaces.curve`."""
+    """Values along the layers that follow from few control points."""
 
     points: int = Field(ge=2, le=20)
+    """Number of control points."""
     kind: CurveKind = "linear"
+    """`linear` joins the points by straight lines; `smooth` is a cubic B-spline."""
 
 
 class GeneSpec(Strict):
-    """The range or the choices of one parameter, and along which axes it may differ.
-
-    low, high: of real and whole numbers. choices: of flags, and of numbers where only some make sense.
-    per: "source" (one value per source model), "layers" (per run of layers), "modules" (per module
-        filter). Default: every axis the parameter and the space have.
-    curve: along the layers, a few control points instead of one value per run.
-    """
+    """The range or the choices of one parameter, and along which axes it may differ."""
 
     low: float | None = None
+    """Lower bound, included."""
     high: float | None = None
+    """Upper bound, included."""
     scale: Literal["linear", "log"] = "linear"
+    """Scale of a real number's range."""
     choices: tuple[Value, ...] | None = None
+    """Values instead of a range: flags or numbers. Ascending numbers count as ordered."""
     per: tuple[Axis, ...] | None = None
+    """Axes along which values may differ: `source`, `layers`, `modules`. Default: every axis that the
+    parameter and the space have; `[]` is one value for the model."""
     curve: CurveSpec | None = None
+    """Few control points along the layers instead of one value per group of layers."""
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -77,14 +80,12 @@ class GeneSpec(Strict):
 
 
 class MethodSpec(Strict):
-    """The merge method, or the methods to choose from.
-
-    per: along which axes the choice may differ, "layers" and "modules" by default; [] is one choice for
-        the whole model.
-    """
+    """The merge method, or the methods to choose from. A bare name stands for one method."""
 
     choices: tuple[str, ...] = Field(min_length=1)
+    """Names of methods."""
     per: tuple[GroupAxis, ...] = ("layers", "modules")
+    """Axes along which the choice may differ; `[]` is one choice for the model."""
 
     @model_validator(mode="after")
     def _different(self) -> MethodSpec:
@@ -100,12 +101,10 @@ class MethodSpec(Strict):
 
 
 class SubsetSpec(Strict):
-    """A switch per source: whether it takes part in a group at all.
-
-    per: along which axes the switches may differ, as of `MethodSpec`.
-    """
+    """A switch per source: whether it takes part in a group at all."""
 
     per: tuple[GroupAxis, ...] = ("layers", "modules")
+    """Axes along which the switches may differ; `[]` is one switch per source for the model."""
 
 
 def _method(given: object) -> object:
@@ -134,25 +133,28 @@ def _layers(given: object) -> object:
 
 
 class SpaceSpec(Strict):
-    """A search-space preset as written.
-
-    method: a name, or the choices of a method gene.
-    subset: a switch per source, if there is to be one.
-    layers: how many successive layers share a group, "all", or the first and last layer of each group.
-    modules, outside: names and tensor-name substrings that cut a run of layers, and the tensors outside
-        all layers, into groups. The first filter that matches wins; an empty list matches the rest.
-    genes, fixed: by parameter; `METHOD.PARAMETER` is for one method and goes before the plain name.
-    """
+    """A search-space preset as written."""
 
     name: str
+    """Name of the space."""
     about: str
+    """One line for people."""
     method: Annotated[MethodSpec, BeforeValidator(_method)]
+    """A method's name, or the choices of a method gene."""
     subset: SubsetSpec | None = None
+    """A switch per source; none by default."""
     layers: Annotated[int | Literal["all"] | tuple[tuple[int, int], ...], BeforeValidator(_layers)] = "all"
+    """Layers that share a group: how many in succession, `all`, or the first and last layer of each group."""
     modules: dict[str, tuple[str, ...]] = Field(default={"all": ()})
+    """Groups within a run of layers: name -> parts of tensor names. The first match wins; `[]` matches the
+    rest."""
     outside: dict[str, tuple[str, ...]] = Field(default={"all": ()})
+    """The same for tensors that are in no layer."""
     genes: dict[str, GeneSpec] = Field(default={})
+    """What varies: parameter -> range or choices. `METHOD.PARAMETER` is for one method and precedes the plain
+    name."""
     fixed: dict[str, Value] = Field(default={})
+    """What does not vary: parameter -> value, named as under `genes`."""
 
     @model_validator(mode="after")
     def _complete(self) -> SpaceSpec:

@@ -133,7 +133,7 @@ def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
     `normalize` flag, all of which take shares. Where nothing is normalised, `lambda` is a factor of them.
     """
     vary = {(name, entry.parameter): entry for entry in resolved.varied for name in entry.methods}
-    found: dict[str, list[str]] = {}
+    notes_of: dict[str, list[str]] = {}
     for name in spec.method.choices:
         declared = methods.get(name)
         if (name, "weight") not in vary:
@@ -141,12 +141,12 @@ def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
         flag = declared.parameters.get("normalize")
         shares = flag is None or bool(resolved.fixed[name].get("normalize", flag.default))
         if (name, "normalize") in vary:
-            found.setdefault("where normalize is true, weights count only in proportion", []).append(name)
+            notes_of.setdefault("where normalize is true, weights count only in proportion", []).append(name)
         elif shares:
-            found.setdefault("weights count only in proportion", []).append(name)
+            notes_of.setdefault("weights count only in proportion", []).append(name)
         elif (name, "lambda") in vary:
-            found.setdefault("only the product of weight and lambda counts", []).append(name)
-    notes = [f"{', '.join(names)}: {what}" for what, names in found.items()]
+            notes_of.setdefault("only the product of weight and lambda counts", []).append(name)
+    notes = [f"{', '.join(names)}: {what}" for what, names in notes_of.items()]
     weights = [entry for (_, parameter), entry in vary.items() if parameter == "weight"]
     if resolved.switch is not None and any(entry.domain.unit(0.0) is not None for entry in weights):
         notes.append("a weight of exactly 0 is as good as a source that is off")

@@ -1,6 +1,6 @@
-"""What a genome is: a point of the unit cube, coordinate by coordinate, and what a search space does with it.
+"""Genomes (points of the unit cube), the kinds of their coordinates, and the contract of search spaces.
 
-Optimizers know the coordinates and nothing else of a space; spaces know nothing of optimizers.
+Optimizers see only the coordinates of a space; spaces do not depend on optimizers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Coordinate:
 
 
 class Space(Protocol):
-    """What a run needs of a search space, whatever kind it is."""
+    """The contract of every kind of search space: a genome stands for a recipe, and back."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -63,13 +63,20 @@ class Space(Protocol):
         ...
 
     def decode(self, genome: Genome) -> Recipe:
-        """Return the recipe a genome means."""
+        """Return the recipe of a genome.
+
+        Args:
+            genome: Shape (dimension,), values in [0, 1].
+
+        Raises:
+            ValueError: The shape is wrong or a value lies outside [0, 1].
+        """
         ...
 
     def encode(self, recipe: Recipe) -> Genome | None:
         """Return the canonical genome of a recipe, or None where the space can't express it.
 
-        `encode(decode(u))` is the canonical form of `u`: bins at their middles, 0.5 for what has no
+        `encode(decode(u))` is the canonical form of `u`: bins at their middles, 0.5 for coordinates without
         effect. `decode` gives the same recipe for both.
         """
         ...

@@ -1,16 +1,16 @@
-"""The guide: what the surrogate contributes to a search, and when it is listened to.
+"""The guide: what the surrogate contributes to a search, and when it is ignored.
 
-In every generation it proposes some genomes itself, the best in its trust region, and screens an oversized
-population of the optimizer for the rest; the optimizer is told both. It also decides how many item blocks a
-generation is scored on: few at first, because a model that learns from every item of many candidates needs
-few of each; twice as many once the trust region has collapsed, which says that nothing more is to be found
-on these items. Where it proposes nothing (a model that is not trusted), some generations without a better
-candidate say the same.
+In every generation the guide proposes some genomes, the best ones in its trust region, and screens an
+oversized population of the optimizer for the rest; the losses of both are passed to the optimizer. It also
+sets the number of item blocks a generation is scored on: few at first, because a model that learns from
+every item of many candidates needs few items of each; twice as many after the trust region has collapsed,
+a sign that these items hold no further improvement. Where the guide proposes nothing (the model is not
+trusted), several generations without a better candidate are that sign.
 
-Before a candidate is scored, its loss is predicted; the rank correlation of the last predictions with what
-was then measured is the guide's own mark. While it is low the optimizer works alone. The guide's proposals
-don't count in it: each of them is where the model is most likely to promise too much, which the trust region
-is for.
+The loss of every candidate is predicted before it is scored. The guide is trusted while the rank correlation
+of the last predictions with the measured losses is high enough; otherwise the surrogate is ignored and the
+optimizer works alone. The guide's own proposals don't count in the correlation: the model is most likely to
+be too optimistic there, which the trust region corrects.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.special
 import scipy.stats
-from numpy.typing import NDArray
 from pydantic import Field
 from threadpoolctl import threadpool_limits
 
 from evomerge.evaluation.normalise import Normaliser
-from evomerge.evaluation.scores import Scores
+from evomerge.evaluation.scores import Array, Scores
 from evomerge.schema import Strict
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import Optimizer
@@ -35,17 +34,15 @@ from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
 from evomerge.search.surrogate.trust_region import TrustRegion
 
-Array = NDArray[np.float64]
-
 WINDOW = 32
 """Predictions that the rank correlation is taken over, the latest ones."""
 TRUSTED = 0.1
-"""Rank correlation below which the model is not listened to."""
+"""Rank correlation below which the surrogate is ignored."""
 FEW = 16
-"""Predictions before which it is given the benefit of the doubt."""
+"""Number of predictions below which the surrogate is trusted without a correlation."""
 SCATTERED = 12
-"""Candidates of the optimizer's own that the model learns from before it predicts any: baselines lie on a
-few lines through the space and say nothing of what is beside them."""
+"""The optimizer's own candidates the model needs before it predicts: baselines lie on a few lines through the
+space and carry no information beside them."""
 REFRESHED = 16
 """Candidates, the best, that are scored on further blocks when those are added."""
 TUNED_EVERY = 3
@@ -55,15 +52,14 @@ PATIENCE = 6
 
 
 class SurrogateSpec(Strict):
-    """The `surrogate` part of a run config; `surrogate: off` leaves everything to the optimizer.
-
-    share: of every generation, proposed by the model itself. oversample: candidates the optimizer draws for
-    each that is scored; the model screens them. blocks: item blocks a generation is scored on at first.
-    """
+    """The `surrogate` part of a run config; `surrogate: off` leaves everything to the optimizer."""
 
     share: float = Field(default=0.5, ge=0, le=1)
+    """Share of every generation that the surrogate proposes."""
     oversample: int = Field(default=4, ge=1)
+    """Candidates the optimizer draws for each one that is scored; the surrogate picks the most promising."""
     blocks: int = Field(default=2, ge=1)
+    """Item blocks a generation is scored on at first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +123,7 @@ class MeanLoss:
         return loss, slope
 
     def _cost(self, kept: float, price: float, least: float | None) -> tuple[float, float]:
-        """Return what it costs to keep only so much of what the base had, and how that changes."""
+        """Return the price of keeping a share of the base's ability, and its derivative."""
         cost, change = (price * (1.0 - kept), -price) if kept < 1.0 else (0.0, 0.0)
         if least is not None and kept < least:
             cost, change = cost + self.SHORT * (least - kept), change - self.SHORT
@@ -155,7 +151,7 @@ class Observed:
     def columns(self, scores: Scores) -> dict[int, Array]:
         """Return the outputs of each block that scores hold."""
         at = [0] * len(self._tasks)
-        found: dict[int, Array] = {}
+        columns: dict[int, Array] = {}
         for block in scores.blocks:
             parts = []
             for index, (task, margins) in enumerate(zip(self._tasks, self._margins, strict=True)):
@@ -164,8 +160,8 @@ class Observed:
                 stop = at[index] + self._counts[block][index]
                 parts.append(values[at[index] : stop])
                 at[index] = stop
-            found[block] = np.concatenate(parts)
-        return found
+            columns[block] = np.concatenate(parts)
+        return columns
 
     def means(self, columns: dict[int, Array], blocks: Sequence[int]) -> Array:
         """Return (tasks,) means over blocks, right answers counted as softly as the surrogate does."""
@@ -182,7 +178,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Promise:
-    """Of the guide's own proposals: the losses the model promised, and the boxes they kept to."""
+    """The guide's own proposals: their predicted losses, and the radii of the boxes they come from."""
 
     losses: tuple[float, ...]
     radii: tuple[float, ...]
@@ -191,7 +187,7 @@ class _Promise:
 class Guide:
     """The surrogate in a search with one objective.
 
-    order: item blocks, the most telling first. loss_on: the loss of means on given blocks.
+    order: item blocks, the most informative first. loss_on: returns the loss of means on some blocks.
     """
 
     def __init__(
@@ -240,12 +236,12 @@ class Guide:
 
     @property
     def trusted(self) -> bool:
-        """Whether the model is listened to."""
-        found = self.correlation
-        return found is None or found >= TRUSTED
+        """Whether the surrogate is used."""
+        correlation = self.correlation
+        return correlation is None or correlation >= TRUSTED
 
     def learn(self, genome: Genome, scores: Scores) -> None:
-        """Take in what a genome scored, on whatever blocks."""
+        """Add the scores of a genome, on any blocks, to the data."""
         genome = np.array(genome, dtype=np.float64)
         _, known = self._known.setdefault(genome.tobytes(), (genome, {}))
         for block, columns in self._observed.columns(scores).items():
@@ -290,7 +286,7 @@ class Guide:
     def tell(self, genomes: Array, results: Sequence[Scores | None], losses: Array) -> list[Genome]:
         """Learn from a scored generation; return genomes that should be scored on `blocks` now, if any.
 
-        results: None where a candidate failed. losses: (n,) as told to the optimizer.
+        results: None where a candidate failed. losses: (n,) as passed to the optimizer.
         """
         before = self._best(self.blocks)
         self._told += len(genomes)
@@ -317,7 +313,7 @@ class Guide:
         return best[:REFRESHED]
 
     def _exhausted(self, genomes: Array, before: float) -> bool:
-        """Take in how far a generation came; say whether nothing more is to be found on these items."""
+        """Record a generation's improvement; return whether these items hold no further one."""
         mine = genomes if self._promise is None else genomes[: self._proposed]
         reached = [self._loss(genome, self.blocks) for genome in mine]
         if self._promise is None:
@@ -329,7 +325,7 @@ class Guide:
         return self._region.collapsed
 
     def state(self) -> GuideState:
-        """Return what the store and the report say about the last generation."""
+        """Return the state after the last generation, for the store and the report."""
         return GuideState(
             correlation=self.correlation,
             proposed=self._proposed,
@@ -338,7 +334,7 @@ class Guide:
         )
 
     def estimates(self, genomes: Sequence[Genome]) -> Array | None:
-        """Return the losses the model believes genomes to have, (n,), or None without a model."""
+        """Return the predicted losses of genomes, (n,), or None without a model."""
         best = self._best(self.blocks)
         model = None if best is None else self._surrogate.fit(best[0], self.blocks)
         return None if model is None else np.array(self._predict(model, self._loss_on(self.blocks), genomes))
@@ -353,10 +349,10 @@ class Guide:
         loss = self._losses.get((key, len(blocks)))  # blocks are always the first of `order`
         if loss is not None:
             return loss
-        found = self._known.get(key)
-        if found is None or any(block not in found[1] for block in blocks):
+        entry = self._known.get(key)
+        if entry is None or any(block not in entry[1] for block in blocks):
             return float("inf")
-        loss = self._loss_on(blocks)(self._observed.means(found[1], blocks))[0]
+        loss = self._loss_on(blocks)(self._observed.means(entry[1], blocks))[0]
         self._losses[key, len(blocks)] = loss
         return loss
 

@@ -24,9 +24,8 @@ import scipy.special
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from evomerge.evaluation.scores import Array
 from evomerge.search.spaces.space import Coordinate, Genome
-
-Array = NDArray[np.float64]
 
 NEAREST = 256
 """Scored genomes, those nearest to where the model is asked, that a fit takes in."""
@@ -35,7 +34,7 @@ ENOUGH = 8
 SOFTNESS = 0.5
 """In nats: how soft the step from wrong to right is. It keeps a slope where all items are decided."""
 CLIP = 6.0
-"""In nats: margins beyond are clipped; how wrong a hopeless answer is says nothing about the rest."""
+"""In nats: margins beyond are clipped; the size of a very wrong margin carries no further information."""
 
 NAMED = 0.25
 """What the one-hot feature of a name counts for: another name is as far away as 0.35 on a continuous one."""
@@ -150,7 +149,7 @@ class Model:
         """Predict at a genome.
 
         optimism: in posterior standard deviations, added to every margin (an upper confidence bound).
-        pending: genomes that will be scored anyway, so that what they will teach counts as known.
+        pending: genomes about to be scored; their values count as known.
         """
         here = self._features(genome)
         values = np.zeros(self._tasks)
@@ -166,7 +165,7 @@ class Model:
     def values(
         self, genomes: Sequence[Genome] | Array, *, optimism: float = 0.0, pending: Pending | None = None
     ) -> Array:
-        """Return (n, tasks): what `predict` says of every genome, without its slopes."""
+        """Return (n, tasks): the predictions of `predict` for every genome, without derivatives."""
         here = np.array([self._features(genome) for genome in genomes])
         found = np.zeros((len(here), self._tasks))
         for index, block in enumerate(self._blocks):
@@ -198,7 +197,7 @@ class Model:
 
 
 class Pending:
-    """Genomes about to be scored, in whose light a model is less uncertain (Desautels et al. 2014)."""
+    """Genomes about to be scored, which reduce the model's uncertainty (Desautels et al. 2014)."""
 
     def __init__(self, model: Model, genomes: Sequence[Genome]) -> None:
         extra = np.array([model._features(genome) for genome in genomes])

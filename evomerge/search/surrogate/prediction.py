@@ -16,17 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser, TaskScale
-from evomerge.evaluation.scores import Scores, joined
+from evomerge.evaluation.scores import Array, Scores, joined
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.guide import Observed
 from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
-
-Array = NDArray[np.float64]
 
 LEVEL = 0.95
 
@@ -41,7 +38,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class PredictedScore:
     """What is expected of a recipe on `search`, 0 the base and 1 the specialists.
 
     mean, low, high: the mean normalised score and its 95 % interval. tasks: the same per skill that counts.
@@ -64,20 +61,28 @@ class Forecast:
     uncertainty: float
 
 
-def forecast(
+def predict_score(
     genome: Genome,
     examples: Sequence[Example],
     *,
     coordinates: Sequence[Coordinate],
     normaliser: Normaliser,
     base: Sequence[Scores],
-) -> Forecast:
-    """Predict a genome from scored ones; itself must not be among them.
+) -> PredictedScore:
+    """Predict the score of a genome from scored genomes.
 
-    normaliser: of all `search` items. base: the base's scores block by block.
+    Args:
+        genome: Shape (dimension,), values in [0, 1]; not one of the examples.
+        examples: Scored genomes with their scores per item block.
+        coordinates: The kind of every coordinate, in genome order.
+        normaliser: The normalisation on all `search` items.
+        base: The base's scores, block by block.
+
+    Returns:
+        The mean normalised score with a calibrated interval, and the score of every task.
 
     Raises:
-        UserError: fewer than 8 scored genomes.
+        UserError: There are fewer than 8 scored genomes.
     """
     blocks = shared_blocks([set(example.parts) for example in examples])
     known = _nearest(genome, [e for e in examples if set(blocks) <= set(e.parts)])
@@ -91,34 +96,20 @@ def forecast(
     scale = normaliser.on(joined([base[block] for block in blocks]))
     skills, kept = scale.skills, scale.retained
     tasks = [share.task for share in (*skills, *kept)]
-    observed = Observed(tasks, base)
-    outputs = [observed.outputs[block] for block in blocks]
-    surrogate = Surrogate(
-        coordinates,
-        [
-            Outputs(
-                task=np.concatenate([each.task for each in outputs]),
-                margins=np.concatenate([each.margins for each in outputs]),
-            )
-        ],
-        tasks=len(tasks),
-    )
-    for example in known:
-        columns = [observed.columns(example.parts[block])[block] for block in blocks]
-        surrogate.learn(example.genome, 0, np.concatenate(columns))
+    surrogate = _fitted(known, blocks, tasks, coordinates=coordinates, base=base)
     with threadpool_limits(1):
         model = surrogate.fit(genome, [0])
         assert model is not None
-        found = model.predict(genome)
+        predicted = model.predict(genome)
         guesses = np.array([_mean(values, skills) for values in model.left_out()])
         doubts = model.left_out_uncertainty()
     measured = np.array([scale.mean(joined([e.parts[block] for block in blocks])) for e in known])
     errors = measured - guesses
-    reach = _quantile(np.abs(errors) / doubts) * float(np.hypot(found.uncertainty, np.sqrt(model.noise)))
+    reach = _quantile(np.abs(errors) / doubts) * float(np.hypot(predicted.uncertainty, np.sqrt(model.noise)))
     half = float(np.hypot(reach, _unseen(examples, blocks, normaliser, scale, count=len(base))))
-    mean = _mean(found.values, skills)
-    values = dict(zip(tasks, found.values.tolist(), strict=True))
-    return Forecast(
+    mean = _mean(predicted.values, skills)
+    values = dict(zip(tasks, predicted.values.tolist(), strict=True))
+    return PredictedScore(
         mean=mean,
         low=mean - half,
         high=mean + half,
@@ -129,8 +120,30 @@ def forecast(
         blocks=blocks,
         error=float(np.sqrt((errors**2).mean())),
         correlation=_rank_correlation(guesses, measured),
-        uncertainty=found.uncertainty,
+        uncertainty=predicted.uncertainty,
     )
+
+
+def _fitted(
+    examples: Sequence[Example],
+    blocks: Sequence[int],
+    tasks: Sequence[str],
+    *,
+    coordinates: Sequence[Coordinate],
+    base: Sequence[Scores],
+) -> Surrogate:
+    """Return a surrogate of the examples' items on some blocks, all of them taken as one block."""
+    observed = Observed(tasks, base)
+    parts = [observed.outputs[block] for block in blocks]
+    outputs = Outputs(
+        task=np.concatenate([part.task for part in parts]),
+        margins=np.concatenate([part.margins for part in parts]),
+    )
+    surrogate = Surrogate(coordinates, [outputs], tasks=len(tasks))
+    for example in examples:
+        columns = [observed.columns(example.parts[block])[block] for block in blocks]
+        surrogate.learn(example.genome, 0, np.concatenate(columns))
+    return surrogate
 
 
 def shared_blocks(sets: Sequence[set[int]], share: float = 0.5) -> tuple[int, ...]:

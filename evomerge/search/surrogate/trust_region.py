@@ -1,4 +1,4 @@
-"""The trust region: where the surrogate is believed, and the genomes it would try next.
+"""The trust region: where the surrogate is trusted, and the genomes it proposes.
 
 Around the best genome known lies a box. In it the model's loss is minimised, once as predicted and then
 with optimism, each time in the light of the genomes already chosen, so that a batch also looks where the
@@ -48,7 +48,7 @@ class Proposals:
 
 
 class TrustRegion:
-    """A box in the unit cube, and how far it is believed."""
+    """A box in the unit cube, and its radius."""
 
     def __init__(self, coordinates: Sequence[Coordinate], *, seed: np.random.SeedSequence) -> None:
         self._continuous = np.array([c.levels is None for c in coordinates])
@@ -82,17 +82,17 @@ class TrustRegion:
                 jitter = 0.3 * radius * self._generator.standard_normal(len(centre))
                 optimism = 0.0 if number < len(LADDER) else OPTIMISM
                 predicted = _Predicted(model, loss_of, optimism=optimism, pending=chosen)
-                found = self._best_in(predicted, centre, jitter, radius, taken)
-                if found is not None:
-                    chosen.append(found)
+                proposal = self._best_in(predicted, centre, jitter, radius, taken)
+                if proposal is not None:
+                    chosen.append(proposal)
                     radii.append(radius)
-                    taken.add(found.tobytes())
+                    taken.add(proposal.tobytes())
         return Proposals(genomes=np.array(chosen).reshape(-1, len(centre)), radii=tuple(radii))
 
     def learn(
         self, *, before: float, promised: Sequence[float], reached: Sequence[float], radii: Sequence[float]
     ) -> None:
-        """Follow the best proposal: the best loss before; promised, reached and radius of every proposal."""
+        """Move to the best proposal; before: the best loss so far; promised, reached, radii: per proposal."""
         best = int(np.argmin(reached))
         if reached[best] >= before:
             self.radius = max(SHRINK * self.radius, SMALLEST)

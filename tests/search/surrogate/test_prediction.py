@@ -9,7 +9,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, TaskScores, joined
 from evomerge.search.spaces.space import Coordinate
-from evomerge.search.surrogate.prediction import Example, Forecast, forecast, shared_blocks
+from evomerge.search.surrogate.prediction import Example, PredictedScore, predict_score, shared_blocks
 from tests.search.fakes import SUITE
 
 BLOCKS, ITEMS, DIMENSION = 4, 30, 3
@@ -43,8 +43,8 @@ def example(seed: int, blocks: tuple[int, ...] = tuple(range(BLOCKS))) -> Exampl
     return Example(recipe=str(seed), genome=genome, parts={b: found[b] for b in blocks})
 
 
-def predict(genome: np.ndarray, examples: list[Example]) -> Forecast:
-    return forecast(genome, examples, coordinates=COORDINATES, normaliser=NORMALISER, base=BASE)
+def predict(genome: np.ndarray, examples: list[Example]) -> PredictedScore:
+    return predict_score(genome, examples, coordinates=COORDINATES, normaliser=NORMALISER, base=BASE)
 
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2, 3), (2, 0)])
@@ -72,7 +72,7 @@ def test_the_interval_is_wider_far_away_and_on_part_of_the_items() -> None:
     assert np.subtract(*_bounds(predict(genome, part))) < np.subtract(*_bounds(predict(genome, whole)))
 
 
-def _bounds(found: Forecast) -> tuple[float, float]:
+def _bounds(found: PredictedScore) -> tuple[float, float]:
     return found.low, found.high
 
 
