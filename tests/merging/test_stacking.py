@@ -243,8 +243,8 @@ REST = group("linear", "a", layers=OUTSIDE)
 @pytest.mark.parametrize(
     ("groups", "num_layers", "message"),
     [
-        ((group("linear", "a"),), 4, "nothing makes layer 3 of the result"),
-        ((group("linear", "a", shift=(-1,)),), None, "nothing makes layer 0 of the result"),
+        ((group("linear", "a"),), 4, "no group makes layer 3 of the result"),
+        ((group("linear", "a", shift=(-1,)),), None, "no group makes layer 0 of the result"),
         ((group("linear", "a", layers=(0, 2)), REST), None, "no group matches tensor 'model.layers.1.input"),
         ((group("linear", "a", layers=(0, 2)), REST), 3, "got: no group for layer 1"),
         ((group("linear", "a", layers=(0, 1, 5)), REST), 3, "names layers the model does not have"),

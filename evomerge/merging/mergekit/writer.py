@@ -1,9 +1,9 @@
-"""Write a recipe as mergekit YAML, or say why it can't be said there.
+"""Write a recipe as mergekit YAML, or raise an error that says what the format can't express.
 
-One method for all groups; runs of layers with equal groups become slices, each source with its own
-layers and the base among them; names become filters, and the tensors outside the layers are filtered by
-their full names in the first slice (embeddings) and the last. What is written is read back and compared
-tensor by tensor, so nothing wrong is ever written.
+A file has one method. Runs of layers with equal groups become slices, in which the base and every source
+have a layer range. Name patterns become filters. Tensors outside the layers are filtered by their full
+names, in the first slice (embeddings) and in the last. The text is read back and compared with the recipe
+tensor by tensor, so a file that means something else is never returned.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ Branch = tuple[str | None, TensorGroup]
 
 
 def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
-    """Return mergekit YAML that makes the same model, or raise ConfigError.
+    """Return mergekit YAML that makes the same model.
 
-    tensors: names of the model's tensors; where a recipe has more than one group and they are not given,
-    they are read from the headers of the tokenizer's model. Left out, because mergekit takes them from
-    elsewhere: the seed of random masks (its command line).
+    The seed of random masks is left out: mergekit takes it from its command line.
+
+    Args:
+        recipe: the recipe to write.
+        tensors: names of the model's tensors, needed for recipes of several groups. By default they are
+            read from the headers of the recipe's models.
+
+    Returns:
+        The text of a mergekit configuration.
+
+    Raises:
+        ConfigError: mergekit's format can't express the recipe.
+        ModelError: the models can't be opened, where their tensor names are needed.
     """
     original, recipe = recipe, _with_plain_copies(recipe)
     used = {group.method for group in recipe.groups if group.copied_source is None}
@@ -97,7 +107,7 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
         data["tokenizer_source"] = recipe.tokenizer
     elif recipe.models[recipe.tokenizer] != default:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
-    # Merging computes in float32 here; mergekit computes in `dtype`, so both are written.
+    # evomerge merges in float32 and mergekit in `dtype`, so both types are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
 
 
@@ -140,18 +150,18 @@ def _slices(
             part["parameters"] = shared
         written.append(part)
     first, last = (len(written[end]["sources"]) for end in (0, -1))
-    if first < last:  # mergekit would leave them out of the final norm and the head, without a word
+    if first < last:  # mergekit would silently leave them out of the final norm and the head
         raise _inexpressible("no more sources in the last slice than in the first", f"{last} after {first}")
     return written
 
 
 def _base(recipe: Recipe, group: TensorGroup) -> str | None:
-    """Return what mergekit calls the base_model of a group: the base it reads, or slerp's t = 0."""
+    """Return mergekit's base_model of a group: the base its method reads, or slerp's model at t = 0."""
     return group.sources[0] if group.method == "slerp" else recipe.base_of(group)
 
 
 def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
-    """Return the filters that lead the tensors of one layer to their groups, first match first."""
+    """Return (filter, group) pairs for the tensors of one layer; the first match counts."""
     reached = {id(recipe.group_for(name)) for name in members}
     branches: list[Branch] = []
     for group in recipe.groups:
@@ -161,7 +171,7 @@ def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
 
 
 def _falls_elsewhere(branch: Branch, branches: Sequence[Branch]) -> bool:
-    """Say whether a tensor outside the layers would get other parameters from a layer's branches."""
+    """Say whether a layer's branches would give a tensor outside the layers other parameters."""
     name, group = branch
     matching = (g for part, g in branches if part is None or part in (name or ""))
     other = next(matching, None)
@@ -219,11 +229,11 @@ def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:
 
 
 def _verify(recipe: Recipe, text: str, names: Sequence[str], tensors: Sequence[str]) -> None:
-    """Read the text back and compare what every tensor is made of."""
+    """Read the text back and compare the sources and parameters of every tensor."""
     try:
         again = reader.read(text, seed=recipe.seed, tensors=tensors or None)
     except ConfigError as error:
-        raise _inexpressible("a file that reads back", error.what) from None
+        raise _inexpressible("a file that can be read back", error.what) from None
     if _num_layers(names) != (again.num_layers or _num_layers(tensors)):
         raise _inexpressible(f"{_num_layers(names)} layers", f"{again.num_layers} when read back")
     for name in names or ("",):

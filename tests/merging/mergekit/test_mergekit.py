@@ -147,7 +147,7 @@ def test_methods_mergekit_does_not_have_are_refused_both_ways() -> None:
             ConfigError, match=f"can't be written as mergekit YAML[^$]*{method}[^$]*recipe.yaml"
         ):
             mergekit.write(recipe, TENSORS)
-        with pytest.raises(ConfigError, match=f"{method} is not one of its methods"):
+        with pytest.raises(ConfigError, match=f"mergekit has no method {method}"):
             read(f"merge_method: {method}\nmodels: [{{model: a}}, {{model: b}}]\ndtype: float32")
 
 
@@ -392,7 +392,10 @@ PLAIN = {"merge_method": "ties", "base_model": "m/base", "dtype": "float32", "mo
         ({"parameters": {"density": "half"}}, "density\n  expected: a number, a list of numbers, or filters"),
         ({"parameters": {"density": [{"filtr": "x", "value": 1}]}}, "unknown key 'filtr'"),
         ({"parameters": {"density": [{"filter": "x"}]}}, "a filter without value"),
-        ({"models": [{"model": "m/a", "parameters": {"lambda": 2}}]}, "lambda holds for all sources"),
+        (
+            {"models": [{"model": "m/a", "parameters": {"lambda": 2}}]},
+            "lambda is a parameter of the whole merge",
+        ),
         ({"dtype": "int8"}, "dtype: 'int8'"),
         ({"chat_template": "chatml"}, "chat_template is not supported"),
         ({"tokenizer_source": 3}, "tokenizer_source\n  expected: base, union, or a model"),
@@ -524,17 +527,17 @@ def test_the_number_of_layers_is_said_only_where_it_is_another() -> None:
             "slices[0].sources: the sources of a slice have different numbers of layers\n"
             "  expected: layer_ranges of the same length\n  got: m/a [0, 4], m/b [0, 3]",
         ),
-        (slices([("a", 0, 2)], [("a", 3, 5)]), "slices[1]: m/a does not have all layers of its layer_range"),
-        (slices([("a", 2, 2)]), "layer_range\n  expected: [first, end), end above first"),
+        (slices([("a", 0, 2)], [("a", 3, 5)]), "slices[1]: m/a has fewer layers than its layer_range needs"),
+        (slices([("a", 2, 2)]), "layer_range\n  expected: [first, end] with 0 <= first < end"),
         (slices([("a", -1, 2)]), "layer_range\n  expected"),
         (slices([("a", 0, True)]), "layer_range\n  expected"),
         (
             slices([("base", 0, 2), ("base", 2, 4), ("a", 0, 2)], method="ties", base_model="m/base"),
-            "at which layers is the base m/base read?",
+            "the layers at which the base m/base is read are not clear",
         ),
         (
             slices([("b", 2, 4), ("a", 0, 2)], method="ties", base_model="m/base"),
-            "at which layers is the base m/base read?",
+            "the layers at which the base m/base is read are not clear",
         ),
         (slices([("a", 0, 4)], models=[{"model": "m/a"}]), "exactly one of models, slices, modules"),
         ("{", "not valid YAML"),
