@@ -122,9 +122,7 @@ def test_unasked_other_tokens_are_refused_with_the_fix(family: dict[str, str], t
     )
     with pytest.raises(ModelError, match=text) as caught:
         write(recipe_of(family, "chat"), tmp_path / "out")
-    assert "do: set the result's vocabulary: `tokenizer: base`, `tokenizer: union`" in str(
-        caught.value
-    )
+    assert "do: set the result's vocabulary: `tokenizer: base`, `tokenizer: union`" in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ModelError, match="have different vocabularies"):
         Workbench(family, "base")
