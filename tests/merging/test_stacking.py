@@ -276,7 +276,7 @@ def test_layers_without_a_maker_are_one_message(
     [
         ("shift: {c: 1}", "shift: unknown key 'c'"),
         ("shift: [1]", "shift needs one value per source\n  expected: 2 (a, b)\n  got: 1"),
-        ("shift: 1", "shift\n  expected: source: whole number, or a list of them"),
+        ("shift: 1", "shift\n  expected: source: whole number, or a list of whole numbers"),
         ("shift: {a: 1.5}", "shift\n  expected: a whole number"),
         ("base_shift: true", "base_shift\n  expected: a whole number"),
         ("base: [a]", "base\n  expected: the name of a model"),

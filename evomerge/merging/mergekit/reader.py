@@ -143,7 +143,7 @@ def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
     if len(keys) != 1:
         raise ConfigError(
             "mergekit file: nothing to merge, or several lists",
-            expected="exactly one of the keys models, slices, modules",
+            expected="exactly one of models, slices, modules",
             got=", ".join(keys) or "none of them",
         )
     levels = [_parameters(data, method, "parameters")]

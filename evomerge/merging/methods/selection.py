@@ -1,7 +1,7 @@
-"""Order statistics of magnitudes: where exactly k elements end, ties by lowest index.
+"""Order statistics of magnitudes: the threshold of the k largest elements, ties by lowest index.
 
-`boundary` finds one threshold by selection. `Spectrum` sorts a tensor's magnitudes once and then answers
-for any k at once, which makes a density a look-up in a search.
+`boundary` computes one threshold by selection. `Spectrum` sorts a tensor's magnitudes once and then looks up
+the threshold for any k, so that a search can change densities cheaply.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MANY = 1 << 62
 class Boundary:
     """The k largest elements: all magnitudes above `magnitude`, and the first `ties` equal to it.
 
-    A magnitude of 0 keeps everything, for zeros may as well be kept; one of infinity keeps nothing.
+    A magnitude of 0 keeps everything, since keeping zeros changes nothing; infinity keeps nothing.
     """
 
     magnitude: float
@@ -31,9 +31,9 @@ EVERYTHING = Boundary(0.0, MANY)
 
 
 def boundary(magnitudes: ndarray[Any, Any], count: int, *, reorder: bool = False) -> Boundary:
-    """Return the boundary of the `kept` largest of some magnitudes, (n,) float32.
+    """Return the boundary of the `count` largest of some magnitudes, (n,) float32.
 
-    reorder: they may be left in another order, which saves a copy.
+    reorder: whether the array may be reordered, which saves a copy.
 
     >>> import numpy
     >>> boundary(numpy.array([1.0, 3.0, 1.0, 2.0]), 3)
@@ -56,8 +56,9 @@ def boundary(magnitudes: ndarray[Any, Any], count: int, *, reorder: bool = False
 class Spectrum:
     """All boundaries of one tensor, from its magnitudes sorted once.
 
-    Kept as the distinct magnitudes and how many elements are above each (12 bytes per distinct one) where
-    that is shorter than the sorted magnitudes (4 bytes each): differences of bfloat16 weights have few.
+    Stored as the distinct magnitudes and the number of elements above each (12 bytes per distinct one), or
+    as the sorted magnitudes (4 bytes each), whichever is smaller: differences of bfloat16 weights have few
+    distinct magnitudes.
     """
 
     def __init__(self, magnitudes: ndarray[Any, Any]) -> None:
@@ -74,7 +75,7 @@ class Spectrum:
 
     @property
     def nbytes(self) -> int:
-        """The memory it takes."""
+        """The memory it takes, in bytes."""
         return int(self._values.nbytes + (0 if self._minus_above is None else self._minus_above.nbytes))
 
     def boundary(self, count: int) -> Boundary:
@@ -91,7 +92,7 @@ class Spectrum:
         if self._minus_above is None:
             limit = float(self._values[self._count - count])
             above = self._count - int(self._values.searchsorted(self._values[self._count - count], "right"))
-        else:  # the first magnitude with fewer than `kept` elements above it
+        else:  # the first magnitude with fewer than `count` elements above it
             place = int(self._minus_above.searchsorted(-count, "right"))
             limit, above = float(self._values[place]), -int(self._minus_above[place])
         return Boundary(limit, count - above) if limit else EVERYTHING

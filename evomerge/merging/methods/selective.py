@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 18
-"""Elements of a tensor worked on at a time where there are several intermediate results."""
+"""Number of elements processed at a time where there are several intermediate results."""
 QUARTILES = (0.25, 0.5, 0.75)
 OUTLYING = 1.5
 """Interquartile ranges above the median from which an importance stands out."""
@@ -162,7 +162,7 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     limit = middle + OUTLYING * (high - low)
     merged = origin.clone()
     step = max(1, PIECE // max(rows.shape[1], 1))
-    for start in range(0, len(rows), step):  # importances again, piece by piece: they need not be kept
+    for start in range(0, len(rows), step):  # importances are computed again piece by piece to save memory
         here = slice(start, start + step)
         outlying = (rows[here] - origin[here]).abs_().mul_(divergence[here]) > limit
         merged[here] = rows[here].where(outlying, origin[here])

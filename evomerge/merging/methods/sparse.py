@@ -1,4 +1,4 @@
-"""Methods that thin task vectors out by rank before adding them: della, breadcrumbs, and their kin.
+"""Methods that sparsify task vectors by rank before adding them: della, breadcrumbs and their variants.
 
 The pipeline after the mask is that of `task_vectors`. Masks of DELLA come from the given keys alone;
 those of breadcrumbs keep an exact number of elements, equal magnitudes ranked by lowest index.
