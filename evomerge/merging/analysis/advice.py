@@ -1,7 +1,7 @@
-"""What the numbers of `interference` suggest: rules with their thresholds and where they come from.
+"""Advice from the numbers of `interference`: rules, their thresholds and the sources of these.
 
-All rules stand in one table, `RULES`. Most thresholds are rules of thumb and say so. Advice names where
-to start, never what will come out: only scores on held-out items tell that.
+All rules are in one table, `RULES`. Most thresholds are rules of thumb and say so. Advice names where to
+start. It predicts no results: only scores on held-out items show those.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Relation = Literal["empty", "same", "opposed", "aligned", "competing", "compleme
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule: what is compared with its limit, what follows, and why that limit."""
+    """One rule: the condition with its limit, the advice if it holds, and the source of the limit."""
 
     name: str
     when: str
@@ -132,9 +132,11 @@ class Advice:
 class Advised:
     """The advice on a set of models.
 
-    verdict: one or two words. method, preset: where to start, from `merging.methods` and
-    `search_spaces/`. relations: for every pair of positions. equal_weights: what puts all task vectors
-    on the same length, by name, where lengths are uneven.
+    verdict: one or two words.
+    method, preset: where to start, from `merging.methods` and `search_spaces/`.
+    relations: (i, j), positions of two models -> their relation.
+    advice: sentences, each with the rule it follows.
+    equal_weights: name -> the weight that gives all task vectors the same length, if lengths are uneven.
     """
 
     verdict: str
@@ -146,7 +148,7 @@ class Advised:
 
 
 def relation(tally: Tally, i: int, j: int, chance_overlap: float) -> Relation:
-    """Name how two models' task vectors stand to each other, by the first rule that holds."""
+    """Return the relation between two models' task vectors: the first rule that holds."""
     norms, cosine = tally.norms, float(tally.cosine[i, j])
     if min(norms[i], norms[j]) <= RULES["empty"].limit * norms.max():
         return "empty"
@@ -163,7 +165,15 @@ def relation(tally: Tally, i: int, j: int, chance_overlap: float) -> Relation:
 
 
 def advise(measured: Interference) -> Advised:
-    """Say where to start with these models, with the numbers that say so."""
+    """Return advice on where to start with these models, with the numbers it is based on.
+
+    Args:
+        measured: the result of `interference.measure`.
+
+    Returns:
+        A verdict, a method and preset to start from, the relation of every pair, and sentences that name
+        their rules.
+    """
     total = measured.total
     relations = {(i, j): relation(total, i, j, measured.chance_overlap) for i, j in measured.pairs}
     kinds = set(relations.values()) - {"empty"}
@@ -296,7 +306,7 @@ def _equal_weights(measured: Interference, total: Tally) -> dict[str, float]:
 
 
 def _layers(measured: Interference, total: Tally) -> list[Advice]:
-    """Name the places of most conflict, hot or not."""
+    """Name the layers with the most conflict, whether it is high or not."""
     places = {place: tally.mean_conflict for place, tally in measured.by_layer().items()}
     ranked = sorted(
         (

@@ -1,7 +1,7 @@
-"""Weights as numpy arrays: a merge that only adds and selects needs no torch, which takes a second to import.
+"""Weights as numpy arrays, for merges without torch, whose import takes a second.
 
-numpy has no bfloat16, so such weights are their bits, in uint16; float32 and float16 are themselves.
-Conversions to and from torch share memory.
+numpy has no bfloat16, so those weights are stored as their bits in uint16; float32 and float16 are numpy's
+own types. Conversions to and from torch share memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WeightArray = numpy.ndarray[Any, Any]
+"""Weights of any stored type; bfloat16 as its bits in uint16."""
 DTYPES = {"float32": numpy.float32, "float16": numpy.float16, "bfloat16": numpy.uint16}
 
 
@@ -37,7 +38,7 @@ def to_tensor(array: WeightArray) -> Tensor:
 
 
 def computable(array: WeightArray) -> WeightArray:
-    """Return weights in a type merging computes with: float32, or bfloat16; others become float32."""
+    """Return weights in a type that kernels read: float32 and bfloat16 unchanged, others as float32."""
     return array if array.dtype in (numpy.float32, numpy.uint16) else array.astype(numpy.float32)
 
 
@@ -53,7 +54,7 @@ def widened(array: WeightArray) -> WeightArray:
 
 
 def is_finite(array: WeightArray) -> bool:
-    """Say whether no weight is NaN or infinite."""
+    """Say whether all weights are finite."""
     if array.dtype == numpy.uint16:
         return not ((array & numpy.uint16(0x7F80)) == numpy.uint16(0x7F80)).any()
     return array.size == 0 or bool(numpy.isfinite(array.min()) and numpy.isfinite(array.max()))

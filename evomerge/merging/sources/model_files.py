@@ -1,7 +1,7 @@
-"""What a model's files are, so that a later session can say which of them changed and how.
+"""Facts about a model's files, from which a later session can tell which of them changed and how.
 
-Of weights the size, the header and samples of the contents are kept, which costs no time however large they
-are; every byte is hashed on request only. Of the small files (config, tokenizer) the contents are.
+For weight files these are the size, the header and samples of the contents, which is fast for any size; all
+bytes are hashed on request only. Small files (config, tokenizer) are hashed completely.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.vocabulary import Aligned
 
 Facts = Mapping[str, Mapping[str, int | str]]
-"""File -> what is known of it: size, header, sample; or contents."""
+"""File -> its facts: size, header and sample, or the hash of its contents."""
 JSON = ("config.json", adapter.CONFIG)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WORDS = {"size": "another size", "header": "another header", "sample": "other contents"}
 
 
 def files_of(source: Source) -> dict[str, Path]:
-    """Return name -> path of all files that decide what a model computes.
+    """Return name -> path of all files that determine what a model computes.
 
-    An adapter's own come after those of the model it is on.
+    An adapter's files come after those of its base model.
     """
     if isinstance(source, Aligned):
         return files_of(source.source)
@@ -40,7 +40,7 @@ def files_of(source: Source) -> dict[str, Path]:
 
 
 def facts(source: Source) -> dict[str, dict[str, int | str]]:
-    """Return what is known of a model's files without reading all of them."""
+    """Return facts about a model's files without reading all bytes."""
     return {name: _of_file(path) for name, path in files_of(source).items()}
 
 
@@ -54,7 +54,7 @@ def full_hashes(source: Source) -> dict[str, str]:
 
 
 def changes(before: Facts, after: Facts) -> list[str]:
-    """Say file by file how a model's files differ from what they were.
+    """List the files of a model that changed, and how.
 
     >>> weights = {"size": 10, "header": "a", "sample": "b"}
     >>> changes({"w.safetensors": weights}, {"w.safetensors": {**weights, "sample": "c"}})
@@ -79,6 +79,6 @@ def _of_file(path: Path) -> dict[str, int | str]:
             header = hashlib.sha256(file.read(length)).hexdigest()
         return {"size": path.stat().st_size, "header": header, "sample": sample_hash(path)}
     content = path.read_bytes()
-    if path.name in JSON:  # written anew by any tool that copies a model, in another layout
+    if path.name in JSON:  # tools that copy a model rewrite it in another layout
         content = json.dumps(read_json(path), sort_keys=True).encode()
     return {"contents": hashlib.sha256(content).hexdigest()}

@@ -1,17 +1,17 @@
-"""Models whose vocabularies differ: embedding rows are matched by token string before anything is merged.
+"""Models with different vocabularies: embedding rows are matched by token string before merging.
 
     aligned = align(opened, tokenizer="union", base="base", asked=True)
     aligned["chat"].tensor("model.embed_tokens.weight")   # rows in the order of the union's ids
 
-`row_maps` is the pure part: for every model, which of its rows each row of the result comes from. `align`
-wraps the models that need it in an `Aligned` source, which serves re-rowed embeddings and heads, so methods,
-engine and workbench see models of one vocabulary and need to know nothing of this.
+`row_maps` is the pure part: for every model, the row from which each row of the result comes. `align` wraps
+models in an `Aligned` source where necessary, which returns embeddings and heads with the new rows. So the
+rest of the code only sees models with the same vocabulary.
 
-A row a model lacks is the base's, so its task vector is zero there; where the base lacks it too, the base
-and every model that lacks it get the mean of the models that have it, in the recipe's order, in float32; a
-padding row that nobody has is zero. Tokens of a union that its base lacks are appended as added tokens, even
-those that were plain pieces elsewhere: the tokenizer then finds them literally in the text, before it cuts
-the rest into pieces, and no merge rule makes them.
+A row that a model lacks is the base's, so its task vector is zero there. If the base lacks it too, the base
+and every model without it get the mean of the models that have it, in the recipe's order, in float32. A
+padding row that no model has is zero. Tokens of a union that its base lacks become added tokens, also those
+that are plain pieces in their own tokenizer: the tokenizer then matches them literally in a text, before it
+splits the rest into pieces.
 
 Not covered: per-layer embeddings and other tables of tokens with a row count of their own (refused), and
 tokenizers without tokenizer.json, whose models must have the rows of the model that gives the tokenizer.
@@ -44,26 +44,26 @@ if TYPE_CHECKING:
 
 LACKS = -1
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""What tokenizer.json says about an added token beside its text."""
+"""Properties of an added token in tokenizer.json, beside its text."""
 _HEAD_PARTS = (*HEADS, *(name.removesuffix("weight") + "bias" for name in HEADS))
 _EMBEDDING = re.compile(r"embed|wte")
 _NO_TOKENS = re.compile(r"pos|wpe|type|patch|class")
-"""Parts of the names of embeddings of something else than tokens."""
+"""Parts of the names of embeddings that are not of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Which rows a model has: token -> id (None: not known) and their number, padding included."""
+    """A model's embedding rows: token -> id (None: unknown), and their number with padding."""
 
     tokens: Mapping[str, int] | None
     count: int
 
 
 def row_maps(models: Mapping[str, Rows], target: Rows) -> dict[str, NDArray[np.int64]]:
-    """Return for every model the row each row of the target comes from, shape (target.count,).
+    """Return for every model the row from which each row of the target comes, shape (target.count,).
 
-    -1 says that the model lacks the row's token. A row without token is padding and comes from the
-    model's own padding at the same place. Ids beyond a model's rows count as lacking.
+    -1 means that the model lacks the row's token. A row without a token is padding and comes from the
+    model's padding at the same index. Ids beyond a model's rows count as missing.
 
     >>> maps = row_maps({"m": Rows(tokens={"b": 0, "a": 1}, count=4)}, Rows(tokens={"a": 0, "c": 1}, count=3))
     >>> maps["m"].tolist()
@@ -90,7 +90,7 @@ def row_maps(models: Mapping[str, Rows], target: Rows) -> dict[str, NDArray[np.i
 def row_tensors(source: Source) -> tuple[str, ...]:
     """Return the names of the tensors with one row per token: embeddings, and head and its bias if untied.
 
-    Found by name and shape: outside the layers, with as many rows as the config's vocabulary.
+    They are recognised by name and shape: outside the layers, with as many rows as the config's vocabulary.
     """
     row_counts = {
         name: header.shape[0]
@@ -108,13 +108,13 @@ def row_tensors(source: Source) -> tuple[str, ...]:
 
 
 def rows_of(source: Source) -> int | None:
-    """Return the number of rows of a model's embeddings, or None where no such tensor is found."""
+    """Return the number of rows of a model's embeddings, or None if there is no such tensor."""
     names = row_tensors(source)
     return source.headers[names[0]].shape[0] if names else None
 
 
 def differ(sources: Mapping[str, Source], pattern: str) -> bool:
-    """Say whether a model has other tokens, or another number of rows, than the model named `pattern`."""
+    """Say whether any model differs from the model `pattern` in its tokens or its number of rows."""
     first = sources[pattern]
     return any(
         rows_of(source) != rows_of(first) or not _same_tokens(source.vocabulary, first.vocabulary)
@@ -127,13 +127,17 @@ def align(
 ) -> dict[str, Source]:
     """Return the models with their embedding rows in the order of one vocabulary.
 
-    sources: all models of a recipe, in its order. tokenizer: the model whose vocabulary the result gets, or
-    `union`: the base's (without a base, the first model's), then what others add in the order of models.
-    asked: whether that was asked for. If not, only models with the same tokens and other padding are
-    aligned; the rest is left as it is, and `compatibility.check` refuses it.
+    Args:
+        sources: all models of a recipe, in its order.
+        tokenizer: the model whose vocabulary the result gets, or `union`: the base's tokens (without a base,
+            the first model's), then additional ones in the order of the models.
+        base: the name of the base model.
+        asked: whether the user set `tokenizer`. If not, only models that differ in padding alone are
+            aligned. Others stay unchanged, and `compatibility.check` refuses them.
 
-    Raises ModelError where rows can't be matched: no tokenizer.json and another number of rows, unknown
-    embeddings, or ids with holes under `union`.
+    Raises:
+        ModelError: rows can't be matched: a model without tokenizer.json has another number of rows,
+            embeddings are unknown, or ids have gaps under `union`.
     """
     pattern = tokenizer if tokenizer in sources else base or next(iter(sources))
     first = sources[pattern]
@@ -174,7 +178,7 @@ def align(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """All that is known of an alignment: the models as they are, and where each row comes from."""
+    """An alignment: the original models, and the row from which each row of the target comes."""
 
     sources: Mapping[str, Source]
     base: str | None
@@ -206,7 +210,7 @@ class Table:
         return result
 
     def _add_means(self, result: Tensor, places: NDArray[np.int64], tensor: str) -> None:
-        """Fill rows with the mean over the models that have them; those nobody has stay zero."""
+        """Fill rows with the mean over the models that have them; rows that no model has stay zero."""
         import torch
 
         total = torch.zeros((len(places), *result.shape[1:]), dtype=result.dtype)
@@ -221,7 +225,7 @@ class Table:
         result[torch.from_numpy(places)] = total / count.clamp(min=1).reshape(shape)
 
     def mark(self) -> str:
-        """Return a hash of everything that decides the rows."""
+        """Return a hash of everything that determines the rows."""
         digest = hashlib.sha256()
         tokens = sorted((self.target.tokens or {}).items())
         prints = [source.fingerprint for source in self.sources.values()]
@@ -232,10 +236,10 @@ class Table:
 
 
 class Aligned:
-    """A source with the rows of another vocabulary; everything else is the source's own.
+    """A source with the rows of another vocabulary; everything else is the original source's.
 
-    additions: tokens (with their flags, as in tokenizer.json) the tokenizer in `folder` does not have yet.
-    note: what is worth telling the user.
+    additions: tokens (with their flags, as in tokenizer.json) that the tokenizer in `folder` lacks.
+    note: a remark for the user.
     """
 
     def __init__(
@@ -275,16 +279,16 @@ class Aligned:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the source's fingerprint and all that decides its rows."""
+        """SHA-256 over the source's fingerprint and everything that determines its rows."""
         return hashlib.sha256(f"{self.source.fingerprint} {self._table.mark()}".encode()).hexdigest()
 
     def array(self, name: str, *, mapped: bool = True) -> WeightArray:
-        """Return the tensor in float32 where its rows move, else as the source has it."""
+        """Return the tensor in float32 if its rows move, else as the original source does."""
         moved = name in self._table.tensors
         return of_tensor(self.tensor(name)) if moved else self.source.array(name, mapped=mapped)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor in float32, its rows in the target's order. It must not be modified."""
+        """Return a tensor in float32, its rows in the target's order. Don't modify it."""
         return (
             self._table.gather(self.name, name) if name in self._table.tensors else self.source.tensor(name)
         )
@@ -301,7 +305,7 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Open a source's tokenizer, with the tokens its alignment adds; raise ModelError where it can't be."""
+    """Open a source's tokenizer, with the tokens that its alignment adds. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:
@@ -323,7 +327,7 @@ def _same_tokens(tokens: Mapping[str, int] | None, others: Mapping[str, int] | N
 
 
 def _rows(name: str, source: Source, pattern_name: str, pattern: Source) -> Rows:
-    """Return a model's rows; one without tokenizer.json has the pattern's, if it has as many."""
+    """Return a model's rows; without a tokenizer.json those of the pattern, if their number is equal."""
     count, expected = rows_of(source), rows_of(pattern)
     assert count is not None
     if source.vocabulary is not None:
@@ -363,7 +367,7 @@ def _flags(folder: Path) -> dict[str, dict[str, bool]]:
 
 
 def _target(pattern: Rows, additions: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return the pattern's rows, the additions after its last token: padding is used up first."""
+    """Return the pattern's rows with the additions after its last token, in padding rows if there are any."""
     assert pattern.tokens is not None
     start = 1 + max(pattern.tokens.values(), default=-1)
     new = {str(token["content"]): start + index for index, token in enumerate(additions)}
@@ -378,7 +382,7 @@ def _added(additions: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _check_ids(pattern: Source, target: Rows, additions: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a union whose tokenizer would give the new tokens other ids than their rows."""
+    """Raise if the tokenizer would give the new tokens of a union other ids than their rows."""
     from tokenizers import Tokenizer
 
     assert target.tokens is not None
@@ -391,14 +395,14 @@ def _check_ids(pattern: Source, target: Rows, additions: Sequence[Mapping[str, A
 def _no_union(pattern: Source) -> ModelError:
     return ModelError(
         f"{pattern.location}: its tokenizer can't be extended to a union of vocabularies",
-        expected="token ids without holes",
-        got="new tokens would get ids that are taken or have no row",
+        expected="token ids without gaps",
+        got="new tokens would get ids that are in use or have no row",
         fix="choose one model's vocabulary: `tokenizer: base` or a model's name",
     )
 
 
 def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
-    """Refuse further tables of tokens: leaving them as they are would mix up their rows in silence."""
+    """Raise for other tables of tokens, whose rows would silently be mixed up if they were not matched."""
     for name, source in sources.items():
         for tensor, header in source.headers.items():
             if tensor in names or layer_of(tensor) is not None or len(header.shape) != 2:
@@ -406,7 +410,7 @@ def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
             table = re.search(r"embed\w*token|token\w*embed", tensor) and not _NO_TOKENS.search(tensor)
             if table or tensor.endswith(HEADS):
                 raise ModelError(
-                    f"model {name!r}: {tensor!r} has rows of tokens that can't be matched",
+                    f"model {name!r}: {tensor!r} has one row per token, and these rows can't be matched",
                     expected=f"as many rows as {', '.join(names)}",
                     got=f"shape {list(header.shape)}",
                     fix="merge models that share a tokenizer",
@@ -428,6 +432,6 @@ def _note(name: str, rows: Rows, target: Rows, additions: Sequence[Mapping[str, 
     loses = sum(token not in target.tokens for token in rows.tokens)
     moved = sum(rows.tokens.get(token, row) != row for token, row in target.tokens.items())
     return (
-        f"vocabularies differ: {name} lacks {lacks} of the result's tokens, loses {loses} of its own and has "
-        f"{moved} in other rows"
+        f"vocabularies differ: {name} lacks {lacks} of the result's tokens, loses {loses} of its own, and "
+        f"{moved} move to other rows"
     )

@@ -386,7 +386,7 @@ def test_further_tables_of_tokens_are_refused(tmp_path: Path) -> None:
         models[name] = make(tmp_path / name, 1, WORDS, special, tied=True)
         path = tmp_path / name / "model.safetensors"
         save_file(load_file(path) | {"model.embed_tokens_per_layer.weight": torch.ones(60, 2)}, path)
-    with pytest.raises(ModelError, match=r"'model\.embed_tokens_per_layer\.weight' has rows of tokens"):
+    with pytest.raises(ModelError, match=r"'model\.embed_tokens_per_layer\.weight' has one row per token"):
         open_sources(models, "base", tokenizer="base")
 
 
@@ -427,7 +427,7 @@ def test_mergekit_says_it_too(said: str, tokenizer: str, asked: bool) -> None:
 
 
 def test_what_happens_to_the_tokens_is_noted(family: dict[str, str]) -> None:
-    tail = "of the result's tokens, loses {} of its own and has {} in other rows"
+    tail = "of the result's tokens, loses {} of its own, and {} move to other rows"
     for tokenizer, expected in {
         "union": {
             "the union adds 4 tokens to the 32 of base; 1 of them are not special tokens, and the tokenizer "
@@ -475,7 +475,7 @@ def test_a_head_with_rows_of_its_own_is_refused(tmp_path: Path) -> None:
         path = tmp_path / name / "model.safetensors"
         tensors = load_file(path)
         save_file(tensors | {HEAD: torch.cat([tensors[HEAD], tensors[HEAD][:3]])}, path)
-    with pytest.raises(ModelError, match=r"'lm_head\.weight' has rows of tokens that can't be matched"):
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' has one row per token"):
         open_sources(models, "base", tokenizer="union")
 
 
