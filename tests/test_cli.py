@@ -680,7 +680,7 @@ def test_mistakes_in_the_form_of_a_merge(tiny_zoo: Path, tmp_path: Path) -> None
     assert "can't be written as mergekit YAML" in refuse(*words, "mergekit", folder=tmp_path)
     assert "no such form" in refuse(*words, "recipe", folder=tmp_path)
     assert "--rank is for adapters" in refuse(*words, "mergekit", "--rank", "2", folder=tmp_path)
-    assert "has to be truncated" in refuse(*words, "adapter", folder=tmp_path)
+    assert "must be truncated" in refuse(*words, "adapter", folder=tmp_path)
     (tmp_path / "out.yaml").write_text("mine")
     data["groups"] = groups[1:]
     recipe.write_text(yaml.safe_dump(data))

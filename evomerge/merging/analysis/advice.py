@@ -49,14 +49,14 @@ RULES = {
             name="far",
             when="a task vector is at least {:g} times as long as the base",
             limit=0.5,
-            then="check that it is a fine-tune of this base; else route between the models",
+            then="check that it is a fine-tune of this base; if not, route between the models",
             source=f"{_THUMB}; averaging presumes a shared basin: Neyshabur et al. 2020, arXiv:2008.11687",
         ),
         Rule(
             name="same",
             when="the cosine of two task vectors is at least {:g}",
             limit=0.999,
-            then="leave one out: they count twice",
+            then="leave one out: together they would count twice",
             source=_THUMB,
         ),
         Rule(
@@ -85,7 +85,7 @@ RULES = {
             when="two tops overlap {:g} times as much as by chance, and their directions conflict",
             limit=2.0,
             then="ties or dare_ties; ties_layers",
-            source=f"{_THUMB}; both want the same elements: Yadav et al. 2023, arXiv:2306.01708, section 3",
+            source=f"{_THUMB}; both change the same elements: Yadav et al. 2023, arXiv:2306.01708, section 3",
         ),
         Rule(
             name="conflict",
@@ -252,13 +252,13 @@ def _conflicts(
             advice.append(Advice(rule="undoing", text=text))
         elif kind == "opposed":
             text = (
-                f"{pair} pull apart: cosine {cosine:.2f}, {apart}. Start from ties or dare_ties with a "
+                f"{pair} change in opposite directions: cosine {cosine:.2f}, {apart}. Start from ties or dare_ties with a "
                 "weight per layer (ties_layers, dare_ties_layers)"
             )
             advice.append(Advice(rule="opposed", text=text))
         elif kind == "competing":
             text = (
-                f"{pair} want the same elements: tops overlap {_percent(total.overlap[i, j])} (chance "
+                f"{pair} change the same elements most: tops overlap {_percent(total.overlap[i, j])} (chance "
                 f"{_percent(measured.chance_overlap)}), {apart}. Start from ties or dare_ties "
                 "(ties_layers, dare_ties_layers)"
             )

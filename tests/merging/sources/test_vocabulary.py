@@ -264,7 +264,7 @@ def test_fisher_files_do_not_follow_moved_rows(family: dict[str, str]) -> None:
     group = TensorGroup(method="fisher", sources=("chat", "other"))
     files = {"chat": "chat.safetensors", "other": "other.safetensors"}
     recipe = Recipe(models=family, base="base", groups=(group,), tokenizer="union", fisher=files)
-    with pytest.raises(ConfigError, match="Fisher files have one row per token of their own model"):
+    with pytest.raises(ConfigError, match="can't merge models whose embedding rows are matched by token"):
         check(recipe, open_used(recipe))
 
 
@@ -307,7 +307,7 @@ def test_one_source_of_many_is_scored_as_exported(family: dict[str, str], tmp_pa
         bench.load(recipe)
         assert_same_bits(bench, write(recipe, tmp_path / tokenizer), "float32")
     fewer = {name: family[name] for name in ("base", "chat")}
-    with pytest.raises(ConfigError, match="what a model lacks depends on the others"):
+    with pytest.raises(ConfigError, match="a recipe needs all the workbench's models"):
         bench.load(recipe_of(fewer, "base", tokenizer="chat"))
 
 
@@ -454,7 +454,7 @@ def test_the_command_says_so_too(family: dict[str, str], tmp_path: Path) -> None
     path.write_text(f"{text}dtype: float32\ntokenizer_source: union\n")
     merged = CliRunner().invoke(app, ["merge", str(path), str(out)])
     assert merged.exit_code == 0, merged.output
-    assert "note: the union adds 2 tokens to the 32 of base, 0 of them not special" in merged.output
+    assert "note: the union adds 2 tokens to the 32 of base; 0 of them are not special" in merged.output
     assert Checkpoint.open(str(out)).config["vocab_size"] == 34
     logging.disable(logging.NOTSET)  # the command silences libraries for good
 
