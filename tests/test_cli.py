@@ -446,7 +446,10 @@ def test_mistakes_in_the_config(
         ({"objective": {"constraints": {"tasks": {"demo_uper": 0.5}}}}, "did you mean 'demo_upper'?"),
         ({"objective": {"constraints": {"coherence": 0.5}}}, "no task of suite 'tiny' measures it"),
         ({"objective": {"weights": {"demo_uper": 1}}}, "did you mean 'demo_upper'?"),
-        ({"objective": {"weights": {"demo_upper": 0, "demo_reverse": 0}}}, "nothing to search for"),
+        (
+            {"objective": {"weights": {"demo_upper": 0, "demo_reverse": 0}}},
+            "needs a skill task with search items",
+        ),
         ({"space": "layer_path"}, "use catcma"),
     ],
 )

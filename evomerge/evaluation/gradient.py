@@ -1,7 +1,7 @@
-"""Differentiate a surrogate loss: forward and backward over some items, the gradient left in the weights.
+"""Differentiate a smooth loss: forward and backward over some items, with gradients in the weights.
 
-Memory: the gradients are as large as the live weights, and one batch's activations are kept at a time.
-The pairs of one item always share a batch, because a choice is right or wrong among its rivals.
+Memory: gradients as large as the live weights, and the activations of one batch. The pairs of one item are
+always in the same batch, because its loss compares them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """One item of a skill task: its pairs, which of them are right, and its weight in the loss."""
+    """One item of a skill task: its pairs, the indices of the right ones, and its weight in the loss."""
 
     task: str
     pairs: tuple[Pair, ...]
@@ -39,7 +39,7 @@ class _Item:
 
 @contextlib.contextmanager
 def differentiable(model: Any) -> Iterator[None]:
-    """Let a live model's weights gather gradients for a while; they are freed at the end."""
+    """Let a live model's weights collect gradients inside the context; they are freed at its end."""
     parameters = list(model.parameters())
     try:
         for parameter in parameters:
@@ -56,8 +56,13 @@ def backward(
 ) -> float:
     """Return a loss on some items; its gradient is added to the `.grad` of the model's parameters.
 
-    model: a causal LM, inside `differentiable`. batch_size: pairs per forward pass. prefix: the token that
-        stands before a text's first.
+    Args:
+        model: a causal LM, inside `differentiable`.
+        items: the items of the split, all blocks as one.
+        loss: the loss and the numbers of its items.
+        batch_size: pairs per forward pass.
+        max_length: longest input in tokens.
+        prefix: the token in front of a text's first token.
 
     Raises:
         NonFiniteScores: the loss is NaN or infinite.
@@ -92,7 +97,7 @@ def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
 
 
 def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
-    """Cut items, longest first, into runs of at most `batch_size` pairs, each of one item at least."""
+    """Cut items, longest first, into chunks of at most `batch_size` pairs and at least one item."""
     chunk: list[_Item] = []
     held = 0
     for item in sorted(items, key=lambda item: -item.length):
@@ -106,7 +111,7 @@ def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
 
 
 def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int) -> float:
-    """Return the weighted sum of the items' soft accuracies; the gradient of minus it is added."""
+    """Return the weighted sum of the items' soft accuracies; the gradient of its negative is added."""
     pairs = [pair for item in chunk for pair in item.pairs]
     names = [item.task for item in chunk for _ in item.pairs]
     laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names)
@@ -130,7 +135,7 @@ def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int
 
 
 def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
-    """Return (pairs,) log-likelihoods in nats and least leads, in the order of the pairs, differentiable."""
+    """Return (pairs,) differentiable log-likelihoods and smallest leads in nats, in the pairs' order."""
     (batch,) = laid.batches
     likelihood, lead = _tokens(model, batch, trims(model))
     count = len(laid.order)
@@ -143,7 +148,7 @@ def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
 
 
 def _tokens(model: Any, batch: Batch, trimmed: bool) -> tuple[Tensor, Tensor]:
-    """Return (tokens,) log-likelihoods and leads over the best other token, differentiable."""
+    """Return (tokens,) differentiable log-likelihoods and leads over the best other token, in nats."""
     logits = forward(model, batch, trimmed)
     gold = batch.gold.to(logits.device)[:, None]
     scored = logits[batch.row.to(logits.device), batch.column.to(logits.device)].float()
@@ -160,9 +165,9 @@ def _retention(
     max_length: int,
     prefix: int,
 ) -> float:
-    """Return the price of lost retention; its gradient is added where some is lost.
+    """Return the price of lost retention; its gradient is added if any is lost.
 
-    The price bends where nothing is lost, so a pass without gradients first finds on which side it is.
+    A pass without gradients first computes the retention, because the gradient is 0 if nothing is lost.
     """
     laid = [_windows(task, part, batch_size, max_length, prefix) for task, part in texts]
     parts = [part for _, part in texts]
@@ -188,7 +193,7 @@ def _retention(
 def _windows(
     task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int
 ) -> tuple[Plan, Any]:
-    """Lay out the windows of a task's texts; (pairs,) what each adds to the mean per token and text."""
+    """Return the batches of a task's text windows, and (pairs,) their weights in the mean per token."""
     pairs: list[Pair] = []
     weights: list[float] = []
     for number in part.items:
@@ -202,7 +207,7 @@ def _windows(
 
 
 def _lengths(laid: Plan) -> Tensor:
-    """Return how many tokens each pair has, in the order in which they are scored."""
+    """Return the number of tokens of each pair, in the order in which they are scored."""
     tokens = sum(len(batch.gold) for batch in laid.batches)
     ends = torch.tensor([*laid.starts[1:].tolist(), tokens])
     return ends - torch.from_numpy(laid.starts)

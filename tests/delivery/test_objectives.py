@@ -245,7 +245,7 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
 def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="coherence is wanted, but no task"):
         compose.prepare(RunConfig.load(config(objective={"several": ["mean", "coherence"]})))
-    with pytest.raises(ConfigError, match="has no task 'demo_revers' to weigh"):
+    with pytest.raises(ConfigError, match="has no task 'demo_revers', whose weight was set"):
         compose.prepare(RunConfig.load(config(objective={"weights": {"demo_revers": 2}})))
     prepared = compose.prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
     assert prepared.suite["demo_reverse"].weight == 2

@@ -252,8 +252,8 @@ def _conflicts(
             advice.append(Advice(rule="undoing", text=text))
         elif kind == "opposed":
             text = (
-                f"{pair} change in opposite directions: cosine {cosine:.2f}, {apart}. Start from ties or dare_ties with a "
-                "weight per layer (ties_layers, dare_ties_layers)"
+                f"{pair} change in opposite directions: cosine {cosine:.2f}, {apart}. Start from ties or "
+                "dare_ties with a weight per layer (ties_layers, dare_ties_layers)"
             )
             advice.append(Advice(rule="opposed", text=text))
         elif kind == "competing":
