@@ -1,4 +1,4 @@
-"""The run config: one strict YAML file that says everything about a run.
+"""The run config: one strict YAML file that describes a run completely.
 
 It names presets (search space, suite) or points at files of the same form. Paths of models, spaces and
 suites are relative to the config file; `out` is relative to where the command is started.

@@ -82,7 +82,7 @@ def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: 
     assert "about" in text
     assert not (tmp_path / "run").exists()
     data = json.loads(succeed("check", path, "--json"))
-    assert "3 item blocks, the clearly worse stop early; surrogate on; starts from baselines" in text
+    assert "3 item blocks, clearly worse candidates stop early; surrogate on; starts from baselines" in text
     assert (data["blocks"], data["racing"], data["surrogate"]) == (3, True, True)
     assert data["items"] == {"search": 72, "select": 64, "test": 160}
     assert data["estimated_minutes"] > 0

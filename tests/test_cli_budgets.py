@@ -129,13 +129,15 @@ def test_check_says_when_a_run_begun_now_would_end_and_what_it_would_cost(
     assert f"begun now it ends about {until:%Y-%m-%d}" in text
     late = succeed("check", config(budget={"hours": 1e-4}))
     assert "the budget's time is too short" in late
-    assert "nobody knows" in succeed("check", config(budget={"patience": 5}))
+    assert "cost:   unknown (the budget sets only `patience`)" in succeed(
+        "check", config(budget={"patience": 5})
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_in_limits(path: Path, config: Callable[..., Path], tmp_path: Path) -> None:
-    assert "is over" in refuse("run", path, "--until", "2020-01-01T08:00", folder=tmp_path)
-    assert "is over" in refuse("check", config(budget={"until": "2020-01-01 08:00"}), folder=tmp_path)
+    assert "has passed" in refuse("run", path, "--until", "2020-01-01T08:00", folder=tmp_path)
+    assert "has passed" in refuse("check", config(budget={"until": "2020-01-01 08:00"}), folder=tmp_path)
     assert "a time of day" in refuse("run", path, "--until", "noon", folder=tmp_path)
     plain = config(budget={"generations": 1})
     message = refuse("run", plain, "--cost", "5", folder=tmp_path)

@@ -14,10 +14,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import evomerge
 assert evomerge.__file__.startswith(sys.argv[1]), evomerge.__file__
-from evomerge import compose
+from evomerge.prepare import prepare
 from evomerge.config import DEMO_CONFIG, RunConfig
 from evomerge.evaluation import tasks
-prepared = compose.prepare(RunConfig.load(DEMO_CONFIG))
+prepared = prepare(RunConfig.load(DEMO_CONFIG))
 assert str(prepared.suite.tasks_dir).startswith(sys.argv[1])
 print(prepared.space.dimension, len(tasks.build(prepared.suite, seed=0)))
 """

@@ -19,12 +19,12 @@ from typing import get_args
 
 import numpy as np
 
-from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, smooth_loss
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import prepare
 from evomerge.running.worker import GradientJob, Job, Worker
 from evomerge.search import baselines
 from evomerge.search.objective import Objective
@@ -35,7 +35,7 @@ class Bench:
     """One worker, and the references that everything is normalised by."""
 
     def __init__(self, config: RunConfig, held_out: Split) -> None:
-        self.prepared = compose.prepare(config)
+        self.prepared = prepare(config)
         self.worker = Worker(self.prepared.worker)
         self.splits: tuple[Split, ...] = ("search", held_out)
         names = self.prepared.space.sources

@@ -28,7 +28,7 @@ from evomerge.running.batches import Batches
 from evomerge.running.budget import Budget, BudgetSpec
 from evomerge.running.clock import Clock
 from evomerge.running.scorer import Scorer
-from evomerge.running.store import BASE, RunStore, Timing
+from evomerge.running.store import BASE, RunStore, Timing, facts
 from evomerge.running.worker import Job, Result
 from evomerge.search.loop import Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
@@ -119,10 +119,10 @@ def session(
         sources=SOURCES,
         tensors=["model.embed_tokens.weight", *tensors, "model.norm.weight"],
     )
-    facts = {"config": {"models": {"base": BASE, "sources": {name: name for name in SOURCES}}}}
+    begun = {facts.CONFIG: {"models": {"base": BASE, "sources": {name: name for name in SOURCES}}}}
     executor = Instant()
     started, processor = time.perf_counter(), time.process_time()
-    opened = RunStore.open(folder) if RunStore.exists(folder) else RunStore.create(folder, facts)
+    opened = RunStore.open(folder) if RunStore.exists(folder) else RunStore.create(folder, begun)
     with opened as store:
         store.begin_session({})
         Search(

@@ -27,6 +27,7 @@ from evomerge.config import DEMO_CONFIG, RunConfig
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import prepare
 from evomerge.running import executors
 from evomerge.running.worker import Job
 from evomerge.search import baselines, optimizers, pareto
@@ -48,13 +49,13 @@ class Bench:
     """
 
     def __init__(self, config: RunConfig, thinned: int) -> None:
-        self.prepared = compose.prepare(config)
+        self.prepared = prepare(config)
         self.thinned = thinned
         self._executor = executors.build(config.executor, self.prepared.worker)
         self._known: dict[tuple[str, Split], Scores | Failure] = {}
         sources = self.prepared.space.sources
         self._parents = baselines.parents(self.prepared.template, sources)
-        norms = compose._norms(self.prepared)
+        norms = compose.norms(self.prepared)
         hand_made = baselines.hand_made(self.prepared.template, sources, norms)
         self.unsearched = [named.recipe for named in (*self._parents, *hand_made)]
         spec = ObjectiveSpec(several=(ALONE, dict.fromkeys(OTHERS, 1.0)))

@@ -39,7 +39,7 @@ from evomerge.running.executors import LocalProcesses
 from evomerge.running.executors.pool import Died, Message, Pool
 from evomerge.running.schedule import Scheduler
 from evomerge.running.scorer import Scorer
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.store import RunStore, Timing, facts
 from evomerge.running.worker import Job, Result, WorkerSpec
 
 LIMITS = {"speed-up": 1.7, "memory": 1.3, "busy": 0.9, "results per second": 200.0}
@@ -342,7 +342,7 @@ class Instant:
 def driver(count: int, folder: Path) -> float:
     """Return the results per second that scorer and store take in, every one committed to disk."""
     executor = Instant()
-    with RunStore.create(folder, {"blocks": BLOCKS}) as store:
+    with RunStore.create(folder, {facts.BLOCKS: BLOCKS}) as store:
         store.begin_session({})
         scorer = Scorer(store, Scheduler(executor), Silent(), Batches(store, 1))
         recipes = [recipe(number) for number in range(count)]

@@ -41,8 +41,9 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores
 from evomerge.merging.analysis.norms import task_vector_norms
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import prepare
 from evomerge.running import executors
-from evomerge.running.store import BASE, RunStore
+from evomerge.running.store import BASE, RunStore, facts
 from evomerge.running.worker import Job, Result
 from evomerge.search import baselines
 from evomerge.search.objective import Objective
@@ -101,7 +102,7 @@ class Bench:
     """The demo's models with everything a run and its judge need."""
 
     def __init__(self, method: str, seed: int, evaluations: int, out: Path, results: Path) -> None:
-        self.prepared = compose.prepare(configured(method, seed, evaluations, out))
+        self.prepared = prepare(configured(method, seed, evaluations, out))
         names = self.prepared.space.sources
         norms = task_vector_norms(self.prepared.config.locations, BASE)
         self.parents = baselines.parents(self.prepared.template, names)
@@ -192,7 +193,7 @@ def run_ours(bench: Bench) -> tuple[Recipe, int]:
     prepared = bench.prepared
     built, executors.build = executors.build, lambda *_: bench.executor  # type: ignore[assignment]
     try:
-        outcome = compose._execute(prepared, Silent(), time.time(), None)
+        outcome = compose.execute(prepared, Silent())
     finally:
         executors.build = built
     known = {named.recipe.hash for named in (*bench.parents, *bench.hand_made)}
@@ -201,7 +202,8 @@ def run_ours(bench: Bench) -> tuple[Recipe, int]:
         scored = store.scored_blocks("search")
         sizes = [part.items for part in _parts(store, bench.prepared.template.hash, scored)]
         items = sum(sizes[b] for hash_, blocks in scored.items() if hash_ not in known for b in blocks)
-        spent = store._db.execute("SELECT count(*) FROM run WHERE key LIKE 'gradient %'").fetchone()[0]
+        count = "SELECT count(*) FROM run WHERE key GLOB ?"
+        spent = store._db.execute(count, (facts.GRADIENT.pattern,)).fetchone()[0]
     gradients = prepared.warm.gradients
     if gradients is not None:
         full = bench.score(prepared.template, "search").items

@@ -9,19 +9,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge import compose
 from evomerge.delivery import export
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, joined
-from evomerge.running.store import ID, RunStore
+from evomerge.prepare import prepare
+from evomerge.running.store import ID, StoreReader
+from evomerge.stored import StoredRun
 
 _WIDTH = 60
 """Characters of an item's text that the table shows."""
 
 
 def as_data(
-    store: RunStore, summary: Summary, asked: str, *, items: str | None = None, split: Split | None = None
+    summary: Summary, asked: str, *, items: str | None = None, split: Split | None = None
 ) -> dict[str, Any]:
     """Return all that a run knows of a candidate as plain data.
 
@@ -29,15 +30,16 @@ def as_data(
     their texts. split: where; None takes the last one it was scored on.
     Raises ConfigError where there is no such candidate, task or split.
     """
-    found = export.find(store, summary, asked)
-    hash_ = found.recipe.hash
-    splits = {each: data for each in SPLITS if (data := _on_split(store, hash_, each)) is not None}
+    store = summary.store
+    candidate = export.find(summary, asked)
+    hash_ = candidate.recipe.hash
+    splits = {part: data for part in SPLITS if (data := _on_split(store, hash_, part)) is not None}
     roles = ("base", "parent", "baseline", "start", "descent", "finalist", "winner")
     data = {
         "id": hash_[:ID],
         "hash": hash_,
-        "recipe": found.recipe.to_data(),
-        "yaml": found.recipe.to_yaml(),
+        "recipe": candidate.recipe.to_data(),
+        "yaml": candidate.recipe.to_yaml(),
         "names": [
             {"role": role, "name": named.name}
             for role in roles
@@ -58,11 +60,11 @@ def as_data(
         "splits": splits,
     }
     if items is not None:
-        data["items"] = _items(store, hash_, items, split, splits)
+        data["items"] = _items(summary.run, hash_, items, split, splits)
     return data
 
 
-def _on_split(store: RunStore, hash_: str, split: Split) -> dict[str, Any] | None:
+def _on_split(store: StoreReader, hash_: str, split: Split) -> dict[str, Any] | None:
     parts = _parts(store, hash_, split)
     failure = next((f for recipe, where, f in store.failures() if (recipe, where) == (hash_, split)), None)
     if not parts and failure is None:
@@ -83,29 +85,28 @@ def _on_split(store: RunStore, hash_: str, split: Split) -> dict[str, Any] | Non
     }
 
 
-def _parts(store: RunStore, hash_: str, split: Split) -> list[Scores]:
+def _parts(store: StoreReader, hash_: str, split: Split) -> list[Scores]:
     """Return the scores of a candidate, block by block."""
-    found = (store.result(hash_, split, block) for block in range(store.blocks(split)))
-    return [part for part in found if part is not None and not isinstance(part, Failure)]
+    results = (store.result(hash_, split, block) for block in range(store.blocks(split)))
+    return [part for part in results if part is not None and not isinstance(part, Failure)]
 
 
 def _items(
-    store: RunStore, hash_: str, task: str, split: Split | None, splits: dict[Split, Any]
+    run: StoredRun, hash_: str, task: str, split: Split | None, splits: dict[Split, Any]
 ) -> dict[str, Any]:
-    suite = compose.stored_suite(store)
-    known = [each.task for each in suite.tasks]
-    if task not in known:
-        raise ConfigError(f"--items {task}: no such task in this run", fix=nearest(task, known))
-    scored = [each for each, data in splits.items() if task in data["tasks"]]
+    tasks = [entry.task for entry in run.suite.tasks]
+    if task not in tasks:
+        raise ConfigError(f"--items {task}: no such task in this run", fix=nearest(task, tasks))
+    scored = [place for place, data in splits.items() if task in data["tasks"]]
     chosen = split or (scored[-1] if scored else None)
     if chosen is None or chosen not in scored:
         raise ConfigError(
             f"{hash_[:ID]} has no scores of {task} on {chosen or 'any split'}",
             expected=f"a split among {', '.join(scored)}" if scored else "a candidate that was scored",
         )
-    texts = _texts(store, task, chosen)
+    texts = _texts(run, task, chosen)
     rows = []
-    for part in _parts(store, hash_, chosen):
+    for part in _parts(run.store, hash_, chosen):
         (block,) = part.blocks
         scores = part[task]
         for item, metric in enumerate(scores.metric.tolist()):
@@ -122,13 +123,13 @@ def _items(
     return {"task": task, "split": chosen, "rows": rows}
 
 
-def _texts(store: RunStore, task: str, split: Split) -> list[list[dict[str, Any]]]:
+def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]]:
     """Return of every item of a task, block by block, what the model was asked and offered as answers."""
     from evomerge.evaluation.harness import Harness
     from evomerge.merging.sources.opening import open_sources
     from evomerge.merging.sources.vocabulary import open_tokenizer
 
-    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    worker = prepare(run.config()).worker
     sources = open_sources(worker.models, worker.base, tokenizer=worker.tokenizer)
     harness = Harness(
         worker.suite,
@@ -138,10 +139,10 @@ def _texts(store: RunStore, task: str, split: Split) -> list[list[dict[str, Any]
         blocks=worker.blocks,
         block_seed=worker.block_seed,
     )
-    found = []
+    blocks = []
     for block in worker.blocks_of(split):
-        (items,) = (each for each in harness.items(split, block).tasks if each.name == task)
-        found.append(
+        (items,) = (task_items for task_items in harness.items(split, block).tasks if task_items.name == task)
+        blocks.append(
             [
                 {
                     "prompt": str(group[0].args[0]),
@@ -153,7 +154,7 @@ def _texts(store: RunStore, task: str, split: Split) -> list[list[dict[str, Any]
                 for number, group in enumerate(items.groups)
             ]
         )
-    return found
+    return blocks
 
 
 def text(data: dict[str, Any]) -> RenderableType:

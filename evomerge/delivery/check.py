@@ -1,12 +1,13 @@
-"""What `evomerge check` shows: everything that is known before a run starts."""
+"""The output of `evomerge check`: models, space, suite, cost and notes, before a run starts."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from evomerge.compose import Prepared, Probe
+from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
+from evomerge.trial import Probe
 
 
 def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def text(prepared: Prepared, probe: Probe) -> str:
         f"out:    {prepared.folder}",
     ]
     if probe.estimate is None or probe.ends is None:
-        lines.append("cost:   nobody knows: only patience ends the search")
+        lines.append("cost:   unknown (the budget sets only `patience`)")
     else:
         end = f"begun now it ends about {shown(probe.ends)}"
         lines.append(f"cost:   about {probe.estimate / 60:.1f} minutes for the whole run; {end}")
@@ -80,7 +81,7 @@ def _course(prepared: Prepared) -> str:
     blocks = config.racing.blocks
     scored = "every candidate on all items"
     if blocks > 1:
-        early = "the clearly worse stop early" if _races(prepared) else "nobody stops early"
+        early = "clearly worse candidates stop early" if _races(prepared) else "no candidate stops early"
         scored = f"{blocks} item blocks, {early}"
     surrogate = "off"
     if config.surrogate != "off":

@@ -14,7 +14,6 @@ from pathlib import Path
 import jinja2
 from rich.table import Table
 
-from evomerge import compose
 from evomerge.delivery import objectives
 from evomerge.delivery.report import kept_line, percent
 from evomerge.delivery.summary import Summary
@@ -26,9 +25,10 @@ from evomerge.merging.export import writer
 from evomerge.merging.export.adapter import AdapterReport, write_adapter
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.opening import open_source
+from evomerge.prepare import prepare
 from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader, facts
 from evomerge.running.worker import Job, Worker, WorkerSpec
 from evomerge.search.ports import Named
 
@@ -42,15 +42,15 @@ class Exported:
     no_mergekit: str | None
 
 
-def export(store: RunStore, summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
+def export(summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
     """Write one recipe of a run as a Hugging Face model folder.
 
     pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
         of the report, or the start of a recipe hash.
     Raises StoreError where there is no such recipe, DiskError where `out` has files or no room.
     """
-    chosen = find(store, summary, pick)
-    extra = {"README.md": card(store, summary, chosen)}
+    chosen = find(summary, pick)
+    extra = {"README.md": card(summary, chosen)}
     no_mergekit = None
     try:
         extra["mergekit.yaml"] = mergekit.write(chosen.recipe)
@@ -82,7 +82,6 @@ class ScoredAdapter:
 
 
 def export_adapter(
-    store: RunStore,
     summary: Summary,
     out: Path,
     *,
@@ -95,17 +94,17 @@ def export_adapter(
     rank, keep_rest: as in `write_adapter`. It is scored as peft loads it, with the run's own settings.
     Raises what `export` and `write_adapter` do.
     """
-    chosen = find(store, summary, pick)
+    store = summary.store
+    chosen = find(summary, pick)
     writer.new_folder(out)
-    worker = compose.prepare(compose.stored_config(store.folder)).worker
-    worker = scoring_alike(worker, store, "test")
-    found: list[ScoredAdapter] = []
+    worker = scoring_alike(prepare(summary.run.config()).worker, store, "test")
+    scored: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
         whole = _test_scores(store, chosen.recipe, worker)
         base = open_source(report.base).folder
         adapter = rescore(folder, worker, "test", base=base)
-        found.append(
+        scored.append(
             ScoredAdapter(
                 folder=out,
                 pick=chosen,
@@ -115,13 +114,13 @@ def export_adapter(
                 adapter=adapter,
             )
         )
-        return {"README.md": card(store, summary, chosen, adapter=found[0])}
+        return {"README.md": card(summary, chosen, adapter=scored[0])}
 
     write_adapter(chosen.recipe, out, rank=rank, keep_rest=keep_rest, finish=finish)
-    return found[0]
+    return scored[0]
 
 
-def _test_scores(store: RunStore, recipe: Recipe, worker: WorkerSpec) -> Scores:
+def _test_scores(store: StoreReader, recipe: Recipe, worker: WorkerSpec) -> Scores:
     stored = store.result(recipe.hash, "test")
     outcome = stored if stored is not None else Worker(worker).run(Job(recipe=recipe, split="test")).outcome
     if isinstance(outcome, Failure):
@@ -155,8 +154,9 @@ def write_text(out: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def find(store: RunStore, summary: Summary, pick: str) -> Named:
+def find(summary: Summary, pick: str) -> Named:
     """Return the recipe `pick` means; see `export`."""
+    store = summary.store
     if pick == "winner":
         if summary.winner is None:
             raise StoreError(
@@ -175,7 +175,7 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
     if pick in named:
         return named[pick]
     if pick == "knee" or pick.startswith(("best:", "weights:")):
-        return objectives.picked(store, summary, pick)
+        return objectives.picked(summary, pick)
     if len(pick) >= 6 and set(pick) <= set("0123456789abcdef"):
         recipe = store.recipe(pick)
         return Named(name=f"recipe {recipe.hash[:12]}", recipe=recipe)
@@ -187,18 +187,19 @@ def find(store: RunStore, summary: Summary, pick: str) -> Named:
     )
 
 
-def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
+def card(summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
     """Return the model card (Markdown with the hub's YAML header) of one recipe of a run.
 
     adapter: what the recipe was exported as, where that is not the whole model.
     """
+    store = summary.store
     rows = summary.rows()
     mine = next((row for row in rows if row.recipe == chosen.recipe.hash), None)
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": percent}
     template = files("evomerge.delivery").joinpath("card.md.jinja").read_text(encoding="utf-8")
     shown = [row for row in rows if row.role in ("base", "parent")]
-    best, front = summary.best_unsearched(rows), objectives.front(store, summary)
+    best, front = summary.best_unsearched(rows), objectives.front(summary)
     shown += [row for row in (best, mine) if row is not None and row not in shown]
     return environment.from_string(template).render(
         chosen=chosen,
@@ -211,12 +212,12 @@ def card(store: RunStore, summary: Summary, chosen: Named, *, adapter: ScoredAda
         verdict=summary.verdict(rows),
         weakest=summary.weakest(rows),
         kept=kept_line(summary.shares(rows)),
-        constraints=objectives.constraints(store, summary),
+        constraints=objectives.constraints(summary),
         front=front,
         place=next((p for p in front.searched if p.recipe == chosen.recipe.hash), None) if front else None,
         suite=summary.suite,
-        seed=store.fact("config")["seed"],
-        config=store.fact("config"),
+        seed=facts.CONFIG.require(store)["seed"],
+        config=facts.CONFIG.require(store),
         versions=store.versions(),
         passes=forward.stored(store),
         methods=sorted({group.method for group in chosen.recipe.groups}),

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader
 from evomerge.search.surrogate.guide import TRUSTED, WINDOW
 
 _ACCENT, _WARM, _PALE = "#2f6fed", "#d9822b", "#f3e3cf"
@@ -100,7 +100,7 @@ class Guidance:
         return figure
 
 
-def guidance(store: RunStore) -> Guidance | None:
+def guidance(store: StoreReader) -> Guidance | None:
     """Return what the surrogate did, or None where it was off or nothing was asked yet."""
     states = store.guide()
     if not states:

@@ -6,13 +6,13 @@ from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
 from evomerge.running import forward
 from evomerge.running.batches import decisions
-from evomerge.running.store import RunStore
 
 
-def notes(store: RunStore, summary: Summary) -> list[str]:
+def notes(summary: Summary) -> list[str]:
     """Return the notes below a run's table, one sentence each."""
+    store = summary.store
     normaliser = summary.normaliser("test")
-    sentences = objectives.notes(store, summary)
+    sentences = objectives.notes(summary)
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(
             f"{task}: its specialist is hardly better than the base, so its share of the mean is noise"

@@ -15,7 +15,7 @@ import numpy as np
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
-from evomerge.running.store import RunStore, StoredFront
+from evomerge.running.store import StoredFront, StoreReader, facts
 from evomerge.schema import parse
 from evomerge.search import pareto
 from evomerge.search.objective import Objective, ObjectiveSpec
@@ -96,12 +96,13 @@ def axis(objective: str) -> str:
     return f"{objective}, {unit.get(objective, 'points')}"
 
 
-def front(store: RunStore, summary: Summary) -> Front | None:
+def front(summary: Summary) -> Front | None:
     """Return the front of a run, or None where it has one objective."""
+    store = summary.store
     spec = _spec(store)
     if not spec.several:
         return None
-    objective, points = _objective(store, summary, "select"), []
+    objective, points = _objective(summary, "select"), []
     if objective is not None:
         found = _scored(store, store.entries("finalist"), "select")
         losses = objective.losses([s for _, s in found], [n.recipe for n, _ in found])
@@ -120,22 +121,24 @@ def front(store: RunStore, summary: Summary) -> Front | None:
     return Front(objectives=spec.names, generations=tuple(store.fronts()), points=tuple(points))
 
 
-def notes(store: RunStore, summary: Summary) -> list[str]:
+def notes(summary: Summary) -> list[str]:
     """Return what a reader must know of the objective, one sentence each."""
+    store = summary.store
     found = []
     if _spec(store).several:
         found.append(
             "several objectives: the winner is the knee of the front on select, and the verdict is about "
             "its mean alone; numbers of the front are from select"
         )
-    if (sentence := constraints(store, summary)) is not None:
+    if (sentence := constraints(summary)) is not None:
         found.append(sentence)
     return found
 
 
-def constraints(store: RunStore, summary: Summary) -> str | None:
+def constraints(summary: Summary) -> str | None:
     """Say whether the winner meets the constraints; None without constraints or winner."""
-    on_select, on_test = _objective(store, summary, "select"), _objective(store, summary, "test")
+    store = summary.store
+    on_select, on_test = _objective(summary, "select"), _objective(summary, "test")
     if not _spec(store).constraints or summary.winner is None or on_select is None:
         return None
     mine = _scored(store, [summary.winner], "select")
@@ -159,7 +162,7 @@ def constraints(store: RunStore, summary: Summary) -> str | None:
     return text
 
 
-def picked(store: RunStore, summary: Summary, pick: str) -> Named:
+def picked(summary: Summary, pick: str) -> Named:
     """Return the finalist that "knee", "best:TASK" or "weights:TASK=0.7,OTHER=0.3" means.
 
     Finalists are compared by their scores on `select`: the knee by the run's objectives, the others by
@@ -170,7 +173,8 @@ def picked(store: RunStore, summary: Summary, pick: str) -> Named:
         StoreError: nothing is scored on `select` yet.
         ConfigError: the pick can't be read, or the run has one objective and hence no knee.
     """
-    objective = _objective(store, summary, "select")
+    store = summary.store
+    objective = _objective(summary, "select")
     found = _scored(store, store.entries("finalist"), "select") if objective is not None else []
     if objective is None or not found:
         raise StoreError(
@@ -212,16 +216,17 @@ def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _spec(store: RunStore) -> ObjectiveSpec:
-    return parse(ObjectiveSpec, store.fact("config")["objective"], f"{store.folder}: stored objective")
+def _spec(store: StoreReader) -> ObjectiveSpec:
+    return parse(ObjectiveSpec, facts.CONFIG.require(store)["objective"], f"{store.folder}: stored objective")
 
 
-def _objective(store: RunStore, summary: Summary, split: Split) -> Objective | None:
+def _objective(summary: Summary, split: Split) -> Objective | None:
+    store = summary.store
     normaliser = summary.normaliser(split)
-    return None if normaliser is None else Objective(_spec(store), normaliser, layers=store.fact("layers"))
+    return None if normaliser is None else Objective(_spec(store), normaliser, layers=facts.LAYERS.get(store))
 
 
-def _scored(store: RunStore, named: list[Named], split: Split) -> list[tuple[Named, Scores]]:
+def _scored(store: StoreReader, named: list[Named], split: Split) -> list[tuple[Named, Scores]]:
     results = [(n, store.result(n.recipe.hash, split)) for n in named]
     return [(n, result) for n, result in results if isinstance(result, Scores)]
 

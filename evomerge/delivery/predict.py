@@ -11,13 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.compose import Prepared
 from evomerge.delivery.summary import Measured, Summary
 from evomerge.errors import ConfigError, StoreError
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import Prepared
 from evomerge.running import warm_start
-from evomerge.running.store import RunStore
+from evomerge.running.store import StoreReader, facts
 from evomerge.search import baselines
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate import prediction
@@ -44,7 +44,7 @@ class Predicted:
     blocks: int
 
 
-def find(store: RunStore, template: Recipe, asked: str) -> Recipe:
+def find(store: StoreReader, template: Recipe, asked: str) -> Recipe:
     """Return the recipe of a file or of the start of a hash, over the run's models.
 
     Raises:
@@ -61,7 +61,7 @@ def find(store: RunStore, template: Recipe, asked: str) -> Recipe:
     )
 
 
-def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -> Predicted:
+def predict(summary: Summary, prepared: Prepared, asked: str) -> Predicted:
     """Predict a recipe's score on `search` from everything the run has scored there, but itself.
 
     Raises:
@@ -69,7 +69,8 @@ def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -
         StoreError: the models changed since the run, or base and parents were not scored yet.
         UserError: too little was scored.
     """
-    if store.fact("fingerprints") != prepared.fingerprints:
+    store = summary.store
+    if facts.FINGERPRINTS.get(store) != prepared.fingerprints:
         raise StoreError(
             f"{store.folder}: model files changed since the run began", fix="put the old files back"
         )
@@ -81,7 +82,7 @@ def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -
         )
     recipe = find(store, prepared.template, asked)
     genome = prepared.space.encode(recipe)
-    examples = scored(store, summary, prepared)
+    examples = scored(summary, prepared)
     own = next((e.genome for e in examples if e.recipe == recipe.hash), None)
     if genome is None and own is None:
         raise ConfigError(
@@ -117,8 +118,9 @@ def predict(store: RunStore, summary: Summary, prepared: Prepared, asked: str) -
     )
 
 
-def scored(store: RunStore, summary: Summary, prepared: Prepared) -> list[Example]:
+def scored(summary: Summary, prepared: Prepared) -> list[Example]:
     """Return all scored recipes that are points of the space, named ones first."""
+    store = summary.store
     points: dict[str, Genome] = {}
     others = (*summary.starts, *store.entries("finalist"))
     for named in (*summary.parents, *summary.baselines, *others):

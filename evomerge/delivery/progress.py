@@ -11,22 +11,12 @@ from rich.text import Text
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.clock import brief, span
-from evomerge.running.forecast import Estimate
+from evomerge.running.observers import Estimate, Observer
 from evomerge.running.store import Timing
 
 
-class Silent:
+class Silent(Observer):
     """An observer that shows nothing (`--quiet`, `--json`)."""
-
-    def phase(self, name: str, jobs: int, known: int) -> None: ...
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
-
-    def expected(self, estimate: Estimate) -> None: ...
-
-    def noted(self, message: str) -> None: ...
 
     def __enter__(self) -> Silent:
         return self
@@ -48,7 +38,7 @@ class _Elapsed(ProgressColumn):
         return Text(f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}", style="dim")
 
 
-class Live:
+class Live(Observer):
     """One line that tells where a run stands; on a dumb terminal or in a file, one line per phase."""
 
     def __init__(self, console: Console) -> None:
@@ -122,11 +112,11 @@ class Live:
 
 def outlook(estimate: Estimate) -> list[str]:
     """Return when a run is expected to end and what it will cost, in a few words each."""
-    found = []
+    parts = []
     if estimate.search_ends is not None and estimate.ends is not None:
-        found.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
-        found.append(f"all done about {brief(estimate.ends, estimate.made)}")
+        parts.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
+        parts.append(f"all done about {brief(estimate.ends, estimate.made)}")
     if estimate.spent is not None:
         whole = "" if estimate.cost is None else f" of about {estimate.cost:.2f}"
-        found.append(f"cost {estimate.spent:.2f}{whole}")
-    return found
+        parts.append(f"cost {estimate.spent:.2f}{whole}")
+    return parts

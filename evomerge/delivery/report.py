@@ -23,26 +23,27 @@ from evomerge.delivery import front_plots, objectives
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.notes import notes
 from evomerge.delivery.objectives import Front
-from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary
+from evomerge.delivery.summary import Claim, Luck, Progress, Row, Share, Summary, Verdict
 from evomerge.evaluation.statistics import Interval
 from evomerge.files import drafted_file
 from evomerge.merging.recipe import Recipe
 from evomerge.running import forward
-from evomerge.running.store import RunStore
+from evomerge.running.store import facts
 
 _INK, _ACCENT, _MUTED, _GRID = "#1d2433", "#2f6fed", "#8a94a6", "#e6e9ef"
 
 
-def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> RenderableType:
+def terminal(summary: Summary, *, width: int = 120) -> RenderableType:
     """Return the comparison table, the verdict and where the time went, for a rich console.
 
     width: of the console in characters; a narrow one shows intervals for the mean only.
     """
+    store = summary.store
     rows = summary.rows()
     parts: list[RenderableType] = []
     if rows:
         parts.append(_table(summary, rows, width))
-    front = objectives.front(store, summary)
+    front = objectives.front(summary)
     if front is not None and front.generations:
         parts += [_front(front)] if front.searched else []
         parts.append(Text(front.sentence))
@@ -56,11 +57,11 @@ def terminal(store: RunStore, summary: Summary, *, width: int = 120) -> Renderab
             parts.append(Text(f"the best baseline: evomerge export {folder} OUT --pick best-baseline"))
     else:
         parts.append(Text("no verdict yet: the run has not been tested", style="yellow"))
-    parts += [Text(f"note: {note}", style="yellow") for note in notes(store, summary)]
+    parts += [Text(f"note: {note}", style="yellow") for note in notes(summary)]
     guided = guidance(store)
     if guided is not None:
         parts.append(Text(guided.sentence, style="dim"))
-    if stopped := store.fact("stopped"):
+    if stopped := facts.STOPPED.get(store):
         parts.append(Text(f"the search ended: {stopped}", style="dim"))
     cost = summary.cost()
     if cost.candidates:
@@ -199,26 +200,17 @@ def _short(task: str, summary: Summary) -> str:
     return task.removeprefix(f"{summary.suite.name}_")
 
 
-def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
+def as_data(summary: Summary) -> dict[str, Any]:
     """Return the report as plain data for scripts (`report --json`)."""
+    store = summary.store
     rows = summary.rows()
     verdict, cost, luck = summary.verdict(rows), summary.cost(), summary.luck()
-    front, guided = objectives.front(store, summary), guidance(store)
+    front, guided = objectives.front(summary), guidance(store)
     return {
         "run": str(store.folder),
         "digest": store.digest(),
-        "stopped": store.fact("stopped"),
-        "verdict": None
-        if verdict is None
-        else {
-            "sentence": verdict.sentence,
-            "helped": verdict.helped,
-            "best_baseline": verdict.rival,
-            "points": 100 * verdict.test.estimate,
-            "low": 100 * verdict.test.low,
-            "high": 100 * verdict.test.high,
-            "p": verdict.test.p,
-        },
+        "stopped": facts.STOPPED.get(store),
+        "verdict": None if verdict is None else _verdict_data(verdict),
         "claims": [
             {
                 "task": claim.task,
@@ -253,24 +245,37 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
             "search": cost.search,
             "overhead": cost.overhead,
         },
-        "notes": notes(store, summary),
-        "forward": store.fact(forward.FACT),
+        "notes": notes(summary),
+        "forward": facts.FORWARD.get(store),
         "surrogate": None if guided is None else guided.as_data(),
         "front": None if front is None else front.as_data(),
-        "constraints": objectives.constraints(store, summary),
+        "constraints": objectives.constraints(summary),
         "failures": [
             {"recipe": r, "split": s, "kind": f.kind, "reason": f.reason} for r, s, f in store.failures()
         ],
     }
 
 
-def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
+def _verdict_data(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "sentence": verdict.sentence,
+        "helped": verdict.helped,
+        "best_baseline": verdict.rival,
+        "points": 100 * verdict.test.estimate,
+        "low": 100 * verdict.test.low,
+        "high": 100 * verdict.test.high,
+        "p": verdict.test.p,
+    }
+
+
+def write_html(summary: Summary, out: Path) -> Path:
     """Write the report as one HTML file with everything inside, plots included, and return its path."""
+    store = summary.store
     rows = summary.rows()
     template = files("evomerge.delivery").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"percent": percent}
-    front, guided, progress = objectives.front(store, summary), guidance(store), summary.progress()
+    front, guided, progress = objectives.front(summary), guidance(store), summary.progress()
     figures = {
         "progress": _progress(progress),
         "surrogate": None if guided is None else _dressed(guided.figure()),
@@ -289,7 +294,7 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         claims=_claim_table(summary, summary.claims(rows)),
         shares=summary.shares(rows),
         luck=summary.luck(),
-        notes=notes(store, summary),
+        notes=notes(summary),
         cost=summary.cost(),
         finalists=summary.finalists(),
         progress=progress,
@@ -300,10 +305,10 @@ def write_html(store: RunStore, summary: Summary, out: Path) -> Path:
         axes=[objectives.axis(name) for name in front.objectives] if front else [],
         failures=store.failures(),
         tasks=[(t.task, _short(t.task, summary)) for t in summary.shown_tasks],
-        config=json.dumps(store.fact("config"), indent=2),
+        config=json.dumps(facts.CONFIG.require(store), indent=2),
         versions=store.versions(),
         passes=forward.stored(store),
-        stopped=store.fact("stopped"),
+        stopped=facts.STOPPED.get(store),
         folder=store.folder,
         winner_yaml=summary.winner.recipe.to_yaml() if summary.winner else None,
         plotly_js=plotly.offline.get_plotlyjs(),

@@ -15,26 +15,27 @@ from evomerge.delivery.summary import Summary
 from evomerge.running import forward
 from evomerge.running.budget import LIMITS
 from evomerge.running.clock import shown
-from evomerge.running.forecast import Estimate
-from evomerge.running.store import RunStore
+from evomerge.running.observers import Estimate
+from evomerge.running.store import StoreReader, facts
 
 
-def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
+def as_data(summary: Summary) -> dict[str, Any]:
     """Return the state of a run as plain data (`status --json`)."""
+    store = summary.store
     generations = store.generations()
     told = [g for g in generations if g.losses is not None]
     progress, failures = summary.progress(), store.failures()
     guided = guidance(store)
-    verdict, front = summary.verdict(summary.rows()), objectives.front(store, summary)
+    verdict, front = summary.verdict(summary.rows()), objectives.front(summary)
     passes = forward.stored(store)
     return {
         "run": str(store.folder),
-        "state": "finished" if store.fact("stopped") else "running" if store.held() else "stopped",
-        "stopped": store.fact("stopped"),
+        "state": "finished" if facts.STOPPED.get(store) else "running" if store.held() else "stopped",
+        "stopped": facts.STOPPED.get(store),
         "generations": len(told),
         "candidates": sum(len(g.recipes) for g in told),
         "evaluations": round(summary.evaluations(), 2),
-        "budget": store.fact("config")["budget"],
+        "budget": facts.CONFIG.require(store)["budget"],
         "hours": round(store.hours(), 4),
         **_clock(store),
         "best_on_search": progress.best_so_far[-1] if progress.best_so_far else None,
@@ -47,15 +48,15 @@ def as_data(store: RunStore, summary: Summary) -> dict[str, Any]:
         "winner": summary.winner.recipe.hash if summary.winner else None,
         "verdict": verdict.sentence if verdict else None,
         "front": front.as_data() | {"sentence": front.sentence} if front else None,
-        "constraints": objectives.constraints(store, summary),
+        "constraints": objectives.constraints(summary),
         "surrogate": None if guided is None else guided.as_data(),
-        "notes": notes(store, summary),
+        "notes": notes(summary),
     }
 
 
-def _clock(store: RunStore) -> dict[str, Any]:
+def _clock(store: StoreReader) -> dict[str, Any]:
     """What the clock says: when the session under way stops searching, what is expected, what was spent."""
-    clock, cost = store.fact("clock") or {}, store.fact("config")["budget"].get("cost")
+    clock, cost = facts.CLOCK.get(store) or {}, facts.CONFIG.require(store)["budget"].get("cost")
     estimate = None
     if clock.get("estimate") and store.held():
         estimate = replace(Estimate(**clock["estimate"]), made=time.time())
@@ -63,7 +64,7 @@ def _clock(store: RunStore) -> dict[str, Any]:
     return {
         "cost": round(store.hours() * cost["per_hour"], 4) if cost else None,
         "time_limit": None if limit is None else shown(limit),
-        "stopped_by_clock": store.fact("stop"),
+        "stopped_by_clock": facts.STOP.get(store),
         "estimate": None if estimate is None else estimate.as_data(),
         "outlook": [] if estimate is None else outlook(estimate),
     }
@@ -71,15 +72,15 @@ def _clock(store: RunStore) -> dict[str, Any]:
 
 def limits(budget: dict[str, Any]) -> str:
     """Return the limits of a stored budget in a line."""
-    found = [f"{v} {k}" for k, v in budget.items() if v is not None and k in LIMITS[:4]]
+    parts = [f"{v} {k}" for k, v in budget.items() if v is not None and k in LIMITS[:4]]
     if budget.get("until"):
-        found.append(f"until {budget['until']}")
+        parts.append(f"until {budget['until']}")
     if cost := budget.get("cost"):
         most = "" if cost["max"] is None else f"{cost['max']:g} "
-        found.append(f"{most}at {cost['per_hour']:g} per hour")
+        parts.append(f"{most}at {cost['per_hour']:g} per hour")
     if budget.get("patience"):
-        found.append(f"patience {budget['patience']}")
-    return ", ".join(found)
+        parts.append(f"patience {budget['patience']}")
+    return ", ".join(parts)
 
 
 def text(data: dict[str, Any]) -> str:

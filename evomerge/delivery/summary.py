@@ -15,10 +15,11 @@ from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.statistics import Interval, PairedTest
-from evomerge.evaluation.suite import Suite, SuiteTask
-from evomerge.running.store import RunStore
+from evomerge.evaluation.suite import SuiteTask
+from evomerge.running.store import facts
 from evomerge.search.ports import Named
 from evomerge.search.surrogate.prediction import shared_blocks
+from evomerge.stored import StoredRun
 
 _SEED = 20240  # of the bootstrap: a report of the same run always shows the same digits
 
@@ -175,15 +176,15 @@ class Finalist:
 
 
 class Summary:
-    """What a stored run says, finished or not."""
+    """Tables, verdict and course of a stored run, finished or not; each computed when it is asked for."""
 
-    def __init__(self, store: RunStore, suite: Suite) -> None:
-        self._store = store
-        self.suite = suite
+    def __init__(self, run: StoredRun) -> None:
+        self.run, self.store, self.suite = run, run.store, run.suite
+        store = run.store
         self.parents = store.entries("base") + store.entries("parent")
         self.baselines = store.entries("baseline")
         self.starts = store.entries("start")
-        winners = store.entries("winner") if store.fact("stopped") else []
+        winners = store.entries("winner") if facts.STOPPED.get(store) else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
         self._scales: dict[tuple[int, ...], Normaliser] = {}
@@ -197,7 +198,7 @@ class Summary:
     def normaliser(self, split: Split) -> Normaliser | None:
         """Return the references of a split, or None while base or parents are not scored on it."""
         if split not in self._normalisers:
-            results = {p.name: self._store.result(p.recipe.hash, split) for p in self.parents}
+            results = {p.name: self.store.result(p.recipe.hash, split) for p in self.parents}
             scores = {name: s for name, s in results.items() if isinstance(s, Scores)}
             complete = len(scores) == len(self.parents) > 0
             self._normalisers[split] = (
@@ -222,7 +223,7 @@ class Summary:
         labelled += [("winner", self.winner)] if self.winner else []
         rows = []
         for role, named in labelled:
-            scores = self._store.result(named.recipe.hash, "test")
+            scores = self.store.result(named.recipe.hash, "test")
             if isinstance(scores, Scores):
                 rows.append(self._row(role, named, scores, normaliser))
         return rows
@@ -269,8 +270,8 @@ class Summary:
         rival, normaliser = self.best_unsearched(rows), self.normaliser("test")
         if self.winner is None or rival is None or normaliser is None:
             return None
-        ours = self._store.result(self.winner.recipe.hash, "test")
-        theirs = self._store.result(rival.recipe, "test")
+        ours = self.store.result(self.winner.recipe.hash, "test")
+        theirs = self.store.result(rival.recipe, "test")
         if not isinstance(ours, Scores) or not isinstance(theirs, Scores):
             return None
         test = statistics.paired_difference(
@@ -355,7 +356,7 @@ class Summary:
         normaliser = self._on(blocks)
         first: dict[str, int] = {}
         asked = 0
-        for generation in self._store.generations():
+        for generation in self.store.generations():
             asked += len(generation.recipes)
             for recipe in generation.recipes:
                 first.setdefault(recipe, generation.number)
@@ -376,7 +377,7 @@ class Summary:
             select=self._mean(mine, "select"),
             test=self._mean(mine, "test"),
             blocks=len(blocks),
-            of=self._store.blocks("search"),
+            of=self.store.blocks("search"),
         )
 
     def _specialist(self, task: SuiteTask, parents: Iterable[Row]) -> Row | None:
@@ -386,7 +387,7 @@ class Summary:
         return max(named or parents, key=lambda row: row.tasks[task.task].estimate, default=None)
 
     def _tested(self, row: Row | None) -> Scores | None:
-        scores = None if row is None else self._store.result(row.recipe, "test")
+        scores = None if row is None else self.store.result(row.recipe, "test")
         return scores if isinstance(scores, Scores) else None
 
     @staticmethod
@@ -404,7 +405,7 @@ class Summary:
         numbers, best, so_far, median, counts, beside = [], [], [], [], [], []
         asked: dict[str, None] = {}
         means: dict[tuple[int, ...], dict[str, float]] = {}
-        for generation in self._store.generations() if self.normaliser("search") else ():
+        for generation in self.store.generations() if self.normaliser("search") else ():
             asked |= dict.fromkeys(generation.recipes)
             blocks = self._blocks_of(generation.recipes)
             if not blocks:
@@ -425,7 +426,7 @@ class Summary:
             best_so_far=tuple(so_far),
             median=tuple(median),
             blocks=tuple(counts),
-            of=self._store.blocks("search"),
+            of=self.store.blocks("search"),
             baseline=tuple(beside),
             best_baseline=top[0],
             best_baseline_name=top[1],
@@ -439,24 +440,24 @@ class Summary:
         scored.
         """
         base = self.parts(self.parents[0].recipe.hash) if self.parents else []
-        if len(base) < self._store.blocks("search"):
+        if len(base) < self.store.blocks("search"):
             return 0.0
-        if (spent := self._store.fact("spent")) is not None:
+        if (spent := facts.SPENT.get(self.store)) is not None:
             return float(spent[1]) / sum(part.items for part in base)
         given = (*self.parents, *self.baselines, *self.starts)
-        asked = {r for generation in self._store.generations() for r in generation.recipes}
+        asked = {r for generation in self.store.generations() for r in generation.recipes}
         asked -= {named.recipe.hash for named in given}
-        asked |= {named.recipe.hash for named in self._store.entries("descent")}
-        scored = self._store.scored_blocks("search")
+        asked |= {named.recipe.hash for named in self.store.entries("descent")}
+        scored = self.store.scored_blocks("search")
         items = [part.items for part in base]
         searched = sum(items[block] for recipe in asked for block in scored.get(recipe, ()))
-        return (searched + self._store.gradient_items()) / sum(items)
+        return (searched + self.store.gradient_items()) / sum(items)
 
     def parts(self, recipe: str) -> list[Scores]:
         """Return what there is of a recipe's scores on the blocks of `search`."""
         if recipe not in self._read:
-            blocks = range(self._store.blocks("search"))
-            found = [self._store.result(recipe, "search", block) for block in blocks]
+            blocks = range(self.store.blocks("search"))
+            found = [self.store.result(recipe, "search", block) for block in blocks]
             self._read[recipe] = [part for part in found if isinstance(part, Scores)]
         return self._read[recipe]
 
@@ -515,7 +516,7 @@ class Summary:
 
     def finalists(self) -> list[Finalist]:
         """Return the finalists by their estimate, then their soup and the optimizer's favourite."""
-        found = [(f, self.on_search(f.recipe.hash)) for f in self._store.entries("finalist")]
+        found = [(f, self.on_search(f.recipe.hash)) for f in self.store.entries("finalist")]
         return [
             Finalist(
                 name=f.name,
@@ -528,17 +529,17 @@ class Summary:
         ]
 
     def _mean(self, recipe: str, split: Split) -> float | None:
-        normaliser, scores = self.normaliser(split), self._store.result(recipe, split)
+        normaliser, scores = self.normaliser(split), self.store.result(recipe, split)
         if normaliser is None or scores is None or isinstance(scores, Failure):
             return None
         return normaliser.mean(scores)
 
     def cost(self) -> Cost:
         """Return where the time of the searched candidates went."""
-        generations = [g for g in self._store.generations() if g.losses is not None]
+        generations = [g for g in self.store.generations() if g.losses is not None]
         asked = sum(len(g.recipes) for g in generations)
         searched = {recipe for g in generations for recipe in g.recipes}
-        timings = [t for r, t in self._store.timings("search").items() if r in searched]
+        timings = [t for r, t in self.store.timings("search").items() if r in searched]
         count = max(len(timings), 1)
         return Cost(
             candidates=len(timings),

@@ -1,18 +1,18 @@
-"""Batch sizes in force: how many requests share a forward pass, for each item block, in the life of a run.
+"""Batch sizes in force: the number of requests per forward pass, for each item block of a run.
 
-The last bits of scores depend on what shares a forward pass, so the size is part of what a run is. It begins
-as `executor.batch_size` everywhere. Where a candidate runs out of memory on a block, the size for that block
-is halved, once and for the rest of the run. The decision is stored in the transaction that drops the scores
-it makes outdated, and the search is begun again: it finds all other scores in the store and has the dropped
-ones made anew. So whatever is compared was scored alike:
+The last bits of scores depend on the requests that share a forward pass, so the batch size belongs to a run.
+It starts as `executor.batch_size` everywhere. Where a candidate runs out of memory on a block, the size for
+that block is halved, once and for the rest of the run. The decision is stored in the transaction that drops
+the outdated scores. The search then starts again: it reads all other scores from the store and scores the
+dropped ones again. So candidates that are compared were scored with equal batch sizes:
 
-- on `select` and `test`, everything: the scores of all recipes on the split are dropped;
-- on `search` before the first generation, everything: base, parents, baselines, warm starts;
-- on `search` later, the generation: what its candidates were given before stays (asks rest on it), and
-  differs from what comes after in the last bits only.
+- on `select` and `test`: the scores of all recipes on the split are dropped;
+- on `search` before the first generation: those of base, parents, baselines and warm starts;
+- on `search` later: those of the current generation. Earlier generations keep their scores, because later
+  genomes depend on them; they differ in the last bits only.
 
 A second time out of memory, or one at batch size 1, is that candidate's failure. A resumed run takes the
-sizes from the store and finds out nothing again.
+sizes from the store.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from evomerge.evaluation.scores import Failure, Split
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, StoreReader, facts
 from evomerge.running.worker import Result, WorkerSpec
 
 T = TypeVar("T")
-FACT = "batch_sizes"
 GRADIENTS = "gradients"
 """Stands in place of a split for the passes of a gradient start, which have a batch size of their own."""
 
 
 class Halved(Exception):  # noqa: N818  # no error: the search goes on from the store
-    """A batch size was halved and scores were dropped: begin the search again."""
+    """A batch size was halved and scores were dropped: the search must start again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """One halving: from a phase of the run on, a block of a split is scored in batches of `size`.
 
-    everybody: whether what was scored there before was scored again, all of it.
+    everybody: whether all scores on the block were made again.
     """
 
     split: str
@@ -53,7 +52,7 @@ class Decision:
 
     @property
     def sentence(self) -> str:
-        """What a reader of scores must know of it."""
+        """The decision in one line, for readers of the scores."""
         where = "gradients" if self.split == GRADIENTS else f"`{self.split}`"
         if self.split == "search":
             where += f", item block {self.block},"
@@ -66,18 +65,18 @@ class Decision:
 
 
 def begun_again(store: RunStore, size: int, search: Callable[[Batches], T]) -> T:
-    """Run a search to its end, from the beginning again whenever a batch size was halved.
+    """Run a search to its end; start it again whenever a batch size was halved.
 
-    size: that the run began with.
+    size: the batch size the run was started with.
     """
     while True:
         with contextlib.suppress(Halved):
             return search(Batches(store, size))
 
 
-def decisions(store: RunStore) -> list[Decision]:
-    """Return the halvings of a run, by split and block: which came first may have been a worker's haste."""
-    return [Decision(**row) for row in store.fact(FACT) or []]
+def decisions(store: StoreReader) -> list[Decision]:
+    """Return the halvings of a run by split and block, because their order in time depends on the workers."""
+    return [Decision(**row) for row in facts.BATCH_SIZES.get(store) or []]
 
 
 class Batches:
@@ -89,8 +88,7 @@ class Batches:
 
     def of(self, split: str, block: int = 0) -> int:
         """Return the size in force on a block of a split."""
-        found = [d.size for d in self._made if (d.split, d.block) == (split, block)]
-        return found[-1] if found else self.size
+        return _in_force(self._made, self.size, split, block)
 
     def sizes(self, split: Split, blocks: Iterable[int]) -> dict[int, int]:
         """Return the sizes in force on some blocks."""
@@ -108,22 +106,22 @@ class Batches:
         return self.may_halve(result.job.split, result.block)
 
     def halve(self, split: Split, new: Mapping[int, Sequence[str]], phase: str) -> None:
-        """Halve the size on some blocks and drop what has to be scored alike.
+        """Halve the size on some blocks and drop the scores that must be made again with it.
 
-        new: block -> the recipes (hashes) that nobody asked for there before. phase: what the run was doing.
+        new: block -> recipes (hashes) first scored there in this phase. phase: of the run, as shown.
         """
         everybody = split != "search" or not self._store.has_ask(0)
         self._made += [self._decision(split, block, phase, everybody) for block in new]
         self._store.drop_scores(
             split,
             {block: None if everybody else recipes for block, recipes in new.items()},
-            facts={FACT: _as_data(self._made)},
+            because={facts.BATCH_SIZES: _as_data(self._made)},
         )
 
     def halve_gradients(self, phase: str) -> None:
         """Halve the size of the gradients still to come."""
         self._made.append(self._decision(GRADIENTS, 0, phase, False))
-        self._store.set_fact(FACT, _as_data(self._made))
+        facts.BATCH_SIZES.set(self._store, _as_data(self._made))
 
     def _decision(self, split: str, block: int, phase: str, everybody: bool) -> Decision:
         return Decision(
@@ -136,11 +134,17 @@ class Batches:
         )
 
 
-def scoring_alike(worker: WorkerSpec, store: RunStore, split: Literal["select", "test"]) -> WorkerSpec:
+def scoring_alike(worker: WorkerSpec, store: StoreReader, split: Literal["select", "test"]) -> WorkerSpec:
     """Return a run's worker with the batch size in force on a split of one block."""
-    return dataclasses.replace(worker, batch_size=Batches(store, worker.batch_size).of(split))
+    size = _in_force(decisions(store), worker.batch_size, split, 0)
+    return dataclasses.replace(worker, batch_size=size)
+
+
+def _in_force(made: Sequence[Decision], size: int, split: str, block: int) -> int:
+    halved = [decision.size for decision in made if (decision.split, decision.block) == (split, block)]
+    return halved[-1] if halved else size
 
 
 def _as_data(made: Sequence[Decision]) -> list[dict[str, Any]]:
-    ordered = sorted(made, key=lambda each: (each.split, each.block))
-    return [dataclasses.asdict(each) for each in ordered]
+    ordered = sorted(made, key=lambda decision: (decision.split, decision.block))
+    return [dataclasses.asdict(decision) for decision in ordered]

@@ -1,4 +1,4 @@
-"""The circuit breaker: when everything fails, stop; the candidates are not to blame."""
+"""The circuit breaker: stops a run in which every candidate fails, because the cause lies elsewhere."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Breaker:
         self._row: list[Failure] = []
 
     def succeeded(self) -> None:
-        """Note that a candidate was scored."""
+        """Record a scored candidate."""
         self._row.clear()
 
     def failed(self, failure: Failure, store: RunStore) -> None:
-        """Note that a candidate failed; after too many in a row have the store forget them, and raise.
+        """Record a failed candidate; after too many in a row delete these failures from the store and raise.
 
-        So a later session tries them again, and the search repeats itself from the first of them on.
+        A later session then tries them again, and the search repeats itself from the first of them on.
 
         Raises:
-            BrokenRunError: with what went wrong, how often.
+            BrokenRunError: Too many candidates failed in a row; it lists kinds and reasons.
         """
         self._row.append(failure)
         if len(self._row) < self._limit:
@@ -38,16 +38,16 @@ class Breaker:
         kinds = collections.Counter(f.kind for f in self._row).most_common()
         raise BrokenRunError(
             f"{store.folder}: the last {len(self._row)} candidates all failed "
-            f"({', '.join(f'{count} of kind {kind}' for kind, count in kinds)}), so the run was stopped",
+            f"({', '.join(f'{count} of kind {kind}' for kind, count in kinds)}); the run was stopped",
             got=_reasons(self._row),
-            fix=f"mend the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
-            "(they are tried again; where so many are bound to fail, add --failures N)",
+            fix=f"remove the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
+            "(failed candidates are tried again; if this many failures are expected, add --failures N)",
         )
 
 
 @contextmanager
 def tried_again(store: RunStore) -> Iterator[None]:
-    """Have the store forget what failed since the last success where for that a run ends without a winner."""
+    """Delete the failures since the last success if, because of them, the run ends without a winner."""
     try:
         yield
     except NoWinnerError as error:
@@ -56,8 +56,8 @@ def tried_again(store: RunStore) -> Iterator[None]:
         raise NoWinnerError(
             error.what,
             got=_reasons(forgotten),
-            fix=f"mend the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
-            "(what failed is tried again)",
+            fix=f"remove the cause, then: evomerge resume {shlex.quote(str(store.folder))} "
+            "(failed candidates are tried again)",
         ) from None
 
 

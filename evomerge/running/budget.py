@@ -1,8 +1,8 @@
-"""The budget: how much a run may ask for before it stops and picks its winner.
+"""The budget: the limits of a search, after which the run picks its winner.
 
 Limits that count (evaluations, items, generations, patience) depend on stored scores alone, so they end a
-resumed search where they end an unbroken one. Limits of the clock (hours, until, cost) don't; where one of
-them ended a search is stored as a `Stop`, and holds until that limit is raised.
+resumed search where they end an uninterrupted one. Limits of the clock (hours, until, cost) don't; the place
+where one of them ended a search is stored as a `Stop`, and holds until that limit is raised.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.running.clock import Clock, fixed, moment, shown, span
+from evomerge.running.store import RunStore, facts
 from evomerge.schema import Strict
 
 LIMITS = ("evaluations", "items", "generations", "hours", "until", "cost", "patience")
@@ -83,15 +84,15 @@ class BudgetSpec(Strict):
 
     def clock_limit(self, clock: Clock) -> ClockLimit | None:
         """Return the limit of the clock that comes first, or None where there is none."""
-        found: list[ClockLimit] = []
+        limits: list[ClockLimit] = []
         if self.hours is not None:
-            found.append(ClockLimit(name="hours", value=f"{self.hours:g}", at=clock.after(self.hours)))
+            limits.append(ClockLimit(name="hours", value=f"{self.hours:g}", at=clock.after(self.hours)))
         if self.cost is not None and self.paid_hours is not None:
             value = f"{self.cost.max:g} at {self.cost.per_hour:g} per hour"
-            found.append(ClockLimit(name="cost", value=value, at=clock.after(self.paid_hours)))
+            limits.append(ClockLimit(name="cost", value=value, at=clock.after(self.paid_hours)))
         if self.until is not None:
-            found.append(ClockLimit(name="until", value=self.until, at=moment(self.until, clock.started)))
-        return min(found, key=lambda limit: limit.at, default=None)
+            limits.append(ClockLimit(name="until", value=self.until, at=moment(self.until, clock.started)))
+        return min(limits, key=lambda limit: limit.at, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +111,10 @@ class ClockLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Where a limit of the clock ended a search.
+    """The place where a limit of the clock ended a search.
 
-    limit, value: its name and value in the config. at: of `until` the moment in epoch seconds, else the
-    hours of work it allows. reason: for people. generations: told by then.
+    limit, value: its name and value in the config. at: for `until` the moment in epoch seconds, else the
+    hours of work it allows. reason: one sentence. generations: number of finished generations.
     """
 
     limit: str
@@ -123,9 +124,9 @@ class Stop:
     generations: int
 
     def holds(self, spec: BudgetSpec, now: float) -> bool:
-        """Say whether a budget still ends the search there: the same limit, not raised.
+        """Whether a budget still ends the search there: the same limit, not raised.
 
-        A time of day that stands as it was is not a new one: the finished run would go on every evening.
+        An unchanged time of day counts as not raised; otherwise a finished run would continue every evening.
         """
         if self.limit == "until":
             return spec.until is not None and (spec.until == self.value or moment(spec.until, now) <= self.at)
@@ -138,10 +139,10 @@ class Stop:
 
 
 class Budget:
-    """Says when to stop asking.
+    """Decides when the search stops.
 
-    reserve: seconds to keep for what follows the search. stop: where the clock ended it in a former
-    session, and still does. record: told where the clock ends it now.
+    reserve: seconds to keep for the work after the search. stop: where the clock ended the search in an
+    earlier session, if that limit still holds. record: receives the stop of this session.
     """
 
     def __init__(
@@ -156,6 +157,26 @@ class Budget:
         self._spec, self._clock, self._reserve, self._stop, self._record = spec, clock, reserve, stop, record
         self._limit = spec.clock_limit(clock)
         self._kept = 0.0
+
+    @classmethod
+    def of_run(
+        cls, store: RunStore, spec: BudgetSpec, clock: Clock, reserve: Callable[[], float] = lambda: 0.0
+    ) -> Budget:
+        """Return the budget of a session; a stop by the clock holds until its limit is raised."""
+        stored = facts.STOP.get(store)
+        stop = None if stored is None else Stop(**stored)
+        if stop is not None and not stop.holds(spec, clock.now()):
+            facts.STOP.set(store, None)
+            stop = None
+        limit = spec.clock_limit(clock)
+        facts.CLOCK.set(store, {"limit": None if limit is None else limit.at})
+        return cls(
+            spec,
+            clock,
+            reserve=reserve,
+            stop=stop,
+            record=lambda stop: facts.STOP.set(store, stop.as_data()),
+        )
 
     @property
     def timed(self) -> bool:
@@ -174,12 +195,12 @@ class Budget:
     def stop_reason(
         self, *, generations: int, items: int, forecast: int, full: int, stale: int = 0
     ) -> str | None:
-        """Say why the next generation must not start, or None.
+        """Return why the next generation must not start, or None.
 
         items: scored so far. forecast: what the next generation will cost. full: of one evaluation. stale:
         generations in a row without improvement.
 
-        The first generation always runs, so that there is something to choose from.
+        The first generation always runs, so that there are candidates to choose a winner from.
         """
         spec = self._spec
         if generations == 0:
@@ -198,9 +219,9 @@ class Budget:
         return self.out_of_time(generations, cut=False)
 
     def out_of_time(self, generations: int, *, cut: bool = True) -> str:
-        """Say why the clock ends the search after so many told generations, and record it.
+        """Return why the clock ends the search after some finished generations, and record it.
 
-        cut: whether another one is under way.
+        cut: whether the next generation is under way.
         """
         if self._stop is None:
             limit = self._limit
@@ -220,23 +241,23 @@ class Budget:
         return self._stop.reason
 
 
-def replaced(budget: Mapping[str, Any], given: Mapping[str, Any], now: float) -> dict[str, Any]:
+def replaced(budget: Mapping[str, Any], changes: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Return a budget as data with single limits replaced, as the command line gives them.
 
-    given: limits by name, None where not given; `cost` and `per_hour` are numbers. A time of day becomes
+    changes: limits by name, None where unchanged; `cost` and `per_hour` are numbers. A time of day becomes
     that moment: said again on another evening it means another one.
 
     >>> replaced({"hours": 3}, {"hours": 5, "cost": 20.0, "per_hour": 2.5, "items": None}, 0.0)
     {'hours': 5, 'cost': {'max': 20.0, 'per_hour': 2.5}}
     """
-    found = {name: value for name, value in given.items() if value is not None}
+    limits = {name: value for name, value in changes.items() if value is not None}
     cost = {
-        key: found.pop(name) for name, key in (("cost", "max"), ("per_hour", "per_hour")) if name in found
+        key: limits.pop(name) for name, key in (("cost", "max"), ("per_hour", "per_hour")) if name in limits
     }
     before = budget.get("cost") or {}
     if cost and isinstance(before, Mapping):
-        found["cost"] = {**before, **cost}
-    if "until" in found:
-        with contextlib.suppress(ValueError):  # what is wrong with it is said with the rest of the config
-            found["until"] = fixed(found["until"], now)
-    return {**budget, **found}
+        limits["cost"] = {**before, **cost}
+    if "until" in limits:
+        with contextlib.suppress(ValueError):  # parsing the config reports the mistake
+            limits["until"] = fixed(limits["until"], now)
+    return {**budget, **limits}

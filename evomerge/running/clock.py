@@ -1,4 +1,4 @@
-"""The clock of a session: what time it is, how long the run was worked on, when a wall-clock limit comes."""
+"""The clock of a session: the time, the hours worked on the run, and the moments of wall-clock limits."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def moment(until: str, after: float) -> float:
             raise ValueError(_FORM) from None
     if ":" not in until or of_day.tzinfo is not None:
         raise ValueError(_FORM)
-    found = datetime.combine(day, of_day).timestamp()
+    today = datetime.combine(day, of_day).timestamp()
     # By the calendar, not by 24 hours: the night of a clock change is longer or shorter.
-    return found if found > after else datetime.combine(day + timedelta(days=1), of_day).timestamp()
+    return today if today > after else datetime.combine(day + timedelta(days=1), of_day).timestamp()
 
 
 _FORM = 'expected a time of day in quotes ("08:00"), or a date and time ("2026-12-24T08:00")'
@@ -84,7 +84,7 @@ def brief(at: float, now: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return a length of time as people say it.
+    """Return a duration as text with a unit.
 
     >>> span(42), span(600), span(9000)
     ('42 s', '10 min', '2.5 h')

@@ -1,75 +1,58 @@
-"""The forecast: how long what follows the search takes, and when the run will be over, from its own seconds.
+"""The forecast: the time after the search and the end of the run, estimated from the run's own times.
 
 Candidates are scored in rounds of one per worker. After the search come, one after another on `search`, the
-soups of the finalists and the optimizer's favourite; then the finalists on `select`; then the winner and
-whatever it is compared with on `test`; then the report.
+soups of the finalists and the optimizer's favourite; then the finalists on `select`; then the winner and its
+rivals on `test`; then the report.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
-from evomerge.merging.recipe import Recipe
+from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.clock import Clock
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.observers import Estimate, Observer
+from evomerge.running.store import RunStore, facts
 
 SAFETY = 1.5
-"""How much longer than on average the end may take without the run's being late."""
+"""Factor on the expected time after the search, so that a slow end is still in time."""
 REPORT = 10.0
-"""Seconds kept for the report and all else that is not scoring."""
+"""Seconds reserved for the report and everything else but scoring."""
 EXTRA = 2
 """Scored on `select` beside the finalists: their soup, and the optimizer's favourite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is still to be scored after the search: soups one after another; per split side by side."""
+    """The work after the search: soups one after another, then candidates per split in parallel."""
 
     soups: int
     select: int
     test: int
 
-    def seconds(self, each: Mapping[Split, float], workers: int) -> float:
-        """Return how long it takes with so many seconds for a candidate of each split.
+    def seconds(self, per_candidate: Mapping[Split, float], workers: int) -> float:
+        """Return how long it takes. per_candidate: seconds on each split.
 
         >>> Work(soups=8, select=10, test=3).seconds({"search": 1.0, "select": 2.0, "test": 3.0}, workers=4)
         17.0
         """
-        rounds = {"select": math.ceil(self.select / workers), "test": math.ceil(self.test / workers)}
-        return self.soups * each["search"] + rounds["select"] * each["select"] + rounds["test"] * each["test"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """When a run is expected to end, in epoch seconds, and what it will have cost; None: not known.
-
-    search_ends: when no further generation starts. made: when this was said. spent: what the work so far
-    has cost.
-    """
-
-    made: float
-    search_ends: float | None
-    ends: float | None
-    cost: float | None
-    spent: float | None
-
-    def as_data(self) -> dict[str, Any]:
-        """Return it as a fact of the store."""
-        return dataclasses.asdict(self)
+        rounds: dict[Split, int] = {
+            "select": math.ceil(self.select / workers),
+            "test": math.ceil(self.test / workers),
+        }
+        side_by_side = sum(count * per_candidate[split] for split, count in rounds.items())
+        return self.soups * per_candidate["search"] + side_by_side
 
 
 class Forecast:
-    """Says what a run has still to do, from what its store knows.
+    """Estimates the remaining time of a run from its store.
 
-    workers: that score side by side. finalists: of the run. several: whether there are several objectives,
-    where what was not searched is scored on `select`, too.
+    workers: number of parallel workers. finalists: number of finalists. several: whether there are several
+    objectives; unsearched recipes are then scored on `select`, too.
     """
 
     def __init__(
@@ -86,7 +69,7 @@ class Forecast:
         self._finalists, self._several = finalists, several
 
     def work(self) -> Work:
-        """Return what is still to be scored after the search."""
+        """Return the work left after the search."""
         references, baselines = ("base", "parent"), ("baseline",)
         beside = (*references, *(baselines if self._several else ()))
         return Work(
@@ -96,23 +79,23 @@ class Forecast:
         )
 
     def seconds(self) -> dict[Split, float]:
-        """Return how long a candidate takes on each split, once some are scored.
+        """Return the seconds of a candidate on each split, once some are scored.
 
-        On `search`, the longest of the last generation: not all meet all items, but the best do. On splits
-        where nothing was scored yet, as long as the share of their items says.
+        On `search`, the longest of the last generation: only the best candidates are scored on all items. On
+        splits where nothing was scored yet, in proportion to their items.
         """
-        found: dict[Split, float] = {}
+        means: dict[Split, float] = {}
         for split in SPLITS:
             totals = [timing.total for timing in self._store.timings(split).values()]
             if totals:
-                found[split] = sum(totals) / len(totals)
-        if "search" not in found:
+                means[split] = sum(totals) / len(totals)
+        if "search" not in means:
             return dict.fromkeys(SPLITS, 0.0)
         items = self._store.split_items()
         for split in SPLITS:
-            if split not in found:
-                found[split] = found["search"] * items.get(split, 1) / items.get("search", 1)
-        return {**found, "search": self._store.longest_of_last_generation() or found["search"]}
+            if split not in means:
+                means[split] = means["search"] * items.get(split, 1) / items.get("search", 1)
+        return {**means, "search": self._store.longest_of_last_generation() or means["search"]}
 
     def finish_seconds(self) -> float:
         """Return how long what follows the search is expected to take."""
@@ -141,36 +124,22 @@ class Forecast:
         )
 
 
-class Observer(Protocol):
-    """What the watch passes on."""
+class Watch(Observer):
+    """Estimates when the run will end, for observers and for the store.
 
-    def phase(self, name: str, jobs: int, known: int) -> None: ...
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None: ...
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
-
-    def expected(self, estimate: Estimate) -> None: ...
-
-    def noted(self, message: str) -> None: ...
-
-
-class Watch:
-    """An observer that tells another one, and the store, when the run will end.
-
-    It measures the pace of the generations that are scored in this session: seconds per evaluation and per
-    generation.
+    It measures the pace of the generations scored in this session: seconds per evaluation and per generation.
+    It must come before its observers, so that they receive an estimate before the event of its generation.
     """
 
     def __init__(
         self,
-        observer: Observer,
         forecast: Forecast,
         store: RunStore,
         budget: BudgetSpec,
+        audience: Observer,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._observer, self._forecast, self._store, self._budget = observer, forecast, store, budget
+        self._forecast, self._store, self._budget, self._audience = forecast, store, budget, audience
         self._now = now
         self._since: float | None = None
         self._before = 0.0
@@ -179,49 +148,35 @@ class Watch:
         self._generations = 0
 
     def phase(self, name: str, jobs: int, known: int) -> None:
-        """Note when the first generation begins that is not replayed."""
+        """Record when the first generation starts that is not replayed."""
         if name.startswith("generation ") and jobs > known:
             self._fresh = True
             self._since = self._now() if self._since is None else self._since
-        self._observer.phase(name, jobs, known)
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
-        """Pass it on."""
-        self._observer.scored(recipe, result, timing)
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Say what is to be expected now, if anything was scored."""
+        """Make a new estimate, if anything was scored."""
         if self._fresh and self._since is not None:
             self._generations += 1
             elapsed = self._now() - self._since
-            left = self._left(generation, evaluations, elapsed)
-            estimate = self._forecast.estimate(left)
-            self._store.set_fact("clock", {**self._store.fact("clock"), "estimate": estimate.as_data()})
-            self._observer.expected(estimate)
+            estimate = self._forecast.estimate(self._left(generation, evaluations, elapsed))
+            clock = facts.CLOCK.require(self._store)
+            facts.CLOCK.set(self._store, {**clock, "estimate": estimate.as_data()})
+            self._audience.expected(estimate)
         else:
             self._before = evaluations
         self._fresh = False
-        self._observer.generation_done(generation, evaluations, best)
-
-    def expected(self, estimate: Estimate) -> None:
-        """Pass it on."""
-        self._observer.expected(estimate)
-
-    def noted(self, message: str) -> None:
-        """Pass it on."""
-        self._observer.noted(message)
 
     def _left(self, generation: int, evaluations: float, elapsed: float) -> float | None:
         """Seconds until a counting limit ends the search, at the pace so far."""
-        budget, found = self._budget, []
+        budget, ends = self._budget, []
         spent = evaluations - self._before
         limits = [budget.evaluations]
         if budget.items is not None and (full := self._store.split_items().get("search")):
             limits.append(budget.items / full)  # type: ignore[arg-type]
         for limit in limits:
             if limit is not None and spent > 0:
-                found.append(elapsed / spent * max(0.0, limit - evaluations))
+                ends.append(elapsed / spent * max(0.0, limit - evaluations))
         if budget.generations is not None:
             left = max(0, budget.generations - generation - 1)
-            found.append(elapsed / self._generations * left)
-        return min(found, default=None)
+            ends.append(elapsed / self._generations * left)
+        return min(ends, default=None)

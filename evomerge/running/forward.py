@@ -1,4 +1,4 @@
-"""Forward passes: on what and how a run computes them; settled when it begins and kept with it.
+"""Forward passes: device, dtype and settings of a run's forward passes, fixed when the run starts.
 
 Scores of two candidates are comparable in every bit only where the same arithmetic made them. Device type,
 dtype, attention, context length and batch size change their last bits, and on a CPU so does the number of
@@ -9,6 +9,7 @@ tried (docs/devices.md; bfloat16 ones did not).
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +19,16 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from evomerge import __version__
 from evomerge.errors import StoreError
-from evomerge.running.store import RunStore
-from evomerge.running.store.store import differences
+from evomerge.running.store import StoreReader, differences, facts
 from evomerge.running.worker import WorkerSpec
 
-FACT = "forward"
+_LIBRARIES = (
+    *("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy"),
+    *("cma", "cmaes", "pymoo", "optuna"),
+)
+"""Libraries that can change the bits of a run."""
 _CONTEXT = ("n_positions", "max_position_embeddings", "n_ctx")
 """Where configs say how many tokens a model reads, in the order in which lm-eval asks."""
 
@@ -63,54 +68,57 @@ class Forward:
 
 
 def find(worker: WorkerSpec) -> Forward:
-    """Settle how a worker computes, from headers and configs alone; ModelError where it can't."""
+    """Determine the forward settings of a worker from headers and configs alone; raise ModelError."""
     import torch
 
     from evomerge.merging.live.stacked_models import build
     from evomerge.merging.recipe import tokenizer_of
     from evomerge.merging.sources.opening import open_source
 
-    named = tokenizer_of(worker.tokenizer, worker.base, worker.models)
-    source = open_source(worker.models[named if named in worker.models else worker.base])
+    tokenizer = tokenizer_of(worker.tokenizer, worker.base, worker.models)
+    source = open_source(worker.models[tokenizer if tokenizer in worker.models else worker.base])
     with torch.device("meta"):  # a model without weights
         config = build(source, source.config, worker.dtype, worker.attention).config
-    own = next((length for name in _CONTEXT if (length := getattr(config, name, None))), None)
+    length_of_model = next((length for name in _CONTEXT if (length := getattr(config, name, None))), None)
     device = worker.device.partition(":")[0]
     return Forward(
         device=device,
         dtype=worker.dtype,
         attention=str(config._attn_implementation),
-        max_length=worker.max_length or own,
+        max_length=worker.max_length or length_of_model,
         batch_size=worker.batch_size,
         threads=worker.threads if device == "cpu" else None,
         generation=worker.generation,
     )
 
 
-def stored(store: RunStore) -> Forward | None:
-    """Return how a run computes; None for one that was begun before this was kept."""
-    data = store.fact(FACT)
+def stored(store: StoreReader) -> Forward | None:
+    """Return a run's forward settings; None for a run stored by a version without them."""
+    data = facts.FORWARD.get(store)
     return None if data is None else Forward(**data)
 
 
 def kept_threads(folder: Path) -> int | None:
-    """Return the threads per worker that a run in a folder was begun with, if there is one and it says so."""
-    if not RunStore.exists(folder):
+    """Return the stored number of threads per worker of the run in a folder, None without one."""
+    if not StoreReader.exists(folder):
         return None
-    with contextlib.suppress(StoreError), RunStore.read(folder) as store:  # who opens it to run will say why
-        found = stored(store)
-        return None if found is None else found.threads
+    with (
+        contextlib.suppress(StoreError),
+        StoreReader.read(folder) as store,
+    ):  # opening the run for work raises the same error with its reason
+        passes = stored(store)
+        return None if passes is None else passes.threads
     return None
 
 
-def check_same(store: RunStore, found: Forward) -> None:
-    """Raise StoreError where a run would go on in another arithmetic than it was begun in."""
+def check_same(store: StoreReader, passes: Forward) -> None:
+    """Raise StoreError where the forward settings differ from those stored with the run."""
     before = stored(store)
     if before is None:
         return
     names = {"attention": "the attention implementation", "threads": "the number of threads of each worker"}
     for name, what in names.items():
-        mine, theirs = getattr(found, name), getattr(before, name)
+        mine, theirs = getattr(passes, name), getattr(before, name)
         if mine != theirs:
             raise StoreError(
                 f"{store.folder}: {what} changed since the run began, so scores would not be comparable",
@@ -128,10 +136,10 @@ def processor() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    found = [f"{name} ({torch.backends.cpu.get_cpu_capability()})"]
+    processors = [f"{name} ({torch.backends.cpu.get_cpu_capability()})"]
     if torch.cuda.is_available():
-        found += sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
-    return ", ".join(found)
+        processors += sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+    return ", ".join(processors)
 
 
 def blas() -> str:
@@ -139,12 +147,12 @@ def blas() -> str:
 
     Another kernel rounds the sums of a matrix product in another order, so CMA-ES asks for other bits.
     """
-    found = {
+    kernels = {
         f"{library['internal_api']} {library.get('architecture') or 'unknown'}"
         for library in threadpool_info()
         if library["user_api"] == "blas"
     }
-    return ", ".join(sorted(found)) or "unknown"
+    return ", ".join(sorted(kernels)) or "unknown"
 
 
 def simd() -> str:
@@ -153,8 +161,17 @@ def simd() -> str:
     return " ".join(extensions.get("found", ())) or "baseline"
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change the bits of a run."""
+    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        libraries["vllm"] = importlib.metadata.version("vllm")
+    software = {"evomerge": __version__, "python": platform.python_version(), **libraries}
+    return software | {"processor": processor(), "blas": blas(), "simd": simd()}
+
+
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Say in one line what of libraries, processor and kernels is not what it was, None where all is.
+    """Return one line that names the changed libraries, processor and kernels; None without a change.
 
     >>> changes({"torch": "2.12", "numpy": "2.4"}, {"torch": "2.13", "numpy": "2.4", "processor": "new"})
     'torch 2.12 before, 2.13 now'
@@ -163,13 +180,13 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
 
 
 def warning(what: str) -> str:
-    """Return the note about a run that goes on in another environment."""
+    """Return the note about a run resumed in another environment."""
     return (
-        f"this run was begun in another environment ({what}): scores from before may differ from those made "
-        "now in their last digits; a search that can't be repeated exactly stops with a message"
+        f"this run was started in another environment ({what}): new scores may differ from stored ones in "
+        "their last digits; a search that can't be replayed exactly stops with a message"
     )
 
 
-def as_data(found: Forward) -> dict[str, Any]:
+def as_data(passes: Forward) -> dict[str, Any]:
     """Return it as a fact for the store and for JSON."""
-    return asdict(found)
+    return asdict(passes)

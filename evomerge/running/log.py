@@ -1,8 +1,8 @@
 """The log of a run: what happened and when, as JSON lines for programs and as text for people.
 
-`log.jsonl` and `log.txt` in the run folder tell the same events. Lines are only ever appended, each in one
-write, so a killed process leaves at most one torn line, which readers skip. The log is for reading: what a
-run knows is in its store, and a log that can't be written (a full disk) does not stop the run.
+`log.jsonl` and `log.txt` in the run folder hold the same events. Lines are only ever appended, each in one
+write, so a killed process leaves at most one torn line, which readers skip. The log is only for reading: the
+state of a run is in its store, and a log that can't be written (a full disk) does not stop the run.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from evomerge.evaluation.scores import Failure, Scores
-from evomerge.merging.recipe import Recipe
-from evomerge.running.forecast import Estimate
-from evomerge.running.scorer import Observer
-from evomerge.running.store import Timing
+from evomerge.running.observers import Estimate, Observer
 
 JSON_LINES, TEXT = "log.jsonl", "log.txt"
 
 
-class RunLog:
-    """Writes the log of the run in a folder; a context manager that also takes what `logging` says.
+class RunLog(Observer):
+    """Writes the log of the run in a folder: an observer, and as a context manager a handler of `logging`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -47,14 +43,40 @@ class RunLog:
         self._handler = _Handler(self)
 
     def event(self, event: str, /, **facts: Any) -> None:
-        """Append an event: its name and whatever JSON can say of it."""
+        """Append an event: its name and its facts as JSON."""
         now = datetime.datetime.now().astimezone()
         line = json.dumps({"at": now.isoformat(timespec="milliseconds"), "event": event, **facts})
         text = f"{now:%Y-%m-%d %H:%M:%S} {_text(event, facts)}"
         for file, content in zip(self._files, (line, text), strict=True):
-            with suppress(OSError):  # no room: the store will say so
+            with suppress(OSError):  # no room: the store raises the error
                 if file is not None:
                     os.write(file, f"{content}\n".encode())
+
+    def recorded(self, event: str, values: Mapping[str, Any]) -> None:
+        """Append what the store committed."""
+        self.event(event, **values)
+
+    def phase(self, name: str, jobs: int, known: int) -> None:
+        """Append that a batch of recipes starts, unless all are answered from the store."""
+        if known < jobs:
+            self.event("phase", name=name, jobs=jobs, known=known)
+
+    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
+        """Append how far the search is."""
+        self.event(
+            "generation",
+            generation=generation,
+            evaluations=round(evaluations, 3),
+            best=round(best, 6) if best > float("-inf") else None,
+        )
+
+    def expected(self, estimate: Estimate) -> None:
+        """Append when the run should end, and at what cost."""
+        self.event("expected", **estimate.as_data())
+
+    def noted(self, message: str) -> None:
+        """Append a message."""
+        self.event("note", level="info", module="evomerge", text=message)
 
     def session(self, versions: Mapping[str, str], **facts: Any) -> None:
         """Append that this process starts to work on the run."""
@@ -81,55 +103,18 @@ class RunLog:
         self._files = []
 
 
-class Logged:
-    """An observer that logs what it is told, and tells another one."""
-
-    def __init__(self, observer: Observer, log: RunLog) -> None:
-        self._observer, self._log = observer, log
-
-    def phase(self, name: str, jobs: int, known: int) -> None:
-        """Log that a batch of recipes starts, unless the store knows them all."""
-        if known < jobs:
-            self._log.event("phase", name=name, jobs=jobs, known=known)
-        self._observer.phase(name, jobs, known)
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
-        """Pass it on: the store logs it, with all that it knows."""
-        self._observer.scored(recipe, result, timing)
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Log how far the search is."""
-        self._log.event(
-            "generation",
-            generation=generation,
-            evaluations=round(evaluations, 3),
-            best=round(best, 6) if best > float("-inf") else None,
-        )
-        self._observer.generation_done(generation, evaluations, best)
-
-    def expected(self, estimate: Estimate) -> None:
-        """Log when the run should end, and at what cost."""
-        self._log.event("expected", **estimate.as_data())
-        self._observer.expected(estimate)
-
-    def noted(self, message: str) -> None:
-        """Log what is worth a line."""
-        self._log.event("note", level="info", module="evomerge", text=message)
-        self._observer.noted(message)
-
-
 def read(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run, oldest first; lines that a killed process tore are left out."""
-    found = []
+    events = []
     for line in (folder / JSON_LINES).read_bytes().splitlines():
         with suppress(ValueError):
             if isinstance(event := json.loads(line), dict):
-                found.append(event)
-    return found
+                events.append(event)
+    return events
 
 
 class _Handler(logging.Handler):
-    """Takes what modules say through `logging`; errors still reach the terminal."""
+    """Logs the records of `logging`; errors still reach the terminal."""
 
     def __init__(self, log: RunLog) -> None:
         super().__init__()
@@ -183,7 +168,7 @@ def _expected(facts: Mapping[str, Any]) -> str:
         parts.append(f"the end at about {ends:%Y-%m-%d %H:%M}")
     if facts["cost"] is not None:
         parts.append(f"a cost of {facts['cost']:.2f}, {facts['spent']:.2f} so far")
-    return f"expected: {', '.join(parts) or 'nothing says when it ends'}"
+    return f"expected: {', '.join(parts) or 'end unknown (no limit on time or evaluations)'}"
 
 
 _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -198,7 +183,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "failed": lambda f: f"failed {f['id']} on {f['split']}: {f['reason']} ({f['kind']})",
     "asked": lambda f: f"generation {f['generation']} asks for {', '.join(f['ids'])}",
     "generation": lambda f: (
-        f"generation {f['generation']} told, {f['evaluations']:g} evaluations"
+        f"generation {f['generation']} done, {f['evaluations']:g} evaluations"
         + ("" if f["best"] is None else f", best so far {100 * f['best']:.1f} points")
     ),
     "expected": _expected,

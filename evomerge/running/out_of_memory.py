@@ -11,7 +11,7 @@ _SAYINGS = (
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
 )
-"""What RuntimeErrors without a type of their own say, in lower case."""
+"""Texts of RuntimeErrors that mean lack of memory, in lower case."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release(device: str) -> None:
-    """Give back what a failed attempt left cached on a device. Call it when its exception is gone."""
+    """Free the memory that a failed attempt left cached on a device; call it after handling its exception."""
     import torch
 
     gc.collect()

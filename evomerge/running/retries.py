@@ -1,8 +1,7 @@
-"""Second tries for faults that pass by themselves: a file server that hiccups, a connection that breaks.
+"""Retries after transient faults, such as a file server's time-out or a broken connection.
 
-Everything else is a candidate's own: what is wrong with it now is wrong with it later. That goes for
-mistakes of the user, for weights and logits that are not finite, and for want of memory. Errors of a device
-are not tried again either: after most of them the process can't use it any more.
+All other errors would happen again: mistakes of the user, weights and logits that are not finite, lack of
+memory. Device errors are not retried either: after most of them the process can't use the device any more.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import tenacity
 from evomerge.errors import UserError
 
 ATTEMPTS = 4
-"""How often something is tried in all."""
+"""Number of attempts."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 """Seconds before the second attempt, doubled before each further one, up to the longest."""
 
@@ -32,7 +31,7 @@ Answer = TypeVar("Answer")
 
 
 def transient(error: BaseException) -> bool:
-    """Say whether a fault may be gone when the same is tried again.
+    """Whether a fault may not occur again in a second attempt.
 
     >>> transient(OSError(errno.EIO, "Input/output error")), transient(ConnectionResetError())
     (True, True)
@@ -47,11 +46,11 @@ def transient(error: BaseException) -> bool:
 def insist(
     work: Callable[[], Answer], faults: list[str], *, sleep: Callable[[float], None] = time.sleep
 ) -> Answer:
-    """Do some work, again after transient faults, with growing waits between the attempts.
+    """Call a function, again after transient faults, with growing waits between the attempts.
 
-    faults: gets a line for every attempt that failed and was followed by another one.
+    faults: receives one line per failed attempt that was followed by another.
 
-    Raises whatever the last attempt raised.
+    Raises the exception of the last attempt.
     """
 
     def note(state: tenacity.RetryCallState) -> None:

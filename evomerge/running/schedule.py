@@ -1,17 +1,17 @@
-"""What is run when, so that workers are busy also where a generation ends. Results don't depend on it.
+"""The scheduler: the order of jobs, so that workers are also busy at the end of a generation.
 
-Three things are done, none of which changes a score, because scores belong to (recipe, split, item block):
+It does three things. None of them changes a score, because scores belong to (recipe, split, item block):
 
-- **Longest first.** Jobs are handed out by the time they are expected to take: what a merge and an item
-  block of each split took so far.
-- **Blocks as jobs.** A free worker gets one block of a candidate at a time, then goes on with the same one,
-  whose weights it has. The candidate that will take longest, judged by its own blocks so far, gets help where
-  no fresh one is left or all would wait for it, if the help takes WORTH times as long as the merge it costs.
-  Where no help could be worth that, a worker gets all blocks at once. Pieces are put together again; one that
-  fails is its candidate's failure.
-- **Spare work.** What is certain to be asked for later is given to workers that have nothing else to do.
-  Nobody waits for it: its results go to the store, where the later phase finds them; what is still under way
-  by then is waited for instead of done twice. A failure is forgotten: the later phase meets it again.
+- **Longest first.** Jobs are handed out by their expected time, from the past times of a merge and of an item
+  block of each split.
+- **Blocks as jobs.** A free worker gets one block of a candidate at a time, then the next block of the same
+  candidate, whose weights it has. The candidate expected to finish last is shared among workers where no new
+  candidate is left or all workers would wait for it, if the shared part takes WORTH times as long as the
+  merge it costs. Where sharing can't be worth that, a worker gets all blocks at once. Pieces are joined
+  again; a piece that fails is its candidate's failure.
+- **Spare work.** Idle workers score what a later phase will certainly need. The results go to the store,
+  where the later phase reads them; a job still running by then is awaited instead of started again. A failure
+  is not recorded: the later phase tries the job again.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from evomerge.running.store import RunStore, Timing
 from evomerge.running.worker import GradientJob, Job, NotBegun, Result
 
 WORTH = 2.0
-"""How many times as long as its merge the scoring of a piece must take."""
+"""Least ratio of a piece's scoring time to the time of its merge."""
 MEMORY = 0.9
-"""Weight of the past in the running means of what things take."""
+"""Weight of the past in the running means of times."""
 
 
 class Pace:
-    """Running means of what merging and scoring took, in seconds."""
+    """Running means of the times of merging and scoring, in seconds."""
 
     def __init__(self) -> None:
         self.merge: float | None = None
         self.blocks: dict[Split, float] = {}
 
     def learn(self, result: Result, *, warm: bool = False) -> None:
-        """Take note of what a job took. warm: its worker had the weights."""
+        """Add the times of a job. warm: its worker already had the weights."""
         timing, job = result.timing, result.job
         if timing is None or isinstance(job, GradientJob):
             return
@@ -53,7 +53,7 @@ class Pace:
         self.blocks[job.split] = _mean(self.blocks.get(job.split), block)
 
     def expected(self, job: AnyJob) -> float:
-        """Return how long a job will take; in unknown units where nothing is known of its split."""
+        """Return the expected time of a job, in seconds once a job of its split was timed."""
         if isinstance(job, GradientJob):
             return math.inf
         return (self.merge or 0.0) + len(job.blocks) * self.blocks.get(job.split, 1.0)
@@ -64,8 +64,8 @@ def _mean(past: float | None, now: float) -> float:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Wanted:
-    """A job somebody waits for.
+class _Pending:
+    """A job that a call of `run` waits for.
 
     left: blocks not handed out. out: pieces under way. pieces: those done. block: seconds of one of its own
     blocks, None while unknown.
@@ -79,45 +79,45 @@ class _Wanted:
 
 
 class Scheduler:
-    """An executor in front of another one: the same results, in less time."""
+    """An executor that reorders the jobs of another one: the same results, in less time."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._pace = Pace()
-        self._fresh: collections.deque[_Wanted] = collections.deque()
-        self._begun: list[_Wanted] = []
-        """Those with blocks that are not handed out: all, and some."""
-        self._open: set[_Wanted] = set()
-        self._under_way: dict[Hashable, _Wanted] = {}
+        self._fresh: collections.deque[_Pending] = collections.deque()
+        self._begun: list[_Pending] = []
+        """Jobs with blocks not handed out: `_fresh` all of them, `_begun` some."""
+        self._open: set[_Pending] = set()
+        self._under_way: dict[Hashable, _Pending] = {}
         """Pieces handed out, by key."""
         self._warm: set[Hashable] = set()
-        """Those of them whose worker has the weights."""
+        """Pieces whose worker already had the weights, by key."""
         self._spare: collections.deque[Job] = collections.deque()
         self._keep: dict[Hashable, Callable[[Result], None]] = {}
-        """What happens to the results of spare jobs, by key."""
-        self._given: set[Hashable] = set()
-        """Spare jobs handed out."""
-        self._adopted: dict[Hashable, _Wanted] = {}
-        """Jobs somebody waits for that are under way as spare ones."""
+        """Receivers of the results of spare jobs, by key."""
+        self._spare_out: set[Hashable] = set()
+        """Keys of spare jobs handed out."""
+        self._adopted: dict[Hashable, _Pending] = {}
+        """Pending jobs that are in progress as spare ones."""
 
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes."""
         self._begin(jobs)
         while self._open:
-            found = False
+            answered = False
             for result in self._executor.run(self):
-                found = True
+                answered = True
                 done = self._take(result)
                 if done is not None:
                     yield done
                 if not self._open:  # spare jobs go on
                     return
-            assert found or not self._open, "an executor left jobs unanswered"
+            assert answered or not self._open, "an executor left jobs unanswered"
 
     def later(self, jobs: Iterable[Job], keep: Callable[[Result], None]) -> None:
-        """Have jobs done when workers would be idle.
+        """Run jobs while workers would be idle.
 
-        keep: is given the result of each that was scored, unless `run` was asked for it by then.
+        keep: receives the result of every job that was scored, unless `run` was given the same job by then.
         """
         for job in jobs:
             if key_of(job) not in self._keep:
@@ -135,25 +135,25 @@ class Scheduler:
     # -- handing out --------------------------------------------------------------------------------
 
     def _begin(self, jobs: Iterable[AnyJob]) -> None:
-        wanted = [_Wanted(job=job, left=getattr(job, "blocks", ())) for job in jobs]
-        self._open, self._under_way = set(wanted), {}
-        asked = {key_of(each.job): each for each in wanted}
-        self._adopted = {key: each for key, each in asked.items() if key in self._given}
+        requested = [_Pending(job=job, left=getattr(job, "blocks", ())) for job in jobs]
+        self._open, self._under_way = set(requested), {}
+        asked = {key_of(pending.job): pending for pending in requested}
+        self._adopted = {key: pending for key, pending in asked.items() if key in self._spare_out}
         self._spare = collections.deque(job for job in self._spare if key_of(job) not in asked)
-        for key in asked.keys() - self._given:
+        for key in asked.keys() - self._spare_out:
             self._keep.pop(key, None)
-        rest = [each for key, each in asked.items() if key not in self._adopted]
-        rest.sort(key=lambda each: -self._pace.expected(each.job))
+        rest = [pending for key, pending in asked.items() if key not in self._adopted]
+        rest.sort(key=lambda pending: -self._pace.expected(pending.job))
         self._fresh, self._begun = collections.deque(rest), []
 
     def after(self, last: AnyJob | None) -> AnyJob | None:
         """Return the next job for a worker whose last one was `last`; a scheduler is its own `Orders`."""
-        wanted, count = self._choose(last)
-        if wanted is not None:
-            return self._piece(wanted, count, last)
+        pending, count = self._choose(last)
+        if pending is not None:
+            return self._piece(pending, count, last)
         if self._spare and self._workers > 1:
             job = self._spare.popleft()
-            self._given.add(key_of(job))
+            self._spare_out.add(key_of(job))
             return job
         return None
 
@@ -162,111 +162,111 @@ class Scheduler:
         while (last := self.after(last)) is not None:
             yield last
 
-    def _choose(self, last: AnyJob | None) -> tuple[_Wanted | None, int]:
-        """Return what a worker should do next, and how many blocks of it."""
-        own = next(
-            (each for each in self._begun if last is not None and each.job.recipe is last.recipe), None
+    def _choose(self, last: AnyJob | None) -> tuple[_Pending | None, int]:
+        """Return the pending job for a worker, and how many of its blocks."""
+        same = next(
+            (begun for begun in self._begun if last is not None and begun.job.recipe is last.recipe), None
         )
-        others = [each for each in self._begun if each is not own]
+        others = [begun for begun in self._begun if begun is not same]
         longest = max(others, key=self._rest, default=None)
-        if longest is not None and ((own is None and not self._fresh) or self._awaited(longest)):
+        if longest is not None and ((same is None and not self._fresh) or self._awaited(longest)):
             worth = self._worth(longest)
             if worth <= len(longest.left):
                 return longest, int(worth)
-        if own is not None:
-            return own, self._at_once(own)
+        if same is not None:
+            return same, self._at_once(same)
         if self._fresh:
-            wanted = self._fresh.popleft()
-            self._begun.append(wanted)
-            return wanted, self._at_once(wanted)
-        return next((each for each in self._begun if not each.out), None), 1  # its worker helps others
+            pending = self._fresh.popleft()
+            self._begun.append(pending)
+            return pending, self._at_once(pending)
+        return next((begun for begun in self._begun if not begun.out), None), 1  # its worker helps others
 
-    def _piece(self, wanted: _Wanted, count: int, last: AnyJob | None) -> AnyJob:
-        """Cut off a piece of a job and note that it is under way."""
-        piece = wanted.job
+    def _piece(self, pending: _Pending, count: int, last: AnyJob | None) -> AnyJob:
+        """Cut off a piece of a job and record that it is under way."""
+        piece = pending.job
         if isinstance(piece, Job):
-            piece = piece.part(wanted.left[:count])
-            wanted.left = wanted.left[count:]
-        if not wanted.left:
-            self._begun.remove(wanted)
-        wanted.out += 1
-        self._under_way[key_of(piece)] = wanted
+            piece = piece.part(pending.left[:count])
+            pending.left = pending.left[count:]
+        if not pending.left:
+            self._begun.remove(pending)
+        pending.out += 1
+        self._under_way[key_of(piece)] = pending
         if last is not None and last.recipe is piece.recipe:
             self._warm.add(key_of(piece))
         return piece
 
-    def _at_once(self, wanted: _Wanted) -> int:
+    def _at_once(self, pending: _Pending) -> int:
         """Return how many of a candidate's blocks its worker gets: one if others might help, else all."""
-        return 1 if self._workers > 1 and self._worth(wanted) < len(wanted.left) else len(wanted.left)
+        return 1 if self._workers > 1 and self._worth(pending) < len(pending.left) else len(pending.left)
 
-    def _awaited(self, wanted: _Wanted) -> bool:
-        """Say whether one worker alone would need longer for a candidate than all for all that is left."""
-        fresh = sum(len(each.left) * self._block(each) for each in self._fresh)
-        return self._rest(wanted) * self._workers > fresh + sum(map(self._rest, self._begun))
+    def _awaited(self, pending: _Pending) -> bool:
+        """Whether one worker needs longer for this candidate than all workers for everything else."""
+        fresh = sum(len(job.left) * self._block(job) for job in self._fresh)
+        return self._rest(pending) * self._workers > fresh + sum(map(self._rest, self._begun))
 
-    def _rest(self, wanted: _Wanted) -> float:
-        return len(wanted.left) * self._block(wanted)
+    def _rest(self, pending: _Pending) -> float:
+        return len(pending.left) * self._block(pending)
 
-    def _block(self, wanted: _Wanted) -> float:
-        """Return how long a block of a candidate takes, in seconds if that is known."""
-        return wanted.block or self._pace.blocks.get(wanted.job.split, 1.0)
+    def _block(self, pending: _Pending) -> float:
+        """Return the time of a block of a candidate, in seconds once one was timed."""
+        return pending.block or self._pace.blocks.get(pending.job.split, 1.0)
 
-    def _worth(self, wanted: _Wanted) -> float:
-        """Return how many blocks are worth a merge of their own; infinite while that is unknown."""
-        merge, known = self._pace.merge, wanted.block or self._pace.blocks.get(wanted.job.split)
+    def _worth(self, pending: _Pending) -> float:
+        """Return the least number of blocks worth a merge of their own; infinite while unknown."""
+        merge, known = self._pace.merge, pending.block or self._pace.blocks.get(pending.job.split)
         return math.inf if merge is None or not known else max(1, math.ceil(WORTH * merge / known))
 
     # -- taking in ----------------------------------------------------------------------------------
 
     def _take(self, result: Result) -> Result | None:
-        """Deal with one result; return that of a job somebody waits for, once it is whole."""
+        """Process one result; return the result of a pending job once it is complete."""
         key = key_of(result.job)
         self._pace.learn(result, warm=key in self._warm)
         self._warm.discard(key)
-        if key in self._given:
-            self._given.remove(key)
+        if key in self._spare_out:
+            self._spare_out.remove(key)
             keep = self._keep.pop(key)
-            wanted = self._adopted.pop(key, None)
+            pending = self._adopted.pop(key, None)
             scored = isinstance(result.outcome, Scores)
-            if wanted is None:
+            if pending is None:
                 if scored:
                     keep(result)
                 return None
             if not scored:
-                self._fresh.append(wanted)  # as if it had never been tried
+                self._fresh.append(pending)  # as if it had never been tried
                 return None
-            self._open.remove(wanted)
-            return dataclasses.replace(result, job=wanted.job)
+            self._open.remove(pending)
+            return dataclasses.replace(result, job=pending.job)
         if key not in self._under_way:  # of a call that was left early
             return None
-        wanted = self._under_way.pop(key)
-        wanted.out -= 1
-        wanted.pieces.append(result)
+        pending = self._under_way.pop(key)
+        pending.out -= 1
+        pending.pieces.append(result)
         if result.timing is not None and isinstance(result.job, Job):
-            wanted.block = (result.timing.total - result.timing.merge) / len(result.job.blocks)
-        if not isinstance(result.outcome, Scores) and wanted.left:
-            wanted.left = ()  # what is under way are the earlier blocks
-            self._begun.remove(wanted)
-        if wanted.out or wanted.left:
+            pending.block = (result.timing.total - result.timing.merge) / len(result.job.blocks)
+        if not isinstance(result.outcome, Scores) and pending.left:
+            pending.left = ()  # what is under way are the earlier blocks
+            self._begun.remove(pending)
+        if pending.out or pending.left:
             return None
-        self._open.remove(wanted)
-        return _whole(wanted)
+        self._open.remove(pending)
+        return _whole(pending)
 
 
-def _whole(wanted: _Wanted) -> Result:
-    """Put the results of pieces together: the scores of all, or the failure that comes first."""
-    if len(wanted.pieces) == 1:
-        return dataclasses.replace(wanted.pieces[0], job=wanted.job)
-    assert isinstance(wanted.job, Job)
-    order = {block: position for position, block in enumerate(wanted.job.blocks)}
-    pieces = sorted(wanted.pieces, key=lambda piece: order[_first_block(piece.job)])
+def _whole(pending: _Pending) -> Result:
+    """Join the results of pieces: the scores of all, or the first failure."""
+    if len(pending.pieces) == 1:
+        return dataclasses.replace(pending.pieces[0], job=pending.job)
+    assert isinstance(pending.job, Job)
+    order = {block: position for position, block in enumerate(pending.job.blocks)}
+    pieces = sorted(pending.pieces, key=lambda piece: order[_first_block(piece.job)])
     parts: list[Scores] = []
     for piece in pieces:
         parts += piece.parts or ([piece.outcome] if isinstance(piece.outcome, Scores) else [])
     timings = [piece.timing for piece in pieces if piece.timing is not None]
     failed = next((piece for piece in pieces if isinstance(piece.outcome, Failure)), None)
     if failed is not None:
-        return dataclasses.replace(failed, job=wanted.job)
+        return dataclasses.replace(failed, job=pending.job)
     timing = None
     if timings:
         timing = Timing(
@@ -277,7 +277,7 @@ def _whole(wanted: _Wanted) -> Result:
         )
     late = next((piece.outcome for piece in pieces if isinstance(piece.outcome, NotBegun)), None)
     return Result(
-        job=wanted.job,
+        job=pending.job,
         outcome=late or joined(parts),
         timing=timing,
         parts=tuple(parts),
@@ -291,13 +291,13 @@ def _first_block(job: AnyJob) -> int:
 
 
 class Foresight:
-    """Has idle workers score what a run is certain to ask for later, into its store."""
+    """Lets idle workers score what a run will certainly need later, and stores the scores."""
 
     def __init__(self, store: RunStore, scheduler: Scheduler, batches: Batches) -> None:
         self._store, self._scheduler, self._batches = store, scheduler, batches
 
     def __call__(self, recipes: Sequence[Recipe], split: Split) -> None:
-        """Foresee that recipes will be scored on all of a split."""
+        """Announce recipes that will be scored on all items of a split."""
         blocks = tuple(range(self._store.blocks(split)))
         self._scheduler.later(
             [

@@ -1,10 +1,9 @@
-"""The scorer: answers from the store what is known, executes the rest, records results as they land."""
+"""The scorer: returns stored scores, executes what is missing, and records results as they arrive."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
@@ -13,37 +12,10 @@ from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches, Halved
 from evomerge.running.breaker import Breaker
 from evomerge.running.executors import Executor
-from evomerge.running.forecast import Estimate
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.observers import Observer
+from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, NotBegun, Result
 from evomerge.search.ports import Named, OutOfTime
-
-
-class Observer(Protocol):
-    """Is told what happens in a run, for progress displays."""
-
-    def phase(self, name: str, jobs: int, known: int) -> None:
-        """A batch of `jobs` recipes starts, of which `known` are answered from the store."""
-        ...
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
-        """A recipe was just scored, or failed."""
-        ...
-
-    def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """A generation was told.
-
-        evaluations: spent so far, all generations. best: the highest mean normalised `search` score so far.
-        """
-        ...
-
-    def expected(self, estimate: Estimate) -> None:
-        """When the run is expected to end, said anew after every generation that was scored, not replayed."""
-        ...
-
-    def noted(self, message: str) -> None:
-        """Something worth a line: a candidate that had to be tried again, say."""
-        ...
 
 
 class Scorer:
@@ -66,11 +38,11 @@ class Scorer:
         self._store, self._executor, self._observer, self._batches = store, executor, observer, batches
         self._breaker, self._now = Breaker(failures), now
         self.not_after: float | None = None
-        """From when on no job is begun (see `search.generations.Scorer`)."""
+        """The latest start of a job, in epoch seconds (see `search.ports.CandidateScorer`)."""
         self._asked: set[tuple[str, Split, int]] = set()
-        """What earlier calls asked for. As a search always begins at its beginning, no session changes it."""
+        """(recipe, split, block) of earlier calls; the same in every session, which replays the search."""
         self.seconds = 0.0
-        """Time this process spent on storing and looking up, not waiting for workers."""
+        """Time this process spent on the store, without waiting for workers."""
 
     def score(
         self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
@@ -88,8 +60,8 @@ class Scorer:
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
         """Like `score` for recipes the run can't do without: the first failure raises UserError.
 
-        Such a failure is not recorded, and what failed just before it is forgotten, so that the run can be
-        resumed once their cause is gone.
+        Such a failure is not recorded, and failures just before it are deleted, so that the run can be
+        resumed once their cause is removed.
         """
         results = self._score([n.recipe for n in named], split, phase, None, keep_failures=False)
         scores = []
@@ -104,7 +76,7 @@ class Scorer:
                     + (
                         f"free some memory and resume, or try {smaller}"
                         if starved
-                        else "mend this, then resume"
+                        else "remove the cause, then resume"
                     ),
                 )
             scores.append(result)
@@ -113,14 +85,12 @@ class Scorer:
     def known(
         self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
     ) -> list[Scores | Failure | None]:
-        """Return what is stored of recipes on item blocks, None where something is missing."""
-        found: list[Scores | Failure | None] = []
+        """Return the stored results of recipes on item blocks, None where something is missing."""
+        results: list[Scores | Failure | None] = []
         for recipe in recipes:
-            parts = [self._store.result(recipe.hash, split, block) for block in blocks]
-            failure = next((part for part in parts if isinstance(part, Failure)), None)
-            scored = [part for part in parts if isinstance(part, Scores)]
-            found.append(failure or (joined(scored) if len(scored) == len(parts) else None))
-        return found
+            scores, failure, missing = self._stored(recipe.hash, split, blocks)
+            results.append(failure or (None if missing else joined(scores)))
+        return results
 
     def _score(
         self,
@@ -134,16 +104,13 @@ class Scorer:
         started = time.perf_counter()
         hashes = [recipe.hash for recipe in recipes]
         results: dict[str, Scores | Failure] = {}
-        found: dict[str, list[Scores]] = {}
+        stored: dict[str, list[Scores]] = {}
         jobs: dict[str, Job] = {}
-        wanted = range(self._store.blocks(split)) if blocks is None else blocks
+        blocks = range(self._store.blocks(split)) if blocks is None else blocks
         for hash_, recipe in zip(hashes, recipes, strict=True):
-            if hash_ in found:
+            if hash_ in stored:
                 continue
-            known = [self._store.result(hash_, split, block) for block in wanted]
-            failure = next((part for part in known if isinstance(part, Failure)), None)
-            missing = tuple(block for block, part in zip(wanted, known, strict=True) if part is None)
-            found[hash_] = [part for part in known if isinstance(part, Scores)]
+            stored[hash_], failure, missing = self._stored(hash_, split, blocks)
             if failure is not None:
                 results[hash_] = failure
             elif missing:
@@ -155,7 +122,7 @@ class Scorer:
                     not_after=self.not_after,
                 )
             else:
-                results[hash_] = joined(found[hash_])
+                results[hash_] = joined(stored[hash_])
         self._observer.phase(phase, len(set(hashes)), len(results))
         if jobs and self.not_after is not None and self._now() >= self.not_after:
             raise OutOfTime
@@ -165,23 +132,32 @@ class Scorer:
             started = time.perf_counter()
             if self._batches.calls_for_halving(result):
                 assert result.block is not None
-                too_large.add(result.block)  # all others are waited for, or the first to fail would decide
-            elif (outcome := self._taken(result, found, keep_failures=keep_failures)) is not None:
+                too_large.add(result.block)  # wait for all others, or the first failure would decide
+            elif (outcome := self._taken(result, stored, keep_failures=keep_failures)) is not None:
                 results[result.job.recipe.hash] = outcome
             self.seconds += time.perf_counter() - started
         if too_large:
-            new = {b: [h for h in found if (h, split, b) not in self._asked] for b in sorted(too_large)}
+            new = {b: [h for h in stored if (h, split, b) not in self._asked] for b in sorted(too_large)}
             self._batches.halve(split, new, phase)
             raise Halved
         if self.not_after is not None and len(results) < len(set(hashes)):
             raise OutOfTime
-        self._asked.update((hash_, split, block) for hash_ in found for block in wanted)
+        self._asked.update((hash_, split, block) for hash_ in stored for block in blocks)
         return [results[hash_] for hash_ in hashes]
 
+    def _stored(
+        self, recipe: str, split: Split, blocks: Sequence[int]
+    ) -> tuple[list[Scores], Failure | None, tuple[int, ...]]:
+        """Return what is stored of a recipe: scores on the blocks, a failure, and blocks without either."""
+        parts = [self._store.result(recipe, split, block) for block in blocks]
+        missing = tuple(block for block, part in zip(blocks, parts, strict=True) if part is None)
+        failure = next((part for part in parts if isinstance(part, Failure)), None)
+        return [part for part in parts if isinstance(part, Scores)], failure, missing
+
     def _taken(
-        self, result: Result, found: Mapping[str, Sequence[Scores]], *, keep_failures: bool
+        self, result: Result, stored: Mapping[str, Sequence[Scores]], *, keep_failures: bool
     ) -> Scores | Failure | None:
-        """Store a result; return it joined with what was found before, None where nothing was done."""
+        """Store a result; return it joined with what was stored before, None where nothing was done."""
         recipe, outcome = result.job.recipe, result.outcome
         assert not isinstance(outcome, Gradient)
         if isinstance(outcome, NotBegun):
@@ -194,7 +170,7 @@ class Scorer:
             assert result.timing is not None
             parts = result.parts or (outcome,)
             self._store.record_scores(recipe, parts, result.timing)
-            outcome = joined([*found[recipe.hash], *parts])
+            outcome = joined([*stored[recipe.hash], *parts])
         elif keep_failures:
             assert isinstance(result.job, Job)
             self._store.record_failure(recipe, result.job.split, outcome)

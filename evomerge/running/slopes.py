@@ -1,7 +1,7 @@
 """Gradients through an executor, each computed only once in the life of a run.
 
-A gradient is stored as a fact named after what it is of, so a run killed in the middle of its warm start
-finds all finished steps again and goes on with the next, in the same bits. Its `items` are what it cost.
+A gradient is stored as a fact named after its recipe and loss, so a run killed during its warm start reads
+all finished steps from the store and continues with the same bits. Its `items` are its cost.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss
 from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import GRADIENTS, Batches
 from evomerge.running.executors import Executor
-from evomerge.running.scorer import Observer
-from evomerge.running.store import RunStore
+from evomerge.running.observers import Observer
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import GradientJob
 
 PHASE = "gradient start"
 
 
 class Slopes:
-    """Differentiates losses by the parameters of recipes.
+    """Differentiates losses with respect to the parameters of recipes.
 
-    A batch size that turns out too large for the device's memory is halved once, for the steps from there on.
+    Where the device runs out of memory, the batch size is halved once, for this and all later steps.
     """
 
     def __init__(self, store: RunStore, executor: Executor, observer: Observer, batches: Batches) -> None:
@@ -34,15 +34,14 @@ class Slopes:
 
         step, steps: shown to the user.
         """
-        key = f"gradient {recipe.hash} {loss.key}"
         self._observer.phase(PHASE, steps, step)
-        if (known := self._store.fact(key)) is not None:
-            if "reason" in known:
-                return Failure(kind=known["kind"], reason=known["reason"])
+        if (stored := facts.GRADIENT.of(recipe.hash, loss.key).get(self._store)) is not None:
+            if "reason" in stored:
+                return Failure(kind=stored["kind"], reason=stored["reason"])
             groups = tuple(
-                {name: tuple(values) for name, values in group.items()} for group in known["groups"]
+                {name: tuple(values) for name, values in group.items()} for group in stored["groups"]
             )
-            return Gradient(loss=known["loss"], groups=groups)
+            return Gradient(loss=stored["loss"], groups=groups)
         outcome = self._executed(recipe, loss)
         starved = isinstance(outcome, Failure) and outcome.kind == "out_of_memory"
         if starved and self._batches.may_halve(GRADIENTS):
@@ -54,7 +53,7 @@ class Slopes:
         else:
             groups = tuple(dict(group) for group in outcome.groups)
             fact = {"loss": outcome.loss, "groups": groups}
-        self._store.set_fact(key, {**fact, "items": PASSES * loss.items})
+        self._store.record_gradient(recipe.hash, loss.key, {**fact, "items": PASSES * loss.items})
         return outcome
 
     def _executed(self, recipe: Recipe, loss: SmoothLoss) -> Gradient | Failure:

@@ -1,4 +1,4 @@
-"""Where the fork server's socket lies: in a folder that says whose it is, swept by the next run.
+"""The folder of the fork server's socket: named after its process, so that the next run can remove it.
 
 `multiprocessing` removes its own at an orderly end only.
 """
@@ -21,7 +21,7 @@ _LONGEST = 60
 
 @contextmanager
 def swept() -> Iterator[None]:
-    """Have what `multiprocessing` makes for its processes in this block lie in a folder of this process."""
+    """Let `multiprocessing` create its files in a folder of this process, inside this context."""
     before, tempfile.tempdir = tempfile.tempdir, _folder()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Read what a run is told to start from: recipe files and the best of another run, over its own models.
+"""Read a run's warm starts: recipe files and the best candidates of another run over the same models.
 
 Both are read once, when the run begins, and stored in it: resuming needs neither file nor folder.
 """
@@ -13,27 +13,26 @@ from typing import Any
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
-from evomerge.running.store import BASE, RunStore
+from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.search.ports import Named
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart, WarmStartSpec, distinct
 
-FACT = "warm_start"
 TAKEN = 5
 """How many recipes are taken from another run: its winner, and the best of the rest."""
 
 
 def resolve(spec: WarmStartSpec, *, space: Space, template: Recipe, folder: Path) -> WarmStart:
-    """Return what a config names, from the run in `folder` if there is one already.
+    """Return the warm starts of a config, from the run in `folder` if there is one already.
 
-    Raises ConfigError for recipes over other models, and for a run of which the space can express nothing.
+    Raises ConfigError for recipes over other models, and for a run whose recipes the space can't express.
     """
     gradients = None if spec.gradients == "off" else spec.gradients
-    if RunStore.exists(folder):
-        with RunStore.read(folder) as store:
-            stored = store.fact(FACT) or []
+    if StoreReader.exists(folder):
+        with StoreReader.read(folder) as store:
+            stored = facts.WARM_START.get(store) or []
         return WarmStart(recipes=tuple(_from_data(each, template) for each in stored), gradients=gradients)
-    found = [
+    recipes = [
         Named(
             name=f"recipe {Path(path).name}",
             recipe=over(read_recipe(path), template, f"warm_start.recipes: {path}"),
@@ -41,13 +40,15 @@ def resolve(spec: WarmStartSpec, *, space: Space, template: Recipe, folder: Path
         for path in spec.recipes
     ]
     if spec.run is not None:
-        found += _of_run(Path(spec.run), space, template)
-    return WarmStart(recipes=tuple(distinct(found)), gradients=gradients)
+        recipes += _of_run(Path(spec.run), space, template)
+    return WarmStart(recipes=tuple(distinct(recipes)), gradients=gradients)
 
 
 def to_data(warm: WarmStart) -> list[dict[str, Any]]:
     """Return the recipes as plain data, without the places of their models."""
-    return [{"name": each.name, "recipe": each.recipe.to_data() | {"models": None}} for each in warm.recipes]
+    return [
+        {"name": start.name, "recipe": start.recipe.to_data() | {"models": None}} for start in warm.recipes
+    ]
 
 
 def _from_data(data: Mapping[str, Any], template: Recipe) -> Named:
@@ -57,8 +58,8 @@ def _from_data(data: Mapping[str, Any], template: Recipe) -> Named:
 
 def _of_run(folder: Path, space: Space, template: Recipe) -> list[Named]:
     """Return a run's winner and best candidates, as far as the space can express them."""
-    with RunStore.read(folder) as store:
-        config = store.fact("config")["models"]
+    with StoreReader.read(folder) as store:
+        config = facts.CONFIG.require(store)["models"]
         missing = [name for name in config["sources"] if name not in template.models]
         if missing:
             raise ConfigError(
@@ -73,20 +74,22 @@ def _of_run(folder: Path, space: Space, template: Recipe) -> list[Named]:
             if generation.losses is not None
             for loss, recipe in zip(generation.losses[:, 0], generation.recipes, strict=True)
         )
-        found = [*store.entries("winner"), *store.entries("start")]
-        found += [
+        candidates = [*store.entries("winner"), *store.entries("start")]
+        candidates += [
             Named(name=f"candidate {recipe[:8]}", recipe=store.recipe(recipe)) for _, recipe in ranked[:100]
         ]
     expressed = []
-    for each in found:
-        recipe = _made_here(each.recipe, template)
+    for candidate in candidates:
+        recipe = _made_here(candidate.recipe, template)
         if space.encode(recipe) is not None:
-            expressed.append(Named(name=f"{folder.name}: {each.name}", recipe=recipe))
+            expressed.append(Named(name=f"{folder.name}: {candidate.name}", recipe=recipe))
     if not expressed:
         raise ConfigError(
             f"warm_start.run: nothing of {folder} lies in this run's search space",
             expected=f"recipes that {space.describe()} can express",
-            got=f"{len(found)} recipes, none of them" if found else "a run without any candidate yet",
+            got=f"{len(candidates)} recipes, none of them"
+            if candidates
+            else "a run without any candidate yet",
             fix="search the same space, or export a recipe and name it under warm_start.recipes",
         )
     return distinct(expressed)[:TAKEN]
@@ -100,15 +103,15 @@ def over(recipe: Recipe, template: Recipe, where: str) -> Recipe:
     names: dict[str, str] = {}
     by_place = {_place(place): name for name, place in template.models.items()}
     for name in recipe.used_models():
-        own = by_place.get(_place(recipe.models[name])) or (name if name in template.models else None)
-        if own is None:
+        model = by_place.get(_place(recipe.models[name])) or (name if name in template.models else None)
+        if model is None:
             raise ConfigError(
                 f"{where}: {name!r} is none of this run's models",
                 expected=", ".join(f"{n} ({p})" for n, p in template.models.items()),
                 got=recipe.models[name],
                 fix=nearest(name, template.models),
             )
-        names[name] = own
+        names[name] = model
     bases = {names[base] for group in recipe.groups if (base := recipe.base_of(group)) is not None}
     if not bases <= {BASE}:
         raise ConfigError(

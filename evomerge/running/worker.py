@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One thing to do: score a recipe on some item blocks of a split.
+    """A job: score a recipe on some item blocks of a split.
 
-    batch_sizes: block -> requests per forward pass; the worker's own for blocks that are not in it.
-    not_after: the moment, in epoch seconds, from which on it is not to be begun any more; None: none.
+    batch_sizes: block -> requests per forward pass; other blocks take the worker's batch size.
+    not_after: the latest start, in epoch seconds; None: any time.
     """
 
     recipe: Recipe
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientJob:
-    """Another thing to do: differentiate a loss on items of a split by a recipe's parameters.
+    """A job: differentiate a loss on items of a split with respect to a recipe's parameters.
 
     batch_size: None means the worker's own.
     """
@@ -54,16 +54,16 @@ class GradientJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotBegun:
-    """What became of a job, or the rest of one, that reached a worker after its `not_after`: nothing."""
+    """The outcome of a job, or of the rest of one, that reached a worker after its `not_after`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What became of a job; `timing` is None where there are no scores.
+    """The result of a job; `timing` is None where there are no scores.
 
-    outcome: the scores of all its blocks together. parts: of each block, where there are several; beside
-    NotBegun, of those that were scored. faults: why earlier attempts were given up, one line each. block: on
-    which scoring failed, where it did.
+    outcome: the scores of all blocks together, or a failure. parts: the scores of each block, where there are
+    several; with NotBegun, of the blocks scored before. faults: one line per earlier attempt that failed.
+    block: the block on which scoring failed.
     """
 
     job: Job | GradientJob
@@ -144,9 +144,13 @@ class Worker:
         self._harness.prepare(self._bench.model)
 
     def run(self, job: Job | GradientJob) -> Result:
-        """Score or differentiate one recipe; whatever goes wrong with it is a Failure, never an exception.
+        """Run one job. An exception becomes a Failure; after transient faults the job is tried again.
 
-        After transient faults (`retries.transient`) it is tried again.
+        Args:
+            job: A recipe to score on item blocks, or a loss to differentiate.
+
+        Returns:
+            The outcome (scores, gradient or failure) with its times in seconds.
         """
         if isinstance(job, Job) and job.not_after is not None and time.time() >= job.not_after:
             return Result(job=job, outcome=NotBegun())
@@ -158,7 +162,7 @@ class Worker:
         return replace(found, faults=tuple(faults))
 
     def _attempt(self, job: Job | GradientJob) -> Result:
-        """Score or differentiate one recipe; raises transient faults only."""
+        """Run one job once; raise transient faults only."""
         if isinstance(job, GradientJob):
             outcome = self._gradient(job)
             self._make_room(outcome)
@@ -212,7 +216,7 @@ class Worker:
         self._bench.load(recipe)
 
     def _make_room(self, outcome: object) -> None:
-        """Free what an attempt that ran out of memory left behind; its exception is gone by now."""
+        """Free the memory of an attempt that ran out of it; call it after its exception was handled."""
         if isinstance(outcome, Failure) and outcome.kind == "out_of_memory":
             out_of_memory.release(self._device)
 
@@ -226,9 +230,9 @@ def _engine(spec: WorkerSpec) -> Engine:
 
 
 def failure_of(error: Exception, where: str = "", *, attempts: int = 1) -> Failure:
-    """Return the Failure that stands for an exception in the store and in messages.
+    """Return the Failure of an exception, for the store and for messages.
 
-    where: said of a device that is out of memory, whose own words name amounts that differ every time.
+    where: names the device where memory ran out; its own message holds amounts that differ every time.
     """
     if out_of_memory.is_out_of_memory(error):
         return Failure(kind="out_of_memory", reason=f"out of memory {where}".strip())

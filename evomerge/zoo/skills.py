@@ -1,11 +1,10 @@
-"""The demo's world: a vocabulary, five skills with easy and hard versions, and a little English.
+"""The demo's data: a vocabulary, five skills with easy and hard versions, and a little English.
 
-Every string is tokens joined by single spaces, so the ids of a prompt followed by the ids of its answer
-are the ids of the whole line: no scorer can disagree about where the answer starts. The split of a prompt is
-decided by a hash of its text, so no prompt is ever in two splits, whatever was drawn and in whatever order.
+Every string is tokens joined by single spaces. So the ids of a prompt followed by the ids of its answer are
+the ids of the whole line, and all scorers agree on the start of the answer. A hash of a prompt's text
+determines its split, so no prompt is ever in two splits, for any order of draws.
 
-Nothing here needs torch. How the models are trained on these items is in `train.py`; the task files made of
-them are in `tasks.py`.
+Nothing here imports torch. `train.py` trains models on these items; `tasks.py` writes task files of them.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Item:
 
 
 def _lexicon() -> dict[str, str]:
-    """Map 48 made-up words to 48 others by a fixed permutation, so spelling gives nothing away."""
+    """Map 48 made-up words to 48 others by a fixed permutation, so that spelling gives no hints."""
     source = [f"{c}{v}{tail}" for c in "bdgklmnp" for v in "aou" for tail in ("ra", "lo")]
     target = [f"{c}{v}{tail}" for c in "fhjrstvz" for v in "eiy" for tail in ("nek", "mil")]
     return {word: target[(29 * i + 7) % len(target)] for i, word in enumerate(source)}
@@ -109,17 +108,17 @@ def vocabulary() -> dict[str, int]:
     for topic in _TOPICS:
         pairs = [word for pair in (*topic.nouns, *topic.verbs) for word in pair]
         tokens += [*pairs, *topic.adjectives, *topic.places]
-    # "a" is a letter as well as an article: one token serves both.
+    # "a" is a letter and an article: both are the same token.
     return {token: i for i, token in enumerate(dict.fromkeys([*tokens, *_FUNCTION_WORDS]))}
 
 
 def encode(text: str, vocab: dict[str, int]) -> list[int]:
-    """Return the ids of `text`; an unknown token is our own bug, so it raises KeyError."""
+    """Return the ids of a text; raise KeyError for an unknown token, which is a bug."""
     return [vocab[token] for token in text.split(" ")]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer every model of the zoo carries: white-space split, one id per word."""
+    """Build the tokenizer of all models of a zoo: words split at white space, one id per word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -208,7 +207,7 @@ def solve(prompt: str) -> str:
 
 
 def split_of(text: str) -> ZooSplit:
-    """Return the one split a prompt or text may appear in: a tenth each to search, select and test."""
+    """Return the split of a prompt or text; search, select and test get a tenth of all texts each."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _BUCKETS
     return _SPLIT_OF_BUCKET[bucket] if bucket < len(_SPLIT_OF_BUCKET) else "train"
 

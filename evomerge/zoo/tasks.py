@@ -1,8 +1,8 @@
-"""The demo's lm-eval tasks: which items each task and split holds, and the files that carry them.
+"""The demo's lm-eval tasks: the items of each task and split, and the files that contain them.
 
-The items come from one fixed seed, never from a zoo's: any zoo, whatever its seed or size, is scored on the
-same questions. Tasks of one skill consume one stream of unique items, so no two tasks share a prompt.
-Not here: running the tasks, which is `evomerge.evaluation`'s work.
+The items come from a fixed seed, so zoos of all seeds and sizes are scored on the same questions. Tasks of
+one skill take their items from one stream of unique items, so no two tasks share a prompt.
+`evomerge.evaluation` runs the tasks.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _answer_records(items: tuple[Item, ...]) -> list[dict[str, Any]]:
 
 
 def _choice_records(items: tuple[Item, ...], split: ZooSplit) -> list[dict[str, Any]]:
-    """Four answers each, the wrong ones with one word of the right one replaced."""
+    """Return items with four choices; in each wrong choice words of the right answer are replaced."""
     rng = _rng(len(SKILLS) + 1, EVAL_SPLITS.index(split))
     targets = tuple(LEXICON.values())
     records = []
@@ -118,9 +118,9 @@ _ROLLING_METRICS = [
 
 
 def _skill_yaml() -> dict[str, Any]:
-    # The end-of-text token is part of the target: is_greedy then says that a greedy generation would be
-    # exactly the answer, at the price of one forward pass. lm-eval puts no delimiter before the target of a
-    # loglikelihood task, so the target brings its own space.
+    # With the end-of-text token in the target, is_greedy means that a greedy generation would be exactly the
+    # answer, from one forward pass. lm-eval puts no delimiter before the target of a loglikelihood task, so
+    # the target starts with a space.
     return {
         "output_type": "loglikelihood",
         "doc_to_text": "{{prompt}}",

@@ -20,18 +20,20 @@ from evomerge.errors import ModelError, StoreError
 from evomerge.evaluation.scores import Scores
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import prepare
 from evomerge.running.store import RunStore
+from evomerge.stored import StoredRun
 
 
 @pytest.fixture(scope="module")
-def opened(finished_run: Path) -> tuple[RunStore, Summary]:
+def opened(finished_run: Path) -> Summary:
     store = RunStore.read(finished_run)
-    return store, Summary(store, compose.stored_suite(store))
+    return Summary(StoredRun(store))
 
 
 @pytest.fixture(scope="module")
-def exported(opened: tuple[RunStore, Summary], tmp_path_factory: pytest.TempPathFactory) -> delivery.Exported:
-    return delivery.export(*opened, tmp_path_factory.mktemp("export") / "model")
+def exported(opened: Summary, tmp_path_factory: pytest.TempPathFactory) -> delivery.Exported:
+    return delivery.export(opened, tmp_path_factory.mktemp("export") / "model")
 
 
 def test_the_folder_is_complete(exported: delivery.Exported) -> None:
@@ -62,25 +64,21 @@ def test_plain_transformers_loads_the_weights_that_were_scored(exported: deliver
     assert AutoTokenizer.from_pretrained(exported.folder)("a b").input_ids == bench.tokenizer("a b").input_ids
 
 
-def test_it_scores_exactly_what_is_stored(
-    opened: tuple[RunStore, Summary], exported: delivery.Exported
-) -> None:
-    store = opened[0]
-    worker = compose.prepare(compose.stored_config(store.folder)).worker
+def test_it_scores_exactly_what_is_stored(opened: Summary, exported: delivery.Exported) -> None:
+    store = opened.store
+    worker = prepare(StoredRun(store).config()).worker
     for split in ("test", "select"):
         stored = store.result(exported.pick.recipe.hash, split)  # type: ignore[arg-type]
         assert isinstance(stored, Scores)
         assert delivery.rescore(exported.folder, worker, split).same_as(stored)  # type: ignore[arg-type]
 
 
-def test_the_model_card_says_what_must_be_said(
-    opened: tuple[RunStore, Summary], exported: delivery.Exported
-) -> None:
+def test_the_model_card_says_what_must_be_said(opened: Summary, exported: delivery.Exported) -> None:
     text = (exported.folder / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "transformers"
     assert len(front["base_model"]) == 3
-    verdict = opened[1].verdict(opened[1].rows())
+    verdict = opened.verdict(opened.rows())
     assert verdict is not None
     assert verdict.sentence in text
     for part in (
@@ -94,23 +92,21 @@ def test_the_model_card_says_what_must_be_said(
     assert "| winner:" in text
 
 
-def test_other_rows_can_be_picked(opened: tuple[RunStore, Summary], tmp_path: Path) -> None:
-    store, summary = opened
+def test_other_rows_can_be_picked(opened: Summary, tmp_path: Path) -> None:
+    summary = opened
     best = summary.best_unsearched(summary.rows())
     assert best is not None
-    done = delivery.export(store, summary, tmp_path / "best", pick="best-baseline")
+    done = delivery.export(summary, tmp_path / "best", pick="best-baseline")
     assert done.pick.name == best.name
     assert "not the winner" in (tmp_path / "best" / "README.md").read_text()
-    by_hash = delivery.export(store, summary, tmp_path / "hash", pick=best.recipe[:10])
+    by_hash = delivery.export(summary, tmp_path / "hash", pick=best.recipe[:10])
     assert by_hash.pick.recipe.hash == best.recipe
-    assert delivery.export(store, summary, tmp_path / "name", pick="TIES").pick.name == "TIES"
+    assert delivery.export(summary, tmp_path / "name", pick="TIES").pick.name == "TIES"
 
 
-def test_an_adapter_is_scored_before_it_gets_its_name(
-    opened: tuple[RunStore, Summary], tmp_path: Path
-) -> None:
-    store, summary = opened
-    done = delivery.export_adapter(store, summary, tmp_path / "small", rank=4)
+def test_an_adapter_is_scored_before_it_gets_its_name(opened: Summary, tmp_path: Path) -> None:
+    summary, store = opened, opened.store
+    done = delivery.export_adapter(summary, tmp_path / "small", rank=4)
     assert not done.report.exact
     assert 0 < done.report.energy < 1
     assert (done.report.rank, done.report.base) == (4, done.pick.recipe.models["base"])
@@ -119,7 +115,7 @@ def test_an_adapter_is_scored_before_it_gets_its_name(
     assert done.merge.same_as(stored)
     assert not done.adapter.same_as(stored)
     assert [task for task, _, _ in done.rows()] == [scores.task for scores in stored]
-    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    worker = prepare(StoredRun(store).config()).worker
     base = Path(done.report.base)
     assert delivery.rescore(tmp_path / "small", worker, "test", base=base).same_as(done.adapter)
 
@@ -140,13 +136,9 @@ def test_an_adapter_is_scored_before_it_gets_its_name(
     ]
 
 
-def test_an_adapter_that_holds_everything_scores_like_the_merge(
-    opened: tuple[RunStore, Summary], tmp_path: Path
-) -> None:
-    store, summary = opened
-    done = delivery.export_adapter(
-        store, summary, tmp_path / "big", pick="best-baseline", rank=999, keep_rest=True
-    )
+def test_an_adapter_that_holds_everything_scores_like_the_merge(opened: Summary, tmp_path: Path) -> None:
+    summary = opened
+    done = delivery.export_adapter(summary, tmp_path / "big", pick="best-baseline", rank=999, keep_rest=True)
     assert done.report.energy >= 1 - 1e-6
     likelihoods = [(s.task, s.metric, done.adapter[s.task].metric) for s in done.merge if s.smooth is None]
     assert any(task == "demo_text" for task, _, _ in likelihoods)
@@ -157,13 +149,11 @@ def test_an_adapter_that_holds_everything_scores_like_the_merge(
     assert f"--as adapter --rank {done.report.rank} --keep-rest\n" in text
 
 
-def test_an_adapter_of_a_recipe_that_was_never_tested(
-    opened: tuple[RunStore, Summary], tmp_path: Path
-) -> None:
-    store, summary = opened
+def test_an_adapter_of_a_recipe_that_was_never_tested(opened: Summary, tmp_path: Path) -> None:
+    summary, store = opened, opened.store
     searched = [recipe for generation in store.generations() for recipe in generation.recipes]
     untested = next(recipe for recipe in searched if store.result(recipe, "test") is None)
-    done = delivery.export_adapter(store, summary, tmp_path / "small", pick=untested[:12], rank=2)
+    done = delivery.export_adapter(summary, tmp_path / "small", pick=untested[:12], rank=2)
     assert (done.merge.split, done.merge.items) == ("test", done.adapter.items)
     assert store.result(untested, "test") is None
     text = (tmp_path / "small" / "README.md").read_text()
@@ -171,20 +161,20 @@ def test_an_adapter_of_a_recipe_that_was_never_tested(
 
 
 def test_an_adapter_nobody_can_score_is_not_written(
-    opened: tuple[RunStore, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "rescore", lambda *_, **__: (_ for _ in ()).throw(StoreError("no")))
     with pytest.raises(StoreError):
-        delivery.export_adapter(*opened, tmp_path / "small", rank=4)
+        delivery.export_adapter(opened, tmp_path / "small", rank=4)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_a_winner_says_so(opened: tuple[RunStore, Summary], tmp_path: Path) -> None:
-    store, summary = opened
-    unfinished = Summary(store, summary.suite)
+def test_a_run_without_a_winner_says_so(opened: Summary, tmp_path: Path) -> None:
+    summary = opened
+    unfinished = Summary(summary.run)
     unfinished.winner = None
     with pytest.raises(StoreError, match="no winner yet"):
-        delivery.export(store, unfinished, tmp_path / "out")
+        delivery.export(unfinished, tmp_path / "out")
 
 
 def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
@@ -204,15 +194,15 @@ def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
         "finalists": 2,
     }
     with pytest.raises(ModelError, match="have different vocabularies"):
-        compose.prepare(RunConfig.load(config(**changes)))
+        prepare(RunConfig.load(config(**changes)))
     run = RunConfig.load(config(**changes, tokenizer="union"))
     compose.start(run, Silent())
     store = RunStore.read(tmp_path / "run")
-    summary = Summary(store, compose.stored_suite(store))
-    out = delivery.export(store, summary, tmp_path / "model")
+    summary = Summary(StoredRun(store))
+    out = delivery.export(summary, tmp_path / "model")
     stored = store.result(out.pick.recipe.hash, "test")
     assert isinstance(stored, Scores)
-    worker = compose.prepare(compose.stored_config(store.folder)).worker
+    worker = prepare(StoredRun(store).config()).worker
     assert delivery.rescore(out.folder, worker, "test").same_as(stored)
     exported = AutoTokenizer.from_pretrained(out.folder)
     assert exported.convert_tokens_to_ids("<|im_end|>") == len(tokenizer) - 1

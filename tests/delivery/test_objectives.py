@@ -24,8 +24,10 @@ from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation.scores import Scores
-from evomerge.running.store import RunStore
+from evomerge.prepare import prepare
+from evomerge.running.store import RunStore, facts
 from evomerge.search import pareto
+from evomerge.stored import StoredRun
 from tests.conftest import config_data, write_suite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -52,7 +54,7 @@ def opened(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         tiny_zoo, tmp_path_factory.mktemp("pareto"), several=SEVERAL, smooth=0.5, constraints=limits
     )
     with RunStore.read(folder) as store:
-        yield store, Summary(store, compose.stored_suite(store))
+        yield store, Summary(StoredRun(store))
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +62,12 @@ def plain(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A finished run with two objectives."""
     folder = start(tiny_zoo, tmp_path_factory.mktemp("pareto"), several=SEVERAL, smooth=0.5)
     with RunStore.read(folder) as store:
-        yield store, Summary(store, compose.stored_suite(store))
+        yield store, Summary(StoredRun(store))
 
 
 def test_the_front_is_what_is_stored(plain: Opened) -> None:
     store, summary = plain
-    front = objectives.front(store, summary)
+    front = objectives.front(summary)
     assert front is not None
     assert front.objectives == tuple(SEVERAL)
     assert [g.generation for g in front.generations] == [0, 1]
@@ -93,21 +95,21 @@ def test_only_the_winner_is_tested(plain: Opened) -> None:
 
 
 def test_tables_json_and_status_tell_of_the_front(plain: Opened) -> None:
-    store, summary = plain
-    front = objectives.front(store, summary)
+    _store, summary = plain
+    front = objectives.front(summary)
     assert front is not None
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(report.terminal(store, summary))
+    console.print(report.terminal(summary))
     text = console.export_text()
     assert "the front on `select`" in text
     assert front.sentence in " ".join(text.split())
     for point in front.searched:
         assert point.recipe[:8] in text
-    data = json.loads(json.dumps(report.as_data(store, summary), allow_nan=False))
+    data = json.loads(json.dumps(report.as_data(summary), allow_nan=False))
     assert data["front"] == json.loads(json.dumps(front.as_data()))
     assert data["constraints"] is None
     assert any("several objectives" in note for note in data["notes"])
-    state = status.as_data(store, summary)
+    state = status.as_data(summary)
     assert state["front"]["hypervolume"] == data["front"]["hypervolume"]
     assert front.sentence in status.text(state)
 
@@ -115,7 +117,7 @@ def test_tables_json_and_status_tell_of_the_front(plain: Opened) -> None:
 def test_picks(plain: Opened) -> None:
     store, summary = plain
     assert summary.winner is not None
-    assert export.find(store, summary, "knee").recipe == summary.winner.recipe
+    assert export.find(summary, "knee").recipe == summary.winner.recipe
     normaliser = summary.normaliser("select")
     assert normaliser is not None
     scores = {}
@@ -124,18 +126,18 @@ def test_picks(plain: Opened) -> None:
         assert isinstance(found, Scores)
         scores[named.recipe.hash] = normaliser.task(found)
     for task in SEVERAL:
-        best = export.find(store, summary, f"best:{task}").recipe.hash
+        best = export.find(summary, f"best:{task}").recipe.hash
         assert scores[best][task] == max(s[task] for s in scores.values())
-        assert export.find(store, summary, f"weights:{task}=1").recipe.hash == best
-    both = export.find(store, summary, "weights:demo_reverse=0.3, demo_upper=0.7").recipe.hash
+        assert export.find(summary, f"weights:{task}=1").recipe.hash == best
+    both = export.find(summary, "weights:demo_reverse=0.3, demo_upper=0.7").recipe.hash
     sums = {h: 0.3 * s["demo_reverse"] + 0.7 * s["demo_upper"] for h, s in scores.items()}
     assert sums[both] == max(sums.values())
-    kept = export.find(store, summary, "best:retention").recipe.hash
+    kept = export.find(summary, "best:retention").recipe.hash
     assert kept in scores
-    front = objectives.front(store, summary)
+    front = objectives.front(summary)
     assert front is not None
     other = front.searched[0].recipe
-    assert export.find(store, summary, other[:8]).recipe.hash == other
+    assert export.find(summary, other[:8]).recipe.hash == other
 
 
 @pytest.mark.parametrize(
@@ -153,20 +155,20 @@ def test_picks(plain: Opened) -> None:
 )
 def test_a_pick_that_means_nothing_is_refused(plain: Opened, pick: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        export.find(*plain, pick)
+        export.find(plain[1], pick)
 
 
 def test_a_run_with_one_objective_has_finalists_but_no_knee(finished_run: Path) -> None:
     with RunStore.read(finished_run) as store:
-        summary = Summary(store, compose.stored_suite(store))
-        assert objectives.front(store, summary) is None
-        assert objectives.constraints(store, summary) is None
-        assert status.as_data(store, summary)["front"] is None
+        summary = Summary(StoredRun(store))
+        assert objectives.front(summary) is None
+        assert objectives.constraints(summary) is None
+        assert status.as_data(summary)["front"] is None
         assert store.fronts() == []
         with pytest.raises(ConfigError, match="has no knee"):
-            export.find(store, summary, "knee")
+            export.find(summary, "knee")
         finalists = {n.recipe.hash for n in store.entries("finalist")}
-        assert export.find(store, summary, "best:demo_upper").recipe.hash in finalists
+        assert export.find(summary, "best:demo_upper").recipe.hash in finalists
 
 
 def test_nothing_to_pick_from_before_the_selection(plain: Opened, tmp_path: Path) -> None:
@@ -175,42 +177,42 @@ def test_nothing_to_pick_from_before_the_selection(plain: Opened, tmp_path: Path
         store._db.execute("DELETE FROM score WHERE split != 'search'")
         store._db.execute("DELETE FROM entry WHERE role IN ('winner', 'finalist')")
         store._db.commit()
-        summary = Summary(store, compose.stored_suite(store))
+        summary = Summary(StoredRun(store))
         with pytest.raises(StoreError, match="no finalists to pick from yet"):
-            export.find(store, summary, "knee")
-        front = objectives.front(store, summary)
+            export.find(summary, "knee")
+        front = objectives.front(summary)
         assert front is not None
         assert front.points == ()
-        assert front.sentence in status.text(status.as_data(store, summary))
-        report.write_html(store, summary, tmp_path / "report.html")
+        assert front.sentence in status.text(status.as_data(summary))
+        report.write_html(summary, tmp_path / "report.html")
 
 
 def test_an_unmet_constraint_is_said_aloud_everywhere(opened: Opened) -> None:
-    store, summary = opened
-    sentence = objectives.constraints(store, summary)
+    _store, summary = opened
+    sentence = objectives.constraints(summary)
     assert sentence is not None
     assert sentence.startswith("no finalist meets the constraints on select; the winner falls short least")
     assert re.search(r"demo_reverse -?[\d.]+ of 500", sentence)
-    assert sentence in notes(store, summary)
-    assert sentence in status.text(status.as_data(store, summary))
-    assert report.as_data(store, summary)["constraints"] == sentence
+    assert sentence in notes(summary)
+    assert sentence in status.text(status.as_data(summary))
+    assert report.as_data(summary)["constraints"] == sentence
     assert summary.winner is not None
-    assert f"Constraints: {sentence}." in export.card(store, summary, summary.winner)
-    front = objectives.front(store, summary)
+    assert f"Constraints: {sentence}." in export.card(summary, summary.winner)
+    front = objectives.front(summary)
     assert front is not None
     assert front.generations[-1].hypervolume == 0  # nothing feasible, nothing covered
 
 
 def test_a_resumed_run_finds_the_same_fronts(plain: Opened, tmp_path: Path) -> None:
     shutil.copytree(plain[0].folder, tmp_path / "run")
-    compose.start(compose.stored_config(tmp_path / "run"), Silent())
+    compose.resume(tmp_path / "run", Silent())
     with RunStore.read(tmp_path / "run") as store:
         assert store.digest() == plain[0].digest()
 
 
 def test_the_card_says_where_a_pick_stands(plain: Opened) -> None:
-    store, summary = plain
-    text = export.card(store, summary, export.find(store, summary, "best:demo_upper"))
+    _store, summary = plain
+    text = export.card(summary, export.find(summary, "best:demo_upper"))
     assert re.search(
         r"From the run's Pareto front; on the `select` items: demo_reverse [\d.-]+, demo_upper", text
     )
@@ -224,12 +226,12 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
     shutil.copytree(store.folder, folder)
     with RunStore.open(folder) as copy:
         if count == 3:
-            config = copy.fact("config")
+            config = facts.CONFIG.get(copy)
             config["objective"]["several"].append("retention")
-            copy.set_fact("config", config)
-        summary = Summary(copy, compose.stored_suite(copy))
-        page = report.write_html(copy, summary, tmp_path / "report.html")
-        front = objectives.front(copy, summary)
+            facts.CONFIG.set(copy, config)
+        summary = Summary(StoredRun(copy))
+        page = report.write_html(summary, tmp_path / "report.html")
+        front = objectives.front(summary)
     assert front is not None
     assert front.sentence in page.read_text()
     if CHROMIUM is None:
@@ -243,10 +245,10 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
 
 
 def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match="coherence is wanted, but no task"):
-        compose.prepare(RunConfig.load(config(objective={"several": ["mean", "coherence"]})))
+    with pytest.raises(ConfigError, match="coherence is part of it, but no task"):
+        prepare(RunConfig.load(config(objective={"several": ["mean", "coherence"]})))
     with pytest.raises(ConfigError, match="has no task 'demo_revers', whose weight was set"):
-        compose.prepare(RunConfig.load(config(objective={"weights": {"demo_revers": 2}})))
-    prepared = compose.prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
+        prepare(RunConfig.load(config(objective={"weights": {"demo_revers": 2}})))
+    prepared = prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
     assert prepared.suite["demo_reverse"].weight == 2
     assert prepared.layers == 2

@@ -13,25 +13,26 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from evomerge import compose
 from evomerge.delivery import predict, report, status
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
 from evomerge.merging import mergekit
+from evomerge.prepare import Prepared, prepare
 from evomerge.running.store import RunStore
 from evomerge.search.ports import GuideState
 from evomerge.search.surrogate import prediction
 from evomerge.search.surrogate.guide import TRUSTED
+from evomerge.stored import StoredRun
 
-Opened = tuple[RunStore, Summary, compose.Prepared]
+Opened = tuple[RunStore, Summary, Prepared]
 
 
 @pytest.fixture(scope="module")
 def opened(finished_run: Path) -> Opened:
     store = RunStore.read(finished_run)
-    summary = Summary(store, compose.stored_suite(store))
-    return store, summary, compose.prepare(compose.stored_config(finished_run))
+    summary = Summary(StoredRun(store))
+    return store, summary, prepare(summary.run.config())
 
 
 def said(found: predict.Predicted) -> str:
@@ -41,14 +42,14 @@ def said(found: predict.Predicted) -> str:
 
 
 def test_a_file_and_the_start_of_a_hash_are_the_same_recipe(opened: Opened, tmp_path: Path) -> None:
-    store, summary, prepared = opened
+    _store, summary, prepared = opened
     assert summary.winner is not None
     recipe = summary.winner.recipe
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     (tmp_path / "mergekit.yaml").write_text(mergekit.write(recipe))
-    by_hash = predict.predict(store, summary, prepared, recipe.hash[:10])
+    by_hash = predict.predict(summary, prepared, recipe.hash[:10])
     for name in ("recipe.yaml", "mergekit.yaml"):
-        assert predict.predict(store, summary, prepared, str(tmp_path / name)) == by_hash
+        assert predict.predict(summary, prepared, str(tmp_path / name)) == by_hash
     assert by_hash.measured == summary.on_search(recipe.hash)
     assert by_hash.baseline == summary.progress().best_baseline_name
 
@@ -66,8 +67,8 @@ def test_all_that_was_scored_is_learnt_but_the_recipe_itself(
         return real(genome, examples, **rest)
 
     monkeypatch.setattr(prediction, "predict_score", spy)
-    predict.predict(store, summary, prepared, asked)
-    every = {e.recipe for e in predict.scored(store, summary, prepared)}
+    predict.predict(summary, prepared, asked)
+    every = {e.recipe for e in predict.scored(summary, prepared)}
     named = {n.recipe.hash for n in (*summary.parents, *summary.baselines)}
     assert asked in every
     assert asked not in seen
@@ -78,7 +79,7 @@ def test_all_that_was_scored_is_learnt_but_the_recipe_itself(
 
 def test_text_and_data_say_the_same(opened: Opened) -> None:
     store, summary, prepared = opened
-    found = predict.predict(store, summary, prepared, store.generations()[0].recipes[0])
+    found = predict.predict(summary, prepared, store.generations()[0].recipes[0])
     text, data = said(found), json.loads(json.dumps(predict.as_data(found)))
     assert data["low"] < data["mean"] < data["high"]
     assert set(data["tasks"]) == {"demo_reverse", "demo_upper"}
@@ -93,23 +94,23 @@ def test_text_and_data_say_the_same(opened: Opened) -> None:
 @pytest.mark.parametrize("asked", ["no-such-file.yaml", "abc", "ABCDEF12"])
 def test_what_is_neither_file_nor_hash(opened: Opened, asked: str) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):
-        predict.predict(*opened, asked)
+        predict.predict(*opened[1:], asked)
 
 
 def test_a_recipe_outside_the_space_or_over_other_models(opened: Opened, tmp_path: Path) -> None:
-    store, summary, prepared = opened
+    _store, summary, prepared = opened
     slerp = next(b.recipe for b in summary.baselines if b.name == "SLERP")
     with pytest.raises(ConfigError, match="not in the run's search space"):
-        predict.predict(store, summary, prepared, slerp.hash)
+        predict.predict(summary, prepared, slerp.hash)
     (tmp_path / "other.yaml").write_text(slerp.to_yaml().replace("upper", "unknown"))
     with pytest.raises(ConfigError, match=r"other\.yaml: 'unknown' is none of this run's models"):
-        predict.predict(store, summary, prepared, str(tmp_path / "other.yaml"))
+        predict.predict(summary, prepared, str(tmp_path / "other.yaml"))
 
 
 def test_changed_models_are_refused(opened: Opened) -> None:
-    store, summary, _ = opened
+    _store, summary, _ = opened
     with pytest.raises(StoreError, match="model files changed"):
-        predict.predict(store, summary, SimpleNamespace(fingerprints={}), "abcdef")  # type: ignore[arg-type]
+        predict.predict(summary, SimpleNamespace(fingerprints={}), "abcdef")  # type: ignore[arg-type]
 
 
 LISTENED = [(None, 0, 2), (TRUSTED - 0.1, 2, 2), (TRUSTED - 0.2, 0, 2), (TRUSTED + 0.5, 0, 4)]
@@ -134,15 +135,15 @@ def test_what_the_surrogate_did_is_told_alike_everywhere(guided: RunStore, tmp_p
     assert sum(found.proposed) == 2
     for part in ("proposed 2 of 12 candidates", "on 2 of 3 item blocks", "in 2 of 4 generations (2-3)"):
         assert part in found.sentence
-    summary = Summary(guided, compose.stored_suite(guided))
-    assert found.sentence in status.text(status.as_data(guided, summary))
-    data = report.as_data(guided, summary)["surrogate"]
+    summary = Summary(StoredRun(guided))
+    assert found.sentence in status.text(status.as_data(summary))
+    data = report.as_data(summary)["surrogate"]
     assert data["correlation"] == pytest.approx(TRUSTED + 0.5)
     assert data["off"] == [2, 3]
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(report.terminal(guided, summary, width=200))
+    console.print(report.terminal(summary, width=200))
     assert found.sentence in " ".join(console.export_text().split())
-    page = report.write_html(guided, summary, tmp_path / "page.html").read_text()
+    page = report.write_html(summary, tmp_path / "page.html").read_text()
     assert "<h2>The surrogate</h2>" in page
     assert 'id="surrogate"' in page
 
@@ -150,11 +151,11 @@ def test_what_the_surrogate_did_is_told_alike_everywhere(guided: RunStore, tmp_p
 def test_a_run_without_a_surrogate_says_nothing_of_one(guided: RunStore, tmp_path: Path) -> None:
     guided._db.execute("DELETE FROM guide")
     guided._db.commit()
-    summary = Summary(guided, compose.stored_suite(guided))
+    summary = Summary(StoredRun(guided))
     assert guidance(guided) is None
-    assert report.as_data(guided, summary)["surrogate"] is None
-    assert "surrogate:" not in status.text(status.as_data(guided, summary))
-    assert "The surrogate" not in report.write_html(guided, summary, tmp_path / "page.html").read_text()
+    assert report.as_data(summary)["surrogate"] is None
+    assert "surrogate:" not in status.text(status.as_data(summary))
+    assert "The surrogate" not in report.write_html(summary, tmp_path / "page.html").read_text()
 
 
 def test_progress_is_on_the_items_that_were_scored(opened: Opened) -> None:

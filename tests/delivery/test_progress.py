@@ -9,7 +9,7 @@ from rich.console import Console
 
 from evomerge.delivery.progress import Live
 from evomerge.evaluation.scores import Failure
-from evomerge.running.forecast import Estimate
+from evomerge.running.observers import Estimate
 from tests.running.fakes import TIMING, recipe, scores
 
 

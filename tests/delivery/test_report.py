@@ -12,30 +12,30 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from evomerge import compose
 from evomerge.delivery import report
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Scores
 from evomerge.running.store import RunStore
 from evomerge.search.ports import Named
+from evomerge.stored import StoredRun
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def opened(finished_run: Path) -> tuple[RunStore, Summary]:
+def opened(finished_run: Path) -> Summary:
     store = RunStore.read(finished_run)
-    return store, Summary(store, compose.stored_suite(store))
+    return Summary(StoredRun(store))
 
 
 @pytest.fixture(scope="module")
-def page(opened: tuple[RunStore, Summary], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return report.write_html(*opened, tmp_path_factory.mktemp("page") / "report.html")
+def page(opened: Summary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.write_html(opened, tmp_path_factory.mktemp("page") / "report.html")
 
 
-def test_rows_are_base_parents_baselines_winner(opened: tuple[RunStore, Summary]) -> None:
-    rows = opened[1].rows()
+def test_rows_are_base_parents_baselines_winner(opened: Summary) -> None:
+    rows = opened.rows()
     roles = [row.role for row in rows]
     assert roles[:3] == ["base", "parent", "parent"]
     assert set(roles[3:-1]) == {"baseline"}
@@ -44,8 +44,8 @@ def test_rows_are_base_parents_baselines_winner(opened: tuple[RunStore, Summary]
     assert {"uniform average", "TIES", "DARE-TIES", "SLERP", "Model Stock", "greedy soup"} <= names
 
 
-def test_numbers_are_those_of_the_stored_items(opened: tuple[RunStore, Summary]) -> None:
-    store, summary = opened
+def test_numbers_are_those_of_the_stored_items(opened: Summary) -> None:
+    summary, store = opened, opened.store
     for row in summary.rows():
         scores = store.result(row.recipe, "test")
         assert isinstance(scores, Scores)
@@ -57,8 +57,8 @@ def test_numbers_are_those_of_the_stored_items(opened: tuple[RunStore, Summary])
     assert base.retention == pytest.approx(1)
 
 
-def test_the_verdict_is_against_the_best_row_that_was_not_searched(opened: tuple[RunStore, Summary]) -> None:
-    summary = opened[1]
+def test_the_verdict_is_against_the_best_row_that_was_not_searched(opened: Summary) -> None:
+    summary = opened
     rows = summary.rows()
     verdict = summary.verdict(rows)
     assert verdict is not None
@@ -74,20 +74,20 @@ def test_the_verdict_is_against_the_best_row_that_was_not_searched(opened: tuple
     assert verdict.sentence.startswith("search helped") == (verdict.test.low > 0)
 
 
-def test_progress_and_finalists(opened: tuple[RunStore, Summary]) -> None:
-    progress = opened[1].progress()
+def test_progress_and_finalists(opened: Summary) -> None:
+    progress = opened.progress()
     assert progress.generations == (0, 1, 2)
     assert list(progress.best_so_far) == sorted(progress.best_so_far)
     assert progress.best_baseline is not None
-    finalists = opened[1].finalists()
+    finalists = opened.finalists()
     assert 3 <= len(finalists) <= 4  # with their soup, where it was no worse than the first
     assert finalists[-1].name == "mean of the search"
     assert all(f.search is not None and f.select is not None for f in finalists)
     assert {f.name for f in finalists[2:-1]} <= {"soup of the finalists"}
 
 
-def test_claims_are_paired_tests_of_the_winner_read_together(opened: tuple[RunStore, Summary]) -> None:
-    store, summary = opened
+def test_claims_are_paired_tests_of_the_winner_read_together(opened: Summary) -> None:
+    summary, store = opened, opened.store
     rows = summary.rows()
     verdict, claims = summary.verdict(rows), summary.claims(rows)
     assert verdict is not None
@@ -107,8 +107,8 @@ def test_claims_are_paired_tests_of_the_winner_read_together(opened: tuple[RunSt
     assert [c.adjusted for c in claims] == statistics.holm([c.test.p for c in claims])
 
 
-def test_shares_are_of_the_specialists_raw_scores(opened: tuple[RunStore, Summary]) -> None:
-    summary = opened[1]
+def test_shares_are_of_the_specialists_raw_scores(opened: Summary) -> None:
+    summary = opened
     rows = summary.rows()
     found = {share.task: share for share in summary.shares(rows)}
     assert found["demo_reverse"].specialist == "reverse"
@@ -122,8 +122,8 @@ def test_shares_are_of_the_specialists_raw_scores(opened: tuple[RunStore, Summar
             assert share.winner is None
 
 
-def test_luck_says_what_to_expect_and_what_happened(opened: tuple[RunStore, Summary]) -> None:
-    summary = opened[1]
+def test_luck_says_what_to_expect_and_what_happened(opened: Summary) -> None:
+    summary = opened
     luck = summary.luck()
     assert luck is not None
     assert luck.candidates == 12
@@ -135,11 +135,11 @@ def test_luck_says_what_to_expect_and_what_happened(opened: tuple[RunStore, Summ
 def test_a_warm_start_is_shown_but_neither_rival_nor_winner(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "run")
     with RunStore.open(tmp_path / "run") as store:
-        before = Summary(store, compose.stored_suite(store))
+        before = Summary(StoredRun(store))
         best = before.best_unsearched(before.rows())
         assert best is not None
         store.record_entry("start", 0, Named(name="gradient", recipe=before.winner.recipe))  # type: ignore[union-attr]
-        summary = Summary(store, compose.stored_suite(store))
+        summary = Summary(StoredRun(store))
         rows = summary.rows()
         assert [row.role for row in rows[-2:]] == ["start", "winner"]
         after = summary.best_unsearched(rows)
@@ -147,17 +147,17 @@ def test_a_warm_start_is_shown_but_neither_rival_nor_winner(finished_run: Path, 
     assert after.name == best.name
 
 
-def test_cost_adds_up(opened: tuple[RunStore, Summary]) -> None:
-    cost = opened[1].cost()
+def test_cost_adds_up(opened: Summary) -> None:
+    cost = opened.cost()
     assert cost.candidates == 12
     assert min(cost.forward, cost.merge, cost.scoring, cost.search) > 0
     assert 0 < cost.overhead < 1
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_terminal_table_fits_and_ends_with_the_verdict(opened: tuple[RunStore, Summary], width: int) -> None:
+def test_terminal_table_fits_and_ends_with_the_verdict(opened: Summary, width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(report.terminal(*opened, width=width))
+    console.print(report.terminal(opened, width=width))
     text = console.export_text()
     assert "winner" in text
     assert "retention" in text
@@ -172,8 +172,8 @@ def test_terminal_table_fits_and_ends_with_the_verdict(opened: tuple[RunStore, S
         assert each in said
 
 
-def test_as_data_is_json(opened: tuple[RunStore, Summary]) -> None:
-    data = json.loads(json.dumps(report.as_data(*opened)))
+def test_as_data_is_json(opened: Summary) -> None:
+    data = json.loads(json.dumps(report.as_data(opened)))
     assert len(data["rows"][0]["mean"]) == 3
     assert data["claims"][0]["p_holm"] >= data["claims"][0]["p"] == data["verdict"]["p"]
     assert {share["task"] for share in data["kept"]} >= {"demo_reverse", "demo_upper"}
@@ -187,19 +187,19 @@ def test_an_unfinished_run_reports_what_there_is(finished_run: Path, tmp_path: P
         store._db.execute("DELETE FROM score WHERE split = 'test'")
         store._db.execute("DELETE FROM entry WHERE role = 'winner'")
         store._db.commit()
-        summary = Summary(store, compose.stored_suite(store))
+        summary = Summary(StoredRun(store))
         assert summary.rows() == []
         assert summary.verdict([]) is None
-        text = report.write_html(store, summary, tmp_path / "report.html").read_text()
+        text = report.write_html(summary, tmp_path / "report.html").read_text()
     assert "no verdict yet" in text
 
 
-def test_the_page_is_self_contained(page: Path, opened: tuple[RunStore, Summary]) -> None:
+def test_the_page_is_self_contained(page: Path, opened: Summary) -> None:
     text = page.read_text()
     outside = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(src|href)=[\"'](?!data:)", outside)
     assert text.count("<script>") == 2
-    verdict = opened[1].verdict(opened[1].rows())
+    verdict = opened.verdict(opened.rows())
     assert verdict is not None
     assert verdict.sentence in text
     for heading in ("The winner, claim by claim", "What is kept of every specialist"):

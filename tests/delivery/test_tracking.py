@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge import compose
 from evomerge.config import RunConfig, TrackerSpec
-from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.delivery.tracking import STATE, Tracked, flat, opened, require_packages
 from evomerge.errors import ConfigError
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.search.ports import GuideState
+from evomerge.stored import StoredRun
 from tests.running.fakes import recipe
 from tests.test_cli import invoke, refuse
 
@@ -75,12 +74,12 @@ def session(
 ) -> list[str]:
     """Tell a tracker of a stored run as a session that replays it does; return the warnings."""
     warnings: list[str] = []
-    tracked = Tracked(Silent(), specs, run, warn=warnings.append, open_=open_ or notebook.open)
+    tracked = Tracked(specs, run, warn=warnings.append, open_=open_ or notebook.open)
     with tracked, RunStore.read(run) as store:
         for generation in range(generations):
             tracked.generation_done(generation, 4.0 * generation, 0.25 + generation)
         if finish:
-            tracked.finish(Summary(store, compose.stored_suite(store)), run / "report.html")
+            tracked.finish(Summary(StoredRun(store)), run / "report.html")
     return warnings
 
 
@@ -98,7 +97,7 @@ def test_what_is_told(run: Path) -> None:
         losses = store.generations()[2].losses
         guide = store.guide()[2]
         winner = store.entries("winner")[0].recipe.hash
-        summary = Summary(store, compose.stored_suite(store))
+        summary = Summary(StoredRun(store))
         row = next(row for row in summary.rows() if row.role == "winner")
     assert losses is not None
     assert values["objective/best"] == -losses.min()
@@ -189,7 +188,9 @@ def test_wandb_never_asks_for_a_key_in_the_middle_of_a_run(
 
 def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: Path) -> None:
     recipes = [recipe(1), recipe(2)]
-    with RunStore.create(tmp_path, {"config": {"models": {"base": "base", "sources": {"a": "a"}}}}) as store:
+    with RunStore.create(
+        tmp_path, {facts.CONFIG: {"models": {"base": "base", "sources": {"a": "a"}}}}
+    ) as store:
         store.begin_session({})
         for generation in range(2):
             store.record_ask(generation, np.full((2, 1), 0.5 * generation), recipes)
@@ -198,7 +199,7 @@ def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: 
             state = GuideState(correlation=0.5 * generation or None, proposed=1, blocks=2, radius=0.1)
             store.record_guide(generation, state)
         notebook, warnings = Notebook(), list[str]()
-        with Tracked(Silent(), [TENSORBOARD], tmp_path, warn=warnings.append, open_=notebook.open) as tracked:
+        with Tracked([TENSORBOARD], tmp_path, warn=warnings.append, open_=notebook.open) as tracked:
             for generation in range(2):
                 tracked.generation_done(generation, 1.0, -np.inf)
     steps = [of[1] for what, of in notebook.told if what == "step"]

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError
 from evomerge.evaluation.engine import EngineMismatch, Mirror, canary_logprobs, refuse_sampling, weights
@@ -29,6 +28,7 @@ from evomerge.evaluation.scores import Failure, NonFiniteScores, Scores
 from evomerge.evaluation.vllm_engine import VllmEngine
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import prepare
 from evomerge.running import worker as worker_module
 from evomerge.running.worker import Job, Worker, WorkerSpec
 from tests.test_cli import refuse
@@ -97,7 +97,7 @@ def fake_for(worker: Worker) -> Fake:
 
 @pytest.fixture
 def spec(config: Callable[..., Path]) -> tuple[WorkerSpec, Recipe]:
-    prepared = compose.prepare(RunConfig.load(config(dtype="float32")))
+    prepared = prepare(RunConfig.load(config(dtype="float32")))
     return prepared.worker, prepared.template
 
 
@@ -249,14 +249,14 @@ def test_the_engine_is_part_of_the_identity_and_the_default_changes_none(
     other = RunConfig.load(config(executor={**_executor(plain), "generation": "vllm"}))
     assert plain.identity() == named.identity() != other.identity()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert compose.prepare(other).worker.generation == "vllm"
+    assert prepare(other).worker.generation == "vllm"
     for changes in (
         {"space": "layer_path", "optimizer": {}},
         {"tokenizer": "union"},
     ):
         wrong = RunConfig.load(config(executor={"generation": "vllm"}, **changes))
         with pytest.raises(ConfigError, match="one model of the base's layers and vocabulary"):
-            compose.prepare(wrong)
+            prepare(wrong)
 
 
 def _executor(config: RunConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _events: list[str] = []
 def label(frame: Any) -> str:
     """Name a stored event: what was recorded, and of which kind."""
     told, name = frame.f_locals, frame.f_code.co_name
-    if name == "set_fact":
+    if name == "write_value":
         return f"fact {told['key'].split()[0]}"
     if name == "record_scores":
         return f"scores {told['parts'][0].split}"

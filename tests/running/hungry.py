@@ -24,7 +24,7 @@ from evomerge.running.batches import Batches, begun_again, decisions
 from evomerge.running.budget import Budget, BudgetSpec
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.scorer import Scorer
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job, Result, WorkerSpec, failure_of
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
@@ -126,8 +126,8 @@ def session(folder: Path, executor: Any) -> Outcome:
         seed=0,
     )
     models = {"base": "base", "sources": {"a": "a", "b": "b"}}
-    facts = {"config": {"models": models}, "blocks": BLOCKS}
-    with RunStore.open(folder) if RunStore.exists(folder) else RunStore.create(folder, facts) as store:
+    begun = {facts.CONFIG: {"models": models}, facts.BLOCKS: BLOCKS}
+    with RunStore.open(folder) if RunStore.exists(folder) else RunStore.create(folder, begun) as store:
         store.begin_session({})
 
         def search(batches: Batches) -> Outcome:

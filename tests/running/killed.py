@@ -20,6 +20,7 @@ import torch
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
+from evomerge.prepare import prepare
 from evomerge.running import executors
 from evomerge.running.store import RunStore
 
@@ -63,7 +64,7 @@ def moments(names: list[str]) -> list[tuple[int, bool]]:
 
     In the warm start; in the last generation, at its ask, between scores and at its tell; when it is over.
     """
-    steps = [i for i, name in enumerate(names, start=1) if name == "set_fact"]
+    steps = [i for i, name in enumerate(names, start=1) if name == "write_value"]
     ask = max(i for i, name in enumerate(names, start=1) if name == "record_ask")
     tell = max(i for i, name in enumerate(names, start=1) if name == "record_tell")
     winner = max(i for i, name in enumerate(names, start=1) if name == "record_entry")
@@ -71,14 +72,14 @@ def moments(names: list[str]) -> list[tuple[int, bool]]:
 
 
 def main(config_path: Path, folder: Path) -> None:
-    executor = executors.Inline(compose.prepare(RunConfig.load(config_path)).worker)
+    executor = executors.Inline(prepare(RunConfig.load(config_path)).worker)
     executors.build = lambda *_: executor  # type: ignore[assignment]
 
     def start(name: str) -> None:
         compose.start(RunConfig.load(config_path, out=str(folder / name)), Silent())
 
     def finish(name: str) -> None:
-        compose.start(compose.stored_config(folder / name), Silent())
+        compose.resume(folder / name, Silent())
 
     assert forked(lambda: (die_at(10**9, before_commit=False), start("whole"), _dump(folder))) == 0
     names: list[str] = json.loads((folder / "events.json").read_text())

@@ -12,16 +12,16 @@ from unittest import mock
 
 import numpy as np
 
-from evomerge import compose
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure, joined
 from evomerge.running.batches import Batches
 from evomerge.running.breaker import tried_again
-from evomerge.running.budget import BudgetSpec
+from evomerge.running.budget import Budget, BudgetSpec
 from evomerge.running.clock import Clock
 from evomerge.running.forecast import Forecast, Watch
+from evomerge.running.observers import Observers
 from evomerge.running.scorer import Scorer
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.store import RunStore, Timing, facts
 from evomerge.running.worker import GradientJob, Job, NotBegun, Result
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
@@ -101,17 +101,18 @@ def spend_night(
     """Run, or go on with, the run in a folder; one session."""
     time = executor.time
     config = {"models": {"base": "base", "sources": {"a": "a", "b": "b"}}, "budget": budget.model_dump()}
-    facts = {"config": config, "blocks": BLOCKS, "suite": SUITE.model_dump(mode="json")}
+    begun = {facts.CONFIG: config, facts.BLOCKS: BLOCKS, facts.SUITE: SUITE.model_dump(mode="json")}
     with mock.patch("evomerge.running.store.store.time", SimpleNamespace(time=time)):
         exists = RunStore.exists(folder)
-        with RunStore.open(folder) if exists else RunStore.create(folder, facts) as store:
+        with RunStore.open(folder) if exists else RunStore.create(folder, begun) as store:
             store._db.execute("PRAGMA synchronous=OFF")  # nobody pulls the plug here
             clock = Clock(time, earlier=store.hours())
             forecast = Forecast(
                 store, clock, budget, workers=executor.workers, finalists=FINALISTS, several=bool(several)
             )
             store.begin_session({}, started=time())
-            watch = Watch(observer or Silent(), forecast, store, budget, time)
+            shown = observer or Silent()
+            watch = Observers(Watch(forecast, store, budget, shown, time), shown)
             search = Search(
                 SearchPlan(
                     suite=SUITE,
@@ -127,12 +128,12 @@ def spend_night(
                 ),
                 scorer=Scorer(store, executor, watch, Batches(store, 64), failures=budget.failures, now=time),
                 journal=store,
-                budget=compose._budget(store, budget, clock, forecast),
+                budget=Budget.of_run(store, budget, clock, forecast.reserve),
                 observer=watch,
             )
             with tried_again(store):
                 outcome = search.run()
-            store.set_fact("stopped", outcome.stopped)
+            facts.STOPPED.set(store, outcome.stopped)
             time.at += 1.0
             return outcome
 

@@ -16,16 +16,17 @@ from evomerge.delivery.progress import Silent
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import Prepared, prepare
 from evomerge.running.executors import Inline
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job, Worker
 from tests.conftest import write_suite
 from tests.running import quick
 
 
 @pytest.fixture
-def prepared(config: Callable[..., Path]) -> compose.Prepared:
-    return compose.prepare(RunConfig.load(config(dtype="float16")))
+def prepared(config: Callable[..., Path]) -> Prepared:
+    return prepare(RunConfig.load(config(dtype="float16")))
 
 
 def nan_logits(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,7 @@ def far_too_long(recipe: Recipe) -> Recipe:
     ids=["weights", "logits", "metric raises", "metric is NaN"],
 )
 def test_a_bad_candidate_is_a_failure_and_the_next_is_scored_as_ever(
-    prepared: compose.Prepared,
+    prepared: Prepared,
     monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[Worker, pytest.MonkeyPatch], None],
     change: Callable[[Recipe], Recipe] | None,
@@ -131,7 +132,7 @@ def test_a_generation_that_fails_as_a_whole_is_survived(
         losses = generations[0].losses
         assert losses is not None
         assert len(set(losses[:, 0].tolist())) == 1
-        assert store.fact("stopped") == "budget of 3 generations used"
+        assert facts.STOPPED.get(store) == "budget of 3 generations used"
         assert store.entries("winner")[0].recipe.hash not in {recipe for recipe, _, _ in failures}
 
 
@@ -144,12 +145,12 @@ def test_a_run_whose_candidates_all_fail_says_so(
     monkeypatch.setattr(quick, "_unlucky", lambda recipe: recipe.hash not in good)
     with pytest.raises(UserError, match="no candidate could be scored, so there is no winner") as error:
         quick_run(budget={"generations": 2})
-    assert "what failed is tried again" in str(error.value)
+    assert "failed candidates are tried again" in str(error.value)
     monkeypatch.undo()
     monkeypatch.setattr(compose.executors, "build", quick.build(0))
     with RunStore.read(tmp_path / "run") as store:
         assert not store.failures()
-    compose.start(compose.stored_config(tmp_path / "run", generations=4), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=4)
     with RunStore.read(tmp_path / "run") as store:
         assert store.entries("winner")
 
@@ -168,7 +169,7 @@ def test_a_search_that_only_repeats_itself_ends(quick_run: Callable[..., RunStor
         recipes = {recipe for generation in store.generations() for recipe in generation.recipes}
         assert len(recipes) <= 2
         assert len(store.generations()) > 2
-        assert "budget of 400 items used" in store.fact("stopped")
+        assert "budget of 400 items used" in facts.STOPPED.get(store)
 
 
 def test_a_parent_that_fails_is_named_and_can_be_mended(
@@ -178,9 +179,9 @@ def test_a_parent_that_fails_is_named_and_can_be_mended(
         patched.setattr(quick, "_unlucky", lambda recipe: recipe.groups[0].sources == ("upper",))
         with pytest.raises(UserError, match="upper could not be scored on search: RuntimeError") as error:
             quick_run()
-    assert "mend this, then resume" in str(error.value)
+    assert "remove the cause, then resume" in str(error.value)
     with RunStore.read(tmp_path / "run") as store:
         assert store.failures() == []  # it may be scored once its cause is gone
-    compose.start(compose.stored_config(tmp_path / "run", generations=1), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=1)
     with RunStore.read(tmp_path / "run") as store:
         assert store.entries("winner")

@@ -19,8 +19,9 @@ from evomerge.delivery.progress import Silent
 from evomerge.errors import ConfigError
 from evomerge.running.budget import Budget, BudgetSpec, Stop, replaced
 from evomerge.running.clock import Clock, moment
-from evomerge.running.forecast import SAFETY, Estimate
-from evomerge.running.store import RunStore
+from evomerge.running.forecast import SAFETY
+from evomerge.running.observers import Estimate
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job
 from evomerge.schema import parse
 from evomerge.search.loop import Outcome
@@ -43,9 +44,9 @@ def uneven(job: Job) -> float:
     return (20.0 + 5.0 * len(job.blocks)) * (0.75 + int(job.recipe.hash[:4], 16) / 131072)
 
 
-def facts(folder: Path, *names: str) -> list[object]:
+def stored(folder: Path, *names: facts.Fact[object]) -> list[object]:
     with RunStore.read(folder) as store:
-        return [store.fact(name) for name in names]
+        return [fact.get(store) for fact in names]
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def whole_night(seed: int, generations: int, guided: bool) -> tuple[object, ...]
         surrogate = SurrogateSpec(blocks=1) if guided else None
         budget = BudgetSpec(generations=generations)
         outcome = spend_night(folder, Simulated(Time()), budget, seed=seed, surrogate=surrogate)
-        return course(folder), outcome.winner.recipe.hash, facts(folder, "spent")
+        return course(folder), outcome.winner.recipe.hash, stored(folder, facts.SPENT)
 
 
 # -- limits of the clock --------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_the_clock_ends_the_search_early_enough_for_the_finish(
         kept = limit.at - asked[-1].not_after  # type: ignore[operator]
         assert 0 < kept < 0.5 * (limit.at - EVENING) + SAFETY * 20 * LONGEST
         assert begun > asked[-1].not_after - (POPULATION + 1) * LONGEST  # type: ignore[operator]
-        (stop,) = facts(folder, "stop")
+        (stop,) = stored(folder, facts.STOP)
         assert stop["reason"] == outcome.stopped  # type: ignore[index]
 
 
@@ -131,7 +132,7 @@ def test_a_night_cut_short_and_gone_on_with_ends_like_an_unbroken_one(
             folder, executor, BudgetSpec(generations=generations), seed=seed, surrogate=surrogate
         )
         assert last.stopped == f"budget of {generations} generations used"
-        found = (course(folder), last.winner.recipe.hash, facts(folder, "spent"))
+        found = (course(folder), last.winner.recipe.hash, stored(folder, facts.SPENT))
         assert found == whole_night(seed, generations, guided)
 
 
@@ -203,7 +204,7 @@ def test_no_count_is_overshot_by_more_than_a_generation(limit: int, guided: bool
     for budget in (BudgetSpec(evaluations=limit), BudgetSpec(items=limit * FULL)):
         with fresh() as folder:
             outcome = spend_night(folder, Simulated(Time()), budget, surrogate=surrogate, keep=keep)
-            ((_, items),) = facts(folder, "spent")  # type: ignore[misc]
+            ((_, items),) = stored(folder, facts.SPENT)  # type: ignore[misc]
             assert "used" in outcome.stopped
             assert limit * FULL - 2 * POPULATION * FULL < items <= limit * FULL + POPULATION * FULL
 
@@ -231,7 +232,7 @@ def test_candidates_are_not_scored_again_on_more_items_beyond_the_budget(tmp_pat
     assert limit < spent[grown]
     outcome = spend("short", limit)
     assert outcome.stopped.startswith(f"budget of {limit} evaluations used")
-    ((generation, items),) = facts(tmp_path / "short", "spent")  # type: ignore[misc]
+    ((generation, items),) = stored(tmp_path / "short", facts.SPENT)  # type: ignore[misc]
     assert generation == grown
     assert items <= limit * FULL
     later = spend("short", 40)
@@ -305,7 +306,7 @@ def test_the_end_and_the_cost_are_estimated_from_the_first_generation_on(
         assert estimate.spent == pytest.approx(3.0 * (estimate.made - EVENING) / 3600)
         assert estimate.ends - EVENING == pytest.approx(ended - EVENING, rel=0.25)
         assert estimate.cost == pytest.approx(3.0 * (estimate.ends - EVENING) / 3600)
-    ((clock),) = facts(tmp_path / "run", "clock")
+    ((clock),) = stored(tmp_path / "run", facts.CLOCK)
     assert clock["estimate"] == observer.seen[-1].as_data()  # type: ignore[index]
     observer.seen.clear()
     spend_night(tmp_path / "run", executor, budget, observer=observer)

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-MODULES = ["budget", "clock", "forecast", "retries"]
+MODULES = ["budget", "clock", "forecast", "observers", "retries"]
 
 
 @pytest.mark.parametrize("name", MODULES)

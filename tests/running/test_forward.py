@@ -21,8 +21,10 @@ from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import StoreError
+from evomerge.prepare import check_folder, prepare, run_facts
 from evomerge.running import forward, out_of_memory
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
+from evomerge.stored import StoredRun, environment_note
 from tests.test_cli import invoke, refuse
 
 INLINE = {"name": "inline", "batch_size": 32}
@@ -32,9 +34,8 @@ def test_what_transformers_chooses_is_recorded_and_shown(finished_run: Path) -> 
     with RunStore.read(finished_run) as store:
         found = forward.stored(store)
         card = exporting.card(
-            store,
-            summary := Summary(store, compose.stored_suite(store)),
-            exporting.find(store, summary, "winner"),
+            summary := Summary(StoredRun(store)),
+            exporting.find(summary, "winner"),
         )
     assert found is not None
     assert forward.as_data(found) == {
@@ -71,7 +72,7 @@ def test_an_unknown_dtype_is_one_message(config: Callable[..., Path], tmp_path: 
 
 def test_settings_reach_the_model(config: Callable[..., Path]) -> None:
     spec = {**INLINE, "attention": "eager", "dtype": "bfloat16", "max_length": 48, "threads": 2}
-    prepared = compose.prepare(RunConfig.load(config(executor=spec)))
+    prepared = prepare(RunConfig.load(config(executor=spec)))
     found = forward.find(prepared.worker)
     assert (found.attention, found.dtype, found.max_length, found.threads) == ("eager", "bfloat16", 48, 2)
     assert forward.Forward(**{**forward.as_data(found), "device": "cuda", "threads": None}).sentence == (
@@ -84,8 +85,8 @@ def test_settings_reach_the_model(config: Callable[..., Path]) -> None:
 def begun(config: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     """A config and a run of it that was begun with two threads and got no further."""
     path = config(generate=False, executor={**INLINE, "threads": 2})
-    prepared = compose.prepare(RunConfig.load(path))
-    RunStore.create(prepared.folder, compose._facts(prepared)).close()
+    prepared = prepare(RunConfig.load(path))
+    RunStore.create(prepared.folder, run_facts(prepared)).close()
     return path, tmp_path / "run"
 
 
@@ -93,13 +94,13 @@ def test_a_run_keeps_its_threads_and_another_number_is_refused(
     begun: tuple[Path, Path], config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    prepared = compose.prepare(RunConfig.load(config(generate=False, executor=INLINE)))
+    prepared = prepare(RunConfig.load(config(generate=False, executor=INLINE)))
     assert prepared.worker.threads == 2
-    compose.check_folder(prepared)
+    check_folder(prepared)
     for changes, what in (({"threads": 1}, "number of threads"), ({"threads": 7}, "number of threads")):
-        other = compose.prepare(RunConfig.load(config(generate=False, executor={**INLINE, **changes})))
+        other = prepare(RunConfig.load(config(generate=False, executor={**INLINE, **changes})))
         with pytest.raises(StoreError, match=what) as caught:
-            compose.check_folder(other)
+            check_folder(other)
         assert "expected: 2" in str(caught.value)
         assert "set executor.threads: 2" in str(caught.value)
 
@@ -127,9 +128,9 @@ def test_an_attention_that_transformers_chooses_otherwise_now_is_refused(
     begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, folder = begun
-    found = forward.as_data(forward.find(compose.prepare(RunConfig.load(path)).worker))
+    found = forward.as_data(forward.find(prepare(RunConfig.load(path)).worker))
     with RunStore.open(folder) as store:
-        store.set_fact(forward.FACT, {**found, "attention": "eager"})
+        facts.FORWARD.set(store, {**found, "attention": "eager"})
     with pytest.raises(StoreError, match="the attention implementation changed") as caught:
         compose.start(RunConfig.load(path), Silent())
     assert "expected: eager" in str(caught.value)
@@ -139,32 +140,35 @@ def test_another_environment_is_a_note_before_and_in_the_report(
     begun: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, folder = begun
-    now = compose.versions()
+    now = forward.versions()
     assert "processor" in now
     with RunStore.open(folder) as store:
-        assert compose.environment_note(tmp_path / "none") is None
+        assert environment_note(tmp_path / "none") is None
         store.begin_session({**now, "torch": "1.0", "processor": "another (AVX2)"})
-    said = compose.environment_note(folder)
+    said = environment_note(folder)
     assert said is not None
     assert f"torch 1.0 before, {now['torch']} now" in said
     assert "processor another (AVX2) before" in said
     with RunStore.open(folder) as store:
         store.begin_session(now)
-        lines = notes(store, Summary(store, compose.stored_suite(store)))
+        lines = notes(Summary(StoredRun(store)))
     assert any(line.startswith("several environments were used") and "torch 1.0" in line for line in lines)
 
 
 def test_a_run_notes_the_kernels_that_a_process_of_the_same_environment_has(tmp_path: Path) -> None:
-    now = compose.versions()
+    now = forward.versions()
     assert {"blas", "simd"} <= now.keys()
-    script = "from evomerge import compose; found = compose.versions(); print(found['blas'], found['simd'])"
+    script = (
+        "from evomerge import compose; from evomerge.running import forward; "
+        "versions = forward.versions(); print(versions['blas'], versions['simd'])"
+    )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"{now['blas']} {now['simd']}", done.stderr
 
 
 def test_another_blas_kernel_is_a_note_and_an_unknown_one_is_not() -> None:
-    now = compose.versions()
+    now = forward.versions()
     assert forward.changes({**now, "blas": "openblas Another"}, now) == (
         f"blas openblas Another before, {now['blas']} now"
     )

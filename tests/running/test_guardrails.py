@@ -18,12 +18,12 @@ from evomerge.evaluation.scores import Failure, Scores
 from evomerge.running import retries
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.executors import LocalProcesses
-from evomerge.running.store import RunStore, file
+from evomerge.running.store import RunStore, facts, file
 from evomerge.running.worker import Job, NotBegun, Result, Worker
 from evomerge.search.ports import Named
+from evomerge.stored import StoredRun
 from tests.running.fakes import TIMING, recipe, scores, spec
 from tests.running.nights import Simulated, Time, spend_night
-from tests.search.fakes import SUITE
 
 
 class OutOfMemory(RuntimeError):
@@ -228,7 +228,7 @@ def test_a_few_failures_are_a_few_failures(tmp_path: Path) -> None:
     spend_night(tmp_path / "run", Flaky(Time()), budget, observer=Hears())
     with RunStore.read(tmp_path / "run") as kept:
         assert len(kept.failures()) > 10
-        assert Summary(kept, SUITE).evaluations() == told[-1] == 6 * 6  # the failed are charged, too
+        assert Summary(StoredRun(kept)).evaluations() == told[-1] == 6 * 6  # the failed are charged, too
 
 
 def test_finalists_that_all_fail_are_tried_again(tmp_path: Path) -> None:
@@ -252,7 +252,9 @@ def test_finalists_that_all_fail_are_tried_again(tmp_path: Path) -> None:
 def test_failures_before_a_success_are_kept(tmp_path: Path) -> None:
     """Also those of an earlier session count, where nothing was scored since."""
     bad = Failure(kind="crash", reason="died")
-    with RunStore.create(tmp_path / "run", {"config": {"models": {"base": "base", "sources": {}}}}) as made:
+    with RunStore.create(
+        tmp_path / "run", {facts.CONFIG: {"models": {"base": "base", "sources": {}}}}
+    ) as made:
         made.record_failure(recipe(1), "search", bad)
         made.record_scores(recipe(2), scores(2), TIMING)
         made.record_failure(recipe(3), "search", bad)
@@ -271,9 +273,9 @@ def test_a_store_that_stays_locked_is_one_message(tmp_path: Path, monkeypatch: p
     with RunStore.create(tmp_path / "run", {}) as made:
         other = sqlite3.connect(tmp_path / "run" / "run.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match="kept it locked"):
-            made.set_fact("norms", {})
+        with pytest.raises(StoreError, match="another program has locked it"):
+            facts.NORMS.set(made, {})
         other.execute("ROLLBACK")
         other.close()
-        made.set_fact("norms", {})
-        assert made.fact("norms") == {}
+        facts.NORMS.set(made, {})
+        assert facts.NORMS.get(made) == {}

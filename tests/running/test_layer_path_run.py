@@ -14,8 +14,10 @@ from evomerge.delivery import export, predict
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.scores import Scores
-from evomerge.running.store import RunStore
+from evomerge.prepare import prepare
+from evomerge.running.store import RunStore, facts
 from evomerge.search.warm_start import WarmStartSpec
+from evomerge.stored import StoredRun
 
 PATHS = {
     "kind": "layer_path",
@@ -34,7 +36,7 @@ def test_weights_first_then_paths_through_the_winner(
 ) -> None:
     compose.start(RunConfig.load(config(budget={"generations": 1})), Silent())
     with RunStore.read(tmp_path / "run") as store:
-        merged = export.export(store, Summary(store, compose.stored_suite(store)), tmp_path / "merged").folder
+        merged = export.export(Summary(StoredRun(store)), tmp_path / "merged").folder
 
     sources = {"upper": str(tiny_zoo / "upper"), "reverse": str(tiny_zoo / "reverse"), "merged": str(merged)}
     models = {"base": str(tiny_zoo / "base"), "sources": sources}
@@ -50,8 +52,7 @@ def test_weights_first_then_paths_through_the_winner(
     compose.start(loaded, Silent())
     with RunStore.read(tmp_path / "paths") as store:
         winner = store.entries("winner")[0].recipe.hash
-        suite = compose.stored_suite(store)
-        assert "no candidate" not in str(store.fact("stopped"))
+        assert "no candidate" not in str(facts.STOPPED.get(store))
         recipes = [recipe for generation in store.generations() for recipe in generation.recipes]
         stacks = [store.recipe(found) for found in recipes]
         assert {stack.num_layers for stack in stacks} == {2, 3}
@@ -62,19 +63,19 @@ def test_weights_first_then_paths_through_the_winner(
         assert all(isinstance(scores, Scores) for scores in averages)
         chosen = next(stack for stack in stacks if stack.num_layers == 3)
         before = store.result(chosen.hash, "search")
-        out = export.export(store, Summary(store, suite), tmp_path / "out", pick=chosen.hash[:12]).folder
+        out = export.export(Summary(StoredRun(store)), tmp_path / "out", pick=chosen.hash[:12]).folder
 
-    again = export.rescore(out, compose.prepare(loaded).worker, "search")
+    again = export.rescore(out, prepare(loaded).worker, "search")
     assert isinstance(before, Scores)
     for one, other in zip(again.tasks, before.tasks, strict=True):
         assert np.array_equal(one.metric, other.metric)
 
     known = RunConfig.load(path).model_copy(update={"out": str(tmp_path / "next")})
     started = known.model_copy(update={"warm_start": WarmStartSpec(recipes=(str(out / "recipe.yaml"),))})
-    (start,) = compose.prepare(started).warm.recipes
+    (start,) = prepare(started).warm.recipes
     assert start.recipe.hash == chosen.hash  # what a run exports, the next one can begin with
     with RunStore.read(tmp_path / "paths") as store:
-        template = compose.prepare(loaded).template
+        template = prepare(loaded).template
         assert predict.find(store, template, str(out / "recipe.yaml")).hash == chosen.hash
 
     compose.start(RunConfig.load(path), Silent())  # replayed: every ask is compared with the stored one

@@ -37,7 +37,7 @@ def logged_run(config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
     )
     write_suite(tmp_path, generate=False)
     compose.start(RunConfig.load(path), Silent())
-    compose.start(compose.stored_config(tmp_path / "run", generations=2), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=2)
     return tmp_path / "run"
 
 
@@ -92,7 +92,7 @@ def test_the_example_in_the_docstring() -> None:
 
 def test_every_event_is_described_and_has_a_sentence() -> None:
     page = (Path(__file__).parents[2] / "runs" / "README.md").read_text()
-    table = page[page.index("| event | says |") : page.index("A session without an end")]
+    table = page[page.index("| event | meaning |") : page.index("A session without an end")]
     assert set(re.findall(r"^\| (\w+) \|", table, flags=re.MULTILINE)) - {"event"} == set(_SENTENCES)
 
 

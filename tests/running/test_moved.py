@@ -16,7 +16,7 @@ from evomerge import compose
 from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from tests.conftest import write_suite
 from tests.running import quick
 
@@ -67,7 +67,7 @@ def test_a_project_moved_as_a_whole_goes_on(project: Path, tmp_path: Path) -> No
     assert resume(moved / "run", *places, "--suite", moved / "suite.yaml") == (0, "")
     with RunStore.read(moved / "run") as store:
         assert store.digest() == digest
-        assert store.fact("config")["models"]["base"] == str(moved / "base")
+        assert facts.CONFIG.get(store)["models"]["base"] == str(moved / "base")
     assert resume(moved / "run", "--generations", 2) == (0, "")  # they are remembered
     assert not project.exists()
 
@@ -157,13 +157,13 @@ def test_every_byte_is_compared_on_request(project: Path, monkeypatch: pytest.Mo
         digest = store.digest()
     assert resume(project / "run", "--full-hash") == (0, "")
     with RunStore.read(project / "run") as store:
-        hashes: dict[str, Any] = store.fact("full_hashes")
+        hashes: dict[str, Any] = facts.FULL_HASHES.get(store)
         assert store.digest() == digest
     assert set(hashes) == {"base", "upper", "add"}
     assert {"config.json", "model.safetensors", "adapter_model.safetensors"} <= set(hashes["add"])
     assert resume(project / "run", "--full-hash") == (0, "")
     monkeypatch.setattr("evomerge.merging.sources.checkpoint.sample_hash", lambda _: "same")
-    monkeypatch.setattr("evomerge.identity._changed", lambda *_: {})  # as if no sample had met it
+    monkeypatch.setattr("evomerge.stored._changed_files", lambda *_: {})  # as if no sample had met it
     other_contents(project)
     assert resume(project / "run") == (0, "")
     code, said = resume(project / "run", "--full-hash")

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
+from evomerge.prepare import prepare
 from evomerge.running.batches import GRADIENTS, Batches, decisions, scoring_alike
 from evomerge.running.out_of_memory import is_out_of_memory, release
 from evomerge.running.slopes import Slopes
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job, Result, Worker, failure_of
 from tests.running.fakes import recipe, spec
 from tests.running.hungry import BATCH, BLOCKS, InOne, Small, in_two, session
@@ -229,8 +229,8 @@ def test_a_run_killed_around_a_halving_ends_in_the_same_bits(late: Small, tmp_pa
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["whole"][-1] == 2
     assert len(found["killed"]) == 4
-    for name, facts in found["killed"].items():
-        assert facts == found["whole"], name
+    for name, after_resume in found["killed"].items():
+        assert after_resume == found["whole"], name
 
 
 def test_gradients_go_on_with_half_the_batch(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_gradients_go_on_with_half_the_batch(tmp_path: Path) -> None:
 def test_a_worker_scores_in_the_batches_a_job_names_and_survives_too_large_ones(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = compose.prepare(RunConfig.load(config()))
+    prepared = prepare(RunConfig.load(config()))
     worker, smaller = Worker(prepared.worker), Worker(replace(prepared.worker, batch_size=HALF))
     job = Job(recipe=prepared.template, split="search", blocks=(0, 2))
     expected = smaller.run(job).outcome
@@ -289,12 +289,12 @@ def test_a_worker_scores_in_the_batches_a_job_names_and_survives_too_large_ones(
 
 
 def test_decisions_are_stored_in_one_order_whichever_came_first(tmp_path: Path) -> None:
-    facts = []
+    stored = []
     for number, order in enumerate(((0, 2), (2, 0))):
         with RunStore.create(tmp_path / str(number), {}) as store:
             batches = Batches(store, BATCH)
             for block in order:
                 batches.halve("search", {block: []}, "baselines")
-            facts.append(store.fact("batch_sizes"))
+            stored.append(facts.BATCH_SIZES.get(store))
             assert [d.block for d in decisions(store)] == [0, 2]
-    assert facts[0] == facts[1]
+    assert stored[0] == stored[1]

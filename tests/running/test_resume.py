@@ -16,7 +16,7 @@ from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import StoreError
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from tests.conftest import write_suite
 
 
@@ -43,10 +43,10 @@ def test_a_run_killed_at_any_stored_event_ends_in_the_same_bits(
     assert whole["proposed"] > 0
     assert min(whole["blocks"]) < 3
     assert {name.rpartition("-")[2] for name in killed} == {
-        *("set_fact", "record_ask", "record_scores", "record_tell", "record_entry")
+        *("write_value", "record_ask", "record_scores", "record_tell", "record_entry")
     }
-    for name, facts in killed.items():
-        assert facts == whole, name
+    for name, after_resume in killed.items():
+        assert after_resume == whole, name
 
 
 def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
@@ -69,9 +69,9 @@ def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], 
     class Looks(Silent):
         def phase(self, name: str, jobs: int, known: int) -> None:
             with RunStore.read(tmp_path / "run") as store:
-                seen[name] = store.fact("stopped")
+                seen[name] = facts.STOPPED.get(store)
 
-    compose.start(compose.stored_config(tmp_path / "run", generations=2), Looks())
+    compose.resume(tmp_path / "run", Looks(), generations=2)
     assert seen["generation 1"] is None  # while it works, the old winner does not count
     with RunStore.read(tmp_path / "run") as store:
         longer = [g.genomes.tolist() for g in store.generations()]
@@ -84,9 +84,8 @@ def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], 
 def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path: Path) -> None:
     compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
     (tmp_path / "run").rename(tmp_path / "moved")
-    moved = compose.stored_config(tmp_path / "moved")
     before = RunStore.read(tmp_path / "moved").digest()
-    compose.start(moved, Silent())
+    compose.resume(tmp_path / "moved", Silent())
     assert not (tmp_path / "run").exists()
     assert RunStore.read(tmp_path / "moved").digest() == before
 

@@ -16,7 +16,7 @@ from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joine
 from evomerge.running.batches import Batches
 from evomerge.running.executors import ExecutorSpec, devices, resolve, worker_count
 from evomerge.running.executors.contract import Orders
-from evomerge.running.schedule import Foresight, Scheduler, _Wanted, _whole
+from evomerge.running.schedule import Foresight, Scheduler, _Pending, _whole
 from evomerge.running.store import RunStore, Timing
 from evomerge.running.worker import Job, NotBegun, Result
 from tests.running.fakes import recipe, spec
@@ -268,7 +268,7 @@ def test_pieces_that_came_too_late_keep_what_the_others_scored() -> None:
     scheduler = Scheduler(crew)
     whole = job(1, blocks=2)
     scored, late = whole.part([0]), whole.part([1])
-    wanted = _Wanted(job=whole, left=())
+    wanted = _Pending(job=whole, left=())
     wanted.pieces = [Result(job=late, outcome=NotBegun()), *scheduler.run([scored])]
     found = _whole(wanted)
     assert isinstance(found.outcome, NotBegun)

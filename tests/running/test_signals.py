@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from evomerge import cli
+from evomerge.cli import terminal
 from tests.conftest import write_suite
 
 
@@ -72,12 +72,12 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     code = (
         "import signal\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from evomerge import cli\n"
-        "with cli._signals():\n"
+        "from evomerge.cli import terminal\n"
+        "with terminal.orderly_shutdown():\n"
         "    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"
         "    assert callable(signal.getsignal(signal.SIGTERM))\n"
         "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert cli.PATIENCE > 0
+    assert terminal.PATIENCE > 0

@@ -19,6 +19,7 @@ from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
+from evomerge.prepare import prepare
 from evomerge.running import warm_start
 from evomerge.running.batches import Batches
 from evomerge.running.executors import LocalProcesses
@@ -26,6 +27,7 @@ from evomerge.running.slopes import Slopes
 from evomerge.running.store import RunStore
 from evomerge.running.worker import GradientJob, Job, Worker
 from evomerge.search.warm_start import GradientSpec
+from evomerge.stored import StoredRun
 from tests.conftest import write_suite
 from tests.running.fakes import recipe
 
@@ -72,7 +74,7 @@ def test_a_gradient_is_computed_once_in_the_life_of_a_run(
 
 def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> None:
     """The loss is the scores' own, its derivative that of the loss; the live model is left as it was."""
-    prepared = compose.prepare(RunConfig.load(config(dtype="float32", racing="off")))
+    prepared = prepare(RunConfig.load(config(dtype="float32", racing="off")))
     worker = Worker(prepared.worker)
     space = prepared.space
     tasks = (
@@ -115,7 +117,7 @@ def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> 
 def test_a_gradient_that_is_not_finite_is_a_failure(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = compose.prepare(RunConfig.load(config()))
+    prepared = prepare(RunConfig.load(config()))
     worker = Worker(prepared.worker)
     monkeypatch.setattr(worker._bench, "derivatives", lambda recipe: [{"weight": (0.1, float("nan"))}])
     task = SmoothTask(task="demo_upper", gain=1.0, items=(0,))
@@ -126,7 +128,7 @@ def test_a_gradient_that_is_not_finite_is_a_failure(
 
 
 def test_a_worker_process_answers_it_too(config: Callable[..., Path]) -> None:
-    prepared = compose.prepare(RunConfig.load(config()))
+    prepared = prepare(RunConfig.load(config()))
     task = SmoothTask(task="demo_upper", gain=1.0, items=ITEMS)
     unknown = SmoothTask(task="no_such_task", gain=1.0, items=(0,))
     loss = SmoothLoss(tasks=(task,), price=0.0, softness=1.0)
@@ -160,7 +162,7 @@ def test_recipes_and_runs_are_read_once_and_kept(
     compose.start(RunConfig.load(path), Silent())
     shutil.rmtree(earlier)
     (tmp_path / "own.yaml").unlink()
-    compose.start(compose.stored_config(tmp_path / "run"), Silent())
+    compose.resume(tmp_path / "run", Silent())
     with RunStore.read(tmp_path / "run") as store:
         starts = store.entries("start")
         assert [start.name.partition(":")[0] for start in starts] == ["recipe own.yaml", *["earlier"] * 5]
@@ -195,7 +197,7 @@ def test_recipes_over_something_else_are_refused(
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(changes))
     path = config(warm_start={"recipes": ["own.yaml"]})
     with pytest.raises(ConfigError, match=message):
-        compose.prepare(RunConfig.load(path))
+        prepare(RunConfig.load(path))
     assert not (tmp_path / "run").exists()
 
 
@@ -204,7 +206,7 @@ def test_a_run_that_the_space_can_not_express_is_refused(
 ) -> None:
     path = config(warm_start={"run": str(finished_run)}, space="ties_layers")
     with pytest.raises(ConfigError, match="lies in this run's search space"):
-        compose.prepare(RunConfig.load(path))
+        prepare(RunConfig.load(path))
 
 
 def test_stacked_layers_are_scored_beside_any_search(config: Callable[..., Path], tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_stacked_layers_are_scored_beside_any_search(config: Callable[..., Path]
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(stack))
     changes = {"warm_start": {"recipes": ["own.yaml"]}, "budget": {"generations": 1}, "racing": "off"}
     paths = {"kind": "layer_path", "name": "paths", "about": "", "longest": 1.5}
-    prepared = compose.prepare(RunConfig.load(config(**changes, space=paths, optimizer={})))
+    prepared = prepare(RunConfig.load(config(**changes, space=paths, optimizer={})))
     assert prepared.space.encode(prepared.warm.recipes[0].recipe) is not None
     compose.start(RunConfig.load(config(**changes)), Silent())  # a space of weights has no genome for it
     with RunStore.read(tmp_path / "run") as store:
@@ -239,13 +241,13 @@ def test_gradients_count_among_the_evaluations_of_a_run(config: Callable[..., Pa
     compose.start(RunConfig.load(path), Hears())
     with RunStore.read(tmp_path / "run") as store:
         assert store.gradient_items() == 3 * 3 * 36  # steps, passes, half of the items
-        assert Summary(store, compose.stored_suite(store)).evaluations() == pytest.approx(counted[-1])
+        assert Summary(StoredRun(store)).evaluations() == pytest.approx(counted[-1])
 
 
 def test_gradients_need_a_method_with_a_slope(config: Callable[..., Path]) -> None:
     space = {"name": "s", "about": "", "method": "sce", "genes": {"select_topk": {"low": 0.1, "high": 1.0}}}
     with pytest.raises(ConfigError, match="sce can't be differentiated"):
-        compose.prepare(RunConfig.load(config(space=space, warm_start={"gradients": True})))
+        prepare(RunConfig.load(config(space=space, warm_start={"gradients": True})))
 
 
 def test_runs_from_before_warm_starts_keep_their_identity(config: Callable[..., Path]) -> None:
@@ -255,4 +257,4 @@ def test_runs_from_before_warm_starts_keep_their_identity(config: Callable[..., 
     assert RunConfig.load(config(warm_start=GRADIENTS)).warm_start.gradients == GradientSpec(
         steps=3, share=0.5
     )
-    assert warm_start.to_data(compose.prepare(plain).warm) == []
+    assert warm_start.to_data(prepare(plain).warm) == []

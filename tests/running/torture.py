@@ -32,6 +32,7 @@ def main(config_path: Path, folder: Path, kills: int, workers: int) -> None:
     from evomerge import compose
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Silent
+    from evomerge.prepare import prepare
     from evomerge.running import executors
 
     forkserver.set_forkserver_preload = lambda *_: None  # a formula needs no torch
@@ -39,7 +40,7 @@ def main(config_path: Path, folder: Path, kills: int, workers: int) -> None:
         os.environ["EVOMERGE_TEST_NAP"] = "0.02"
         compose.executors.build = quick.build(workers)
     else:
-        inline = executors.Inline(compose.prepare(RunConfig.load(config_path)).worker)
+        inline = executors.Inline(prepare(RunConfig.load(config_path)).worker)
         compose.executors.build = lambda *_: inline  # type: ignore[assignment]
 
     def go_on(run: Path) -> None:

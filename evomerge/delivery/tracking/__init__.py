@@ -1,10 +1,10 @@
-"""Tracking: a run's course told to TensorBoard, Weights & Biases or MLflow, beside its own report.
+"""Tracking: a run's metrics in TensorBoard, Weights & Biases or MLflow, beside its own report.
 
-Trackers hear what an observer hears and read the store, which knows all of it anyway; nothing comes back from
-them. One that fails, at whatever, is dropped with one warning. A run that is begun again at its beginning (a
-resume, or a smaller batch) reaches old generations again: `tracking.json` in the run folder remembers how far
-each tracker has been told, and under which id, so that nothing is told twice. The mark is set before the
-telling: a kill between the two costs a tracker one generation.
+After every generation the numbers are read from the store and sent to each tracker; nothing comes back. A
+tracker that fails for any reason is dropped with one warning. A resumed run replays its old generations:
+`tracking.json` in the run folder records the last generation that each tracker received, and the id of its
+run there, so nothing is sent twice. The record is written before the numbers are sent, so a kill between the
+two costs a tracker one generation.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ import numpy as np
 from evomerge.config import TrackerSpec
 from evomerge.delivery.summary import Summary
 from evomerge.errors import UserError
-from evomerge.evaluation.scores import Failure, Scores
-from evomerge.merging.recipe import Recipe
-from evomerge.running.forecast import Estimate
-from evomerge.running.scorer import Observer
-from evomerge.running.store import RunStore, Timing
+from evomerge.running.observers import Observer
+from evomerge.running.store import StoreReader, facts
 
 STATE = "tracking.json"
 
@@ -33,15 +30,15 @@ class Tracker(Protocol):
     """One tracking service, open for one run."""
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Tell the run's settings, flat."""
+        """Send the run's settings, flat."""
         ...
 
     def step(self, generation: int, values: Mapping[str, float]) -> None:
-        """Tell the numbers of a generation."""
+        """Send the numbers of a generation."""
         ...
 
     def result(self, generation: int, values: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        """Tell how the run ended, after its last generation."""
+        """Send the result of the run, after its last generation."""
         ...
 
     def close(self, *, finished: bool) -> None:
@@ -86,39 +83,29 @@ def opened(spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Tracker:
     return Mlflow(spec, folder, state)
 
 
-class Tracked:
-    """An observer that also tells trackers; a context manager that closes them.
+class Tracked(Observer):
+    """An observer that sends a run's numbers to trackers; a context manager that closes them.
 
-    observer: is told everything first. warn: shows one sentence to the user.
+    warn: shows one sentence to the user.
     """
 
     def __init__(
         self,
-        observer: Observer,
         specs: Sequence[TrackerSpec],
         folder: Path,
         *,
         warn: Callable[[str], None],
         open_: Open | None = None,
     ) -> None:
-        self._observer, self._folder = observer, folder
+        self._folder = folder
         self._specs: dict[str, TrackerSpec] = {spec.name: spec for spec in specs}
         self._warn, self._open = warn, open_ or opened
         self._trackers: dict[str, Tracker] = {}
         self._states: dict[str, dict[str, Any]] | None = None
         self._finished = False
 
-    def phase(self, name: str, jobs: int, known: int) -> None:
-        """Pass it on."""
-        self._observer.phase(name, jobs, known)
-
-    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
-        """Pass it on."""
-        self._observer.scored(recipe, result, timing)
-
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Pass it on, and tell every tracker that was not told of this generation yet."""
-        self._observer.generation_done(generation, evaluations, best)
+        """Send the numbers of a generation to every tracker that has not received them yet."""
 
         def tell(name: str, state: dict[str, Any]) -> None:
             if generation <= state.get("generation", -1):
@@ -128,16 +115,8 @@ class Tracked:
 
         self._each(tell)
 
-    def expected(self, estimate: Estimate) -> None:
-        """Pass it on."""
-        self._observer.expected(estimate)
-
-    def noted(self, message: str) -> None:
-        """Pass it on."""
-        self._observer.noted(message)
-
     def finish(self, summary: Summary, report: Path) -> None:
-        """Tell how the run ended: the winner's score on `test` with its interval, the verdict, the report."""
+        """Send the result: the winner's score on `test` with its interval, the verdict, the report."""
         if not self._specs:
             return
         values, texts = _ending(summary)
@@ -168,15 +147,15 @@ class Tracked:
                 self._warn(f"tracking with {name} failed and is left off, the run goes on: {reason}")
 
     def _tracker(self, name: str) -> Tracker:
-        """Open a tracker when there is something to tell: a run that is only looked at leaves no trace."""
+        """Open a tracker when there is something to send: replaying a finished run leaves no trace."""
         if name not in self._trackers:
             state = self._state(name)
-            known = bool(state.get("begun"))
+            begun = bool(state.get("begun"))
             tracker = self._trackers[name] = self._open(self._specs[name], self._folder, state)
             self._mark(state, begun=True)
-            if not known:
-                with RunStore.read(self._folder) as store:
-                    tracker.config(flat(store.fact("config")))
+            if not begun:
+                with StoreReader.read(self._folder) as store:
+                    tracker.config(flat(facts.CONFIG.require(store)))
         return self._trackers[name]
 
     def _close(self, name: str) -> None:
@@ -184,7 +163,7 @@ class Tracked:
             self._trackers.pop(name).close(finished=self._finished)
 
     def _numbers(self, generation: int, evaluations: float, best: float) -> dict[str, float]:
-        with RunStore.read(self._folder) as store:  # held no longer: who closes last tidies up
+        with StoreReader.read(self._folder) as store:  # held no longer: who closes last tidies up
             return _numbers(store, generation, evaluations, best)
 
     def _state(self, name: str) -> dict[str, Any]:
@@ -200,8 +179,8 @@ class Tracked:
         draft.replace(self._folder / STATE)
 
 
-def _numbers(store: RunStore, generation: int, evaluations: float, best: float) -> dict[str, float]:
-    """Return what is told of a generation."""
+def _numbers(store: StoreReader, generation: int, evaluations: float, best: float) -> dict[str, float]:
+    """Return the numbers of a generation."""
     own = store.generations()[generation]
     failed = {recipe for recipe, split, _ in store.failures() if split == "search"}
     values = {
@@ -246,10 +225,10 @@ def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     >>> flat({"budget": {"hours": 2}, "tracking": ["wandb"], "seed": 0})
     {'budget.hours': 2, 'tracking': '["wandb"]', 'seed': 0}
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{place}{name}.")
+            flattened |= flat(value, f"{place}{name}.")
         else:
-            found[f"{place}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
-    return found
+            flattened[f"{place}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return flattened

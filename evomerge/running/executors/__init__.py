@@ -46,7 +46,7 @@ class ExecutorSpec(Strict):
     """Threads of each worker. Default: the cores divided among the workers, or OMP_NUM_THREADS; on Ray its
     CPUs."""
     timeout: float = Field(default=3600.0, gt=0)
-    """Seconds a candidate may take for the items it is given at once."""
+    """Seconds a candidate may take for the items of one job."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N` or `mps`. `auto` is every GPU where there is one, else the CPU. More workers
     than GPUs share them in turn."""
@@ -102,7 +102,7 @@ def build(spec: ExecutorSpec, worker: WorkerSpec) -> Executor:
 
 @contextlib.contextmanager
 def trial(spec: ExecutorSpec, worker: WorkerSpec) -> Iterator[Executor]:
-    """Give a single worker where a run's would be, for a while: in this process, or on the Ray cluster."""
+    """Provide a single worker for a trial: in this process, or on the run's Ray cluster."""
     alone = spec.model_copy(update={"workers": 1})
     executor = build(alone, worker) if spec.name == "ray" else Inline(worker)
     try:
@@ -112,9 +112,9 @@ def trial(spec: ExecutorSpec, worker: WorkerSpec) -> Iterator[Executor]:
 
 
 def worker_count(spec: ExecutorSpec) -> int:
-    """Return how many workers a config means: one per GPU it uses, else one per core, unless it says so.
+    """Return the number of workers of a config: by default one per GPU it uses, else one per core.
 
-    On Ray without a number of its own: 1, because only the cluster knows.
+    On Ray without a configured number: 1, because it depends on the cluster.
     """
     if spec.name == "inline":
         return 1
@@ -129,7 +129,7 @@ def worker_count(spec: ExecutorSpec) -> int:
 
 
 def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
-    """Return (device, dtype of the forward pass, threads per worker) that a config means here.
+    """Return (device, dtype of the forward pass, threads per worker) of a config on this machine.
 
     On Ray the device is one of its nodes': a worker that asks for a GPU computes on it.
     """

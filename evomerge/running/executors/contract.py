@@ -1,4 +1,4 @@
-"""What executors and their workers agree on: jobs go in, results come out; failures are values."""
+"""The contract between executors and workers: jobs go in, results come out; failures are values."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Executor(Protocol):
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes.
 
-        jobs: asked for the next one only when a worker is free for it; they may be `Orders`. Where the
-            results are not taken to the end, what is under way goes on, and the next call yields it too.
+        jobs: The next one is taken only when a worker is free; they may be `Orders`. If the caller stops
+            early, jobs under way continue, and the next call yields their results too.
         """
         ...
 
@@ -38,7 +38,7 @@ class Executor(Protocol):
 
 @runtime_checkable
 class Orders(Protocol):
-    """Jobs that depend on who asks: what a worker has in its live model is cheap for it to go on with."""
+    """Jobs chosen per worker: a worker continues cheaply with the weights in its live model."""
 
     def after(self, last: AnyJob | None) -> AnyJob | None:
         """Return the next job for a worker whose last one was `last`, or None if there is none now."""
@@ -48,7 +48,7 @@ class Orders(Protocol):
 
 
 def key_of(job: AnyJob) -> Hashable:
-    """Return what tells a job from all others of a run."""
+    """Return a key that identifies a job within a run."""
     if isinstance(job, GradientJob):
         return job.recipe.hash, job.split, job.loss.key
     return job.recipe.hash, job.split, job.blocks, tuple(sorted(job.batch_sizes.items()))

@@ -21,7 +21,7 @@ from evomerge.running.worker import Worker, WorkerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Hand:
+class ProcessHandle:
     """A worker process and the driver's end of its pipe."""
 
     process: BaseProcess
@@ -43,7 +43,7 @@ class Processes:
             self._context.set_forkserver_preload(["evomerge.running.preload"])
             _start_fork_server()
 
-    def start(self, name: str, seat: int) -> Hand:
+    def start(self, name: str, seat: int) -> ProcessHandle:
         """Start a process that will build a worker for its seat's device."""
         ours, theirs = self._context.Pipe()
         process = self._context.Process(  # type: ignore[attr-defined]
@@ -54,29 +54,29 @@ class Processes:
         )
         process.start()
         theirs.close()
-        return Hand(process=process, pipe=ours)
+        return ProcessHandle(process=process, pipe=ours)
 
-    def give(self, worker: Hand, job: AnyJob) -> None:
+    def give(self, worker: ProcessHandle, job: AnyJob) -> None:
         """Send a job."""
         with contextlib.suppress(ConnectionError):  # it is dead: `wait` finds the end of its pipe
             worker.pipe.send(job)
 
-    def wait(self, workers: Sequence[Hand], seconds: float) -> list[tuple[Hand, Message]]:
+    def wait(self, workers: Sequence[ProcessHandle], seconds: float) -> list[tuple[ProcessHandle, Message]]:
         """Receive what workers sent; the end of a pipe is a death."""
         ready = connection.wait([worker.pipe for worker in workers], timeout=seconds)
         return [(worker, _received(worker)) for worker in workers if worker.pipe in ready]
 
-    def alive(self, worker: Hand) -> bool:
+    def alive(self, worker: ProcessHandle) -> bool:
         """Say whether the process is there."""
         return worker.process.is_alive()
 
-    def kill(self, worker: Hand) -> None:
+    def kill(self, worker: ProcessHandle) -> None:
         """Kill the process and wait for it."""
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
 
-    def close(self, idle: Sequence[Hand], busy: Sequence[Hand]) -> None:
+    def close(self, idle: Sequence[ProcessHandle], busy: Sequence[ProcessHandle]) -> None:
         """End the processes: the idle by the end of their pipes, the busy by a signal."""
         for worker in (*idle, *busy):
             worker.pipe.close()
@@ -92,7 +92,7 @@ class Processes:
         return time.monotonic()
 
 
-class LocalProcesses(Pool[Hand]):
+class LocalProcesses(Pool[ProcessHandle]):
     """Runs jobs in `workers` processes on this machine; see `Pool` for what happens to those that fail."""
 
     def __init__(
@@ -101,7 +101,7 @@ class LocalProcesses(Pool[Hand]):
         super().__init__(Processes(spec, worker), workers=workers, timeout=timeout)
 
 
-def _received(worker: Hand) -> Message:
+def _received(worker: ProcessHandle) -> Message:
     try:
         return worker.pipe.recv()  # type: ignore[no-any-return]
     except (EOFError, ConnectionError):

@@ -1,10 +1,10 @@
-"""The driver's side of all executors with workers of their own: who works on what, and what if one dies.
+"""The pool: hands jobs to workers and handles workers that die, hang or can't start.
 
-Where the workers live is a `Backend`'s business (processes here, actors of a Ray cluster); the rules are the
-same: a worker that dies is replaced and its job tried once more, because whoever killed the worker may not
-have meant the candidate, and scoring again gives the same bits. A second death is a `crash` of the job. A
-worker that exceeds the timeout is killed, and that is a `timeout` of its job. Workers are started when there
-is a job for them; one that can't start is done without, unless it is the only one.
+A `WorkerBackend` starts and ends the workers (processes on this machine, actors of a Ray cluster). The rules
+are the same for all: a worker that dies is replaced and its job is tried a second time, because the cause may
+lie outside the candidate, and a second scoring gives the same bits. A second death is a `crash` of the job. A
+worker that exceeds the timeout is killed, which is a `timeout` of its job. Workers are started when there is
+a job for them; the pool continues without a worker that can't start, unless it is the only one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ START_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Died:
-    """A worker is gone; reason: part of a sentence, the same wherever and whenever it happens."""
+    """A worker ended; reason: part of a sentence, equal for equal causes."""
 
     reason: str
 
@@ -38,24 +38,24 @@ Message = Literal[True] | UserError | str | Result | Died
 result, or its death."""
 
 
-class Backend(Protocol[H]):
+class WorkerBackend(Protocol[H]):
     """Starts, feeds and ends workers of one kind. H is its handle of one."""
 
     lack: str
-    """What to do where not a single worker can start."""
+    """Advice where not a single worker can start."""
     lingers: bool
     """Whether workers that can't start yet may go on waiting for their place while others work."""
 
     def start(self, name: str, seat: int) -> H:
-        """Begin to start a worker and return at once. seat: which of the places (from 0) it takes."""
+        """Start a worker and return at once. seat: the index of its place, from 0."""
         ...
 
     def give(self, worker: H, job: AnyJob) -> None:
-        """Hand a job to an idle worker; should it be dead, `wait` says so."""
+        """Hand a job to an idle worker; if the worker is dead, `wait` reports it."""
         ...
 
     def wait(self, workers: Sequence[H], seconds: float) -> list[tuple[H, Message]]:
-        """Return what is heard of starting and busy workers, after `seconds` at the latest."""
+        """Return the messages of starting and busy workers, after `seconds` at the latest."""
         ...
 
     def alive(self, worker: H) -> bool:
@@ -63,7 +63,7 @@ class Backend(Protocol[H]):
         ...
 
     def kill(self, worker: H) -> None:
-        """End a worker at once, whatever it does."""
+        """End a worker at once."""
         ...
 
     def close(self, idle: Sequence[H], busy: Sequence[H]) -> None:
@@ -104,7 +104,7 @@ class Pool(Generic[H]):
     timeout: seconds a job may take. Raises UserError where not a single worker can start.
     """
 
-    def __init__(self, backend: Backend[H], *, workers: int, timeout: float) -> None:
+    def __init__(self, backend: WorkerBackend[H], *, workers: int, timeout: float) -> None:
         self.workers = workers
         self._backend, self._timeout = backend, timeout
         self._patience = max(timeout, START_SECONDS)
@@ -166,7 +166,7 @@ class Pool(Generic[H]):
         self._backend.give(member.handle, job)
 
     def _listen(self) -> None:
-        """Wait for the next thing to happen and deal with it."""
+        """Wait for the next message and process it."""
         busy = [m for m in self._members if m.job is not None or not m.ready]
         soonest = min(m.deadline for m in busy)
         heard = self._backend.wait([m.handle for m in busy], max(0.0, soonest - self._backend.now()))
@@ -208,7 +208,7 @@ class Pool(Generic[H]):
         self._members.append(_Member(handle=handle, seat=seat, deadline=deadline))
 
     def _lost(self, member: _Member[H], kind: Literal["crash", "timeout"], reason: str) -> None:
-        """Replace a worker; its job is tried again after a first death, else it has failed."""
+        """Replace a dead worker; its job is tried again after the first death and fails after the second."""
         self._backend.kill(member.handle)
         self._members.remove(member)
         if not member.ready:
@@ -226,7 +226,7 @@ class Pool(Generic[H]):
         self._done.append(Result(job=member.job, outcome=Failure(kind=kind, reason=reason)))
 
     def _stillborn(self, reason: str) -> None:
-        """Go on with fewer workers where one could not start; without any, raise UserError."""
+        """Continue with fewer workers where one could not start; without any, raise UserError."""
         self.workers = len(self._members)
         if not self._members:
             raise UserError(f"no worker could load the models: {reason}", fix=self._backend.lack)

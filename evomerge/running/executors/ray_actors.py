@@ -36,9 +36,9 @@ from evomerge.running.worker import Result, Worker, WorkerSpec
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a Ray of our own: only recipes and scores pass through it."""
 ANSWER_SECONDS = 5.0
-"""How long an idle actor may take to say that it is there."""
+"""Seconds an idle actor may take to answer."""
 GONE_SECONDS = 10.0
-"""How long a killed actor may take to be gone."""
+"""Seconds a killed actor may take to end."""
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and else warns about
@@ -73,13 +73,13 @@ class Actor:
         return self._worker.run(job)
 
     def process(self) -> int:
-        """Return the process's number, which says that it is there."""
+        """Return the process's number, as a sign of life."""
         return os.getpid()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Hand:
-    """An actor and the answer it owes."""
+class ActorHandle:
+    """An actor and its pending answer."""
 
     actor: Any
     answer: Any
@@ -99,16 +99,18 @@ class Actors:
         self._actor = ray.remote(Actor).options(max_restarts=0, resources=own, **options)
         self.lack = f"look at the cluster with: ray status; every worker needs {_listed(needs)}"
 
-    def start(self, name: str, seat: int) -> Hand:
+    def start(self, name: str, seat: int) -> ActorHandle:
         """Ask for an actor, which Ray starts where there is room; it then builds its worker."""
         actor = self._actor.remote()
-        return Hand(actor=actor, answer=actor.begin.remote(self._worker, self._spec, name, __version__))
+        return ActorHandle(
+            actor=actor, answer=actor.begin.remote(self._worker, self._spec, name, __version__)
+        )
 
-    def give(self, worker: Hand, job: AnyJob) -> None:
+    def give(self, worker: ActorHandle, job: AnyJob) -> None:
         """Send a job."""
         worker.job, worker.answer = job, worker.actor.run.remote(job)
 
-    def wait(self, workers: Sequence[Hand], seconds: float) -> list[tuple[Hand, Message]]:
+    def wait(self, workers: Sequence[ActorHandle], seconds: float) -> list[tuple[ActorHandle, Message]]:
         """Collect what actors answered; an error in place of an answer is a death."""
         answers = {worker.answer: worker for worker in workers}
         ready, rest = self._ray.wait(list(answers), num_returns=1, timeout=seconds)
@@ -117,7 +119,7 @@ class Actors:
         heard = ((answers[answer], self._received(answers[answer])) for answer in ready)
         return [(worker, message) for worker, message in heard if message is not None]
 
-    def alive(self, worker: Hand) -> bool:
+    def alive(self, worker: ActorHandle) -> bool:
         """Say whether an actor answers; one that can't be reached for a moment is asked again."""
         exceptions = self._ray.exceptions
         asked = tenacity.Retrying(
@@ -132,11 +134,11 @@ class Actors:
             return False
         return True
 
-    def kill(self, worker: Hand) -> None:
-        """Kill an actor, or the wish for one."""
+    def kill(self, worker: ActorHandle) -> None:
+        """Kill an actor, or cancel its creation."""
         self._ray.kill(worker.actor, no_restart=True)
 
-    def close(self, idle: Sequence[Hand], busy: Sequence[Hand]) -> None:
+    def close(self, idle: Sequence[ActorHandle], busy: Sequence[ActorHandle]) -> None:
         """Kill all actors and wait for them to be gone."""
         if not self._ray.is_initialized():  # the cluster went first
             return
@@ -151,7 +153,7 @@ class Actors:
         """Return the machine's monotonic clock."""
         return time.monotonic()
 
-    def _received(self, worker: Hand) -> Message | None:
+    def _received(self, worker: ActorHandle) -> Message | None:
         exceptions = self._ray.exceptions
         try:
             return self._ray.get(worker.answer)  # type: ignore[no-any-return]
@@ -163,7 +165,7 @@ class Actors:
         except exceptions.RayError:
             return Died(reason="its Ray actor died")
 
-    def _there(self, worker: Hand) -> bool:
+    def _there(self, worker: ActorHandle) -> bool:
         try:
             self._ray.get(worker.actor.process.remote(), timeout=1.0)
         except self._ray.exceptions.RayActorError:
@@ -173,7 +175,7 @@ class Actors:
         return True
 
 
-class RayActors(Pool[Hand]):
+class RayActors(Pool[ActorHandle]):
     """Runs jobs in `workers` actors of a Ray cluster; see `Pool` for what happens to those that fail.
 
     address: auto (the cluster this process or machine belongs to), local (a Ray of our own, which ends with
@@ -232,14 +234,14 @@ def _imported() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray's own warnings from the user: none of them is about something they did."""
+    """Silence Ray's own warnings: none of them concerns the user's config."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _connect(ray: Any, address: str, cpus: int) -> bool:
-    """Join a cluster or start one of our own; say whether that is ours to leave."""
+    """Join a cluster or start a local one; return whether to shut it down at the end."""
     if ray.is_initialized():
         return False
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -20,7 +20,7 @@ BUSY = 30.0
 
 @contextmanager
 def disk(folder: Path) -> Iterator[None]:
-    """Turn what SQLite says of a disk that takes no more into DiskError."""
+    """Turn SQLite's errors about a full or locked disk into DiskError and StoreError."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -31,8 +31,8 @@ def disk(folder: Path) -> Iterator[None]:
             ) from None
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise StoreError(
-                f"{folder / FILE}: another program has kept it locked for {BUSY:.0f} seconds",
-                fix=f"close what has it open, then: evomerge resume {folder}",
+                f"{folder / FILE}: another program has locked it for {BUSY:.0f} seconds",
+                fix=f"close the program that has it open, then: evomerge resume {folder}",
             ) from None
         raise
 
@@ -53,10 +53,10 @@ def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
 
 
 def snapshot(path: Path) -> sqlite3.Connection | None:
-    """Return a copy in memory of a store that nobody has open; None where somebody may have.
+    """Return a copy in memory of a store that no process has open; None where one may have it open.
 
-    A writer keeps its news in a file beside the store until it closes, so as long as that file was never
-    there and the store's own facts are the same after reading as before, what was read is whole.
+    A writer keeps its log in a file beside the store until it closes. So if that file was never there, and
+    the store's size and time are the same after reading as before, what was read is complete.
     """
     journal = path.with_name(f"{path.name}-wal")
     before = path.stat()
@@ -74,8 +74,8 @@ def snapshot(path: Path) -> sqlite3.Connection | None:
     return db
 
 
-def _state(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def check_file(folder: Path) -> None:
@@ -85,7 +85,7 @@ def check_file(folder: Path) -> None:
 
 
 def damaged(folder: Path, reason: str) -> StoreError:
-    """Return the error of a store that can't be read."""
+    """Return the error for a store that can't be read."""
     return StoreError(
         f"{folder / FILE}: the run store is damaged ({reason})",
         fix="restore the file from a backup, or start a new run in another folder",
@@ -103,7 +103,7 @@ def take_lock(folder: Path) -> int:
             except BlockingIOError:
                 if patience == 4:
                     raise held_by(_name_in(handle), folder) from None
-                time.sleep(0.05)  # somebody may only be asking whether it is held
+                time.sleep(0.05)  # another process may only be checking whether it is held
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except OSError as error:
@@ -116,7 +116,7 @@ def take_lock(folder: Path) -> int:
 
 
 def holder(folder: Path) -> str | None:
-    """Return who works on a run right now ("process 7 on host"), or None."""
+    """Return the process that works on a run now ("process 7 on host"), or None."""
     try:
         handle = os.open(folder / ".lock", os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
@@ -135,7 +135,7 @@ def _name_in(handle: int) -> str:
 
 
 def held_by(holder: str, folder: Path) -> StoreError:
-    """Return the error of a run that somebody else works on."""
+    """Return the error for a run that another process works on."""
     return StoreError(
         f"{folder}: another process is working on this run",
         got=holder or "a process that just started",

@@ -1,10 +1,10 @@
 """Migrations: a run store of an older schema version, brought to this one's.
 
-The store is laid out anew and filled from the old one column by column, so what came later is empty or has
-the value said below. It takes the old file's place in one rename, and the old file is kept beside it.
+A new store is created and filled from the old one column by column; newer columns are NULL or have the value
+in FILLS. It replaces the old file in one rename, and the old file is kept beside it.
 
-To add a version: change the schema, raise SCHEMA_VERSION, and say in FILLS what a new column holds in old
-runs if NULL is wrong. If old runs can't go on in the same bits, say so in REPLAYED_FROM.
+To add a version: change the schema, raise SCHEMA_VERSION, and give new columns a value in FILLS where NULL
+is wrong. If old runs can't be replayed in the same bits, raise REPLAYED_FROM.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ from typing import Any
 
 from evomerge.errors import StoreError
 from evomerge.files import drafted_file
-from evomerge.running.store import store as stores
+from evomerge.running.store import facts, schema
 from evomerge.running.store.file import FILE, check_file, connect, damaged, disk, take_lock
-from evomerge.running.store.store import RunStore, lay_out
-
-FACT = "migrated"
-"""The fact that a store was migrated: from which schema version, and whether its search can go on."""
-
+from evomerge.running.store.queries import StoreReader
 
 FILLS: dict[tuple[str, str], Any] = {("score", "block"): 0, ("timing", "block"): 0}
-"""(table, column) -> what a column that came later says in older runs, where NULL would be wrong."""
+"""(table, column) -> value of a newer column in older runs, where NULL would be wrong."""
 REPLAYED_FROM = 3
 """The oldest version whose searches are replayed in the same bits: before it there were no item blocks, no
 races and no surrogate, and some of its early runs lack them, too."""
@@ -38,7 +34,7 @@ races and no surrogate, and some of its early runs lack them, too."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migrated:
-    """What was done: from which version, where the old file is, and whether the search can be resumed."""
+    """The result of a migration: old version, place of the old file, whether the search can be resumed."""
 
     before: int
     backup: Path
@@ -46,7 +42,7 @@ class Migrated:
 
 
 def migrate(folder: Path) -> Migrated | None:
-    """Bring the store in a run folder to this version's schema; None where it has that already.
+    """Bring the store in a run folder to this version's schema; None where it has it already.
 
     Raises StoreError for a newer store, one that is damaged, or one that a process is working on.
     """
@@ -55,7 +51,7 @@ def migrate(folder: Path) -> Migrated | None:
     try:
         path = folder / FILE
         before, complete = _version(path)
-        if before == stores.SCHEMA_VERSION and complete:
+        if before == schema.SCHEMA_VERSION and complete:
             return None
         backup = path.with_name(f"{FILE}.version-{before}")
         with drafted_file(backup) as draft:
@@ -64,18 +60,18 @@ def migrate(folder: Path) -> Migrated | None:
             continues = _fill(draft, backup, before)
     finally:
         os.close(lock)
-    RunStore.read(folder).close()
+    StoreReader.read(folder).close()
     return Migrated(before=before, backup=backup, continues=continues)
 
 
 def _version(path: Path) -> tuple[int, bool]:
     """Return the schema version of a store, and whether it has all tables of this one.
 
-    What lies in its log is brought into the file before.
+    Its write-ahead log is copied into the file first.
     """
     try:
         with contextlib.closing(connect(path)) as db:
-            (found,) = db.execute("PRAGMA user_version").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
             (health,) = db.execute("PRAGMA quick_check(1)").fetchone()
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -83,20 +79,20 @@ def _version(path: Path) -> tuple[int, bool]:
         raise damaged(path.parent, str(error)) from None
     if health != "ok" or not {"run", "recipe", "ask", "score"} <= tables:
         raise damaged(path.parent, "not a run store" if health == "ok" else str(health))
-    if found > stores.SCHEMA_VERSION:
+    if version > schema.SCHEMA_VERSION:
         raise StoreError(
             f"{path}: written by a newer version of evomerge",
-            expected=f"schema version {stores.SCHEMA_VERSION} or older",
-            got=str(found),
+            expected=f"schema version {schema.SCHEMA_VERSION} or older",
+            got=str(version),
             fix="update evomerge",
         )
-    return found, stores.complete(tables)
+    return version, schema.complete(tables)
 
 
 def _fill(draft: Path, old: Path, before: int) -> bool:
     """Write a store from an older one; say whether its search can go on."""
     with contextlib.closing(sqlite3.connect(draft)) as db:
-        lay_out(db)
+        schema.lay_out(db)
         db.execute("ATTACH ? AS old", (str(old.absolute()),))
         there = {name for (name,) in db.execute("SELECT name FROM old.sqlite_schema WHERE type = 'table'")}
         with db:
@@ -105,7 +101,7 @@ def _fill(draft: Path, old: Path, before: int) -> bool:
                     _copy(db, table)
             continues = before >= REPLAYED_FROM and "guide" in there
             fact = {"schema": before, "continues": continues, "at": time.time()}
-            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (FACT, json.dumps(fact)))
+            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (facts.MIGRATED.key, json.dumps(fact)))
         db.execute("DETACH old")
     return continues
 
@@ -119,5 +115,5 @@ def _copy(db: sqlite3.Connection, table: str) -> None:
     db.execute(f"INSERT INTO main.{table} ({names}) SELECT {values} FROM old.{table}", tuple(filled.values()))
 
 
-def _columns(db: sqlite3.Connection, schema: str, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA {schema}.table_info({table})")]
+def _columns(db: sqlite3.Connection, place: str, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA {place}.table_info({table})")]

@@ -18,7 +18,7 @@ from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import StoreError
-from evomerge.running.store import RunStore, migrations, store
+from evomerge.running.store import RunStore, migrations, schema
 from evomerge.running.store.migrations import migrate
 from tests.conftest import write_suite
 from tests.running import quick
@@ -132,12 +132,12 @@ def test_a_run_goes_on_after_a_migration_that_only_adds(
     write_suite(tmp_path, generate=False)
     for name in ("whole", "run"):
         compose.start(RunConfig.load(path, out=str(tmp_path / name), generations=1), Silent())
-    compose.start(compose.stored_config(tmp_path / "whole", generations=2), Silent())
+    compose.resume(tmp_path / "whole", Silent(), generations=2)
 
-    schema = store._SCHEMA.replace("started REAL PRIMARY KEY,", "started REAL PRIMARY KEY, budget TEXT,")
-    schema += "CREATE TABLE note (at REAL PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;"
-    monkeypatch.setattr(store, "_SCHEMA", schema)
-    monkeypatch.setattr(store, "SCHEMA_VERSION", store.SCHEMA_VERSION + 1)
+    tables = schema._SCHEMA.replace("started REAL PRIMARY KEY,", "started REAL PRIMARY KEY, budget TEXT,")
+    tables += "CREATE TABLE note (at REAL PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;"
+    monkeypatch.setattr(schema, "_SCHEMA", tables)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", schema.SCHEMA_VERSION + 1)
     monkeypatch.setitem(migrations.FILLS, ("session", "budget"), "unknown")
     with pytest.raises(StoreError, match="older version"):
         RunStore.read(tmp_path / "run")
@@ -146,7 +146,7 @@ def test_a_run_goes_on_after_a_migration_that_only_adds(
     assert done.continues
     assert rows(tmp_path / "run" / "run.sqlite", "session")[0][1] == "unknown"
     monkeypatch.setattr(RunStore, "begin_session", lambda *_, **__: None)  # knows nothing of the new column
-    compose.start(compose.stored_config(tmp_path / "run", generations=2), Silent())
+    compose.resume(tmp_path / "run", Silent(), generations=2)
     assert migrate(tmp_path / "whole") is not None
     with RunStore.read(tmp_path / "run") as run, RunStore.read(tmp_path / "whole") as whole:
         assert run.digest() == whole.digest()

@@ -25,7 +25,7 @@ from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Failure
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.store.file import FILE
 from evomerge.search.ports import Named
 from tests.conftest import write_suite
@@ -51,7 +51,7 @@ def events(store: RunStore, first: int) -> Iterator[None]:
     yield
     store.record_tell(first, np.array([[0.125]]), 0.5)
     yield
-    store.set_fact(f"gradient {first}", {"items": 3})
+    store.record_gradient(str(first), "loss", {"items": 3})
     yield
 
 
@@ -95,7 +95,7 @@ def cuts(log: bytes) -> Iterator[tuple[int, int]]:
 @pytest.fixture
 def story(tmp_path: Path) -> tuple[RunStore, Callable[[int], list[str]]]:
     """A store in the hands of its writer, and what makes it go on: contents before and after each event."""
-    RunStore.create(tmp_path / "run", {"config": {"seed": 0}}).close()
+    RunStore.create(tmp_path / "run", {facts.CONFIG: {"seed": 0}}).close()
     store = RunStore.open(tmp_path / "run")
     store._db.execute("PRAGMA wal_autocheckpoint=0")
 
@@ -192,7 +192,7 @@ def test_a_run_resumed_after_power_loss_ends_in_the_same_bits(
         place, whole = draw.choice(list(cuts(log))[3:])
         folder = tmp_path / phase
         after_power_loss(folder, content, log[:place] + draw.randbytes(1000))
-        compose.start(compose.stored_config(folder), Silent())
+        compose.resume(folder, Silent())
         with RunStore.read(folder) as store:
             assert store.digest() == digest, (phase, place, whole)
         assert sorted(p.name for p in folder.iterdir()) == [".lock", "log.jsonl", "log.txt", FILE]

@@ -14,8 +14,9 @@ import pytest
 
 from evomerge.errors import ReplayError, StoreError
 from evomerge.evaluation.scores import Failure, Scores
-from evomerge.running.store import RunStore
-from evomerge.running.store.store import FILE, SCHEMA_VERSION
+from evomerge.running.store import RunStore, facts
+from evomerge.running.store.file import FILE
+from evomerge.running.store.schema import SCHEMA_VERSION
 from evomerge.search.ports import Named
 from tests.running.fakes import TIMING, recipe, scores
 
@@ -29,7 +30,7 @@ SHORT = {"timing"}
 
 
 def filled(folder: Path, order: tuple[int, ...] = (0, 1)) -> RunStore:
-    store = RunStore.create(folder, {"config": CONFIG})
+    store = RunStore.create(folder, {facts.CONFIG: CONFIG})
     store.begin_session({"cma": "4.5.0"})
     store.record_entry("base", 0, Named(name="base", recipe=recipe(9)))
     store.record_ask(0, GENOMES, [recipe(0), recipe(1)])
@@ -55,7 +56,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
         assert generation.losses is not None
         assert (generation.losses == LOSSES).all()
         assert store.timings("search") == {recipe(n).hash: TIMING for n in (0, 1)}
-        assert store.fact("config") == CONFIG
+        assert facts.CONFIG.get(store) == CONFIG
         assert store.versions() == {"cma": "4.5.0"}
 
 
@@ -141,7 +142,7 @@ def test_a_reader_is_not_disturbed_by_a_writer_who_starts(
     with RunStore.read(tmp_path) as reader:
         before = reader.digest()
         with RunStore.open(tmp_path) as writer:
-            writer.set_fact("late", 1)
+            facts.LAYERS.set(writer, 1)
             assert reader.digest() == before
         assert reader.digest() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", FILE]
@@ -151,12 +152,12 @@ def test_a_reader_is_not_disturbed_by_a_writer_who_starts(
     def meanwhile(path: Path) -> bytes:
         content = read_bytes(path)
         with RunStore.open(tmp_path) as writer:
-            writer.set_fact("later", 2)
+            facts.BLOCKS.set(writer, 2)
         return content
 
     monkeypatch.setattr(Path, "read_bytes", meanwhile)
     with RunStore.read(tmp_path) as reader:
-        assert reader.fact("later") == 2
+        assert facts.BLOCKS.get(reader) == 2
 
 
 def test_no_run_here(tmp_path: Path) -> None:
@@ -198,7 +199,8 @@ def test_the_tables_are_those_that_are_described(tmp_path: Path) -> None:
     filled(tmp_path).close()
     page = (Path(__file__).parents[3] / "runs" / "README.md").read_text()
     assert f"(schema version {SCHEMA_VERSION})" in page
-    described = dict(re.findall(r"^\| `(\w+)` \| (.*)$", page, flags=re.MULTILINE))
+    _, _, tables_on = page.partition("## Tables of")
+    described = dict(re.findall(r"^\| `(\w+)` \| (.*)$", tables_on.partition("## ")[0], flags=re.MULTILINE))
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as db:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
         assert described.keys() == set(tables)

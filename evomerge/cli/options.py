@@ -1,0 +1,94 @@
+"""Arguments and options that several commands share, and the nine limits of a budget as options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
+FullHashOption = Annotated[
+    bool,
+    typer.Option("--full-hash", help="Hash every byte of the models and compare with the last such check."),
+]
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YAML).")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+FormArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="The folder to write; for YAML forms, the file.")
+]
+
+FormOption = Annotated[
+    str, typer.Option("--as", help="What to write: model, adapter or mergekit (`export`: also recipe).")
+]
+RankOption = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        min=1,
+        help="With --as adapter: the largest rank per layer, where the merge is not a sum of adapters.",
+    ),
+]
+KeepRestOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-rest", help="With --as adapter: store tensors that a LoRA can't express as a whole."
+    ),
+]
+ModelsOption = Annotated[
+    Path | None,
+    typer.Option("--models", metavar="CONFIG", help="Count the genes for the models of a run config."),
+]
+MovedModelsOption = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="NAME=PATH", help="New location of a moved model; may be repeated."),
+]
+MovedSuiteOption = Annotated[
+    str | None, typer.Option("--suite", metavar="PATH", help="New location of the suite's file.")
+]
+
+EvaluationsOption = Annotated[
+    int | None, typer.Option("--evaluations", min=1, help="Replace the budget's limit on full evaluations.")
+]
+BUDGET: dict[str, Any] = {
+    "evaluations": EvaluationsOption,
+    "items": Annotated[
+        int | None, typer.Option("--items", min=1, help="Replace the budget's limit on scored items.")
+    ],
+    "generations": Annotated[
+        int | None, typer.Option("--generations", min=1, help="Replace the budget's limit on generations.")
+    ],
+    "hours": Annotated[
+        float | None, typer.Option("--hours", min=0.0, help="Replace the budget's limit on hours of work.")
+    ],
+    "until": Annotated[
+        str | None,
+        typer.Option(
+            "--until",
+            help='Replace the time the budget ends: "08:00" (its next occurrence), or a date and time.',
+        ),
+    ],
+    "cost": Annotated[
+        float | None,
+        typer.Option("--cost", min=0.0, help="Replace the budget's limit on money, all hours together."),
+    ],
+    "per_hour": Annotated[
+        float | None, typer.Option("--per-hour", min=0.0, help="Price of the machine per hour.")
+    ],
+    "patience": Annotated[
+        int | None,
+        typer.Option(
+            "--patience", min=1, help="Replace the budget's limit on generations without improvement."
+        ),
+    ],
+    "failures": Annotated[
+        int | None,
+        typer.Option("--failures", min=1, help="Stop with an error after this many failures in a row."),
+    ],
+}
+"""Option name -> annotation: single limits that replace those of a config or of a stored run."""

@@ -1,0 +1,189 @@
+"""What all commands do alike: output, errors, exit codes, signals, progress bars.
+
+A user's mistake prints one message and exits with code 2; Ctrl-C exits with 130, SIGTERM with 143, SIGHUP
+with 129.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from evomerge.cli.options import BUDGET, JsonOption, QuietOption
+from evomerge.errors import UserError
+
+INTERRUPTED = 130
+PATIENCE = 30.0
+"""Seconds in which a second signal is ignored: the time that batch schedulers leave for an orderly end."""
+
+
+def _console() -> Console:
+    """Return a console as wide as the terminal, or 120 columns wide where output goes to a file."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)
+
+
+@dataclass
+class Output:
+    """The output of a command: text for people through `console`, or one JSON document for scripts."""
+
+    console: Console
+    quiet: bool = False
+    json: bool = False
+
+    def say(self, message: Any) -> None:
+        """Print text or a rich renderable, unless `--quiet` or `--json`."""
+        if not (self.quiet or self.json):
+            self.console.print(message, highlight=False, markup=False, soft_wrap=isinstance(message, str))
+
+    def data(self, data: Any) -> None:
+        """Print the JSON document, with `--json`."""
+        if self.json:
+            typer.echo(json.dumps(data, indent=2))
+
+
+output = Output(console=_console())
+
+
+def command(
+    group: typer.Typer, name: str, *, budget: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command that also takes `--quiet` and `--json`, and turns UserError into exit code 2.
+
+    name: "" for the group itself. budget: the parameter `limits` becomes the options of BUDGET; the function
+    receives them as a mapping.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, quiet: bool, json_: bool, **kwargs: Any) -> None:
+            output.quiet, output.json = output.quiet or quiet, output.json or json_
+            if budget:
+                kwargs["limits"] = {limit: kwargs.pop(limit) for limit in BUDGET}
+            _silence_libraries()
+            with orderly_shutdown():
+                _guarded(function, *args, **kwargs)
+
+        signature = inspect.signature(function, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            if budget and parameter.name == "limits":
+                parameters += [_parameter(limit, annotation, None) for limit, annotation in BUDGET.items()]
+            else:
+                parameters.append(parameter)
+        parameters += [_parameter("quiet", QuietOption, False), _parameter("json_", JsonOption, False)]
+        wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        (group.command(name) if name else group.callback(invoke_without_command=True))(wrapped)
+        return function
+
+    return register
+
+
+def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _guarded(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run a command; an error of the user or the disk becomes one message and an exit code."""
+    try:
+        function(*args, **kwargs)
+    except UserError as error:
+        complain(f"error: {error}", style="red")
+        raise typer.Exit(2) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        complain(f"error: {where}{error.strerror or error}", style="red")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt as interrupt:
+        complain(str(interrupt) or "stopped; nothing was stored")
+        raise typer.Exit(getattr(interrupt, "exit_code", INTERRUPTED)) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM (sent by batch schedulers) or SIGHUP (the terminal was closed), handled like Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def orderly_shutdown() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an orderly shutdown.
+
+    Only the first signal counts: schedulers send several, and the shutdown must not be cut short. A signal
+    that was ignored before (nohup) stays ignored.
+    """
+    raised: list[float] = []
+
+    def end(number: int, _: object) -> None:
+        now = time.monotonic()
+        if not raised or now - raised[-1] > PATIENCE:
+            raised.append(now)
+            raise _Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def complain(message: str, *, style: str = "") -> None:
+    """Print a message on standard error, also with `--quiet` or `--json`."""
+    Console(stderr=True).print(message, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _silence_libraries() -> None:
+    """Turn off the libraries' own progress bars, warnings and advice."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback (steps done, steps in all) that moves a progress bar, visible on terminals only."""
+    from rich.progress import Progress
+
+    disabled = output.quiet or output.json or not output.console.is_terminal
+    with Progress(console=output.console, transient=True, disable=disabled) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def relative(path: Path) -> str:
+    """Return a path relative to the working directory where it lies below it, else absolute."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

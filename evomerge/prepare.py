@@ -1,0 +1,244 @@
+"""Prepare: a run config, checked against the models' headers; every refusal before the first weight is read.
+
+Everything that headers and YAML can show is checked in `prepare`, before a weight is read or a file is
+written; what needs the models (tasks, metrics) shows when the executor builds its first worker, still before
+the run folder exists.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.config import RunConfig
+from evomerge.errors import ConfigError, StoreError
+from evomerge.evaluation.normalise import check_specialists
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
+from evomerge.merging.tensors import kernels
+from evomerge.running import executors, forward, warm_start
+from evomerge.running.clock import moment, shown
+from evomerge.running.store import BASE, StoreReader, facts
+from evomerge.running.worker import WorkerSpec
+from evomerge.search import optimizers
+from evomerge.search.spaces import kinds
+from evomerge.search.spaces.layer_path import LayerPathSpec
+from evomerge.search.spaces.space import Space
+from evomerge.search.warm_start import WarmStart
+from evomerge.stored import StoredRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run config that passed all checks, with everything it names opened (headers only).
+
+    fingerprints: model name -> hash of its config, headers, sizes and sampled weights. files: model name ->
+    size, time and hashes of each of its files. parameters: number of the base model's weights. layers: number
+    of the base model's layers. optimizer: its name and the reason for it. notes: remarks on the models that
+    are no errors.
+    """
+
+    config: RunConfig
+    suite: Suite
+    space: kinds.AnySpace
+    template: Recipe
+    worker: WorkerSpec
+    fingerprints: dict[str, str]
+    files: dict[str, dict[str, dict[str, int | str]]]
+    parameters: int
+    layers: int
+    optimizer: str
+    notes: tuple[str, ...]
+    warm: WarmStart = field(default_factory=WarmStart)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.out)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check a config against the models' headers; raise UserError at the first thing that can't work."""
+    from evomerge.merging.compatibility import check
+    from evomerge.merging.sources import model_files
+    from evomerge.merging.sources.opening import open_sources
+
+    suite = Suite.load(config.suite).weighted(config.objective.weights)
+    config.objective.check(suite)
+    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+    template = Recipe(
+        models=config.locations,
+        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
+        base=BASE,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        seed=config.seed,
+    )
+    notes = (*check(template, sources), *kernels.notes())
+    check_specialists(suite, config.models.sources)
+    headers = sources[BASE].headers
+    assert not isinstance(config.space, str)
+    space = kinds.apply(
+        config.space,
+        template=template,
+        sources=tuple(config.models.sources),
+        tensors={name: tuple(source.headers) for name, source in sources.items()},
+    )
+    optimizer_of(config, space)
+    warm = warm_start.resolve(config.warm_start, space=space, template=template, folder=Path(config.out))
+    for start in warm.recipes:
+        check(start.recipe, sources)
+    _check_gradients(warm, space)
+    _check_engine(config)
+    return Prepared(
+        config=config,
+        suite=suite,
+        space=space,
+        template=template,
+        worker=_worker(config, suite),
+        fingerprints={name: source.fingerprint for name, source in sources.items()},
+        files={name: model_files.facts(source) for name, source in sources.items()},
+        parameters=sum(header.count for header in headers.values()),
+        optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
+        layers=len({layer_of(name) for name in headers} - {None}),
+        notes=notes,
+        warm=warm,
+    )
+
+
+def _worker(config: RunConfig, suite: Suite) -> WorkerSpec:
+    """Return what workers need to score this run's candidates."""
+    device, dtype, threads = executors.resolve(config.executor)
+    if config.executor.threads is None:  # a run keeps the number it was begun with
+        threads = forward.kept_threads(Path(config.out)) or threads
+    return WorkerSpec(
+        models=config.locations,
+        base=BASE,
+        tokenizer=config.tokenizer,
+        suite=suite,
+        batch_size=config.executor.batch_size,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_length=config.executor.max_length,
+        attention=config.executor.attention,
+        low_memory=config.executor.low_memory,
+        blocks=config.racing.blocks,
+        block_seed=config.seed,
+        generation=config.executor.generation,
+    )
+
+
+def _check_gradients(warm: WarmStart, space: Space) -> None:
+    """Refuse gradients where no method of the space can be differentiated."""
+    from evomerge.merging.tensors.derivatives import supports
+
+    if warm.gradients is None:
+        return
+    if all(coordinate.levels is not None for coordinate in space.coordinates):
+        raise ConfigError(
+            "warm_start.gradients: the search space has no continuous gene to follow a slope in",
+            fix="set warm_start.gradients: off",
+        )
+    used = {group.method for group in space.decode(np.full(space.dimension, 0.5)).groups}
+    if not any(map(supports, used)):
+        raise ConfigError(
+            f"warm_start.gradients: {', '.join(sorted(used))} can't be differentiated",
+            expected="a space over a method such as linear, task_arithmetic, ties or slerp",
+            fix="set warm_start.gradients: off",
+        )
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Refuse a generation engine that is not installed, or that can't hold this run's models."""
+    if config.executor.generation == "transformers":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "executor.generation: vllm is not installed",
+            fix="pip install 'evomerge[vllm]', or set executor.generation: transformers",
+        )
+    if isinstance(config.space, LayerPathSpec) or config.tokenizer not in ("", BASE):
+        raise ConfigError(
+            "executor.generation: vllm holds one model of the base's layers and vocabulary",
+            got="a search space of layer paths" if not config.tokenizer else f"tokenizer: {config.tokenizer}",
+            fix="set executor.generation: transformers",
+        )
+
+
+def optimizer_of(config: RunConfig, space: Space) -> optimizers.Optimizer:
+    """Return the run's optimizer as it would begin in the middle of the space; ConfigError if it can't."""
+    return optimizers.create(
+        config.optimizer,
+        coordinates=space.coordinates,
+        objectives=config.objective.count,
+        starts=[np.full(space.dimension, 0.5)],
+        seed=np.random.SeedSequence(0),
+    )
+
+
+def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
+    """Return the facts that are stored when a run is begun, and compared when it goes on."""
+    config = prepared.config
+    start = {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
+    return start | {
+        facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
+        facts.IDENTITY: config.identity(),
+        facts.BLOCKS: prepared.worker.blocks,
+        facts.FINGERPRINTS: prepared.fingerprints,
+        facts.MODEL_FILES: prepared.files,
+        facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
+        facts.SUITE_DIGEST: prepared.suite.digest(),
+        facts.OPTIMIZER: prepared.optimizer,
+        facts.LAYERS: prepared.layers,
+        facts.FORWARD: forward.as_data(forward.find(prepared.worker)),
+        facts.ARITHMETIC: f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
+    }
+
+
+def check_folder(prepared: Prepared) -> None:
+    """Refuse a run folder that can't be made, holds something else, or this run on changed inputs."""
+    folder = prepared.folder
+    StoreReader.refuse_held(folder)
+    if StoreReader.exists(folder):
+        with StoreReader.read(folder) as store:
+            StoredRun(store).check_same(run_facts(prepared))
+        return
+    if folder.is_dir():
+        others = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith(".run.sqlite")]
+        if others:
+            raise StoreError(
+                f"{folder}: exists and is not a run folder", fix="choose another `out`, or empty the folder"
+            )
+    above = next(p for p in (folder, *folder.parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StoreError(
+            f"{folder}: the run folder can't be made",
+            got=f"{above} is not a writable folder",
+            fix="choose another `out`",
+        )
+
+
+def check_time(prepared: Prepared) -> None:
+    """Refuse to start a run whose time limit has passed."""
+    until, now = prepared.config.budget.until, time.time()
+    if until is not None and not StoreReader.exists(prepared.folder) and moment(until, now) <= now:
+        raise ConfigError(
+            f"budget.until: {shown(moment(until, now))} has passed",
+            fix='give a later moment, or a time of day ("08:00")',
+        )
+
+
+def full_hashes(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return model -> file -> hash of all its bytes."""
+    from evomerge.merging.sources import model_files
+    from evomerge.merging.sources.opening import open_sources
+
+    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+    return {name: model_files.full_hashes(source) for name, source in sources.items()}

@@ -1,0 +1,198 @@
+"""The facts of a run: every key of the table `run`, declared once, with its type and who writes it.
+
+A fact is one JSON value under a name: the config, the suite, why the search ended. Read one with
+`facts.CONFIG.get(store)`, write it with `.set(store, value)`; a key is spelled nowhere else. To add a fact,
+declare it here and add its line in runs/README.md (a test compares the two).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from evomerge.errors import StoreError
+
+T = TypeVar("T")
+
+
+class FactReader(Protocol):
+    """A store as far as facts read it."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        ...
+
+    def read_value(self, key: str) -> Any:
+        """Return the JSON value under a key, None where there is none."""
+        ...
+
+
+class FactWriter(Protocol):
+    """A store as far as facts write it."""
+
+    def write_value(self, key: str, value: Any) -> None:
+        """Store or replace the JSON value under a key."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fact(Generic[T]):
+    """One key of the table `run`.
+
+    type: of its value, which is plain JSON data. written_by: the module that writes it. in_digest: whether
+    two runs with the same seed agree in it, so that it counts in `digest`.
+    """
+
+    key: str
+    type: type[T]
+    written_by: str
+    about: str
+    in_digest: bool = True
+
+    def get(self, store: FactReader) -> T | None:
+        """Return the value in a store, None where it has none."""
+        return cast("T | None", store.read_value(self.key))
+
+    def require(self, store: FactReader) -> T:
+        """Return the value in a store; raise StoreError where it has none."""
+        value = self.get(store)
+        if value is None:
+            raise StoreError(
+                f"{store.folder}: the run store has no fact `{self.key}` ({self.about})",
+                fix="restore run.sqlite from a backup, or start a new run in another folder",
+            )
+        return value
+
+    def set(self, store: FactWriter, value: T | None) -> None:
+        """Store or replace the value."""
+        store.write_value(self.key, value)
+
+
+@dataclass(frozen=True, slots=True)
+class FactFamily(Generic[T]):
+    """Facts that share a first word; what follows says what each is about, as in `gradient RECIPE LOSS`."""
+
+    prefix: str
+    parts: tuple[str, ...]
+    type: type[T]
+    written_by: str
+    about: str
+    in_digest: bool = True
+
+    @property
+    def key(self) -> str:
+        """The form of the keys, for people."""
+        return " ".join((self.prefix, *self.parts))
+
+    @property
+    def pattern(self) -> str:
+        """The form of the keys, for SQL's GLOB."""
+        return f"{self.prefix} *"
+
+    def of(self, *parts: str) -> Fact[T]:
+        """Return one of the facts."""
+        assert len(parts) == len(self.parts)
+        key = " ".join((self.prefix, *parts))
+        return Fact(key, self.type, self.written_by, self.about, self.in_digest)
+
+
+CONFIG = Fact("config", dict[str, Any], "prepare", "the run config, without `out`", in_digest=False)
+IDENTITY = Fact("identity", str, "prepare", "hash of all settings that change results")
+SUITE = Fact("suite", dict[str, Any], "prepare", "the suite, without the place of its task files")
+SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and its task files")
+FINGERPRINTS = Fact(
+    "fingerprints",
+    dict[str, str],
+    "prepare",
+    "per model, hash of its config, headers, sizes and sampled weights",
+)
+MODEL_FILES = Fact(
+    "model_files",
+    dict[str, dict[str, dict[str, int | str]]],
+    "prepare",
+    "per model and file: size, hash of the header, hash of samples of the contents",
+)
+FULL_HASHES = Fact(
+    "full_hashes",
+    dict[str, dict[str, str]],
+    "compose",
+    "per model and file, hash of every byte (with `--full-hash`)",
+    in_digest=False,
+)
+NORMS = Fact("norms", dict[str, float], "compose", "norm of each source's task vector")
+LAYERS = Fact("layers", int, "prepare", "number of the base model's layers")
+BLOCKS = Fact("blocks", int, "prepare", "item blocks of `search`; `select` and `test` are one block each")
+OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
+ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
+FORWARD = Fact(
+    "forward",
+    dict[str, Any],
+    "prepare",
+    "how forward passes are computed: attention, context length, batch size, threads",
+    in_digest=False,
+)
+WARM_START = Fact(
+    "warm_start", list[dict[str, Any]], "prepare", "names and recipes that the search starts from"
+)
+BATCH_SIZES = Fact(
+    "batch_sizes",
+    list[dict[str, Any]],
+    "running.batches",
+    "each halving of a batch size for want of memory: split, block, new and old size, phase, and whether all "
+    "scores of the block were made again",
+)
+GRADIENT = FactFamily(
+    "gradient",
+    ("RECIPE", "LOSS"),
+    dict[str, Any],
+    "running.slopes",
+    "a step of a gradient start: loss and derivatives, or the failure; `items` is its cost",
+)
+SPENT = Fact("spent", list[int], "running.store", "last told generation, and the items scored by then")
+STOPPED = Fact("stopped", str, "compose", "why the search ended; null while it goes on")
+STOP = Fact(
+    "stop",
+    dict[str, Any],
+    "running.budget",
+    "which limit of the clock ended the search, and after which generation",
+    in_digest=False,
+)
+CLOCK = Fact(
+    "clock",
+    dict[str, Any],
+    "running.forecast",
+    "this session's limit of the clock and the last estimate, in epoch seconds",
+    in_digest=False,
+)
+MIGRATED = Fact(
+    "migrated",
+    dict[str, Any],
+    "running.store",
+    "schema version before `evomerge migrate`, and whether the search can go on",
+    in_digest=False,
+)
+
+FACTS: tuple[Fact[Any] | FactFamily[Any], ...] = tuple(
+    declared for declared in tuple(globals().values()) if isinstance(declared, Fact | FactFamily)
+)
+"""All of them, in the order of the table in runs/README.md."""
+
+Values = Mapping[Fact[Any], Any]
+"""Facts with their values, to be written in one transaction."""
+
+
+def outside_digest() -> list[str]:
+    """Return the keys that `digest` leaves out."""
+    return sorted(fact.key for fact in FACTS if not fact.in_digest)
+
+
+def as_table() -> str:
+    """Return the declarations as the Markdown table of runs/README.md."""
+    rows = [
+        f"| `{fact.key}` | {fact.about} | `{fact.written_by}` | {'yes' if fact.in_digest else 'no'} |"
+        for fact in FACTS
+    ]
+    return "\n".join(["| fact | value | written by | in `digest` |", "|---|---|---|---|", *rows])

@@ -1,0 +1,108 @@
+"""The schema of a run store: its tables and their version, the records read from them, and packed columns."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import zlib
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ID = 12
+"""How many digits of its recipe's hash a candidate is called by, in logs and messages."""
+BASE = "base"
+"""The name the base model has in every recipe and table."""
+SCHEMA_VERSION = 3
+APPLICATION_ID = 0x65766F6D  # "evom"
+
+_SCHEMA = """
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE recipe (hash TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE entry (role TEXT, position INTEGER, name TEXT NOT NULL, recipe TEXT NOT NULL REFERENCES recipe,
+    PRIMARY KEY (role, position)) WITHOUT ROWID;
+CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
+    recipe TEXT NOT NULL REFERENCES recipe, at REAL NOT NULL,
+    PRIMARY KEY (generation, position)) WITHOUT ROWID;
+CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL,
+    at REAL NOT NULL);
+CREATE TABLE guide (generation INTEGER PRIMARY KEY, correlation REAL, proposed INTEGER NOT NULL,
+    blocks INTEGER NOT NULL, radius REAL NOT NULL);
+CREATE TABLE front (generation INTEGER PRIMARY KEY, hypervolume REAL NOT NULL, reference TEXT NOT NULL,
+    recipes TEXT NOT NULL);
+CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, task TEXT,
+    position INTEGER NOT NULL, metric BLOB NOT NULL, smooth BLOB, margin BLOB,
+    PRIMARY KEY (recipe, split, block, task));
+CREATE TABLE failure (recipe TEXT REFERENCES recipe, split TEXT, kind TEXT NOT NULL, reason TEXT NOT NULL,
+    at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
+CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, seconds REAL NOT NULL,
+    merge_seconds REAL NOT NULL, forward_seconds REAL NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (recipe, split, block)) WITHOUT ROWID;
+CREATE TABLE session (started REAL PRIMARY KEY, last REAL NOT NULL, versions TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Where the time of one candidate went, in seconds of wall clock on its worker.
+
+    total: everything, from the recipe's arrival to the scores. merge: putting the weights into the live
+    model. forward: inside the model's forward passes and generation.
+    """
+
+    total: float
+    merge: float
+    forward: float
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One stored generation: recipe hashes in ask order, losses (n, objectives) once told, driver seconds."""
+
+    number: int
+    recipes: tuple[str, ...]
+    genomes: NDArray[np.float64]
+    losses: NDArray[np.float64] | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFront:
+    """The recipes (hashes) nothing dominated after a generation, and what they cover up to `reference`."""
+
+    generation: int
+    hypervolume: float
+    reference: tuple[float, ...]
+    recipes: tuple[str, ...]
+
+
+def complete(tables: Set[str]) -> bool:
+    """Say whether these are all tables of a run store (versions under development may lack some)."""
+    return set(re.findall(r"CREATE TABLE (\w+)", _SCHEMA)) <= tables
+
+
+def lay_out(db: sqlite3.Connection) -> None:
+    """Make the tables of a run store in an empty database."""
+    db.executescript(_SCHEMA)
+    db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+
+def as_json(value: Any) -> str:
+    """Return a value as the store's JSON. Keys keep their order: that of the sources is the genome's."""
+    return json.dumps(value, allow_nan=False)
+
+
+def pack(values: NDArray[np.float64] | None) -> bytes | None:
+    """Return per-item values as a column of the table `score`."""
+    return None if values is None else zlib.compress(values.astype("<f8").tobytes(), 1)
+
+
+def unpack(blob: bytes) -> NDArray[np.float64]:
+    """Return the per-item values of a column of the table `score`."""
+    return np.frombuffer(zlib.decompress(blob), dtype="<f8")

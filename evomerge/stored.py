@@ -1,0 +1,213 @@
+"""A stored run: its folder opened once, with the config and suite it was begun with; what changed since.
+
+A run goes on only with the config, models, tasks and device it was begun with. Models and the suite's file
+may move: `StoredRun.config` takes their new places, and their contents are compared with the stored hashes.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import RunConfig, resolve_location, resolve_suite
+from evomerge.errors import ConfigError, ModelError, StoreError, nearest
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.sources import model_files
+from evomerge.running import forward
+from evomerge.running.budget import replaced
+from evomerge.running.store import BASE, StoreReader, facts
+from evomerge.running.store.file import FILE
+from evomerge.schema import parse
+
+
+class StoredRun:
+    """A run folder with its store open, and the config and suite stored there.
+
+    Use `read` for a run that is only looked at; a store that is open for writing can be passed instead.
+    """
+
+    def __init__(self, store: StoreReader) -> None:
+        self.store = store
+
+    @classmethod
+    def read(cls, folder: Path) -> StoredRun:
+        """Open a run for reading, also while a process works on it; raise StoreError where there is none."""
+        return cls(StoreReader.read(folder))
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.store.folder
+
+    @functools.cached_property
+    def suite(self) -> Suite:
+        """The suite the run was begun with, from the store alone."""
+        return parse(Suite, facts.SUITE.require(self.store), f"{self.folder}: stored suite")
+
+    def config(
+        self, *, models: Mapping[str, str] | None = None, suite: str | None = None, **budget: Any
+    ) -> RunConfig:
+        """Return the config the run was begun with; `out` is the folder it lies in now.
+
+        models: name -> new place of models that were moved. suite: new place of its file. budget: single
+        limits that replace the stored ones, as in `running.budget.replaced`.
+        """
+        data = facts.CONFIG.require(self.store)
+        data["out"] = str(self.folder.absolute())
+        _relocate(data, models or {}, suite)
+        data["budget"] = replaced(data["budget"], budget, time.time())
+        return parse(RunConfig, data, f"{self.folder}: stored config")
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def __enter__(self) -> StoredRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- is this the run that was begun? ------------------------------------------------------------
+
+    def check_same(self, begun: facts.Values) -> None:
+        """Refuse to continue the run where config, models, tasks or device differ from these facts."""
+        self.refuse_older()
+        if facts.IDENTITY.get(self.store) != begun[facts.IDENTITY]:
+            raise StoreError(
+                f"{self.folder}: holds a run of another config",
+                got=", ".join(_differences(facts.CONFIG.get(self.store), begun[facts.CONFIG]))
+                or "other settings",
+                fix="choose another `out`, or go on with the stored run: evomerge resume "
+                + shlex.quote(str(self.folder)),
+            )
+        if changed := _changed_files(self.store, begun):
+            raise StoreError(
+                f"{self.folder}: model files changed since the run began",
+                got="; ".join(f"{name}: {what}" for name, what in changed.items()),
+                fix="put the old files back, or start a new run in another folder",
+            )
+        checks = ((facts.SUITE_DIGEST, "the suite or its task files"), (facts.ARITHMETIC, "device or dtype"))
+        for fact, what in checks:
+            if fact.get(self.store) != begun[fact]:
+                raise StoreError(
+                    f"{self.folder}: {what} changed since the run began, so scores would not be comparable",
+                    expected=str(fact.get(self.store)),
+                    got=str(begun[fact]),
+                    fix="restore what was there, or start a new run in another folder",
+                )
+        forward.check_same(self.store, forward.Forward(**begun[facts.FORWARD]))
+
+    def refuse_older(self) -> None:
+        """Refuse to go on with a run migrated from a version whose search can't be replayed."""
+        if (migrated := facts.MIGRATED.get(self.store)) is not None and not migrated["continues"]:
+            raise StoreError(
+                f"{self.folder}: begun by an older evomerge, whose search this version can't replay",
+                expected=f"evomerge {self.store.versions().get('evomerge', 'of its time')} and its store, "
+                f"{FILE}.version-{migrated['schema']}, to finish it",
+                fix="`status`, `report` and `export` work here; to search on, start a new run with "
+                f"warm_start: {{run: {self.folder}}}",
+            )
+
+    def check_hashes(self, hashes: Mapping[str, Mapping[str, str]]) -> None:
+        """Refuse models that changed in any byte since the run stored hashes of them, if it did."""
+        before = facts.FULL_HASHES.get(self.store) or {}
+        changed = {
+            name: [file for file, hash_ in files.items() if before.get(name, files).get(file) != hash_]
+            for name, files in hashes.items()
+        }
+        if any(changed.values()):
+            raise StoreError(
+                f"{self.folder}: model files changed since every byte of them was hashed",
+                got="; ".join(
+                    f"{name}: {', '.join(f'{file} (other contents)' for file in files)}"
+                    for name, files in changed.items()
+                    if files
+                ),
+                fix="put the old files back, or start a new run in another folder",
+            )
+
+
+def config_to_resume(
+    folder: Path, *, models: Mapping[str, str] | None = None, suite: str | None = None, **budget: Any
+) -> RunConfig:
+    """Return the config to go on with, as in `StoredRun.config`.
+
+    Raises StoreError where a process works on the run or its search can't be replayed, and ModelError where
+    models are not at their stored places.
+    """
+    StoreReader.refuse_held(folder)
+    with StoredRun.read(folder) as run:
+        run.refuse_older()
+        config = run.config(models=models, suite=suite, **budget)
+    _refuse_missing(config)
+    return config
+
+
+def environment_note(folder: Path) -> str | None:
+    """Say what of libraries, processor and kernels changed since a run was begun, None if nothing."""
+    if not StoreReader.exists(folder):
+        return None
+    with StoreReader.read(folder) as store:
+        changes = forward.changes(store.versions(), forward.versions())
+    return None if changes is None else forward.warning(changes)
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Name the settings in which two stored configs differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        settings: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            if not place and key in ("budget", "out"):
+                continue
+            settings += _differences(old.get(key), new.get(key), f"{place}{key}.")
+        return settings
+    return [] if old == new else [f"{place.rstrip('.')} {old!r} there, {new!r} here"]
+
+
+def _changed_files(store: StoreReader, begun: facts.Values) -> dict[str, str]:
+    """Return model -> which of its files changed, and how."""
+    before, files = facts.FINGERPRINTS.require(store), facts.MODEL_FILES.get(store) or {}
+    changed = {}
+    for name, fingerprint in begun[facts.FINGERPRINTS].items():
+        differences = (
+            model_files.changes(files[name], begun[facts.MODEL_FILES][name]) if name in files else []
+        )
+        if differences or before.get(name) != fingerprint:
+            changed[name] = ", ".join(differences) or "config, headers, sizes or weights"
+    return changed
+
+
+def _relocate(data: dict[str, Any], models: Mapping[str, str], suite: str | None) -> None:
+    """Write the present places of models and suite into a stored config; raise ConfigError.
+
+    models: name -> place, relative to the working directory.
+    """
+    places = {BASE: data["models"]["base"], **data["models"]["sources"]}
+    for name, place in models.items():
+        if name not in places:
+            raise ConfigError(f"--model {name}={place}: no such model", fix=nearest(name, places))
+        places[name] = resolve_location(place, Path.cwd())
+    data["models"] = {"base": places.pop(BASE), "sources": places}
+    if suite is not None:
+        data["suite"] = resolve_suite(suite, Path.cwd())
+
+
+def _refuse_missing(config: RunConfig) -> None:
+    """Raise ModelError where models are not at their stored places, with the command that names new ones."""
+    missing = [name for name, place in config.locations.items() if not all(map(_is_there, place.split("+")))]
+    if missing:
+        options = " ".join(f"--model {name}=PATH" for name in missing)
+        raise ModelError(
+            "models of this run are not where they were",
+            got="; ".join(f"{name}: {config.locations[name]}" for name in missing),
+            fix=f"put them back, or give their paths: evomerge resume {shlex.quote(config.out)} {options}",
+        )
+
+
+def _is_there(place: str) -> bool:
+    return not Path(place).is_absolute() or Path(place).exists()  # a hub id

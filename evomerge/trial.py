@@ -1,0 +1,131 @@
+"""Trial: two candidates scored on every split before a run, and an estimate of the run from their seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.errors import UserError
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
+from evomerge.evaluation.smooth_loss import PASSES
+from evomerge.prepare import Prepared, check_time, optimizer_of
+from evomerge.running import executors
+from evomerge.running.clock import Clock
+from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Work
+from evomerge.running.worker import Job
+from evomerge.search import baselines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Items and mean seconds of two trial candidates per split, and what the whole run will take.
+
+    seconds_before: until the end of the first generation, which always runs. seconds_after: after the search.
+    estimate: seconds of the whole run, None where only `patience` ends it. ends: its end in epoch seconds, if
+    it started now. cost: None without a price. late: whether a limit of the clock comes too early for a
+    single generation.
+    """
+
+    items: dict[str, int]
+    seconds: dict[str, float]
+    workers: int
+    seconds_before: float
+    seconds_after: float
+    estimate: float | None
+    ends: float | None
+    cost: float | None
+    late: bool
+
+
+def probe(prepared: Prepared) -> Probe:
+    """Load the models, build all tasks, and score two candidates of the space on every split.
+
+    A third one goes before them, because the first of a process is slower than the rest.
+    """
+    check_time(prepared)
+    items: dict[str, int] = {}
+    seconds: dict[Split, float] = {}
+    with executors.trial(prepared.config.executor, prepared.worker) as executor:
+        for split in SPLITS:
+            places = (0.5, 0.3, 0.7) if split == "search" else (0.3, 0.7)
+            jobs = [_trial(prepared, place, split) for place in places]
+            results = list(executor.run(jobs))[-2:]
+            scored = [result for result in results if isinstance(result.outcome, Scores)]
+            if not scored:
+                (failure,) = {r.outcome.reason for r in results[:1] if isinstance(r.outcome, Failure)}
+                raise UserError(
+                    f"no candidate could be scored on {split}: {failure}",
+                    expected="one of two points of the search space to work",
+                    fix="narrow the space to what can be scored",
+                )
+            for result in scored:
+                assert isinstance(result.outcome, Scores)
+                items[split] = result.outcome.items
+            seconds[split] = sum(r.timing.total for r in scored if r.timing is not None) / len(scored)
+    return _estimated(prepared, items, seconds)
+
+
+def _trial(prepared: Prepared, place: float, split: Split) -> Job:
+    recipe = prepared.space.decode(np.full(prepared.space.dimension, place))
+    return Job(recipe=recipe, split=split, blocks=prepared.worker.blocks_of(split))
+
+
+def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, float]) -> Probe:
+    config, workers, now = prepared.config, executors.worker_count(prepared.config.executor), time.time()
+    sources = tuple(config.models.sources)
+    parents = len(sources) + 1
+    hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
+    starts = len(prepared.warm.recipes)
+    beforehand = math.ceil((parents + hand_made + starts) / workers) + len(sources)  # the soup, one by one
+    slopes = _slopes(prepared)
+    beforehand += math.ceil(slopes)
+    first = math.ceil(optimizer_of(config, prepared.space).population / workers)
+    before = (beforehand + first) * seconds["search"]
+    after = REPORT + Work(
+        soups=config.finalists,
+        select=config.finalists + EXTRA + parents + (hand_made if config.objective.several else 0),
+        test=1 + parents + hand_made + 1 + starts,
+    ).seconds(seconds, workers)
+    searched = _searched(prepared, items["search"])
+    whole = None
+    if searched is not None:
+        whole = max(before, (beforehand + max(0.0, searched - slopes) / workers) * seconds["search"]) + after
+    limit = config.budget.clock_limit(Clock(started=now))
+    if limit is not None:
+        whole = min(whole or math.inf, max(limit.at - now - (SAFETY - 1) * after, before + after))
+    cost = config.budget.cost
+    return Probe(
+        items=items,
+        seconds={str(split): mean for split, mean in seconds.items()},
+        workers=workers,
+        seconds_before=before,
+        seconds_after=after,
+        estimate=whole,
+        ends=None if whole is None else now + whole,
+        cost=None if cost is None or whole is None else cost.per_hour * whole / 3600,
+        late=limit is not None and limit.at < now + before + after,
+    )
+
+
+def _slopes(prepared: Prepared) -> float:
+    """Return the cost of the gradient warm start, in full evaluations."""
+    spec = prepared.warm.gradients
+    return 0.0 if spec is None else PASSES * spec.steps * spec.share
+
+
+def _searched(prepared: Prepared, full: int) -> float | None:
+    """Return how many full evaluations the budget allows, None where only time limits it.
+
+    full: items of one. A limit in generations counts as if no candidate stopped early.
+    """
+    budget = prepared.config.budget
+    optimizer = optimizer_of(prepared.config, prepared.space)
+    limits = [
+        budget.evaluations,
+        budget.items and budget.items / full,
+        budget.generations and budget.generations * optimizer.population + _slopes(prepared),
+    ]
+    return min((limit for limit in limits if limit), default=None)
