@@ -46,10 +46,10 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int | None) -> None:
-        nobody = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
+        placeholder = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
         with quiet():
             super().__init__(
-                pretrained=nobody,
+                pretrained=placeholder,
                 backend="causal",
                 tokenizer=copy.deepcopy(tokenizer),
                 batch_size=batch_size,

@@ -203,13 +203,13 @@ class TensorGroup:
 
     @property
     def copied_source(self) -> str | None:
-        """The source whose exact bits the group's tensors have, or None if the group computes anything.
+        """The source of which the group is a plain copy, with its exact bits; None for all other groups.
 
-        The one definition of a plain copy. Shifts don't matter: they say which layer is copied. Copies are
-        `passthrough` of scale 1, and `linear` of one source whose weight is 1 or, normalised, anything but 0.
+        Copies are `passthrough` of scale 1, and `linear` of one source whose weight is 1 or, if normalised,
+        any number but 0. Shifts don't matter: they only choose the layer that is copied.
 
-        None does not say that the bits differ: weights (1, 0), slerp at t = 0 and the like equal a source
-        up to the sign of zeros. A task vector of weight 1 does not: base + (x - base) is rounded twice.
+        Other groups can have a source's bits too: weights (1, 0) or slerp at t = 0 differ from the source at
+        most in the sign of zeros. A task vector of weight 1 differs: base + (x - base) is rounded twice.
 
         >>> TensorGroup(method="linear", sources=("a",), parameters={"weight": 2.0}).copied_source
         'a'

@@ -272,7 +272,7 @@ def _exact(
         if shares is None:
             return None, f"group {group.label()!r} ({group.method})"
         if recipe.base_of(group) not in (None, recipe.base):
-            return None, f"group {group.label()!r}, which has a base of its own"
+            return None, f"group {group.label()!r}, whose base is another model"
         terms: list[Term] = []
         for share, source_name in zip(shares, group.sources, strict=True):
             source = sources[source_name]

@@ -213,7 +213,7 @@ def _slice(
 def _copies_its_source(method: Method, entries: Sequence[_Entry], base: str | None) -> bool:
     """Say whether mergekit copies a slice's only source, which is read as a `passthrough` group.
 
-    A matter of mergekit's grammar. Of groups `TensorGroup.copied_source` says it.
+    This is mergekit's grammar. For tensor groups see `TensorGroup.copied_source`.
     """
     if len(entries) != 1:
         return False
