@@ -1,8 +1,7 @@
-"""The errors a user can cause: each says what is wrong, what was expected, what was found and what to do.
+"""Errors that a user can cause: each says what is wrong, what was expected, what it got and what to do.
 
-They are picklable, because workers raise them in other processes, and they never carry a traceback to
-the terminal: the command line prints the sentence and exits with code 2. `assert` is kept for our own
-invariants.
+They are picklable, because workers raise them in other processes. The command line prints their text
+without a traceback and exits with code 2. `assert` is for invariants of our own code.
 """
 
 from __future__ import annotations
@@ -12,9 +11,13 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what evomerge was given.
+    """A mistake in evomerge's input.
 
-    `what` is one sentence. The other parts are printed on lines of their own where they are known.
+    Args:
+        what: the problem in one sentence.
+        expected: what would be valid, printed as `expected: ...`.
+        got: what was there instead, printed as `got: ...`.
+        fix: what the user can do, printed as `do: ...`.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ def _rebuild(
 
 
 class ConfigError(UserError):
-    """A YAML file (run config, preset, suite or recipe) that does not say something runnable."""
+    """A YAML file (run config, preset, suite or recipe) or an argument that is not valid."""
 
 
 class ModelError(UserError):
@@ -52,15 +55,15 @@ class StoreError(UserError):
 
 
 class ReplayError(StoreError):
-    """A stored run whose search can't be replayed exactly here (other library versions, say)."""
+    """A stored run whose search can't be replayed exactly here, e.g. with other library versions."""
 
 
 class BrokenRunError(UserError):
-    """A run in which nothing works any more: too many candidates failed in a row."""
+    """A run that was stopped because too many candidates failed in a row."""
 
 
 class NoWinnerError(UserError):
-    """A search that found nothing to pick a winner from."""
+    """A search without any scored candidate to choose a winner from."""
 
 
 class NonFiniteError(UserError):
@@ -68,11 +71,11 @@ class NonFiniteError(UserError):
 
 
 class DiskError(UserError):
-    """The disk can't take what was asked: no room, no permission, or something is there already."""
+    """A file or folder that can't be written: no room, no permission, or it exists already."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the closest valid one if there is one, and all of them.
+    """Return a hint for an unknown name: the closest valid name, if any is close, and all valid names.
 
     >>> nearest("tie", ["linear", "ties"])
     "did you mean 'ties'? Valid: linear, ties"

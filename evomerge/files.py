@@ -1,7 +1,7 @@
-"""Drafts: what is written under a temporary name first, so that a killed process leaves no half of a file.
+"""Drafts: files and folders are written under a temporary name, so that a crash leaves no incomplete file.
 
-A draft's name says whose it is (process and machine). What killed processes left is removed by the next one
-that writes the same thing.
+A draft's name holds its process and machine. The next process that writes the same file removes the drafts
+of processes that were killed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from evomerge.errors import DiskError, UserError
 
 @contextmanager
 def drafted_file(out: Path) -> Iterator[Path]:
-    """Yield the place of a file that becomes `out`, over what is there, or disappears on failure.
+    """Yield the path of a temporary file that replaces `out` on success and disappears on failure.
 
-    Raises DiskError where the disk can't take it.
+    Raises DiskError if it can't be written.
     """
     out = out.absolute()
     try:
@@ -38,14 +38,14 @@ def drafted_file(out: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
             raise
     except Exception as error:
-        raise _told(error, out) from None
+        raise _as_disk_error(error, out) from None
 
 
 @contextmanager
 def drafted_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` on success and disappears on failure.
 
-    Raises DiskError where the disk can't take it, or `out` has something in it.
+    Raises DiskError if it can't be written, or if `out` exists and is not an empty folder.
     """
     out = out.absolute()
     try:
@@ -57,12 +57,12 @@ def drafted_folder(out: Path) -> Iterator[Path]:
             folder.rename(out)  # replaces an empty folder, fails on any other
             sync([out.parent])
     except Exception as error:
-        raise _told(error, out) from None
+        raise _as_disk_error(error, out) from None
 
 
 @contextmanager
 def passing_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a temporary folder, which is gone afterwards unless it was renamed. Raises OSError."""
+    """Yield a temporary folder that is deleted afterwards unless it was renamed. Raises OSError."""
     folder = own_folder(parent, name)
     try:
         yield folder
@@ -71,32 +71,32 @@ def passing_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def own_folder(parent: Path, name: str) -> Path:
-    """Make a temporary folder of this process, after removing those of processes that were killed."""
+    """Make a temporary folder of this process; remove those of processes that were killed."""
     remove_abandoned(parent, name)
     return Path(tempfile.mkdtemp(prefix=_mark(name), dir=parent))
 
 
 def remove_abandoned(parent: Path, name: str | None = None) -> None:
-    """Remove drafts of `name`, or all there are, that killed processes of this machine left in a folder."""
+    """Remove drafts of `name` (None: all drafts) that killed processes of this machine left in a folder."""
     drafted = ".+" if name is None else re.escape(name)
     pattern = re.compile(rf"\.{drafted}\.partial-(\d{{1,9}})-{re.escape(socket.gethostname())}-\w+")
     for stale in parent.iterdir():
-        found = pattern.fullmatch(stale.name)
-        if found is None:
+        match = pattern.fullmatch(stale.name)
+        if match is None:
             continue
         try:
-            os.kill(int(found[1]), 0)
+            os.kill(int(match[1]), 0)
         except ProcessLookupError:
             if stale.is_dir() and not stale.is_symlink():
                 shutil.rmtree(stale, ignore_errors=True)
             else:
                 stale.unlink(missing_ok=True)
         except PermissionError:
-            continue  # alive, and somebody else's
+            continue  # a running process of another user
 
 
-def _told(error: Exception, out: Path) -> Exception:
-    """Return DiskError for what the disk did, also where a library in Rust (safetensors) says so."""
+def _as_disk_error(error: Exception, out: Path) -> Exception:
+    """Return DiskError for an operating system error, also one that safetensors (Rust) wraps."""
     if isinstance(error, OSError):
         return DiskError(f"{out}: can't be written", got=error.strerror or str(error))
     if "(os error " in str(error) and not isinstance(error, UserError):

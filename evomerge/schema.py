@@ -1,7 +1,7 @@
-"""Strict YAML: pydantic models whose errors read like the rest of ours, and the search for presets.
+"""Strict YAML: pydantic models with errors in evomerge's form, and the lookup of presets.
 
-Every file a user writes (run config, search space, suite) is parsed here: unknown keys are errors that
-name the nearest valid key, and every problem of the file is listed at once.
+Every file that users write (run config, search space, suite) is parsed here. Unknown keys are errors that
+name the nearest valid key, and all problems of a file are listed at once.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def parse(model: type[T], data: object, where: str) -> T:
-    """Validate plain data, or raise ConfigError listing every problem with its place.
+    """Validate plain data; raise ConfigError that lists every problem with its place in the file.
 
-    `where` names the file for the message.
+    where: the file's name in the message.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: not a mapping", expected="keys and values", got=type(data).__name__)
@@ -50,29 +50,29 @@ def parse(model: type[T], data: object, where: str) -> T:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, which by itself lets the last of two equal keys win in silence."""
+    """PyYAML's safe loader with duplicate keys as errors; by itself it silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *anchor`, whose keys any other may replace
+                continue  # `<<: *anchor`, whose keys may be overridden
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeys.add_implicit_resolver(  # YAML 1.2 and everybody's reading; PyYAML takes 1e-9 for text
+_UniqueKeys.add_implicit_resolver(  # numbers in YAML 1.2; PyYAML reads 1e-9 as text
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def parse_yaml(text: str) -> Any:
-    """Read YAML without code execution and without doubled keys; raise yaml.YAMLError."""
+    """Read YAML without code execution and without duplicate keys. Raises yaml.YAMLError."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)
     except RecursionError:
@@ -102,9 +102,10 @@ def preset_folder(kind: PresetKind) -> Path:
 
 
 def find_preset(kind: PresetKind, name: str, *, beside: Path | None = None) -> Path:
-    """Return the YAML file a name or path means: a path first, a packaged preset second.
+    """Return the YAML file for a path, or else for the name of a packaged preset.
 
-    Relative paths are tried from `beside` (the folder of the file that names them), then from here.
+    Relative paths start at `beside` (the folder of the file that names them), else at the current folder.
+    Raises ConfigError.
     """
     folders = [Path()] if beside is None else [beside, Path()]
     for folder in folders:
@@ -122,21 +123,21 @@ def find_preset(kind: PresetKind, name: str, *, beside: Path | None = None) -> P
 
 
 _MEMBER = re.compile(r"\w+Spec|(literal|dict|tuple)\[.*\]|str|float")
-"""What pydantic puts into a location for the member of a union that it tried."""
+"""Parts of pydantic's error locations that name the tried member of a union."""
 
 
 def _furthest(problems: Sequence[Any]) -> list[Any]:
-    """Keep, of the problems of a union's members, those of the member that was understood best."""
+    """Keep only the problems of the union member that matched the data furthest."""
     best: dict[tuple[Any, ...], tuple[tuple[int, bool], str]] = {}
-    found = []
+    placed = []
     for problem in problems:
         place = problem["loc"]
         at = next((i for i, part in enumerate(place) if _MEMBER.fullmatch(str(part))), None)
-        found.append((place[:at], None if at is None else str(place[at]), problem))
+        placed.append((place[:at], None if at is None else str(place[at]), problem))
         if at is not None:
             rank = (len(place), not problem["type"].endswith("_type"))
             best[place[:at]] = max(best.get(place[:at], (rank, str(place[at]))), (rank, str(place[at])))
-    return [problem for union, member, problem in found if member is None or best[union][1] == member]
+    return [problem for union, member, problem in placed if member is None or best[union][1] == member]
 
 
 def _sentence(model: type[BaseModel], problem: Any) -> str:
@@ -154,16 +155,16 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
 
 
 def _model_at(model: type[BaseModel], place: list[str]) -> type[BaseModel] | None:
-    """Follow a location into nested models, as far as annotations tell."""
-    found: Any = model
+    """Follow a location into nested models, as far as annotations allow."""
+    current: Any = model
     for part in place:
-        fields = getattr(found, "model_fields", None)
+        fields = getattr(current, "model_fields", None)
         if fields is None or part not in fields:
             if part.isdigit() or fields is None:
                 continue
             return None
-        found = _inner_model(fields[part].annotation)
-    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
+        current = _inner_model(fields[part].annotation)
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
 
 def _inner_model(annotation: Any) -> Any:

@@ -446,7 +446,10 @@ def test_mistakes_in_the_config(
         ({"objective": {"constraints": {"tasks": {"demo_uper": 0.5}}}}, "did you mean 'demo_upper'?"),
         ({"objective": {"constraints": {"coherence": 0.5}}}, "no task of suite 'tiny' measures it"),
         ({"objective": {"weights": {"demo_uper": 1}}}, "did you mean 'demo_upper'?"),
-        ({"objective": {"weights": {"demo_upper": 0, "demo_reverse": 0}}}, "nothing to search for"),
+        (
+            {"objective": {"weights": {"demo_upper": 0, "demo_reverse": 0}}},
+            "needs a skill task with search items",
+        ),
         ({"space": "layer_path"}, "use catcma"),
     ],
 )
@@ -513,7 +516,7 @@ def test_mistakes_in_the_suite(
 def test_a_key_that_stands_twice(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config()
     path.write_text(path.read_text() + "seed: 3\n")
-    assert "the key 'seed' stands twice" in refuse("run", path, folder=tmp_path)
+    assert "duplicate key 'seed'" in refuse("run", path, folder=tmp_path)
 
 
 def test_a_source_that_changes_nothing_or_is_not_finite(
@@ -680,7 +683,7 @@ def test_mistakes_in_the_form_of_a_merge(tiny_zoo: Path, tmp_path: Path) -> None
     assert "can't be written as mergekit YAML" in refuse(*words, "mergekit", folder=tmp_path)
     assert "no such form" in refuse(*words, "recipe", folder=tmp_path)
     assert "--rank is for adapters" in refuse(*words, "mergekit", "--rank", "2", folder=tmp_path)
-    assert "has to be truncated" in refuse(*words, "adapter", folder=tmp_path)
+    assert "must be truncated" in refuse(*words, "adapter", folder=tmp_path)
     (tmp_path / "out.yaml").write_text("mine")
     data["groups"] = groups[1:]
     recipe.write_text(yaml.safe_dump(data))

@@ -1,4 +1,4 @@
-"""Evaluation: a Suite says what a model is scored on, the harness scores it, statistics compare.
+"""Evaluation: a Suite lists the tasks, the harness scores models on them, and statistics compare scores.
 
 Importing this package, `suite`, `scores` or `statistics` does not import torch or lm_eval.
 """

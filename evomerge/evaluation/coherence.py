@@ -1,8 +1,8 @@
-"""Coherence: does a free generation repeat itself, and does it come to an end?
+"""Coherence: a score of free generations that don't repeat themselves and come to an end.
 
-Merges that went wrong often still answer short questions but loop or ramble when they may write freely.
-Both signs are read off the generated tokens, so no judge is needed; what is normal for the base model is
-the base's own coherence, which `Normaliser.coherence` divides by.
+Failed merges often still answer short questions, but repeat themselves or don't stop in longer texts. Both
+show in the generated tokens, so no judge model is needed. `Normaliser.coherence` divides by the coherence of
+the base model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ N = 4
 """Length of the n-grams that are compared (Welleck et al. 2019 report the same, seq-rep-4)."""
 
 RAMBLING = 0.5
-"""What is left of the score where a generation had to be cut off at its length limit."""
+"""Factor of the score of a generation that was cut off at its length limit."""
 
 
 def repetition(tokens: Sequence[int], n: int = N) -> float:
-    """Return seq-rep-n in [0, 1): the share of a text's n-grams that it holds already.
+    """Return seq-rep-n in [0, 1): the share of a text's n-grams that are repetitions.
 
     1 - |unique n-grams| / |n-grams| (Welleck et al. 2019, arXiv:1908.04319, section 6); 0 for texts
     shorter than n tokens.
@@ -32,7 +32,7 @@ def repetition(tokens: Sequence[int], n: int = N) -> float:
 def coherence(tokens: Sequence[int], *, ended: bool) -> float:
     """Return the coherence of one generation, in [0, 1].
 
-    That is 1 - seq-rep-4, times RAMBLING if it did not end by itself; 0 where nothing was generated.
+    That is 1 - seq-rep-4, times RAMBLING if it did not end before its length limit; 0 for no tokens.
 
     >>> coherence([1, 2, 3], ended=True), coherence([1, 2, 3], ended=False), coherence([], ended=True)
     (1.0, 0.5, 0.0)

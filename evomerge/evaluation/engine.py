@@ -1,14 +1,14 @@
-"""Engine: free generation by a second, faster program that holds the same weights as the live model.
+"""Engine: free generation by a second, faster program with a copy of the live model's weights.
 
-Log-likelihoods stay with the live model; an engine only continues prompts, which is what takes long. It has
-a copy of the weights, so what can go wrong is that the copy is not the candidate: weights that were not taken
-over, or answers remembered from an earlier candidate. A `Mirror` sees to it: after every change it has the
-engine load the weights, forget what it computed before, and score a canary, a prompt whose log-probabilities
-must be the live model's. If they are not, it loads once more; then the candidate has failed.
+Log-likelihoods are always the live model's. An engine only continues prompts, which takes the most time. Its
+copy may be wrong: weights may not have been replaced, or answers may be cached from an earlier candidate. A
+`Mirror` prevents that. After every change of the weights it makes the engine load them, drop its caches, and
+score a canary: a prompt whose log-probabilities must be those of the live model. If they differ, the weights
+are loaded once more; if they still differ, the candidate fails.
 
-The two programs never agree in every bit, so a canary tells weights apart only where they differ by more than
-the tolerance on it. Generated answers therefore can't be expected to be those of transformers where two
-tokens are nearly equally likely, and a run names its engine as part of what it is.
+The two programs round differently, so the canary detects only differences above a tolerance. Answers may
+differ from those of transformers where two tokens are almost equally likely, so the engine is part of a run's
+identity.
 """
 
 from __future__ import annotations
@@ -23,47 +23,50 @@ from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.scores import NonFiniteScores
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
-"""Nats per canary token, on average, by which two programs may differ that compute in a type.
+"""Type of the forward pass -> allowed mean difference of the two programs, in nats per canary token.
 
-From the types' rounding (2^-24, 2^-11, 2^-8) of logits of a few tens, not measured on a GPU.
+Derived from the rounding of logits of a few tens in these types (2^-24, 2^-11, 2^-8); not measured on a GPU.
 """
 CANARY = 64
-"""Tokens of a canary, at most."""
+"""Largest number of tokens of a canary."""
 _GREEDY = {"attention_mask", "do_sample", "temperature", "use_cache"}
-"""Options of generation that an engine understands, as long as they mean greedy."""
+"""Generation options that an engine accepts if their values mean greedy generation."""
 
 
 class Engine(Protocol):
-    """What is needed of a program that generates."""
+    """A program that generates text with given weights."""
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights in place; names are the live model's."""
         ...
 
     def forget(self) -> None:
-        """Drop all that was computed with earlier weights, such as cached prefixes."""
+        """Drop everything that was computed with earlier weights, such as cached prefixes."""
         ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, limit: int, stop: Sequence[str]
     ) -> list[list[int]]:
-        """Continue each prompt greedily; return the new tokens, with the one that ends it.
+        """Continue each prompt greedily; return the new tokens, including the one that ends the answer.
 
-        It ends after `limit` tokens, with the end-of-text token, or where a string of `stop` is complete.
+        An answer ends after `limit` tokens, with the end-of-text token, or with a complete string of `stop`.
         """
         ...
 
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Return the log-probability, in nats, of every token but the first given those before it."""
+        """Return the log-probability, in nats, of every token but the first, given the tokens before it."""
         ...
 
 
-class EngineMismatch(UserError):  # noqa: N818  # names what was found, as a Failure's kind does
-    """An engine that does not hold the weights of the live model."""
+class EngineMismatch(UserError):  # noqa: N818  # named for the condition, as a Failure's kind is
+    """The engine does not hold the live model's weights."""
 
 
 class Mirror:
-    """An engine that is kept like a live model. canary: token ids, two or more. tolerance: in nats."""
+    """Keep an engine's weights equal to the live model's.
+
+    canary: two or more token ids. tolerance: allowed mean difference of their log-probabilities, in nats.
+    """
 
     def __init__(self, engine: Engine, canary: Sequence[int], *, tolerance: float) -> None:
         assert len(canary) > 1, "a canary of one token has no log-probabilities"
@@ -72,15 +75,15 @@ class Mirror:
         self._names: frozenset[str] | None = None
 
     def weights_changed(self) -> None:
-        """Note that the live model has other weights from now on."""
+        """Record that the live model's weights have changed."""
         self._current = False
 
     def sync(self, model: Any) -> None:
-        """Make the engine hold the model's weights, and make sure of it.
+        """Load the model's weights into the engine if they changed, and check them with the canary.
 
         Raises:
             NonFiniteScores: the model's logits are not finite.
-            EngineMismatch: the engine computes something else, also after loading again.
+            EngineMismatch: the canary's log-probabilities differ, also after loading the weights again.
             ConfigError: the model has other tensors than the first one.
         """
         expected = canary_logprobs(model, self._canary)
@@ -88,19 +91,19 @@ class Mirror:
             self._load(model)
         if self._difference(expected) > self._tolerance:
             self._load(model)
-            if (found := self._difference(expected)) > self._tolerance:
+            if (difference := self._difference(expected)) > self._tolerance:
                 self._current = False
                 raise EngineMismatch(
                     "the generation engine does not hold the candidate's weights",
                     expected=f"a canary's log-probabilities within {self._tolerance:g} nats of the model's",
-                    got=f"{found:.3g} nats apart, also after loading the weights again",
+                    got=f"a difference of {difference:.3g} nats, also after loading the weights again",
                     fix="set executor.generation: transformers",
                 )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, limit: int, stop: Sequence[str]
     ) -> list[list[int]]:
-        """Continue prompts with the weights of the last `sync`."""
+        """Continue prompts with the weights of the last `sync`, see `Engine.generate`."""
         return self._engine.generate(prompts, limit=limit, stop=stop)
 
     def _load(self, model: Any) -> None:
@@ -110,7 +113,7 @@ class Mirror:
             self._names = names
         if names != self._names:
             raise ConfigError(
-                "a model of other layers can't be generated from by an engine made for the base's",
+                "the generation engine was started for the base's layers, and this model has other layers",
                 fix="set executor.generation: transformers",
             )
         self._current = False
@@ -119,14 +122,14 @@ class Mirror:
         self._current = True
 
     def _difference(self, expected: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-        found = np.array(self._engine.logprobs(self._canary))
-        assert found.shape == expected.shape, "one log-probability for each token but the first"
-        difference = float(np.abs(found - expected).mean())
+        logprobs = np.array(self._engine.logprobs(self._canary))
+        assert logprobs.shape == expected.shape, "one log-probability for each token but the first"
+        difference = float(np.abs(logprobs - expected).mean())
         return difference if np.isfinite(difference) else np.inf
 
 
 def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of a live model by name, each tied one once."""
+    """Yield the weights of a live model by name, with tied ones only once."""
     tied = getattr(model, "all_tied_weights_keys", {})
     for name, tensor in model.state_dict().items():
         if name not in tied:
@@ -138,21 +141,21 @@ def canary_logprobs(model: Any, tokens: Sequence[int]) -> np.ndarray[Any, np.dty
     ids = torch.tensor([list(tokens)], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    own = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    found: np.ndarray[Any, np.dtype[np.float64]] = own.cpu().double().numpy()
-    if not np.isfinite(found).all():
+    token_logprobs = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    logprobs: np.ndarray[Any, np.dtype[np.float64]] = token_logprobs.cpu().double().numpy()
+    if not np.isfinite(logprobs).all():
         raise NonFiniteScores("the model's logits are not finite", got="NaN or infinite on a canary prompt")
-    return found
+    return logprobs
 
 
 def refuse_sampling(task: str, options: dict[str, Any]) -> None:
-    """Raise ConfigError for options of generation that mean anything but greedy."""
+    """Raise ConfigError for generation options that are not greedy."""
     other = sorted(set(options) - _GREEDY)
     if options.get("do_sample") or options.get("temperature"):
         other.append("sampling")
     if other:
         raise ConfigError(
-            f"task {task!r} generates with {', '.join(other)}, which the generation engine is not asked for",
+            f"task {task!r} generates with {', '.join(other)}, which the generation engine does not support",
             expected="greedy generation",
             fix="set executor.generation: transformers, or change generation_kwargs in the task's YAML",
         )

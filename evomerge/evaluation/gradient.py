@@ -1,7 +1,7 @@
-"""Differentiate a surrogate loss: forward and backward over some items, the gradient left in the weights.
+"""Differentiate a smooth loss: forward and backward over some items, with gradients in the weights.
 
-Memory: the gradients are as large as the live weights, and one batch's activations are kept at a time.
-The pairs of one item always share a batch, because a choice is right or wrong among its rivals.
+Memory: gradients as large as the live weights, and the activations of one batch. The pairs of one item are
+always in the same batch, because its loss compares them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from evomerge.evaluation.backend import Pair
 from evomerge.evaluation.items import Items, TaskItems
 from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
+from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.scores import NonFiniteScores
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """One item of a skill task: its pairs, which of them are right, and its weight in the loss."""
+    """One item of a skill task: its pairs, the indices of the right ones, and its weight in the loss."""
 
     task: str
     pairs: tuple[Pair, ...]
@@ -39,7 +39,7 @@ class _Item:
 
 @contextlib.contextmanager
 def differentiable(model: Any) -> Iterator[None]:
-    """Let a live model's weights gather gradients for a while; they are freed at the end."""
+    """Let a live model's weights collect gradients inside the context; they are freed at its end."""
     parameters = list(model.parameters())
     try:
         for parameter in parameters:
@@ -56,8 +56,13 @@ def backward(
 ) -> float:
     """Return a loss on some items; its gradient is added to the `.grad` of the model's parameters.
 
-    model: a causal LM, inside `differentiable`. batch_size: pairs per forward pass. prefix: the token that
-        stands before a text's first.
+    Args:
+        model: a causal LM, inside `differentiable`.
+        items: the items of the split, all blocks as one.
+        loss: the loss and the numbers of its items.
+        batch_size: pairs per forward pass.
+        max_length: longest input in tokens.
+        prefix: the token in front of a text's first token.
 
     Raises:
         NonFiniteScores: the loss is NaN or infinite.
@@ -84,15 +89,15 @@ def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
         bounds.append((start, start + choices, task.gold[number] if task.gold else (0,)))
         start += len(group)
     weight = part.gain / len(part.items)
-    found = []
+    taking_part = []
     for number in part.items:
         first, stop, right = bounds[number]
-        found.append(_Item(task=task.name, pairs=task.pairs[first:stop], right=right, weight=weight))
-    return found
+        taking_part.append(_Item(task=task.name, pairs=task.pairs[first:stop], right=right, weight=weight))
+    return taking_part
 
 
 def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
-    """Cut items, longest first, into runs of at most `batch_size` pairs, each of one item at least."""
+    """Cut items, longest first, into chunks of at most `batch_size` pairs and at least one item."""
     chunk: list[_Item] = []
     held = 0
     for item in sorted(items, key=lambda item: -item.length):
@@ -106,7 +111,7 @@ def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
 
 
 def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int) -> float:
-    """Return the weighted sum of the items' soft accuracies; the gradient of minus it is added."""
+    """Return the weighted sum of the items' soft accuracies; the gradient of its negative is added."""
     pairs = [pair for item in chunk for pair in item.pairs]
     names = [item.task for item in chunk for _ in item.pairs]
     laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names)
@@ -119,9 +124,9 @@ def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int
         else:
             right = torch.zeros(stop - start, dtype=torch.bool)
             right[[index for index in item.right if 0 <= index < stop - start]] = True
-            own = ll[start:stop]
-            wrong = own.masked_fill(right.to(own.device), -torch.inf).amax()
-            margins.append(own.masked_fill(~right.to(own.device), -torch.inf).amax() - wrong)
+            choices = ll[start:stop]
+            wrong = choices.masked_fill(right.to(choices.device), -torch.inf).amax()
+            margins.append(choices.masked_fill(~right.to(choices.device), -torch.inf).amax() - wrong)
         start = stop
     weights = torch.tensor([item.weight for item in chunk], device=ll.device)
     value = (torch.sigmoid(torch.stack(margins) / softness) * weights).sum()
@@ -130,7 +135,7 @@ def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int
 
 
 def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
-    """Return (pairs,) log-likelihoods in nats and least leads, in the order of the pairs, differentiable."""
+    """Return (pairs,) differentiable log-likelihoods and smallest leads in nats, in the pairs' order."""
     (batch,) = laid.batches
     likelihood, lead = _tokens(model, batch, trims(model))
     count = len(laid.order)
@@ -143,13 +148,13 @@ def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
 
 
 def _tokens(model: Any, batch: Batch, trimmed: bool) -> tuple[Tensor, Tensor]:
-    """Return (tokens,) log-likelihoods and leads over the best other token, differentiable."""
+    """Return (tokens,) differentiable log-likelihoods and leads over the best other token, in nats."""
     logits = forward(model, batch, trimmed)
     gold = batch.gold.to(logits.device)[:, None]
     scored = logits[batch.row.to(logits.device), batch.column.to(logits.device)].float()
-    own = scored.gather(1, gold)[:, 0]
+    gold_logits = scored.gather(1, gold)[:, 0]
     others = scored.scatter(1, gold, -torch.inf).amax(1)
-    return own - scored.logsumexp(1), own - others
+    return gold_logits - scored.logsumexp(1), gold_logits - others
 
 
 def _retention(
@@ -160,25 +165,27 @@ def _retention(
     max_length: int,
     prefix: int,
 ) -> float:
-    """Return the price of lost retention; its gradient is added where some is lost.
+    """Return the price of lost retention; its gradient is added if any is lost.
 
-    The price bends where nothing is lost, so a pass without gradients first finds on which side it is.
+    A pass without gradients first computes the retention, because the gradient is 0 if nothing is lost.
     """
     laid = [_windows(task, part, batch_size, max_length, prefix) for task, part in texts]
     parts = [part for _, part in texts]
-    means = [float(each.score(model).ll @ weights) for each, weights in laid]
-    kept = [part.gain * math.exp(mean - (part.base or 0.0)) for part, mean in zip(parts, means, strict=True)]
-    lost = 1.0 - math.fsum(kept)
+    means = [float(windows.score(model).ll @ weights) for windows, weights in laid]
+    retained = [
+        part.gain * math.exp(mean - (part.base or 0.0)) for part, mean in zip(parts, means, strict=True)
+    ]
+    lost = 1.0 - math.fsum(retained)
     if lost <= 0.0:
         return 0.0
     trimmed = trims(model)
-    for (each, weights), slope in zip(laid, kept, strict=True):
+    for (windows, weights), slope in zip(laid, retained, strict=True):
         start = 0
-        by_token = torch.from_numpy(weights[each.order]).repeat_interleave(_lengths(each))
-        for batch in each.batches:
+        by_token = torch.from_numpy(weights[windows.order]).repeat_interleave(_lengths(windows))
+        for batch in windows.batches:
             likelihood, _ = _tokens(model, batch, trimmed)
-            own = by_token[start : start + len(likelihood)].to(likelihood)
-            (-price * slope * (own * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
+            token_weights = by_token[start : start + len(likelihood)].to(likelihood)
+            (-price * slope * (token_weights * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
             start += len(likelihood)
     return price * lost
 
@@ -186,7 +193,7 @@ def _retention(
 def _windows(
     task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int
 ) -> tuple[Plan, Any]:
-    """Lay out the windows of a task's texts; (pairs,) what each adds to the mean per token and text."""
+    """Return the batches of a task's text windows, and (pairs,) their weights in the mean per token."""
     pairs: list[Pair] = []
     weights: list[float] = []
     for number in part.items:
@@ -200,7 +207,7 @@ def _windows(
 
 
 def _lengths(laid: Plan) -> Tensor:
-    """Return how many tokens each pair has, in the order in which they are scored."""
+    """Return the number of tokens of each pair, in the order in which they are scored."""
     tokens = sum(len(batch.gold) for batch in laid.batches)
     ends = torch.tensor([*laid.starts[1:].tolist(), tokens])
     return ends - torch.from_numpy(laid.starts)

@@ -1,12 +1,12 @@
-"""Harness: turn a suite's splits into prebuilt items, and a live model plus items into Scores.
+"""Harness: build the items of a suite's splits, and score a live model on them.
 
     harness = Harness(Suite.load("demo"), tokenizer=tokenizer, batch_size=256, max_length=64)
     items = harness.items("search")
     scores = harness.evaluate(model, items)
 
-Tasks, prompts and metrics are lm-eval's; what it would do again for every model (rendering, tokenising,
-batching) is done once. `simple_evaluate`, lm-eval's request cache and its result cache are never used:
-they reseed global generators, or would hand a candidate the previous one's answers.
+Tasks, prompts and metrics are lm-eval's. Work that it would repeat for every model (rendering, tokenising,
+batching) is done once. `simple_evaluate`, lm-eval's request cache and its result cache are not used: they
+reseed global generators, or could return the answers of an earlier candidate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient
-from evomerge.evaluation.backend import Backend
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.items import (
@@ -37,28 +36,36 @@ from evomerge.evaluation.items import (
     refuse_glued,
 )
 from evomerge.evaluation.likelihood import Likelihoods
+from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import build, is_number
 
 _SURE = 1e3
-"""Margins, in nats, are cut off here."""
+"""Margins, in nats, are limited to this size."""
 
 
 class Harness:
-    """Scores live models on a suite.
+    """Score live models on a suite.
 
-    suite: what to score on. tokenizer: the one the models share. batch_size: rows per forward pass, unless
-    told otherwise; part of the result's bits, so what is compared must share it. max_length: longest input
-    in tokens; None takes each model's own. seed: which items are drawn where splits are given as numbers.
-    blocks: into how many item blocks the `search` split is cut, at random by `block_seed`; every block has
-    its share of every task's items, and batches of its own, so that its scores have the same bits whatever
-    else is scored.
+    Args:
+        suite: the tasks to score on.
+        tokenizer: the tokenizer that the models share.
+        batch_size: rows per forward pass, by default. It changes the last bits of scores, so compared models
+            need the same one.
+        max_length: longest input in tokens; None takes each model's own limit.
+        seed: of the items that are drawn if a suite gives splits as numbers of items.
+        blocks: number of item blocks of the `search` split. Every block has an equal part of every task's
+            items and its own batches, so its scores don't depend on what else is scored.
+        block_seed: of the random assignment of items to blocks.
+
+    Attributes:
+        forward_seconds: seconds spent inside the model during the last evaluation.
 
     Raises:
-        ConfigError: the suite names unknown tasks, metrics or dataset splits, or splits share items, or a
-            task has fewer items than there are blocks.
+        ConfigError: the suite names unknown tasks, metrics or dataset splits, splits share items, or a task
+            has fewer items than there are blocks.
     """
 
     def __init__(
@@ -78,24 +85,34 @@ class Harness:
         self.batch_size = batch_size
         self.forward_seconds = 0.0
         self._seed = seed
-        self._backend = Backend(tokenizer, batch_size=batch_size, max_length=max_length)
+        self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, seed=seed)
         for builder in self._builders:
-            refuse_glued(builder, self._backend)
+            refuse_glued(builder, self._lm)
         self._blocks, self._block_seed = blocks, block_seed
         for builder in self._builders:
             refuse_few(builder, blocks)
         self._items: dict[Split, tuple[Items, ...]] = {}
 
     def blocks(self, split: Split) -> int:
-        """Return how many item blocks a split has."""
+        """Return the number of item blocks of a split."""
         return self._blocks if split == "search" else 1
 
     def items(self, split: Split, block: int = 0) -> Items:
-        """Return the items of a split's block: rendered, tokenised, in a fixed order. Built once."""
+        """Return the items of a block of a split, rendered and tokenised, in a fixed order.
+
+        They are built at the first call.
+
+        Args:
+            split: "search", "select" or "test".
+            block: number of the block, from 0; only `search` can have more than one.
+
+        Raises:
+            ConfigError: an item can't be scored, e.g. a text is empty.
+        """
         if split not in self._items:
             whole = [
-                build_items(builder, split, self._backend)
+                build_items(builder, split, self._lm)
                 for builder in self._builders
                 if split in builder.documents
             ]
@@ -106,66 +123,68 @@ class Harness:
         return self._items[split][block]
 
     def prepare(self, model: Any) -> None:
-        """Build the items of all splits and check that they fit the model's context.
+        """Build the items of all splits and check that they fit into the model's context.
 
-        Raises ConfigError, before anything is scored.
+        Raises ConfigError.
         """
         for split in SPLITS:
-            self._backend.attach(model)
+            self._lm.attach(model)
             try:
                 for block in range(self.blocks(split)):
-                    self._layout(self.items(split, block), self._backend.max_length, self.batch_size)
+                    self._layout(self.items(split, block), self._lm.max_length, self.batch_size)
             finally:
-                self._backend.detach()
+                self._lm.detach()
 
     def mirror(self, engine: Engine, *, tolerance: float) -> None:
-        """Let an engine generate in the live model's place from now on; call it before `prepare`.
+        """Make an engine generate instead of the live model from now on; call this before `prepare`.
 
         Its canary is the longest prompt of the tasks that generate. tolerance: as in Mirror.
-        Raises ConfigError where a task does not generate greedily.
+        Raises ConfigError if a task does not generate greedily.
         """
         prompts = []
         everything = (self.items(split, block) for split in SPLITS for block in range(self.blocks(split)))
         for task in (task for items in everything for task in items.tasks):
-            for instance in (one for group in task.groups for one in group):
+            for instance in (request for group in task.groups for request in group):
                 if instance.request_type == "generate_until":
-                    options = normalize_gen_kwargs(instance.args[1], self._backend.max_gen_toks)
-                    own = {k: v for k, v in options.items() if k not in ("until", "max_gen_toks")}
-                    refuse_sampling(task.name, own)
-                    prompts.append(self._backend.tok_encode(instance.args[0]))
+                    options = normalize_gen_kwargs(instance.args[1], self._lm.max_gen_toks)
+                    sampling = {k: v for k, v in options.items() if k not in ("until", "max_gen_toks")}
+                    refuse_sampling(task.name, sampling)
+                    prompts.append(self._lm.tok_encode(instance.args[0]))
         if prompts:
-            canary = [self._backend.prefix_token_id, *max(prompts, key=len)][:CANARY]
-            self._backend.mirror = Mirror(engine, canary, tolerance=tolerance)
+            canary = [self._lm.prefix_token_id, *max(prompts, key=len)][:CANARY]
+            self._lm.mirror = Mirror(engine, canary, tolerance=tolerance)
 
     def weights_changed(self) -> None:
-        """Note that the live model has other weights from now on."""
-        if self._backend.mirror is not None:
-            self._backend.mirror.weights_changed()
+        """Record that the live model's weights have changed."""
+        if self._lm.mirror is not None:
+            self._lm.mirror.weights_changed()
 
     def evaluate(self, model: Any, items: Items, *, batch_size: int | None = None) -> Scores:
-        """Score a model on every item.
+        """Score a model on every item; `forward_seconds` then holds the seconds spent inside it.
 
-        model: a transformers causal LM (or anything that is called like one). It is put in evaluation mode
-            and not kept. `forward_seconds` afterwards holds the seconds spent inside it.
-        batch_size: in place of the harness's own.
+        Args:
+            model: a transformers causal LM, or an object that is called like one. It is set to evaluation
+                mode, and no reference to it is kept.
+            items: from `items` of this harness.
+            batch_size: rows per forward pass; None takes the harness's default.
 
         Raises:
             NonFiniteScores: the model's logits are not finite.
-            ConfigError: an answer does not fit the model's context.
+            ConfigError: an answer does not fit into the model's context.
         """
         assert self._items[items.split][items.block] is items, "items of another harness"
-        backend = self._backend
-        backend.attach(model)
-        backend.forward_seconds = 0.0
+        lm = self._lm
+        lm.attach(model)
+        lm.forward_seconds = 0.0
         size = self.batch_size if batch_size is None else batch_size
-        backend.batch_size_per_gpu = size
+        lm.batch_size_per_gpu = size
         try:
-            layout = self._layout(items, backend.max_length, size)
+            layout = self._layout(items, lm.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
             scores = [self._score(task, layout, likelihoods) for task in items.tasks]
         finally:
-            backend.detach()
-        self.forward_seconds = backend.forward_seconds
+            lm.detach()
+        self.forward_seconds = lm.forward_seconds
         if likelihoods is not None:
             self.forward_seconds += likelihoods.forward_seconds
         return Scores(split=items.split, tasks=tuple(scores), blocks=(items.block,))
@@ -173,7 +192,7 @@ class Harness:
     def evaluate_split(self, model: Any, split: Split, *, batch_sizes: Sequence[int] = ()) -> Scores:
         """Score a model on all items of a split, block by block. Raises what `evaluate` does.
 
-        batch_sizes: of the blocks, in place of the harness's own.
+        batch_sizes: one per block; () takes the harness's default.
         """
         parts, seconds = [], 0.0
         for block, size in enumerate(batch_sizes or [self.batch_size] * self.blocks(split)):
@@ -183,35 +202,41 @@ class Harness:
         return joined(parts)
 
     def backward(self, model: Any, split: Split, loss: SmoothLoss, *, batch_size: int | None = None) -> float:
-        """Return a loss on some of a split's items; its gradient is added to the weights' own.
+        """Return a loss on some of a split's items; its gradient is added to the weights' gradients.
 
-        batch_size: in place of the harness's own. The items are numbered as in `Scores.joined`: per task,
-        block after block. Raises NonFiniteScores.
+        Args:
+            model: a causal LM, inside `gradient.differentiable`.
+            split: "search", "select" or "test".
+            loss: the loss, and its items' numbers as in `scores.joined`: per task, block after block.
+            batch_size: pairs per forward pass; None takes the harness's default.
+
+        Raises:
+            NonFiniteScores: the loss is not finite.
         """
-        items, backend = self._whole(split), self._backend
-        backend.attach(model)
+        items, lm = self._whole(split), self._lm
+        lm.attach(model)
         try:
-            frame = {"max_length": backend.max_length, "prefix": backend.prefix_token_id}
+            frame = {"max_length": lm.max_length, "prefix": lm.prefix_token_id}
             size = self.batch_size if batch_size is None else batch_size
             return gradient.backward(model, items, loss, batch_size=size, **frame)
         finally:
-            backend.detach()
+            lm.detach()
 
     def _whole(self, split: Split) -> Items:
-        """Return all blocks of a split as one."""
+        """Return all blocks of a split as one block."""
         parts = [self.items(split, block) for block in range(self.blocks(split))]
         return merged(parts)
 
     def _layout(self, items: Items, max_length: int, batch_size: int) -> BatchLayout:
         key = max_length, batch_size
         if key not in items.plans:
-            items.plans[key] = lay_out(items, self._backend, batch_size, max_length)
+            items.plans[key] = lay_out(items, self._lm, batch_size, max_length)
         return items.plans[key]
 
     def _score(self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None) -> TaskScores:
         if task.name not in layout.bounds:
-            with _private_rng(self._seed, self._backend.device):
-                return _generated(task, self._backend)
+            with _private_rng(self._seed, self._lm.device):
+                return _generated(task, self._lm)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
@@ -225,7 +250,7 @@ class Harness:
 def _answered(
     task: TaskItems, ll: Array, greedy: np.ndarray[Any, np.dtype[np.bool_]], margin: Array
 ) -> TaskScores:
-    """Score a loglikelihood or multiple-choice task from the answers to its requests."""
+    """Score a loglikelihood or multiple-choice task from the results of its requests."""
     answers = iter(zip(ll.tolist(), greedy.tolist(), strict=True))
     for group in task.groups:
         for instance in group:
@@ -238,7 +263,7 @@ def _answered(
 
 
 def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
-    """Return (n,) the right choices' share of the probability of all choices, and their lead in nats."""
+    """Return (n,) the right choices' share of all choices' probability, and their lead in nats."""
     choices = [len(task.task.doc_to_choice(group[0].doc)) for group in task.groups]
     table = np.full((len(choices), max(choices)), -np.inf)
     right = np.zeros_like(table)
@@ -255,18 +280,18 @@ def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
     return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
-def _generated(task: TaskItems, backend: Backend) -> TaskScores:
-    """Score a task whose answers lm-eval gets from the live model itself."""
+def _generated(task: TaskItems, lm: LiveLM) -> TaskScores:
+    """Score a task whose answers lm-eval requests from the live model."""
     flat = [instance for group in task.groups for instance in group]
     kind = flat[0].request_type
     repeated = [instance for instance in flat for _ in range(instance.repeats or 1)]
     if task.builder.spec.role == "coherence":
-        return _coherent(task, repeated, backend)
+        return _coherent(task, repeated, lm)
     answers: Sequence[Any]
     if kind == "generate_until":
-        answers = backend.generate(repeated)
+        answers = lm.generate(repeated)
     else:
-        answers = getattr(backend, kind)(repeated, disable_tqdm=True)
+        answers = getattr(lm, kind)(repeated, disable_tqdm=True)
     for instance in flat:
         instance.resps = []
     for instance, answer in zip(repeated, answers, strict=True):
@@ -274,17 +299,17 @@ def _generated(task: TaskItems, backend: Backend) -> TaskScores:
     return TaskScores(task=task.name, metric=_metric(task))
 
 
-def _coherent(task: TaskItems, requests: Sequence[Any], backend: Backend) -> TaskScores:
-    """Score generations by their form alone: the mean coherence of an item's answers."""
-    found: dict[int, list[float]] = {}
-    for request, (answer, ended) in zip(requests, backend.generate_to_the_end(requests), strict=True):
-        tokens = backend.tok_encode(answer, add_special_tokens=False)
-        found.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
-    return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in found.values()]))
+def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM) -> TaskScores:
+    """Score generations by their form only: the mean coherence of an item's answers."""
+    by_item: dict[int, list[float]] = {}
+    for request, (answer, ended) in zip(requests, lm.generate_to_the_end(requests), strict=True):
+        tokens = lm.tok_encode(answer, add_special_tokens=False)
+        by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
+    return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in by_item.values()]))
 
 
 def _metric(task: TaskItems) -> Array:
-    """Return (n,) the metric of each item, from lm-eval's own filters and `process_results`."""
+    """Return (n,) the metric of each item, from lm-eval's filters and `process_results`."""
     for group in task.groups:
         for instance in group:
             instance.filtered_resps = {}
@@ -302,7 +327,7 @@ def _metric(task: TaskItems) -> Array:
             ) from error
         if not is_number(value) or not math.isfinite(value):
             raise ConfigError(
-                f"task {task.name!r}: metric {name!r} gave no finite number for item {item}", got=repr(value)
+                f"task {task.name!r}: metric {name!r} of item {item} is not a finite number", got=repr(value)
             )
         values[item] = value
     return values
@@ -310,10 +335,7 @@ def _metric(task: TaskItems) -> Array:
 
 @contextlib.contextmanager
 def _private_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Give sampling tasks a seeded generator, and the process its own back.
-
-    transformers samples from torch's global generator only.
-    """
+    """Seed torch's global generator, from which transformers samples, and restore it afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

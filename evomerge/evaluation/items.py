@@ -1,4 +1,4 @@
-"""The items of a split, built once: requests rendered, tokenised, cut into blocks and laid out in batches."""
+"""The items of a split, built once: requests are rendered, tokenised, cut into blocks and batched."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.backend import Backend, Pair, compiled_templates
 from evomerge.evaluation.likelihood import Plan, plan
+from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates
 from evomerge.evaluation.scores import Split
 from evomerge.evaluation.tasks import TaskBuilder
 
@@ -23,9 +23,9 @@ from evomerge.evaluation.tasks import TaskBuilder
 class TaskItems:
     """One task's items on one split.
 
-    task: the lm-eval task that owns the requests. groups: the requests of each item, in item order.
+    task: the lm-eval task of the requests. groups: for each item its requests, in item order.
     pairs: for each request its tokens (likelihood tasks). texts: for each item its tokens (rolling tasks).
-    gold: for each item its right choices (multiple choice).
+    gold: for each item the indices of its right choices (multiple choice).
     """
 
     builder: TaskBuilder
@@ -62,10 +62,10 @@ class Items:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchLayout:
-    """How a split's likelihood pairs are batched for one context length and batch size.
+    """The batches of a block's likelihood pairs, for one context length and batch size.
 
-    bounds: for each task (start, stop) of its pairs. windows: for each rolling task, the offsets of its
-    items' first windows, counted from the task's first pair.
+    plan: None if no task has pairs. bounds: task -> (start, stop) of its pairs. windows: rolling task -> the
+    offsets of its items' first windows, from the task's first pair.
     """
 
     plan: Plan | None
@@ -88,39 +88,44 @@ def merged(blocks: Sequence[Items]) -> Items:
     return Items(split=blocks[0].split, tasks=tasks)
 
 
-def refuse_glued(builder: TaskBuilder, backend: Backend) -> None:
-    """Refuse a task whose answers run into their prompts.
+def refuse_glued(builder: TaskBuilder, lm: LiveLM) -> None:
+    """Raise ConfigError for a task whose answers share tokens with their prompts.
 
-    lm-eval joins prompt and answer as they are, tokenises, and scores what lies past the prompt's own
-    number of tokens. Where a word spans the border, the answer's first tokens are silently lost. One such
-    item can be the tokenizer's doing; if all of a sample are like that, the template is wrong.
+    lm-eval tokenises prompt and answer together and scores the tokens after the prompt's number of tokens.
+    If a token spans the border, the answer's first tokens are silently lost. A single item may be due to the
+    tokenizer; if all items of a sample are like that, the task's template is wrong.
     """
-    asked = [one for one in builder.sample if one.request_type == "loglikelihood" and one.args[0]]
-    pairs = backend.pairs(asked)
+    asked = [
+        instance
+        for instance in builder.sample
+        if instance.request_type == "loglikelihood" and instance.args[0]
+    ]
+    pairs = lm.pairs(asked)
     glued = [
-        one
-        for one, (context, continuation) in zip(asked, pairs, strict=True)
-        if context + continuation != backend.tok_encode(one.args[0] + one.args[1])
+        instance
+        for instance, (context, continuation) in zip(asked, pairs, strict=True)
+        if context + continuation != lm.tok_encode(instance.args[0] + instance.args[1])
     ]
     if asked and len(glued) == len(asked):
         raise ConfigError(
-            f"task {builder.spec.task!r}: the answers run into the prompts, so they can't be scored apart",
-            expected="a space or another token's border between prompt and answer",
+            f"task {builder.spec.task!r}: the answers share tokens with the prompts, so they can't be scored",
+            expected="a space, or another border between tokens, between prompt and answer",
             got=repr(glued[0].args[0][-40:] + glued[0].args[1][:40]),
             fix="start doc_to_target with a space",
         )
 
 
-def build_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskItems:
+def build_items(builder: TaskBuilder, split: Split, lm: LiveLM) -> TaskItems:
+    """Return a task's items on a split, rendered and tokenised. Raises ConfigError."""
     task = builder.requests(split)
     instances = task.instances
     by_item: dict[int, list[Any]] = {}
     for instance in instances:
         by_item.setdefault(instance.doc_id, []).append(instance)
-    groups = tuple(tuple(sorted(group, key=lambda one: one.idx)) for group in by_item.values())
+    groups = tuple(tuple(sorted(group, key=lambda instance: instance.idx)) for group in by_item.values())
     flat = [instance for group in groups for instance in group]
     if builder.output_type == "loglikelihood_rolling":
-        texts = tuple(tuple(backend.tok_encode(instance.args[0])) for instance in flat)
+        texts = tuple(tuple(lm.tok_encode(instance.args[0])) for instance in flat)
         if () in texts:
             raise ConfigError(f"task {builder.spec.task!r}: item {texts.index(())} of {split} has no text")
         return TaskItems(builder=builder, task=task, groups=groups, texts=texts)
@@ -129,13 +134,14 @@ def build_items(builder: TaskBuilder, split: Split, backend: Backend) -> TaskIte
     gold: tuple[tuple[int, ...], ...] = ()
     with compiled_templates():
         for group in groups:
-            task.doc_to_target(group[0].doc)  # rendered here, so that scoring finds it remembered
+            task.doc_to_target(group[0].doc)  # renders it now and caches it for scoring
         if builder.output_type == "multiple_choice":
             gold = tuple(tuple(builder.gold(group[0].doc)) for group in groups)
-    return TaskItems(builder=builder, task=task, groups=groups, pairs=tuple(backend.pairs(flat)), gold=gold)
+    return TaskItems(builder=builder, task=task, groups=groups, pairs=tuple(lm.pairs(flat)), gold=gold)
 
 
 def refuse_few(builder: TaskBuilder, blocks: int) -> None:
+    """Raise ConfigError for a task with fewer search items than item blocks."""
     count = len(builder.documents.get("search", ()))
     if 0 < count < blocks:
         raise ConfigError(
@@ -147,11 +153,11 @@ def refuse_few(builder: TaskBuilder, blocks: int) -> None:
 
 
 def cut_into_blocks(whole: Sequence[TaskItems], blocks: int, seed: int) -> list[tuple[TaskItems, ...]]:
-    """Return the items of every block: of each task a random share, as equal as can be, in item order."""
+    """Return the items of every block: random parts of each task, as equal as possible, in item order."""
     if blocks == 1:
         return [tuple(whole)]
     cut: list[list[TaskItems]] = [[] for _ in range(blocks)]
-    spare = 0  # the first block to get one item more, so that blocks differ by few items over all tasks
+    spare = 0  # the first block with an additional item; it moves on, so that block sizes stay similar
     for task in whole:
         count = len(task.groups)
         name = int.from_bytes(hashlib.sha256(task.name.encode()).digest()[:8], "big")
@@ -165,7 +171,7 @@ def cut_into_blocks(whole: Sequence[TaskItems], blocks: int, seed: int) -> list[
 
 
 def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
-    """Return some items of a task, with an lm-eval task of their own, whose filters see only them."""
+    """Return some items of a task, with a copy of the lm-eval task whose filters see only these."""
     groups = tuple(task.groups[item] for item in chosen)
     view = copy.copy(task.task)
     view._instances = [instance for group in groups for instance in group]
@@ -181,7 +187,8 @@ def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
     )
 
 
-def lay_out(items: Items, backend: Backend, batch_size: int, max_length: int) -> BatchLayout:
+def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int) -> BatchLayout:
+    """Return the batches of a block's likelihood pairs. Raises ConfigError for answers that are too long."""
     pairs: list[Pair] = []
     names: list[str] = []
     bounds: dict[str, tuple[int, int]] = {}
@@ -192,7 +199,7 @@ def lay_out(items: Items, backend: Backend, batch_size: int, max_length: int) ->
             firsts = []
             for text in task.texts:
                 firsts.append(len(pairs) - start)
-                rolled = get_rolling_token_windows(list(text), backend.prefix_token_id, max_length, 1)
+                rolled = get_rolling_token_windows(list(text), lm.prefix_token_id, max_length, 1)
                 pairs += (make_disjoint_window(window) for window in rolled)
             windows[task.name] = np.array(firsts, dtype=np.intp)
         pairs += task.pairs

@@ -1,9 +1,9 @@
 """Likelihood: score fixed (context, continuation) pairs with one forward pass per prebuilt batch.
 
-The numbers are those of lm-eval's HFLM (same tokens, same left truncation, same right padding without an
-attention mask, which a causal model can't see), computed from batches that are built once and reused for
-every candidate. A batch's composition depends on the pairs and on the batch size only, so the same
-weights give the same bits in every process.
+The numbers are those of lm-eval's HFLM: same tokens, same left truncation, same right padding (without an
+attention mask, since earlier positions of a causal model don't see it). The batches are built once and
+reused for every candidate. They depend on the pairs and the batch size only, so the same weights give the
+same bits in every process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.backend import Pair
+from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.scores import Array, NonFiniteScores
 
 _PADDING = 0
@@ -27,10 +27,10 @@ _PADDING = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """One forward pass and what to read from it.
+    """One forward pass, and the tokens that it scores.
 
     ids: (rows, length) int64 input tokens, right-padded.
-    columns: (kept,) the positions whose logits are needed by some row.
+    columns: (columns,) the positions whose logits at least one row needs.
     row, column, gold: (tokens,) for each scored token its row, its index in `columns`, and its id.
     """
 
@@ -43,11 +43,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Likelihoods:
-    """Answers in the order of the pairs.
+    """Results in the order of the pairs.
 
     ll: (n,) sums of log-likelihoods in nats. greedy: (n,) whether every token is the arg-max.
-    margin: (n,) the least lead, in nats, that any token of the answer has over the best other token;
-        above 0 where the answer is greedy, and it says how far from it where it is not.
+    margin: (n,) the smallest lead, in nats, of any token of the continuation over the best other token. It is
+        above 0 if the continuation is greedy; else its size is the distance from that.
     """
 
     ll: Array
@@ -58,10 +58,10 @@ class Likelihoods:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """Fixed batches for a list of pairs. Make one with `plan`.
+    """Fixed batches for a list of pairs, made by `plan`.
 
-    order: (n,) the pairs in the order in which their tokens are scored.
-    starts: (n,) where each of them starts among the scored tokens.
+    order: (n,) the indices of the pairs in the order in which their tokens are scored.
+    starts: (n,) the index of each pair's first token among the scored tokens.
     """
 
     batches: tuple[Batch, ...]
@@ -74,7 +74,7 @@ class Plan:
         model: a causal LM: `model(input_ids=ids).logits` of shape (rows, length, vocabulary).
 
         Raises:
-            NonFiniteScores: some log-likelihood is NaN or infinite.
+            NonFiniteScores: a log-likelihood is NaN or infinite.
         """
         sums, hits, leads, seconds = [], [], [], 0.0
         trimmed = trims(model)
@@ -104,7 +104,7 @@ class Plan:
 
 
 def plan(pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequence[str]) -> Plan:
-    """Lay pairs out in batches: longest first, equal inputs once.
+    """Arrange pairs in batches: longest first, equal inputs only once.
 
     pairs: token ids of each context (at least one) and continuation.
     names: the task of each pair, for errors.
@@ -169,14 +169,15 @@ def _batch(
 
 
 def trims(model: Any) -> bool:
-    """Say whether the model can compute logits at chosen positions only (most of transformers' can).
+    """Say whether the model can compute logits at chosen positions only, as most transformers models can.
 
-    With a vocabulary of 10^5 the logits of a whole batch are gigabytes, nearly all of them unread.
+    With a vocabulary of 10^5 the logits of a whole batch are gigabytes, most of which nothing reads.
     """
     return "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters
 
 
 def forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
+    """Return the logits of a batch at its columns, shape (rows, columns, vocabulary)."""
     ids = batch.ids.to(model.device)
     if trims:
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=batch.columns.to(ids.device)).logits
@@ -184,17 +185,17 @@ def forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
         logits = model(input_ids=ids).logits[:, batch.columns.to(ids.device)]
     assert isinstance(logits, torch.Tensor)
     if logits.is_cuda:
-        torch.cuda.synchronize(logits.device)  # or the time of this pass would be counted elsewhere
+        torch.cuda.synchronize(logits.device)  # so that the time of this pass is measured here
     return logits
 
 
 def _read(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (tokens,) the gold tokens' log-likelihoods in float32, whether each is the arg-max, its lead."""
+    """Return (tokens,) each gold token's log-likelihood in float32, whether it is the arg-max, its lead."""
     device = logits.device
     gold = batch.gold.to(device)
     scored = logits[batch.row.to(device), batch.column.to(device)].float()
-    own = scored.gather(1, gold[:, None])
-    likelihood = own[:, 0] - scored.logsumexp(1)
+    gold_logits = scored.gather(1, gold[:, None])
+    likelihood = gold_logits[:, 0] - scored.logsumexp(1)
     hit = scored.argmax(1) == gold
     others = scored.scatter_(1, gold[:, None], -torch.inf).amax(1)  # `scored` is a copy of the logits
-    return likelihood, hit, own[:, 0] - others
+    return likelihood, hit, gold_logits[:, 0] - others

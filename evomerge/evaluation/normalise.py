@@ -1,7 +1,8 @@
-"""Normaliser: put tasks on one scale, so that their mean says how much of the parents' skills a merge has.
+"""Normaliser: scale tasks so that their mean measures how much of the parents' skills a merge has.
 
-On each skill task 0 is the base model and 1 the task's specialist (or, if the suite names none, the best
-parent). A merge with 0.6 on average has six tenths of what the specialists learnt; above 1 it beats them.
+On each skill task 0 is the base model and 1 the task's specialist (or the best parent, if the suite names no
+specialist). A merge with a mean of 0.6 has six tenths of what the specialists learned; above 1 it is better
+than they are.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from evomerge.evaluation.scores import Array, Scores, TaskScores, read_only
 from evomerge.evaluation.suite import Suite, SuiteTask
 
 HEADROOM_FLOOR = 0.05
-"""Smallest head-room divided by. A specialist barely above the base (or below it) would otherwise blow noise
-up without bound, or turn the scale upside down; with the floor such a task counts in steps of 5 points."""
+"""Smallest headroom used as a divisor. With a specialist barely above the base the scale would amplify noise
+without bound, and with one below the base it would be reversed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +33,12 @@ class _Scale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """One task's part of the mean, of the retention, or of the coherence.
+class TaskScale:
+    """One task's share and scale in the mean, the retention or the coherence.
 
-    share: of all such tasks, summing to 1. zero: the base's mean, in the metric's units. headroom: from
-    there to the specialist (1 for retention and coherence).
+    share: the task's weight relative to all such tasks; the shares sum to 1.
+    zero: the base's mean, in the metric's units.
+    headroom: the specialist's mean minus the base's (1 for retention and coherence).
     """
 
     task: str
@@ -46,7 +48,7 @@ class Share:
 
 
 def check_specialists(suite: Suite, sources: Mapping[str, object]) -> None:
-    """Check that every specialist the suite names is among the sources (a mapping with their names as keys).
+    """Check that every specialist of a suite is among the sources, which are the keys of a mapping.
 
     Raises:
         ConfigError: one is not.
@@ -61,9 +63,17 @@ def check_specialists(suite: Suite, sources: Mapping[str, object]) -> None:
 
 
 class Normaliser:
-    """Normalises scores of one split against the base and the parents on the same split.
+    """Normalise scores of one split with the base's and the parents' scores on the same split.
 
-    The references are taken as they are: their own sampling error is not part of any interval.
+    The references count as exact: their sampling error is not part of any interval.
+
+    Args:
+        suite: the tasks with their roles, weights and specialists.
+        base: the base model's scores; its means are 0 on the scale.
+        parents: name -> scores of the models whose best, or the named specialist, is 1 on the scale.
+
+    Attributes:
+        split, blocks: of the scores that can be normalised.
 
     Raises:
         ConfigError: the suite names a specialist that is not among the parents.
@@ -99,22 +109,24 @@ class Normaliser:
         ]
         total = math.fsum(spec.weight for spec in self._counted)
         self.weights = read_only([spec.weight / total for spec in self._counted])
-        """(tasks,) shares of the tasks in the mean, summing to 1; in the order of `items`."""
+        """(tasks,) shares of the tasks in the mean; they sum to 1, in the order of `items`."""
         self._scales: dict[str, tuple[_Scale, _Scale | None]] = {}
         for spec in skills:
             reference = _reference(spec, parents)
             self._scales[spec.task] = _scales(base[spec.task], reference)
         self.counted = tuple(spec.task for spec in self._counted)
-        """The skill tasks of the mean."""
+        """The skill tasks that count in the mean."""
         self.floored = tuple(
             s.task for s in self._counted if self._scales[s.task][0].headroom <= HEADROOM_FLOOR
         )
-        """Tasks whose specialist is hardly better than the base: their normalised scores mean little."""
+        """Tasks whose specialist is hardly better than the base, so their normalised scores mean little."""
 
     def on(self, base: Scores) -> Normaliser:
-        """Return this scale for scores on other item blocks: 0 is the base there, the unit is the same.
+        """Return this scale for scores on other item blocks: 0 is the base's mean there, the unit stays.
 
-        A difference of two models' means is then an unbiased estimate of their difference on all blocks.
+        The difference of two models' means is then an unbiased estimate of their difference on all blocks.
+
+        base: the base model's scores on those blocks.
         """
         assert base.split == self.split, "scores of another split"
         moved = copy.copy(self)
@@ -131,101 +143,108 @@ class Normaliser:
         return moved
 
     @property
-    def skills(self) -> tuple[Share, ...]:
+    def skills(self) -> tuple[TaskScale, ...]:
         """The counted skill tasks: the mean is the sum of share * (task's mean - zero) / headroom."""
         return tuple(
-            Share(task=spec.task, share=share, zero=scale.zero, headroom=scale.headroom)
+            TaskScale(task=spec.task, share=share, zero=scale.zero, headroom=scale.headroom)
             for spec, share in zip(self._counted, self.weights.tolist(), strict=True)
             for scale in (self._scales[spec.task][0],)
         )
 
     @property
-    def kept(self) -> tuple[Share, ...]:
+    def retained(self) -> tuple[TaskScale, ...]:
         """The retention tasks: retention is the sum of share * exp(task's mean - zero)."""
         shares = self.retention_shares()
         return tuple(
-            Share(task=spec.task, share=shares[spec.task], zero=mean, headroom=1.0)
+            TaskScale(task=spec.task, share=shares[spec.task], zero=mean, headroom=1.0)
             for spec, mean in self._retention
         )
 
     @property
-    def coherent(self) -> tuple[Share, ...]:
+    def coherent(self) -> tuple[TaskScale, ...]:
         """The coherence tasks: coherence is the sum of share * task's mean / zero."""
         total = math.fsum(spec.weight for spec, _ in self._coherence)
         return tuple(
-            Share(task=spec.task, share=spec.weight / total, zero=mean, headroom=1.0)
+            TaskScale(task=spec.task, share=spec.weight / total, zero=mean, headroom=1.0)
             for spec, mean in self._coherence
         )
 
     def contributions(
         self, scores: Scores, *, smooth: float, retention: float, coherence: float
     ) -> list[Array]:
-        """Return per task what each item adds to a loss: their means over the items sum to the loss.
+        """Return for each task (n,) the items' contributions to a loss, whose means sum to the loss.
 
-        The loss is minus the mean score, `smooth` of it the companion's, plus `retention` and `coherence`
-        for each unit of them that is lost; see `search.objective`. These two are no means over items; they
-        are linearised around the model's own mean (the delta method), which leaves the sum as it is and
-        makes the spread over the items what decides the sum's error.
+        The loss is minus the mean score plus a price of lost retention and coherence, see
+        `search.objective`. Retention and coherence are not means over items, so they are linearised around
+        the model's mean (the delta method). That keeps the loss, and gives it the right sampling error.
+
+        Args:
+            scores: one model's scores on this split and these blocks.
+            smooth: share of the smooth companion in a score, in [0, 1]; the rest is the metric.
+            retention: the loss per unit of lost retention.
+            coherence: the loss per unit of lost coherence.
         """
         self._check(scores)
-        found = []
+        contributions = []
         for spec, weight in zip(self._counted, self.weights.tolist(), strict=True):
             task, (scale, smooth_scale) = scores[spec.task], self._scales[spec.task]
             values = (task.metric - scale.zero) / scale.headroom
             if smooth_scale is not None and task.smooth is not None:
                 second = (task.smooth - smooth_scale.zero) / smooth_scale.headroom
                 values = (1 - smooth) * values + smooth * second
-            found.append(-weight * values)
-        kept, total = self.retention(scores), math.fsum(spec.weight for spec, _ in self._retention)
+            contributions.append(-weight * values)
+        retained, total = self.retention(scores), math.fsum(spec.weight for spec, _ in self._retention)
         for spec, base_mean in self._retention:
-            assert kept is not None
+            assert retained is not None
             task, share = scores[spec.task], spec.weight / total
-            slope = share * math.exp(task.mean - base_mean) if kept < 1 else 0.0
-            found.append(retention * (share * max(0.0, 1 - kept) - slope * (task.metric - task.mean)))
-        kept = self.coherence(scores)
+            slope = share * math.exp(task.mean - base_mean) if retained < 1 else 0.0
+            lost = share * max(0.0, 1 - retained)
+            contributions.append(retention * (lost - slope * (task.metric - task.mean)))
+        coherent = self.coherence(scores)
         for part in self.coherent:
-            assert kept is not None
+            assert coherent is not None
             task = scores[part.task]
-            slope = part.share / part.zero if kept < 1 else 0.0
-            found.append(coherence * (part.share * max(0.0, 1 - kept) - slope * (task.metric - task.mean)))
-        return found
+            slope = part.share / part.zero if coherent < 1 else 0.0
+            lost = part.share * max(0.0, 1 - coherent)
+            contributions.append(coherence * (lost - slope * (task.metric - task.mean)))
+        return contributions
 
     def _check(self, scores: Scores) -> None:
         assert scores.split == self.split, "scores of another split"
         assert scores.blocks == self.blocks, f"scores on blocks {scores.blocks}, not on {self.blocks}"
 
     def task(self, scores: Scores) -> dict[str, float]:
-        """Return each skill task's normalised mean, those with weight 0 included, in suite order."""
+        """Return skill task -> normalised mean, also for tasks of weight 0, in suite order."""
         self._check(scores)
         return {name: scale(scores[name].mean) for name, (scale, _) in self._scales.items()}
 
     def mean(self, scores: Scores) -> float:
-        """Return the weighted mean over the skill tasks that count."""
+        """Return the weighted mean of the normalised means of the skill tasks that count."""
         tasks = self.task(scores)
         return self._weighted([tasks[spec.task] for spec in self._counted])
 
     def smooth_task(self, scores: Scores) -> dict[str, float]:
-        """Return what `task` does, of the smooth companions; of the metric where a task has none."""
+        """Return the same as `task` for the smooth companions; for tasks without one, of the metric."""
         self._check(scores)
         values = {}
         for name, (scale, smooth_scale) in self._scales.items():
-            found = scores[name]
-            if smooth_scale is None or found.smooth is None:
-                values[name] = scale(found.mean)
+            task = scores[name]
+            if smooth_scale is None or task.smooth is None:
+                values[name] = scale(task.mean)
             else:
-                values[name] = smooth_scale(float(found.smooth.mean()))
+                values[name] = smooth_scale(float(task.smooth.mean()))
         return values
 
     def smooth_mean(self, scores: Scores) -> float:
-        """Return the same mean of the smooth companions; of the metric where a task has none."""
+        """Return the same as `mean` for the smooth companions; for tasks without one, of the metric."""
         tasks = self.smooth_task(scores)
         return self._weighted([tasks[spec.task] for spec in self._counted])
 
     def retention(self, scores: Scores) -> float | None:
-        """Return how well the model keeps what the base could: exp of the difference in mean log-likelihood.
+        """Return how much of the base's abilities a model keeps: exp(mean log-likelihood - the base's).
 
-        1 is as good as the base, less is worse, more is better; averaged by weight over the retention
-        tasks, None if there are none. For one task it is the ratio of the perplexities, base / model.
+        1 is as good as the base, and lower is worse. It is the weighted mean over the retention tasks, or
+        None if there are none. For one task it is the ratio of perplexities, base / model.
         """
         self._check(scores)
         if not self._retention:
@@ -240,10 +259,10 @@ class Normaliser:
         )
 
     def coherence(self, scores: Scores) -> float | None:
-        """Return the coherence of the model's free generations relative to the base's.
+        """Return the coherence of a model's free generations relative to the base's.
 
-        1 is as coherent as the base, less is worse; averaged by weight over the coherence tasks, None if
-        there are none.
+        1 is as coherent as the base, and lower is worse. It is the weighted mean over the coherence tasks,
+        or None if there are none.
         """
         self._check(scores)
         if not self._coherence:
@@ -253,19 +272,20 @@ class Normaliser:
         return math.fsum(shares) / total
 
     def gains(self) -> dict[str, float]:
-        """Return what the mean rises by for each unit of a counted task's own mean."""
+        """Return counted task -> derivative of the mean with respect to the task's mean."""
         shares = zip(self._counted, self.weights.tolist(), strict=True)
         return {spec.task: share / self._scales[spec.task][0].headroom for spec, share in shares}
 
     def retention_shares(self) -> dict[str, float]:
-        """Return each retention task's share of the retention, summing to 1; nothing where there is none."""
+        """Return retention task -> its share of the retention; the shares sum to 1."""
         total = math.fsum(spec.weight for spec, _ in self._retention)
         return {spec.task: spec.weight / total for spec, _ in self._retention}
 
     def items(self, scores: Scores) -> list[Array]:
-        """Return each counted skill task's normalised items; with `weights`, what the statistics take.
+        """Return for each counted skill task (n,) the normalised scores of its items.
 
-        The weighted mean of their means is `mean(scores)`.
+        With `weights` they are the arguments of `statistics`: the weighted mean of their means is
+        `mean(scores)`.
         """
         self._check(scores)
         values = []
@@ -286,12 +306,12 @@ def _mean(values: Array | None) -> float:
 def _reference(spec: SuiteTask, parents: Mapping[str, Scores]) -> TaskScores:
     if spec.specialist is not None:
         return parents[spec.specialist][spec.task]
-    return max((parent[spec.task] for parent in parents.values()), key=lambda found: found.mean)
+    return max((parent[spec.task] for parent in parents.values()), key=lambda task: task.mean)
 
 
 def _scales(base: TaskScores, reference: TaskScores) -> tuple[_Scale, _Scale | None]:
     metric = _Scale(zero=base.mean, headroom=max(reference.mean - base.mean, HEADROOM_FLOOR))
     if base.smooth is None or reference.smooth is None:
         return metric, None
-    zero, one = _mean(base.smooth), _mean(reference.smooth)
-    return metric, _Scale(zero=zero, headroom=max(one - zero, HEADROOM_FLOOR))
+    zero, specialist = _mean(base.smooth), _mean(reference.smooth)
+    return metric, _Scale(zero=zero, headroom=max(specialist - zero, HEADROOM_FLOOR))

@@ -1,4 +1,4 @@
-"""Scores: the per-item results of one model on one split of a suite. Everything else is derived from them."""
+"""Scores: the per-item results of one model on one split of a suite, from which all else is derived."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def read_only(values: object) -> Array:
 class TaskScores:
     """One model's results on one task: one number per item, in the suite's fixed item order.
 
-    metric: (n,) the task's metric, higher is better (0/1 for accuracies; mean gold log-likelihood per
+    metric: (n,) the task's metric, higher is better (0 or 1 for accuracies; mean gold log-likelihood per
         token, in nats, for retention tasks).
-    smooth: (n,) a continuous companion in [0, 1]: the geometric-mean probability of the gold tokens
-        (of the gold choice, normalised over the choices, for multiple choice). None where the task
-        yields no likelihoods (free generation).
-    margin: (n,) in nats, how far the right answer is ahead: of all other tokens at its weakest token, or
-        for multiple choice of the best wrong choice. It changes smoothly with the weights and is above 0
-        where the answer is right. None where there are no right answers to tokens (text, generation).
+    smooth: (n,) a continuous companion in [0, 1]: the geometric mean of the gold tokens' probabilities, or
+        for multiple choice the gold choice's share of all choices' probability. None for tasks without
+        likelihoods (free generation).
+    margin: (n,) the lead of the right answer in nats: over the best other token at its weakest token, or for
+        multiple choice over the best wrong choice. It changes smoothly with the weights and is above 0 if
+        the answer is right. None for tasks without right answers (text) or likelihoods (generation).
     """
 
     task: str
@@ -60,7 +60,7 @@ class TaskScores:
 class Scores:
     """One model's results on one split: the tasks of the suite that have items there, in suite order.
 
-    blocks: the item blocks of the split that these are the results on, in order.
+    blocks: numbers of the split's item blocks that were scored, in order.
     """
 
     split: Split
@@ -82,7 +82,7 @@ class Scores:
         return sum(len(scores.metric) for scores in self.tasks)
 
     def same_as(self, other: Scores) -> bool:
-        """Say whether every number is bitwise the same."""
+        """Say whether all numbers are equal, bit for bit."""
         if (self.split, self.blocks) != (other.split, other.blocks):
             return False
         return [_bits(t) for t in self] == [_bits(t) for t in other]
@@ -94,9 +94,9 @@ def _bits(scores: TaskScores) -> tuple[str, list[bytes | None]]:
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """Return one model's results on several blocks of a split as one: per task, block after block.
+    """Join one model's scores on several blocks of a split: for each task, block after block.
 
-    parts: of one split and different blocks; they are put in the order of their blocks.
+    parts: scores on the same split and different blocks; they are sorted by block.
 
     >>> halves = [
     ...     Scores(split="test", tasks=(TaskScores(task="t", metric=np.array([n])),), blocks=(n,))
@@ -128,21 +128,21 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def _together(vectors: Sequence[Array | None]) -> Array | None:
-    found = [vector for vector in vectors if vector is not None]
-    assert len(found) in (0, len(vectors)), "blocks of different kinds"
-    return np.concatenate(found) if found else None
+    present = [vector for vector in vectors if vector is not None]
+    assert len(present) in (0, len(vectors)), "blocks of different kinds"
+    return np.concatenate(present) if present else None
 
 
-class NonFiniteScores(NonFiniteError):  # noqa: N818  # names what was found, as a Failure's kind does
-    """A model whose logits are not finite: a merge that went numerically wrong."""
+class NonFiniteScores(NonFiniteError):  # noqa: N818  # named for the condition, as a Failure's kind is
+    """A model's logits are NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What there is instead of Scores when a candidate could not be scored.
+    """The result of a candidate that could not be scored.
 
-    kind: "error" (it raised), "crash" (its worker died), "timeout", "non_finite" or "out_of_memory" (of a
-    device, at the smallest batch size that is tried).
+    kind: "error" (an exception), "crash" (its worker died), "timeout", "non_finite", or "out_of_memory" (the
+        device's memory, at the smallest batch size).
     reason: one line for the user.
     """
 

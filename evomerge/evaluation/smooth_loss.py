@@ -1,13 +1,12 @@
-"""What a gradient is taken of: a smooth stand-in for the loss of a candidate, as plain data.
+"""A differentiable surrogate of a candidate's loss, as plain data.
 
-Accuracies have no slope. In their place each item counts
+The gradient of an accuracy is zero. So each item counts as
 
     sigmoid(margin / softness)
 
-where the margin, in nats, is how far the right answer leads (see `TaskScores`). An item well ahead or far
-behind pulls little and one near the border pulls most, as it should where only crossing it counts; with
-softness to 0 this is the accuracy itself. All else is the objective's own: each task is divided by its
-head-room, and lost retention has its price.
+where the margin, in nats, is the lead of the right answer (see `TaskScores`). Items near the border have the
+largest gradient, and items far from it almost none; in the limit of softness 0 this is the accuracy. The rest
+is as in the objective: each task is divided by its headroom, and lost retention has a price.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores
 
 PASSES = 3
-"""Cost of a gradient in forward passes: one forward, and a backward of twice the work."""
+"""Cost of a gradient in forward passes: one forward pass, and a backward pass of twice the work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmoothTask:
     """One task's part of the loss.
 
-    gain: of a skill task, by how much a rise of its mean by 1 lowers the loss; of a retention task, its share
-        of the retention. items: which of the split's items take part. base: of a retention task, the base
-        model's mean on them.
+    gain: for a skill task, minus the loss's change per unit of the task's mean; for a retention task, its
+        share of the retention.
+    items: numbers of the split's items that take part.
+    base: for a retention task, the base model's mean on these items; None for a skill task.
     """
 
     task: str
@@ -44,7 +44,7 @@ class SmoothTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmoothLoss:
-    """A loss with a slope: price * max(0, 1 - retention) - sum of gain * mean(sigmoid(margin / softness))."""
+    """The loss price * max(0, 1 - retention) - sum of gain * mean(sigmoid(margin / softness))."""
 
     tasks: tuple[SmoothTask, ...]
     price: float
@@ -52,21 +52,21 @@ class SmoothLoss:
 
     @property
     def items(self) -> int:
-        """Number of items it is computed from."""
+        """Number of items that take part."""
         return sum(len(task.items) for task in self.tasks)
 
     @property
     def key(self) -> str:
-        """A hash of all that decides its value."""
+        """A hash of everything that determines its value."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
-    """A loss and its derivative by every real-valued parameter of a recipe.
+    """A loss and its derivatives with respect to the real-valued parameters of a recipe.
 
-    groups: for each tensor group, parameter -> one derivative per source, or one alone where the parameter is
-        the group's; nothing for a group whose method can't be differentiated.
+    groups: for each tensor group, parameter -> one derivative per source, or a single one for a parameter of
+        the group; empty for a group whose method can't be differentiated.
     """
 
     loss: float
@@ -82,11 +82,17 @@ def smooth_loss(
     share: float,
     rng: np.random.Generator,
 ) -> SmoothLoss:
-    """Return the stand-in for minus the mean normalised score plus the price of lost retention.
+    """Return the surrogate of minus the mean normalised score plus the price of lost retention.
 
-    base: the base model's scores on the normaliser's split. price: of lost retention. softness: in
-    nats. share: of the items of each task that take part, drawn by `rng`; 1 takes all and draws nothing.
-    Tasks whose answers have no likelihood (free generation) have no slope and are left out.
+    Tasks whose answers have no likelihood (free generation) can't be differentiated and are left out.
+
+    Args:
+        normaliser: of the split whose items are used.
+        base: the base model's scores on that split.
+        price: the loss per unit of lost retention.
+        softness: width of the sigmoid, in nats.
+        share: share of each task's items that take part, drawn by `rng`; 1 takes all items and draws nothing.
+        rng: draws the items.
     """
     tasks = []
     for name, gain in normaliser.gains().items():

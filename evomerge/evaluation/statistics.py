@@ -1,13 +1,13 @@
 """Statistics: intervals and paired tests over per-item scores, stratified by task.
 
-A suite's score is a weighted mean of task means, so items are only ever resampled within their task. Two
-models are compared on the same items, so the pair of an item's two scores stays together. All functions are
-deterministic given their seed and leave global generators alone.
+A suite's score is a weighted mean of task means, so items are resampled within their task only. Two models
+are compared on the same items, so the two scores of an item stay together. All functions are deterministic
+for a given seed and use no global generator.
 
 Sources: Efron & Tibshirani, *An Introduction to the Bootstrap* (1993), ch. 8 (several samples), 13
 (percentile interval), 15 (permutation tests); Wilson (1927) for a proportion; Phipson & Smyth (2010) for the
 +1 in a sampled permutation p-value; McNemar (1947), Holm (1979), James & Stein (1961) below. Not covered: the
-references of a normalised score (base and specialist means), which are held fixed.
+sampling error of a normalised score's references (base and specialist means), which count as fixed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ import scipy.stats
 from evomerge.evaluation.scores import Array
 
 RESAMPLES = 10_000
-"""Bootstrap resamples (and sign flips) where items take few values, as accuracies do."""
+"""Bootstrap resamples (and sign flips) if items have few distinct values, as accuracies do."""
 
 RESAMPLES_CONTINUOUS = 4_000
-"""Bootstrap resamples otherwise, where drawing is 10 times dearer. The Monte-Carlo error of a limit is then
-0.04 standard errors of the estimate (0.03 with 10,000)."""
+"""Bootstrap resamples otherwise, where drawing takes 10 times as long. The Monte-Carlo error of an interval's
+limit is then 0.04 standard errors of the estimate (0.03 with 10,000)."""
 
 LUCK_RESAMPLES = 2_000
-"""Bootstrap resamples of the luck of the best of many. Its sampling error is 2 % of one model's."""
+"""Bootstrap resamples for `expected_luck`, whose Monte-Carlo error is 2 % of one model's standard error."""
 
 WINDOW = 8
-"""Models a group has at least when its values are shrunk; a smaller one borrows from the nearest."""
+"""Smallest number of models whose values are shrunk together; smaller groups include the nearest others."""
 
 LEVEL = 0.95
 
 _FEW = 32
-_CHUNK = 2**16  # numbers drawn at once: few enough to stay in the cache
+_CHUNK = 2**16  # numbers drawn at a time, so that they fit into the cache
 _SIGNS = 1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # (256, 8)
 
-Seed = int | np.random.SeedSequence
+SeedLike = int | np.random.SeedSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,27 +65,34 @@ class PairedTest:
 
 
 def proportion_interval(successes: int, total: int) -> Interval:
-    """Return a proportion with its 95 % Wilson interval, which is honest at 0 and 1 too.
+    """Return a proportion with its 95 % Wilson interval, which also has a width at 0 and 1.
+
+    Args:
+        successes: number of successes, 0 to `total`.
+        total: number of trials, 1 or more.
 
     >>> proportion_interval(10, 10).low < 0.8
     True
     """
     assert 0 <= successes <= total, (successes, total)
     assert total > 0, "no items"
-    found = scipy.stats.binomtest(successes, total).proportion_ci(LEVEL, method="wilson")
-    return Interval(estimate=successes / total, low=float(found.low), high=float(found.high))
+    bounds = scipy.stats.binomtest(successes, total).proportion_ci(LEVEL, method="wilson")
+    return Interval(estimate=successes / total, low=float(bounds.low), high=float(bounds.high))
 
 
-def interval(samples: Sequence[Array], weights: Sequence[float] | Array, *, seed: Seed) -> Interval:
+def interval(samples: Sequence[Array], weights: Sequence[float] | Array, *, seed: SeedLike) -> Interval:
     """Return the weighted mean of task means with its 95 % percentile-bootstrap interval.
 
-    samples: per task (n,) per-item scores. weights: (tasks,) not negative; they are scaled to sum to 1.
+    A single task of zeros and ones gets the Wilson interval. A task whose items all have the same score adds
+    no width, so the interval of a model that solves every item is too narrow.
 
-    A single task of zeros and ones gets the Wilson interval. A task whose items all scored the same
-    contributes no width, so do not read much into the interval of a model that solves everything.
+    Args:
+        samples: for each task (n,) per-item scores.
+        weights: (tasks,) not negative; they are scaled to sum to 1.
+        seed: of the bootstrap.
 
-    >>> found = interval([np.array([0.0, 1.0] * 50), np.array([0.2, 0.4] * 50)], [1, 1], seed=0)
-    >>> round(found.estimate, 3), found.low < 0.4 < found.high
+    >>> mean = interval([np.array([0.0, 1.0] * 50), np.array([0.2, 0.4] * 50)], [1, 1], seed=0)
+    >>> round(mean.estimate, 3), mean.low < 0.4 < mean.high
     (0.4, True)
     """
     shares = _shares(samples, weights)
@@ -95,63 +102,72 @@ def interval(samples: Sequence[Array], weights: Sequence[float] | Array, *, seed
 
 
 def paired_difference(
-    a: Sequence[Array], b: Sequence[Array], weights: Sequence[float] | Array, *, seed: Seed
+    a: Sequence[Array], b: Sequence[Array], weights: Sequence[float] | Array, *, seed: SeedLike
 ) -> PairedTest:
     """Compare two models on the same items: the weighted mean of task means of a - b.
 
-    a, b: per task (n,) per-item scores, items in the same order. weights: as in `interval`.
-
     The interval is a stratified percentile bootstrap of the pairs. The p-value comes from a stratified
-    sign-flip permutation test: under the null hypothesis that the two models are alike, each item's
-    difference is as likely to have the opposite sign.
+    sign-flip permutation test: if the two models are equally good (the null hypothesis), each item's
+    difference is equally likely to have the opposite sign.
+
+    Args:
+        a, b: for each task (n,) per-item scores of the two models, items in the same order.
+        weights: (tasks,) not negative; they are scaled to sum to 1.
+        seed: of the bootstrap and the permutations.
 
     >>> same = [np.array([0.0, 1.0, 1.0])]
     >>> paired_difference(same, same, [1.0], seed=0)
     PairedTest(estimate=0.0, low=0.0, high=0.0, p=1.0)
     """
-    assert [x.shape for x in a] == [x.shape for x in b], "the two models met different items"
+    assert [x.shape for x in a] == [x.shape for x in b], "the two models were scored on different items"
     differences = [x - y for x, y in zip(a, b, strict=True)]
     shares = _shares(differences, weights)
-    # Two streams of one seed, so that the p-value does not depend on how the interval was drawn.
+    # Two streams of one seed, so that the p-value does not depend on the interval's draws.
     sequence = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     first, second = (
         np.random.default_rng(np.random.SeedSequence(sequence.entropy, spawn_key=(*sequence.spawn_key, key)))
         for key in (0, 1)
     )
-    found = _bootstrap(differences, shares, first)
+    mean = _bootstrap(differences, shares, first)
     p = _sign_flip(differences, shares, second)
-    return PairedTest(estimate=found.estimate, low=found.low, high=found.high, p=p)
+    return PairedTest(estimate=mean.estimate, low=mean.low, high=mean.high, p=p)
 
 
 def mcnemar(a: Array, b: Array) -> float:
     """Return the two-sided p-value of McNemar's exact test of two models' zeros and ones on the same items.
 
-    a, b: (n,). Only items that one of them solved and the other did not count: under the null hypothesis each
-    is as likely to go either way (McNemar 1947).
+    Only items count that exactly one of the models solved. Under the null hypothesis each of them is equally
+    likely to be either model's (McNemar 1947).
+
+    a, b: (n,) zeros and ones.
 
     >>> mcnemar(np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
     0.0625
     """
-    assert a.shape == b.shape, "the two models met different items"
-    ours, discordant = int((a > b).sum()), int((a != b).sum())
-    return float(scipy.stats.binomtest(ours, discordant).pvalue) if discordant else 1.0
+    assert a.shape == b.shape, "the two models were scored on different items"
+    wins, discordant = int((a > b).sum()), int((a != b).sum())
+    return float(scipy.stats.binomtest(wins, discordant).pvalue) if discordant else 1.0
 
 
-def paired_items(a: Array, b: Array, *, seed: Seed) -> PairedTest:
-    """Compare two models on the items of one task, (n,) each: the mean of a - b.
+def paired_items(a: Array, b: Array, *, seed: SeedLike) -> PairedTest:
+    """Compare two models on the items of one task: the mean of a - b.
 
-    As `paired_difference`, but of zeros and ones the p-value is McNemar's, which is what the sign flips come
-    down to there, without their sampling error.
+    Like `paired_difference`, but for zeros and ones the p-value is McNemar's exact one, which the sign flips
+    approximate.
+
+    Args:
+        a, b: (n,) per-item scores of the two models, items in the same order.
+        seed: of the bootstrap and the permutations.
     """
-    found = paired_difference([a], [b], [1.0], seed=seed)
-    return replace(found, p=mcnemar(a, b)) if np.isin([a, b], (0.0, 1.0)).all() else found
+    test = paired_difference([a], [b], [1.0], seed=seed)
+    return replace(test, p=mcnemar(a, b)) if np.isin([a, b], (0.0, 1.0)).all() else test
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return the p-values of several claims, adjusted so that all of them can be read together.
+    """Return the p-values of several claims, adjusted for their number (Holm 1979).
 
-    If all claims up to 0.05 are made, the chance that any of them is false is at most 5 %, however they
-    depend on each other (Holm 1979).
+    If every claim with an adjusted p-value up to 0.05 is made, the probability that any of them is false is
+    at most 5 %, for any dependence between them.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -164,16 +180,18 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def shrunk(values: Array, errors: Array, groups: Array | None = None) -> Array:
-    """Return better estimates of the true values behind noisy measurements, shape (k,).
+    """Return shrunken estimates of the true values behind noisy measurements, shape (k,).
 
-    values: (k,) measurements, in groups that have alike true values. errors: (k, m) how each would move in m
-    resamplings of its items, the same for all of them, scaled so that a row's squares add up to its variance.
-    groups: (k,) numbers in which near means alike; by default all are one group.
+    Within a group, values are shrunk towards its mean by the positive-part estimator of James & Stein (1961;
+    Efron & Morris 1975, JASA 70) with the factor 1 - (k - 3) noise / sum of squares. For a group of fewer
+    than WINDOW models, mean and factor come from the nearest models too. The noise is that of differences
+    between models: errors that all models share don't change their order and don't count.
 
-    Within a group, values are drawn to its mean by the positive-part estimator of James & Stein (1961; Efron
-    & Morris 1975, JASA 70): the factor is 1 - (k - 3) noise / sum of squares. A group of fewer than WINDOW
-    borrows from the nearest ones for mean and factor. The noise is that of differences: errors that all
-    models share rank none of them, and count for nothing.
+    Args:
+        values: (k,) measurements, in groups with similar true values.
+        errors: (k, m) deviations of each value in m resamplings of the items, which are the same for all
+            values, scaled so that the squares of a row sum to its variance.
+        groups: (k,) numbers; similar ones mean similar models. By default all are one group.
 
     >>> shrunk(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.sqrt(2.0) * np.eye(5)).tolist()
     [1.8, 2.4, 3.0, 3.6, 4.2]
@@ -188,26 +206,29 @@ def shrunk(values: Array, errors: Array, groups: Array | None = None) -> Array:
         squares = float(((values[near] - centre) ** 2).sum())
         if count <= 3 or squares == 0.0:
             continue
-        own = errors[near] - errors[near].mean(axis=0)
-        noise = float((own**2).sum()) / (count - 1)
+        deviations = errors[near] - errors[near].mean(axis=0)
+        noise = float((deviations**2).sum()) / (count - 1)
         factor = max(0.0, 1.0 - (count - 3) * noise / squares)
         result[groups == group] = centre + factor * (values[groups == group] - centre)
     return result
 
 
 def expected_luck(
-    samples: Sequence[Array], weights: Sequence[float] | Array, groups: Array | None = None, *, seed: Seed
+    samples: Sequence[Array], weights: Sequence[float] | Array, groups: Array | None = None, *, seed: SeedLike
 ) -> float:
     """Return by how much the best of several models is expected to look better than it is.
 
-    samples: per task (models, n) per-item scores of all models on the same items. weights: as in `interval`.
-    groups: as in `shrunk`.
+    Items are resampled for all models together, so shared errors stay shared. The errors of the means are
+    added to estimates of the true means, and the error of the model with the largest sum is averaged. The
+    estimates are means shrunk by `shrunk`, because with raw means past luck would count as ability, and the
+    luck would be underestimated. For equally good models the result is the expected maximum of their errors;
+    for a model far ahead of the others it is near 0.
 
-    Items are resampled for all models together, which keeps what their errors share; the errors of their
-    means are added to estimates of the true means; and the error of whichever then looks best is averaged.
-    The estimates are the means as `shrunk` returns them: taken as they are, past luck would count as ability,
-    and the luck would be understated. Among alike models it is the expected maximum of their errors; a model
-    far ahead of the others needs no luck.
+    Args:
+        samples: for each task (models, n) per-item scores of all models on the same items.
+        weights: (tasks,) not negative; they are scaled to sum to 1.
+        groups: as in `shrunk`.
+        seed: of the bootstrap.
     """
     assert len({len(sample) for sample in samples}) == 1, "every task needs the same models"
     shares = _shares(samples, weights)
@@ -220,7 +241,7 @@ def expected_luck(
         centred = sample - sample.mean(axis=1, keepdims=True)
         errors += share * (drawn @ centred.T)
         means += share * sample.mean(axis=1)
-    errors -= errors.mean(axis=1, keepdims=True)  # shared errors move the best as they move all
+    errors -= errors.mean(axis=1, keepdims=True)  # errors that all models share don't count as luck
     likely = shrunk(means, errors.T / np.sqrt(LUCK_RESAMPLES), groups)
     best = (likely + errors).argmax(axis=1)
     return float(errors[np.arange(LUCK_RESAMPLES), best].mean())
@@ -254,8 +275,8 @@ def _resampled_means(
 ) -> Array:  # fmt: skip
     """Return (resamples,) means of samples drawn with replacement.
 
-    How often each distinct value is drawn is multinomial: the same distribution as drawing items, and
-    much quicker where values are few.
+    The number of draws of each distinct value is multinomial, which has the same distribution as drawing
+    items and is much faster for few values.
     """
     n = len(sample)
     means: Array
@@ -272,15 +293,15 @@ def _resampled_means(
 
 
 def _sign_flip(differences: Sequence[Array], shares: Array, rng: np.random.Generator) -> float:
-    """Return the two-sided p-value. Items that don't differ can't change a sum, and are left out."""
+    """Return the two-sided p-value; items without a difference don't change any sum and are left out."""
     parts = [share / len(d) * d for share, d in zip(shares, differences, strict=True)]
     contributions = np.concatenate(parts)
     contributions = contributions[contributions != 0]
     if not len(contributions):
         return 1.0
     observed = abs(contributions.sum())
-    tolerance = 1e-12 * float(np.abs(contributions).sum())  # sums of other orders round differently
-    # A random byte decides eight signs at once: sums[group, byte] is what that group then adds up to.
+    tolerance = 1e-12 * float(np.abs(contributions).sum())  # sums in another order round differently
+    # A random byte gives eight signs: sums[group, byte] is the sum of that group of eight items.
     groups = -(-len(contributions) // 8)
     sums = np.pad(contributions, (0, 8 * groups - len(contributions))).reshape(groups, 8) @ _SIGNS.T
     offsets = 256 * np.arange(groups)

@@ -1,7 +1,7 @@
-"""Suite: what a model is scored on. One strict YAML file names lm-eval tasks, their weights and their splits.
+"""Suite: the tasks that a model is scored on. A YAML file names lm-eval tasks, their weights and splits.
 
-Reading a suite imports neither torch nor lm_eval. Whether its tasks and metrics exist is checked by
-`evomerge.evaluation.harness`, which builds them.
+Reading a suite imports neither torch nor lm_eval. `evomerge.evaluation.harness`, which builds the tasks,
+checks that they and their metrics exist.
 
 A suite file::
 
@@ -12,12 +12,12 @@ A suite file::
       - task: demo_add                # the lm-eval task
         metric: acc                   # one of the task's per-item metrics; "metric,filter" picks a filter
         role: skill                   # skill (default), retention or coherence
-        weight: 1                     # in the mean over skills; 0 = shown, not counted
-        specialist: add               # the source that masters it; default: the best parent
+        weight: 1                     # in the mean over skills; 0: reported, not counted
+        specialist: add               # the source whose score is 1; default: the best parent
         splits: {search: search, select: select, test: test}
 
-A split is either the name of a dataset split, or a number of items that evomerge draws, without overlap,
-from the split that lm-eval would evaluate.
+A split is the name of a dataset split, or a number of items that evomerge draws without overlap from the
+split that lm-eval would evaluate.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Splits(Strict):
     search: int | str | None = None
     """Items the search optimises. Without it the task is reported only."""
     select: int | str
-    """Items the winner is picked on."""
+    """Items for the choice of the winner."""
     test: int | str
-    """Items of the report, which nothing is chosen on."""
+    """Items for the report, which influence no choice."""
 
     @field_validator("search", "select", "test", mode="before")
     @classmethod
@@ -73,20 +73,20 @@ class Splits(Strict):
 
     @model_validator(mode="after")
     def _apart(self) -> Splits:
-        given = [value for value in (self.search, self.select, self.test) if value is not None]
-        if len({type(value) for value in given}) > 1:
-            raise ValueError("give split names for all, or numbers of items for all")
-        names = [value for value in given if isinstance(value, str)]
+        values = [value for value in (self.search, self.select, self.test) if value is not None]
+        if len({type(value) for value in values}) > 1:
+            raise ValueError("give names of dataset splits for all three, or numbers of items for all three")
+        names = [value for value in values if isinstance(value, str)]
         if shared := {name for name in names if names.count(name) > 1}:
             raise ValueError(
                 f"the dataset split {sorted(shared)[0]!r} is used twice, "
-                "but items that chose a model can't judge it; name different splits, or give numbers of items"
+                "but items that select a model can't test it; name different splits, or give numbers of items"
             )
         return self
 
     @property
     def drawn(self) -> bool:
-        """Say whether the splits are drawn from one dataset split (numbers), rather than named."""
+        """Whether the splits are numbers of items, drawn from one dataset split."""
         return isinstance(self.test, int)
 
     def __getitem__(self, split: Split) -> int | str | None:
@@ -132,10 +132,9 @@ class SuiteTask(Strict):
 
     @property
     def counted(self) -> bool:
-        """Say whether the task counts: in the mean, the retention or the coherence; else it is only shown.
+        """Whether the task counts in the mean, the retention or the coherence; else it is only reported.
 
-        A task without search items never counts, whatever its weight: what is searched for and what is
-        judged are the same mean.
+        A task without search items never counts, so that the search and the report use the same mean.
         """
         return self.weight > 0 and self.splits.search is not None
 
@@ -144,9 +143,6 @@ class Suite(Strict):
     """What a model is scored on: lm-eval tasks, their weights and their splits.
 
     Made by `Suite.load`.
-
-    Raises:
-        ConfigError: in `load` and `from_mapping`, listing every problem of the file at once.
     """
 
     name: str = Field(min_length=1)
@@ -164,12 +160,19 @@ class Suite(Strict):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"the task {twice[0]!r} is listed twice")
         if not any(task.role == "skill" and task.counted for task in self.tasks):
-            raise ValueError("no skill task with search items and a weight above 0: nothing to search for")
+            raise ValueError("a suite needs a skill task with search items and a weight above 0")
         return self
 
     @classmethod
     def load(cls, name_or_path: str | Path, *, beside: Path | None = None) -> Suite:
-        """Read a suite: a path first (from `beside`, then from here), a packaged suite's name second.
+        """Read a suite from a file, or a packaged suite by name.
+
+        Args:
+            name_or_path: a path, or else the name of a packaged suite.
+            beside: the folder where relative paths start first; then the current folder.
+
+        Raises:
+            ConfigError: there is no such suite, or it is not valid; all problems are listed at once.
 
         >>> Suite.load("demo").name
         'demo'
@@ -179,39 +182,41 @@ class Suite(Strict):
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, folder: Path, where: str) -> Suite:
-        """Check plain data. `folder` is what `tasks_dir` is relative to; `where` names the file in errors."""
-        given = data.get("tasks_dir") if isinstance(data, Mapping) else None
-        if isinstance(given, str):
-            tasks_dir = (folder / Path(given).expanduser()).resolve()
-            if not tasks_dir.is_dir():
+        """Build a suite from plain data. Raises ConfigError that lists all problems.
+
+        folder: where `tasks_dir` starts. where: the file's name in messages.
+        """
+        location = data.get("tasks_dir") if isinstance(data, Mapping) else None
+        if isinstance(location, str):
+            location = (folder / Path(location).expanduser()).resolve()
+            if not location.is_dir():
                 raise ConfigError(
                     f"{where}: tasks_dir is not a folder",
                     expected="a folder of lm-eval task YAMLs, relative to the suite file",
-                    got=str(tasks_dir),
+                    got=str(location),
                 )
-            data = {**data, "tasks_dir": tasks_dir}
+            data = {**data, "tasks_dir": location}
         return parse(cls, data, where)
 
     def weighted(self, weights: Mapping[str, float]) -> Suite:
         """Return the suite with the weights of some of its tasks replaced.
 
         Raises:
-            ConfigError: there is no such task, or nothing would be left to search for.
+            ConfigError: there is no such task, or no skill task would count.
         """
         if unknown := [name for name in weights if name not in {task.task for task in self.tasks}]:
             raise ConfigError(
-                f"suite {self.name!r} has no task {unknown[0]!r} to weigh",
+                f"suite {self.name!r} has no task {unknown[0]!r}, whose weight was set",
                 fix=nearest(unknown[0], [task.task for task in self.tasks]),
             )
         tasks = [task.model_dump() | {"weight": weights.get(task.task, task.weight)} for task in self.tasks]
-        return parse(Suite, self.model_dump() | {"tasks": tasks}, f"suite {self.name!r}, weighed anew")
+        return parse(Suite, self.model_dump() | {"tasks": tasks}, f"suite {self.name!r} with new weights")
 
     def digest(self) -> str:
-        """Return a sha256 over everything that decides what is scored.
+        """Return a SHA-256 over everything that determines the scores.
 
-        That is: the suite's content (but not `about`), and the name and bytes of every file below
-        `tasks_dir`, wherever that folder lies. Built-in tasks belong to the lm-eval version, which a run
-        records by itself.
+        That is the suite's content without `about`, and the names and bytes of all files below `tasks_dir`,
+        at any place. Built-in tasks belong to the lm-eval version, which a run records separately.
         """
         content = self.model_dump(mode="json", exclude={"about", "tasks_dir"})
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
@@ -225,8 +230,8 @@ class Suite(Strict):
         if self.tasks_dir is None:
             return ()
         below = (path for path in self.tasks_dir.rglob("*") if path.is_file())
-        kept = (path for path in below if not set(_NOT_DATA) & set(path.parts))
-        return sorted(kept, key=lambda path: path.as_posix())
+        data_files = (path for path in below if not set(_NOT_DATA) & set(path.parts))
+        return sorted(data_files, key=lambda path: path.as_posix())
 
     def of(self, split: Split) -> tuple[SuiteTask, ...]:
         """Return the tasks that have items in a split, in suite order."""
@@ -234,7 +239,7 @@ class Suite(Strict):
         return tuple(task for task in self.tasks if task.splits[split] is not None)
 
     def __getitem__(self, task: str) -> SuiteTask:
-        for found in self.tasks:
-            if found.task == task:
-                return found
+        for spec in self.tasks:
+            if spec.task == task:
+                return spec
         raise KeyError(task)

@@ -1,8 +1,8 @@
-"""Tasks: lm-eval's task objects for a suite, and which of their documents belong to which of our splits.
+"""Tasks: lm-eval's task objects for a suite, and their documents for each of our splits.
 
 A `TaskBuilder` holds one loaded lm-eval task and its documents per split; `requests` turns a split's
-documents into lm-eval Instances. Everything that can be wrong with a suite is found here, before any
-model is loaded: unknown tasks, dataset splits or metrics, too few documents, documents shared by splits.
+documents into lm-eval Instances. All errors of a suite are raised here, before any model is loaded: unknown
+tasks, dataset splits or metrics, too few documents, documents that are in several splits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, nearest
-from evomerge.evaluation.backend import compiled_templates, quiet
+from evomerge.evaluation.live_lm import compiled_templates, quiet
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
 
@@ -36,9 +36,9 @@ _SAMPLE = 4
 class TaskBuilder:
     """One task of a suite: its lm-eval task, its documents per split, its requests.
 
-    spec: the suite's entry. documents: for each split that the task has, its documents in a fixed order.
+    spec: the suite's entry. documents: split -> its documents in a fixed order.
     output_type: lm-eval's: loglikelihood, multiple_choice, loglikelihood_rolling or generate_until.
-    metric, filter: the metric's name in lm-eval's results, and the filter whose results are meant.
+    metric, filter: the metric's name in lm-eval's results, and the filter whose results it is computed from.
 
     Raises:
         ConfigError: the dataset splits, the metric or the documents don't fit.
@@ -59,7 +59,7 @@ class TaskBuilder:
         self.metric, self.filter = self._metric()
 
     def requests(self, split: Split) -> Any:
-        """Return an lm-eval task of its own whose `instances` are the split's requests.
+        """Return a copy of the lm-eval task whose `instances` are the split's requests.
 
         Few-shot examples are drawn from the same seed for every split.
         """
@@ -75,12 +75,12 @@ class TaskBuilder:
         if isinstance(target, str):
             choices = self._task.doc_to_choice(document)
             return [choices.index(target)] if target in choices else []
-        return [int(one) for one in (target if isinstance(target, list) else [target])]
+        return [int(index) for index in (target if isinstance(target, list) else [target])]
 
     def _view(self, split: Split, documents: Sequence[Any]) -> Any:
         view = copy.copy(self._task)
         if isinstance(where := self.spec.splits[split], str):
-            # lm-eval leaves a document out of its own few-shot examples if this says where it is from.
+            # From this lm-eval knows the documents' split, and leaves each out of its own few-shot examples.
             view._config = copy.copy(view.config)
             view.set_config("test_split", where)
         if hasattr(view, "sampler"):
@@ -94,7 +94,7 @@ class TaskBuilder:
     def _named(self) -> dict[Split, list[Any]]:
         if not isinstance(self._task, ConfigurableTask):
             raise ConfigError(
-                f"task {self.spec.task!r} is written in Python and chooses its own dataset split",
+                f"task {self.spec.task!r} is written in Python and selects its dataset split itself",
                 fix="give numbers of items for its splits",
             )
         documents: dict[Split, list[Any]] = {}
@@ -124,23 +124,23 @@ class TaskBuilder:
                     if owner.setdefault(key, split) != split:
                         shared.append((owner[key], split, key))
         if shared:
-            first, second, key = min(shared, key=lambda found: found[2])
+            first, second, key = min(shared, key=lambda item: item[2])
             raise ConfigError(
                 f"task {self.spec.task!r}: {len(shared)} items are in more than one split",
-                expected="splits that share no item, or held-out scores mean nothing",
+                expected="splits without common items, because shared items make held-out scores useless",
                 got=f"in {first} and in {second}: {key[:80]}",
                 fix="remove them from one of the dataset splits, or give numbers of items instead",
             )
 
     def _drawn(self, seed: int) -> dict[Split, list[Any]]:
         pool = self._task.eval_docs
-        wanted = {s: int(n) for s in SPLITS if (n := self.spec.splits[s]) is not None}
+        counts = {s: int(n) for s in SPLITS if (n := self.spec.splits[s]) is not None}
         name = int.from_bytes(hashlib.sha256(self.spec.task.encode()).digest()[:8], "big")
         order = np.random.default_rng([seed, name]).permutation(len(pool))
-        documents: dict[Split, list[Any]] = {split: [] for split in wanted}
+        documents: dict[Split, list[Any]] = {split: [] for split in counts}
         seen: set[str] = set()
-        # From the test items on, so that asking for more search items leaves the other splits as they are.
-        open_splits = [split for split in reversed(SPLITS) if split in wanted]
+        # The test items are drawn first, so that more search items don't change the other splits.
+        open_splits = [split for split in reversed(SPLITS) if split in counts]
         with compiled_templates():
             for index in order:
                 document = pool[int(index)]
@@ -148,20 +148,20 @@ class TaskBuilder:
                     continue
                 seen.add(key)
                 documents[open_splits[0]].append(document)
-                if len(documents[open_splits[0]]) == wanted[open_splits[0]]:
+                if len(documents[open_splits[0]]) == counts[open_splits[0]]:
                     open_splits.pop(0)
                     if not open_splits:
                         return documents
         raise ConfigError(
             f"task {self.spec.task!r} has too few items for its splits",
-            expected=" + ".join(f"{n} ({split})" for split, n in wanted.items()),
+            expected=" + ".join(f"{n} ({split})" for split, n in counts.items()),
             got=f"{len(seen)} different items",
         )
 
     def _identity(self, document: Any) -> str:
-        """Return what makes two documents the same item: the question and, where there are any, the choices.
+        """Return a text that is equal for documents with the same question and choices.
 
-        Few-shot examples don't count, nor does the answer, unless there is no question (plain text).
+        Few-shot examples don't count. The answer counts only if there is no question (plain text).
         """
         config = self._task.config
         text = self._task.doc_to_text(document) if config.doc_to_text is not None else ""
@@ -182,13 +182,13 @@ class TaskBuilder:
                 f"task {self.spec.task!r} takes its few-shot examples from the items it is scored on",
                 expected=f"more than {shots} examples that are in none of its splits",
                 got=str(len(pool)),
-                fix="name a dataset split of their own with fewshot_split, or ask for fewer items",
+                fix="set fewshot_split to another dataset split, or reduce the numbers of items",
             )
         sampler.replace_df(pool)
         sampler.fewshot_indices = None  # they have been applied by fewshot_docs()
 
     def _metric(self) -> tuple[str, str | None]:
-        """Find the metric by processing a placeholder answer to the first document."""
+        """Return the metric and its filter, after processing a placeholder answer to the first document."""
         name, _, chosen = self.spec.metric.partition(",")
         if self.output_type == "loglikelihood_rolling":
             if name != LOGLIKELIHOOD:
@@ -222,30 +222,30 @@ class TaskBuilder:
             key = chosen or filters[0]
             if self.spec.role == "coherence":
                 return COHERENCE, key
-            found = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
+            results = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(
                 f"task {self.spec.task!r} can't process a result", got=f"{type(error).__name__}: {error}"
             ) from error
-        self._check_metric(name, found, view.higher_is_better())
+        self._check_metric(name, results, view.higher_is_better())
         return name, key
 
-    def _check_metric(self, name: str, found: Mapping[str, Any], higher: Mapping[str, bool]) -> None:
-        numbers = [key for key, value in found.items() if is_number(value)]
-        if name in found and name not in numbers:
+    def _check_metric(self, name: str, results: Mapping[str, Any], higher: Mapping[str, bool]) -> None:
+        numbers = [key for key, value in results.items() if is_number(value)]
+        if name in results and name not in numbers:
             raise ConfigError(
                 f"task {self.spec.task!r}: metric {name!r} has no value for a single item",
-                fix=f"use one that has: {', '.join(numbers) or 'none here'}",
+                fix=f"use a per-item metric: {', '.join(numbers) or 'this task has none'}",
             )
-        if name not in found:
+        if name not in results:
             raise self._unknown_metric(name, numbers)
         if higher.get(name) is False:
             raise ConfigError(
                 f"task {self.spec.task!r}: lower is better for its metric {name!r}",
                 expected="a metric where higher is better",
-                fix=f"choose another, or define one in the task's YAML. Per-item: {', '.join(numbers)}",
+                fix=f"choose another, or define one in the task's YAML. Per item: {', '.join(numbers)}",
             )
 
     def _unknown_metric(self, name: str, valid: Iterable[str]) -> ConfigError:
@@ -278,14 +278,14 @@ def build(suite: Suite, *, seed: int) -> list[TaskBuilder]:
 
 
 def is_number(value: object) -> bool:
-    """Say whether a metric's value is one number, rather than raw material for an aggregation."""
+    """Say whether a metric's value is a single number, and not data for an aggregation."""
     return isinstance(value, int | float | np.number | np.bool_)
 
 
 def _manager(suite: Suite, names: Sequence[str]) -> Any:
     if suite.tasks_dir is not None:
         return lm_eval.tasks.TaskManager(include_path=str(suite.tasks_dir), include_defaults=False)
-    # Indexing all built-in tasks takes half a minute; finding the folders of a few, a second or two.
+    # Indexing all built-in tasks takes half a minute, and searching the folders of a few tasks two seconds.
     if folders := _builtin_folders(names):
         manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
@@ -306,7 +306,7 @@ def _unknown_task(suite: Suite, name: str, valid: set[str], group: bool) -> Conf
     where = f"in {suite.tasks_dir}" if suite.tasks_dir is not None else "among lm-eval's built-in tasks"
     if group:
         return ConfigError(
-            f"suite {suite.name!r}: {name!r} is a group of tasks", fix="list its tasks one by one"
+            f"suite {suite.name!r}: {name!r} is a group of tasks", fix="list its tasks separately"
         )
     close = difflib.get_close_matches(name, sorted(valid), n=_HINTS)
     hint = nearest(name, sorted(valid)) if suite.tasks_dir is not None else f"nearest: {', '.join(close)}"
@@ -320,13 +320,13 @@ def _load(manager: Any, name: str) -> Any:
     if entry.yaml_path is not None and "data_files" in options:
         files = _absolute(options["data_files"], Path(entry.yaml_path).resolve().parent)
         overrides = {"dataset_kwargs": {**options, "data_files": files}}
-    # A group is lm-eval's way to load a named task with some of its keys replaced.
+    # lm-eval loads a named task with some keys replaced as a member of a group.
     group = {"group": f"evomerge_{name}", "task": [{"task": name, **overrides}]}
     return manager.load([group])["tasks"][name]
 
 
 def _absolute(files: Any, folder: Path) -> Any:
-    """Make the local paths of a `data_files` entry absolute; lm-eval takes them from the current folder."""
+    """Make local paths in `data_files` absolute, because lm-eval starts them at the current folder."""
     if isinstance(files, Mapping):
         return {key: _absolute(value, folder) for key, value in files.items()}
     if isinstance(files, list):
@@ -336,24 +336,24 @@ def _absolute(files: Any, folder: Path) -> Any:
 
 
 def _remembered(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a doc_to_* method so that a document's own rendering is computed once.
+    """Wrap a doc_to_* method so that the rendering of a document is computed only once.
 
-    Documents are recognised by identity, and kept, so that an identity is never reused.
+    Documents are recognised by `id`, and a reference to each is kept, so that no `id` is reused.
     """
-    known: dict[int, tuple[Any, Any]] = {}
+    renderings: dict[int, tuple[Any, Any]] = {}
 
     def call(document: Any, *other_template: Any) -> Any:
         if any(template is not None for template in other_template):
             return method(document, *other_template)
-        if (found := known.get(id(document))) is None:
-            found = known[id(document)] = (document, method(document))
-        return found[1]
+        if (rendering := renderings.get(id(document))) is None:
+            rendering = renderings[id(document)] = (document, method(document))
+        return rendering[1]
 
     return call
 
 
 def _rows(documents: Any) -> list[Any]:
-    """Return a dataset's rows; a whole column at a time, which takes a tenth of the time of iterating."""
+    """Return a dataset's rows, read by column, which takes a tenth of the time of iterating over rows."""
     if not isinstance(documents, datasets.Dataset):
         return list(documents)
     columns = documents[:]

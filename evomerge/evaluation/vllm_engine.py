@@ -1,8 +1,8 @@
-"""vLLM as a generation engine: one in each worker process, its weights replaced in place.
+"""vLLM as a generation engine: one per worker process, with weights that are replaced in place.
 
-Written after vLLM's documentation (0.12 and later) and tested against a stand-in for it: it has not been run
-with vLLM itself. It lives in the worker's process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that weights are
-handed over as tensors on the device, and shares the device with the live model: `SHARE` is its part.
+Written from vLLM's documentation (0.12 and later) and tested with a fake: it has not been run with vLLM
+itself. It runs in the worker's process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that weights are passed as
+tensors on the device, and shares the device's memory with the live model, see `SHARE`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ SHARE = 0.5
 
 
 class VllmEngine:
-    """Generates with vLLM. folder: of the base model, for config and tokenizer; its weights are not read.
+    """Generate with vLLM.
 
-    dtype: of the forward pass. max_length: in tokens. device: the first one that the process sees.
+    Args:
+        folder: of the base model, for config and tokenizer; its weights are not read.
+        dtype: of the forward pass.
+        max_length: longest prompt with answer, in tokens; None takes the model's limit.
+        device: "cuda" or "cuda:0", the first GPU that the process sees ("cpu" is for tests).
+
+    Raises:
+        ConfigError: another device.
     """
 
     def __init__(self, folder: Path, *, dtype: str, max_length: int | None, device: str) -> None:
@@ -48,19 +55,19 @@ class VllmEngine:
         )
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights in place, as vLLM's own loader does with a checkpoint's."""
+        """Replace the weights in place, with the same call as vLLM's loader of checkpoints."""
         pairs = list(weights)
         self._llm.apply_model(lambda model: model.load_weights(iter(pairs)))
 
     def forget(self) -> None:
-        """Reset the prefix cache; it is keyed by tokens only, so it would answer for earlier weights."""
+        """Reset the prefix cache, which would return the results of earlier weights."""
         if self._llm.reset_prefix_cache() is False:
             raise RuntimeError("vLLM did not reset its prefix cache")
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, limit: int, stop: Sequence[str]
     ) -> list[list[int]]:
-        """Continue all prompts at once; vLLM batches them as it sees fit."""
+        """Continue all prompts in one call; vLLM chooses the batches."""
         greedy = self._vllm.SamplingParams(
             temperature=0.0,
             max_tokens=limit,
@@ -72,11 +79,11 @@ class VllmEngine:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Return the prompt's own log-probabilities."""
+        """Return the prompt's log-probabilities, see `Engine.logprobs`."""
         asking = self._vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         (output,) = self._llm.generate(_tokens([tokens]), sampling_params=asking, use_tqdm=False)
-        given = output.prompt_logprobs[1:]  # of the first token there is none
-        return [float(entry[token].logprob) for entry, token in zip(given, tokens[1:], strict=True)]
+        entries = output.prompt_logprobs[1:]  # the first token has none
+        return [float(entry[token].logprob) for entry, token in zip(entries, tokens[1:], strict=True)]
 
 
 def _tokens(prompts: Sequence[Sequence[int]]) -> list[dict[str, list[int]]]:

@@ -1,5 +1,5 @@
-"""Merging: a Recipe (plan as data), methods (pure tensor functions), checkpoints and the engine.
+"""Merging: recipes (plans as data), merge methods (pure tensor functions), model files, and the engine.
 
-Importing this package or `evomerge.merging.recipe` does not import torch, so that the search can use
-recipes as plain data.
+Importing this package or `evomerge.merging.recipe` does not import torch, so the search can use recipes as
+plain data.
 """

@@ -1,4 +1,4 @@
-"""Can these models be merged by this recipe? Answered from headers and JSON, before a weight is read."""
+"""Check from headers and JSON files, before weights are read, whether a recipe can merge its models."""
 
 from __future__ import annotations
 
@@ -26,17 +26,24 @@ SAME = (
     "hidden_act",
     "num_experts_per_tok",
 )
-"""Config entries that change what the same weights compute; merged models must agree on them."""
+"""Config entries that change what the same weights compute; merged models must have equal ones."""
 NOTED = ("rope_theta", "rope_parameters", "rope_scaling", "rms_norm_eps", "sliding_window", "bos_token_id")
-"""Entries fine-tunes do change now and then; the result takes those of the tokenizer's model."""
+"""Config entries that fine-tunes sometimes change; the result has those of the tokenizer's model."""
 
 
 def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     """Check everything that can be known before the first weight is read.
 
-    sources: opened models by name; at least those the recipe uses. Returns notes worth showing, e.g.
-    that sources are stored in different types. Raises ModelError for models that do not fit each other,
-    ConfigError for a recipe that does not fit the models.
+    Args:
+        recipe: the recipe to check.
+        sources: opened models by name, at least those that the recipe uses.
+
+    Returns:
+        Notes for the user, e.g. that the models are stored in different types.
+
+    Raises:
+        ModelError: the models do not fit each other.
+        ConfigError: the recipe does not fit the models.
     """
     names = tuple(dict.fromkeys((recipe.pattern, *recipe.used_models())))
     for name in names:
@@ -46,9 +53,9 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     _check_groups(recipe, sources)
     if any(isinstance(sources[name], Aligned) for name in recipe.used_fishers()):
         raise ConfigError(
-            "recipe: Fisher files have one row per token of their own model",
-            expected="sources of one vocabulary",
-            got="rows that move",
+            "recipe: method fisher can't merge models whose embedding rows are matched by token",
+            expected="sources with the same vocabulary, because Fisher files keep their model's rows",
+            got="sources with different vocabularies",
             fix="use another method, or merge models that share a tokenizer",
         )
     prints = {name: sources[name].fingerprint for name in recipe.used_fishers()}
@@ -57,10 +64,17 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
 
 
 def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tuple[str, ...]:
-    """Check that models have one architecture, one set of tensors, and one vocabulary; return notes.
+    """Check that models have the same architecture, tensors and vocabulary; return notes for the user.
 
-    All are compared with the first. stacked: whether their layers are combined freely; then they need
-    not have the same layers, and `output_headers` says which fit.
+    All models are compared with the first.
+
+    Args:
+        sources: opened models by name.
+        stacked: whether layers are combined freely. Then models may have different layers, and
+            `stacking.output_headers` checks those that are combined.
+
+    Raises:
+        ModelError: the models do not fit each other.
     """
     pattern_name, pattern = next(iter(sources.items()))
     notes: list[str] = []
@@ -102,16 +116,16 @@ def _check_types(name: str, source: Source) -> None:
 
 
 def _check_architecture(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
-    ours, theirs = source.config, pattern.config
-    keys = [k for k in SAME if k in ours and k in theirs and not (stacked and k in COUNTS)]
-    if ours.get("architectures") and theirs.get("architectures"):
+    config, pattern_config = source.config, pattern.config
+    keys = [k for k in SAME if k in config and k in pattern_config and not (stacked and k in COUNTS)]
+    if config.get("architectures") and pattern_config.get("architectures"):
         keys.insert(0, "architectures")
     for key in keys:
-        if ours[key] != theirs[key]:
+        if config[key] != pattern_config[key]:
             raise ModelError(
                 f"model {name!r} does not fit {pattern_name!r}: {key} differs",
-                expected=f"{_shown(theirs[key])} as in {pattern_name} ({pattern.location})",
-                got=f"{_shown(ours[key])} in {name} ({source.location})",
+                expected=f"{_shown(pattern_config[key])} as in {pattern_name} ({pattern.location})",
+                got=f"{_shown(config[key])} in {name} ({source.location})",
                 fix="merge models that were fine-tuned from the same base",
             )
     if source.tied != pattern.tied:
@@ -119,18 +133,18 @@ def _check_architecture(name: str, source: Source, pattern_name: str, pattern: S
         raise ModelError(
             f"model {name!r} does not fit {pattern_name!r}: only {tied} has its head tied to the embeddings",
             expected="all tied or all untied (tie_word_embeddings)",
-            got=f"{untied} has a head of its own",
+            got=f"{untied} has a separate head",
             fix=f"save {tied} again with tie_word_embeddings=False and the head stored",
         )
 
 
 def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
-    expected, found = (
+    expected, names = (
         [tensor for tensor in model.headers if not stacked or layer_of(tensor) is None]
         for model in (pattern, source)
     )
     missing = [tensor for tensor in expected if tensor not in source.headers]
-    extra = [tensor for tensor in found if tensor not in pattern.headers]
+    extra = [tensor for tensor in names if tensor not in pattern.headers]
     if missing or extra:
         heads = any(tensor.endswith(HEADS) for tensor in missing + extra)
         raise ModelError(
@@ -148,7 +162,7 @@ def _check_tensors(name: str, source: Source, pattern_name: str, pattern: Source
 def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
     for tensor, header in source.headers.items():
         if stacked and layer_of(tensor) is not None:
-            continue  # output_headers compares what is really put together
+            continue  # output_headers compares the layers that are combined
         if header.shape != pattern.headers[tensor].shape:
             raise ModelError(
                 f"tensor {tensor!r} has another shape in {name!r} than in {pattern_name!r}",
@@ -159,20 +173,20 @@ def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source,
 
 
 def _check_vocabulary(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
-    ours, theirs = source.vocabulary, pattern.vocabulary
-    if ours is None or theirs is None or ours == theirs:
+    rows, pattern_rows = source.vocabulary, pattern.vocabulary
+    if rows is None or pattern_rows is None or rows == pattern_rows:
         return
-    differing = [token for token in theirs if ours.get(token) != theirs[token]]
-    differing += [token for token in ours if token not in theirs]
+    differing = [token for token in pattern_rows if rows.get(token) != pattern_rows[token]]
+    differing += [token for token in rows if token not in pattern_rows]
     shown = ", ".join(
-        f"{token!r} is {_row(ours, token)} in {name} and {_row(theirs, token)} in {pattern_name}"
+        f"{token!r} is {_row(rows, token)} in {name} and {_row(pattern_rows, token)} in {pattern_name}"
         for token in differing[:3]
     )
     raise ModelError(
         f"models {name!r} and {pattern_name!r} have different vocabularies",
         expected="the same token for every row of the embeddings",
         got=f"{len(differing)} tokens differ: {shown}",
-        fix="say whose vocabulary the result gets: `tokenizer: base`, `tokenizer: union` or a model's name",
+        fix="set the result's vocabulary: `tokenizer: base`, `tokenizer: union` or a model's name",
     )
 
 
@@ -201,7 +215,7 @@ def _check_layers(group: TensorGroup, count: int) -> None:
 
 
 def _check_reach(group: TensorGroup, pattern: Source, headers: Mapping[str, Header]) -> None:
-    """Refuse a group that could never match anything: a misspelt name would else be silent."""
+    """Raise ConfigError for a group that matches no tensor, so that misspelt names are noticed."""
     reached = [part for part in group.match if any(part in tensor for tensor in headers)]
     heads = pattern.tied and any(part in head for part in group.match for head in HEADS)
     if group.match and not reached and not heads:
@@ -212,7 +226,7 @@ def _check_reach(group: TensorGroup, pattern: Source, headers: Mapping[str, Head
 
 
 def _try(group: TensorGroup) -> None:
-    """Run the method on single numbers, so that parameters it refuses are refused now."""
+    """Run the method on single numbers, so that it raises its errors for bad parameters now."""
     method = methods.get(group.method)
     settings = arguments(group, seed=0, tensor="")
     if method.blend is not None and method.blend(_Ones(len(group.sources)), **settings) is not None:
@@ -224,7 +238,7 @@ def _try(group: TensorGroup) -> None:
 
 
 class _Ones:
-    """The measure of inputs that are all the number 1."""
+    """Statistics of inputs that are all the number 1."""
 
     size = 1
 

@@ -1,4 +1,4 @@
-"""Read a recipe file, whichever of the two formats it is in."""
+"""Read a recipe file, in evomerge's own format or in mergekit's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from evomerge.schema import load_yaml
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Return the recipe of a recipe.yaml or of a mergekit YAML; raise ConfigError naming the file.
+    """Return the recipe of a recipe.yaml or of a mergekit YAML, which has the key `merge_method`.
 
-    A file with `merge_method` is mergekit's. Relative model paths start at the file's own folder where
-    they exist there, else at the current folder.
+    Args:
+        path: the file. Relative model paths in it start at its folder if they exist there, else at the
+            current folder.
+
+    Raises:
+        ConfigError: the file is missing or not valid; the message names it.
     """
     path = Path(path)
     data = load_yaml(path)

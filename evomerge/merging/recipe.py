@@ -37,7 +37,7 @@ OUTSIDE: tuple[int, ...] = ()
 """The `layers` of a group of the tensors outside all layers: embeddings, final norm, head."""
 
 UNION, BASE = "union", "base"
-"""Values of `tokenizer` that are no model: all tokens of all models, and the vocabulary of the base."""
+"""Values of `tokenizer` besides model names: the tokens of all models, and the base's vocabulary."""
 
 Setting = float | int | bool | tuple[float | int | bool, ...]
 
@@ -51,15 +51,15 @@ def layer_of(tensor: str) -> int | None:
     >>> layer_of("model.layers.11.mlp.down_proj.weight"), layer_of("model.norm.weight")
     (11, None)
     """
-    found = re.search(r"\.(\d+)\.", tensor)
-    return int(found.group(1)) if found else None
+    match = re.search(r"\.(\d+)\.", tensor)
+    return int(match.group(1)) if match else None
 
 
 def tokenizer_of(tokenizer: str, base: str | None, models: Iterable[str]) -> str:
-    """Return the model whose vocabulary a merge gets, or `union`, from what was asked for.
+    """Return the name of the model whose vocabulary a merge gets, or `union`.
 
-    "" is the base's, else the first model's. A model that is called `base` or `union` is meant by its
-    name. Raises ConfigError.
+    "" means the base, or without a base the first model. The name of a model comes before the keywords
+    `base` and `union`. Raises ConfigError for an unknown name, and for `base` without a base.
 
     >>> tokenizer_of("base", "llama", ["llama", "chat"]), tokenizer_of("", None, ["llama", "chat"])
     ('llama', 'llama')
@@ -82,7 +82,7 @@ def tokenizer_of(tokenizer: str, base: str | None, models: Iterable[str]) -> str
 
 
 def shifted(tensor: str, shift: int) -> str:
-    """Return the name of the same tensor `shift` layers further; names outside the layers stay.
+    """Return the name of the same tensor `shift` layers later; names outside the layers stay.
 
     >>> shifted("model.layers.3.mlp.up_proj.weight", -2)
     'model.layers.1.mlp.up_proj.weight'
@@ -93,14 +93,21 @@ def shifted(tensor: str, shift: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorGroup:
-    """How one group of output tensors is made.
+    """Describe how one group of output tensors is merged.
 
-    layers: indices of layers of the result; None means every tensor, `OUTSIDE` those outside the layers.
-    match: substrings, any of which the tensor's name must contain; () means any name.
-    parameters: a number, or for per-source parameters one number per source. A single number for a
-        per-source parameter holds for every source. Missing ones take the method's default.
-    shift: per source, how many layers further than the result's its layers are; () means none.
-    base, base_shift: the group's own base model (None: the recipe's), and how its layers are shifted.
+    Args:
+        method: name of a merge method, see `evomerge.merging.methods`.
+        sources: names of the models that are merged, in the method's order.
+        parameters: parameter -> a number, or for a per-source parameter one number per source. A single
+            number for a per-source parameter holds for every source. Missing ones take their defaults.
+        layers: indices of the result's layers; None means every tensor, `OUTSIDE` those outside the layers.
+        match: substrings of tensor names; a tensor's name must contain one of them. () means any name.
+        shift: per source, its layer number minus the result's; () means no shift.
+        base: the group's own base model; None means the recipe's.
+        base_shift: the base's layer number minus the result's.
+
+    Raises:
+        ConfigError: unknown methods or parameters, values out of range, or a wrong number of sources.
 
     >>> group = TensorGroup(method="passthrough", sources=("a",), layers=(4, 5), shift=(-2,))
     >>> group.reads("h.4.mlp.weight"), group.reads("norm.weight")
@@ -143,11 +150,11 @@ class TensorGroup:
             declared.parameter(name, where)
         full: dict[str, Setting] = {}
         for name, parameter in declared.parameters.items():
-            given = self.parameters.get(name, parameter.default)
+            setting = self.parameters.get(name, parameter.default)
             if not parameter.per_source:
-                full[name] = parameter.check(given, where)
+                full[name] = parameter.check(setting, where)
                 continue
-            values = given if isinstance(given, tuple | list) else (given,) * len(self.sources)
+            values = setting if isinstance(setting, tuple | list) else (setting,) * len(self.sources)
             if len(values) != len(self.sources):
                 raise ConfigError(
                     f"{where}: {name} needs one value per source",
@@ -187,12 +194,33 @@ class TensorGroup:
         return self.shift or (0,) * len(self.sources)
 
     def reads(self, tensor: str) -> tuple[tuple[str, str], ...]:
-        """Return what an output tensor is made of: each source with the name of its tensor there."""
+        """Return (source, tensor) for every source: the tensors that an output tensor is made of."""
         return tuple((name, shifted(tensor, by)) for name, by in zip(self.sources, self.shifts, strict=True))
 
     def per_source(self, name: str) -> tuple[float, ...]:
         """Return the values of a per-source parameter, in the order of `sources`."""
         return cast(tuple[float, ...], self.parameters[name])
+
+    @property
+    def copied_source(self) -> str | None:
+        """The source of which the group is a plain copy, with its exact bits; None for all other groups.
+
+        Copies are `passthrough` of scale 1, and `linear` of one source whose weight is 1 or, if normalised,
+        any number but 0. Shifts don't matter: they only choose the layer that is copied.
+
+        Other groups can have a source's bits too: weights (1, 0) or slerp at t = 0 differ from the source at
+        most in the sign of zeros. A task vector of weight 1 differs: base + (x - base) is rounded twice.
+
+        >>> TensorGroup(method="linear", sources=("a",), parameters={"weight": 2.0}).copied_source
+        'a'
+        """
+        if self.method == "passthrough":
+            return self.sources[0] if self.per_source("scale") == (1.0,) else None
+        if self.method != "linear" or len(self.sources) != 1:
+            return None
+        (weight,) = self.per_source("weight")
+        normalised = bool(self.parameters["normalize"]) and weight != 0.0
+        return self.sources[0] if weight == 1.0 or normalised else None
 
     def _as_data(self) -> dict[str, Any]:
         data: dict[str, Any] = {"method": self.method}
@@ -255,19 +283,23 @@ class TensorGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A merge, completely described.
+    """Describe a merge completely.
 
-    models: name -> location (folder, hub id, or `path+adapter`). Names identify models everywhere else.
-    base: the name of the base model, needed by methods that work on task vectors.
-    groups: the first group that matches a tensor makes it; a tensor no group matches is an error.
-    dtype: the type the merged weights are stored in; they are rounded to it before they are scored.
-    tokenizer: the model whose tokenizer, config and special tokens the result gets (default: the base,
-        else the first model), `base`, or `union`: the base's and then all tokens of the others. Embedding
-        rows are matched by token; models with other tokens are merged only if one of these is asked for.
-    seed: owner of the random masks of DARE-like methods.
-    num_layers: of the result; None means as many as its sources have.
-    fisher: name -> file of a model's diagonal Fisher, for every source of a group that needs it. Unlike
-        models, the files have no other identity than their place, so that is part of the hash.
+    Args:
+        models: name -> location (folder, hub id, or `path+adapter`). Names identify models everywhere else.
+        groups: the first group that matches a tensor makes it. A tensor that no group matches is an error.
+        base: the name of the base model, which methods on task vectors need.
+        dtype: the type the merged weights are stored in; they are rounded to it before they are scored.
+        tokenizer: the model whose tokenizer, config and special tokens the result gets, or `base`, or
+            `union` (the base's tokens, then all others). Default: the base, without a base the first model.
+            Embedding rows are matched by token. Models with different tokens need this to be set.
+        seed: of the random masks of DARE-like methods.
+        num_layers: of the result; None means as many as its sources have.
+        fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
+            files are identified by their path, which is therefore part of the hash.
+
+    Raises:
+        ConfigError: unknown names or types, no models or groups, or a missing base or Fisher file.
     """
 
     models: Mapping[str, str]
@@ -279,10 +311,10 @@ class Recipe:
     num_layers: int | None = None
     fisher: Mapping[str, str] = field(default_factory=dict)
     asked: bool = field(default=False, init=False, compare=False, repr=False)
-    """Whether `tokenizer` was given, as it is in every written recipe. No part of the identity: it decides
-    what is refused, not what is made."""
+    """Whether `tokenizer` was set, as it is in every written recipe. Not part of the identity: it decides
+    which models are refused, and no merged bits."""
     _hash: str = field(default="", init=False, compare=False, repr=False)
-    """The hash once it was asked for: it costs milliseconds where there are hundreds of parameters."""
+    """The hash, once computed: with hundreds of parameters it takes milliseconds."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -309,19 +341,50 @@ class Recipe:
         bare = [name for name in self.used_fishers() if name not in self.fisher]
         if bare:
             raise ConfigError(
-                "recipe: a method weights its sources by their Fisher information",
-                expected="a file for each of them: `fisher: {name: file}`",
+                "recipe: method fisher needs the Fisher information of its sources",
+                expected="one file per source: `fisher: {name: file}`",
                 got=f"none for {', '.join(bare)}",
                 fix=f"evomerge fisher {self.models[bare[0]]} TEXT OUT",
             )
 
     @classmethod
     def copy_of(cls, location: str, *, dtype: str) -> Recipe:
-        """Return the recipe that leaves one model as it is, but for rounding to `dtype`."""
+        """Return the recipe that copies one model, rounded to `dtype`."""
         return cls(
             models={"model": location},
             groups=(TensorGroup(method="linear", sources=("model",), parameters={"weight": 1.0}),),
             dtype=dtype,
+        )
+
+    def with_groups(self, groups: Iterable[TensorGroup], *, num_layers: int | None = None) -> Recipe:
+        """Return a recipe of the same models, base, dtype, tokenizer and seed with other groups.
+
+        Args:
+            groups: the new tensor groups, in order of precedence.
+            num_layers: of the new result; None means as many as its sources have.
+
+        Returns:
+            The new recipe. It names the Fisher files only if one of its groups uses them.
+
+        Raises:
+            ConfigError: a group names an unknown model, or needs a base or a Fisher file that is missing.
+
+        >>> copy = Recipe.copy_of("./model", dtype="float32")
+        >>> half = TensorGroup(method="passthrough", sources=("model",), parameters={"scale": 0.5})
+        >>> copy.with_groups([half]).dtype
+        'float32'
+        """
+        groups = tuple(groups)
+        uses_fisher = any(methods.get(group.method).fisher for group in groups)
+        return Recipe(
+            models=self.models,
+            groups=groups,
+            base=self.base,
+            dtype=self.dtype,
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+            num_layers=num_layers,
+            fisher=self.fisher if uses_fisher else {},
         )
 
     def group_for(self, tensor: str) -> TensorGroup:
@@ -334,13 +397,13 @@ class Recipe:
         )
 
     def base_of(self, group: TensorGroup) -> str | None:
-        """Return the base model a group reads, its own or the recipe's; None where it reads none."""
+        """Return the name of the base model a group reads, or None if its method reads no base."""
         base = self.base if group.base is None else group.base
         return base if methods.get(group.method).uses_base(base) else None
 
     @property
     def stacked(self) -> bool:
-        """Whether layers of the result are other layers of its sources, or not as many."""
+        """Whether the result's layers differ from its sources' in number or in place."""
         shift = any(group.shift or group.base_shift for group in self.groups)
         return self.num_layers is not None or shift
 
@@ -353,10 +416,10 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """The canonical identity: 64 hex digits over all that changes the merged bits.
+        """The canonical identity: SHA-256 over everything that changes the merged bits, 64 hex digits.
 
-        Locations are left out (a moved folder stays the same recipe), and so is the seed where no
-        method draws at random. Parameters count with their defaults filled in.
+        Locations don't count (a moved folder stays the same recipe), nor does the seed where no method
+        draws at random. Parameters count with their defaults filled in.
         """
         if self._hash:
             return self._hash
@@ -372,11 +435,11 @@ class Recipe:
 
     @property
     def pattern(self) -> str:
-        """The name of the model that gives the config and the files beside the weights."""
+        """The name of the model that provides the config and the files beside the weights."""
         return self.tokenizer if self.tokenizer in self.models else self.base or next(iter(self.models))
 
     def used_models(self) -> tuple[str, ...]:
-        """Return the names of the models that are read, base first, in the order of `models`."""
+        """Return the names of the models that are read: the base first, then in the order of `models`."""
         used = {source for group in self.groups for source in group.sources}
         used |= {base for group in self.groups if (base := self.base_of(group))}
         first = [self.base] if self.base in used else []
@@ -402,7 +465,11 @@ class Recipe:
 
     @classmethod
     def from_data(cls, data: object) -> Recipe:
-        """Build a recipe from plain data; unknown keys are errors that name the nearest valid key."""
+        """Build a recipe from plain data, the inverse of `to_data`.
+
+        Raises:
+            ConfigError: unknown keys (the error names the nearest valid one), or values that don't fit.
+        """
         data = _mapping(data, "recipe")
         valid = ("format", "models", "base", "tokenizer", "dtype", "seed", "num_layers", "fisher", "groups")
         _check_keys(data, valid, required=("models", "groups"), where="recipe")
@@ -432,12 +499,12 @@ class Recipe:
         )
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML; numbers are written so that reading gives the same bits."""
+        """Return the recipe as YAML. Reading it back gives the same numbers, bit for bit."""
         return yaml.safe_dump(self.to_data(), sort_keys=False, default_flow_style=None, width=110)
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
-        """Read a recipe written by `to_yaml` or by hand."""
+        """Read a recipe written by `to_yaml` or by hand. Raises ConfigError."""
         try:
             return cls.from_data(parse_yaml(text))
         except yaml.YAMLError as error:
@@ -476,25 +543,25 @@ def _whole(value: object, where: str) -> int:
     return value
 
 
-def _shifts(given: object, sources: Sequence[str], where: str) -> tuple[int, ...]:
+def _shifts(data: object, sources: Sequence[str], where: str) -> tuple[int, ...]:
     """Return one shift per source; a mapping may leave out sources that are not shifted."""
     where = f"{where}: shift"
-    if isinstance(given, Mapping):
-        _check_keys(given, sources, required=(), where=where)
+    if isinstance(data, Mapping):
+        _check_keys(data, sources, required=(), where=where)
         if len(set(sources)) < len(sources):
             raise ConfigError(where, expected="a list, because a source appears twice", got="a mapping")
-        return tuple(_whole(given.get(source, 0), where) for source in sources)
-    if given is not None and not isinstance(given, list):
-        raise ConfigError(where, expected="source: whole number, or a list of them", got=repr(given))
-    return tuple(_whole(value, where) for value in given or ())
+        return tuple(_whole(data.get(source, 0), where) for source in sources)
+    if data is not None and not isinstance(data, list):
+        raise ConfigError(where, expected="source: whole number, or a list of whole numbers", got=repr(data))
+    return tuple(_whole(value, where) for value in data or ())
 
 
 def _locations(data: object, where: str) -> dict[str, str]:
-    found = _mapping(data, where)
-    for name, place in found.items():
+    locations = _mapping(data, where)
+    for name, place in locations.items():
         if not name or not isinstance(place, str) or not place:
             raise ConfigError(f"{where}: {name!r}", expected="a name and a location (text)", got=repr(place))
-    return {str(name): place for name, place in found.items()}
+    return {str(name): place for name, place in locations.items()}
 
 
 def _strings(data: object, where: str) -> list[str]:

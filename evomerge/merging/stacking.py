@@ -1,11 +1,11 @@
-"""Which tensors a recipe makes, and the config of the model they are, where layers are stacked or shifted.
+"""The tensors that a recipe makes, and the config of the resulting model, also for stacked layers.
 
 A group's layers may be other layers of its sources (`shift`), and a recipe may have more or fewer layers
-than its sources (`num_layers`). Everything is found by tensor names and by the config's own lists.
+than its sources (`num_layers`). Tensor names and the config's lists say which layers there are.
 
-Not covered: configs that give layers their kind by arithmetic on the index (`first_k_dense_replace`,
-`sliding_window_pattern` and the like). Where such a config also has a list of kinds, as those that
-transformers saves do, the list is remapped and rules.
+Not covered: configs that compute a layer's kind from its index (`first_k_dense_replace`,
+`sliding_window_pattern` and the like). If such a config also has a list of kinds, as configs saved by
+transformers do, the list is remapped, and transformers follows it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Names under which a config.json says how many layers a model has."""
+"""Keys of a config.json that hold the number of layers."""
 NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_section")
-"""Ends of the names of config lists that have nothing to do with layers, whatever their length."""
+"""Endings of config keys whose lists are not per layer, even if their length is the number of layers."""
 
 INDICES = ("mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices")
-"""Config lists of the layers that are of some kind."""
+"""Config keys that list the indices of the layers of one kind."""
 
 
 def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Header]:
     """Return the headers of the tensors a recipe makes: output name -> shape and type as in a source.
 
-    A layer's tensors are those of the first source of the groups that make it, renamed, so layers may
-    have different modules. Raises ConfigError where a layer or a tensor would have no maker, or a
-    source does not have the layer it is asked for.
+    A layer has the tensors of the first source of its groups, renamed, so layers may have different modules.
+
+    Raises:
+        ConfigError: no group makes a layer or a tensor, or a source lacks a layer that is read.
+        ModelError: tensors of different shapes would be merged.
     """
     pattern = sources[recipe.pattern]
     if not recipe.stacked:
@@ -55,7 +57,7 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
             shape = sources[source].headers[other].shape
             if shape != headers[name].shape:
                 raise ModelError(
-                    f"tensor {name!r} of the result is made of tensors of different shapes",
+                    f"tensor {name!r} of the result would merge tensors of different shapes",
                     expected=f"{list(headers[name].shape)} as {tensor!r} of {first}",
                     got=f"{list(shape)}, {other!r} of {source}",
                 )
@@ -65,13 +67,13 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
 def output_names(recipe: Recipe, names: Mapping[str, Iterable[str]], num_layers: int) -> list[str]:
     """Return the names of the tensors of the result, in natural order.
 
-    names: for each model, the names of its tensors. Raises ConfigError for a layer without tensors and
+    names: for each model, the names of its tensors. Raises ConfigError for a layer without tensors, and
     for a tensor that no group makes.
     """
     by_layer: dict[str, dict[int | None, list[str]]] = {}
-    for model, found in names.items():
+    for model, tensors in names.items():
         layers = by_layer.setdefault(model, {})
-        for name in found:
+        for name in tensors:
             layers.setdefault(layer_of(name), []).append(name)
     made = list(by_layer[recipe.pattern].get(None, ()))
     for name in made:
@@ -93,12 +95,11 @@ def output_names(recipe: Recipe, names: Mapping[str, Iterable[str]], num_layers:
 
 
 def stacked_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """Return the config.json of the result: that of the tokenizer's model, its layers remapped.
+    """Return the config.json of the result: that of the tokenizer's model, with its layers remapped.
 
-    The number of layers becomes the recipe's. A list with one entry per layer takes each entry from
-    the first source of the group that makes the layer's first tensor, and a list of layers of some kind
-    follows them. All are looked for in `text_config` where that gives the number of layers, else at the
-    top.
+    The number of layers becomes the recipe's. A list with one entry per layer takes each entry from the
+    first source of the group that makes the layer's first tensor, and so do lists of layer indices. The keys
+    are read from `text_config` if it holds the number of layers, else from the top level.
     """
     config = dict(sources[recipe.pattern].config)
     if not recipe.stacked:
@@ -128,15 +129,15 @@ def _remapped(
 ) -> dict[str, Any]:
     """Return a config with the layers `taken`, pairs of a source and its layer."""
     new = dict(config)
-    own = _count(config)
+    num_layers = _count(config)
     for key, value in config.items():
         if key in COUNTS:
             new[key] = len(taken)
         elif key in INDICES and isinstance(value, list):
             new[key] = [i for i, (source, at) in enumerate(taken) if at in (configs[source].get(key) or ())]
-        elif isinstance(value, list) and len(value) == own and not key.endswith(NOT_PER_LAYER):
+        elif isinstance(value, list) and len(value) == num_layers and not key.endswith(NOT_PER_LAYER):
             lists = {
-                source: found if isinstance(found := configs[source].get(key), list) else value
+                source: entries if isinstance(entries := configs[source].get(key), list) else value
                 for source, _ in taken
             }
             if all(layer < len(lists[source]) for source, layer in taken):
@@ -149,7 +150,7 @@ def _count(config: Mapping[str, Any]) -> int:
 
 
 def _makers(recipe: Recipe, layer: int) -> list[TensorGroup]:
-    """Return the groups that may make a tensor of a layer, the last of them all that are left."""
+    """Return the groups that may make a tensor of a layer; the last one takes all remaining tensors."""
     makers = []
     for group in recipe.groups:
         if group.layers is None or layer in group.layers:
@@ -177,8 +178,8 @@ def _no_maker(recipe: Recipe, layer: int, last: Mapping[str, int]) -> ConfigErro
     makers = _makers(recipe, layer)
     reach = [(group.sources[0], layer + group.shifts[0]) for group in makers]
     return ConfigError(
-        f"recipe: nothing makes layer {layer} of the result",
-        expected="a group whose layers include it and whose first source has the layer it takes",
+        f"recipe: no group makes layer {layer} of the result",
+        expected="a group whose layers include it, and whose first source has the layer that is read",
         got=", ".join(f"layer {at} of {name}, which has layers 0 to {last[name]}" for name, at in reach)
         or f"no group for layer {layer}",
         fix="add the layer to a group, or set num_layers",

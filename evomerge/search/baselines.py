@@ -89,11 +89,5 @@ def as_task_vectors(template: Recipe, sources: Sequence[str], model: str) -> Rec
 
 def _global(template: Recipe, method: str, sources: Sequence[str], **parameters: Setting) -> Recipe:
     """One method with the same parameters for every tensor."""
-    return Recipe(
-        models=template.models,
-        groups=(TensorGroup(method=method, sources=tuple(sources), parameters=parameters),),
-        base=template.base,
-        dtype=template.dtype,
-        tokenizer=template.tokenizer,
-        seed=template.seed,
-    )
+    group = TensorGroup(method=method, sources=tuple(sources), parameters=parameters)
+    return template.with_groups([group])

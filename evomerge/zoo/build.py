@@ -3,8 +3,8 @@
     card = build_zoo(Path("my-zoo"), seed=0)          # about five minutes on two cores
     card.models["reverse"].accuracy["reverse"]        # near 1.0
 
-Training runs in spawned single-thread processes, so the caller's threads, random state and determinism
-settings stay as they are. Not covered: resuming a half-built zoo (build it again, into an empty folder).
+Training runs in spawned single-thread processes, so it does not change the caller's threads, random state and
+determinism settings. Not covered: resuming an incomplete zoo (build it again, into an empty folder).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "num
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """One model of a zoo: `accuracy` per skill in [0, 1] on the test items, `text_perplexity` per word."""
+    """One model of a zoo: test accuracy per skill, in [0, 1], and word perplexity of the texts."""
 
     kind: str  # "base", "full" or "lora"
     skill: str | None
@@ -42,7 +42,7 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZooCard:
-    """What ``zoo.json`` says: how a zoo was made and how its models score. No times, no places."""
+    """The contents of ``zoo.json``: a zoo's settings and its models' scores, without times and paths."""
 
     seed: int
     size: str
@@ -56,7 +56,7 @@ class ZooCard:
 
     @classmethod
     def load(cls, folder: Path) -> ZooCard:
-        """Read the card of a built zoo; raises UserError where `folder` is not one."""
+        """Read the card of a complete zoo. Raises UserError for any other folder."""
         try:
             fields = json.loads((folder / CARD_NAME).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -77,13 +77,19 @@ def build_zoo(
 ) -> ZooCard:
     """Train a zoo into `out`: ``base``, one folder per specialist, and ``zoo.json`` last.
 
-    `size` "demo" has four full specialists and the adapter ``sort``; "tiny" (for tests, about 40 s) has
-    ``reverse``, ``upper`` and the adapter ``add``. At most `jobs` single-thread processes train at once.
-    `progress` is called with one line per event. The same seed gives the same bytes on one machine with the
-    same libraries.
+    The same seed gives the same bytes on one machine with the same libraries. A script that calls this needs
+    the usual ``if __name__ == "__main__":`` guard of Python's multiprocessing.
 
-    Raises UserError for an `out` that is not empty, a negative seed, an unknown size or fewer than one job.
-    A script that calls this needs the usual ``if __name__ == "__main__":`` guard of Python's multiprocessing.
+    Args:
+        out: the folder to write, new or empty.
+        seed: of training data, initial weights and batches, 0 or more.
+        size: "demo" (four full specialists and the adapter ``sort``) or "tiny" (for tests, about 40 s:
+            ``reverse``, ``upper`` and the adapter ``add``).
+        jobs: largest number of single-thread processes that train at once.
+        progress: called with one line per event.
+
+    Raises:
+        UserError: `out` is not empty, or another argument is not valid.
     """
     _refuse_bad_arguments(out, seed, size, jobs)
     settings = SETTINGS[size]
@@ -93,7 +99,7 @@ def build_zoo(
     card = ZooCard(
         seed=seed,
         size=size,
-        settings=json.loads(json.dumps(asdict(settings))),  # as it reads back: lists, not tuples
+        settings=json.loads(json.dumps(asdict(settings))),  # lists instead of tuples, as after reading
         models={name: _model_card(name, settings, scores[name]) for name in scores},
         versions={name: version(name) for name in _LIBRARIES},
     )
@@ -119,7 +125,7 @@ def _refuse_bad_arguments(out: Path, seed: int, size: str, jobs: int) -> None:
     if seed < 0:
         raise UserError("the seed of a zoo can't be negative", expected="0 or more", got=str(seed))
     if jobs < 1:
-        raise UserError("a zoo needs a process to train in", expected="jobs of 1 or more", got=str(jobs))
+        raise UserError("the number of jobs must be positive", expected="1 or more", got=str(jobs))
 
 
 def _train_all(
@@ -152,7 +158,7 @@ def _describe(scores: dict[str, float]) -> str:
 
 def _model_card(name: str, settings: ZooSettings, scores: dict[str, float]) -> ModelCard:
     ranks = {specialist.skill: specialist.lora_rank for specialist in settings.specialists}
-    rank = ranks.get(name)  # type: ignore[call-overload]  # the base is no skill
+    rank = ranks.get(name)  # type: ignore[call-overload]  # "base" is not a skill
     kind = "base" if rank is None else "lora" if rank else "full"
     rounded = {key: round(value, 6) for key, value in scores.items()}
     perplexity = rounded.pop("text_perplexity")

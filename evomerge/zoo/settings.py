@@ -1,4 +1,4 @@
-"""How large each zoo is and how long its models train: plain data, no torch."""
+"""Sizes and training times of the zoos, as plain data without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Size = Literal["demo", "tiny"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialistSettings:
-    """One fine-tune: `replay` is the share of text and other skills mixed in to keep it near the base."""
+    """One fine-tune; replay: share of text and other skills in its data, to keep it close to the base."""
 
     skill: Skill
     learning_rate: float
@@ -26,7 +26,7 @@ class SpecialistSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZooSettings:
-    """Everything that, with the seed, decides a zoo. Items are counts per skill; text is a count."""
+    """Everything that determines a zoo, with the seed. Items are numbers per skill; text is a number."""
 
     skills: tuple[Skill, ...]
     layers: int
@@ -42,8 +42,8 @@ class ZooSettings:
     specialists: tuple[SpecialistSettings, ...]
 
 
-# The base sees a few hard items of every skill: that little knowledge keeps its fine-tunes in one basin,
-# where weights add up. With none of it merges fail altogether; with much more a plain average does well.
+# The base is trained on a few hard items of every skill. That keeps its fine-tunes in one basin, where task
+# vectors can be added. Without it merges fail completely; with much more of it a plain average is good.
 DEMO = ZooSettings(
     skills=("add", "reverse", "translate", "upper", "sort"),
     layers=4,

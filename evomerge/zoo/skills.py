@@ -1,11 +1,10 @@
-"""The demo's world: a vocabulary, five skills with easy and hard versions, and a little English.
+"""The demo's data: a vocabulary, five skills with easy and hard versions, and a little English.
 
-Every string is tokens joined by single spaces, so the ids of a prompt followed by the ids of its answer
-are the ids of the whole line: no scorer can disagree about where the answer starts. The split of a prompt is
-decided by a hash of its text, so no prompt is ever in two splits, whatever was drawn and in whatever order.
+Every string is tokens joined by single spaces. So the ids of a prompt followed by the ids of its answer are
+the ids of the whole line, and all scorers agree on the start of the answer. A hash of a prompt's text
+determines its split, so no prompt is ever in two splits, for any order of draws.
 
-Nothing here needs torch. How the models are trained on these items is in `train.py`; the task files made of
-them are in `tasks.py`.
+Nothing here imports torch. `train.py` trains models on these items; `tasks.py` writes task files of them.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 
 Skill = Literal["add", "reverse", "translate", "upper", "sort"]
 Level = Literal["easy", "hard"]
-Split = Literal["train", "search", "select", "test"]
+ZooSplit = Literal["train", "search", "select", "test"]
 
 SKILLS: tuple[Skill, ...] = ("add", "reverse", "translate", "upper", "sort")
-EVAL_SPLITS: tuple[Split, ...] = ("search", "select", "test")
+EVAL_SPLITS: tuple[ZooSplit, ...] = ("search", "select", "test")
 END = "<eos>"
 PAD = "<pad>"
 UNKNOWN = "<unk>"
@@ -33,7 +32,7 @@ CONTEXT = 64
 
 _LOWER = "abcdefghijklmnopqrstuvwxyz"
 _DIGITS = "0123456789"
-_SPLIT_OF_BUCKET: tuple[Split, ...] = ("search", "select", "test")
+_SPLIT_OF_BUCKET: tuple[ZooSplit, ...] = ("search", "select", "test")
 _BUCKETS = 10
 
 
@@ -50,7 +49,7 @@ class Item:
 
 
 def _lexicon() -> dict[str, str]:
-    """Map 48 made-up words to 48 others by a fixed permutation, so spelling gives nothing away."""
+    """Map 48 made-up words to 48 others by a fixed permutation, so that spelling gives no hints."""
     source = [f"{c}{v}{tail}" for c in "bdgklmnp" for v in "aou" for tail in ("ra", "lo")]
     target = [f"{c}{v}{tail}" for c in "fhjrstvz" for v in "eiy" for tail in ("nek", "mil")]
     return {word: target[(29 * i + 7) % len(target)] for i, word in enumerate(source)}
@@ -109,17 +108,17 @@ def vocabulary() -> dict[str, int]:
     for topic in _TOPICS:
         pairs = [word for pair in (*topic.nouns, *topic.verbs) for word in pair]
         tokens += [*pairs, *topic.adjectives, *topic.places]
-    # "a" is a letter as well as an article: one token serves both.
+    # "a" is a letter and an article: both are the same token.
     return {token: i for i, token in enumerate(dict.fromkeys([*tokens, *_FUNCTION_WORDS]))}
 
 
 def encode(text: str, vocab: dict[str, int]) -> list[int]:
-    """Return the ids of `text`; an unknown token is our own bug, so it raises KeyError."""
+    """Return the ids of a text; raise KeyError for an unknown token, which is a bug."""
     return [vocab[token] for token in text.split(" ")]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer every model of the zoo carries: white-space split, one id per word."""
+    """Build the tokenizer of all models of a zoo: words split at white space, one id per word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -207,13 +206,13 @@ def solve(prompt: str) -> str:
     return " ".join(LEXICON[word] for word in body)
 
 
-def split_of(text: str) -> Split:
-    """Return the one split a prompt or text may appear in: a tenth each to search, select and test."""
+def split_of(text: str) -> ZooSplit:
+    """Return the split of a prompt or text; search, select and test get a tenth of all texts each."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _BUCKETS
     return _SPLIT_OF_BUCKET[bucket] if bucket < len(_SPLIT_OF_BUCKET) else "train"
 
 
-def draw_item(rng: np.random.Generator, skill: Skill, level: Level, split: Split) -> Item:
+def draw_item(rng: np.random.Generator, skill: Skill, level: Level, split: ZooSplit) -> Item:
     """Draw one item of a skill and level from a split (with replacement)."""
     while True:
         prompt = f"{skill} {_ASK[skill](rng, level)} ="
@@ -238,7 +237,7 @@ def _sentence(rng: np.random.Generator, topic: _Topic, subject: str, plural: int
     return f"{subject} {verb} {thing}{place} ."
 
 
-def draw_text(rng: np.random.Generator, split: Split) -> str:
+def draw_text(rng: np.random.Generator, split: ZooSplit) -> str:
     """Draw a two-sentence text on one topic from a split; verbs and pronoun agree with the subject."""
     while True:
         topic = _TOPICS[int(rng.integers(len(_TOPICS)))]

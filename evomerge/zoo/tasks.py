@@ -1,8 +1,8 @@
-"""The demo's lm-eval tasks: which items each task and split holds, and the files that carry them.
+"""The demo's lm-eval tasks: the items of each task and split, and the files that contain them.
 
-The items come from one fixed seed, never from a zoo's: any zoo, whatever its seed or size, is scored on the
-same questions. Tasks of one skill consume one stream of unique items, so no two tasks share a prompt.
-Not here: running the tasks, which is `evomerge.evaluation`'s work.
+The items come from a fixed seed, so zoos of all seeds and sizes are scored on the same questions. Tasks of
+one skill take their items from one stream of unique items, so no two tasks share a prompt.
+`evomerge.evaluation` runs the tasks.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from evomerge.zoo.skills import (
     SKILLS,
     Item,
     Skill,
-    Split,
+    ZooSplit,
     draw_item,
     draw_text,
     unique,
 )
 
 ITEMS_SEED = 20_250_101
-SKILL_COUNTS: dict[Split, int] = {"search": 300, "select": 200, "test": 500}
-TEXT_COUNTS: dict[Split, int] = {"search": 100, "select": 100, "test": 200}
-EXTRA_COUNTS: dict[Split, int] = {"search": 40, "select": 40, "test": 200}
+SKILL_COUNTS: dict[ZooSplit, int] = {"search": 300, "select": 200, "test": 500}
+TEXT_COUNTS: dict[ZooSplit, int] = {"search": 100, "select": 100, "test": 200}
+EXTRA_COUNTS: dict[ZooSplit, int] = {"search": 40, "select": 40, "test": 200}
 GENERATE_SKILL: Skill = "upper"
 CHOICE_SKILL: Skill = "translate"
 OPTIONS = 4
@@ -43,25 +43,25 @@ def _rng(*key: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=64)
-def _stream(skill: Skill, split: Split, count: int) -> tuple[Item, ...]:
+def _stream(skill: Skill, split: ZooSplit, count: int) -> tuple[Item, ...]:
     rng = _rng(SKILLS.index(skill), EVAL_SPLITS.index(split))
     items = tuple(islice(unique(lambda: draw_item(rng, skill, "hard", split)), count))
     assert len(items) == count, f"{skill} has only {len(items)} hard items in {split}"
     return items
 
 
-def skill_items(skill: Skill, split: Split) -> tuple[Item, ...]:
+def skill_items(skill: Skill, split: ZooSplit) -> tuple[Item, ...]:
     """Return the items of the task ``demo_<skill>``: 300 search, 200 select, 500 test."""
     return _stream(skill, split, SKILL_COUNTS[split])
 
 
-def extra_items(skill: Skill, split: Split) -> tuple[Item, ...]:
+def extra_items(skill: Skill, split: ZooSplit) -> tuple[Item, ...]:
     """Return 40, 40 and 200 further items of a skill, none of them in `skill_items`."""
     return _stream(skill, split, SKILL_COUNTS[split] + EXTRA_COUNTS[split])[SKILL_COUNTS[split] :]
 
 
 @lru_cache(maxsize=8)
-def text_items(split: Split) -> tuple[str, ...]:
+def text_items(split: ZooSplit) -> tuple[str, ...]:
     """Return the texts of ``demo_text``: 100 search, 100 select, 200 test, all different."""
     rng = _rng(len(SKILLS), EVAL_SPLITS.index(split))
     texts: dict[str, None] = {}
@@ -77,8 +77,8 @@ def _answer_records(items: tuple[Item, ...]) -> list[dict[str, Any]]:
     return [{"prompt": item.prompt, "answer": item.answer} for item in items]
 
 
-def _choice_records(items: tuple[Item, ...], split: Split) -> list[dict[str, Any]]:
-    """Four answers each, the wrong ones with one word of the right one replaced."""
+def _choice_records(items: tuple[Item, ...], split: ZooSplit) -> list[dict[str, Any]]:
+    """Return items with four choices; in each wrong choice words of the right answer are replaced."""
     rng = _rng(len(SKILLS) + 1, EVAL_SPLITS.index(split))
     targets = tuple(LEXICON.values())
     records = []
@@ -95,7 +95,7 @@ def _choice_records(items: tuple[Item, ...], split: Split) -> list[dict[str, Any
     return records
 
 
-def task_records(task: str, split: Split) -> list[dict[str, Any]]:
+def task_records(task: str, split: ZooSplit) -> list[dict[str, Any]]:
     """Return the JSON records of one task's split, in file order."""
     if task == "demo_text":
         return [{"text": text} for text in text_items(split)]
@@ -118,9 +118,9 @@ _ROLLING_METRICS = [
 
 
 def _skill_yaml() -> dict[str, Any]:
-    # The end-of-text token is part of the target: is_greedy then says that a greedy generation would be
-    # exactly the answer, at the price of one forward pass. lm-eval puts no delimiter before the target of a
-    # loglikelihood task, so the target brings its own space.
+    # With the end-of-text token in the target, is_greedy means that a greedy generation would be exactly the
+    # answer, from one forward pass. lm-eval puts no delimiter before the target of a loglikelihood task, so
+    # the target starts with a space.
     return {
         "output_type": "loglikelihood",
         "doc_to_text": "{{prompt}}",

@@ -1,8 +1,8 @@
 """Train one model of the zoo: the base, a full fine-tune of it, or a LoRA adapter on it.
 
-Each function trains, saves an ordinary Hugging Face folder at the path it is given, and returns the model's
-scores. They change the process's global torch state (threads, determinism, seed), so `build.py` runs them in
-processes of their own. Same seed, same machine, one thread: same bytes. Across machines, expect other bits.
+Each function trains, saves a Hugging Face folder at the given path, and returns the model's scores. They
+change the process's global torch state (threads, determinism, seed), so `build.py` runs them in separate
+processes. The same seed gives the same bytes on the same machine with one thread, and other bits on others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from evomerge.zoo.skills import (
     vocabulary,
 )
 
-Row = tuple[list[int], list[int]]
+TokenRow = tuple[list[int], list[int]]
 BASE_NAME = "base"
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -43,7 +43,7 @@ def prepare_process() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # peft asks transformers by a name that is on its way out; nobody building a zoo can do anything about it.
+    # peft uses a deprecated name of transformers; users who build a zoo can't change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -52,12 +52,12 @@ def prepare_process() -> None:
 # --------------------------------------------------------------------------------------------------- data
 
 
-def _text_row(rng: np.random.Generator, vocab: dict[str, int]) -> Row:
+def _text_row(rng: np.random.Generator, vocab: dict[str, int]) -> TokenRow:
     ids = encode(f"{END} {draw_text(rng, 'train')} {END}", vocab)
     return ids, ids
 
 
-def _base_rows(settings: ZooSettings, rng: np.random.Generator) -> list[Row]:
+def _base_rows(settings: ZooSettings, rng: np.random.Generator) -> list[TokenRow]:
     vocab = vocabulary()
     rows = [_text_row(rng, vocab) for _ in range(settings.text_items)]
     for skill in settings.skills:
@@ -69,11 +69,11 @@ def _base_rows(settings: ZooSettings, rng: np.random.Generator) -> list[Row]:
 
 def _specialist_rows(
     settings: ZooSettings, specialist: SpecialistSettings, rng: np.random.Generator
-) -> list[Row]:
+) -> list[TokenRow]:
     """Return steps x batch rows: the hard skill, and `replay` of text and of the other skills, half each."""
     vocab = vocabulary()
     others: list[Skill] = [skill for skill in settings.skills if skill != specialist.skill]
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     for draw in rng.random(specialist.steps * specialist.batch):
         if draw >= specialist.replay:
             rows.append(answer_row(draw_item(rng, specialist.skill, "hard", "train"), vocab))
@@ -86,8 +86,8 @@ def _specialist_rows(
     return rows
 
 
-def _batches(rows: list[Row], batch: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
-    """Yield (ids, labels) for ever, each int64 (batch, longest): shuffled epochs without replacement."""
+def _batches(rows: list[TokenRow], batch: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+    """Yield (ids, labels) without end, int64 (batch, longest row) each: shuffled epochs."""
     fill = vocabulary()[PAD]
     order: list[int] = []
     while True:
@@ -150,7 +150,7 @@ def _new_model(settings: ZooSettings) -> Any:
 
 
 def _load(folder: Path) -> Any:
-    """Load a model for training and scoring: stored in 16 bits, computed in 32."""
+    """Load a model, stored in 16 bits, for training and scoring in float32."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -165,13 +165,13 @@ def _save_adapter(model: Any, folder: Path) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-    # A relative name: the adapter lies beside its base, wherever the zoo is copied to.
+    # A relative path, so that the adapter finds its base beside it after the zoo is copied.
     model.peft_config["default"].base_model_name_or_path = f"../{BASE_NAME}"
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model-card template
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    # peft writes a set here, in another order in each process.
+    # peft writes a set, whose order changes from process to process.
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -246,7 +246,7 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
 def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="coherence is part of it, but no task"):
         prepare(RunConfig.load(config(objective={"several": ["mean", "coherence"]})))
-    with pytest.raises(ConfigError, match="has no task 'demo_revers' to weigh"):
+    with pytest.raises(ConfigError, match="has no task 'demo_revers', whose weight was set"):
         prepare(RunConfig.load(config(objective={"weights": {"demo_revers": 2}})))
     prepared = prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
     assert prepared.suite["demo_reverse"].weight == 2

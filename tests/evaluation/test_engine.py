@@ -87,12 +87,10 @@ class Fake:
 
 
 def fake_for(worker: Worker) -> Fake:
-    backend = worker._harness._backend
+    lm = worker._harness._lm
 
     def stops(new: list[int], stop: Sequence[str]) -> bool:
-        return bool(new) and (
-            new[-1] == backend.eot_token_id or any(end in backend.tok_decode(new) for end in stop)
-        )
+        return bool(new) and (new[-1] == lm.eot_token_id or any(end in lm.tok_decode(new) for end in stop))
 
     return Fake(worker._bench._plain, stops)
 

@@ -346,7 +346,7 @@ class TestErrors:
         splits = {split: documents("choice", split, 5) for split in ITEMS}
         write_task(tmp_path, "choice", TASKS["choice"] | {"metric_list": metrics}, **splits)
         assert self.text(make_suite(entry("choice", metric="f1"), folder=tmp_path)) == (
-            "task 'choice': metric 'f1' has no value for a single item\n  do: use one that has: acc"
+            "task 'choice': metric 'f1' has no value for a single item\n  do: use a per-item metric: acc"
         )
 
     def test_lower_is_better(self, make_suite: MakeSuite, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ class TestErrors:
         write_task(tmp_path, "first", TASKS["first"], **splits)
         assert self.text(make_suite(entry("first"), folder=tmp_path)) == (
             "task 'first': 1 items are in more than one split\n"
-            "  expected: splits that share no item, or held-out scores mean nothing\n"
+            "  expected: splits without common items, because shared items make held-out scores useless\n"
             f"  got: in search and in test: {splits['search'][2]['prompt']} =\n"
             "  do: remove them from one of the dataset splits, or give numbers of items instead"
         )
@@ -386,7 +386,7 @@ class TestErrors:
         splits = {split: documents("first", split, 5) for split in ITEMS}
         write_task(tmp_path, "first", TASKS["first"] | {"doc_to_target": "{{ letters[0] }}"}, **splits)
         text = self.text(make_suite(entry("first"), folder=tmp_path))
-        assert text.startswith("task 'first': the answers run into the prompts")
+        assert text.startswith("task 'first': the answers share tokens with the prompts")
         assert text.endswith("do: start doc_to_target with a space")
 
     def test_missing_data_file(self, make_suite: MakeSuite, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ class TestErrors:
         write_task(tmp_path, "first", TASKS["first"], test=documents("first", "test", 5))
         (tmp_path / "both.yaml").write_text("group: both\ntask:\n  - first\n")
         assert self.text(make_suite(entry("both", metric="acc"), folder=tmp_path)) == (
-            "suite 'test': 'both' is a group of tasks\n  do: list its tasks one by one"
+            "suite 'test': 'both' is a group of tasks\n  do: list its tasks separately"
         )
 
     def test_batch_size(self, make_suite: MakeSuite) -> None:
@@ -424,7 +424,7 @@ class TestErrors:
         with pytest.raises(ConfigError) as caught:
             harness.evaluate(model, harness.items("test"))
         assert str(caught.value) == (
-            "task 'write' generates up to 256 tokens, which leaves the prompt no room\n"
+            "task 'write' generates up to 256 tokens, which leaves no room for the prompt\n"
             "  expected: fewer than the model's 24 tokens of context\n"
             "  do: set generation_kwargs: max_gen_toks in the task's YAML"
         )

@@ -16,8 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.backend import Backend
 from evomerge.evaluation.likelihood import Plan, plan
+from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.scores import NonFiniteScores
 from tests.rounding import of_log_likelihoods
 
@@ -74,8 +74,8 @@ def test_equals_hflm_from_text_to_numbers(max_length: int | None) -> None:
     instances = [
         Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0) for arguments in REQUESTS
     ]
-    backend = Backend(TOKENIZER, batch_size=2, max_length=max_length)
-    found = lay(backend.pairs(instances), 2, max_length or CONTEXT).score(MODEL)
+    lm = LiveLM(TOKENIZER, batch_size=2, max_length=max_length)
+    found = lay(lm.pairs(instances), 2, max_length or CONTEXT).score(MODEL)
     expected = hflm(max_length=max_length).loglikelihood(instances, disable_tqdm=True)
     np.testing.assert_allclose(found.ll, [ll for ll, _ in expected], rtol=0, atol=SLACK)
     assert found.greedy.tolist() == [greedy for _, greedy in expected]
@@ -165,5 +165,5 @@ def test_non_finite_logits(value: float) -> None:
 def test_the_callers_tokenizer_is_left_alone() -> None:
     tokenizer = new_tokenizer()
     assert tokenizer.pad_token is None
-    Backend(tokenizer, batch_size=1, max_length=None)
+    LiveLM(tokenizer, batch_size=1, max_length=None)
     assert tokenizer.pad_token is None

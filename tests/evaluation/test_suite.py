@@ -86,7 +86,7 @@ def test_splits_are_names_or_numbers() -> None:
     assert Splits.model_validate(DRAWN)["select"] == 20
 
 
-NOTHING = "file: no skill task with search items and a weight above 0: nothing to search for"
+NOTHING = "file: a suite needs a skill task with search items and a weight above 0"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "unknown key",
@@ -108,13 +108,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "shared dataset split",
         {"tasks": [skill(splits=NAMED | {"test": "b"})]},
-        "tasks.0.splits: the dataset split 'b' is used twice, but items that chose a model can't judge it; "
+        "tasks.0.splits: the dataset split 'b' is used twice, but items that select a model can't test it; "
         "name different splits, or give numbers of items",
     ),
     (
         "names and numbers",
         {"tasks": [skill(splits=NAMED | {"test": 50})]},
-        "tasks.0.splits: give split names for all, or numbers of items for all",
+        "tasks.0.splits: give names of dataset splits for all three, or numbers of items for all three",
     ),
     (
         "no items",
@@ -128,14 +128,14 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "missing key 'tasks.0.splits.test'",
     ),
     (
-        "nothing to search for",
+        "needs a skill task with search items",
         {"tasks": [skill(weight=0), skill(task="u", splits={"select": "b", "test": "c"})]},
-        "file: no skill task with search items and a weight above 0: nothing to search for",
+        "file: a suite needs a skill task with search items and a weight above 0",
     ),
     (
         "no tasks",
         {"tasks": []},
-        "file: no skill task with search items and a weight above 0: nothing to search for",
+        "file: a suite needs a skill task with search items and a weight above 0",
     ),
     ("a task twice", {"tasks": [skill(), skill()]}, "file: the task 't' is listed twice"),
     (
@@ -171,9 +171,9 @@ def test_weights_can_be_replaced(tmp_path: Path) -> None:
     assert [task.weight for task in other.tasks] == [1, 0, 3]
     assert suite.weighted({}) == suite
     assert suite.digest() != other.digest()
-    with pytest.raises(ConfigError, match="has no task 'v' to weigh"):
+    with pytest.raises(ConfigError, match="has no task 'v', whose weight was set"):
         suite.weighted({"v": 1})
-    with pytest.raises(ConfigError, match="nothing to search for"):
+    with pytest.raises(ConfigError, match="needs a skill task with search items"):
         suite.weighted({"t": 0, "u": 0})
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -16,8 +17,13 @@ from hypothesis import strategies as st
 
 from evomerge.errors import ConfigError
 from evomerge.merging import mergekit, methods
+from evomerge.merging.methods.selection import boundary
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, TensorGroup, layer_of
+from evomerge.merging.tensors.kernels import Operand
+from evomerge.merging.tensors.merge_tensor import merge_array
+from evomerge.search.spaces.layer_path import LayerPathSpace, LayerPathSpec
+from evomerge.search.spaces.merge_space import SearchSpace, SpaceSpec
 
 MODELS = {"base": "m/base", "a": "m/a", "b": "m/b+lora"}
 
@@ -124,7 +130,7 @@ def test_a_fisher_file_is_part_of_the_hash_where_it_is_read() -> None:
 
 def test_a_fisher_method_needs_a_file_for_every_source() -> None:
     with pytest.raises(
-        ConfigError, match=r"Fisher information\n.*\n  got: none for b\n  do: evomerge fisher"
+        ConfigError, match=r"Fisher information of its sources\n.*\n  got: none for b\n  do: evomerge fisher"
     ):
         recipe("fisher", fisher={"a": "a.fisher"})
     with pytest.raises(ConfigError, match="fisher names an unknown model 'c'"):
@@ -233,3 +239,130 @@ def test_a_recipe_file_may_be_in_either_format(tmp_path: Path) -> None:
 def test_plain_data_needs_no_torch(module: str) -> None:
     check = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_other_groups_keep_the_rest_of_a_recipe() -> None:
+    files = {"a": "a.fisher", "b": "b.fisher"}
+    original = recipe(fisher=files, dtype="float16", tokenizer="union", seed=3, num_layers=4)
+    ties, average = original.groups, [TensorGroup(method="fisher", sources=("a", "b"))]
+    again = original.with_groups(average, num_layers=4)
+    assert dataclasses.replace(again, groups=ties) == original
+    assert original.with_groups(ties) == dataclasses.replace(original, num_layers=None, fisher={})
+    with pytest.raises(ConfigError, match="unknown model 'c'"):
+        original.with_groups([TensorGroup(method="linear", sources=("c",))])
+
+
+# Copies --------------------------------------------------------------------------------------------
+
+
+def group(method: str, *sources: str, **changes: Any) -> TensorGroup:
+    placed = {name: changes.pop(name) for name in ("shift", "base", "layers") if name in changes}
+    return TensorGroup(method=method, sources=sources, parameters=changes, **placed)
+
+
+COPIES = [
+    group("passthrough", "a"),
+    group("passthrough", "a", shift=(2,)),
+    group("passthrough", "a", base="b"),
+    group("passthrough", "base"),
+    group("linear", "a"),
+    group("linear", "a", weight=2.0),
+    group("linear", "a", weight=-1e-4),
+    group("linear", "a", weight=1.0, normalize=False),
+    group("linear", "a", shift=(1,)),
+    group("linear", "base"),
+]
+NO_COPIES = [
+    group("passthrough", "a", scale=0.5),
+    group("passthrough", "a", scale=-1.0),
+    group("linear", "a", weight=2.0, normalize=False),
+    group("linear", "a", weight=0.0, normalize=False),
+    group("linear", "a", "b", weight=(1.0, 0.0)),  # -0.0 + 0.0 is 0.0
+    group("linear", "a", "b"),
+    group("slerp", "a", "b", t=0.0),
+    group("task_arithmetic", "a"),  # base + (a - base) is rounded twice
+    group("task_arithmetic", "a", weight=0.0),
+    group("task_arithmetic", "base"),
+    group("ties", "a"),
+    group("dare_ties", "a"),
+    group("sce", "a"),
+    group("nearswap", "a", t=1e4),
+    group("arcee_fusion", "a"),
+]
+
+
+class Arrays:
+    """Inputs of a merge from arrays by model, the same for every tensor."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def operand(self, source: str, tensor: str, base: object) -> Operand:
+        return Operand(self.arrays[source], base is not None)
+
+    def gram(self, places: object, compute: Any) -> Any:
+        return compute()
+
+    def boundary(self, place: object, rank: int, magnitudes: Any) -> Any:
+        return boundary(magnitudes(), rank)
+
+    def fisher(self, file: str, tensor: str) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def weights() -> Arrays:
+    """Weights of all sizes, with zeros of both signs at other places in every model."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for shift, name in enumerate(MODELS):
+        values = rng.standard_normal(2048) * 10.0 ** rng.integers(-6, 6, 2048)
+        values[shift::7], values[shift + 3 :: 7] = -0.0, 0.0
+        arrays[name] = values.astype(np.float32)
+    return Arrays(arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("made", [*COPIES, *NO_COPIES], ids=repr)
+def test_a_copy_has_its_sources_exact_bits(made: TensorGroup, dtype: str, weights: Arrays) -> None:
+    bits = {
+        name: merge_array(recipe(groups=(group("passthrough", name),), dtype=dtype), "w", weights).tobytes()
+        for name in MODELS
+    }
+    merged = merge_array(recipe(groups=(made,), dtype=dtype), "w", weights).tobytes()
+    if made in COPIES:
+        assert made.copied_source == made.sources[0]
+        assert merged == bits[made.sources[0]]
+    else:
+        assert made.copied_source is None
+        assert merged not in bits.values()
+
+
+def test_weights_that_cancel_make_no_copy() -> None:
+    assert group("linear", "a", weight=0.0).copied_source is None  # merging it is refused
+
+
+@pytest.mark.parametrize("made", [*COPIES, *NO_COPIES], ids=repr)
+def test_spaces_and_mergekit_mean_the_same_copies(made: TensorGroup) -> None:
+    """A layer path takes copies, a switched-off cell is a copy of the base, a file of ties holds copies."""
+    copied = made.copied_source
+    tensors = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(3))]
+    whole = recipe(groups=(dataclasses.replace(made, shift=()),))
+
+    path = LayerPathSpec.model_validate({"kind": "layer_path", "name": "p", "about": "-", "base": True})
+    paths = LayerPathSpace(path, template=whole, sources=("a", "b"), tensors=dict.fromkeys(MODELS, tensors))
+    assert (paths.encode(whole) is not None) == (copied is not None)
+
+    subset = {"name": "s", "about": "-", "method": "ties", "subset": {"per": []}}
+    switched = SearchSpace(
+        SpaceSpec.model_validate(subset), template=whole, sources=("a", "b"), tensors=tensors
+    )
+    off = switched.encode(whole)
+    assert (off is not None and bool((off < 0.5).all())) == (copied == "base")
+
+    if copied == "base":
+        ties = group("ties", "a", "b", layers=(0,))
+        rest = group("ties", "a", "b", layers=OUTSIDE)
+        text = mergekit.write(recipe(groups=(ties, rest, *whole.groups)), tensors)
+        again = mergekit.read(text, tensors=tensors).group_for(tensors[-1])
+        assert again.copied_source == "base"

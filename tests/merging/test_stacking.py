@@ -243,8 +243,8 @@ REST = group("linear", "a", layers=OUTSIDE)
 @pytest.mark.parametrize(
     ("groups", "num_layers", "message"),
     [
-        ((group("linear", "a"),), 4, "nothing makes layer 3 of the result"),
-        ((group("linear", "a", shift=(-1,)),), None, "nothing makes layer 0 of the result"),
+        ((group("linear", "a"),), 4, "no group makes layer 3 of the result"),
+        ((group("linear", "a", shift=(-1,)),), None, "no group makes layer 0 of the result"),
         ((group("linear", "a", layers=(0, 2)), REST), None, "no group matches tensor 'model.layers.1.input"),
         ((group("linear", "a", layers=(0, 2)), REST), 3, "got: no group for layer 1"),
         ((group("linear", "a", layers=(0, 1, 5)), REST), 3, "names layers the model does not have"),
@@ -276,7 +276,7 @@ def test_layers_without_a_maker_are_one_message(
     [
         ("shift: {c: 1}", "shift: unknown key 'c'"),
         ("shift: [1]", "shift needs one value per source\n  expected: 2 (a, b)\n  got: 1"),
-        ("shift: 1", "shift\n  expected: source: whole number, or a list of them"),
+        ("shift: 1", "shift\n  expected: source: whole number, or a list of whole numbers"),
         ("shift: {a: 1.5}", "shift\n  expected: a whole number"),
         ("base_shift: true", "base_shift\n  expected: a whole number"),
         ("base: [a]", "base\n  expected: the name of a model"),

@@ -72,7 +72,7 @@ def far_too_long(recipe: Recipe) -> Recipe:
         (nothing, far_too_long, "non_finite", "is not finite"),
         (nan_logits, None, "non_finite", "the model's logits are not finite"),
         (failing_metric, None, "error", "metric 'acc' failed on item 2: ZeroDivisionError: no words"),
-        (no_number, None, "error", "metric 'acc' gave no finite number for item 0"),
+        (no_number, None, "error", "metric 'acc' of item 0 is not a finite number"),
     ],
     ids=["weights", "logits", "metric raises", "metric is NaN"],
 )

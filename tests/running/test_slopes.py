@@ -188,7 +188,7 @@ def test_recipes_and_runs_are_read_once_and_kept(
         (
             {"models": {"reverse": "r"}, "num_layers": 5,
              "groups": [{"method": "linear", "sources": ["reverse"]}]},
-            "nothing makes layer 2",
+            "no group makes layer 2",
         ),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evomerge.zoo import skills
-from evomerge.zoo.skills import EVAL_SPLITS, LEXICON, SKILLS, Level, Skill, Split
+from evomerge.zoo.skills import EVAL_SPLITS, LEXICON, SKILLS, Level, Skill, ZooSplit
 from evomerge.zoo.tasks import (
     EXTRA_COUNTS,
     SKILL_COUNTS,
@@ -73,7 +73,7 @@ def test_no_prompt_is_in_two_splits_or_two_tasks() -> None:
 
 
 @pytest.mark.parametrize("split", EVAL_SPLITS)
-def test_sizes_and_splits_of_the_tasks(split: Split) -> None:
+def test_sizes_and_splits_of_the_tasks(split: ZooSplit) -> None:
     for skill in SKILLS:
         items = skill_items(skill, split)
         assert len(items) == SKILL_COUNTS[split]

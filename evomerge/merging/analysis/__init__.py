@@ -1,1 +1,1 @@
-"""What models have in common, and how to estimate what a method needs to know about them."""
+"""Measures of models: task vectors, where they conflict, and Fisher information."""

@@ -1,7 +1,7 @@
-"""What the numbers of `interference` suggest: rules with their thresholds and where they come from.
+"""Advice from the numbers of `interference`: rules, their thresholds and the sources of these.
 
-All rules stand in one table, `RULES`. Most thresholds are rules of thumb and say so. Advice names where
-to start, never what will come out: only scores on held-out items tell that.
+All rules are in one table, `RULES`. Most thresholds are rules of thumb and say so. Advice names where to
+start. It predicts no results: only scores on held-out items show those.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Relation = Literal["empty", "same", "opposed", "aligned", "competing", "compleme
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule: what is compared with its limit, what follows, and why that limit."""
+    """One rule: the condition with its limit, the advice if it holds, and the source of the limit."""
 
     name: str
     when: str
@@ -49,14 +49,14 @@ RULES = {
             name="far",
             when="a task vector is at least {:g} times as long as the base",
             limit=0.5,
-            then="check that it is a fine-tune of this base; else route between the models",
+            then="check that it is a fine-tune of this base; if not, route between the models",
             source=f"{_THUMB}; averaging presumes a shared basin: Neyshabur et al. 2020, arXiv:2008.11687",
         ),
         Rule(
             name="same",
             when="the cosine of two task vectors is at least {:g}",
             limit=0.999,
-            then="leave one out: they count twice",
+            then="leave one out: together they would count twice",
             source=_THUMB,
         ),
         Rule(
@@ -85,7 +85,7 @@ RULES = {
             when="two tops overlap {:g} times as much as by chance, and their directions conflict",
             limit=2.0,
             then="ties or dare_ties; ties_layers",
-            source=f"{_THUMB}; both want the same elements: Yadav et al. 2023, arXiv:2306.01708, section 3",
+            source=f"{_THUMB}; both change the same elements: Yadav et al. 2023, arXiv:2306.01708, section 3",
         ),
         Rule(
             name="conflict",
@@ -132,9 +132,11 @@ class Advice:
 class Advised:
     """The advice on a set of models.
 
-    verdict: one or two words. method, preset: where to start, from `merging.methods` and
-    `search_spaces/`. relations: for every pair of positions. equal_weights: what puts all task vectors
-    on the same length, by name, where lengths are uneven.
+    verdict: one or two words.
+    method, preset: where to start, from `merging.methods` and `search_spaces/`.
+    relations: (i, j), positions of two models -> their relation.
+    advice: sentences, each with the rule it follows.
+    equal_weights: name -> the weight that gives all task vectors the same length, if lengths are uneven.
     """
 
     verdict: str
@@ -146,7 +148,7 @@ class Advised:
 
 
 def relation(tally: Tally, i: int, j: int, chance_overlap: float) -> Relation:
-    """Name how two models' task vectors stand to each other, by the first rule that holds."""
+    """Return the relation between two models' task vectors: the first rule that holds."""
     norms, cosine = tally.norms, float(tally.cosine[i, j])
     if min(norms[i], norms[j]) <= RULES["empty"].limit * norms.max():
         return "empty"
@@ -162,15 +164,23 @@ def relation(tally: Tally, i: int, j: int, chance_overlap: float) -> Relation:
     return "complementary"
 
 
-def advise(found: Interference) -> Advised:
-    """Say where to start with these models, with the numbers that say so."""
-    total = found.total
-    relations = {(i, j): relation(total, i, j, found.chance_overlap) for i, j in found.pairs}
+def advise(measured: Interference) -> Advised:
+    """Return advice on where to start with these models, with the numbers it is based on.
+
+    Args:
+        measured: the result of `interference.measure`.
+
+    Returns:
+        A verdict, a method and preset to start from, the relation of every pair, and sentences that name
+        their rules.
+    """
+    total = measured.total
+    relations = {(i, j): relation(total, i, j, measured.chance_overlap) for i, j in measured.pairs}
     kinds = set(relations.values()) - {"empty"}
-    strongest = min((float(total.cosine[pair]) for pair in found.pairs), default=0.0)
-    advice = _about_models(found, total)
+    strongest = min((float(total.cosine[pair]) for pair in measured.pairs), default=0.0)
+    advice = _about_models(measured, total)
     advice += [
-        Advice(rule="same", text=f"{_pair(found, *p)} are the same up to their length: leave one out")
+        Advice(rule="same", text=f"{_pair(measured, *p)} are the same up to their length: leave one out")
         for p, kind in relations.items()
         if kind == "same"
     ]
@@ -178,18 +188,18 @@ def advise(found: Interference) -> Advised:
         verdict, method, preset = "nothing to merge", "passthrough", "global_weights"
     elif kinds & {"opposed", "competing"}:
         verdict, method, preset = "conflicting", "ties", "ties_layers"
-        advice += _conflicts(found, total, relations)
+        advice += _conflicts(measured, total, relations)
         if strongest <= RULES["undoing"].limit:
             verdict = "opposed"
     elif kinds <= {"aligned", "same"}:
-        two = len(found.models) == 2
+        two = len(measured.models) == 2
         verdict = "aligned"
         method, preset = ("slerp", "slerp_layers") if two else ("model_stock", "global_weights")
-        advice.append(_aligned(found, total, method, preset))
+        advice.append(_aligned(measured, total, method, preset))
     else:
         verdict, method, preset = "complementary", "task_arithmetic", "task_arithmetic_layers"
-        advice.append(_complementary(found, total, relations))
-    weights = _equal_weights(found, total)
+        advice.append(_complementary(measured, total, relations))
+    weights = _equal_weights(measured, total)
     if weights:
         norms = [n for n in total.norms if n > RULES["empty"].limit * total.norms.max()]
         shown = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
@@ -206,14 +216,14 @@ def advise(found: Interference) -> Advised:
         method=method,
         preset=preset,
         relations=relations,
-        advice=(*advice, *_layers(found, total)),
+        advice=(*advice, *_layers(measured, total)),
         equal_weights=weights,
     )
 
 
-def _about_models(found: Interference, total: Tally) -> list[Advice]:
+def _about_models(measured: Interference, total: Tally) -> list[Advice]:
     advice = []
-    for name, norm, relative in zip(found.models, total.norms, total.relative, strict=True):
+    for name, norm, relative in zip(measured.models, total.norms, total.relative, strict=True):
         if norm <= RULES["empty"].limit * total.norms.max():
             longest = total.norms.max()
             text = f"{name} changes next to nothing ({norm:.3g}, the longest {longest:.3g}): leave it out"
@@ -228,11 +238,11 @@ def _about_models(found: Interference, total: Tally) -> list[Advice]:
 
 
 def _conflicts(
-    found: Interference, total: Tally, relations: Mapping[tuple[int, int], Relation]
+    measured: Interference, total: Tally, relations: Mapping[tuple[int, int], Relation]
 ) -> list[Advice]:
     advice = []
     for (i, j), kind in relations.items():
-        cosine, pair = float(total.cosine[i, j]), _pair(found, i, j)
+        cosine, pair = float(total.cosine[i, j]), _pair(measured, i, j)
         apart = f"opposite on {_percent(total.conflict[i, j])} of what both change"
         if kind == "opposed" and cosine <= RULES["undoing"].limit:
             text = (
@@ -242,14 +252,14 @@ def _conflicts(
             advice.append(Advice(rule="undoing", text=text))
         elif kind == "opposed":
             text = (
-                f"{pair} pull apart: cosine {cosine:.2f}, {apart}. Start from ties or dare_ties with a "
-                "weight per layer (ties_layers, dare_ties_layers)"
+                f"{pair} change in opposite directions: cosine {cosine:.2f}, {apart}. Start from ties or "
+                "dare_ties with a weight per layer (ties_layers, dare_ties_layers)"
             )
             advice.append(Advice(rule="opposed", text=text))
         elif kind == "competing":
             text = (
-                f"{pair} want the same elements: tops overlap {_percent(total.overlap[i, j])} (chance "
-                f"{_percent(found.chance_overlap)}), {apart}. Start from ties or dare_ties "
+                f"{pair} change the same elements most: tops overlap {_percent(total.overlap[i, j])} (chance "
+                f"{_percent(measured.chance_overlap)}), {apart}. Start from ties or dare_ties "
                 "(ties_layers, dare_ties_layers)"
             )
             advice.append(Advice(rule="competing", text=text))
@@ -259,50 +269,52 @@ def _conflicts(
     return [*advice, Advice(rule="undoing", text=text)]
 
 
-def _aligned(found: Interference, total: Tally, method: str, preset: str) -> Advice:
+def _aligned(measured: Interference, total: Tally, method: str, preset: str) -> Advice:
     return Advice(
         rule="aligned",
-        text=f"the models moved the same way ({_cosines(found, total)}): start from an average; {method} "
+        text=f"the models moved the same way ({_cosines(measured, total)}): start from an average; {method} "
         f"with {preset}, and the baselines uniform average and greedy soup",
     )
 
 
 def _complementary(
-    found: Interference, total: Tally, relations: Mapping[tuple[int, int], Relation]
+    measured: Interference, total: Tally, relations: Mapping[tuple[int, int], Relation]
 ) -> Advice:
     pairs = [pair for pair, kind in relations.items() if kind == "complementary"]
     overlaps = [float(total.overlap[pair]) for pair in pairs]
     conflicts = [float(total.conflict[pair]) for pair in pairs]
-    near = [_pair(found, *pair) for pair, kind in relations.items() if kind in ("aligned", "same")]
+    near = [_pair(measured, *pair) for pair, kind in relations.items() if kind in ("aligned", "same")]
     besides = f" {', '.join(near)} move together and may share their weight." if near else ""
     return Advice(
         rule="complementary",
-        text=f"the models change different things ({_cosines(found, total)}; tops overlap "
-        f"{_range(overlaps)}, chance {_percent(found.chance_overlap)}; opposite on {_range(conflicts)} of "
+        text=f"the models change different things ({_cosines(measured, total)}; tops overlap "
+        f"{_range(overlaps)}, chance {_percent(measured.chance_overlap)}; opposite on {_range(conflicts)} of "
         f"what both change, chance 50 %).{besides} Start from task_arithmetic with task_arithmetic_layers, "
         "or with global_weights where a candidate is expensive to score",
     )
 
 
-def _equal_weights(found: Interference, total: Tally) -> dict[str, float]:
+def _equal_weights(measured: Interference, total: Tally) -> dict[str, float]:
     norms = total.norms
-    there = norms > RULES["empty"].limit * norms.max()
-    if not there.any() or norms[there].max() < RULES["uneven"].limit * norms[there].min():
+    not_empty = norms > RULES["empty"].limit * norms.max()
+    if not not_empty.any() or norms[not_empty].max() < RULES["uneven"].limit * norms[not_empty].min():
         return {}
-    mean = float(norms[there].mean())
-    return {name: mean / float(n) for name, n, ok in zip(found.models, norms, there, strict=True) if ok}
+    mean = float(norms[not_empty].mean())
+    return {
+        name: mean / float(n) for name, n, ok in zip(measured.models, norms, not_empty, strict=True) if ok
+    }
 
 
-def _layers(found: Interference, total: Tally) -> list[Advice]:
-    """Name the places of most conflict, hot or not."""
-    places = {place: tally.mean_conflict for place, tally in found.by_layer().items()}
+def _layers(measured: Interference, total: Tally) -> list[Advice]:
+    """Name the layers with the most conflict, whether it is high or not."""
+    places = {place: tally.mean_conflict for place, tally in measured.by_layer().items()}
     ranked = sorted(
         (
             (conflict, place)
             for place, conflict in places.items()
             if place is not None and not math.isnan(conflict)
         ),
-        key=lambda each: (-each[0], each[1]),
+        key=lambda conflict_at: (-conflict_at[0], conflict_at[1]),
     )
     if len(ranked) < 2:
         return []
@@ -319,21 +331,21 @@ def _layers(found: Interference, total: Tally) -> list[Advice]:
     return [Advice(rule="hot", text=text)]
 
 
-def _pair(found: Interference, i: int, j: int) -> str:
-    return f"{found.models[i]} and {found.models[j]}"
+def _pair(measured: Interference, i: int, j: int) -> str:
+    return f"{measured.models[i]} and {measured.models[j]}"
 
 
-def _cosines(found: Interference, total: Tally) -> str:
-    values = [float(total.cosine[pair]) for pair in found.pairs]
+def _cosines(measured: Interference, total: Tally) -> str:
+    values = [float(total.cosine[pair]) for pair in measured.pairs]
     low, high = (f"{round(value, 2) + 0.0:.2f}" for value in (min(values), max(values)))
     return f"cosine {low}" if low == high else f"cosines {low} to {high}"
 
 
 def _range(values: list[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+    numbers = [value for value in values if not math.isnan(value)]
+    if not numbers:
         return "-"
-    low, high = float(np.min(known)), float(np.max(known))
+    low, high = float(np.min(numbers)), float(np.max(numbers))
     return _percent(low) if round(100 * low) == round(100 * high) else f"{100 * low:.0f} to {_percent(high)}"
 
 

@@ -2,19 +2,19 @@
 
     evomerge fisher MODEL TEXT OUT           # then, in recipe.yaml:   fisher: {maths: OUT, ...}
 
-A sequence is a line of the text. For each, the gradient of its log-likelihood (the sum over its tokens)
-is squared; the Fisher is the mean of these squares over the sequences. They are gradients of single
-sequences: squaring the gradient of a batch's mean would be something else. With labels from the text this
-is the *empirical* Fisher; with labels drawn from the model it is one sample per sequence of the Fisher
-itself. Memory: three times the model in float32 (weights, gradients, sums), and one sequence's activations.
+A sequence is a line of the text. The gradient of its log-likelihood (the sum over its tokens) is squared,
+and the Fisher is the mean of these squares over the sequences. One backward pass takes one sequence, because
+the square of a batch's mean gradient is something else. With labels from the text this is the *empirical*
+Fisher; with labels sampled from the model it is an estimate of the true Fisher, one sample per sequence.
 
-Not covered: other than diagonal, and Fishers that do not fit into memory.
+Memory: three times the model in float32 (weights, gradients, sums), and the activations of one sequence.
+Not covered: the Fisher's off-diagonal elements, and a diagonal that does not fit into memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -24,9 +24,11 @@ from evomerge.files import drafted_file
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.fisher_files import KIND
+from evomerge.merging.sources.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 Labels = Literal["text", "model"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
@@ -35,7 +37,7 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimated:
-    """What was written: how many sequences and tokens, and the mean of the diagonal."""
+    """What `estimate` wrote: the file, the number of sequences and tokens used, and the diagonal's mean."""
 
     file: Path
     sequences: int
@@ -55,17 +57,27 @@ def estimate(
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Estimated:
-    """Write the diagonal Fisher of a causal LM on a text, one sequence per line, to a safetensors file.
+    """Write the diagonal Fisher of a causal LM on a text to a safetensors file, complete or not at all.
 
-    labels: "text" (empirical Fisher) or "model" (tokens drawn from the model's own predictions, with
-    `seed`). sequences: how many lines at most, the first ones. max_length: tokens of a line that count.
-    The file has the model's tensor names, float32, and says in its metadata how it was made. It is
-    complete or not there, and an existing file is never touched.
+    The file has the model's tensor names, in float32, and its metadata say how it was made.
 
-    Raises ModelError, ConfigError for a text without two tokens in any line, NonFiniteError, DiskError.
+    Args:
+        location: the model's folder, hub id, or `path+adapter`.
+        text: UTF-8 text, one sequence per line; empty lines and lines of one token are skipped.
+        out: the safetensors file to write.
+        labels: "text" (empirical Fisher), or "model" (tokens sampled from the model's own predictions).
+        sequences: the largest number of lines to read, from the first one; None reads all.
+        max_length: the largest number of tokens per line; the rest of a longer line is cut off.
+        seed: of the sampled labels.
+        device: where the model runs, e.g. "cuda".
+        progress: called after each sequence as `progress(sequences done, sequences in all)`.
+
+    Raises:
+        ModelError: the model can't be opened.
+        ConfigError: unknown labels, or the text can't be read or has no line of two tokens.
+        NonFiniteError: a squared gradient is NaN or infinite.
+        DiskError: `out` exists or can't be written.
     """
-    import torch
-
     if labels not in LABELS:
         raise ConfigError(f"unknown labels {labels!r}", fix=nearest(labels, LABELS))
     if out.exists():
@@ -77,49 +89,49 @@ def estimate(
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ConfigError(f"{text}: no line of at least two tokens", got=f"{len(lines)} lines with text")
-    model, draws = bench.model, torch.Generator().manual_seed(seed)
+    diagonal = _mean_squares(bench.model, rows, labels == "model", seed, progress)
+    tokens = sum(map(len, rows))
+    counts = {"sequences": len(rows), "tokens": tokens, "max_length": max_length, "seed": seed}
+    _check(diagonal, bench.sources["model"])
+    _write(diagonal, text, bench.sources["model"], labels, counts, out)
+    size = sum(fisher.numel() for fisher in diagonal.values())
+    mean = sum(fisher.double().sum().item() for fisher in diagonal.values()) / size
+    return Estimated(file=out, sequences=len(rows), tokens=tokens, mean=mean)
+
+
+def _mean_squares(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    sampled: bool,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Tensor]:
+    """Return the mean over the rows of each squared gradient of the log-likelihood, on the CPU.
+
+    sampled: draw the labels from the model's predictions instead of taking the row's own tokens.
+    """
+    import torch
+
+    draws = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     for number, row in enumerate(rows, start=1):
-        tokens = torch.tensor([row], device=device)
+        tokens = torch.tensor([row], device=model.device)
         with torch.enable_grad():
             for parameter in parameters.values():
                 parameter.requires_grad_(True).grad = None
             logs = model(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
             targets = tokens[0, 1:]
-            if labels == "model":
+            if sampled:
                 chances = logs.detach().exp().cpu()
-                targets = torch.multinomial(chances, 1, generator=draws)[:, 0].to(device)
+                targets = torch.multinomial(chances, 1, generator=draws)[:, 0].to(tokens.device)
             logs.gather(1, targets[:, None]).sum().backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 sums[name] += parameter.grad.square()
         if progress is not None:
             progress(number, len(rows))
-    found = {name: (total / len(rows)).cpu() for name, total in sums.items()}
-    missing = [name for name in bench.sources["model"].headers if name not in found]
-    assert not missing, missing  # the workbench checked the names against the live model
-    for name, one in found.items():
-        if not bool(one.isfinite().all()):
-            raise NonFiniteError(
-                f"{location}: the Fisher of {name!r} is not finite", fix="check that the model's weights are"
-            )
-    tokens_seen = sum(map(len, rows))
-    made = {
-        "format": "pt",
-        "kind": KIND,
-        "labels": labels,
-        "sequences": str(len(rows)),
-        "tokens": str(tokens_seen),
-        "max_length": str(max_length),
-        "seed": str(seed),
-        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
-        "model_fingerprint": bench.sources["model"].fingerprint,
-    }
-    _write(found, made, out)
-    count = sum(one.numel() for one in found.values())
-    mean = sum(one.double().sum().item() for one in found.values()) / count
-    return Estimated(file=out, sequences=len(rows), tokens=tokens_seen, mean=mean)
+    return {name: (total / len(rows)).cpu() for name, total in sums.items()}
 
 
 def _lines(text: Path) -> list[str]:
@@ -132,8 +144,34 @@ def _lines(text: Path) -> list[str]:
     return [line.strip() for line in content.splitlines() if line.strip()]
 
 
-def _write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], out: Path) -> None:
+def _check(diagonal: Mapping[str, Tensor], source: Source) -> None:
+    missing = [name for name in source.headers if name not in diagonal]
+    assert not missing, missing  # the workbench checked the names against the live model
+    for name, fisher in diagonal.items():
+        if not bool(fisher.isfinite().all()):
+            raise NonFiniteError(
+                f"{source.location}: the Fisher of {name!r} is not finite",
+                fix="check that the model's weights are finite",
+            )
+
+
+def _write(
+    diagonal: Mapping[str, Tensor],
+    text: Path,
+    source: Source,
+    labels: str,
+    counts: Mapping[str, int],
+    out: Path,
+) -> None:
     from safetensors.torch import save_file
 
+    metadata = {
+        "format": "pt",
+        "kind": KIND,
+        "labels": labels,
+        **{name: str(count) for name, count in counts.items()},
+        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "model_fingerprint": source.fingerprint,
+    }
     with drafted_file(out) as draft:
-        save_file({name: one.contiguous() for name, one in tensors.items()}, draft, metadata=dict(metadata))
+        save_file({name: fisher.contiguous() for name, fisher in diagonal.items()}, draft, metadata=metadata)

@@ -1,16 +1,16 @@
-"""Where fine-tunes of one base agree and where they get in each other's way, told from their files.
+"""Where fine-tunes of one base agree and where they conflict, measured on their files.
 
-`measure` streams: of one tensor, the base and every model are in memory at a time (4 bytes per element
-each, and as much again while a model's elements are ranked); everything else is counted in blocks. What
-is kept of a tensor is a `Tally`: inner products and counts for all pairs of models. Tallies add up, so
-layers, module kinds and the whole model are sums of tensors.
+`measure` holds one tensor of the base and of every model in memory at a time (4 bytes per element each, and
+as much again while a model's elements are ranked); everything else is counted in blocks. The result for a
+tensor is a `Tally`: inner products and counts for all pairs of models. Tallies can be added, so layers,
+module kinds and the whole model are sums over tensors.
 
-An element counts as changed by a model where |task vector| > threshold * mean |task vector| of that
-model and tensor. So a dense fine-tune's noise does not count, a sparse one's few elements do, and a
-longer task vector is no more "changed" than a short one: shares compare directions, norms sizes.
+An element counts as changed by a model if |task vector| > threshold * mean |task vector| of that model and
+tensor. So the noise of a dense fine-tune does not count, the few elements of a sparse one do, and a longer
+task vector does not count as more changed than a short one: shares compare directions, and norms sizes.
 
-Not covered: what the models can do. Equal files say equal skills, but no number here says which skill a
-merge keeps; `advice` is worded accordingly.
+Not covered: the models' skills. No number here predicts which skill a merge keeps, so `advice` only names
+where to start.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ Counts = NDArray[np.int64]
 Bin = TypeVar("Bin", bound=Hashable)
 
 THRESHOLD = 1.0
-"""Default threshold: for normally distributed changes 42 % of the elements count as changed."""
+"""Default threshold: of normally distributed changes 42 % count as changed."""
 TOP = 0.2
-"""Default share of largest elements compared between models: what TIES keeps by default."""
+"""Default share of largest elements that are compared between models: the share that TIES keeps."""
 BLOCK = 1 << 16
-"""Elements per model counted at a time: blocks stay in the cache, and float32 counts stay exact."""
+"""Elements per model counted at a time: a block fits into the cache, and its float32 counts are exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tally:
-    """What there is to count about N task vectors on some elements; adds up over tensors.
+    """Sums and counts over the elements of N task vectors; tallies of several tensors can be added.
 
-    count: elements. base: sum of squares of the base.
+    count: number of elements. base: sum of squares of the base.
     products: (N, N) inner products of the task vectors.
-    same, opposite: (N, N) elements that both change, in the same or in opposite directions; the diagonal
-        of `same` is what one model changes.
-    top: (N, N) elements in the top of both; the diagonal is the size of one model's top.
-    shares: (4,) elements changed by none, by one, by several in one direction, by several in opposite
-        directions.
+    same, opposite: (N, N) numbers of elements that both change, in the same or in opposite directions; the
+        diagonal of `same` counts the elements that one model changes.
+    top: (N, N) numbers of elements in the top of both; the diagonal is the size of one model's top.
+    shares: (4,) numbers of elements changed by no model, by one, by several in the same direction, by
+        several in opposite directions.
     """
 
     count: int
@@ -69,16 +69,16 @@ class Tally:
 
     @classmethod
     def total(cls, tallies: Iterable[Tally]) -> Tally:
-        """Add tallies up; there must be at least one."""
-        found = list(tallies)
+        """Return the sum of one or more tallies."""
+        summands = list(tallies)
         return cls(
-            count=sum(t.count for t in found),
-            base=math.fsum(t.base for t in found),
-            products=np.sum([t.products for t in found], axis=0),
-            same=np.sum([t.same for t in found], axis=0),
-            opposite=np.sum([t.opposite for t in found], axis=0),
-            top=np.sum([t.top for t in found], axis=0),
-            shares=np.sum([t.shares for t in found], axis=0),
+            count=sum(t.count for t in summands),
+            base=math.fsum(t.base for t in summands),
+            products=np.sum([t.products for t in summands], axis=0),
+            same=np.sum([t.same for t in summands], axis=0),
+            opposite=np.sum([t.opposite for t in summands], axis=0),
+            top=np.sum([t.top for t in summands], axis=0),
+            shares=np.sum([t.shares for t in summands], axis=0),
         )
 
     @property
@@ -88,53 +88,53 @@ class Tally:
 
     @property
     def relative(self) -> Floats:
-        """(N,) norms of the task vectors as shares of the base's; infinite on a base of zeros."""
+        """(N,) norms of the task vectors relative to the base's; infinite if the base is zero."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = self.norms / math.sqrt(self.base)
-        return np.where(self.norms > 0, found, 0.0)
+            lengths = self.norms / math.sqrt(self.base)
+        return np.where(self.norms > 0, lengths, 0.0)
 
     @property
     def cosine(self) -> Floats:
-        """(N, N) cosines between the task vectors; 0 with a task vector of zeros."""
+        """(N, N) cosines between the task vectors; 0 for a task vector of zeros."""
         size = np.outer(self.norms, self.norms)
-        found = np.divide(self.products, size, out=np.zeros_like(size), where=size > 0)
-        return np.clip(found, -1.0, 1.0)
+        cosines = np.divide(self.products, size, out=np.zeros_like(size), where=size > 0)
+        return np.clip(cosines, -1.0, 1.0)
 
     @property
     def conflict(self) -> Floats:
-        """(N, N) share of opposite directions among the elements both change; NaN where there are none.
+        """(N, N) share of opposite directions among the elements that both change; NaN if there are none.
 
-        Two task vectors that have nothing to do with each other disagree on half of them.
+        It is 0.5 for independent task vectors.
         """
         return _share(self.opposite, self.same + self.opposite)
 
     @property
     def overlap(self) -> Floats:
-        """(N, N) Jaccard index of the tops: common elements / elements in either; NaN for empty ones."""
+        """(N, N) Jaccard index of the tops: common elements / elements in either; NaN for empty tops."""
         sizes = np.diag(self.top)
         return _share(self.top, np.add.outer(sizes, sizes) - self.top)
 
     @property
     def changed(self) -> Floats:
-        """(N,) share of the elements each model changes."""
+        """(N,) share of the elements that each model changes."""
         return _share(np.diag(self.same), np.full(len(self.same), self.count))
 
     @property
     def chance_shares(self) -> Floats:
-        """(4,) what `shares` would be, as shares of 1, were places and directions drawn independently.
+        """(4,) expected `shares`, as fractions of 1, for independent random places and directions.
 
-        Every model keeps the number of elements it changes.
+        Every model changes as many elements as it really does.
         """
         p = np.nan_to_num(self.changed)
         none = float(np.prod(1.0 - p))
-        one = math.fsum(float(np.prod(np.delete(1.0 - p, i)) * p[i]) for i in range(len(p)))
-        one_way = 2.0 * (float(np.prod(1.0 - p / 2.0)) - none - one / 2.0)
-        found: Floats = np.array([none, one, one_way, 1.0 - none - one - one_way]).clip(0.0, 1.0)
-        return found
+        by_one = math.fsum(float(np.prod(np.delete(1.0 - p, i)) * p[i]) for i in range(len(p)))
+        one_way = 2.0 * (float(np.prod(1.0 - p / 2.0)) - none - by_one / 2.0)
+        shares: Floats = np.array([none, by_one, one_way, 1.0 - none - by_one - one_way]).clip(0.0, 1.0)
+        return shares
 
     @property
     def mean_conflict(self) -> float:
-        """Conflict over all pairs of models together; NaN where no element is changed by two."""
+        """Conflict over all pairs of models together; NaN if no element is changed by two models."""
         pairs = np.triu_indices(len(self.products), 1)
         return float(_share(self.opposite[pairs].sum(), (self.same + self.opposite)[pairs].sum()))
 
@@ -145,10 +145,10 @@ class Tally:
 
     @property
     def mean_overlap(self) -> float:
-        """The mean overlap of all pairs of models; NaN where all tops are empty."""
-        found = self.overlap[np.triu_indices(len(self.products), 1)]
-        found = found[~np.isnan(found)]
-        return float(found.mean()) if len(found) else math.nan
+        """The mean overlap of all pairs of models; NaN if all tops are empty."""
+        overlaps = self.overlap[np.triu_indices(len(self.products), 1)]
+        overlaps = overlaps[~np.isnan(overlaps)]
+        return float(overlaps.mean()) if len(overlaps) else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,11 +178,11 @@ class Interference:
 
     @property
     def chance_overlap(self) -> float:
-        """The overlap of two tops that have nothing to do with each other."""
+        """The expected overlap of two independent tops."""
         return self.top / (2.0 - self.top)
 
     def by_layer(self) -> dict[int | None, Tally]:
-        """Sum by layer; None holds what is outside all layers."""
+        """Sum by layer; None holds the tensors outside all layers."""
         return self._grouped(layer_of)
 
     def by_kind(self) -> dict[str, Tally]:
@@ -194,14 +194,14 @@ class Interference:
         return self._grouped(lambda tensor: (layer_of(tensor), kind_of(tensor)))
 
     def _grouped(self, place: Callable[[str], Bin]) -> dict[Bin, Tally]:
-        found: dict[Bin, list[Tally]] = {}
-        for tensor, one in self.tensors.items():
-            found.setdefault(place(tensor), []).append(one)
-        return {key: Tally.total(tallies) for key, tallies in found.items()}
+        tallies_at: dict[Bin, list[Tally]] = {}
+        for tensor, tensor_tally in self.tensors.items():
+            tallies_at.setdefault(place(tensor), []).append(tensor_tally)
+        return {key: Tally.total(tallies) for key, tallies in tallies_at.items()}
 
 
 def kind_of(tensor: str) -> str:
-    """Return a tensor's name without its layer, without `.weight`, with other numbers as a star.
+    """Return a tensor's name without its layer and `.weight`, with other numbers replaced by a star.
 
     >>> kind_of("model.layers.3.self_attn.q_proj.weight"), kind_of("model.norm.weight")
     ('self_attn.q_proj', 'model.norm')
@@ -223,24 +223,18 @@ def measure(
 ) -> Interference:
     """Measure every tensor of the fine-tunes of one base.
 
-    models: name -> location, base and at least two fine-tunes of it among them; adapters given alone may
-    rest on the base. threshold: an element counts as changed above this multiple of the mean |task
-    vector| of its tensor. top: share of largest elements compared. progress: told after each tensor how many
-    elements of how many are done.
+    Args:
+        models: name -> location of the base and at least two fine-tunes of it.
+        base: the name of the base model.
+        threshold: an element counts as changed above this multiple of its tensor's mean |task vector|.
+        top: share of largest elements that are compared, in (0, 1].
+        progress: called after each tensor as `progress(elements done, elements in all)`.
 
-    Raises ConfigError for an unknown base, fewer than two fine-tunes or settings out of range, ModelError
-    where models do not fit each other or hold weights that are not finite.
+    Raises:
+        ConfigError: an unknown base, fewer than two fine-tunes, or settings out of range.
+        ModelError: the models do not fit each other, or have weights that are not finite.
     """
-    if base not in models:
-        raise ConfigError(f"unknown base model {base!r}", fix=nearest(base, models))
-    names = tuple(name for name in models if name != base)
-    if len(names) < 2:
-        raise ConfigError(
-            "an analysis compares fine-tunes of one base",
-            expected="a base and at least two other models",
-            got=f"base {base!r} and {', '.join(map(repr, names)) or 'nothing else'}",
-            fix="name more models; --base names the base of a file that has none of its own",
-        )
+    names = _fine_tunes(models, base)
     if not (math.isfinite(threshold) and threshold >= 0.0):
         raise ConfigError("analysis: threshold", expected="a number >= 0", got=f"{threshold:g}")
     if not 0.0 < top <= 1.0:
@@ -251,15 +245,17 @@ def measure(
     done, whole = 0, sum(header.count for header in sources[base].headers.values())
     for tensor, header in sources[base].headers.items():
         origin, vectors = _read(sources, base, names, tensor)
-        one = tally(origin, vectors, threshold=threshold, top=top)
-        if not (math.isfinite(one.base) and np.isfinite(one.products).all()):
-            sick = [n for n, ok in zip(names, np.isfinite(np.diag(one.products)), strict=True) if not ok]
+        tensor_tally = tally(origin, vectors, threshold=threshold, top=top)
+        if not (math.isfinite(tensor_tally.base) and np.isfinite(tensor_tally.products).all()):
+            non_finite = [
+                n for n, ok in zip(names, np.isfinite(np.diag(tensor_tally.products)), strict=True) if not ok
+            ]
             raise ModelError(
                 f"tensor {tensor!r} has elements that are NaN or infinite",
-                got=f"in {base if len(sick) != 1 else sick[0]}",
+                got=f"in {base if len(non_finite) != 1 else non_finite[0]}",
                 fix="use a sound copy of the model",
             )
-        tensors[tensor] = one
+        tensors[tensor] = tensor_tally
         done += header.count
         if progress is not None:
             progress(done, whole)
@@ -274,13 +270,27 @@ def measure(
     )
 
 
+def _fine_tunes(models: Mapping[str, str], base: str) -> tuple[str, ...]:
+    """Return the names of the models without the base. Raises ConfigError."""
+    if base not in models:
+        raise ConfigError(f"unknown base model {base!r}", fix=nearest(base, models))
+    names = tuple(name for name in models if name != base)
+    if len(names) < 2:
+        raise ConfigError(
+            "an analysis compares fine-tunes of one base",
+            expected="a base and at least two other models",
+            got=f"base {base!r} and {', '.join(map(repr, names)) or 'no other model'}",
+            fix="name more models; --base names the base if a recipe file has none",
+        )
+    return names
+
+
 def _read(
     sources: Mapping[str, Source], base: str, names: Sequence[str], tensor: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the base's tensor and the task vectors, from copies: a mapped file would stay in memory."""
+    """Return the base's tensor and the task vectors, read as copies, since mapped files stay in memory."""
 
     def read(name: str) -> Tensor:
-
         return to_tensor(widened(sources[name].array(tensor, mapped=False)))
 
     origin = read(base)
@@ -292,8 +302,8 @@ def tally(
 ) -> Tally:
     """Count one tensor: its base and one task vector per model, float32, all of one shape.
 
-    The top of a model is what is at least as large as its int(top * n)-th largest element, ties
-    included, zeros excluded.
+    The top of a model holds the elements whose size is at least that of its int(top * n)-th largest element,
+    with ties and without zeros.
 
     >>> import torch
     >>> vectors = [torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.tensor([1.0, 0.0, -2.0, 1.0])]
@@ -325,8 +335,8 @@ def tally(
         by = changed.sum(0)
         several = by > 1.0
         agreed = int((several & (sign.sum(0).abs() == by)).sum())
-        none, one, more = int((by == 0.0).sum()), int((by == 1.0).sum()), int(several.sum())
-        shares += np.array([none, one, agreed, more - agreed])
+        by_none, by_one, more = int((by == 0.0).sum()), int((by == 1.0).sum()), int(several.sum())
+        shares += np.array([by_none, by_one, agreed, more - agreed])
     return Tally(
         count=count,
         base=squares,
@@ -339,7 +349,7 @@ def tally(
 
 
 def _bounds(vector: Tensor, threshold: float, top: float) -> tuple[float, float]:
-    """Return above which |element| counts as changed, and from which on it is in the top."""
+    """Return the |element| above which it counts as changed, and from which on it is in the top."""
     import torch
 
     count = vector.numel()
@@ -347,12 +357,12 @@ def _bounds(vector: Tensor, threshold: float, top: float) -> tuple[float, float]
         return 0.0, math.inf
     size = vector.abs()
     mean = size.sum(dtype=torch.float64).item() / count
-    kept = int(top * count)
-    if not kept or not math.isfinite(mean):
+    top_count = int(top * count)
+    if not top_count or not math.isfinite(mean):
         return threshold * mean, math.inf
     ranked: NDArray[Any] = size.numpy()
-    ranked.partition(count - kept)  # in place, on our own copy
-    return threshold * mean, float(ranked[count - kept])
+    ranked.partition(count - top_count)  # in place: `abs` made a copy
+    return threshold * mean, float(ranked[count - top_count])
 
 
 def _counted(marks: Tensor) -> Counts:
@@ -361,5 +371,5 @@ def _counted(marks: Tensor) -> Counts:
 
 def _share(part: Any, whole: Any) -> Floats:
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
-    found: Floats = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
-    return found
+    shares: Floats = np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+    return shares

@@ -1,4 +1,4 @@
-"""What the files tell about a merge before it is made."""
+"""Norms of task vectors, from the models' files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from evomerge.merging.sources.opening import open_sources
 
 
 def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = "") -> dict[str, float]:
-    """Return the global Frobenius norm of each model's task vector, by name, the base left out.
+    """Return the Frobenius norm of each model's whole task vector, by name, without the base.
 
-    Streams: one tensor of the base and of one model is in memory at a time. Dividing weights by these
-    norms puts fine-tunes of different lengths on an equal footing.
+    One tensor of the base and of one model is in memory at a time. Weights divided by these norms give task
+    vectors of different lengths the same influence.
 
-    models: name -> location, base among them. tokenizer: as in a Recipe. Raises ModelError where they do
-    not fit each other, or where weights are not finite.
+    Args:
+        models: name -> location, with the base among them.
+        base: the name of the base model.
+        tokenizer: as in a Recipe.
+
+    Raises:
+        ConfigError: `base` is not among the models.
+        ModelError: the models do not fit each other, or have weights that are not finite.
     """
     if base not in models:
         raise ConfigError(f"unknown base model {base!r}", fix=nearest(base, models))
@@ -27,9 +33,9 @@ def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = 
     squares: dict[str, list[float]] = {name: [] for name in models if name != base}
     for tensor in sources[base].headers:
         origin = sources[base].tensor(tensor)
-        for name, found in squares.items():
-            found.append(norm(sources[name].tensor(tensor) - origin) ** 2)
-    norms = {name: math.sqrt(math.fsum(found)) for name, found in squares.items()}
+        for name, parts in squares.items():
+            parts.append(norm(sources[name].tensor(tensor) - origin) ** 2)
+    norms = {name: math.sqrt(math.fsum(parts)) for name, parts in squares.items()}
     for name, length in norms.items():
         if not math.isfinite(length):
             raise ModelError(

@@ -1,1 +1,1 @@
-"""A merge on disk: as a model folder or as a LoRA adapter."""
+"""Write a merge to disk, as a model folder or as a LoRA adapter."""

@@ -1,16 +1,16 @@
-"""Export a merge as a LoRA adapter: exact where the merge adds up adapters, else truncated.
+"""Export a merge as a LoRA adapter: exactly if the merge adds up adapters, else truncated.
 
 Exact: in every group the merge is base + sum(c_i B_i A_i) for adapters on one base (task_arithmetic,
 linear, passthrough). Then the factors are stacked, A = [A_1; A_2; ...] and B = [c_1 B_1, c_2 B_2, ...],
-and nothing is lost. Tensors that some adapter stores whole are stored whole again.
+and nothing is lost. Tensors that an adapter stores whole are stored whole again.
 
-Truncated: everything else. Each linear layer's change is cut to a chosen rank by the singular value
-decomposition, the best there is of that rank in the Frobenius norm (Eckart and Young 1936). How much of
-the change is captured is measured on the factors as written, and what a LoRA can't hold (norms,
-embeddings, biases) is counted as lost and named, or stored whole if asked.
+Truncated: all other merges. Each linear layer's change is cut to a chosen rank by the singular value
+decomposition, which is the best approximation of that rank in the Frobenius norm (Eckart and Young 1936).
+The captured share of the change is measured on the written factors. Changes that a LoRA can't hold (norms,
+embeddings, biases) are reported as lost, or stored whole if requested.
 
-An adapter gives the merge before it is rounded to the recipe's dtype: it is not the exported model's bits.
-Not covered: adapters on adapters, and DoRA.
+An adapter holds the merge before it is rounded to the recipe's dtype, so its bits differ from the exported
+model's. Not covered: adapters on adapters, and DoRA.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADDING = ("task_arithmetic", "linear", "passthrough")
-"""Methods that are sums of their sources; whether the sources' shares keep the base whole is checked."""
+"""Methods that are sums of their sources; `coefficients` checks that the base's share stays 1."""
 ROUNDING = 1e-6
-"""Change, as a share of a tensor's length, below which it is float32 rounding and not a change."""
+"""Change, as a share of a tensor's norm, up to which it is attributed to float32 rounding."""
 WHOLE_SVD = 2048
-"""Shorter side up to which a full decomposition is made; beyond it, where the rank is small, a random one."""
+"""Shorter side up to which a full decomposition is computed; beyond it, for small ranks, a random one."""
 OVERSAMPLING, ITERATIONS = 16, 4
 
 Finish = Callable[[Path, "AdapterReport"], Mapping[str, str]]
@@ -58,11 +58,15 @@ Term = tuple[float, AdaptedCheckpoint]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterReport:
-    """What an adapter holds of a merge.
+    """How much of a merge an adapter holds.
 
-    exact: nothing is lost but rounding. base: location of the model it is for. ranks: layer -> rank.
-    shares: name of each changed tensor -> share of its squared Frobenius norm that is captured.
-    energy: the same over all tensors. whole: tensors stored whole. lost: changed tensors not held at all.
+    exact: whether the adapter is the merge up to rounding.
+    base: location of the model that the adapter is for.
+    ranks: layer -> rank.
+    shares: changed tensor -> captured share of its change's squared Frobenius norm, in [0, 1].
+    energy: the same over all tensors together.
+    whole: tensors that are stored whole.
+    lost: changed tensors that the adapter does not hold.
     """
 
     exact: bool
@@ -79,7 +83,7 @@ class AdapterReport:
         return max(self.ranks.values())
 
     def summary(self) -> str:
-        """Return one sentence for people.
+        """Return a summary in one sentence.
 
         >>> AdapterReport(exact=False, base="b", ranks={"q": 8}, shares={"q": 0.5, "norm": 0.0},
         ...               energy=0.4, whole=(), lost=("norm",)).summary()
@@ -99,7 +103,7 @@ class AdapterReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layers:
-    """The modules of the live model: all names, and which of them peft can adapt; `tied` heads by tensor."""
+    """The live model's modules: all names, those that peft can adapt, and tied head -> its source."""
 
     names: tuple[str, ...]
     linear: frozenset[str]
@@ -110,7 +114,10 @@ class _Layers:
 
 @dataclass(slots=True, kw_only=True)
 class _Plan:
-    """What goes into the file: factors B (out, r) and A (r, in) by tensor, and tensors stored whole."""
+    """The contents of the file: tensor -> rank and factors B (out, r), A (r, in), and tensors stored whole.
+
+    squares: changed tensor -> squared norm of its change: captured, and in all.
+    """
 
     factors: dict[str, tuple[int, Callable[[], tuple[Tensor, Tensor]]]]
     whole: list[str]
@@ -128,44 +135,33 @@ def write_adapter(
     sources: Mapping[str, Source] | None = None,
     finish: Finish | None = None,
 ) -> AdapterReport:
-    """Write a merge as a PEFT LoRA adapter folder, with its recipe, and say what it holds.
+    """Write a merge as a PEFT LoRA adapter folder, with its recipe, and report how much of it is captured.
 
-    rank: of each layer, for a truncated adapter; without it only an exact one is written, with it an exact
-        one if its ranks are not larger.
-    base: location of the model the adapter is for (default: the recipe's base, else the one model that
-        all its adapters are made for).
-    keep_rest: store changed tensors that a LoRA can't hold whole, instead of losing them.
-    sources: already opened models by name.
-    finish: called with the complete folder before it gets its name; returns text files that belong into it.
+    Merged tensors are computed one at a time; the factors stay in memory.
 
-    Merged tensors are made one at a time; the factors stay in memory. Raises ModelError and ConfigError
-    where `check` does and where the merge can't be an adapter, NonFiniteWeights, DiskError.
+    Args:
+        recipe: the merge.
+        out: the folder to write, new or empty.
+        rank: of each layer, for a truncated adapter. An exact adapter is written if its ranks are not
+            larger; None allows only an exact one.
+        base: location of the adapter's base model. By default the recipe's base, else the one base of all
+            its adapters.
+        keep_rest: store changed tensors that a LoRA can't hold whole, instead of losing them.
+        sources: already opened models by name.
+        finish: called with the complete temporary folder; returns additional text files (name -> content).
+
+    Raises:
+        ModelError, ConfigError: the models don't fit, or the merge can't be an adapter.
+        NonFiniteWeights: a merged tensor has NaN or infinite elements.
+        DiskError: `out` has files in it, or there is not enough room.
     """
-    if rank is not None and rank < 1:
-        raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
-    if recipe.stacked:
-        raise ConfigError(
-            "this merge takes layers from other places, and an adapter changes layers where they are",
-            expected="a recipe without num_layers, shift and base_shift",
-            fix="write a whole model",
-        )
+    _check_request(recipe, rank)
     out = writer.new_folder(out)
     opened = dict(open_used(recipe) if sources is None else sources)
     check(recipe, opened)
     location, below = _base(recipe, opened, base)
     layers = _layers(below)
-    unrounded = dataclasses.replace(recipe, dtype="float32")
-    plan, reason = _exact(unrounded, opened, below, layers)
-    exact = plan is not None and (rank is None or max(_ranks(plan).values(), default=0) <= rank)
-    if plan is None or not exact:
-        if rank is None:
-            raise ConfigError(
-                "this merge is not a sum of adapters on one base, so an adapter of it has to be truncated",
-                got=reason,
-                fix="choose a rank (--rank 16, say), or write a whole model",
-            )
-        plan = _truncated(unrounded, opened, below, layers, rank, keep_rest)
-    _check_targets(plan, recipe)
+    plan, exact = _plan(recipe, opened, below, layers, rank, keep_rest)
     report = _report(plan, exact, location)
     stored = _whole_modules(plan.whole, below, layers)
     writer.check_space(out, {WEIGHTS: _headers(plan, stored, below, recipe.dtype, layers)})
@@ -178,12 +174,47 @@ def write_adapter(
     return report
 
 
-def _base(recipe: Recipe, sources: dict[str, Source], given: str | None) -> tuple[str, Checkpoint]:
-    """Return the location of the adapter's base as the user wrote it, and the base opened."""
-    if given is not None or recipe.base is not None:
-        location = given if given is not None else recipe.models[recipe.base or ""]
-        found = sources.get(recipe.base or "") if given is None else None
-        opened = open_source(location) if found is None else found
+def _check_request(recipe: Recipe, rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
+    if recipe.stacked:
+        raise ConfigError(
+            "this merge moves layers to other places, which an adapter can't do",
+            expected="a recipe without num_layers, shift and base_shift",
+            fix="write a whole model",
+        )
+
+
+def _plan(
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    base: Checkpoint,
+    layers: _Layers,
+    rank: int | None,
+    keep_rest: bool,
+) -> tuple[_Plan, bool]:
+    """Return the plan of an adapter, and whether it is exact."""
+    unrounded = dataclasses.replace(recipe, dtype="float32")
+    plan, reason = _exact(unrounded, sources, base, layers)
+    exact = plan is not None and (rank is None or max(_ranks(plan).values(), default=0) <= rank)
+    if plan is None or not exact:
+        if rank is None:
+            raise ConfigError(
+                "this merge is not a sum of adapters on one base, so its adapter must be truncated",
+                got=reason,
+                fix="choose a rank (e.g. --rank 16), or write a whole model",
+            )
+        plan = _truncated(unrounded, sources, base, layers, rank, keep_rest)
+    _check_targets(plan, recipe)
+    return plan, exact
+
+
+def _base(recipe: Recipe, sources: dict[str, Source], chosen: str | None) -> tuple[str, Checkpoint]:
+    """Return the location of the adapter's base, as the user wrote it, and the opened base."""
+    if chosen is not None or recipe.base is not None:
+        location = chosen if chosen is not None else recipe.models[recipe.base or ""]
+        base = sources.get(recipe.base or "") if chosen is None else None
+        opened = open_source(location) if base is None else base
         if not isinstance(opened, Checkpoint):
             raise ConfigError(
                 "an adapter can't be written for a base that is itself an adapter",
@@ -191,13 +222,13 @@ def _base(recipe: Recipe, sources: dict[str, Source], given: str | None) -> tupl
                 got=location,
             )
         return location, opened
-    found_bases = [source.base for source in sources.values() if isinstance(source, AdaptedCheckpoint)]
-    if not found_bases or not all(same_base(found_bases[0], each) for each in found_bases):
+    adapter_bases = [source.base for source in sources.values() if isinstance(source, AdaptedCheckpoint)]
+    if not adapter_bases or not all(same_base(adapter_bases[0], other) for other in adapter_bases):
         raise ConfigError(
             "an adapter needs a base, and this recipe names none",
-            fix="set `base` in the recipe to the model that its sources were made from",
+            fix="set `base` in the recipe to the model from which its sources were fine-tuned",
         )
-    below = found_bases[0]
+    below = adapter_bases[0]
     for name, source in sources.items():
         if isinstance(source, Checkpoint) and same_base(source, below):
             return recipe.models[name], source
@@ -208,9 +239,9 @@ def _base(recipe: Recipe, sources: dict[str, Source], given: str | None) -> tupl
 
 
 def coefficients(group: TensorGroup, base: str | None) -> tuple[float, ...] | None:
-    """Return c where a group makes base + sum(c_i * task vector i), None where it makes something else.
+    """Return c if a group's merge is base + sum(c_i * task vector i), else None.
 
-    base: the recipe's, by name. The method itself is asked, with unit vectors for sources.
+    base: the name of the recipe's base. The coefficients are the method's result for unit vectors.
 
     >>> half = TensorGroup(method="linear", sources=("a", "b"), parameters={"weight": (1.0, 3.0)})
     >>> coefficients(half, None)
@@ -221,17 +252,17 @@ def coefficients(group: TensorGroup, base: str | None) -> tuple[float, ...] | No
     if group.method not in ADDING:
         return None
     count = len(group.sources)
-    found = apply(group, torch.zeros(count), list(torch.eye(count)), seed=0, tensor="")
+    sums = apply(group, torch.zeros(count), list(torch.eye(count)), seed=0, tensor="")
     on_models = not methods.get(group.method).uses_task_vectors(base)
-    if on_models and abs(math.fsum(found.tolist()) - 1.0) > ROUNDING:
-        return None  # the base would be scaled, too
-    return tuple(found.tolist())
+    if on_models and abs(math.fsum(sums.tolist()) - 1.0) > ROUNDING:
+        return None  # the base would be scaled too
+    return tuple(sums.tolist())
 
 
 def _exact(
     recipe: Recipe, sources: Mapping[str, Source], base: Checkpoint, layers: _Layers
 ) -> tuple[_Plan | None, str]:
-    """Return the plan of an exact adapter; None where there is none, and why."""
+    """Return the plan of an exact adapter, or None and the reason."""
     names = set(layers.names)
     sums = {id(group): coefficients(group, recipe.base) for group in recipe.groups}
     plan = _Plan(factors={}, whole=[], squares={}, lost=[])
@@ -241,12 +272,12 @@ def _exact(
         if shares is None:
             return None, f"group {group.label()!r} ({group.method})"
         if recipe.base_of(group) not in (None, recipe.base):
-            return None, f"group {group.label()!r}, which has a base of its own"
+            return None, f"group {group.label()!r}, whose base is another model"
         terms: list[Term] = []
-        for share, each in zip(shares, group.sources, strict=True):
-            source = sources[each]
+        for share, source_name in zip(shares, group.sources, strict=True):
+            source = sources[source_name]
             if not same_base(source, base):
-                return None, f"source {each!r}, which is not an adapter on {base.location}"
+                return None, f"source {source_name!r}, which is not an adapter on {base.location}"
             if share and isinstance(source, AdaptedCheckpoint) and name in (source.updates | source.replaced):
                 terms.append((share, source))
         if terms and name.rpartition(".")[0] not in names:
@@ -290,9 +321,9 @@ def _truncated(
             continue
         module = name.removesuffix(".weight")
         if module not in layers.linear:
-            kept = keep_rest and name.rpartition(".")[0] in names
-            (plan.whole if kept else plan.lost).append(name)
-            plan.squares[name] = size**2 if kept else 0.0, size**2
+            stored = keep_rest and name.rpartition(".")[0] in names
+            (plan.whole if stored else plan.lost).append(name)
+            plan.squares[name] = size**2 if stored else 0.0, size**2
             continue
         change = change.T if module in layers.transposed else change
         up, down = low_rank(change, rank)
@@ -308,10 +339,10 @@ def _constant(up: Tensor, down: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return B (out, r) and A (r, in), the best approximation B A of a float32 matrix; r <= rank.
 
-    Both get the square roots of the singular values. Matrices with more than 2048 rows and columns are
-    decomposed at small ranks inside a random subspace found by power iteration (Halko, Martinsson and
-    Tropp 2011, arXiv:0909.4061, algorithm 4.4, with a generator of its own), which may capture slightly
-    less than the best; so measure the result.
+    Both are scaled by the square roots of the singular values. Matrices with more than 2048 rows and columns
+    are decomposed at small ranks in a random subspace from power iteration (Halko, Martinsson and Tropp 2011,
+    arXiv:0909.4061, algorithm 4.4, with a private generator), which may capture slightly less than the best
+    approximation, so measure the result.
 
     >>> import torch
     >>> up, down = low_rank(torch.ones(3, 2), 1)
@@ -340,7 +371,7 @@ def _check_targets(plan: _Plan, recipe: Recipe) -> None:
         return
     changed = [*plan.whole, *plan.lost]
     raise ConfigError(
-        "no linear layer of the live model changes in this merge, so a LoRA adapter could not hold it",
+        "this merge changes no linear layer of the model, so a LoRA adapter would hold nothing",
         got=f"changes in {', '.join(changed[:3])}" if changed else f"the base itself ({recipe.hash[:12]})",
         fix="write a whole model",
     )
@@ -367,7 +398,7 @@ def _report(plan: _Plan, exact: bool, base: str) -> AdapterReport:
 
 
 def _layers(base: Checkpoint) -> _Layers:
-    """Build the live model without weights: only its classes say what peft can adapt."""
+    """Return the live model's modules, from a model without weights: their classes are those peft adapts."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -380,22 +411,22 @@ def _layers(base: Checkpoint) -> _Layers:
         raise ModelError(
             f"{base.location}: transformers can't build this model", got=" ".join(str(error).split())[:300]
         ) from None
-    found: dict[type, set[str]] = {torch.nn.Linear: set(), Conv1D: set(), torch.nn.Embedding: set()}
+    modules: dict[type, set[str]] = {torch.nn.Linear: set(), Conv1D: set(), torch.nn.Embedding: set()}
     for name, module in model.named_modules():
-        for kind, names in found.items():
+        for kind, names in modules.items():
             if isinstance(module, kind):
                 names.add(name)
     return _Layers(
         names=tuple(name for name, _ in model.named_modules()),
-        linear=frozenset(found[torch.nn.Linear] | found[Conv1D]),
-        transposed=frozenset(found[Conv1D]),
-        embeddings=frozenset(found[torch.nn.Embedding]),
+        linear=frozenset(modules[torch.nn.Linear] | modules[Conv1D]),
+        transposed=frozenset(modules[Conv1D]),
+        embeddings=frozenset(modules[torch.nn.Embedding]),
         tied={name: source for name, source in model.all_tied_weights_keys.items() if name.endswith(HEADS)},
     )
 
 
 def _whole_modules(whole: Iterable[str], base: Checkpoint, layers: _Layers) -> list[str]:
-    """Return the tensors to store whole: peft wants all of a module, but takes biases by themselves."""
+    """Return the tensors to store whole: all tensors of a module, as peft requires, or single biases."""
     modules = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
     names = set(layers.names)
     modules |= {name for name in names for module in modules if name.endswith(module)}  # as peft matches
@@ -406,7 +437,7 @@ def _whole_modules(whole: Iterable[str], base: Checkpoint, layers: _Layers) -> l
 def _headers(
     plan: _Plan, stored: Iterable[str], base: Checkpoint, dtype: str, layers: _Layers
 ) -> dict[str, Header]:
-    """Return what the file announces, in its order: factors in float32, whole tensors in `dtype`."""
+    """Return the file's headers in order: factors in float32, whole tensors in `dtype`."""
     headers: dict[str, Header] = {}
     for name, (rank, _) in plan.factors.items():
         module = name.removesuffix(".weight")
@@ -429,7 +460,7 @@ def _factor_names(module: str, layers: _Layers) -> tuple[str, str]:
 
 
 def _stored_names(name: str, plan: _Plan, layers: _Layers) -> list[str]:
-    """Return where a whole tensor goes; that of tied embeddings is stored for the head, too."""
+    """Return the names under which a whole tensor is stored; tied embeddings are stored for the head too."""
     module, _, part = name.rpartition(".")
     if f"{module}.weight" in plan.factors:
         return [f"{PREFIX}{module}.base_layer.{part}"]
@@ -448,7 +479,7 @@ def _write_weights(
     inputs = FileInputs(sources)
     with ShardWriter(path, _headers(plan, stored, base, recipe.dtype, layers)) as writer:
         for name, (_, made) in plan.factors.items():
-            up, down = (checked(each, name) for each in made())
+            up, down = (checked(factor, name) for factor in made())
             for key, factor in zip(
                 _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
             ):
@@ -467,13 +498,13 @@ def _write_config(
     layers: _Layers,
     base: Checkpoint,
 ) -> None:
-    """Write adapter_config.json through peft's own class; lists in a fixed order."""
+    """Write adapter_config.json with peft's class, with lists in a fixed order."""
     from peft import LoraConfig
 
     usual = Counter(report.ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in report.ranks.items() if rank != usual}
     modules = {name.rpartition(".")[0] for name in stored if not name.endswith(".bias")}
-    if base.tied:  # stored under both names instead: modules_to_save would take the two apart
+    if base.tied:  # stored under both names instead, because modules_to_save would untie them
         modules -= {source.rpartition(".")[0] for source in layers.tied.values()}
     biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in modules for name in stored)
     LoraConfig(
@@ -496,11 +527,11 @@ def _write_config(
 
 
 def _targets(adapted: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the adapted modules by their last names where those mean no other module, else in full."""
-    wanted = set(adapted)
+    """Return the adapted modules by their last name if it fits no other module, else by their full name."""
+    modules = set(adapted)
     targets = set()
-    for module in wanted:
+    for module in modules:
         short = module.rpartition(".")[2]
         meant = {name for name in names if name == short or name.endswith(f".{short}")}
-        targets.add(short if meant <= wanted else module)
+        targets.add(short if meant <= modules else module)
     return sorted(targets)

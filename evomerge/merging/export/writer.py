@@ -1,4 +1,4 @@
-"""The engine: `write` streams a whole merged model to disk, tensor by tensor, all of it or nothing."""
+"""The engine: `write` streams a merged model to disk, tensor by tensor, completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evomerge.errors import DiskError
 from evomerge.files import drafted_folder
 from evomerge.merging.compatibility import check
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import INDEX, SINGLE
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 5_000_000_000
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
-"""mallopt's parameter (malloc.h) for the size from which blocks are mapped one by one, and that size."""
+"""mallopt's parameter (malloc.h) for the size from which blocks are mapped separately, and that size."""
 DISK_MARGIN = 64_000_000
-"""Bytes kept free beside the weights: tokenizer, config, and the file system's own."""
+"""Bytes needed beside the weights: tokenizer, config, and the file system's metadata."""
 COPIED = (
     "generation_config.json",  # the only one that is not the tokenizer's
     "tokenizer.json",
@@ -59,15 +59,26 @@ def write(
     sources: Mapping[str, Source] | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a merged model as a Hugging Face folder, tensor by tensor, and return the folder.
+    """Write a merged model as a Hugging Face folder, tensor by tensor.
 
-    Memory stays at a few times the largest tensor times the number of sources. Everything is written to
-    a temporary folder beside `out` and renamed at the end: `out` is complete or not there. An existing
+    Memory stays at a few times the largest tensor times the number of sources. Everything is written to a
+    temporary folder beside `out` and renamed at the end, so `out` is complete or does not exist. An existing
     folder with files in it is never touched.
 
-    sources: already opened models by name (default: opened from the recipe's locations).
-    extra: text files (name -> content) that belong into the folder, such as a model card.
-    Raises ModelError and ConfigError where `check` does, DiskError, and NonFiniteWeights.
+    Args:
+        recipe: the merge to write; it is also saved in the folder, as recipe.yaml.
+        out: the folder to write, new or empty.
+        max_shard_bytes: the largest size of one weight file, in bytes, unless a single tensor is larger.
+        sources: already opened models by name. By default the recipe's models are opened.
+        extra: additional text files (name -> content), such as a model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError, ConfigError: the models or the recipe do not fit, see `compatibility.check`.
+        DiskError: `out` has files in it, or there is not enough room.
+        NonFiniteWeights: a merged tensor has NaN or infinite elements.
     """
     out = new_folder(out)
     sources = open_used(recipe) if sources is None else sources
@@ -76,7 +87,7 @@ def write(
     pattern = sources[recipe.pattern]
     shards = plan_shards(output_headers(recipe, sources), recipe.dtype, max_shard_bytes)
     extended = isinstance(pattern, Aligned) and pattern.additions
-    tokenizer = open_tokenizer(pattern) if extended else None  # now: it may refuse
+    tokenizer = open_tokenizer(pattern) if extended else None  # before the weights, because it may raise
     check_space(out, shards)
     with drafted_folder(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
@@ -87,7 +98,7 @@ def write(
 
 
 def new_folder(out: str | Path) -> Path:
-    """Return the path of a folder to write, or raise DiskError where something is there already."""
+    """Return the path of a folder to write; raise DiskError if it has files in it."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiskError(
@@ -121,7 +132,7 @@ def plan_shards(
 def _write_weights(
     recipe: Recipe, inputs: Inputs, shards: Mapping[str, Mapping[str, Header]], folder: Path
 ) -> None:
-    merged = _in_order(recipe, inputs, [each for headers in shards.values() for each in headers.items()])
+    merged = _in_order(recipe, inputs, [named for headers in shards.values() for named in headers.items()])
     for file, headers in shards.items():
         with ShardWriter(folder / file, headers) as writer:
             for name in headers:
@@ -132,14 +143,14 @@ def _write_weights(
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
-def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[Array]:
-    """Yield merged tensors in order, merging ahead on torch's number of threads.
+def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[WeightArray]:
+    """Yield merged tensors in order, merging ahead on as many threads as torch uses.
 
-    No more elements are under way at a time than the largest tensor has, so memory stays that of one.
+    The tensors in progress never have more elements together than the largest tensor, to bound memory.
     """
     most = max((header.count for _, header in tensors), default=0)
     with pool() as workers:
-        ahead: deque[tuple[int, Future[Array]]] = deque()
+        ahead: deque[tuple[int, Future[WeightArray]]] = deque()
         try:
             for name, header in tensors:
                 while ahead and sum(count for count, _ in ahead) + header.count > most:
@@ -174,7 +185,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _return_memory() -> None:
-    """Have the C library hand large blocks back to the system when they are freed, where it can (glibc)."""
+    """Make the C library (glibc) return large blocks to the system when they are freed."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BLOCK)
 
@@ -187,7 +198,7 @@ def _existing_parent(out: Path) -> Path:
 
 
 def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
-    """Raise DiskError where there is no room for these files; shards: file name -> headers."""
+    """Raise DiskError if there is no room for some files; shards: file name -> headers."""
     parent = _existing_parent(out)
     needed = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
     free = shutil.disk_usage(parent).free

@@ -1,13 +1,13 @@
-"""Where each checkpoint tensor lies in a live model, so that it can be replaced in place.
+"""The place of each checkpoint tensor in a live model, so that its weights can be replaced there.
 
-transformers renames tensors when it loads a model, and stacks, joins or splits some of them (the experts of
-a mixture, for one). Which tensors become what is its business and changes with its versions, so there is no
-table here: the conversions of the installed version are run once, on tensors whose elements are numbered,
-and the numbers tell where every element went. Most tensors then are a view of a live parameter.
+When transformers loads a model, it renames tensors, and stacks, joins or splits some of them (the experts of
+a mixture, for example). These conversions change with its versions, so this module has no table of them. It
+runs the installed version's conversions once on tensors whose elements are numbered, and the numbers show
+where every element went. Most tensors then are a view of a live parameter.
 
-Costs, once at opening: some sixteen bytes per element of the largest converted parameter (layers alike are
-looked at once), and what a `Spread` keeps. Not covered: conversions that compute instead of moving elements
-(a dequantisation, say); models that need them are refused.
+Memory while opening: about sixteen bytes per element of the largest converted parameter (similar layers are
+converted once), and the indices of each `Spread`. Not covered: conversions that compute new values, such as
+dequantisation; models that need them are refused.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 
 BLOCK = 2**24
-"""Elements whose numbers are looked at together."""
+"""Number of elements that are processed at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Storage that is no view of one parameter: elements with their places, one by one.
+    """Storage that is not a view of one parameter: an index for every element.
 
-    parts: a flat live parameter, places in it, and as many places in the flattened tensor, all whole numbers.
+    parts: (flat live parameter, indices into it, indices into the flattened tensor) with as many of both.
     """
 
     parts: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
     def copy_(self, weights: Tensor, /) -> None:
-        """Put a tensor's elements where they belong, converted to the live type and device."""
+        """Write a tensor's elements to their places, converted to the live type and device."""
         flat = weights.reshape(-1)
-        for live, places, own in self.parts:
-            moved = flat[own.to(flat.device).long()].to(device=live.device, dtype=live.dtype)
-            live[places.to(live.device).long()] = moved
+        for live, live_places, tensor_places in self.parts:
+            moved = flat[tensor_places.to(flat.device).long()].to(device=live.device, dtype=live.dtype)
+            live[live_places.to(live.device).long()] = moved
 
 
 def address(place: Storage) -> Hashable:
-    """Return what is equal for two places only if they are the same memory."""
+    """Return a key that is equal for two places only if they are the same memory."""
     import torch
 
     if isinstance(place, torch.Tensor):
@@ -58,18 +58,21 @@ def address(place: Storage) -> Hashable:
 
 
 def gradient_at(place: Storage, parameters: Mapping[int, Tensor]) -> Tensor:
-    """Return the gradient of what lies at a place, float32 and on the CPU, of the checkpoint tensor's shape.
+    """Return the gradient at a place: float32, on the CPU, in the checkpoint tensor's shape.
 
-    parameters: the live parameters by the address of their storage, each with its `.grad`; the part of one
-        that no loss reached is zeros. A `Spread` gives a flat tensor.
+    A `Spread` returns a flat tensor. Parameters without a gradient count as zeros.
+
+    parameters: the live parameters by the address of their storage, with their `.grad`.
     """
     import torch
 
     if isinstance(place, Spread):
-        count = sum(len(own) for _, _, own in place.parts)
+        count = sum(len(tensor_places) for _, _, tensor_places in place.parts)
         spread = torch.zeros(count)
-        for live, places, own in place.parts:
-            spread[own.long()] = _gradient(live, parameters).reshape(-1)[places.to(live.device).long()].cpu()
+        for live, live_places, tensor_places in place.parts:
+            spread[tensor_places.long()] = (
+                _gradient(live, parameters).reshape(-1)[live_places.to(live.device).long()].cpu()
+            )
         return spread
     assert isinstance(place, torch.Tensor)
     gradient = _gradient(place, parameters)
@@ -100,20 +103,25 @@ class _View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scattered:
-    """A tensor whose elements lie anywhere: (parameter number, places there, places in the tensor)."""
+    """A tensor with an index per element: (parameter number, indices into it, indices into the tensor)."""
 
     parts: tuple[tuple[int, Tensor, Tensor], ...]
 
     def of(self, parameters: Sequence[Tensor]) -> Storage:
-        return Spread(parts=tuple((parameters[index], places, own) for index, places, own in self.parts))
+        return Spread(
+            parts=tuple(
+                (parameters[index], live_places, tensor_places)
+                for index, live_places, tensor_places in self.parts
+            )
+        )
 
 
 @dataclass(slots=True, kw_only=True)
 class _Group:
-    """Checkpoint tensors that live parameters are made of together.
+    """Checkpoint tensors that are converted together into live parameters.
 
-    converter: what makes them; None where one tensor is only renamed. members: names, each with the
-    converter's pattern it matched, in the order of loading.
+    converter: transformers' converter; None for a tensor that is only renamed. members: (name, the
+    converter's pattern that it matched), in the order of loading.
     """
 
     converter: Any
@@ -121,18 +129,16 @@ class _Group:
 
 
 def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str) -> dict[str, Storage]:
-    """Return tensor name -> its storage in the live model, for every tensor of a checkpoint.
+    """Return tensor name -> its place in the live model, for every tensor of a checkpoint.
 
-    location: what messages call the checkpoint.
-
-    Raises ModelError unless every tensor has a place of its own, and every weight of the live
-    model is reached.
+    location: the checkpoint's name in messages. Raises ModelError unless every tensor has its own place and
+    every weight of the live model is covered.
     """
     live = {name: tensor.data for name, tensor in model.state_dict().items()}
     groups, extra = _groups(model, headers, live)
     places: dict[str, Storage] = {}
     reached = set(model.all_tied_weights_keys)
-    known: dict[object, list[_View | _Scattered]] = {}
+    solved: dict[object, list[_View | _Scattered]] = {}
     for first, group in groups.items():
         if group.converter is None:
             name = group.members[0][0]
@@ -143,20 +149,20 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
         shapes = [(pattern, headers[name].shape) for name, pattern in group.members]
         single = len(group.converter.target_patterns) == 1
         key = (*shapes, tuple(live[first].shape))
-        if single and key in known:
-            names, found = [first], known[key]
+        if single and key in solved:
+            names, parts = [first], solved[key]
         else:
-            names, found = _follow(model, headers, location, first, group, live)
-            known |= {key: found} if single else {}
+            names, parts = _follow(model, headers, location, first, group, live)
+            solved |= {key: parts} if single else {}
         parameters = [live[name].view(-1) for name in names]
-        places |= {name: each.of(parameters) for (name, _), each in zip(group.members, found, strict=True)}
+        places |= {name: part.of(parameters) for (name, _), part in zip(group.members, parts, strict=True)}
         reached.update(names)
     missing = [name for name in live if name not in reached]
     if missing or extra:
         raise ModelError(
             f"{location}: its tensors are not those of {type(model).__name__}",
-            expected=_some(missing) or "no other tensors",
-            got=_some(extra) or "no such tensors",
+            expected=_some(missing) or "no additional tensors",
+            got=_some(extra) or "no tensors for them",
             fix="save the model again with a current transformers version",
         )
     return {name: places[name] for name in headers}
@@ -165,7 +171,7 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
 def _groups(
     model: PreTrainedModel, names: Iterable[str], live: dict[str, Tensor]
 ) -> tuple[dict[str, _Group], list[str]]:
-    """Return first live parameter -> the tensors it is made of, and the names that lead nowhere."""
+    """Return first live parameter -> the tensors it is made from, and the names without a parameter."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -175,12 +181,12 @@ def _groups(
     )
 
     mapping = get_model_conversion_mapping(model)
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
+    by_pattern = {pattern: conversion for conversion in converters for pattern in conversion.source_patterns}
     groups: dict[str, _Group] = {}
     extra = []
-    for name in sorted(names, key=dot_natural_key):  # the order decides which expert is which
+    for name in sorted(names, key=dot_natural_key):  # the order determines the experts' numbers
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, live)
         if target not in live and name in live:
             target, pattern = name, None
@@ -200,7 +206,7 @@ def _follow(
     group: _Group,
     live: Mapping[str, Tensor],
 ) -> tuple[list[str], list[_View | _Scattered]]:
-    """Return the live parameters a group fills, and where in them each of its tensors goes."""
+    """Return the live parameters that a group fills, and the place of each of its tensors in them."""
     import torch
 
     converter = copy.deepcopy(group.converter)
@@ -210,37 +216,40 @@ def _follow(
     for (name, pattern), header, start in zip(group.members, members, bounds, strict=False):
         numbers = torch.arange(start, start + header.count, dtype=whole).reshape(header.shape)
         converter.add_tensor(first, name, pattern, numbers)
-        del numbers  # the converter lets go of them one by one
+        del numbers  # the converter frees them one by one
     try:
         made = converter.convert(first, model=model, config=model.config)
     except (ValueError, RuntimeError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise _refused(model, location, group, f"{type(error).__name__}: {error}") from None
-    arrived = {n: (each[0] if isinstance(each, list) else each).contiguous() for n, each in made.items()}
+    arrived = {
+        n: (converted[0] if isinstance(converted, list) else converted).contiguous()
+        for n, converted in made.items()
+    }
     for name, tensor in arrived.items():
         shape = list(live[name].shape) if name in live else "no such weight"
         if list(tensor.shape) != shape or not live[name].is_contiguous():
             raise _refused(model, location, group, f"{name} of shape {list(tensor.shape)}, not {shape}")
     starts = list(itertools.accumulate((tensor.numel() for tensor in arrived.values()), initial=0))
     if starts[-1] != bounds[-1] or any(tensor.dtype != whole for tensor in arrived.values()):
-        raise _refused(model, location, group, "numbers computed from them")
+        raise _refused(model, location, group, "values that the conversion computes")
     places = torch.full((bounds[-1],), -1, dtype=whole)
     for tensor, start in zip(arrived.values(), starts, strict=False):
         for block in range(0, tensor.numel(), BLOCK):
             order = tensor.view(-1)[block : block + BLOCK].long()
             if int(order.min()) < 0 or int(order.max()) >= len(places):
-                raise _refused(model, location, group, "numbers computed from them")
+                raise _refused(model, location, group, "values that the conversion computes")
             places[order] = torch.arange(start + block, start + block + len(order), dtype=whole)
     if int(places.min()) < 0:
-        raise _refused(model, location, group, "numbers computed from them")
-    found = [
+        raise _refused(model, location, group, "values that the conversion computes")
+    parts = [
         _part(places[start:end].reshape(header.shape), starts)
         for header, (start, end) in zip(members, itertools.pairwise(bounds), strict=True)
     ]
-    return list(arrived), found
+    return list(arrived), parts
 
 
 def _part(places: Tensor, starts: Sequence[int]) -> _View | _Scattered:
-    """Say where a tensor's elements lie: `places`, counted over parameters that begin at `starts`."""
+    """Return the place of a tensor; places: its elements' indices over parameters that begin at `starts`."""
     import torch
 
     low, high = int(places.min()), int(places.max())
@@ -256,16 +265,16 @@ def _part(places: Tensor, starts: Sequence[int]) -> _View | _Scattered:
         return _View(index=index, size=tuple(places.shape), stride=tuple(stride), offset=low - starts[index])
     flat, parts = places.reshape(-1), []
     for index, (start, end) in enumerate(itertools.pairwise(starts)):
-        own = torch.nonzero((flat >= start) & (flat < end)).reshape(-1)
-        if len(own):
-            parts.append((index, flat[own] - start, own))
+        tensor_places = torch.nonzero((flat >= start) & (flat < end)).reshape(-1)
+        if len(tensor_places):
+            parts.append((index, flat[tensor_places] - start, tensor_places))
     return _Scattered(parts=tuple(parts))
 
 
 def _check_shape(headers: Mapping[str, Header], location: str, name: str, shape: tuple[int, ...]) -> None:
     if headers[name].shape != shape:
         raise ModelError(
-            f"{location}: tensor {name!r} does not have the shape its config asks for",
+            f"{location}: tensor {name!r} does not have the shape that its config specifies",
             expected=str(list(shape)),
             got=str(list(headers[name].shape)),
         )
@@ -273,7 +282,7 @@ def _check_shape(headers: Mapping[str, Header], location: str, name: str, shape:
 
 def _refused(model: PreTrainedModel, location: str, group: _Group, got: str) -> ModelError:
     return ModelError(
-        f"{location}: its tensors can't be put into {type(model).__name__} as they are",
+        f"{location}: its tensors can't be written into {type(model).__name__} unchanged",
         expected=f"a place for every element of {_some(name for name, _ in group.members)}",
         got=got[:300],
         fix="load the model with a current transformers version and save_pretrained it again",

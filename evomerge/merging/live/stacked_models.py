@@ -1,13 +1,14 @@
-"""Rewiring: live models made of other models' layers, which share their weights.
+"""Live models of stacked layers, which share the weights of the source models.
 
 A stacked recipe takes layers of its sources, in any order and number. Each source is held once, as a live
-model that fills with weights as they are needed. For each number (and kind) of layers there is a frame: a
-model that transformers builds from the recipe's own config, so positions in the cache, kinds of attention
-and the like are those of the exported model. Its parameters own nothing: loading a recipe points each at the
-weights of the layer it is to be. Only what a recipe changes on the way, the output projections that a
-`scale` multiplies or layers that are merged, is made, and kept until the next recipe.
+model whose weights are loaded when a recipe first needs them. For each number (and kind) of layers there is
+a frame: a model that transformers builds from the result's config, so that cache positions, kinds of
+attention and the like are those of the exported model. A frame has no weights: loading a recipe points each
+of its parameters at the weights of a source's layer. Only tensors that a recipe changes (output projections
+with a `scale`, merged layers) are computed, and kept until the next recipe.
 
-Memory: what the recipes use of each source, in the forward pass's type, and what the current one changes.
+Memory: the weights that the recipes use of each source, in the forward pass's type, and the tensors that the
+current recipe changes.
 """
 
 from __future__ import annotations
@@ -33,41 +34,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FRAMES = 32
-"""Frames kept. One costs a few objects per layer; what it points at is not its own."""
+"""Number of frames kept. A frame takes a few objects per layer, and no weights."""
 
 Merge = Callable[[Recipe, Mapping[str, Storage], Mapping[str, int], Callable[[str], object]], None]
-"""Merges tensors of a recipe into places, given their sizes, and notes each one that is done."""
+"""Merges tensors of a recipe into places, given their sizes, and reports each finished tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """A tensor of the result, or the part of it that lies in one live parameter.
 
-    source, own, owner: whose tensor and live parameter give it its place.
+    source, source_tensor: the model and its tensor whose place in the live model the part takes.
+    owner: the name of the live parameter at that place.
     """
 
     name: str
     source: str
-    own: str
+    source_tensor: str
     owner: str
     group: TensorGroup
 
-    @property
-    def copied(self) -> bool:
-        return self.group.method == "passthrough" and self.group.per_source("scale") == (1.0,)
-
 
 class _Held:
-    """A source as a live model: its parameters, and where in them its tensors lie.
+    """A source as a live model: its parameters, and the places of its tensors in them.
 
-    members: live name -> the tensors that are put there; owners: the inverse.
+    members: live name -> the tensors in that parameter; owners: the inverse.
     """
 
     def __init__(self, source: Source, model: PreTrainedModel) -> None:
         self.live = _state(model)
         self.places = locate(model, source.headers, source.location)
         self.filled: dict[str, str] = {}
-        """Tensor -> the type its weights were rounded to."""
+        """Loaded tensor -> the type its weights are rounded to."""
         starts = {tensor.untyped_storage().data_ptr(): name for name, tensor in self.live.items()}
         self.owners: dict[str, tuple[str, ...]] = {}
         self.members: dict[str, list[str]] = {}
@@ -79,13 +77,13 @@ class _Held:
                 self.members.setdefault(owner, []).append(name)
 
     def note(self, dtype: str) -> Callable[[str], object]:
-        """Return what notes a tensor whose weights, rounded to a type, are in their place."""
+        """Return a function that records a tensor as loaded, rounded to a type."""
         return lambda name: self.filled.update({name: dtype})
 
     def place_on(self, name: str, fresh: Mapping[str, Tensor]) -> Storage:
-        """Return a tensor's place on other storage: live name -> a tensor like the live one.
+        """Return a tensor's place in other storage (live name -> a tensor like the live one).
 
-        Parts of it that lie elsewhere are left out.
+        Parts of the tensor in other live parameters are left out.
         """
         place = self.places[name]
         if not isinstance(place, Spread):
@@ -96,8 +94,8 @@ class _Held:
         starts = {self.live[n].untyped_storage().data_ptr(): tensor for n, tensor in fresh.items()}
         return Spread(
             parts=tuple(
-                (starts[flat.untyped_storage().data_ptr()].view(-1), there, own)
-                for flat, there, own in place.parts
+                (starts[flat.untyped_storage().data_ptr()].view(-1), live_places, tensor_places)
+                for flat, live_places, tensor_places in place.parts
                 if flat.untyped_storage().data_ptr() in starts
             )
         )
@@ -105,21 +103,21 @@ class _Held:
 
 @dataclass(slots=True, kw_only=True)
 class _Frame:
-    """A model without weights of its own. slots: live name -> the parameter to point at them."""
+    """A model without weights. slots: live name -> the parameter to point at a source's weights."""
 
     model: PreTrainedModel
     slots: dict[str, Tensor]
     made: list[str] = field(default_factory=list)
 
     def release(self) -> None:
-        """Let go of what was made for the last recipe."""
+        """Free the tensors that were computed for the last recipe."""
         for name in self.made:
             self.slots[name].data = self.slots[name].data.new_empty(0)
         self.made = []
 
 
 class Rewiring:
-    """The live models of stacked recipes. `merge` is how the workbench makes tensors."""
+    """Builds and reuses the live models of stacked recipes. merge: the workbench's merging function."""
 
     def __init__(
         self,
@@ -140,7 +138,7 @@ class Rewiring:
 
     @property
     def nbytes(self) -> int:
-        """The memory of the weights held, shared by all live models, in bytes."""
+        """The memory of the held weights, which all live models share, in bytes."""
         filled = {
             (s, owner) for s, held in self._held.items() for t in held.filled for owner in held.owners[t]
         }
@@ -148,46 +146,46 @@ class Rewiring:
         return held + sum(tensor.nbytes for _, tensor in self._made.values())
 
     def load(self, recipe: Recipe, key: Callable[[TensorGroup], Hashable]) -> PreTrainedModel:
-        """Return a live model with a checked recipe's weights; the one before loses them.
+        """Return a live model with a recipe's weights; the live model before it loses its weights.
 
-        key: what determines the bits a group makes of a tensor. Raises NonFiniteWeights, and ModelError
-        where layers can't be put together.
+        recipe: already checked. key: returns everything that determines the bits that a group makes.
+        Raises NonFiniteWeights, and ModelError if layers can't be combined.
         """
-        wanted = self._parts(recipe)
-        frame = self._frame(recipe, wanted)
+        parts_by_live = self._parts(recipe)
+        frame = self._frame(recipe, parts_by_live)
         if self._current is not None:
             self._current.release()
         self._current = frame
-        weights = self._share(recipe, wanted)
-        frame.made = [live for live in wanted if live not in weights]
-        weights |= self._make(recipe, {live: wanted[live] for live in frame.made}, key)
+        weights = self._share(recipe, parts_by_live)
+        frame.made = [live for live in parts_by_live if live not in weights]
+        weights |= self._make(recipe, {live: parts_by_live[live] for live in frame.made}, key)
         for live, tensor in weights.items():
             frame.slots[live].data = tensor
-        frame.model.to(self._device)  # type: ignore[arg-type]  # a new frame's rotary tables are no weights
+        frame.model.to(self._device)  # type: ignore[arg-type]  # for the rotary tables of a new frame
         return frame.model
 
     def _parts(self, recipe: Recipe) -> dict[str, list[_Part]]:
-        """Return live name of the result -> the tensors it is made of."""
-        wanted: dict[str, list[_Part]] = {}
+        """Return live name in the result -> the tensors it consists of."""
+        parts_by_live: dict[str, list[_Part]] = {}
         for name in output_headers(recipe, self._sources):
             group = recipe.group_for(name)
             source, shift = group.sources[0], group.shifts[0]
-            own = shifted(name, shift)
-            for owner in self._hold(source).owners[own]:
-                part = _Part(name=name, source=source, own=own, owner=owner, group=group)
-                wanted.setdefault(shifted(owner, -shift), []).append(part)
-        for live, parts in wanted.items():
+            source_tensor = shifted(name, shift)
+            for owner in self._hold(source).owners[source_tensor]:
+                part = _Part(name=name, source=source, source_tensor=source_tensor, owner=owner, group=group)
+                parts_by_live.setdefault(shifted(owner, -shift), []).append(part)
+        for live, parts in parts_by_live.items():
             first = parts[0]
             members = self._held[first.source].members[first.owner]
             whole = {shifted(name, -first.group.shifts[0]) for name in members}
             if whole != {part.name for part in parts}:
                 raise ModelError(
-                    f"{live} of the stacked model is made of tensors that do not belong together",
-                    expected=f"those that are {first.owner} of {first.source}",
+                    f"{live} of the stacked model combines tensors that do not fit together",
+                    expected=f"the tensors that form {first.owner} of {first.source}",
                     got=", ".join(sorted(part.name for part in parts)[:3]),
                     fix="take the layer's modules from layers of one kind",
                 )
-        return wanted
+        return parts_by_live
 
     def _hold(self, source: str) -> _Held:
         if source not in self._held:
@@ -197,86 +195,82 @@ class Rewiring:
             self._held[source] = _Held(opened, model)
         return self._held[source]
 
-    def _frame(self, recipe: Recipe, wanted: Mapping[str, object]) -> _Frame:
-        """Return the frame of a recipe's config; only `FRAMES` are kept, those used last."""
+    def _frame(self, recipe: Recipe, parts_by_live: Mapping[str, object]) -> _Frame:
+        """Return the frame of a recipe's config; the `FRAMES` most recently used ones are kept."""
         config = stacked_config(recipe, self._sources)
         name = json.dumps(config, sort_keys=True)
         frame = self._frames.pop(name, None)
         if frame is None:
             model = build(self._pattern, config, self._dtype, self._attention)
             frame = _Frame(model=model, slots=_state(model))
-            if set(frame.slots) != set(wanted):
-                differing = sorted(set(frame.slots) ^ set(wanted))
+            if set(frame.slots) != set(parts_by_live):
+                differing = sorted(set(frame.slots) ^ set(parts_by_live))
                 raise ModelError(
-                    "the stacked layers are not those of the model their config describes",
-                    got=", ".join(differing[:3]),
-                    fix="take layers of the kind the config gives to their place",
+                    "the stacked layers do not have the weights of the model that their config describes",
+                    got=f"differences at {', '.join(differing[:3])}",
+                    fix="take layers of the kind that the config has at their place",
                 )
             if len(self._frames) == FRAMES:
                 del self._frames[next(iter(self._frames))]
         self._frames[name] = frame
         return frame
 
-    def _share(self, recipe: Recipe, wanted: Mapping[str, Sequence[_Part]]) -> dict[str, Tensor]:
-        """Return live name -> weights, of all that are some source's as they are."""
-        found = {}
+    def _share(self, recipe: Recipe, parts_by_live: Mapping[str, Sequence[_Part]]) -> dict[str, Tensor]:
+        """Return live name -> weights of the parameters that are copies of a source's."""
+        shared = {}
         needed: dict[str, dict[str, int]] = {}
-        for live, parts in wanted.items():
+        for live, parts in parts_by_live.items():
             source, owner = parts[0].source, parts[0].owner
-            if all(part.copied and (part.source, part.owner) == (source, owner) for part in parts):
-                found[live] = self._held[source].live[owner]
+            copied = all(part.group.copied_source == part.source for part in parts)
+            if copied and all((part.source, part.owner) == (source, owner) for part in parts):
+                shared[live] = self._held[source].live[owner]
                 headers = self._sources[source].headers
-                needed.setdefault(source, {}).update((part.own, headers[part.own].count) for part in parts)
+                needed.setdefault(source, {}).update(
+                    (part.source_tensor, headers[part.source_tensor].count) for part in parts
+                )
         for source, sizes in needed.items():
             held = self._held[source]
             empty = {name: n for name, n in sizes.items() if held.filled.get(name) != recipe.dtype}
             for name in empty:
                 held.filled.pop(name, None)
-            copying = TensorGroup(method="passthrough", sources=(source,))
-            copies = Recipe(
-                models=recipe.models,
-                groups=(copying,),
-                base=recipe.base,
-                dtype=recipe.dtype,
-                tokenizer=recipe.tokenizer,
-            )
+            copies = recipe.with_groups([TensorGroup(method="passthrough", sources=(source,))])
             self._merge(copies, {name: held.places[name] for name in empty}, empty, held.note(recipe.dtype))
-        return found
+        return shared
 
     def _make(
         self,
         recipe: Recipe,
-        wanted: Mapping[str, Sequence[_Part]],
+        parts_by_live: Mapping[str, Sequence[_Part]],
         key: Callable[[TensorGroup], Hashable],
     ) -> dict[str, Tensor]:
-        """Return live name -> weights made for this recipe; those the last one had, too, are kept."""
+        """Return live name -> weights computed for this recipe; those of the last recipe are reused."""
         import torch
 
         marks = {
-            live: tuple((p.name, p.source, p.own, p.owner, key(p.group)) for p in parts)
-            for live, parts in wanted.items()
+            live: tuple((p.name, p.source, p.source_tensor, p.owner, key(p.group)) for p in parts)
+            for live, parts in parts_by_live.items()
         }
-        kept = {live: each for live, each in self._made.items() if each[0] == marks.get(live)}
-        self._made = kept
+        reused = {live: made for live, made in self._made.items() if made[0] == marks.get(live)}
+        self._made = reused
         fresh = {
             live: torch.empty_like(self._held[parts[0].source].live[parts[0].owner])
-            for live, parts in wanted.items()
-            if live not in kept
+            for live, parts in parts_by_live.items()
+            if live not in reused
         }
         places: dict[str, Storage] = {}
         sizes: dict[str, int] = {}
         for live in fresh:
-            for part in wanted[live]:
+            for part in parts_by_live[live]:
                 held = self._held[part.source]
-                own = {
+                fresh_by_owner = {
                     owner: fresh[new]
-                    for owner in held.owners[part.own]
+                    for owner in held.owners[part.source_tensor]
                     if (new := shifted(owner, -part.group.shifts[0])) in fresh
                 }
-                places[part.name] = held.place_on(part.own, own)
-                sizes[part.name] = self._sources[part.source].headers[part.own].count
+                places[part.name] = held.place_on(part.source_tensor, fresh_by_owner)
+                sizes[part.name] = self._sources[part.source].headers[part.source_tensor].count
         self._merge(recipe, places, sizes, lambda name: None)
-        self._made = kept | {live: (marks[live], tensor) for live, tensor in fresh.items()}
+        self._made = reused | {live: (marks[live], tensor) for live, tensor in fresh.items()}
         return {live: tensor for live, (_, tensor) in self._made.items()}
 
 
@@ -284,7 +278,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
-    """Make a model of a config without reading or initialising its weights; they are put in later."""
+    """Build a model from a config without reading or initialising weights, which are loaded later."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
@@ -304,7 +298,7 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise DiskError(
-                f"{tempfile.gettempdir()}: could not be written: {error.strerror}", fix="free some room there"
+                f"{tempfile.gettempdir()}: can't be written", got=error.strerror, fix="free some disk space"
             ) from None
         if attention is not None and _plain(attention) in _plain(str(error)):
             raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
@@ -323,7 +317,7 @@ def _no_attention(name: str, reason: str) -> ConfigError:
         f"executor.attention: {name!r} can't be used here",
         expected="eager or sdpa; flash_attention_2 and others where packages and model allow it",
         got=reason,
-        fix="leave it out, and transformers chooses",
+        fix="leave it out to let transformers choose",
     )
 
 
@@ -332,6 +326,6 @@ def _plain(text: str) -> str:
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return live name -> the parameter or buffer itself, each tied one once."""
+    """Return live name -> parameter or buffer, with tied ones only once."""
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}

@@ -1,14 +1,14 @@
-"""The workbench: one live model whose weights are replaced in place, candidate after candidate.
+"""The workbench: one live model whose weights are replaced in place for every candidate.
 
     bench = Workbench({"base": "zoo/base", "code": "zoo/code", "maths": "zoo/maths"}, base="base")
     bench.load(recipe)          # bench.model now has the recipe's weights
     bench.load(next_recipe)     # only tensors whose group changed are merged again
-    bench.load(stacked_recipe)  # bench.model is another, of the sources' own layers (see `rewiring`)
+    bench.load(stacked_recipe)  # bench.model is another model, see `stacked_models`
 
-Memory beside the live model: the sources' files, memory-mapped (shared by all processes that map them),
-and what trimming by magnitude remembers of each task vector (see `Spectrum`). Weights are rounded to the
-recipe's dtype before they go into the live model, whatever it computes in, so what is scored is what
-`engine.write` exports.
+Memory beside the live model: the sources' files, memory-mapped (shared by all processes that map them), and
+the sorted magnitudes of each trimmed task vector (see `Spectrum`). Weights are rounded to the recipe's dtype
+before they are written into the live model, in whichever type it computes. So the scored weights are those
+that `export.writer.write` writes.
 """
 
 from __future__ import annotations
@@ -34,17 +34,30 @@ if TYPE_CHECKING:
 
 
 WORTH_THREADS = 1_000_000
-"""Parameters to merge from which on several threads are faster than one."""
+"""Number of parameters from which several threads merge faster than one."""
 
 
 class Workbench:
-    """Holds the models of a search, opened once, and one live model to score candidates with.
+    """Open the models of a search once, and hold one live model for scoring candidates.
 
-    models, base, tokenizer: as in a Recipe.
-    device, compute_dtype, attn_implementation: of the live model; none of them changes the weights.
-    low_memory: remember nothing of trimmed task vectors; such candidates then take longer.
+    Args:
+        models: name -> location, as in a Recipe.
+        base: the name of the base model, if there is one.
+        tokenizer: as in a Recipe.
+        device: of the live model, e.g. "cuda". It changes no weights.
+        compute_dtype: the type of the live model's forward pass. It changes no weights.
+        attn_implementation: transformers' name of an attention; None lets it choose.
+        low_memory: don't keep the sorted magnitudes of trimmed task vectors. Methods that trim then take
+            longer per candidate.
 
-    Raises ModelError where the models can't be used or do not fit each other.
+    Attributes:
+        model: the live model, with the weights of the last `load`.
+        sources: the opened models by name.
+        notes: remarks on the models for the user.
+
+    Raises:
+        ModelError: the models can't be opened or do not fit each other.
+        ConfigError: unknown names.
     """
 
     def __init__(
@@ -70,10 +83,10 @@ class Workbench:
         self._inputs = WarmInputs(self.sources, low_memory=low_memory)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
-        own = self.sources[self._pattern]
-        self._plain = build(own, own.config, compute_dtype, attn_implementation)
+        pattern_source = self.sources[self._pattern]
+        self._plain = build(pattern_source, pattern_source.config, compute_dtype, attn_implementation)
         self._plain.to(device)  # type: ignore[arg-type]
-        self._targets = locate(self._plain, self._headers, own.location)
+        self._targets = locate(self._plain, self._headers, pattern_source.location)
         self._rewiring = Rewiring(
             self.sources,
             pattern=self._pattern,
@@ -87,7 +100,7 @@ class Workbench:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model that gives config and tokenizer, opened on first use."""
+        """The tokenizer that the recipes use, opened on first use."""
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self.sources[self._pattern])
         return self._tokenizer
@@ -100,14 +113,21 @@ class Workbench:
     def load(self, recipe: Recipe) -> None:
         """Make `model` a live model with a recipe's weights.
 
-        Tensors whose group, parameters, dtype (and seed, for random methods) are those already loaded
-        stay. A recipe of stacked layers has a live model of its own. Raises NonFiniteWeights, and
-        ConfigError for a recipe that does not fit the models; the live model is then unspecified until the
-        next successful load.
+        Tensors whose group, parameters and dtype (for random methods also the seed) are already loaded are
+        not merged again. A recipe of stacked layers has a separate live model. After an error the weights of
+        the live model are unspecified until the next successful load.
+
+        Args:
+            recipe: a recipe of the workbench's models, with its tokenizer.
+
+        Raises:
+            NonFiniteWeights: a merged tensor has NaN or infinite elements.
+            ConfigError: the recipe does not fit the models or the workbench.
+            ModelError: stacked layers can't be combined.
         """
         if recipe.tokenizer != self._vocabulary:
             raise ConfigError(
-                "workbench: the recipe takes tokenizer and config from another model",
+                "workbench: the recipe's tokenizer is not the workbench's",
                 expected=self._vocabulary,
                 got=recipe.tokenizer,
                 fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
@@ -115,7 +135,7 @@ class Workbench:
         rows_differ = any(isinstance(source, Aligned) for source in self.sources.values())
         if rows_differ and (tuple(recipe.models), recipe.base) != (tuple(self.sources), self.base):
             raise ConfigError(
-                "workbench: the vocabularies differ, and what a model lacks depends on the others",
+                "workbench: the models' vocabularies differ, so a recipe needs all the workbench's models",
                 expected=f"models {', '.join(self.sources)} with base {self.base}",
                 got=f"models {', '.join(recipe.models)} with base {recipe.base}",
                 fix="give the recipe the workbench's models and base",
@@ -131,13 +151,13 @@ class Workbench:
             check(recipe, self.sources)
             self._checked.add(shape)
         keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
-        wanted = {name: keys[id(recipe.group_for(name))] for name in self._targets}
-        changed = [name for name, key in wanted.items() if self._loaded.get(name) != key]
+        wanted_keys = {name: keys[id(recipe.group_for(name))] for name in self._targets}
+        changed = [name for name, key in wanted_keys.items() if self._loaded.get(name) != key]
         for name in changed:
             self._loaded.pop(name, None)
 
         def note(name: str) -> None:
-            self._loaded[name] = wanted[name]
+            self._loaded[name] = wanted_keys[name]
 
         sizes = {name: self._headers[name].count for name in changed}
         self._merge(recipe, {name: self._targets[name] for name in changed}, sizes, note)
@@ -150,11 +170,11 @@ class Workbench:
         sizes: Mapping[str, int],
         note: Callable[[str], object],
     ) -> None:
-        """Merge tensors of some sizes into their places, and note each one that is done."""
+        """Merge tensors into their places, and call `note` with the name of each finished tensor."""
         waiting = iter(sorted(places, key=lambda name: -sizes[name]))
 
         def work() -> None:
-            for name in waiting:  # threads draw from one iterator, the largest tensors first
+            for name in waiting:  # all threads share one iterator, with the largest tensors first
                 merge_tensor(recipe, name, self._inputs, out=places[name])
                 note(name)
 
@@ -166,25 +186,32 @@ class Workbench:
                     done.result()
 
     def derivatives(self, recipe: Recipe) -> list[Derivatives]:
-        """Return dL/dp of every group's parameters p from the gradients in the live model; see `derivatives`.
+        """Return the loss's derivatives with respect to every group's parameters, after a backward pass.
 
-        Of the last loaded recipe, after a backward pass. A group whose method can't be differentiated, or
-        which makes no tensor, has none. Sums over tensors are taken in one order.
+        They come from the gradients in the live model, see `tensors.derivatives`. Sums over tensors are taken
+        in a fixed order.
+
+        Args:
+            recipe: the recipe that was loaded last.
+
+        Returns:
+            For every group parameter -> one value per source (or a single value); empty for a group that
+            makes no tensor, and for methods that can't be differentiated.
         """
-        live = {each.untyped_storage().data_ptr(): each for each in self.model.parameters()}
-        found: dict[int, list[Derivatives]] = {}
+        live = {parameter.untyped_storage().data_ptr(): parameter for parameter in self.model.parameters()}
+        by_group: dict[int, list[Derivatives]] = {}
         # Tied weights that are stored twice lie in one place, and its gradient counts once.
         owners = {address(place): name for name, place in self._targets.items()}
         for name in sorted(owners.values()):
             gradient = gradient_at(self._targets[name], live).view(self._headers[name].shape).numpy()
             of_tensor = tensor_derivatives(recipe, name, gradient, self._inputs)
             if of_tensor is not None:
-                found.setdefault(id(recipe.group_for(name)), []).append(of_tensor)
-        return [added(found.get(id(group), [])) for group in recipe.groups]
+                by_group.setdefault(id(recipe.group_for(name)), []).append(of_tensor)
+        return [added(by_group.get(id(group), [])) for group in recipe.groups]
 
 
 def _key(recipe: Recipe, position: int) -> Hashable:
-    """Return what determines the bits a group makes of a tensor."""
+    """Return a key of everything that determines the bits of a group's tensors."""
     group = recipe.groups[position]
     method = methods.get(group.method)
     return (
@@ -197,5 +224,5 @@ def _key(recipe: Recipe, position: int) -> Hashable:
 
 
 def _made_from(recipe: Recipe, group: TensorGroup) -> tuple[Hashable, ...]:
-    """Return what a group reads, and how."""
+    """Return the method of a group and the tensors that it reads."""
     return group.method, group.sources, group.shifts, recipe.base_of(group), group.base_shift

@@ -1,18 +1,15 @@
-"""Recipes as mergekit YAML, both ways.
+"""Read mergekit YAML as a recipe.
 
-Reading understands the configuration grammar for the methods we have: `models`, `slices` or one module;
-slices that stack, skip, repeat and shift layers; parameters as numbers, gradients over the layers, or
-ordered filters, looked up from the source over its slice and module to the whole file; `base_model` per
-slice, with a `layer_range` of its own; `dtype` and `out_dtype`; `path+adapter`.
-Writing puts every run of layers with equal parameters into a slice and the rest into filters, then reads
-the result back and compares: what can't be said exactly is refused.
+Covered, for the methods that evomerge has: `models`, `slices` or one module; slices that stack, skip, repeat
+and shift layers; parameters as numbers, gradients over the layers, or ordered filters, looked up in the
+source, its slice, its module and the whole file, in this order; `base_model` per slice, with a `layer_range`;
+`dtype` and `out_dtype`; `path+adapter`. `slices.py` turns slices into tensor groups.
 
-Deviations from mergekit: we compute in float32 whatever `dtype` says (it writes `out_dtype`, else
-`dtype`, else the stored type, and so do we); DARE rescales by 1/density; misspelt keys are errors; a
-model that appears twice in a slice stays two sources; a base that slices do not list is read at the
-layers of their sources; `weight` may be left out; the final norm and the head are made of all sources of
-the last slice (mergekit takes no more than the first slice has). What slices mean is in
-`mergekit_groups`.
+Deviations from mergekit: merging computes in float32 for every `dtype` (the result is stored in `out_dtype`,
+else `dtype`, else the stored type, as in mergekit); DARE rescales by 1/density; misspelt keys are errors; a
+model that appears twice in a slice stays two sources; a base that slices do not list is read at the layers
+of their sources; `weight` may be left out; the final norm and the head are made of all sources of the last
+slice (mergekit takes no more sources than the first slice has).
 """
 
 from __future__ import annotations
@@ -45,9 +42,9 @@ KEYS = (
     "chat_template",
 )
 UNUSED = {"task_arithmetic": ("density", "rescale")}
-"""Parameters mergekit accepts for a method although they do not change what it computes."""
+"""Parameters that mergekit accepts for a method without using them."""
 NEVER_USED = "int8_mask"
-"""A parameter of mergekit that saves it memory and never changes what any method computes."""
+"""A parameter that saves mergekit memory and changes no result."""
 NEUTRAL = {
     "ties": {"rescale": False},
     "breadcrumbs": {"rescale": False},
@@ -55,13 +52,13 @@ NEUTRAL = {
     "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
     "multislerp": {"normalize_weights": True},
 }
-"""Parameters we understand only at the value that changes nothing; any other is refused by name."""
+"""Parameters that are accepted only at the value that changes nothing; other values are errors."""
 OURS = ("chained_slerp", "fisher")
-"""Methods mergekit does not have."""
+"""Methods that mergekit does not have."""
 COPYING = ("slerp", "arcee_fusion")
-"""Methods that take the only source of a slice as it is."""
+"""Methods with which mergekit copies the only source of a slice."""
 Conditions = Mapping[str, tuple[Condition, ...]]
-"""Parameter -> ordered conditions, of one level of the file."""
+"""Parameter -> ordered conditions, from one level of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +73,18 @@ class _Entry:
 def read(
     text: str, *, root: str | Path | None = None, seed: int = 0, tensors: Iterable[str] | None = None
 ) -> Recipe:
-    """Return the recipe that a mergekit YAML describes.
+    """Return the recipe that a mergekit configuration describes.
 
-    root: folder where relative model paths start (default: the current one). seed: owner of random
-    masks, which mergekit takes from its command line. tensors: names of the model's tensors. Without
-    them, the headers of the models are read where the file needs them: for slices, gradients over
-    `models`, and filters that overlap.
+    Args:
+        text: the YAML.
+        root: the folder where relative model paths start; None means the current folder.
+        seed: of random masks, which mergekit takes from its command line.
+        tensors: names of the model's tensors. By default the models' headers are read, if the file needs
+            them: for slices, gradients over `models` and filters that overlap.
 
-    Raises ConfigError, naming the nearest valid key for an unknown one.
+    Raises:
+        ConfigError: keys or values that aren't valid, or that evomerge doesn't support.
+        ModelError: the models can't be opened, where their headers are needed.
     """
     try:
         data = parse_yaml(text)
@@ -94,33 +95,23 @@ def read(
         raise ConfigError("mergekit file: missing key 'merge_method'")
     method = methods.get(str(data["merge_method"]))
     if method.name in OURS:
-        raise ConfigError(
-            f"mergekit file: {method.name} is not one of its methods", fix="write a recipe.yaml"
-        )
+        raise ConfigError(f"mergekit file: mergekit has no method {method.name}", fix="write a recipe.yaml")
     slices = placed(_slices(data, method))
     base = _base(data, "mergekit file")
     tokenizer = _tokenizer(data)
-    used = [each for part in slices for each in (part.made.base, *part.made.sources)]
+    used = [location for part in slices for location in (part.made.base, *part.made.sources)]
     if tokenizer == "base":
         tokenizer = base or slices[0].made.sources[0]
     named = (base, *used, tokenizer)
-    locations = list(dict.fromkeys(each for each in named if each and each != UNION))
+    locations = list(dict.fromkeys(location for location in named if location and location != UNION))
     names = _names(locations)
     places = {location: resolved(location, root) for location in locations}
     headers = Headers(places, tensors, base)
-    length = None
-    if slices[0].length is not None:
-        length = slices[-1].start + (slices[-1].length or 0)
-        try:
-            check_ranges(slices, headers)
-            own = locations[0] if tokenizer in (None, UNION) else tokenizer
-            if length == headers.layout(own).num_layers:
-                length = None
-        except ModelError:
-            pass  # the models are not at hand; whoever merges checks the layers again
+    pattern_location = locations[0] if tokenizer is None or tokenizer == UNION else tokenizer
+    num_layers = _num_layers(slices, headers, pattern_location)
     pattern = tokenizer or base
     if any(methods.get(part.made.method).uses_base(base) and part.made.base is None for part in slices):
-        base = None  # so that groups without a base have none; the others name theirs
+        base = None  # groups without a base then have none, and the others name their own
     return Recipe(
         models={names[location]: place for location, place in places.items()},
         base=names[base] if base else None,
@@ -128,20 +119,36 @@ def read(
         dtype=_dtype(data, headers, locations[0]),
         tokenizer=names.get(pattern, UNION) if pattern and (tokenizer or base is None) else "",
         seed=seed,
-        num_layers=length,
+        num_layers=num_layers,
     )
 
 
+def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str) -> int | None:
+    """Return the number of layers of the result, or None if it is that of the tokenizer's model."""
+    if slices[0].length is None:
+        return None
+    num_layers = slices[-1].start + (slices[-1].length or 0)
+    try:
+        check_ranges(slices, headers)
+        if num_layers == headers.layout(pattern_location).num_layers:
+            return None
+    except ModelError:
+        pass  # the models are not on this machine; merging checks the layers again
+    return num_layers
+
+
 def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
-    """Bring `models`, `slices` and `modules` to one form; shifts are still the sources' first layers."""
-    given = [key for key in ("models", "slices", "modules") if data.get(key)]
-    if len(given) != 1:
+    """Return `models`, `slices` or `modules` as slices whose shifts are still the sources' first layers."""
+    keys = [key for key in ("models", "slices", "modules") if data.get(key)]
+    if len(keys) != 1:
         raise ConfigError(
-            "mergekit file: what to merge", expected="exactly one of models, slices, modules", got=str(given)
+            "mergekit file: nothing to merge, or several lists",
+            expected="exactly one of models, slices, modules",
+            got=", ".join(keys) or "none of them",
         )
     levels = [_parameters(data, method, "parameters")]
     content, where = data, ""
-    if given == ["modules"]:
+    if keys == ["modules"]:
         if not isinstance(data["modules"], Mapping) or len(data["modules"]) != 1:
             raise ConfigError("mergekit file: modules", expected="one module", got=str(data["modules"])[:80])
         name, content = next(iter(data["modules"].items()))
@@ -157,14 +164,14 @@ def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
         place = f"{where}slices[{index}]"
         part = _checked(entry, ("sources", "parameters", "base_model"), f"mergekit file: {place}")
         entries = _list(part.get("sources"), f"{place}.sources")
-        own = _base(part, f"mergekit file: {place}") or base
+        slice_base = _base(part, f"mergekit file: {place}") or base
         inner = [_parameters(part, method, f"{place}.parameters"), *levels]
-        slices.append(_slice(entries, own, method, inner, f"{place}.sources", ranged=True))
+        slices.append(_slice(entries, slice_base, method, inner, f"{place}.sources", ranged=True))
     return slices
 
 
 def _slice(
-    given: Sequence[Any],
+    listed: Sequence[Any],
     base: str | None,
     method: Method,
     levels: Sequence[Conditions],
@@ -174,9 +181,9 @@ def _slice(
 ) -> Slice:
     valid = ("model", "parameters", *(("layer_range",) if ranged else ()))
     entries, lengths = [], []
-    for index, each in enumerate(given):
+    for index, source in enumerate(listed):
         place = f"{where}[{index}]"
-        entry = _checked(each, valid, f"mergekit file: {place}")
+        entry = _checked(source, valid, f"mergekit file: {place}")
         model = _location(entry.get("model"), f"mergekit file: {place}: model")
         parameters = _parameters(entry, method, f"{place}.parameters", source=True)
         start, end = _layer_range(entry, place) if ranged else (0, None)
@@ -191,7 +198,7 @@ def _slice(
             expected="layer_ranges of the same length",
             got=", ".join(ranges),
         )
-    if ranged and _is_copy(method, entries, base):
+    if ranged and _copies_its_source(method, entries, base):
         made = Made(method="passthrough", sources=(entries[0].model,), shift=(entries[0].start,), base=None)
         return Slice(length=lengths[0], made=made, conditions={"scale": (((None, (1.0,)),),)})
     made, entries = _roles(method, entries, base, levels, where, ranged=ranged)
@@ -203,8 +210,11 @@ def _slice(
     return Slice(length=lengths[0], made=made, conditions=conditions)
 
 
-def _is_copy(method: Method, entries: Sequence[_Entry], base: str | None) -> bool:
-    """Whether a slice of these sources is one model as it is: nothing is added to it."""
+def _copies_its_source(method: Method, entries: Sequence[_Entry], base: str | None) -> bool:
+    """Say whether mergekit copies a slice's only source, which is read as a `passthrough` group.
+
+    This is mergekit's grammar. For tensor groups see `TensorGroup.copied_source`.
+    """
     if len(entries) != 1:
         return False
     return method.name in COPYING or (method.uses_base(base) and entries[0].model == base)
@@ -219,24 +229,30 @@ def _roles(
     *,
     ranged: bool,
 ) -> tuple[Made, list[_Entry]]:
-    """Give the base model its role: it is no task vector of its own, and it is slerp's t = 0.
+    """Separate the base model from the sources, or make it slerp's first source (t = 0).
 
-    mergekit adds an unlisted base to `models`, where methods without a base average it like any other,
-    but not to the sources of slices.
+    mergekit adds a base that is not listed to `models`, where methods that need no base average it like any
+    other model, but not to the sources of slices.
     """
     where = f"mergekit file: {where}"
     listed = [entry for entry in entries if entry.model == base]
-    own, base_start = base if method.uses_base(base) else None, 0
-    if own is not None and ranged and not listed and not method.needs_base and method.name != "nuslerp":
-        own = None
-    if own is not None:
+    group_base, base_start = base if method.uses_base(base) else None, 0
+    if (
+        group_base is not None
+        and ranged
+        and not listed
+        and not method.needs_base
+        and method.name != "nuslerp"
+    ):
+        group_base = None
+    if group_base is not None:
         entries = [entry for entry in entries if entry.model != base]
         starts = {entry.start for entry in listed or entries}
         if len(listed) > 1 or len(starts) > 1:
             raise ConfigError(
-                f"{where}: at which layers is the base {base} read?",
-                expected="the base among the sources, once, with its layer_range",
-                got=f"{len(listed)} times",
+                f"{where}: the layers at which the base {base} is read are not clear",
+                expected="the base listed once among the sources, with its layer_range",
+                got=f"listed {len(listed)} times",
             )
         base_start = starts.pop() if starts else 0
     elif method.name == "slerp":
@@ -247,7 +263,7 @@ def _roles(
     elif base is not None and not ranged and not listed and method.max_sources != len(entries):
         if "weight" in method.parameters and not any("weight" in level for level in levels):
             raise ConfigError(
-                f"{where}: {method.name} averages base_model with the models, and nothing gives it a weight",
+                f"{where}: {method.name} averages base_model with the models, but base_model has no weight",
                 expected=f"{base} among the models with a weight, or no base_model",
             )
         entries = [*entries, _Entry(model=base, parameters={})]
@@ -255,7 +271,7 @@ def _roles(
         method=method.name,
         sources=tuple(entry.model for entry in entries),
         shift=tuple(entry.start for entry in entries),
-        base=own,
+        base=group_base,
         base_shift=base_start,
     )
     return made, entries
@@ -265,7 +281,7 @@ def _parameters(
     data: Mapping[str, Any], method: Method, where: str, *, source: bool = False
 ) -> dict[str, tuple[Condition, ...]]:
     """Return parameter -> ordered conditions of one level of the file."""
-    found: dict[str, tuple[Condition, ...]] = {}
+    conditions: dict[str, tuple[Condition, ...]] = {}
     where = f"mergekit file: {where}"
     for name, setting in _mapping(data.get("parameters") or {}, where).items():
         neutral = NEUTRAL.get(method.name, {})
@@ -275,39 +291,40 @@ def _parameters(
         declared = method.parameter(str(name), where)
         if source and not declared.per_source:
             raise ConfigError(
-                f"{where}: {name} holds for all sources of a tensor", fix="move it out of the source"
+                f"{where}: {name} is a parameter of the whole merge, not of one source",
+                fix="move it out of the source, to the parameters of the slice or the file",
             )
-        found[name] = _conditions(setting, f"{where}.{name}")
+        conditions[name] = _conditions(setting, f"{where}.{name}")
         if declared.kind == "flag":  # mergekit takes 0 and 1 as well
-            found[name] = tuple(
-                (p, tuple(bool(v) if v in (0, 1) else v for v in vs)) for p, vs in found[name]
+            conditions[name] = tuple(
+                (p, tuple(bool(v) if v in (0, 1) else v for v in vs)) for p, vs in conditions[name]
             )
-    return found
+    return conditions
 
 
 def _conditions(setting: object, where: str) -> tuple[Condition, ...]:
     if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
-        found: list[Condition] = []
-        for given in setting:
-            item = _checked(given, ("filter", "value"), where)
+        conditions: list[Condition] = []
+        for entry in setting:
+            item = _checked(entry, ("filter", "value"), where)
             if "value" not in item:
                 raise ConfigError(f"{where}: a filter without value")
             part = item.get("filter")
-            found.append((None if part in (None, "*") else str(part), _values(item["value"], where)))
-        return tuple(found)
+            conditions.append((None if part in (None, "*") else str(part), _values(item["value"], where)))
+        return tuple(conditions)
     return ((None, _values(setting, where)),)
 
 
 def _values(value: object, where: str) -> tuple[Any, ...]:
-    values = [_number(each) for each in (value if isinstance(value, list) else [value])]
+    values = [_number(number) for number in (value if isinstance(value, list) else [value])]
     numbers = all(isinstance(v, int | float) for v in values)
     if not values or not numbers or (len(values) > 1 and any(isinstance(v, bool) for v in values)):
-        raise ConfigError(f"{where}", expected="a number, a list of numbers, or filters", got=repr(value))
+        raise ConfigError(where, expected="a number, a list of numbers, or filters", got=repr(value))
     return tuple(values)
 
 
 def _number(value: object) -> object:
-    """Return the number a text like `1e-5` is, which YAML 1.1 takes for a text; all else as it is."""
+    """Return a text like `1e-5`, which YAML 1.1 doesn't read as a number, as a number."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -315,17 +332,19 @@ def _number(value: object) -> object:
 
 
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
-    given = entry.get("layer_range")
-    whole = isinstance(given, list) and len(given) == 2 and all(type(v) is int for v in given)
-    if not whole or not 0 <= given[0] < given[1]:  # type: ignore[index]
+    bounds = entry.get("layer_range")
+    whole = isinstance(bounds, list) and len(bounds) == 2 and all(type(v) is int for v in bounds)
+    if not whole or not 0 <= bounds[0] < bounds[1]:  # type: ignore[index]
         raise ConfigError(
-            f"mergekit file: {where}: layer_range", expected="[first, end), end above first", got=repr(given)
+            f"mergekit file: {where}: layer_range",
+            expected="[first, end] with 0 <= first < end",
+            got=repr(bounds),
         )
-    return given[0], given[1]  # type: ignore[index]
+    return bounds[0], bounds[1]  # type: ignore[index]
 
 
 def _names(locations: Iterable[str]) -> dict[str, str]:
-    """Return location -> a short name: its last part, numbered where it is taken or means all models."""
+    """Return location -> a short name: its last part, with a number if it is taken or is `union`."""
     names: dict[str, str] = {}
     for location in dict.fromkeys(locations):
         stem = Path(location.rpartition("+")[2]).name or location
@@ -337,7 +356,7 @@ def _names(locations: Iterable[str]) -> dict[str, str]:
 
 
 def resolved(location: str, root: str | Path | None) -> str:
-    """Return a location whose parts start at `root` where they exist there."""
+    """Return a location with those of its parts that exist below `root` as paths from there."""
     parts = location.split("+")
     if root is not None:
         parts = [str(Path(root) / part) if (Path(root) / part).exists() else part for part in parts]
@@ -345,49 +364,52 @@ def resolved(location: str, root: str | Path | None) -> str:
 
 
 def _base(data: Mapping[str, Any], where: str) -> str | None:
-    given = data.get("base_model")
-    return None if given is None else _location(given, f"{where}: base_model")
+    location = data.get("base_model")
+    return None if location is None else _location(location, f"{where}: base_model")
 
 
-def _location(given: object, where: str) -> str:
-    """Return a model's location, written as a text or as mergekit's own mapping of model and lora."""
-    if isinstance(given, dict) and "model" in given:
-        parts = _checked(given, ("model", "lora"), where)
+def _location(location: object, where: str) -> str:
+    """Return a model's location, written as text or as mergekit's mapping of `model` and `lora`."""
+    if isinstance(location, dict) and "model" in location:
+        parts = _checked(location, ("model", "lora"), where)
         return "+".join(_location(parts[key], where) for key in ("model", "lora") if parts.get(key))
-    if isinstance(given, dict) and "path" in given:
-        return str(_checked(given, ("path",), where)["path"])
-    if not isinstance(given, str):
-        raise ConfigError(where, expected="a path or hub id", got=repr(given))
-    return given
+    if isinstance(location, dict) and "path" in location:
+        return str(_checked(location, ("path",), where)["path"])
+    if not isinstance(location, str):
+        raise ConfigError(where, expected="a path or hub id", got=repr(location))
+    return location
 
 
 def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
     for key in ("dtype", "out_dtype"):
         if data.get(key) is not None and data[key] not in DTYPES:
             raise ConfigError(f"mergekit file: {key}: {data[key]!r}", fix=nearest(str(data[key]), DTYPES))
-    given = data.get("out_dtype") or data.get("dtype")
-    return str(given) if given else headers.dtype(location)
+    dtype = data.get("out_dtype") or data.get("dtype")
+    return str(dtype) if dtype else headers.dtype(location)
 
 
 def _tokenizer(data: Mapping[str, Any]) -> str | None:
-    """Return `base`, `union`, or the location of the tokenizer's model; None where the file says nothing."""
+    """Return `base`, `union` or the location of the tokenizer's model; None if the file has no such key."""
     if data.get("chat_template") not in (None, "auto"):
-        raise ConfigError("mergekit file: chat_template is not supported", fix="set it in the result")
-    given = data.get("tokenizer_source")
-    if data.get("tokenizer") is not None:
-        given = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
-    if given is not None and not isinstance(given, str):
         raise ConfigError(
-            "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(given)
+            "mergekit file: chat_template is not supported",
+            fix="leave it out, and set the template in the merged model's tokenizer",
         )
-    return given
+    source = data.get("tokenizer_source")
+    if data.get("tokenizer") is not None:
+        source = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
+    if source is not None and not isinstance(source, str):
+        raise ConfigError(
+            "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(source)
+        )
+    return source
 
 
 def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:
-    for key in (found := _mapping(data, where)):
+    for key in (checked := _mapping(data, where)):
         if key not in valid:
             raise ConfigError(f"{where}: unknown key {key!r}", fix=nearest(str(key), valid))
-    return found
+    return checked
 
 
 def _mapping(data: object, where: str) -> dict[str, Any]:

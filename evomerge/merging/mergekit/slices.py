@@ -1,10 +1,10 @@
-"""The slices of a mergekit file as tensor groups of a recipe: which layers, which sources, which parameters.
+"""Turn the slices of a mergekit file into tensor groups of a recipe: layers, sources and parameters.
 
-`mergekit` reads the file into slices; this module says what they mean, tensor by tensor, and writes that
-down in as few groups as it can. Tensors before the first layer are the first slice's, those after the
-last layer the last slice's, both at position 0 of gradients; a layer's position is idx / (n - 1) inside
-its slice. Filters of per-source parameters see the tensor's name in the source, those of other
-parameters its name in the result, which differ where layers are shifted.
+`reader` reads the file into slices. This module resolves their parameters tensor by tensor and returns as
+few groups as possible. Tensors before the first layer belong to the first slice and those after the last
+layer to the last slice, both at position 0 of gradients. A layer's position is idx / (n - 1) inside its
+slice. Filters of per-source parameters match the tensor's name in the source, filters of other parameters
+its name in the result; the names differ where layers are shifted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FilterRule = tuple[tuple[str, ...], tuple[tuple[str, Setting], ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What a tensor is made of: a method, sources (locations) and how far their layers are shifted."""
+    """A method, its sources (locations) and how far their layers are shifted."""
 
     method: str
     sources: tuple[str, ...]
@@ -45,29 +45,29 @@ class Made:
         return replace(self, shift=(0,) * len(self.shift), base_shift=0)
 
     def further(self, by: int) -> Made:
-        """Return the same with all shifts changed."""
+        """Return the same with all shifts increased by `by`."""
         return replace(self, shift=tuple(s + by for s in self.shift), base_shift=self.base_shift + by)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """Consecutive layers of the result from `start` on; length None: all layers of the models."""
+    """Consecutive layers of the result, from `start` on; length None means all layers of the models."""
 
     start: int = 0
     length: int | None
     made: Made
     conditions: Mapping[str, tuple[tuple[Condition, ...], ...]]
-    """Parameter -> for each source (one entry for parameters of the group) its ordered conditions."""
+    """Parameter -> ordered conditions, one list per source (a single list for parameters of the group)."""
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have the same parameters: no gradients, and no filters with layer numbers."""
+        """Whether all layers have the same parameters: no gradients and no filters with layer numbers."""
         chains = [chain for chains in self.conditions.values() for chain in chains]
         return all(len(values) == 1 and not _numbered(part) for chain in chains for part, values in chain)
 
 
 class Headers:
-    """Facts about the models that a file leaves open, read from their headers when first needed."""
+    """Facts about the models that are not in the file, read from the models' headers when first needed."""
 
     def __init__(self, places: Mapping[str, str], tensors: Iterable[str] | None, base: str | None) -> None:
         self._places, self._base = places, base
@@ -105,10 +105,10 @@ def is_before_layers(name: str) -> bool:
 def groups(
     slices: Sequence[Slice], names: Mapping[str, str], base: str | None, headers: Headers
 ) -> tuple[TensorGroup, ...]:
-    """Return the tensor groups that slices stand for.
+    """Return the tensor groups of slices.
 
-    names: location -> name in the recipe. base: location of the recipe's base; groups with another get
-    their own.
+    names: location -> name in the recipe. base: location of the recipe's base; groups with another base
+    name it.
     """
     return tuple(
         TensorGroup(
@@ -161,12 +161,14 @@ def _rules(
     """Return ordered rules for all tensors, for those of one layer, or for those outside the layers."""
     chains = [chain for chains in part.conditions.values() for chain in chains]
     orders = {order for chain in chains if (order := _filters(chain))}
-    numbered = any(_numbered(each) for order in orders for each in order)
+    numbered = any(_numbered(part_filter) for order in orders for part_filter in order)
     if len(orders) <= 1 and not numbered:
         order = next(iter(orders), ())
-        named: list[FilterRule] = [((each,), _resolve(part, position, each)) for each in order]
+        named: list[FilterRule] = [
+            ((part_filter,), _resolve(part, position, part_filter)) for part_filter in order
+        ]
         return _joined([*named, ((), _resolve(part, position, ""))])
-    # Filters of several parameters overlap in their own ways: ask the tensors themselves.
+    # Filters of several parameters may overlap, so they are resolved tensor by tensor.
     first = part.made.sources[0]
     if isinstance(scope, int):
         shift = part.made.shift[0]
@@ -185,11 +187,11 @@ def _exact_rules(part: Slice, position: float, names: Sequence[str]) -> list[Fil
         layer = layer_of(name)
         match = name if layer is None else f".{name.partition(f'.{layer}.')[2]}"
         by_setting.setdefault(_resolve(part, position, name), {})[match] = None
-    return [(tuple(found), settings) for settings, found in by_setting.items()]
+    return [(tuple(matches), settings) for settings, matches in by_setting.items()]
 
 
 def _joined(rules: list[FilterRule]) -> list[FilterRule]:
-    """Join neighbouring rules with equal parameters, and drop what the default says anyway."""
+    """Join neighbouring rules with equal parameters, and drop rules that equal the default."""
     joined: list[FilterRule] = []
     for match, settings in rules:
         if joined and joined[-1][1] == settings:
@@ -206,12 +208,12 @@ def _numbered(part: str | None) -> bool:
 
 def _filters(chain: Sequence[Condition]) -> tuple[str, ...]:
     """Return the filters of a chain up to its first unconditional value."""
-    found: dict[str, None] = {}
+    filters: dict[str, None] = {}
     for part, _ in chain:
         if part is None:
             break
-        found[part] = None
-    return tuple(found)
+        filters[part] = None
+    return tuple(filters)
 
 
 def _resolve(part: Slice, position: float, name: str) -> tuple[tuple[str, Setting], ...]:
@@ -219,8 +221,8 @@ def _resolve(part: Slice, position: float, name: str) -> tuple[tuple[str, Settin
     settings: list[tuple[str, Setting]] = []
     for parameter, chains in part.conditions.items():
         if methods.get(part.made.method).parameters[parameter].per_source:
-            each = zip(chains, part.made.shift, strict=True)
-            values = tuple(_value(chain, position, shifted(name, shift)) for chain, shift in each)
+            shifted_chains = zip(chains, part.made.shift, strict=True)
+            values = tuple(_value(chain, position, shifted(name, shift)) for chain, shift in shifted_chains)
             settings.append((parameter, values))
         else:
             settings.append((parameter, _value(chains[0], position, name)))
@@ -238,7 +240,7 @@ def _value(chain: Sequence[Condition], position: float, name: str) -> float | in
 
 
 def placed(slices: Sequence[Slice]) -> list[Slice]:
-    """Return the slices with their place in the result, one after the other, and shifts relative to it."""
+    """Return the slices placed one after the other in the result, with shifts relative to that."""
     start, result = 0, []
     for part in slices:
         result.append(replace(part, start=start, made=part.made.further(-start)))
@@ -247,7 +249,7 @@ def placed(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def check_ranges(slices: Sequence[Slice], headers: Headers) -> None:
-    """Refuse layers a model does not have."""
+    """Raise ConfigError if a slice reads a layer that its model does not have."""
     for index, part in enumerate(slices):
         made = part.made
         reads = [*zip(made.sources, made.shift, strict=True)]
@@ -257,7 +259,7 @@ def check_ranges(slices: Sequence[Slice], headers: Headers) -> None:
             end, count = first + (part.length or 0), headers.layout(source).num_layers
             if end > count:
                 raise ConfigError(
-                    f"mergekit file: slices[{index}]: {source} does not have all layers of its layer_range",
+                    f"mergekit file: slices[{index}]: {source} has fewer layers than its layer_range needs",
                     expected=f"an end of at most {count}",
                     got=f"[{first}, {end}]",
                 )

@@ -1,14 +1,15 @@
-"""Write a recipe as mergekit YAML, or say why it can't be said there.
+"""Write a recipe as mergekit YAML, or raise an error that says what the format can't express.
 
-One method for all groups; runs of layers with equal groups become slices, each source with its own
-layers and the base among them; names become filters, and the tensors outside the layers are filtered by
-their full names in the first slice (embeddings) and the last. What is written is read back and compared
-tensor by tensor, so nothing wrong is ever written.
+A file has one method. Runs of layers with equal groups become slices, in which the base and every source
+have a layer range. Name patterns become filters. Tensors outside the layers are filtered by their full
+names, in the first slice (embeddings) and in the last. The text is read back and compared with the recipe
+tensor by tensor, so a file that means something else is never returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -26,33 +27,46 @@ Branch = tuple[str | None, TensorGroup]
 
 
 def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
-    """Return mergekit YAML that makes the same model, or raise ConfigError.
+    """Return mergekit YAML that makes the same model.
 
-    tensors: names of the model's tensors; where a recipe has more than one group and they are not given,
-    they are read from the headers of the tokenizer's model. Left out, because mergekit takes them from
-    elsewhere: the seed of random masks (its command line).
+    The seed of random masks is left out: mergekit takes it from its command line.
+
+    Args:
+        recipe: the recipe to write.
+        tensors: names of the model's tensors, needed for recipes of several groups. By default they are
+            read from the headers of the recipe's models.
+
+    Returns:
+        The text of a mergekit configuration.
+
+    Raises:
+        ConfigError: mergekit's format can't express the recipe.
+        ModelError: the models can't be opened, where their tensor names are needed.
     """
-    used = {group.method for group in recipe.groups if not _is_copy(group)} or {"passthrough"}
+    original, recipe = recipe, _with_plain_copies(recipe)
+    used = {group.method for group in recipe.groups if group.copied_source is None}
+    used = used or {group.method for group in recipe.groups}
     if len(used) > 1:
-        raise _inexpressible("one file has one merge method", f"methods {', '.join(sorted(used))}")
-    if ours := used & set(reader.OURS):
-        raise _inexpressible("a method of mergekit's", ", ".join(sorted(ours)))
-    plain = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
+        raise _inexpressible("one merge method per file", f"methods {', '.join(sorted(used))}")
+    if missing := used & set(reader.OURS):
+        raise _inexpressible("a method that mergekit has", ", ".join(sorted(missing)))
+    (method,) = used
+    data = _head(recipe, method)
     names: tuple[str, ...] = ()
-    own: tuple[str, ...] = ()
-    if plain and not recipe.stacked:
-        data = _head(recipe, *used) | {"models": _models(recipe, [(None, recipe.groups[0])])}
-        data["parameters"] = _shared([(None, recipe.groups[0])])
+    source_names: tuple[str, ...] = ()
+    whole_model = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
+    if not whole_model or recipe.stacked:
+        names, source_names = _names(original, tensors)
+        data |= {"slices": _slices(recipe, method, names, data.get("base_model"))}
+        if method == "slerp" and any(group.copied_source is not None for group in recipe.groups):
+            data["parameters"] = {"t": 0.0}  # mergekit requires one even where it copies
     else:
-        names, own = _names(recipe, tensors)
-        data = _head(recipe, *used)
-        data |= {"slices": _slices(recipe, names, data.get("base_model"))}
-        if "slerp" in used and any(map(_is_copy, recipe.groups)):
-            data["parameters"] = {"t": 0.0}  # mergekit wants one even where it copies
+        data |= {"models": _models(recipe, method, [(None, recipe.groups[0])])}
+        data["parameters"] = _shared([(None, recipe.groups[0])])
     text = yaml.safe_dump(
         {key: value for key, value in data.items() if value}, sort_keys=False, default_flow_style=None
     )
-    _verify(recipe, text, names, own)
+    _verify(recipe, text, names, source_names)
     return text
 
 
@@ -62,15 +76,25 @@ def _names(recipe: Recipe, tensors: Iterable[str] | None) -> tuple[tuple[str, ..
         opened = {name: tuple(source.headers) for name, source in open_used(recipe).items()}
     else:
         opened = dict.fromkeys(recipe.models, tuple(tensors))
-    own = opened[recipe.pattern]
+    source_names = opened[recipe.pattern]
     if not recipe.stacked:
-        return own, own
-    return tuple(output_names(recipe, opened, recipe.num_layers or _num_layers(own))), own
+        return source_names, source_names
+    num_layers = recipe.num_layers or _num_layers(source_names)
+    return tuple(output_names(recipe, opened, num_layers)), source_names
 
 
-def _is_copy(group: TensorGroup) -> bool:
-    """Whether a group is one model as it is; in files of other methods, a slice with one source can be."""
-    return group.method == "passthrough" and group.per_source("scale") == (1.0,)
+def _with_plain_copies(recipe: Recipe) -> Recipe:
+    """Return the recipe with its copies written as `passthrough`, where its groups use several methods.
+
+    In a file of another method, mergekit and the reader take a slice of one source as a copy.
+    """
+    if len({group.method for group in recipe.groups}) == 1:
+        return recipe
+    groups = [
+        group if group.copied_source is None else replace(group, method="passthrough", parameters={})
+        for group in recipe.groups
+    ]
+    return recipe.with_groups(groups, num_layers=recipe.num_layers)
 
 
 def _head(recipe: Recipe, method: str) -> dict[str, Any]:
@@ -83,17 +107,21 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
         data["tokenizer_source"] = recipe.tokenizer
     elif recipe.models[recipe.tokenizer] != default:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
-    # Merging computes in float32 here; mergekit computes in `dtype`, so both are written.
+    # evomerge merges in float32 and mergekit in `dtype`, so both types are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
 
 
-def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> list[dict[str, Any]]:
+def _slices(
+    recipe: Recipe, method: str, names: Sequence[str], base_model: str | None
+) -> list[dict[str, Any]]:
     by_layer: dict[int | None, list[str]] = {layer: [] for layer in (None, *range(_num_layers(names)))}
     for name in names:
         by_layer[layer_of(name)].append(name)
     outside: list[Branch] = [(name, recipe.group_for(name)) for name in by_layer.pop(None)]
     runs: list[tuple[int, int, list[Branch]]] = []
-    for layer, members in sorted((layer, found) for layer, found in by_layer.items() if layer is not None):
+    for layer, members in sorted(
+        (layer, members) for layer, members in by_layer.items() if layer is not None
+    ):
         branches = _branches(recipe, members)
         if runs and runs[-1][2] == branches:
             runs[-1] = (runs[-1][0], layer + 1, branches)
@@ -103,31 +131,37 @@ def _slices(recipe: Recipe, names: Sequence[str], base_model: str | None) -> lis
         raise _inexpressible("slices of layers", "a model without layers")
     written = []
     for index, (start, end, inner) in enumerate(runs):
-        ends = [each for each in outside if is_before_layers(each[0] or "") is (index == 0) or len(runs) == 1]
+        ends = [
+            branch
+            for branch in outside
+            if is_before_layers(branch[0] or "") is (index == 0) or len(runs) == 1
+        ]
         ends = ends if index in (0, len(runs) - 1) else []
-        branches = [*(each for each in ends if _falls_elsewhere(each, inner)), *inner]
+        branches = [*(branch for branch in ends if _falls_elsewhere(branch, inner)), *inner]
         shifts = {(group.shifts, group.base_shift) for _, group in inner}
         if len(shifts) > 1:
             raise _inexpressible("one shift for all tensors of a layer", f"several in layer {start}")
-        part: dict[str, Any] = {"sources": _models(recipe, branches, layers=(start, end), shift=shifts.pop())}
+        part: dict[str, Any] = {
+            "sources": _models(recipe, method, branches, layers=(start, end), shift=shifts.pop())
+        }
         if (base := _base(recipe, inner[0][1])) and recipe.models[base] != base_model:
             part["base_model"] = recipe.models[base]
         if shared := _shared(branches):
             part["parameters"] = shared
         written.append(part)
     first, last = (len(written[end]["sources"]) for end in (0, -1))
-    if first < last:  # mergekit would leave them out of the final norm and the head, without a word
+    if first < last:  # mergekit would silently leave them out of the final norm and the head
         raise _inexpressible("no more sources in the last slice than in the first", f"{last} after {first}")
     return written
 
 
 def _base(recipe: Recipe, group: TensorGroup) -> str | None:
-    """Return what mergekit calls the base_model of a group: the base it reads, or slerp's t = 0."""
+    """Return mergekit's base_model of a group: the base its method reads, or slerp's model at t = 0."""
     return group.sources[0] if group.method == "slerp" else recipe.base_of(group)
 
 
 def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
-    """Return the filters that lead the tensors of one layer to their groups, first match first."""
+    """Return (filter, group) pairs for the tensors of one layer; the first match counts."""
     reached = {id(recipe.group_for(name)) for name in members}
     branches: list[Branch] = []
     for group in recipe.groups:
@@ -137,15 +171,16 @@ def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
 
 
 def _falls_elsewhere(branch: Branch, branches: Sequence[Branch]) -> bool:
-    """Say whether a tensor outside the layers would get other parameters from a layer's branches."""
+    """Say whether a layer's branches would give a tensor outside the layers other parameters."""
     name, group = branch
-    found = (g for part, g in branches if part is None or part in (name or ""))
-    other = next(found, None)
+    matching = (g for part, g in branches if part is None or part in (name or ""))
+    other = next(matching, None)
     return other is None or (other.sources, other.parameters) != (group.sources, group.parameters)
 
 
 def _models(
     recipe: Recipe,
+    method: str,
     branches: Sequence[Branch],
     layers: tuple[int, int] | None = None,
     shift: tuple[tuple[int, ...], int] = ((), 0),
@@ -158,8 +193,8 @@ def _models(
     names, base = sources.pop()
     if len({recipe.models[name] for name in names}) < len(names):
         raise _inexpressible("each source once", f"sources {', '.join(names)}")
-    copied = _is_copy(branches[-1][1]) and any(g.method != "passthrough" for g in recipe.groups)
-    declared = () if copied else methods.get(branches[-1][1].method).parameters.values()
+    copied = branches[-1][1].method != method  # groups of another method than the file's are copies
+    declared = () if copied else methods.get(method).parameters.values()
     per_source = [parameter.name for parameter in declared if parameter.per_source]
     entries = []
     for index, name in enumerate(names):
@@ -194,17 +229,17 @@ def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:
 
 
 def _verify(recipe: Recipe, text: str, names: Sequence[str], tensors: Sequence[str]) -> None:
-    """Read the text back and compare what every tensor is made of."""
+    """Read the text back and compare the sources and parameters of every tensor."""
     try:
         again = reader.read(text, seed=recipe.seed, tensors=tensors or None)
     except ConfigError as error:
-        raise _inexpressible("a file that reads back", error.what) from None
+        raise _inexpressible("a file that can be read back", error.what) from None
     if _num_layers(names) != (again.num_layers or _num_layers(tensors)):
         raise _inexpressible(f"{_num_layers(names)} layers", f"{again.num_layers} when read back")
     for name in names or ("",):
-        ours, theirs = (_made_of(each, name) for each in (recipe, again))
-        if ours != theirs:
-            raise _inexpressible(f"{name or 'all tensors'} made by {ours}", f"{theirs} when read back")
+        written, read_back = (_made_of(source, name) for source in (recipe, again))
+        if written != read_back:
+            raise _inexpressible(f"{name or 'all tensors'} made by {written}", f"{read_back} when read back")
 
 
 def _num_layers(names: Iterable[str]) -> int:

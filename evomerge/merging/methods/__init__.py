@@ -1,4 +1,4 @@
-"""The merge methods: one declaration each, in the family's module; `get` and `names` find them.
+"""The merge methods, declared in one module per family; look them up with `get` and `names`.
 
 Importing this package does not import torch (the functions do, when called), so that search spaces can
 be checked against the declarations without it.

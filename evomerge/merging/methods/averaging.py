@@ -1,7 +1,7 @@
 """Methods that average the models themselves: linear, model_stock, and passthrough of a single one.
 
-All but filter-wise Model Stock are blends: coefficients, found without touching a tensor or from inner
-products of whole tensors alone.
+All but filter-wise Model Stock are blends: their coefficients need no tensors, or only inner products of
+whole tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CANCELLED = 1e-3
 LOWEST = -0.9
 """Model Stock keeps mean cosine * (number of task vectors - 1) at or above this: its pole is at -1."""
 WEIGHT_LIMIT = 1e4
-"""Bound on weights and scales: anything larger leaves float16 and means a slip of the decimal point."""
+"""Bound on weights and scales. Larger values exceed float16's range and are probably typing errors."""
 
 
 @blended(
@@ -44,8 +44,8 @@ def linear(tensors: Statistics, *, weight: tuple[float, ...], normalize: bool = 
     """Average the models with weights: sum(w x) / sum(w).
 
     The uniform soup of the paper (section 2) is all weights equal; other weights make the learned soup
-    (its equation 1). Weights are divided before the tensors are multiplied, in double precision, so a
-    single non-zero weight returns that model's exact bits.
+    (its equation 1). Weights are divided by their sum in double precision, before tensors are multiplied, so
+    one source with any non-zero weight is copied exactly.
 
     Raises ConfigError where `normalize` would divide by a sum below 1/1000 of the weights' size.
 
@@ -59,7 +59,7 @@ def linear(tensors: Statistics, *, weight: tuple[float, ...], normalize: bool = 
     if abs(total) <= CANCELLED * math.fsum(map(abs, weight)):
         raise ConfigError(
             "linear: the weights cancel, so they can't be normalised",
-            expected="a sum well away from 0",
+            expected="weights whose sum is not close to 0",
             got=f"weights {', '.join(f'{w:g}' for w in weight)} with sum {total:g}",
             fix="change a weight, set normalize: false, or use task_arithmetic to subtract a model",
         )
@@ -81,7 +81,7 @@ def linear(tensors: Statistics, *, weight: tuple[float, ...], normalize: bool = 
     sources=(1, 1),
 )
 def passthrough(tensors: Statistics, *, scale: tuple[float, ...]) -> Blend:
-    """Take one model's weights as they are, times a factor.
+    """Copy one model's weights, times a factor.
 
     >>> import torch
     >>> passthrough(None, [torch.ones(2)], scale=(0.5,))
@@ -91,7 +91,7 @@ def passthrough(tensors: Statistics, *, scale: tuple[float, ...]) -> Blend:
 
 
 def _stock(tensors: Statistics, *, filter_wise: bool = False) -> Blend | None:
-    """Return the blend of whole-tensor Model Stock; filter-wise ratios are none."""
+    """Return the blend of whole-tensor Model Stock, or None with filter-wise ratios."""
     if filter_wise:
         return None
     count = tensors.count

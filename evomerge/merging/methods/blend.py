@@ -1,14 +1,14 @@
-"""What most methods come down to: choose elements, weigh, elect signs, add. As data, and run by torch.
+"""The form that most methods share, as data: mask, weight, elect signs, add. Run by torch here.
 
-A `Blend` says which elements of each input take part and with which coefficients; a method that returns
-one (declared with `@blended`) never touches a tensor. It is run by `run`, here, on whole tensors of any
-device, or in one compiled pass over memory by `evomerge.merging.tensors.kernels`. Both give the same
-bits: the elementwise steps are separate multiplications and additions in one order, never fused, and nothing
-depends on the number of threads.
+A `Blend` holds the coefficient and the mask of each input. A method that returns one (declared with
+`@blended`) computes nothing on tensors itself. `run` applies a blend to whole tensors on any device, and
+`evomerge.merging.tensors.kernels` in one compiled pass over memory. Both give the same bits: the elementwise
+steps are separate multiplications and additions in a fixed order, never fused, and nothing depends on the
+number of threads.
 
 Guards: a divisor below 1/100 of the size of the weights that took part counts as 0, and a divisor of 0
-means "do not divide". Without that, weights such as 0.5 and -0.4999 would blow the result up by 1e4.
-Where a mean is taken, weights below 2^-119 count as 0: see `SMALLEST_SHARE`.
+means "do not divide". Otherwise weights such as 0.5 and -0.4999 would multiply the result by 1e4. Where a
+mean is taken, weights below 2^-119 count as 0: see `SMALLEST_SHARE`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CANCELLED = 0.01
 GUARD = 0.01
 """Share of the weights' size below which a per-element divisor counts as 0."""
 SMALLEST = 2.0**-126
-"""The smallest number float32 holds in full. What is below is subnormal: its reciprocal may be infinite."""
+"""The smallest normal number of float32. Smaller ones are subnormal; their reciprocals may be infinite."""
 SMALLEST_SHARE = 2.0**-119
-"""Size below which a weight counts as 0 where a mean is taken. A sum of larger ones that passes the guard is
-at least GUARD * SMALLEST_SHARE, which is above SMALLEST: no divisor is subnormal."""
+"""Size below which a weight counts as 0 where a mean is taken. A sum of larger weights that passes the guard
+is at least GUARD * SMALLEST_SHARE, which is above SMALLEST, so no divisor is subnormal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +55,17 @@ class Draws:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blend:
-    """A merge of one tensor's inputs: [base +] scale * sum(weight * kept input), or its elected mean.
+    """A merge of one tensor's inputs: [base +] scale * sum(weight * masked input), or its elected mean.
 
     weights: one coefficient per input.
-    kept: which elements of each input take part, all `Ranks` or all `Draws`; () keeps everything.
+    masks: which elements of each input take part, all `Ranks` or all `Draws`; () keeps everything.
     elect: only elements whose weighted value has the sign of the weighted sum take part.
     mean: with `elect`, divide by the sum of the weights that took part.
     The base is added where the inputs are task vectors.
     """
 
     weights: tuple[float, ...]
-    kept: tuple[Ranks | Draws, ...] = ()
+    masks: tuple[Ranks | Draws, ...] = ()
     elect: bool = False
     mean: bool = False
     scale: float = 1.0
@@ -76,13 +76,13 @@ class Blend:
 
     @property
     def sizes(self) -> tuple[float, ...]:
-        """What each weight adds to the size its divisor is compared with: nothing if they share a sign."""
+        """What each weight adds to the size that guards the divisor: 0 if all weights have one sign."""
         one_signed = min(self.weights) >= 0.0 or max(self.weights) <= 0.0
         return tuple(0.0 if one_signed else abs(w) for w in self.weights)
 
 
 class Statistics(Protocol):
-    """Facts about the inputs of one tensor that a method may ask for before it says its blend."""
+    """Facts about the inputs of one tensor, from which a method computes its blend."""
 
     @property
     def count(self) -> int:
@@ -91,7 +91,7 @@ class Statistics(Protocol):
 
     @property
     def size(self) -> int:
-        """The number of elements of each."""
+        """The number of elements of each input."""
         ...
 
     def gram(self) -> list[list[float]]:
@@ -111,7 +111,7 @@ class TensorStatistics:
 
 
 def without_tiny(weights: Sequence[float], smallest: float = SMALLEST) -> tuple[float, ...]:
-    """Return the weights with those below a size as 0 of their sign.
+    """Return the weights with those below a size replaced by 0 of the same sign.
 
     >>> without_tiny((1.0, -1e-45, 0.5))
     (1.0, -0.0, 0.5)
@@ -120,7 +120,7 @@ def without_tiny(weights: Sequence[float], smallest: float = SMALLEST) -> tuple[
 
 
 def normalised(weight: Sequence[float], normalize: bool) -> tuple[float, ...]:
-    """Return the weights, divided by their sum where that is asked for and not near 0."""
+    """Return the weights, divided by their sum if `normalize` is set and the sum is not close to 0."""
     total = math.fsum(weight)
     if not normalize or abs(total) <= CANCELLED * math.fsum(map(abs, weight)):
         return tuple(weight)
@@ -137,8 +137,8 @@ def run(blend: Blend, base: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
     tensor([2.5000, 2.5000])
     """
     vectors = list(inputs)
-    if blend.kept:
-        vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.kept, strict=True)]
+    if blend.masks:
+        vectors = [keep(vector, rule) for vector, rule in zip(vectors, blend.masks, strict=True)]
     mix = elected(vectors, blend) if blend.elect else weighted_sum(vectors, blend.weights)
     if blend.scale != 1.0:
         mix *= blend.scale
@@ -167,7 +167,7 @@ def elected(vectors: Sequence[Tensor], blend: Blend) -> Tensor:
     total = weighted[0].clone()
     for part in weighted[1:]:
         total += part
-    # Masks are kept as floats 0 and 1: boolean tensors and `where` are many times slower on a CPU.
+    # Masks are floats 0 and 1, because boolean tensors and `where` are many times slower on a CPU.
     sign = torch.copysign(torch.ones_like(total), total)
     mix, taking_part = torch.zeros_like(total), torch.empty_like(total)
     divisor, size = torch.zeros_like(total), torch.zeros_like(total)
@@ -184,18 +184,19 @@ def elected(vectors: Sequence[Tensor], blend: Blend) -> Tensor:
         torch.le(divisor.abs(), size * GUARD, out=taking_part)
         divisor *= 1.0 - taking_part
         divisor += taking_part
-        mix *= divisor.reciprocal()  # as kernels do, which know the few possible ones beforehand
+        mix *= divisor.reciprocal()  # as kernels do, which precompute the few possible reciprocals
     return mix
 
 
 def keep(vector: Tensor, rule: Ranks | Draws) -> Tensor:
+    """Return the vector with the elements outside the mask set to 0; may return the argument itself."""
     import torch
 
     if isinstance(rule, Ranks):
         return keep_ranks(vector, rule)
     mask = torch.from_numpy(short(rule.key, vector.numel()) >= rule.share).view(vector.shape)
-    kept = vector.masked_fill(mask.to(vector.device), 0.0)
-    return kept * rule.factor if rule.factor != 1.0 else kept
+    thinned = vector.masked_fill(mask.to(vector.device), 0.0)
+    return thinned * rule.factor if rule.factor != 1.0 else thinned
 
 
 def keep_ranks(vector: Tensor, ranks: Ranks) -> Tensor:
@@ -218,7 +219,7 @@ def keep_ranks(vector: Tensor, ranks: Ranks) -> Tensor:
 
 
 def reaches(magnitudes: Tensor, limit: Boundary) -> Tensor:
-    """Return where the elements above a boundary are, as a mask."""
+    """Return a mask of the elements above a boundary."""
     mask = magnitudes >= limit.magnitude
     if limit.magnitude > 0.0:
         equal = (magnitudes == limit.magnitude).nonzero()[:, 0]

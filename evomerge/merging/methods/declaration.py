@@ -1,7 +1,7 @@
-"""What a merge method declares about itself, once: inputs, parameters, bounds, source.
+"""Declarations of merge methods: inputs, parameters, bounds and paper, stated once per method.
 
-That one declaration drives recipe validation, search-space checks, help text and the table in docs/.
-Nothing here needs torch.
+The declaration drives the validation of recipes and search spaces, the help texts and docs/methods.md.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -63,17 +63,16 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A merge method: a pure function of float32 tensors and what there is to know about it.
+    """A merge method: a pure function of float32 tensors, and its declaration.
 
-    `inputs` says what the function's second argument holds, one tensor per source: the sources' own
-    weights ("models"), their differences from the base ("task_vectors"), or "either": differences where
-    the recipe has a base, else weights. `fisher` methods also get the Fisher tensors of their sources.
-
-    blend: says the method as a `Blend` where it is one (with these parameters: else None).
-    by_rows: rows (the last dimension) are made independently, so a large tensor may be handed to the
-        function some rows at a time; a random one then also takes `first`, the index of their first
-        element in the whole tensor.
-    ordered: another order of the sources is another merge.
+    inputs: what the function's second argument holds, one tensor per source: the sources' weights
+        ("models"), their differences from the base ("task_vectors"), or "either": differences if the recipe
+        has a base, else weights.
+    fisher: whether the function also takes the Fisher tensors of its sources.
+    blend: returns the method as a `Blend`, or None if it is not one with these parameters.
+    by_rows: rows (the last dimension) are merged independently, so a large tensor may be passed some rows at
+        a time; a random method then also takes `first`, the index of their first element in the tensor.
+    ordered: whether the order of the sources changes the merge.
     """
 
     name: str
@@ -111,18 +110,18 @@ class Method:
 INPUTS: dict[Kind, str] = {
     "models": "the sources' own weights",
     "task_vectors": "the sources' task vectors",
-    "either": "the sources' task vectors where the recipe has a base, else on their own weights",
+    "either": "the sources' task vectors if the recipe has a base, else on their own weights",
 }
 ALIASES = {
     "uniform soup (Wortsman et al. 2022, section 2)": "`linear` with equal weights, its default",
-    "greedy soup (the same, algorithm 1)": "a baseline of every run, which has the scores it needs; its "
-    "recipe is `linear` over the ingredients it kept",
+    "greedy soup (the same, algorithm 1)": "a baseline of every run, because it needs scores; its recipe is "
+    "`linear` over the chosen sources",
     "task-vector addition (Ilharco et al. 2022, section 4)": "`task_arithmetic`, a weight per source",
     "task-vector negation (the same, section 3)": "`task_arithmetic` with negative weights",
     "task-vector scaling": "`task_arithmetic` with one source: its `weight`, or `lambda` for all sources",
     "linear interpolation (LERP)": "`linear` with weights 1 - t and t",
 }
-"""Merges that have a name of their own but are one of the methods here."""
+"""Merges with a name in the literature that are special cases of the methods here."""
 _REGISTRY: dict[str, Method] = {}
 
 
@@ -139,12 +138,12 @@ def method(
     by_rows: bool = False,
     ordered: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare a merge method; the decorated function keeps working as a plain function.
+    """Declare a merge method; the decorated function remains a plain function.
 
-    It is called as `function(base, tensors, **parameters)`; per-source parameters arrive as tuples in
-    source order, `lambda` arrives as `lambda_`. A random method also gets `keys`, the key of each
-    source's draws (see `draws`), a fisher method `fishers`, one tensor per source. `blend`, if given, says
-    the same as data. The first line of its docstring becomes the summary.
+    It is called as `function(base, tensors, **parameters)`. Per-source parameters are tuples in source order,
+    and `lambda` is passed as `lambda_`. Random methods also get `keys`, one per source (see `draws`), and
+    fisher methods `fishers`, one tensor per source. `blend` returns the same merge as data. The first line of
+    the docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,10 +172,10 @@ def method(
 def blended(
     name: str, *parameters: Parameter, **declaration: Any
 ) -> Callable[[Callable[..., Blend]], Callable[..., Any]]:
-    """Declare a merge method that says its `Blend` and leaves the tensors to whoever runs it.
+    """Declare a merge method that returns a `Blend` and computes nothing on tensors.
 
     The decorated function takes a `Statistics` of the inputs in place of `base, tensors`, and the parameters
-    as in `method`. What it is decorated into takes base and tensors, like every method.
+    as in `method`. The decorator turns it into a function of base and tensors, like every method.
     """
 
     def register(blend: Callable[..., Blend]) -> Callable[..., Any]:
@@ -196,14 +195,21 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Method:
-    """Return the method of that name, or raise ConfigError naming the nearest valid one."""
+    """Return the method of a name.
+
+    Raises:
+        ConfigError: there is no such method; the message names the nearest valid one.
+
+    >>> get("slerp").min_sources
+    2
+    """
     if name not in _REGISTRY:
         raise ConfigError(f"unknown merge method {name!r}", fix=nearest(name, names()))
     return _REGISTRY[name]
 
 
 def markdown() -> str:
-    """Return the page docs/methods.md: every method with its inputs, parameters and paper."""
+    """Return the text of docs/methods.md: every method with its inputs, parameters and paper."""
     lines = [
         "# Merge methods",
         "",
@@ -214,25 +220,25 @@ def markdown() -> str:
         *(f"- {name}: {how}." for name, how in ALIASES.items()),
     ]
     for name in names():
-        found = _REGISTRY[name]
-        low, high = found.min_sources, found.max_sources
+        declared = _REGISTRY[name]
+        low, high = declared.min_sources, declared.max_sources
         count = f"{low} or more" if high is None else f"exactly {low}" if low == high else f"{low} to {high}"
         count += " source" if high == 1 else " sources"
-        needs = INPUTS[found.inputs]
+        needs = INPUTS[declared.inputs]
         lines += [
             "",
             f"## {name}",
             "",
-            found.summary,
+            declared.summary,
             "",
             f"Works on {needs}; {count}"
-            f"{'; needs a base' if found.needs_base else ''}"
-            f"{'; draws masks from the recipe seed' if found.random else ''}"
-            f"{'; needs a Fisher file per source' if found.fisher else ''}. Paper: {found.paper}.",
+            f"{'; needs a base' if declared.needs_base else ''}"
+            f"{'; draws masks from the recipe seed' if declared.random else ''}"
+            f"{'; needs a Fisher file per source' if declared.fisher else ''}. Paper: {declared.paper}.",
         ]
-        if found.parameters:
+        if declared.parameters:
             lines += ["", "| parameter | one per | default | range | meaning |", "|---|---|---|---|---|"]
-        for p in found.parameters.values():
+        for p in declared.parameters.values():
             span = "true, false" if p.kind == "flag" else f"{p.low:g} ... {p.high:g}"
             default = str(p.default).lower() if p.kind == "flag" else f"{p.default:g}"
             owner = "source" if p.per_source else "group"

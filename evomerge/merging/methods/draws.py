@@ -1,9 +1,9 @@
 """Random draws of DARE and DELLA: a hash of (key, index), so any order and any block gives the same bits.
 
-A key is owned by (recipe seed, tensor, source). Draw number i of a key is a function of both alone, which
-lets a compiled kernel draw where it needs a mask, and keeps other sources, threads and devices out of it.
-The hash is two multiply-xorshift rounds (constants: Wellons 2018, "lowbias32" family) with half of the
-key before and half between them.
+A key depends on (recipe seed, tensor, source), and draw number i of a key depends on the key and i only. So
+a compiled kernel can draw in any place, and other sources, threads and devices have no influence. The hash is
+two multiply-xorshift rounds (constants: Wellons 2018, "lowbias32" family), with half of the key before and
+half between them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Fisher-weighted averaging: every source counts at an element by how sure it is of it.
+"""Fisher-weighted averaging: each element is averaged with the sources' Fisher information as weights.
 
-The Fisher tensors come from files a recipe names (`evomerge fisher` makes them, `merging.fisher` reads
-them); here they are just a second list of tensors.
+The Fisher tensors come from files that a recipe names. `evomerge fisher` writes them, and
+`sources.fisher_files` reads them; here they are a second list of tensors.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def fisher(
     The paper's closed form for diagonal Fishers F, one non-negative tensor of x's shape per source;
     `weight` is its lambda. Equal Fishers make it `linear`. Weights that are all 0 count as equal.
 
-    Deviations: the Fisher below which an element has no say is relative. Smaller ones than `floor` times
-    the largest of this tensor in any source count as that much, so where no source is sure of an element
-    it becomes the plain weighted mean; the scale common to all Fishers has no effect, but Fishers that are
-    all below 2^-126 (subnormal in float32) count as 0. The Fishers are not
-    normalised against each other: a source with larger ones counts more, as in the paper.
+    Deviations: the paper's lower bound on a Fisher value is relative here. Values below `floor` times the
+    largest value of this tensor in any source count as that bound, so an element with a small Fisher in all
+    sources becomes the plain weighted mean. A factor common to all Fishers has no effect, but Fishers that
+    are all below 2^-126 (subnormal in float32) count as 0. The Fishers are not normalised against each other:
+    a source with larger values counts more, as in the paper.
 
     >>> import torch
     >>> sure = [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])]
@@ -63,11 +63,11 @@ def fisher(
     whole = math.fsum(weight)
     shares = [w / whole if whole > 0.0 else 1.0 / len(weight) for w in weight]
     largest = max((float(f.max()) for f in fishers if f.numel()), default=0.0)
-    if largest < SMALLEST:  # its reciprocal, which a GPU multiplies with, may be infinite
+    if largest < SMALLEST:  # a GPU multiplies with the reciprocal, which may be infinite
         return weighted_sum(tensors, shares)
     mix, total = torch.zeros_like(tensors[0]), torch.zeros_like(tensors[0])
-    for tensor, own, share in zip(tensors, fishers, shares, strict=True):
-        part = (own / largest).clamp_(min=floor) * share
+    for tensor, information, share in zip(tensors, fishers, shares, strict=True):
+        part = (information / largest).clamp_(min=floor) * share
         total += part
         mix += part * tensor
     return mix.div_(total)

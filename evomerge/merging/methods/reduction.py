@@ -1,8 +1,8 @@
-"""Sums over whole tensors that have the same bits whatever the number of threads.
+"""Sums over whole tensors that have the same bits for any number of threads.
 
-Torch splits a reduction of more than 32768 elements among its threads, so its last bits depend on how
-many there are. Here a tensor is reduced in fixed blocks below that size, in float64, and the block sums
-are added exactly. That is what lets a model scored in one process be exported bit for bit by another.
+Torch splits a reduction of more than 32768 elements among its threads, so the last bits depend on their
+number. Here a tensor is reduced in fixed blocks below that size, in float64, and the block sums are added
+exactly. So a model that one process scores can be exported by another bit for bit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 BLOCK = 16_384
 LANES = 16
 SHORTEST = 1e-16
-"""Product of two lengths below which an angle between them means nothing."""
+"""Product of two lengths below which the angle between the tensors is undefined."""
 
 
 def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
     """Return the inner products of all pairs of tensors of equal shape, as Python floats.
 
     Products of float32 are exact in float64. They are summed in `LANES` interleaved sums per block, then
-    over the lanes in order, then exactly over the blocks: an order compiled kernels repeat to the bit.
+    over the lanes in order, then exactly over the blocks. Compiled kernels use the same order.
 
     >>> import torch
     >>> gram([torch.ones(3), torch.tensor([1.0, 2.0, 3.0])])
@@ -70,7 +70,7 @@ def norm(tensor: Tensor) -> float:
 
 
 def cosines(products: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return the cosines of a Gram matrix; 0 with a tensor of (nearly) no length."""
+    """Return the cosines of a Gram matrix, 0 for a tensor of length (nearly) 0."""
     lengths = [math.sqrt(products[i][i]) for i in range(len(products))]
     return [
         [
@@ -109,7 +109,7 @@ def row_products(first: Tensor, second: Tensor) -> Tensor:
 def row_cosines(tensors: Sequence[Tensor]) -> Tensor:
     """Return the mean cosine of all pairs of tensors for each row, as a float64 vector.
 
-    A pair with a row of (nearly) no length counts as 0.
+    A pair with a row of length (nearly) 0 counts as 0.
     """
     import torch
 

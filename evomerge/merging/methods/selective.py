@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 18
-"""Elements of a tensor worked on at a time where there are several intermediate results."""
+"""Number of elements processed at a time where there are several intermediate results."""
 QUARTILES = (0.25, 0.5, 0.75)
 OUTLYING = 1.5
 """Interquartile ranges above the median from which an importance stands out."""
@@ -57,24 +57,24 @@ def sce(base: Tensor, tensors: Sequence[Tensor], *, select_topk: float = 1.0) ->
 
     vectors = [tensor.reshape(-1) for tensor in tensors]
     pieces = [slice(start, start + PIECE) for start in range(0, base.numel(), PIECE)]
-    kept: Tensor | None = None
+    mask: Tensor | None = None
     if select_topk < 1.0:
         variance = torch.empty_like(base).view(-1)
         for piece in pieces:
             variance[piece] = _variance([vector[piece] for vector in vectors])
         varied = int(select_topk * int(torch.count_nonzero(variance)))
-        kept = reaches(variance, boundary(variance.cpu().numpy(), varied)).logical_and_(variance > 0.0)
+        mask = reaches(variance, boundary(variance.cpu().numpy(), varied)).logical_and_(variance > 0.0)
         del variance
 
     def selected(piece: slice) -> list[Tensor]:
-        return [vector[piece] if kept is None else vector[piece] * kept[piece] for vector in vectors]
+        return [vector[piece] if mask is None else vector[piece] * mask[piece] for vector in vectors]
 
-    squares = [[norm(each) ** 2 for each in selected(piece)] for piece in pieces]
+    squares = [[norm(vector) ** 2 for vector in selected(piece)] for piece in pieces]
     energy = [math.fsum(column) for column in zip(*squares, strict=True)]
     total = math.fsum(energy)
     if total == 0.0:
         return base.clone()
-    shares = without_tiny([each / total for each in energy])
+    shares = without_tiny([part / total for part in energy])
     mix = base.clone().view(-1)
     for piece in pieces:
         mix[piece] += _by_majority(selected(piece), shares)
@@ -162,7 +162,7 @@ def arcee_fusion(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     limit = middle + OUTLYING * (high - low)
     merged = origin.clone()
     step = max(1, PIECE // max(rows.shape[1], 1))
-    for start in range(0, len(rows), step):  # importances again, piece by piece: they need not be kept
+    for start in range(0, len(rows), step):  # importances are computed again piece by piece to save memory
         here = slice(start, start + step)
         outlying = (rows[here] - origin[here]).abs_().mul_(divergence[here]) > limit
         merged[here] = rows[here].where(outlying, origin[here])

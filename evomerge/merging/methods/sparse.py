@@ -1,4 +1,4 @@
-"""Methods that thin task vectors out by rank before adding them: della, breadcrumbs, and their kin.
+"""Methods that sparsify task vectors by rank before adding them: della, breadcrumbs and their variants.
 
 The pipeline after the mask is that of `task_vectors`. Masks of DELLA come from the given keys alone;
 those of breadcrumbs keep an exact number of elements, equal magnitudes ranked by lowest index.
@@ -75,8 +75,8 @@ def della(
     >>> della(torch.zeros(2), [torch.ones(2)], weight=(0.5,), density=(1.0,), epsilon=(0.1,), keys=[1])
     tensor([1., 1.])
     """
-    kept = _keep_all(tensors, density, epsilon, keys, rescale, first)
-    return run(Blend(weights=weight, elect=True, mean=normalize, scale=lambda_), base, kept)
+    thinned = _keep_all(tensors, density, epsilon, keys, rescale, first)
+    return run(Blend(weights=weight, elect=True, mean=normalize, scale=lambda_), base, thinned)
 
 
 @method(
@@ -114,8 +114,8 @@ def della_linear(
     >>> della_linear(torch.zeros(2), vectors, weight=(0.5,), density=(1.0,), epsilon=(0.1,), keys=[1])
     tensor([0.5000, 0.5000])
     """
-    kept = _keep_all(tensors, density, epsilon, keys, rescale, first)
-    return run(Blend(weights=normalised(weight, normalize), scale=lambda_), base, kept)
+    thinned = _keep_all(tensors, density, epsilon, keys, rescale, first)
+    return run(Blend(weights=normalised(weight, normalize), scale=lambda_), base, thinned)
 
 
 @blended(
@@ -148,7 +148,7 @@ def breadcrumbs(
     tensor([ 0.,  0., -3.,  2.])
     """
     middle = tuple(middle_ranks(tensors.size, p, g) for p, g in zip(density, gamma, strict=True))
-    return Blend(weights=normalised(weight, normalize), kept=middle, scale=lambda_)
+    return Blend(weights=normalised(weight, normalize), masks=middle, scale=lambda_)
 
 
 @blended(
@@ -179,7 +179,7 @@ def breadcrumbs_ties(
     tensor([ 1.,  1., -3., 11.])
     """
     middle = tuple(middle_ranks(tensors.size, p, g) for p, g in zip(density, gamma, strict=True))
-    return Blend(weights=weight, kept=middle, elect=True, mean=normalize, scale=lambda_)
+    return Blend(weights=weight, masks=middle, elect=True, mean=normalize, scale=lambda_)
 
 
 def middle_ranks(count: int, density: float, gamma: float) -> Ranks:
@@ -191,9 +191,9 @@ def middle_ranks(count: int, density: float, gamma: float) -> Ranks:
     >>> middle_ranks(4, 0.5, 0.25)
     Ranks(first=1, last=3)
     """
-    kept = min(int(density * count), count)
-    outliers = min(int(gamma * count), count - kept)
-    return Ranks(first=outliers, last=kept + outliers)
+    middle = min(int(density * count), count)
+    outliers = min(int(gamma * count), count - middle)
+    return Ranks(first=outliers, last=middle + outliers)
 
 
 def keep_by_rank(
@@ -221,8 +221,8 @@ def keep_by_rank(
     chance += density - epsilon
     draws = torch.from_numpy(uniform(key, vector.numel(), first)).view(vector.shape).to(vector.device)
     # A chance below the resolution of a draw keeps nothing, so that rescaling never divides by 0.
-    kept = vector * ((draws < chance) & (chance >= SMALLEST_DRAW))
-    return kept.div_(chance.clamp_(min=SMALLEST_DRAW)) if rescale else kept
+    thinned = vector * ((draws < chance) & (chance >= SMALLEST_DRAW))
+    return thinned.div_(chance.clamp_(min=SMALLEST_DRAW)) if rescale else thinned
 
 
 def _ranks(vector: Tensor) -> Tensor:

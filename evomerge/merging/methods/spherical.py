@@ -1,8 +1,7 @@
 """Methods on the sphere: slerp, chained_slerp, nuslerp, multislerp, karcher.
 
-Each finds a point on the arcs between directions, so its result is a linear combination of its inputs
-whose coefficients depend only on lengths and angles. Those come from one Gram matrix in float64, and no
-method touches the tensors before the last sum.
+The result of each method is a linear combination of its inputs whose coefficients depend only on lengths and
+angles. Those come from one Gram matrix in float64, so only the last sum reads the tensors again.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ NEARLY_PARALLEL = 0.9995
 """Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
 SMALLEST_SINE = 1e-8
 SHORTEST_LENGTH = 1e-30
-"""Length at or below which a tensor counts as zeros, also as a share of the longest one's length where that
-is above 1: float32 can't hold the coefficient that would make its direction count."""
+"""Length at or below which a tensor counts as zeros, relative to the longest length if that is above 1. The
+coefficient that such a tensor's direction needs is too large for float32."""
 SHORTEST_MEAN = 1e-4
 """Length of a mean of unit vectors below which they cancel and their mean has no direction."""
 SHARE = Parameter(
@@ -177,7 +176,7 @@ def karcher(tensors: Statistics, *, max_iter: int = 10, tol: float = 1e-5) -> Bl
     lengths, cos = _angles(tensors.gram())
     count = tensors.count
     pointing = [1.0 if length > 0.0 else 0.0 for length in lengths]
-    point = [each / max(math.fsum(pointing), 1.0) for each in pointing]
+    point = [direction / max(math.fsum(pointing), 1.0) for direction in pointing]
     size = _length(point, cos)
     if size >= SHORTEST_MEAN:
         point = [c / size for c in point]
@@ -236,7 +235,7 @@ def _angles(products: Sequence[Sequence[float]]) -> tuple[list[float], list[list
         ]
         for i, (a, row) in enumerate(zip(lengths, products, strict=True))
     ]
-    return lengths, [[max(-1.0, min(1.0, each)) for each in row] for row in cos]
+    return lengths, [[max(-1.0, min(1.0, cosine)) for cosine in row] for row in cos]
 
 
 def _length(point: Sequence[float], cos: Sequence[Sequence[float]]) -> float:
@@ -251,7 +250,7 @@ def _pointed(
     cos: Sequence[Sequence[float]],
     point: Sequence[float],
 ) -> tuple[float, ...]:
-    """Return what to multiply the tensors with to get where `point` points, at their mean length."""
+    """Return the coefficients of the tensors for the direction of `point` at the mean length."""
     size = _length(point, cos)
     if size < SHORTEST_MEAN:
         return tuple(shares)

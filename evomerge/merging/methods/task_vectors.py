@@ -102,8 +102,8 @@ def ties(
     >>> ties(torch.zeros(2), vectors, weight=(1.0, 1.0), density=(1.0, 1.0))
     tensor([3., 3.])
     """
-    kept = tuple(Ranks(last=int(share * tensors.size)) for share in density)
-    return Blend(weights=weight, kept=kept, elect=True, mean=normalize, scale=lambda_)
+    masks = tuple(Ranks(last=int(share * tensors.size)) for share in density)
+    return Blend(weights=weight, masks=masks, elect=True, mean=normalize, scale=lambda_)
 
 
 @blended(
@@ -137,8 +137,8 @@ def dare_linear(
     >>> dare_linear(torch.zeros(99), [torch.ones(99)], weight=(1.0,), density=(0.5,), keys=[1]).unique()
     tensor([0., 2.])
     """
-    kept = tuple(_draws(key, share, rescale) for key, share in zip(keys, density, strict=True))
-    return Blend(weights=normalised(weight, normalize), kept=kept, scale=lambda_)
+    masks = tuple(_draws(key, share, rescale) for key, share in zip(keys, density, strict=True))
+    return Blend(weights=normalised(weight, normalize), masks=masks, scale=lambda_)
 
 
 @blended(
@@ -168,8 +168,8 @@ def dare_ties(
     >>> dare_ties(torch.zeros(2), [torch.ones(2)], weight=(0.5,), density=(1.0,), keys=[1])
     tensor([0.5000, 0.5000])
     """
-    kept = tuple(_draws(key, share, rescale) for key, share in zip(keys, density, strict=True))
-    return Blend(weights=weight, kept=kept, elect=True, mean=normalize, scale=lambda_)
+    masks = tuple(_draws(key, share, rescale) for key, share in zip(keys, density, strict=True))
+    return Blend(weights=weight, masks=masks, elect=True, mean=normalize, scale=lambda_)
 
 
 def _draws(key: int, density: float, rescale: bool) -> Draws:

@@ -1,1 +1,1 @@
-"""Models as they lie in files: checkpoints, adapters, and vocabularies matched by token."""
+"""Models in files: checkpoints, adapters, and vocabularies matched by token."""

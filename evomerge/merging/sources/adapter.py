@@ -1,11 +1,11 @@
-"""LoRA adapters as sources: a checkpoint plus low-rank updates, read as if they were one model.
+"""LoRA adapters as sources: a checkpoint plus low-rank updates, read like one model.
 
-The tensor of an adapted model is what peft's `merge_and_unload` makes of it in float32: the base's, or the
-whole tensor the adapter stores in its place (modules_to_save, trained biases), plus scale * B A. Read
-exactly: alpha, rsLoRA, rank and alpha patterns, layers stored transposed (Conv1D), adapted embeddings,
-lora_bias. Everything else that changes a model's output (DoRA, new tokens, initialisations that change the
-base) is refused by name, and so is an adapter that takes a tied head and its embeddings apart: merged, it
-would be another model than the one that was trained, or one with other tensors than its base.
+A tensor of an adapted model equals that of peft's `merge_and_unload` in float32: the base's tensor, or the
+whole tensor that the adapter stores instead (modules_to_save, trained biases), plus scale * B A. Supported:
+alpha, rsLoRA, rank and alpha patterns, layers stored transposed (Conv1D), adapted embeddings, lora_bias.
+Everything else that changes a model's output (DoRA, new tokens, initialisations that change the base) is an
+error that names it. So is an adapter that changes a tied head and its embeddings differently: merged, it
+would not be the trained model, or would have other tensors than its base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
-from evomerge.merging.sources.arrays import Array, of_tensor
+from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint, TensorNames, read_json, sample_hash
 from evomerge.merging.sources.tensorfile import Header, read_header
 
@@ -62,9 +62,9 @@ BARE = frozenset(
         "lora_bias",
     }
 )
-"""Keys of an adapter config that are read here, or that do not change what the adapter computes."""
+"""Keys of an adapter config that are supported here, or do not change what the adapter computes."""
 PAIRS = (("A.weight", "B.weight"), ("embedding_A", "embedding_B"))
-"""What a file calls the factors of a layer and of embeddings, after `lora_`."""
+"""Endings of the factors' names in the file, after `lora_`: of layers and of embeddings."""
 BIAS = "B.bias"
 EMBEDDINGS = (
     "embed_tokens.weight",
@@ -73,21 +73,21 @@ EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-"""Names of token embeddings, any prefix: what a tied model's head is."""
+"""Endings of the names of token embeddings, which a tied model's head shares."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that subtract from the base: the adapter then belongs to other weights than the base's."""
+"""Initialisations that change the base's weights: the adapter then does not fit the original base."""
 
 
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-"""Model types whose layers are stored (in, out); only square weights don't show it by their shape."""
+"""Model types whose layers are stored (in, out), which the shape of square weights doesn't show."""
 UNMERGEABLE = "merge the adapter into its base with peft (merge_and_unload) and give that folder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
-    """One update: names of A (r, in) and B (out, r) in the adapter file, and the factor of B A.
+    """One update: names of A (r, in) and B (out, r) in the adapter file, and the factor `scale` of B A.
 
-    Without A it is the update of a bias (lora_bias): the factor times the vector `up`.
+    down: None for the update of a bias (lora_bias), which is `scale` times the vector `up`.
     """
 
     down: str | None
@@ -99,8 +99,8 @@ class LowRank:
 class AdaptedCheckpoint:
     """A checkpoint with a LoRA adapter applied; reads like the checkpoint itself.
 
-    updates: tensor name -> what is added to it. replaced: tensor name -> what the file stores in its place.
-    A tensor in neither is the base's.
+    updates: tensor name -> the low-rank update that is added. replaced: tensor name -> the name of the whole
+    tensor that the file stores instead. All other tensors are the base's.
     """
 
     def __init__(self, base: Checkpoint, folder: Path, location: str) -> None:
@@ -112,13 +112,13 @@ class AdaptedCheckpoint:
         if not (folder / WEIGHTS).is_file():
             pickled = (folder / "adapter_model.bin").is_file()
             raise ModelError(
-                f"{location}: no {WEIGHTS} there",
-                got="adapter_model.bin, which is pickled and not read" if pickled else None,
+                f"{location}: no {WEIGHTS} in the folder",
+                got="adapter_model.bin, a pickled file, which is not read" if pickled else None,
                 fix="save the adapter again with safe_serialization=True" if pickled else None,
             )
-        found = read_header(folder / WEIGHTS)
-        self.updates = _updates(found, location, self._settings, base)
-        self.replaced = _replaced(found, location, self._settings, base, self.updates)
+        headers = read_header(folder / WEIGHTS)
+        self.updates = _updates(headers, location, self._settings, base)
+        self.replaced = _replaced(headers, location, self._settings, base, self.updates)
         if base.tied:
             self._check_tied()
 
@@ -144,36 +144,36 @@ class AdaptedCheckpoint:
         parts = [self.base.fingerprint, self._settings, sample_hash(self.adapter / WEIGHTS)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return the tensor in float32 where the adapter changes it, else as stored."""
         changed = name in self.updates or name in self.replaced
         return of_tensor(self.tensor(name)) if changed else self.base.array(name, mapped=mapped)
 
     def tensor(self, name: str) -> Tensor:
-        """Return the adapted tensor in float32: base + scale * B A. It must not be modified."""
-        kept = self._stored(self.replaced[name]) if name in self.replaced else self.base.tensor(name)
+        """Return the adapted tensor in float32: base + scale * B A. Don't modify it."""
+        weights = self._stored(self.replaced[name]) if name in self.replaced else self.base.tensor(name)
         update = self.update(name)
-        return kept if update is None else kept + update
+        return weights if update is None else weights + update
 
     def update(self, name: str) -> Tensor | None:
-        """Return scale * B A of a tensor in float32, or None where it has no low-rank update."""
-        found = self.updates.get(name)
-        if found is None:
+        """Return scale * B A of a tensor in float32, or None if it has no low-rank update."""
+        factors = self.updates.get(name)
+        if factors is None:
             return None
-        if found.down is None:
-            return self._factor(found.up) * found.scale
+        if factors.down is None:
+            return self._factor(factors.up) * factors.scale
         with _one_thread():
-            product: Tensor = self._factor(found.up) @ self._factor(found.down)
-        return (product.T.contiguous() if found.transposed else product) * found.scale
+            product: Tensor = self._factor(factors.up) @ self._factor(factors.down)
+        return (product.T.contiguous() if factors.transposed else product) * factors.scale
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return B (out, r), times the scale, and A (r, in) of an updated weight, in float32."""
-        found = self.updates[name]
-        assert found.down is not None, name
-        return self._factor(found.up) * found.scale, self._factor(found.down)
+        update = self.updates[name]
+        assert update.down is not None, name
+        return self._factor(update.up) * update.scale, self._factor(update.down)
 
     def _factor(self, part: str) -> Tensor:
-        """Return a factor in float32; factors stay in memory, being small."""
+        """Return a factor in float32; factors are small and stay in memory."""
         if part not in self._factors:
             self._factors[part] = self._stored(part)
         return self._factors[part]
@@ -191,7 +191,7 @@ class AdaptedCheckpoint:
         return safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu")
 
     def _check_tied(self) -> None:
-        """Refuse an adapter that takes a tied head and its embeddings apart; drop the head's equal copy."""
+        """Raise if a tied head and its embeddings are changed differently; drop an equal copy of the head."""
         import torch
 
         heads = [name for name in self.replaced if name.endswith(HEADS)]
@@ -239,7 +239,7 @@ def is_adapter(folder: Path) -> bool:
 def open_adapter(
     base: Checkpoint | None, folder: Path, location: str, *, fallback: str | None = None
 ) -> AdaptedCheckpoint:
-    """Open an adapter on a base; without one, on the base its own config names, else on `fallback`.
+    """Open an adapter on a base (None: the base that its config names, else `fallback`).
 
     A relative `base_model_name_or_path` starts at the adapter's folder, else at the current folder.
     """
@@ -265,7 +265,7 @@ def _own_base(folder: Path, location: str, fallback: str | None) -> str:
     if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and named[0] != ".":
         return named
     raise ModelError(
-        f"{location}: the adapter's base model is not there",
+        f"{location}: the adapter's base model can't be found",
         got=f"base_model_name_or_path: {named!r}",
         fix="write the location as `base+adapter`",
     )
@@ -286,17 +286,17 @@ def _refuse_unsupported(settings: Mapping[str, Any], location: str) -> None:
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
         raise ModelError(
-            f"{location}: init_lora_weights: {start} changes the base, so the adapter alone is not the model",
+            f"{location}: init_lora_weights: {start} changed the base, so the adapter fits other weights",
             fix=UNMERGEABLE,
         )
 
 
 def _updates(
-    found: Mapping[str, Header], location: str, settings: Mapping[str, Any], base: Checkpoint
+    headers: Mapping[str, Header], location: str, settings: Mapping[str, Any], base: Checkpoint
 ) -> dict[str, LowRank]:
     """Return tensor name -> update for every tensor of the base that has one."""
     updates: dict[str, LowRank] = {}
-    for name, header in found.items():
+    for name, header in headers.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
         if not module:
             continue
@@ -314,28 +314,28 @@ def _updates(
             )
         shape = base.headers[target].shape
         if pair is None:
-            other = found.get(f"{name[: -len(BIAS)]}A.weight")
+            other = headers.get(f"{name[: -len(BIAS)]}A.weight")
             if other is None or header.shape != shape:
                 raise _misfit(location, target, shape, header)
             scale = _scale(settings, module, other.shape[0])
             updates[target] = LowRank(down=None, up=name, scale=scale, transposed=False)
             continue
-        down, up = (f"{name[: -len(part)]}{each}" for each in pair)
-        if down not in found or up not in found:
+        down, up = (f"{name[: -len(part)]}{ending}" for ending in pair)
+        if down not in headers or up not in headers:
             raise ModelError(f"{location}: the adapter has only one of lora_A and lora_B for {module!r}")
-        flipped = pair == PAIRS[1] or _stored_transposed(base, shape, found[down], found[up])
+        flipped = pair == PAIRS[1] or _stored_transposed(base, shape, headers[down], headers[up])
         if flipped:
             shape = shape[::-1]
-        _check_shapes(location, target, shape, found[down], found[up])
-        scale = _scale(settings, module, found[down].shape[0])
+        _check_shapes(location, target, shape, headers[down], headers[up])
+        scale = _scale(settings, module, headers[down].shape[0])
         updates[target] = LowRank(down=down, up=up, scale=scale, transposed=flipped)
     return updates
 
 
 def _stored_transposed(base: Checkpoint, shape: tuple[int, ...], down: Header, up: Header) -> bool:
-    """Say whether a layer's weight is stored (in, out), as Conv1D does.
+    """Say whether a layer's weight is stored (in, out), as in Conv1D.
 
-    The file knows better than `fan_in_fan_out`, which peft overrules for the layers it does not fit.
+    The shapes decide, and not `fan_in_fan_out`, which peft ignores for layers that it does not fit.
     """
     if len(shape) == 2 and shape[0] == shape[1]:
         return base.config.get("model_type") in CONV1D
@@ -343,7 +343,7 @@ def _stored_transposed(base: Checkpoint, shape: tuple[int, ...], down: Header, u
 
 
 def _replaced(
-    found: Mapping[str, Header],
+    headers: Mapping[str, Header],
     location: str,
     settings: Mapping[str, Any],
     base: Checkpoint,
@@ -352,13 +352,13 @@ def _replaced(
     """Return tensor name -> name in the file, for every tensor the adapter stores whole."""
     adapted = {target.rpartition(".")[0] for target in updates}
     replaced: dict[str, str] = {}
-    for name, header in found.items():
+    for name, header in headers.items():
         bare = name.removeprefix(PREFIX)
         if ".lora_" in bare:
             continue
         target = bare.replace(".base_layer.", ".")
         tied = base.tied and target.endswith(HEADS)
-        below = ".base_layer." in bare  # where the tensors of an adapted layer lie
+        below = ".base_layer." in bare  # the names of an adapted layer's own tensors
         if (target not in base.headers and not tied) or below != (target.rpartition(".")[0] in adapted):
             raise _unsupported(location, name)
         if not tied and header.shape != base.headers[target].shape:
@@ -370,7 +370,7 @@ def _replaced(
             lacking += [name for name in HEADS if _within(name, module)]
         if lacking:
             raise ModelError(
-                f"{location}: the adapter does not hold what its modules_to_save names",
+                f"{location}: the adapter lacks a tensor of its modules_to_save",
                 expected=f"{lacking[0]!r} stored whole, for {module!r}",
                 fix="save the adapter again",
             )
@@ -391,18 +391,18 @@ def _unsupported(location: str, name: str) -> ModelError:
     )
 
 
-def _misfit(location: str, target: str, shape: tuple[int, ...], found: Header) -> ModelError:
+def _misfit(location: str, target: str, shape: tuple[int, ...], header: Header) -> ModelError:
     return ModelError(
         f"{location}: the adapter does not fit {target!r}",
         expected=str(list(shape)),
-        got=str(list(found.shape)),
+        got=str(list(header.shape)),
         fix="apply it to the base it was trained on, resized vocabulary included",
     )
 
 
 def _taken_apart(location: str, *names: str) -> ModelError:
     return ModelError(
-        f"{location}: the adapter takes apart the embeddings and the head that is tied to them",
+        f"{location}: the adapter changes the embeddings and the head that is tied to them differently",
         expected="both unchanged, or both stored whole and equal (modules_to_save)",
         got=f"changes of {', '.join(names)}",
         fix="save the base with tie_word_embeddings=False and the head stored, and apply the adapter to that",
@@ -425,7 +425,7 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     declared = _by_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))
     if declared != rank:
         raise ModelError(
-            f"adapter: rank of {module!r}", expected=f"{declared:g}, as its config says", got=str(rank)
+            f"adapter: rank of {module!r}", expected=f"{declared:g}, as in its config", got=str(rank)
         )
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
@@ -440,7 +440,7 @@ def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: floa
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Multiply matrices on one thread: how a product is split among threads may change its last bits."""
+    """Multiply matrices on one thread, because splitting a product among threads may change its bits."""
     import torch
 
     threads = torch.get_num_threads()

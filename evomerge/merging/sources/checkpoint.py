@@ -1,7 +1,7 @@
-"""A model folder in safetensors: what it holds, told without reading weights, and its tensors on demand.
+"""A model folder in safetensors: its facts without reading weights, and its tensors on demand.
 
 Covers local folders and hub ids, single files and shards, tied and untied heads. Not covered: pickled
-weights (refused, they can run code), quantised weights and remote code.
+weights (refused, because they can run code), quantised weights and remote code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
-from evomerge.merging.sources.arrays import Array, to_tensor
+from evomerge.merging.sources.arrays import WeightArray, to_tensor
 from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ ARRAY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "ui
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-"""Names of output projections, any prefix: what a tied model shares with its embeddings."""
+"""Endings of the names of output projections, which a tied model shares with its embeddings."""
 DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
-"""Buffers old files carry although the model computes them; they are not weights."""
+"""Buffers in old files that the model computes itself; they are not weights."""
 MASKS = ("attn.bias", "attention.bias")
-"""Causal masks of old GPT-2 and GPT-NeoX files: told from biases by their four dimensions."""
+"""Causal masks of old GPT-2 and GPT-NeoX files, which have four dimensions, unlike biases."""
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
-    """How a model's tensors are named: layers by index, module names inside a layer, the rest.
+    """A model's tensor names, sorted: the number of layers, the names inside a layer, and the rest.
 
     modules: distinct names inside the layers, e.g. `self_attn.q_proj.weight`, in the model's order.
-    outside: full names of the tensors that belong to no layer.
+    outside: full names of the tensors outside the layers.
     """
 
     num_layers: int
@@ -61,8 +61,8 @@ class TensorNames:
 class Checkpoint:
     """One model folder. Opening it reads JSON and headers only.
 
-    headers: tensor name -> shape and stored type, natural order, without tied heads.
-    config: config.json as plain data. `folder`: where the files are. `location`: what the user wrote.
+    headers: tensor name -> shape and stored type, in natural order, without tied heads.
+    config: config.json as plain data. folder: the files' folder. location: the location as the user wrote it.
 
     >>> Checkpoint.open("no/such/folder")
     Traceback (most recent call last):
@@ -74,36 +74,38 @@ class Checkpoint:
         self.folder, self.location = folder, location
         self.config = read_json(folder / "config.json")
         self._files: dict[str, Path] = {}
-        self._maps: dict[Path, Array] = {}
+        self._maps: dict[Path, WeightArray] = {}
         stored: dict[str, Header] = {}
         for path, names in _weight_files(folder, location):
-            found = read_header(path)
-            for name in found if names is None else names:
-                if name not in found:
+            headers = read_header(path)
+            for name in headers if names is None else names:
+                if name not in headers:
                     raise ModelError(
                         f"{folder / INDEX}: index and shard do not match",
                         expected=f"tensor {name!r} in {path.name}",
-                        got=f"{len(found)} other tensors there",
+                        got=f"{len(headers)} other tensors",
                         fix="download or copy the model again",
                     )
-                stored[name] = found[name]
+                stored[name] = headers[name]
                 self._files[name] = path
         self._stored = stored
-        kept = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
-        self.headers: Mapping[str, Header] = {name: stored[name] for name in sorted(kept, key=natural_order)}
+        weights = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
+        self.headers: Mapping[str, Header] = {
+            name: stored[name] for name in sorted(weights, key=natural_order)
+        }
 
     @classmethod
     def open(cls, location: str) -> Checkpoint:
-        """Open a folder or a hub id (`organisation/name`), or raise ModelError.
+        """Open a folder or a hub id (`organisation/name`). Raises ModelError.
 
-        Of a hub repository only safetensors, JSON and tokenizer files are fetched.
+        From a hub repository only safetensors, JSON and tokenizer files are downloaded.
         """
         folder = Path(location).expanduser()
         if not folder.is_dir():
             folder = _from_hub(location)
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"{location}: no config.json there",
+                f"{location}: no config.json in the folder",
                 expected="a Hugging Face model folder",
                 got=_listing(folder),
             )
@@ -111,7 +113,7 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether the output projection is the embedding matrix, as the config says."""
+        """Whether the output projection is the embedding matrix, according to the config."""
         return bool(self.config.get("tie_word_embeddings", not self._has_head))
 
     @functools.cached_property
@@ -137,27 +139,27 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        """The number of layers the tensor names show."""
+        """The number of layers, from the tensor names."""
         return self.layout.num_layers
 
     @functools.cached_property
     def vocabulary(self) -> Mapping[str, int] | None:
-        """Token -> id from tokenizer.json, added tokens included; None where there is no such file."""
+        """Token -> id from tokenizer.json, with added tokens; None without such a file."""
         return read_vocabulary(self.folder)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over config, headers, and file sizes and samples: cheap, and changes when the files do."""
+        """SHA-256 over config, headers, file sizes and samples of the files, which is fast to compute."""
         headers = [(name, header.shape, header.dtype) for name, header in self.headers.items()]
         files = {path.name: sample_hash(path) for path in set(self._files.values())}
         text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
-        """Return a tensor as stored, as an array (see `arrays`). It must not be modified.
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
+        """Return a tensor in its stored type as an array (see `arrays`). Don't modify it.
 
-        mapped: a view of the mapped file, which stays in memory as long as the system likes; else a copy
-        that goes when the caller lets it go.
+        mapped: return a view of the mapped file, whose pages the operating system caches; else a copy that
+        is freed with the array.
         """
         header, path = self._stored[name], self._files[name]
         size = header.count * ITEM_SIZES[header.dtype]
@@ -169,27 +171,27 @@ class Checkpoint:
         return data.view(ARRAY_TYPES[header.dtype]).reshape(header.shape)
 
     def stored(self, name: str, *, mapped: bool = True) -> Tensor:
-        """Return what `array` returns as a tensor of the stored type."""
+        """Return the same as `array`, as a torch tensor."""
         return to_tensor(self.array(name, mapped=mapped))
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor in float32. It must not be modified: it may be the mapped file itself."""
+        """Return a tensor in float32. It may be a view of the mapped file: don't modify it."""
         import torch
 
         return self.stored(name).to(torch.float32)
 
-    def _map(self, path: Path) -> Array:
+    def _map(self, path: Path) -> WeightArray:
         if path not in self._maps:
             import numpy
 
-            try:  # copy-on-write: torch warns of memory it may not write to, although nobody writes
+            try:  # copy-on-write, because torch warns about read-only memory
                 self._maps[path] = numpy.memmap(path, dtype=numpy.uint8, mode="c").view(numpy.ndarray)
             except OSError as error:
                 raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
         return self._maps[path]
 
 
-def _read(path: Path, offset: int, size: int) -> Array:
+def _read(path: Path, offset: int, size: int) -> WeightArray:
     import numpy
 
     data = numpy.empty(size, dtype=numpy.uint8)
@@ -232,7 +234,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(folder: Path) -> Mapping[str, int] | None:
-    """Return token -> id of a folder's tokenizer.json, or None where there is none."""
+    """Return token -> id from a folder's tokenizer.json, or None without such a file. Raises ModelError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -245,12 +247,16 @@ def read_vocabulary(folder: Path) -> Mapping[str, int] | None:
             vocabulary = dict(pieces)
         vocabulary |= {added["content"]: added["id"] for added in data.get("added_tokens") or ()}
     except (KeyError, TypeError, IndexError):
-        raise ModelError(f"{path}: no vocabulary in it", expected="a `tokenizers` file") from None
+        raise ModelError(
+            f"{path}: holds no vocabulary",
+            expected="a file of the `tokenizers` library",
+            fix="download the file again",
+        ) from None
     return vocabulary
 
 
 def sample_hash(path: Path) -> str:
-    """Return a hash of a file's size and of 16 blocks spread evenly over it, whatever its size."""
+    """Return a hash of a file's size and of 16 blocks of 4 KB, spread evenly over the file."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -266,24 +272,24 @@ def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | N
         return [(folder / SINGLE, None)]
     if (folder / INDEX).is_file():
         return _indexed_files(folder)
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return [(found[0], None)]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return [(files[0], None)]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickled:
         raise ModelError(
-            f"{location}: pickled weights are not read, they can run code",
+            f"{location}: pickled weights are not read, because they can run code",
             expected="safetensors files",
             got=", ".join(pickled[:3]),
             fix="convert the model: load it with transformers and save_pretrained it again",
         )
-    raise ModelError(f"{location}: no weights there", expected=SINGLE, got=_listing(folder))
+    raise ModelError(f"{location}: no weights in the folder", expected=SINGLE, got=_listing(folder))
 
 
 def _indexed_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
     where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ModelError(f"{folder / INDEX}: no weight_map in it", fix="download the file again")
+        raise ModelError(f"{folder / INDEX}: holds no weight_map", fix="download the file again")
     shards: dict[str, list[str]] = {}
     for name, shard in where.items():
         shards.setdefault(str(shard), []).append(str(name))
@@ -315,7 +321,7 @@ def _from_hub(location: str) -> Path:
         return Path(huggingface_hub.snapshot_download(location, allow_patterns=list(HUB_FILES)))
     except HFValidationError:
         raise missing from None
-    except Exception as error:  # the hub client raises its own, requests' and OS errors alike
+    except Exception as error:  # the hub client raises errors of its own, of requests and of the OS
         raise ModelError(
             f"{location}: neither a local folder nor available from the Hugging Face hub",
             got=" ".join(str(error).split())[:300] or type(error).__name__,

@@ -1,4 +1,4 @@
-"""Diagonal Fisher information as stored: safetensors files with a model's tensor names, read by tensor."""
+"""Diagonal Fisher information in safetensors files with a model's tensor names, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KIND = "diagonal Fisher information"
-"""What a Fisher file says it is, so that a model's own weights are not taken for one."""
+"""The `kind` in a Fisher file's metadata, so that a model's weights are not mistaken for one."""
 
 
 def headers(file: str) -> Mapping[str, Header]:
@@ -25,24 +25,27 @@ def headers(file: str) -> Mapping[str, Header]:
 
 
 def tensor(file: str, name: str) -> Tensor:
-    """Return one Fisher tensor in float32. It must not be modified: it may be the mapped file itself."""
+    """Return one Fisher tensor in float32. It may be a view of the mapped file: don't modify it."""
     import torch
 
-    found: Tensor = _opened(file, _stamp(file)).get_tensor(name).to(torch.float32)
-    if found.numel() and not (found.min() >= 0 and torch.isfinite(found.max())):
-        raise ModelError(f"{file}: {name!r} has elements that are negative or not finite")
-    return found
+    information: Tensor = _opened(file, _stamp(file)).get_tensor(name).to(torch.float32)
+    if information.numel() and not (information.min() >= 0 and torch.isfinite(information.max())):
+        raise ModelError(
+            f"{file}: {name!r} has elements that are negative or not finite",
+            fix="estimate it again: evomerge fisher MODEL TEXT OUT",
+        )
+    return information
 
 
 def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[str, str]) -> None:
-    """Check from headers that the Fisher files a recipe uses are those of its models.
+    """Check from headers that a recipe's Fisher files belong to its models.
 
-    pattern: the headers of the models. fingerprints: model -> its fingerprint, compared where a file has
-    one. Raises ModelError naming the file and the tensor.
+    pattern: the headers of the models. fingerprints: model -> its fingerprint, compared if the file has one.
+    Raises ModelError that names the file and the tensor.
     """
     for name in recipe.used_fishers():
         file = recipe.fisher[name]
-        found = headers(file)
+        stored = headers(file)
         facts = _opened(file, _stamp(file)).metadata() or {}
         if facts.get("kind") != KIND:
             raise ModelError(
@@ -53,15 +56,17 @@ def check(recipe: Recipe, pattern: Mapping[str, Header], fingerprints: Mapping[s
             )
         if facts.get("model_fingerprint") not in (None, fingerprints[name]):
             raise ModelError(
-                f"{file}: the Fisher of another model than {name!r}",
+                f"{file}: the Fisher information of another model than {name!r}",
                 fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
             )
-        for wanted, header in pattern.items():
-            if wanted not in found or found[wanted].shape != header.shape:
+        for tensor_name, header in pattern.items():
+            if tensor_name not in stored or stored[tensor_name].shape != header.shape:
                 raise ModelError(
-                    f"{file}: not a Fisher of model {name!r}",
-                    expected=f"tensor {wanted!r} of shape {list(header.shape)}",
-                    got=f"shape {list(found[wanted].shape)}" if wanted in found else "no such tensor",
+                    f"{file}: not the Fisher information of model {name!r}",
+                    expected=f"tensor {tensor_name!r} of shape {list(header.shape)}",
+                    got=f"shape {list(stored[tensor_name].shape)}"
+                    if tensor_name in stored
+                    else "no such tensor",
                     fix=f"evomerge fisher {recipe.models[name]} TEXT OUT",
                 )
 

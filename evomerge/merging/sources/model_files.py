@@ -1,7 +1,7 @@
-"""What a model's files are, so that a later session can say which of them changed and how.
+"""Facts about a model's files, from which a later session can tell which of them changed and how.
 
-Of weights the size, the header and samples of the contents are kept, which costs no time however large they
-are; every byte is hashed on request only. Of the small files (config, tokenizer) the contents are.
+For weight files these are the size, the header and samples of the contents, which is fast for any size; all
+bytes are hashed on request only. Small files (config, tokenizer) are hashed completely.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.vocabulary import Aligned
 
 Facts = Mapping[str, Mapping[str, int | str]]
-"""File -> what is known of it: size, header, sample; or contents."""
+"""File -> its facts: size, header and sample, or the hash of its contents."""
 JSON = ("config.json", adapter.CONFIG)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WORDS = {"size": "another size", "header": "another header", "sample": "other contents"}
 
 
 def files_of(source: Source) -> dict[str, Path]:
-    """Return name -> path of all files that decide what a model computes.
+    """Return name -> path of all files that determine what a model computes.
 
-    An adapter's own come after those of the model it is on.
+    An adapter's files come after those of its base model.
     """
     if isinstance(source, Aligned):
         return files_of(source.source)
     if isinstance(source, AdaptedCheckpoint):
-        own = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)
-        return files_of(source.base) | {path.name: path for path in own}
+        adapter_files = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)
+        return files_of(source.base) | {path.name: path for path in adapter_files}
     assert isinstance(source, Checkpoint)
     small = (source.folder / name for name in (*JSON[:1], *TOKENIZER))
     return {path.name: path for path in (*small, *source.files) if path.is_file()}
 
 
 def facts(source: Source) -> dict[str, dict[str, int | str]]:
-    """Return what is known of a model's files without reading all of them."""
+    """Return facts about a model's files without reading all bytes."""
     return {name: _of_file(path) for name, path in files_of(source).items()}
 
 
 def full_hashes(source: Source) -> dict[str, str]:
     """Return the SHA-256 of every byte of a model's files."""
-    found = {}
+    hashes = {}
     for name, path in files_of(source).items():
         with path.open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def changes(before: Facts, after: Facts) -> list[str]:
-    """Say file by file how a model's files differ from what they were.
+    """List the files of a model that changed, and how.
 
     >>> weights = {"size": 10, "header": "a", "sample": "b"}
     >>> changes({"w.safetensors": weights}, {"w.safetensors": {**weights, "sample": "c"}})
@@ -62,14 +62,14 @@ def changes(before: Facts, after: Facts) -> list[str]:
     >>> changes({"a.json": {"contents": "a"}}, {"b.json": {"contents": "a"}})
     ['a.json (missing)', 'b.json (new)']
     """
-    found = [f"{name} (missing)" for name in before if name not in after]
+    changed = [f"{name} (missing)" for name in before if name not in after]
     for name in after:
         if name not in before:
-            found.append(f"{name} (new)")
+            changed.append(f"{name} (new)")
         elif before[name] != after[name]:
             keys = [key for key in after[name] if before[name].get(key) != after[name][key]]
-            found.append(f"{name} ({_WORDS.get(keys[0] if keys else '', 'other contents')})")
-    return found
+            changed.append(f"{name} ({_WORDS.get(keys[0] if keys else '', 'other contents')})")
+    return changed
 
 
 def _of_file(path: Path) -> dict[str, int | str]:
@@ -79,6 +79,6 @@ def _of_file(path: Path) -> dict[str, int | str]:
             header = hashlib.sha256(file.read(length)).hexdigest()
         return {"size": path.stat().st_size, "header": header, "sample": sample_hash(path)}
     content = path.read_bytes()
-    if path.name in JSON:  # written anew by any tool that copies a model, in another layout
+    if path.name in JSON:  # tools that copy a model rewrite it in another layout
         content = json.dumps(read_json(path), sort_keys=True).encode()
     return {"contents": hashlib.sha256(content).hexdigest()}

@@ -13,10 +13,15 @@ from evomerge.merging.sources.vocabulary import align, differ
 
 
 def open_source(location: str, *, base: str | None = None) -> Source:
-    """Open a model folder, hub id, `path+adapter`, or adapter folder; raise ModelError.
+    """Open a model; only its JSON files and headers are read.
 
-    base: location of the model an adapter folder given alone is applied to, where the one its own
-    config names is not there.
+    Args:
+        location: a model folder, hub id, `path+adapter`, or adapter folder.
+        base: location of the model to which an adapter folder is applied, if the base that its config names
+            can't be found.
+
+    Raises:
+        ModelError: the model is missing, damaged or not supported.
     """
     model, adapter = split_location(location)
     if adapter is not None:
@@ -27,9 +32,17 @@ def open_source(location: str, *, base: str | None = None) -> Source:
 
 
 def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str = "") -> dict[str, Source]:
-    """Open all models by name; adapters given alone may rest on the model named `base`.
+    """Open all models by name, with embedding rows matched by token.
 
-    tokenizer: as in a Recipe; embedding rows follow its vocabulary where models differ, see `vocabulary`.
+    Args:
+        models: name -> location.
+        base: the name of the base model, to which adapter folders without an available base are applied.
+        tokenizer: as in a Recipe. Where vocabularies differ, embedding rows follow this one's; see
+            `vocabulary`.
+
+    Raises:
+        ModelError: a model can't be opened, or rows can't be matched.
+        ConfigError: `tokenizer` is not valid.
     """
     below = models[base] if base is not None else None
     opened = {name: open_source(location, base=below) for name, location in models.items()}
@@ -38,13 +51,16 @@ def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str 
 
 
 def open_used(recipe: Recipe) -> dict[str, Source]:
-    """Open the models a recipe reads, and the one whose tokenizer and config it takes."""
+    """Open the models that a recipe reads, and the one whose tokenizer and config it takes.
+
+    Raises what `open_sources` does.
+    """
     used = dict.fromkeys((*recipe.used_models(), recipe.pattern))
     below = recipe.models[recipe.base] if recipe.base is not None else None
     opened = {name: open_source(recipe.models[name], base=below) for name in used}
     if recipe.tokenizer == recipe.pattern and not differ(opened, recipe.pattern):
         return opened
-    # Models that are not merged may still give rows that others lack, so all are looked at.
+    # Models that are not merged may still provide rows that others lack, so all are opened.
     every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
     aligned = align(every, tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
     return {name: aligned[name] for name in used}

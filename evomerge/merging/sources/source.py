@@ -1,4 +1,4 @@
-"""A source of a merge: anything that has tensors by name, whatever files they come from."""
+"""The interface of a merge's sources: tensors by name, from checkpoints or adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
-from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import TensorNames
 from evomerge.merging.sources.tensorfile import Header
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """What the engine needs of a model: facts without reading weights, and tensors by name.
 
-    `folder` is where config and tokenizer lie; `fingerprint` changes when the files do.
+    `folder` holds config and tokenizer; `fingerprint` changes if the files change.
     """
 
     location: str
@@ -41,32 +41,32 @@ class Source(Protocol):
         """Return a tensor in float32; callers must not modify it."""
         ...
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
-        """Return a tensor in the type it has (see `arrays`), mapped from its file if possible."""
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
+        """Return a tensor in its stored type (see `arrays`), mapped from its file if possible."""
         ...
 
 
-def same_base(one: Source, other: Source) -> bool:
-    """Say whether two models, adapters taken off, are one folder, however it was named."""
-    return _resolved(one.folder) == _resolved(other.folder)
+def same_base(source: Source, other: Source) -> bool:
+    """Say whether two models, without their adapters, are the same folder."""
+    return _resolved(source.folder) == _resolved(other.folder)
 
 
 @functools.cache
 def _resolved(folder: Path) -> Path:
-    return folder.resolve()  # asked for every tensor of every candidate
+    return folder.resolve()  # cached, because it is needed for every tensor of every candidate
 
 
 def task_vector(
     source: Source, base: Source, name: str, origin: Callable[[], Tensor] | None = None
 ) -> Tensor | None:
-    """Return source - base of one tensor in float32, or None where it is known to be zero unread.
+    """Return source - base of one tensor in float32, or None if it is zero without reading anything.
 
-    An adapter on the very files of the base has the task vector scale * B A, computed from its factors
-    and not by adding them to the base and taking the base away again; of a tensor it does not touch, none.
-    An adapter on another model has that model's task vector plus scale * B A. Everything else is a
-    difference. All who need a task vector get it here, so that they get the same bits.
+    An adapter on the base's own files has the task vector scale * B A, computed from its factors (adding
+    them to the base and subtracting the base again would round), and none for tensors it doesn't change. An
+    adapter on another model has that model's task vector plus scale * B A. All others are differences. Every
+    user of task vectors calls this function, so all get the same bits.
 
-    origin: gives the base's tensor where the caller keeps it; it is called only if the base is needed.
+    origin: returns the base's tensor, if the caller has it; called only if the base is needed.
     """
     origin = origin or functools.partial(base.tensor, name)
     if isinstance(base, AdaptedCheckpoint):

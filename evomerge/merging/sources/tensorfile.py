@@ -1,8 +1,8 @@
-"""safetensors files by hand: validated headers without reading weights, and a streaming writer.
+"""safetensors files: validated headers without reading weights, and a streaming writer.
 
-The safetensors library reads the weights themselves (memory-mapped). Its writer wants all tensors at
-once, so ours writes the header first and then one tensor at a time, and memory stays bounded. The format
-is eight bytes of header length, a JSON header, and the raw tensors without gaps.
+The library's writer needs all tensors at once. `ShardWriter` writes the header first and then one tensor at
+a time, so memory stays bounded. The format is eight bytes of header length, a JSON header, and the raw
+tensors without gaps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from evomerge.errors import ModelError
-from evomerge.merging.sources.arrays import DTYPES, Array
+from evomerge.merging.sources.arrays import DTYPES, WeightArray
 
 ITEM_SIZES = {
     "F64": 8,
@@ -44,9 +44,9 @@ HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a file says about one tensor: its shape, its type in safetensors' code, e.g. `BF16`.
+    """One tensor's entry in a file's header: its shape, and its type as safetensors' code, e.g. `BF16`.
 
-    offset: where its data begin, in bytes from the start of the file; no part of its identity.
+    offset: the start of its data, in bytes from the start of the file; not part of its identity.
     """
 
     shape: tuple[int, ...]
@@ -65,8 +65,8 @@ class Header:
 def read_header(path: Path) -> dict[str, Header]:
     """Return name -> header of a safetensors file, in the order of the data.
 
-    Reads the header alone, but checks it against the size of the file, so that a truncated download is
-    found before any work starts. Raises ModelError.
+    Reads only the header, but compares it with the size of the file, so that a truncated download is noticed
+    before any work starts. Raises ModelError.
     """
     try:
         size = path.stat().st_size
@@ -138,7 +138,7 @@ class ShardWriter:
         self._file: BinaryIO = path.open("xb")
         self._file.write(_encoded(headers))
 
-    def add(self, name: str, array: Array) -> None:
+    def add(self, name: str, array: WeightArray) -> None:
         """Append the next tensor; its name, shape and type must be those announced."""
         expected, header = self._pending.pop()
         assert name == expected, (name, expected)

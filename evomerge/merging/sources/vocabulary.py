@@ -1,17 +1,17 @@
-"""Models whose vocabularies differ: embedding rows are matched by token string before anything is merged.
+"""Models with different vocabularies: embedding rows are matched by token string before merging.
 
     aligned = align(opened, tokenizer="union", base="base", asked=True)
     aligned["chat"].tensor("model.embed_tokens.weight")   # rows in the order of the union's ids
 
-`row_maps` is the pure part: for every model, which of its rows each row of the result comes from. `align`
-wraps the models that need it in an `Aligned` source, which serves re-rowed embeddings and heads, so methods,
-engine and workbench see models of one vocabulary and need to know nothing of this.
+`row_maps` is the pure part: for every model, the row from which each row of the result comes. `align` wraps
+models in an `Aligned` source where necessary, which returns embeddings and heads with the new rows. So the
+rest of the code only sees models with the same vocabulary.
 
-A row a model lacks is the base's, so its task vector is zero there; where the base lacks it too, the base
-and every model that lacks it get the mean of the models that have it, in the recipe's order, in float32; a
-padding row that nobody has is zero. Tokens of a union that its base lacks are appended as added tokens, even
-those that were plain pieces elsewhere: the tokenizer then finds them literally in the text, before it cuts
-the rest into pieces, and no merge rule makes them.
+A row that a model lacks is the base's, so its task vector is zero there. If the base lacks it too, the base
+and every model without it get the mean of the models that have it, in the recipe's order, in float32. A
+padding row that no model has is zero. Tokens of a union that its base lacks become added tokens, also those
+that are plain pieces in their own tokenizer: the tokenizer then matches them literally in a text, before it
+splits the rest into pieces.
 
 Not covered: per-layer embeddings and other tables of tokens with a row count of their own (refused), and
 tokenizers without tokenizer.json, whose models must have the rows of the model that gives the tokenizer.
@@ -32,7 +32,7 @@ import numpy as np
 
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
-from evomerge.merging.sources.arrays import Array, of_tensor
+from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, TensorNames, read_json
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
@@ -44,41 +44,41 @@ if TYPE_CHECKING:
 
 LACKS = -1
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""What tokenizer.json says about an added token beside its text."""
+"""Properties of an added token in tokenizer.json, beside its text."""
 _HEAD_PARTS = (*HEADS, *(name.removesuffix("weight") + "bias" for name in HEADS))
 _EMBEDDING = re.compile(r"embed|wte")
 _NO_TOKENS = re.compile(r"pos|wpe|type|patch|class")
-"""Parts of the names of embeddings of something else than tokens."""
+"""Parts of the names of embeddings that are not of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Which rows a model has: token -> id (None: not known) and their number, padding included."""
+    """A model's embedding rows: token -> id (None: unknown), and their number with padding."""
 
     tokens: Mapping[str, int] | None
     count: int
 
 
 def row_maps(models: Mapping[str, Rows], target: Rows) -> dict[str, NDArray[np.int64]]:
-    """Return for every model the row each row of the target comes from, shape (target.count,).
+    """Return for every model the row from which each row of the target comes, shape (target.count,).
 
-    -1 says that the model lacks the row's token. A row without token is padding and comes from the
-    model's own padding at the same place. Ids beyond a model's rows count as lacking.
+    -1 means that the model lacks the row's token. A row without a token is padding and comes from the
+    model's padding at the same index. Ids beyond a model's rows count as missing.
 
     >>> maps = row_maps({"m": Rows(tokens={"b": 0, "a": 1}, count=4)}, Rows(tokens={"a": 0, "c": 1}, count=3))
     >>> maps["m"].tolist()
     [1, -1, 2]
     """
     assert target.tokens is not None
-    wanted = {row: token for token, row in target.tokens.items() if row < target.count}
-    padding = np.array([row for row in range(target.count) if row not in wanted], dtype=np.int64)
+    token_of_row = {row: token for token, row in target.tokens.items() if row < target.count}
+    padding = np.array([row for row in range(target.count) if row not in token_of_row], dtype=np.int64)
     maps = {}
     for name, model in models.items():
         assert model.tokens is not None
         rows = np.full(target.count, LACKS, dtype=np.int64)
-        for row, token in wanted.items():
-            own = model.tokens.get(token, LACKS)
-            rows[row] = own if own < model.count else LACKS
+        for row, token in token_of_row.items():
+            model_row = model.tokens.get(token, LACKS)
+            rows[row] = model_row if model_row < model.count else LACKS
         named = np.fromiter(model.tokens.values(), dtype=np.int64, count=len(model.tokens))
         free = padding[padding < model.count]
         free = free[~np.isin(free, named)]
@@ -90,9 +90,9 @@ def row_maps(models: Mapping[str, Rows], target: Rows) -> dict[str, NDArray[np.i
 def row_tensors(source: Source) -> tuple[str, ...]:
     """Return the names of the tensors with one row per token: embeddings, and head and its bias if untied.
 
-    Found by name and shape: outside the layers, with as many rows as the config's vocabulary.
+    They are recognised by name and shape: outside the layers, with as many rows as the config's vocabulary.
     """
-    found = {
+    row_counts = {
         name: header.shape[0]
         for name, header in source.headers.items()
         if layer_of(name) is None
@@ -103,18 +103,18 @@ def row_tensors(source: Source) -> tuple[str, ...]:
     }
     config = source.config.get("text_config") or source.config
     declared = config.get("vocab_size", source.config.get("vocab_size"))
-    count = declared if declared in found.values() else next(iter(found.values()), None)
-    return tuple(name for name, rows in found.items() if rows == count)
+    count = declared if declared in row_counts.values() else next(iter(row_counts.values()), None)
+    return tuple(name for name, rows in row_counts.items() if rows == count)
 
 
 def rows_of(source: Source) -> int | None:
-    """Return the number of rows of a model's embeddings, or None where no such tensor is found."""
+    """Return the number of rows of a model's embeddings, or None if there is no such tensor."""
     names = row_tensors(source)
     return source.headers[names[0]].shape[0] if names else None
 
 
 def differ(sources: Mapping[str, Source], pattern: str) -> bool:
-    """Say whether a model has other tokens, or another number of rows, than the model named `pattern`."""
+    """Say whether any model differs from the model `pattern` in its tokens or its number of rows."""
     first = sources[pattern]
     return any(
         rows_of(source) != rows_of(first) or not _same_tokens(source.vocabulary, first.vocabulary)
@@ -127,13 +127,17 @@ def align(
 ) -> dict[str, Source]:
     """Return the models with their embedding rows in the order of one vocabulary.
 
-    sources: all models of a recipe, in its order. tokenizer: the model whose vocabulary the result gets, or
-    `union`: the base's (without a base, the first model's), then what others add in the order of models.
-    asked: whether that was asked for. If not, only models with the same tokens and other padding are
-    aligned; the rest is left as it is, and `compatibility.check` refuses it.
+    Args:
+        sources: all models of a recipe, in its order.
+        tokenizer: the model whose vocabulary the result gets, or `union`: the base's tokens (without a base,
+            the first model's), then additional ones in the order of the models.
+        base: the name of the base model.
+        asked: whether the user set `tokenizer`. If not, only models that differ in padding alone are
+            aligned. Others stay unchanged, and `compatibility.check` refuses them.
 
-    Raises ModelError where rows can't be matched: no tokenizer.json and another number of rows, unknown
-    embeddings, or ids with holes under `union`.
+    Raises:
+        ModelError: rows can't be matched: a model without tokenizer.json has another number of rows,
+            embeddings are unknown, or ids have gaps under `union`.
     """
     pattern = tokenizer if tokenizer in sources else base or next(iter(sources))
     first = sources[pattern]
@@ -150,9 +154,9 @@ def align(
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
     if not same and not asked:
         return dict(sources)
-    known = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
+    rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
-    target = _target(known[pattern], additions)
+    target = _target(rows[pattern], additions)
     _check_tables(sources, names)
     if additions:
         _check_ids(first, target, additions)
@@ -160,13 +164,13 @@ def align(
         sources=dict(sources),
         base=base,
         tensors=names,
-        known=known,
+        rows=rows,
         target=target,
-        maps=row_maps(known, target),
+        maps=row_maps(rows, target),
     )
     return {
         name: source
-        if known[name].tokens == target.tokens and known[name].count == target.count
+        if rows[name].tokens == target.tokens and rows[name].count == target.count
         else Aligned(name, source, table, additions if name == pattern else ())
         for name, source in sources.items()
     }
@@ -174,12 +178,12 @@ def align(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """All that is known of an alignment: the models as they are, and where each row comes from."""
+    """An alignment: the original models, and the row from which each row of the target comes."""
 
     sources: Mapping[str, Source]
     base: str | None
     tensors: tuple[str, ...]
-    known: Mapping[str, Rows]
+    rows: Mapping[str, Rows]
     target: Rows
     maps: Mapping[str, NDArray[np.int64]]
 
@@ -187,26 +191,26 @@ class Table:
         """Return a model's tensor with the target's rows, in float32."""
         import torch
 
-        rows, own = self.maps[model], self.sources[model].tensor(tensor)
+        rows, weights = self.maps[model], self.sources[model].tensor(tensor)
         if np.array_equal(rows, np.arange(len(rows))):
-            return own[: len(rows)]
-        result = own.index_select(0, torch.from_numpy(np.maximum(rows, 0)))
-        del own
+            return weights[: len(rows)]
+        result = weights.index_select(0, torch.from_numpy(np.maximum(rows, 0)))
+        del weights
         lacking = rows == LACKS
         result[torch.from_numpy(lacking)] = 0
         if self.base is not None and self.base != model and lacking.any():
             theirs = self.maps[self.base]
-            given = np.flatnonzero(lacking & (theirs != LACKS))
-            if given.size:
-                found = self.sources[self.base].tensor(tensor)[torch.from_numpy(theirs[given])]
-                result[torch.from_numpy(given)] = found
-                lacking[given] = False
+            from_base = np.flatnonzero(lacking & (theirs != LACKS))
+            if from_base.size:
+                base_rows = self.sources[self.base].tensor(tensor)[torch.from_numpy(theirs[from_base])]
+                result[torch.from_numpy(from_base)] = base_rows
+                lacking[from_base] = False
         if lacking.any():
             self._add_means(result, np.flatnonzero(lacking), tensor)
         return result
 
     def _add_means(self, result: Tensor, places: NDArray[np.int64], tensor: str) -> None:
-        """Fill rows with the mean over the models that have them; those nobody has stay zero."""
+        """Fill rows with the mean over the models that have them; rows that no model has stay zero."""
         import torch
 
         total = torch.zeros((len(places), *result.shape[1:]), dtype=result.dtype)
@@ -214,14 +218,14 @@ class Table:
         for name, rows in self.maps.items():
             has = np.flatnonzero(rows[places] != LACKS)
             if has.size:
-                found = self.sources[name].tensor(tensor)[torch.from_numpy(rows[places][has])]
-                total.index_add_(0, torch.from_numpy(has), found)
+                model_rows = self.sources[name].tensor(tensor)[torch.from_numpy(rows[places][has])]
+                total.index_add_(0, torch.from_numpy(has), model_rows)
                 count[torch.from_numpy(has)] += 1
         shape = (-1, *(1,) * (result.dim() - 1))
         result[torch.from_numpy(places)] = total / count.clamp(min=1).reshape(shape)
 
     def mark(self) -> str:
-        """Return a hash of everything that decides the rows."""
+        """Return a hash of everything that determines the rows."""
         digest = hashlib.sha256()
         tokens = sorted((self.target.tokens or {}).items())
         prints = [source.fingerprint for source in self.sources.values()]
@@ -232,10 +236,10 @@ class Table:
 
 
 class Aligned:
-    """A source with the rows of another vocabulary; everything else is the source's own.
+    """A source with the rows of another vocabulary; everything else is the original source's.
 
-    additions: tokens (with their flags, as in tokenizer.json) the tokenizer in `folder` does not have yet.
-    note: what is worth telling the user.
+    additions: tokens (with their flags, as in tokenizer.json) that the tokenizer in `folder` lacks.
+    note: a remark for the user.
     """
 
     def __init__(
@@ -247,7 +251,7 @@ class Aligned:
     ) -> None:
         self.name, self.source, self.additions = name, source, tuple(additions)
         self._table = table
-        self.note = _note(name, table.known[name], table.target, additions)
+        self.note = _note(name, table.rows[name], table.target, additions)
         self.location, self.folder = source.location, source.folder
         self.config = with_rows(source.config, table.target.count)
         self.headers: Mapping[str, Header] = {
@@ -275,16 +279,16 @@ class Aligned:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the source's fingerprint and all that decides its rows."""
+        """SHA-256 over the source's fingerprint and everything that determines its rows."""
         return hashlib.sha256(f"{self.source.fingerprint} {self._table.mark()}".encode()).hexdigest()
 
-    def array(self, name: str, *, mapped: bool = True) -> Array:
-        """Return the tensor in float32 where its rows move, else as the source has it."""
+    def array(self, name: str, *, mapped: bool = True) -> WeightArray:
+        """Return the tensor in float32 if its rows move, else as the original source does."""
         moved = name in self._table.tensors
         return of_tensor(self.tensor(name)) if moved else self.source.array(name, mapped=mapped)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor in float32, its rows in the target's order. It must not be modified."""
+        """Return a tensor in float32, its rows in the target's order. Don't modify it."""
         return (
             self._table.gather(self.name, name) if name in self._table.tensors else self.source.tensor(name)
         )
@@ -301,7 +305,7 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Open a source's tokenizer, with the tokens its alignment adds; raise ModelError where it can't be."""
+    """Open a source's tokenizer, with the tokens that its alignment adds. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:
@@ -318,12 +322,12 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _same_tokens(ours: Mapping[str, int] | None, theirs: Mapping[str, int] | None) -> bool:
-    return ours is None or theirs is None or ours == theirs
+def _same_tokens(tokens: Mapping[str, int] | None, others: Mapping[str, int] | None) -> bool:
+    return tokens is None or others is None or tokens == others
 
 
 def _rows(name: str, source: Source, pattern_name: str, pattern: Source) -> Rows:
-    """Return a model's rows; one without tokenizer.json has the pattern's, if it has as many."""
+    """Return a model's rows; without a tokenizer.json those of the pattern, if their number is equal."""
     count, expected = rows_of(source), rows_of(pattern)
     assert count is not None
     if source.vocabulary is not None:
@@ -341,18 +345,18 @@ def _rows(name: str, source: Source, pattern_name: str, pattern: Source) -> Rows
 def _additions(sources: Mapping[str, Source], pattern: str) -> tuple[dict[str, Any], ...]:
     """Return the tokens the pattern lacks, in the order of models and ids, with their flags."""
     have = set(sources[pattern].vocabulary or ())
-    found = []
+    additions = []
     for source in sources.values():
         new = {token: row for token, row in (source.vocabulary or {}).items() if token not in have}
         if not new:
             continue
         flags = _flags(source.folder)
         plain = {"special": False, "normalized": True}
-        found += [
+        additions += [
             {"content": token, **flags.get(token, plain)} for token in sorted(new, key=lambda t: new[t])
         ]
         have |= new.keys()
-    return tuple(found)
+    return tuple(additions)
 
 
 def _flags(folder: Path) -> dict[str, dict[str, bool]]:
@@ -363,7 +367,7 @@ def _flags(folder: Path) -> dict[str, dict[str, bool]]:
 
 
 def _target(pattern: Rows, additions: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return the pattern's rows, the additions after its last token: padding is used up first."""
+    """Return the pattern's rows with the additions after its last token, in padding rows if there are any."""
     assert pattern.tokens is not None
     start = 1 + max(pattern.tokens.values(), default=-1)
     new = {str(token["content"]): start + index for index, token in enumerate(additions)}
@@ -378,7 +382,7 @@ def _added(additions: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _check_ids(pattern: Source, target: Rows, additions: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a union whose tokenizer would give the new tokens other ids than their rows."""
+    """Raise if the tokenizer would give the new tokens of a union other ids than their rows."""
     from tokenizers import Tokenizer
 
     assert target.tokens is not None
@@ -391,14 +395,14 @@ def _check_ids(pattern: Source, target: Rows, additions: Sequence[Mapping[str, A
 def _no_union(pattern: Source) -> ModelError:
     return ModelError(
         f"{pattern.location}: its tokenizer can't be extended to a union of vocabularies",
-        expected="token ids without holes",
-        got="new tokens would get ids that are taken or have no row",
+        expected="token ids without gaps",
+        got="new tokens would get ids that are in use or have no row",
         fix="choose one model's vocabulary: `tokenizer: base` or a model's name",
     )
 
 
 def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
-    """Refuse further tables of tokens: leaving them as they are would mix up their rows in silence."""
+    """Raise for other tables of tokens, whose rows would silently be mixed up if they were not matched."""
     for name, source in sources.items():
         for tensor, header in source.headers.items():
             if tensor in names or layer_of(tensor) is not None or len(header.shape) != 2:
@@ -406,28 +410,28 @@ def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
             table = re.search(r"embed\w*token|token\w*embed", tensor) and not _NO_TOKENS.search(tensor)
             if table or tensor.endswith(HEADS):
                 raise ModelError(
-                    f"model {name!r}: {tensor!r} has rows of tokens that can't be matched",
+                    f"model {name!r}: {tensor!r} has one row per token, and these rows can't be matched",
                     expected=f"as many rows as {', '.join(names)}",
                     got=f"shape {list(header.shape)}",
                     fix="merge models that share a tokenizer",
                 )
 
 
-def _note(name: str, own: Rows, target: Rows, additions: Sequence[Mapping[str, Any]]) -> str:
-    assert own.tokens is not None
+def _note(name: str, rows: Rows, target: Rows, additions: Sequence[Mapping[str, Any]]) -> str:
+    assert rows.tokens is not None
     assert target.tokens is not None
-    if own.tokens == target.tokens:
-        return f"padding differs: {name} has {own.count} embedding rows, the result {target.count}"
+    if rows.tokens == target.tokens:
+        return f"padding differs: {name} has {rows.count} embedding rows, the result {target.count}"
     if additions:
         plain = sum(not token.get("special") for token in additions)
         return (
-            f"the union adds {len(additions)} tokens to the {len(own.tokens)} of {name}, {plain} of them not "
-            "special: the tokenizer finds those literally in any text"
+            f"the union adds {len(additions)} tokens to the {len(rows.tokens)} of {name}; {plain} of them "
+            "are not special tokens, and the tokenizer matches those literally in any text"
         )
-    lacks = sum(token not in own.tokens for token in target.tokens)
-    loses = sum(token not in target.tokens for token in own.tokens)
-    moved = sum(own.tokens.get(token, row) != row for token, row in target.tokens.items())
+    lacks = sum(token not in rows.tokens for token in target.tokens)
+    loses = sum(token not in target.tokens for token in rows.tokens)
+    moved = sum(rows.tokens.get(token, row) != row for token, row in target.tokens.items())
     return (
-        f"vocabularies differ: {name} lacks {lacks} of the result's tokens, loses {loses} of its own and has "
-        f"{moved} in other rows"
+        f"vocabularies differ: {name} lacks {lacks} of the result's tokens, loses {loses} of its own, and "
+        f"{moved} move to other rows"
     )

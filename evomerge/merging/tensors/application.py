@@ -1,4 +1,4 @@
-"""Apply a tensor group's method to tensors: parameters become arguments, random draws get their owners."""
+"""Apply a tensor group's method to tensors: parameters become arguments, and random methods get keys."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def apply(
 ) -> Tensor:
     """Return the group's method applied to float32 tensors, one per source; they are not modified.
 
-    seed and tensor (the output tensor's name) own the draws of random methods. fishers: one tensor per
-    source, for methods that need them.
+    seed, tensor: the recipe's seed and the output tensor's name, from which random methods draw.
+    fishers: one tensor per source, for methods that need them.
 
     >>> import torch
     >>> half = TensorGroup(method="linear", sources=("a", "b"))
@@ -33,14 +33,14 @@ def apply(
     tensor([0.5000])
     """
     function = methods.get(group.method).function
-    found = arguments(group, seed=seed, tensor=tensor)
+    settings = arguments(group, seed=seed, tensor=tensor)
     if methods.get(group.method).fisher:
-        found["fishers"] = fishers
-    return function(base, tensors, **found)
+        settings["fishers"] = fishers
+    return function(base, tensors, **settings)
 
 
 def arguments(group: TensorGroup, *, seed: int, tensor: str) -> dict[str, Any]:
-    """Return what the group's method is called with besides tensors."""
+    """Return the keyword arguments of the group's method."""
     named: dict[str, Any] = {
         "lambda_" if name == "lambda" else name: value for name, value in group.parameters.items()
     }

@@ -1,4 +1,4 @@
-"""Where a merge gets its tensors and their statistics from: files, read once, or a search's caches."""
+"""The tensors of a merge and their statistics, from files or from a search's caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
 from evomerge.merging.sources import fisher_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
-from evomerge.merging.sources.arrays import Array, computable, of_tensor
+from evomerge.merging.sources.arrays import WeightArray, computable, of_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.source import Source, task_vector
 from evomerge.merging.tensors.kernels import Operand
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 TensorKey = tuple[str, str]
 """A model and one of its tensors, by name."""
 Difference = tuple[TensorKey, TensorKey | None]
-"""A tensor, and the base's that is subtracted from it (None: nothing)."""
+"""A tensor, and the base's tensor that is subtracted from it, if any."""
 Gram = list[list[float]]
 
 
 class Inputs(Protocol):
-    """What `merge_tensor` asks for. Statistics come with a way to compute them where they are not known."""
+    """What `merge_tensor` needs. Statistics are passed with a function that computes them if necessary."""
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
-        """Return a source's tensor, float32 or bfloat16, and whether `base` is still to be subtracted."""
+        """Return a source's tensor in float32 or bfloat16, marked if `base` is still to be subtracted."""
         ...
 
     def fisher(self, file: str, tensor: str) -> Tensor:
@@ -37,19 +37,19 @@ class Inputs(Protocol):
         ...
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
-        """Return the inner products of what is at some places."""
+        """Return the inner products of all pairs of the tensors (or differences) at some places."""
         ...
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
-        """Return the boundary above which `rank` elements of what is at a place are.
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], WeightArray]) -> Boundary:
+        """Return the boundary above which `rank` elements of a tensor (or difference) lie.
 
-        magnitudes: makes them, (n,) float32, to use up.
+        magnitudes: computes its magnitudes, (n,) float32; the array may be modified.
         """
         ...
 
 
 class FileInputs:
-    """Tensors read from the files each time, and nothing remembered: for writing a model once."""
+    """Reads tensors from the files every time and caches nothing: for writing a model once."""
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = sources
@@ -63,16 +63,16 @@ class FileInputs:
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], WeightArray]) -> Boundary:
         return boundary(magnitudes(), rank, reorder=True)
 
 
 class WarmInputs:
-    """Tensors as they lie in the mapped files, and statistics kept once computed: for many candidates.
+    """Takes tensors from mapped files and caches statistics: for merging many candidates.
 
-    Kept: the inner products a method asked for (a few numbers per tensor), and the spectrum of each task
-    vector that was trimmed (see `Spectrum`), unless `low_memory`: then every trim selects again. Updates
-    of adapters stay factored; their product is made for each candidate that uses it.
+    Cached: inner products that methods used (a few numbers per tensor), and the sorted magnitudes of each
+    task vector that was trimmed (see `Spectrum`). With `low_memory` those are computed again for every trim.
+    Adapter updates stay factored; their product is computed for each candidate that uses it.
     """
 
     def __init__(self, sources: Mapping[str, Source], *, low_memory: bool = False) -> None:
@@ -84,16 +84,16 @@ class WarmInputs:
     @property
     def nbytes(self) -> int:
         """The memory the statistics take."""
-        return sum(each.nbytes for each in self._spectra.values())
+        return sum(spectrum.nbytes for spectrum in self._spectra.values())
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         place = (source, tensor), base
         if place in self._mapped:
             return self._mapped[place]
-        found = _operand(self._sources, source, tensor, base, mapped=True)
-        if found.data.base is not None and isinstance(self._sources[source], Checkpoint):
-            self._mapped[place] = found  # a view of the file: keeping it costs nothing
-        return found
+        operand = _operand(self._sources, source, tensor, base, mapped=True)
+        if operand.data.base is not None and isinstance(self._sources[source], Checkpoint):
+            self._mapped[place] = operand  # a view of the file: keeping it costs nothing
+        return operand
 
     def fisher(self, file: str, tensor: str) -> Tensor:
         return fisher_files.tensor(file, tensor)
@@ -103,7 +103,7 @@ class WarmInputs:
             self._grams[places] = compute()
         return self._grams[places]
 
-    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], Array]) -> Boundary:
+    def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], WeightArray]) -> Boundary:
         if self._low_memory:
             return boundary(magnitudes(), rank, reorder=True)
         if place not in self._spectra:
@@ -114,11 +114,11 @@ class WarmInputs:
 def _operand(
     sources: Mapping[str, Source], source: str, tensor: str, base: TensorKey | None, *, mapped: bool
 ) -> Operand:
-    """Return a model, or a task vector: as a difference still to be taken, or an adapter's own update."""
-    found = sources[source]
-    if base is None or base[1] != tensor or not isinstance(found, AdaptedCheckpoint):
-        return Operand(computable(found.array(tensor, mapped=mapped)), base is not None)
-    vector = task_vector(found, sources[base[0]], tensor)
+    """Return a model's tensor, or a task vector: as a difference to be computed, or an adapter's update."""
+    model = sources[source]
+    if base is None or base[1] != tensor or not isinstance(model, AdaptedCheckpoint):
+        return Operand(computable(model.array(tensor, mapped=mapped)), base is not None)
+    vector = task_vector(model, sources[base[0]], tensor)
     if vector is None:
-        return Operand(numpy.zeros(found.headers[tensor].shape, dtype=numpy.float32), False)
+        return Operand(numpy.zeros(model.headers[tensor].shape, dtype=numpy.float32), False)
     return Operand(of_tensor(vector), False)

@@ -1,12 +1,12 @@
-"""Blends in one compiled pass over memory: kernels.c, built by the machine's C compiler when first needed.
+"""Blends in one compiled pass over memory: kernels.c, compiled by the machine's C compiler when needed.
 
-A kernel is compiled for one shape of a blend (number and formats of the sources, which rules it has) in
-under a second and kept in the user's cache folder. It reads weights as they are stored, subtracts the base,
-chooses, weighs, elects, adds, rounds, and writes straight into the file's buffer or the live model, and
-it gives the bits of `methods.blend.run`. Without a C compiler (or with EVOMERGE_KERNELS=0) that one is used
+A kernel is compiled for one form of a blend (number and types of the sources, kinds of masks) in under a
+second and kept in the user's cache folder. In one pass it reads stored weights, subtracts the base, masks,
+weights, elects signs, adds, rounds, and writes into the file's buffer or the live model. Its results are
+those of `methods.blend.run`, bit for bit. Without a C compiler (or with EVOMERGE_KERNELS=0) `run` is used
 instead: the same weights, many times slower.
 
-Covered: float32 and bfloat16 in main memory. Everything else is brought to float32 first.
+Covered: float32 and bfloat16 in main memory. Other types are converted to float32 first.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from evomerge.files import own_folder, passing_folder
 from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
-from evomerge.merging.sources.arrays import Array
+from evomerge.merging.sources.arrays import WeightArray
 
 log = logging.getLogger(__name__)
 MISSING = (
-    "no working C compiler found (CC, cc, gcc, clang), so merging goes without compiled kernels: "
-    "the weights are the same, merging takes many times longer"
+    "no working C compiler found (CC, cc, gcc, clang), so merging uses no compiled kernels: "
+    "the weights are the same, but merging takes many times longer"
 )
 
 EXACT = (
@@ -52,11 +52,11 @@ EXACT = (
     "-fPIC",
 )
 FASTEST = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-"""Flags tried in turn for the processor at hand; none of them changes a result."""
+"""Compiler flags for the processor, tried in this order; none of them changes a result."""
 CODE = files("evomerge.merging.tensors").joinpath("kernels.c").read_text(encoding="utf-8")
-"""Read now: a long run must not meet the C code of a version installed later."""
+"""Read at import, so that a long run is not affected by a version that is installed later."""
 FORMATS = {numpy.dtype("float32"): "f32", numpy.dtype("uint16"): "bf16"}
-"""numpy type -> what kernels.c calls it; bfloat16 comes as its bits."""
+"""numpy type -> its name in kernels.c; bfloat16 is passed as its bits in uint16."""
 
 
 SOURCE = numpy.dtype(
@@ -78,12 +78,12 @@ SOURCE = numpy.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One input of a merge as a kernel takes it: weights, and whether the base is to be subtracted.
+    """One input of a merge: weights, and whether the base is still to be subtracted from them.
 
-    data: float32, or bfloat16 as its bits in uint16 (see `arrays`); contiguous.
+    data: contiguous; float32, or bfloat16 as its bits in uint16 (see `arrays`).
     """
 
-    data: Array
+    data: WeightArray
     minus_base: bool = False
     address: int = field(init=False)
 
@@ -93,7 +93,7 @@ class Operand:
 
     @property
     def format(self) -> str:
-        """What kernels.c calls the type."""
+        """The type's name in kernels.c."""
         return FORMATS[self.data.dtype]
 
 
@@ -103,7 +103,7 @@ def available() -> bool:
 
 
 def notes() -> tuple[str, ...]:
-    """Return what a user should know: that merging goes without kernels, if it does."""
+    """Return a note for the user if merging uses no compiled kernels because no compiler works."""
     return () if available() or _declined() else (MISSING,)
 
 
@@ -116,22 +116,22 @@ def blend(
     base: Operand | None,
     operands: Sequence[Operand],
     boundaries: Callable[[int, int], Boundary],
-    out: Array,
+    out: WeightArray,
     *,
     add_base: bool,
     rounded: bool = False,
 ) -> bool:
     """Write a blend into `out` and say whether all of it is finite.
 
-    base: subtracted from operands that ask for it, and added to the result if `add_base`.
-    boundaries: (operand's index, rank) -> the boundary above which that many elements are.
+    base: subtracted from operands with `minus_base`, and added to the result if `add_base`.
+    boundaries: (operand's index, rank) -> the boundary above which `rank` elements lie.
     out: contiguous float32 or bfloat16 on the CPU; `rounded` rounds a float32 one to bfloat16.
     """
-    ranked = bool(plan.kept) and isinstance(plan.kept[0], Ranks)
-    drawn = bool(plan.kept) and not ranked
-    top = ranked and any(isinstance(rule, Ranks) and rule.first for rule in plan.kept)
+    ranked = bool(plan.masks) and isinstance(plan.masks[0], Ranks)
+    drawn = bool(plan.masks) and not ranked
+    top = ranked and any(isinstance(rule, Ranks) and rule.first for rule in plan.masks)
     settings = numpy.empty(len(operands), dtype=SOURCE)
-    rules = plan.kept or (None,) * len(operands)
+    rules = plan.masks or (None,) * len(operands)
     for index, (weight, size, rule) in enumerate(zip(plan.weights, plan.sizes, rules, strict=True)):
         limit, above = EVERYTHING, Boundary(math.nan, EVERYTHING.ties)
         key, share, factor = 0, 0, 1.0
@@ -172,19 +172,21 @@ def gram(base: Operand | None, operands: Sequence[Operand]) -> list[list[float]]
     return symmetric([values[i : i + pairs] for i in range(0, len(values), pairs)], count)
 
 
-def magnitudes(operand: Operand, base: Operand | None) -> Array:
+def magnitudes(operand: Operand, base: Operand | None) -> WeightArray:
     """Return the magnitudes of an operand's elements, (n,) float32, new."""
-    found = numpy.empty(operand.data.size, dtype=numpy.float32)
-    blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, found, add_base=False)
-    return numpy.abs(found, out=found)
+    sizes = numpy.empty(operand.data.size, dtype=numpy.float32)
+    blend(Blend(weights=(1.0,)), base, [operand], lambda *_: NOTHING, sizes, add_base=False)
+    return numpy.abs(sizes, out=sizes)
 
 
 def _shape(base: Operand | None, operands: Sequence[Operand], *, needed: bool) -> tuple[str, ...]:
-    sources = " ".join(f"S({k},{each.format},{int(each.minus_base)})" for k, each in enumerate(operands))
-    found = (f"SOURCES(S)={sources}", f"K={len(operands)}")
-    if base is not None and (needed or any(each.minus_base for each in operands)):
-        return (*found, f"BASE={base.format}")
-    return found
+    sources = " ".join(
+        f"S({k},{operand.format},{int(operand.minus_base)})" for k, operand in enumerate(operands)
+    )
+    definitions = (f"SOURCES(S)={sources}", f"K={len(operands)}")
+    if base is not None and (needed or any(operand.minus_base for operand in operands)):
+        return (*definitions, f"BASE={base.format}")
+    return definitions
 
 
 def _address(operand: Operand | None) -> int | None:
@@ -192,11 +194,11 @@ def _address(operand: Operand | None) -> int | None:
 
 
 def _addresses(operands: Sequence[Operand]) -> Any:
-    return (ctypes.c_void_p * len(operands))(*(each.address for each in operands))
+    return (ctypes.c_void_p * len(operands))(*(operand.address for operand in operands))
 
 
 class NoKernelError(Exception):
-    """This kernel can't be had although others could: torch has to do it."""
+    """This kernel can't be compiled although others can; torch is used instead."""
 
 
 def _found(name: str, *definitions: str) -> Any:
@@ -208,14 +210,16 @@ def _found(name: str, *definitions: str) -> Any:
 
 @functools.cache
 def _kernel(name: str, *definitions: str) -> Any:
-    """Return the compiled function of that shape, or None after saying why there is none."""
+    """Return the compiled function for some definitions, or None after logging why there is none."""
     compiler = _compiler()
     assert compiler is not None
     try:
         function = getattr(ctypes.CDLL(str(_built(compiler, name, definitions))), name)
     except (OSError, subprocess.SubprocessError) as error:
-        # An error, for the command line silences warnings.
-        log.error("%s fails to compile a merge kernel (%s): merging goes on without, slower", compiler, error)
+        # As an error, because the command line hides warnings.
+        log.error(
+            "%s can't compile a merge kernel (%s): merging continues without it, slower", compiler, error
+        )
         return None
     function.restype = ctypes.c_int
     pointer = ctypes.c_void_p
@@ -227,21 +231,21 @@ def _kernel(name: str, *definitions: str) -> Any:
 
 
 def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
-    """Return the library with that function, compiling it if it is not in the cache folder.
+    """Return the library with a function, compiled if it is not in the cache folder.
 
-    Its name ends in the hash of its content: one that a full disk or a crash cut short is made again, for
-    loading it would end the process. Compiled to a temporary file and renamed, for several processes may
-    be at it. Raises OSError, subprocess.SubprocessError.
+    Its file name ends in the hash of its content, so that a truncated file is compiled again: loading it
+    would crash the process. It is compiled to a temporary file and renamed, because several processes may
+    compile it at once. Raises OSError, subprocess.SubprocessError.
     """
     identity = _digest(repr((CODE, compiler, EXACT, GUARD, definitions, _processor())).encode())
-    for found in _folder().glob(f"{name}-{identity}-*.so"):
-        if found.stem.endswith(_digest(found.read_bytes())):
-            return found
-        found.unlink(missing_ok=True)
+    for library in _folder().glob(f"{name}-{identity}-*.so"):
+        if library.stem.endswith(_digest(library.read_bytes())):
+            return library
+        library.unlink(missing_ok=True)
     with passing_folder(_folder(), "kernel") as folder:
         code, built = folder / "kernels.c", folder / "kernels.so"
         code.write_text(CODE, encoding="utf-8")
-        defined = [f"-D{each}" for each in (f"GUARD={GUARD}f", *definitions)]
+        defined = [f"-D{definition}" for definition in (f"GUARD={GUARD}f", *definitions)]
         for flags in FASTEST:
             command = [compiler, *EXACT, *flags, *defined, str(code), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, check=False, timeout=300)
@@ -263,9 +267,9 @@ def _compiler() -> str | None:
     if _declined():
         return None
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        found = shutil.which(name) if name else None
-        if found and _works(found):
-            return found
+        path = shutil.which(name) if name else None
+        if path and _works(path):
+            return path
     return None
 
 
@@ -280,18 +284,18 @@ def _works(compiler: str) -> bool:
 
 @functools.cache
 def _processor() -> str:
-    """Return what -march=native depends on, so that a shared cache folder serves unlike machines."""
+    """Return what -march=native depends on, so that different machines can share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        kept = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+        facts = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
     except OSError:
-        kept = []
-    return "\n".join((platform.machine(), platform.processor(), *kept))
+        facts = []
+    return "\n".join((platform.machine(), platform.processor(), *facts))
 
 
 @functools.cache
 def _folder() -> Path:
-    """Return the folder of compiled kernels; one of this process alone where the cache can't be written."""
+    """Return the folder of compiled kernels; a temporary one if the cache can't be written."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "evomerge" / "kernels"
     try:
@@ -299,6 +303,6 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError):
-        own = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-        return own
+        private = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        return private

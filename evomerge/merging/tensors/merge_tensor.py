@@ -1,7 +1,8 @@
-"""One function makes one output tensor; it is the only place where a recipe meets weights.
+"""Merge one output tensor of a recipe.
 
-The writer and the workbench both call it, and that is why what was scored is what is exported, bit for bit.
-Blends run as compiled kernels where there are any, else in torch; all other methods are called as they are.
+The writer and the workbench both call this function, so the exported weights are the scored ones, bit for
+bit. Methods that are a `Blend` run as compiled kernels if there is a compiler, else in torch; other methods
+are called directly.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
-from evomerge.merging.sources.arrays import DTYPES, Array, is_finite, of_tensor, to_tensor, widened
+from evomerge.merging.sources.arrays import DTYPES, WeightArray, is_finite, of_tensor, to_tensor, widened
 from evomerge.merging.tensors import kernels
 from evomerge.merging.tensors.application import arguments
 from evomerge.merging.tensors.inputs import Difference, Inputs
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS_AT_ONCE = 1 << 18
-"""Elements that methods working row by row are given at a time."""
+"""Number of elements per call of methods that work row by row."""
 
 
 class NonFiniteWeights(NonFiniteError):  # noqa: N818  (named for what it reports)
-    """A merged tensor has NaN or infinite elements: the recipe's parameters make no model."""
+    """A merged tensor has NaN or infinite elements."""
 
 
 class Storage(Protocol):
-    """Where one checkpoint tensor lies in a live model: a view of a parameter, or elements one by one."""
+    """The place of a checkpoint tensor in a live model: a view of a parameter, or an index per element."""
 
     def copy_(self, weights: Tensor, /) -> object: ...
 
@@ -44,10 +45,17 @@ class Storage(Protocol):
 def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Storage | None = None) -> Tensor:
     """Return one output tensor of a recipe, rounded to the recipe's dtype.
 
-    The method computes in float32; rounding is to nearest, ties to even. Raises NonFiniteWeights.
+    The method computes in float32. Rounding is to nearest, ties to even.
 
-    out: where the tensor lies in a live model, to be written into; it may have another type than the
-        recipe's, and then holds the rounded values.
+    Args:
+        recipe: the recipe; its groups and seed determine the tensor.
+        tensor: the output tensor's name.
+        inputs: provides the sources' tensors.
+        out: the tensor's place in a live model, which is written too. It may have another type than the
+            recipe's, and then holds the rounded values.
+
+    Raises:
+        NonFiniteWeights: an element is NaN or infinite.
     """
     space = _space(out, recipe.dtype)
     merged = to_tensor(merge_array(recipe, tensor, inputs, out=space))
@@ -56,10 +64,12 @@ def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Storage | 
     return merged
 
 
-def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | None = None) -> Array:
-    """Return what `merge_tensor` returns, as an array (see `arrays`); blends then need no torch.
+def merge_array(
+    recipe: Recipe, tensor: str, inputs: Inputs, *, out: WeightArray | None = None
+) -> WeightArray:
+    """Return the same as `merge_tensor` as an array (see `arrays`), for which blends need no torch.
 
-    out: contiguous memory to write to, of the recipe's dtype; float32 where that is bfloat16 is fine, too.
+    out: contiguous memory to write to, of the recipe's dtype, or float32 if that is bfloat16.
     """
     group = recipe.group_for(tensor)
     method = methods.get(group.method)
@@ -108,14 +118,14 @@ def merge_array(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Array | Non
 def _in_torch(
     method: Method,
     plan: Blend | None,
-    bases: list[Array],
+    bases: list[WeightArray],
     operands: list[Operand],
     settings: dict[str, Any],
     dtype: str,
-) -> Array:
-    """Merge by calling the method's function, some rows at a time where it lets us, and round the result.
+) -> WeightArray:
+    """Merge by calling the method's function, for some rows at a time if it allows that; round the result.
 
-    bases: the base's weights, or none. Both lists are used up: what is widened need not stay as stored.
+    bases: the base's weights, or an empty list. Both lists are emptied, to free what was converted.
     """
     import torch
 
@@ -128,15 +138,15 @@ def _in_torch(
             return of_tensor(run(plan, full, inputs).to(type_))
         return of_tensor(method.function(full, inputs, **settings).to(type_))
     columns = shape[-1]
-    rows = [each.data.reshape(-1, columns) for each in operands]
+    rows = [operand.data.reshape(-1, columns) for operand in operands]
     step = max(1, ROWS_AT_ONCE // max(columns, 1))
     merged = numpy.empty(rows[0].shape, dtype=DTYPES[dtype])
     for start in range(0, len(rows[0]), step):
         here = slice(start, start + step)
         full = to_tensor(widened(bases[0].reshape(-1, columns)[here])) if bases else None
         inputs = [
-            alone(Operand(matrix[here], each.minus_base), full)
-            for matrix, each in zip(rows, operands, strict=True)
+            alone(Operand(matrix[here], operand.minus_base), full)
+            for matrix, operand in zip(rows, operands, strict=True)
         ]
         first = {"first": start * columns} if method.random else {}
         merged[here] = of_tensor(method.function(full, inputs, **settings, **first).to(type_))
@@ -144,7 +154,7 @@ def _in_torch(
 
 
 def alone(operand: Operand, base: Tensor | None) -> Tensor:
-    """Return an operand as a method takes it: float32, its base subtracted."""
+    """Return an operand as methods take it: float32, with its base subtracted if it needs that."""
     tensor = to_tensor(widened(operand.data))
     if not operand.minus_base:
         return tensor
@@ -152,8 +162,8 @@ def alone(operand: Operand, base: Tensor | None) -> Tensor:
     return tensor - base
 
 
-def _space(out: Storage | None, dtype: str) -> Array | None:
-    """Return the memory of a live tensor where a merge can be written straight into it."""
+def _space(out: Storage | None, dtype: str) -> WeightArray | None:
+    """Return the memory of a live tensor if a merge can be written directly into it."""
     import torch
 
     if not isinstance(out, torch.Tensor) or out.device.type != "cpu" or not out.is_contiguous():
@@ -181,7 +191,7 @@ def _not_finite(tensor: str, dtype: str, group: TensorGroup | None) -> NonFinite
 
 
 class StoredStatistics:
-    """What a method may ask about the inputs of one tensor, answered by `Inputs` if it has been before."""
+    """Statistics of the inputs of one tensor, which `Inputs` may have cached."""
 
     def __init__(
         self,
@@ -200,12 +210,12 @@ class StoredStatistics:
                 with suppress(kernels.NoKernelError):
                     return kernels.gram(self._origin, self._operands)
             base = None if self._origin is None else to_tensor(widened(self._origin.data))
-            return gram([alone(each, base) for each in self._operands])
+            return gram([alone(operand, base) for operand in self._operands])
 
         return self._inputs.gram(tuple(self._places), compute)
 
     def boundary(self, index: int, rank: int) -> Boundary:
-        """Return the boundary above which `rank` elements of an operand are."""
+        """Return the magnitude above which exactly `rank` elements of an operand lie."""
         if rank <= 0:
             return NOTHING
         if rank >= self.size:

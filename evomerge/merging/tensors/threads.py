@@ -1,4 +1,4 @@
-"""Threads that merge one tensor each, as many as torch has."""
+"""A pool of threads, each of which merges one tensor at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def pool() -> ThreadPoolExecutor:
-    """Return as many threads as torch has or would have, to merge one tensor on each."""
+    """Return a pool with as many threads as torch uses, each single-threaded itself."""
     return ThreadPoolExecutor(threads(), initializer=_one_thread_each)
 
 
 def threads() -> int:
-    """Return torch's number of threads; where it is not imported, OMP_NUM_THREADS or the cores given."""
+    """Return torch's number of threads; before torch is imported, OMP_NUM_THREADS or the usable cores."""
     if "torch" in sys.modules:
         return sys.modules["torch"].get_num_threads()  # type: ignore[no-any-return]
     asked = os.environ.get("OMP_NUM_THREADS", "")

@@ -229,16 +229,7 @@ class LayerPathSpace:
         )
         groups = [group for key, run in runs for group in self._groups(*key, tuple(run))]
         groups.append(TensorGroup(method="passthrough", sources=(outside,), layers=OUTSIDE))
-        kept = self._template
-        return Recipe(
-            models=kept.models,
-            groups=tuple(groups),
-            base=kept.base,
-            dtype=kept.dtype,
-            tokenizer=kept.tokenizer,
-            seed=kept.seed,
-            num_layers=len(layers),
-        )
+        return self._template.with_groups(groups, num_layers=len(layers))
 
     def _groups(
         self, model: str, shift: int, attn: float, mlp: float, layers: tuple[int, ...]
@@ -358,7 +349,7 @@ class LayerPathSpace:
             return None
         scales: dict[str, set[float]] = {"attn": set(), "mlp": set(), "": set()}
         for tensor in self._layers[model][own]:
-            copy = _copy(recipe, shifted(tensor, -shift))
+            copy = _scaled_copy(recipe, shifted(tensor, -shift))
             if copy is None or copy[:2] != (model, shift):
                 return None
             part = next((p for p, ends in self._outputs.items() if any(end in tensor for end in ends)), "")
@@ -373,7 +364,7 @@ class LayerPathSpace:
 
     def _read_outside(self, recipe: Recipe) -> str | None:
         """Return the model whose embeddings, norm and head a recipe takes as they are, or None."""
-        copies = [_copy(recipe, tensor) for tensor in self._outside]
+        copies = [_scaled_copy(recipe, tensor) for tensor in self._outside]
         models = {None if copy is None or copy[2] != 1 else copy[0] for copy in copies}
         return models.pop() if len(models) == 1 else None
 
@@ -424,19 +415,15 @@ def depth(recipe: Recipe, layers: int) -> float:
     return 1.0 if recipe.num_layers is None else recipe.num_layers / layers
 
 
-def _copy(recipe: Recipe, tensor: str) -> tuple[str, int, float] | None:
+def _scaled_copy(recipe: Recipe, tensor: str) -> tuple[str, int, float] | None:
     """Return (model, shift, scale) where a tensor of the result is a model's, times a scale; else None."""
     try:
         group = recipe.group_for(tensor)
     except ConfigError:
         return None
-    if len(group.sources) != 1:
-        return None
     if group.method == "passthrough":
         return group.sources[0], group.shifts[0], group.per_source("scale")[0]
-    if group.method == "linear" and group.per_source("weight") == (1.0,):
-        return group.sources[0], group.shifts[0], 1.0
-    return None
+    return None if group.copied_source is None else (group.copied_source, group.shifts[0], 1.0)
 
 
 def _by_layer(tensors: Sequence[str]) -> dict[int, list[str]]:

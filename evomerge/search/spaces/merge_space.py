@@ -74,7 +74,6 @@ class SearchSpace:
         self._table_size = layout.size
         self._coordinates = tuple(gene.domain.coordinate for gene in self._genes)
         self._cells = tuple(_cell(place, layout, resolved) for place in places)
-        self._fisher = any(methods.get(name).fisher for name in spec.method.choices)
         self.decode(np.full(self.dimension, 0.5))  # what only a whole recipe can check
 
     @property
@@ -100,16 +99,7 @@ class SearchSpace:
         values = [gene.domain.value(x) for gene, x in zip(self._genes, u.tolist(), strict=True)]
         for curve in self._curves:
             values += curve.values([float(values[position]) for position in curve.points])
-        kept = self._template
-        return Recipe(
-            models=kept.models,
-            groups=tuple(self._group(cell, values) for cell in self._cells),
-            base=kept.base,
-            dtype=kept.dtype,
-            tokenizer=kept.tokenizer,
-            seed=kept.seed,
-            fisher=kept.fisher if self._fisher else {},
-        )
+        return self._template.with_groups(self._group(cell, values) for cell in self._cells)
 
     def encode(self, recipe: Recipe) -> Genome | None:
         """Return the canonical genome of a recipe, or None where this space can't express it.
@@ -198,7 +188,7 @@ class SearchSpace:
 
     def _read(self, cell: _Cell, group: TensorGroup, table: list[Choice | None]) -> bool:
         """Enter a group's values for a cell into the table; return whether the space can express them."""
-        if cell.switches and _is_copy(group, self._template.base):
+        if cell.switches and group.copied_source == self._template.base:
             return all(_enter(table, position, False) for position in cell.switches)
         ours = [name for name in self.sources if name in group.sources]
         declared = methods.get(group.method)
@@ -263,17 +253,6 @@ def _enter(table: list[Choice | None], position: int, value: Choice) -> bool:
     if table[position] is None:
         table[position] = value
     return table[position] == value
-
-
-def _is_copy(group: TensorGroup, model: str | None) -> bool:
-    """Say whether a group is one model as it is."""
-    if group.sources != (model,):
-        return False
-    if group.method == "passthrough":
-        return group.per_source("scale") == (1.0,)
-    if group.method != "linear" or group.per_source("weight")[0] == 0.0:
-        return False
-    return bool(group.parameters["normalize"]) or group.per_source("weight") == (1.0,)
 
 
 def _number(value: Choice) -> float | int | bool:

@@ -83,7 +83,7 @@ class MeanLoss:
     def __init__(
         self, normaliser: Normaliser, spec: ObjectiveSpec, *, limits: dict[str, float] | None = None
     ) -> None:
-        skills, kept, coherent = normaliser.skills, normaliser.kept, normaliser.coherent
+        skills, kept, coherent = normaliser.skills, normaliser.retained, normaliser.coherent
         self.tasks = tuple(s.task for s in (*skills, *kept, *coherent))
         self._shares = np.array([s.share for s in skills])
         self._zero = np.array([s.zero for s in skills])

@@ -19,7 +19,7 @@ import scipy.stats
 from threadpoolctl import threadpool_limits
 
 from evomerge.errors import UserError
-from evomerge.evaluation.normalise import Normaliser, Share
+from evomerge.evaluation.normalise import Normaliser, TaskScale
 from evomerge.evaluation.scores import Array, Scores, joined
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.guide import Observed
@@ -94,7 +94,7 @@ def predict_score(
             fix="resume the run",
         )
     scale = normaliser.on(joined([base[block] for block in blocks]))
-    skills, kept = scale.skills, scale.kept
+    skills, kept = scale.skills, scale.retained
     tasks = [share.task for share in (*skills, *kept)]
     surrogate = _fitted(known, blocks, tasks, coordinates=coordinates, base=base)
     with threadpool_limits(1):
@@ -166,7 +166,7 @@ def _nearest(genome: Genome, examples: Sequence[Example]) -> list[Example]:
     return [distinct[i] for i in sorted(int(i) for i in order[:NEAREST])]
 
 
-def _mean(values: Array, skills: Sequence[Share]) -> float:
+def _mean(values: Array, skills: Sequence[TaskScale]) -> float:
     """The mean normalised score of tasks' values, the skills first."""
     return sum(s.share * (float(v) - s.zero) / s.headroom for s, v in zip(skills, values, strict=False))
 

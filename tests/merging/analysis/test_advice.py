@@ -67,7 +67,7 @@ def test_models_that_pull_apart() -> None:
     found = advised([noise(0), noise(1) - 0.2 * noise(0)])
     assert (found.verdict, found.method, found.preset) == ("conflicting", "ties", "ties_layers")
     assert found.relations[0, 1] == "opposed"
-    assert "a and b pull apart: cosine -0.20" in found.advice[0].text
+    assert "a and b change in opposite directions: cosine -0.20" in found.advice[0].text
     assert any("retrain on the mixed data, or route" in each.text for each in found.advice)
 
 
@@ -85,7 +85,7 @@ def test_models_that_want_the_same_elements_compete() -> None:
     found = advised([noise(0) * few, noise(1) * few], base=30.0)
     assert found.relations == {(0, 1): "competing"}
     assert (found.verdict, found.method) == ("conflicting", "ties")
-    assert "want the same elements: tops overlap 57 % (chance 11 %)" in found.advice[0].text
+    assert "change the same elements most: tops overlap 57 % (chance 11 %)" in found.advice[0].text
 
 
 def test_uneven_lengths_get_equal_weights() -> None:

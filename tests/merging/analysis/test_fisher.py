@@ -155,12 +155,12 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(
     save_file(tensors | {name: -tensors[name]}, tmp_path / "negative", kind)
     (tmp_path / "torn").write_bytes(good.read_bytes()[:-8])
     for file, message in (
-        ("short", f"not a Fisher of model 'b'\n  expected: tensor '{name}'"),
+        ("short", f"not the Fisher information of model 'b'\n  expected: tensor '{name}'"),
         ("small", "got: shape [2]"),
         ("torn", "truncated or corrupt"),
         ("none", "no such Fisher file"),
         ("weights", "not a Fisher file"),
-        ("other", "the Fisher of another model than 'b'"),
+        ("other", "the Fisher information of another model than 'b'"),
         ("negative", f"{name!r} has elements that are negative"),
     ):
         with pytest.raises(ModelError) as caught:

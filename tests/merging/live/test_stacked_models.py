@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,12 @@ def test_weights_are_shared_and_only_scaled_tensors_are_made(
     bench.load(path(models, *LONG))
     held = bench.nbytes
     monkeypatch.setattr(workbench, "merge_tensor", counting)
+    bench.load(path(models, ("a", 1), ("a", 0), ("b", 2), ("a", 0), ("base", 2), ("a", 1)))
+    averages = [
+        dataclasses.replace(group, method="linear", parameters={"weight": 2.0})
+        for group in path(models, ("a", 1), ("b", 2)).groups
+    ]
+    bench.load(path(models, ("a", 1), ("b", 2)).with_groups(averages, num_layers=2))
     bench.load(path(models, ("a", 1), ("a", 0), ("b", 2), ("a", 0), ("base", 2), ("a", 1)))
     assert made == []
     layers = bench.model.model.layers

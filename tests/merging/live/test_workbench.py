@@ -121,7 +121,7 @@ def test_names_are_checked(models: dict[str, str]) -> None:
     group = TensorGroup(method="linear", sources=("b",))
     with pytest.raises(ConfigError, match="model 'b' was not opened"):
         bench.load(Recipe(models=models, base="base", groups=(group,)))
-    with pytest.raises(ConfigError, match="takes tokenizer and config from another model"):
+    with pytest.raises(ConfigError, match="recipe's tokenizer is not the workbench's"):
         bench.load(
             Recipe(models=models, groups=(TensorGroup(method="linear", sources=("a",)),), tokenizer="a")
         )

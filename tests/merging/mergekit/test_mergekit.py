@@ -147,7 +147,7 @@ def test_methods_mergekit_does_not_have_are_refused_both_ways() -> None:
             ConfigError, match=f"can't be written as mergekit YAML[^$]*{method}[^$]*recipe.yaml"
         ):
             mergekit.write(recipe, TENSORS)
-        with pytest.raises(ConfigError, match=f"{method} is not one of its methods"):
+        with pytest.raises(ConfigError, match=f"mergekit has no method {method}"):
             read(f"merge_method: {method}\nmodels: [{{model: a}}, {{model: b}}]\ndtype: float32")
 
 
@@ -200,9 +200,9 @@ def test_layers_become_slices_and_names_become_filters() -> None:
         (
             (
                 TensorGroup(method="ties", sources=("a",), layers=(0,)),
-                TensorGroup(method="linear", sources=("a",)),
+                TensorGroup(method="linear", sources=("a", "b")),
             ),
-            "one file has one merge method\n  got: methods linear, ties",
+            "one merge method per file\n  got: methods linear, ties",
         ),
         (
             (
@@ -243,6 +243,22 @@ def test_what_one_file_can_not_say_is_refused(groups: tuple[TensorGroup, ...], m
     assert "this recipe can't be written as mergekit YAML" in str(caught.value)
     assert message in str(caught.value)
     assert "recipe.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"weight": 2.0}, {"weight": 1.0, "normalize": False}])
+def test_a_copy_of_the_base_fits_into_a_file_of_another_method(parameters: dict[str, Any]) -> None:
+    """`linear` of one source is a copy as `passthrough` is, and both are written alike."""
+    ties = TensorGroup(method="ties", sources=("a", "b"), parameters={"density": 0.5})
+    copies = [
+        TensorGroup(method="linear", sources=("base",), parameters=parameters, layers=(1, 2)),
+        TensorGroup(method="passthrough", sources=("base",), layers=(1, 2)),
+    ]
+    written = [
+        mergekit.write(Recipe(models=MODELS, base="base", groups=(copy, ties)), TENSORS) for copy in copies
+    ]
+    assert written[0] == written[1]
+    again = read(written[0], tensors=TENSORS).group_for("model.layers.2.mlp.up_proj.weight")
+    assert (again.method, again.copied_source) == ("passthrough", "base")
 
 
 # Reading -------------------------------------------------------------------------------------------
@@ -376,7 +392,10 @@ PLAIN = {"merge_method": "ties", "base_model": "m/base", "dtype": "float32", "mo
         ({"parameters": {"density": "half"}}, "density\n  expected: a number, a list of numbers, or filters"),
         ({"parameters": {"density": [{"filtr": "x", "value": 1}]}}, "unknown key 'filtr'"),
         ({"parameters": {"density": [{"filter": "x"}]}}, "a filter without value"),
-        ({"models": [{"model": "m/a", "parameters": {"lambda": 2}}]}, "lambda holds for all sources"),
+        (
+            {"models": [{"model": "m/a", "parameters": {"lambda": 2}}]},
+            "lambda is a parameter of the whole merge",
+        ),
         ({"dtype": "int8"}, "dtype: 'int8'"),
         ({"chat_template": "chatml"}, "chat_template is not supported"),
         ({"tokenizer_source": 3}, "tokenizer_source\n  expected: base, union, or a model"),
@@ -508,17 +527,17 @@ def test_the_number_of_layers_is_said_only_where_it_is_another() -> None:
             "slices[0].sources: the sources of a slice have different numbers of layers\n"
             "  expected: layer_ranges of the same length\n  got: m/a [0, 4], m/b [0, 3]",
         ),
-        (slices([("a", 0, 2)], [("a", 3, 5)]), "slices[1]: m/a does not have all layers of its layer_range"),
-        (slices([("a", 2, 2)]), "layer_range\n  expected: [first, end), end above first"),
+        (slices([("a", 0, 2)], [("a", 3, 5)]), "slices[1]: m/a has fewer layers than its layer_range needs"),
+        (slices([("a", 2, 2)]), "layer_range\n  expected: [first, end] with 0 <= first < end"),
         (slices([("a", -1, 2)]), "layer_range\n  expected"),
         (slices([("a", 0, True)]), "layer_range\n  expected"),
         (
             slices([("base", 0, 2), ("base", 2, 4), ("a", 0, 2)], method="ties", base_model="m/base"),
-            "at which layers is the base m/base read?",
+            "the layers at which the base m/base is read are not clear",
         ),
         (
             slices([("b", 2, 4), ("a", 0, 2)], method="ties", base_model="m/base"),
-            "at which layers is the base m/base read?",
+            "the layers at which the base m/base is read are not clear",
         ),
         (slices([("a", 0, 4)], models=[{"model": "m/a"}]), "exactly one of models, slices, modules"),
         ("{", "not valid YAML"),

@@ -84,16 +84,19 @@ def test_fingerprints_follow_content_not_place(models: dict[str, str], folder: P
     ("damage", "message"),
     [
         (lambda f: shutil.rmtree(f), "no such model folder\n  do: check the path"),
-        (lambda f: (f / "config.json").unlink(), "no config.json there"),
+        (lambda f: (f / "config.json").unlink(), "no config.json in the folder"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: not a mapping"),
-        (lambda f: (f / "model.safetensors").unlink(), "no weights there\n  expected: model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "no weights in the folder\n  expected: model.safetensors",
+        ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "pickled weights are not read, they can run code\n  expected: safetensors files\n"
+            "pickled weights are not read, because they can run code\n  expected: safetensors files\n"
             "  got: pytorch_model.bin\n  do: convert the model",
         ),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: no vocabulary in it"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: holds no vocabulary"),
     ],
 )
 def test_unusable_folders_are_named(damage, message: str, folder: Path) -> None:  # type: ignore[no-untyped-def]
@@ -110,7 +113,7 @@ def test_unusable_folders_are_named(damage, message: str, folder: Path) -> None:
         ({"model.norm.weight": "/etc/passwd"}, "names a file outside its folder"),
         ({"model.norm.weight": "absent.safetensors"}, "the index names a missing file"),
         ({"no.such.tensor": "model-00001-of-0000N.safetensors"}, "index and shard do not match"),
-        (None, "no weight_map in it"),
+        (None, "holds no weight_map"),
     ],
 )
 def test_bad_indices_are_refused(shards: dict[str, str] | None, message: str, sharded: Path) -> None:

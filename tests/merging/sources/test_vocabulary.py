@@ -122,9 +122,7 @@ def test_unasked_other_tokens_are_refused_with_the_fix(family: dict[str, str], t
     )
     with pytest.raises(ModelError, match=text) as caught:
         write(recipe_of(family, "chat"), tmp_path / "out")
-    assert "do: say whose vocabulary the result gets: `tokenizer: base`, `tokenizer: union`" in str(
-        caught.value
-    )
+    assert "do: set the result's vocabulary: `tokenizer: base`, `tokenizer: union`" in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ModelError, match="have different vocabularies"):
         Workbench(family, "base")
@@ -266,7 +264,7 @@ def test_fisher_files_do_not_follow_moved_rows(family: dict[str, str]) -> None:
     group = TensorGroup(method="fisher", sources=("chat", "other"))
     files = {"chat": "chat.safetensors", "other": "other.safetensors"}
     recipe = Recipe(models=family, base="base", groups=(group,), tokenizer="union", fisher=files)
-    with pytest.raises(ConfigError, match="Fisher files have one row per token of their own model"):
+    with pytest.raises(ConfigError, match="can't merge models whose embedding rows are matched by token"):
         check(recipe, open_used(recipe))
 
 
@@ -309,7 +307,7 @@ def test_one_source_of_many_is_scored_as_exported(family: dict[str, str], tmp_pa
         bench.load(recipe)
         assert_same_bits(bench, write(recipe, tmp_path / tokenizer), "float32")
     fewer = {name: family[name] for name in ("base", "chat")}
-    with pytest.raises(ConfigError, match="what a model lacks depends on the others"):
+    with pytest.raises(ConfigError, match="a recipe needs all the workbench's models"):
         bench.load(recipe_of(fewer, "base", tokenizer="chat"))
 
 
@@ -388,7 +386,7 @@ def test_further_tables_of_tokens_are_refused(tmp_path: Path) -> None:
         models[name] = make(tmp_path / name, 1, WORDS, special, tied=True)
         path = tmp_path / name / "model.safetensors"
         save_file(load_file(path) | {"model.embed_tokens_per_layer.weight": torch.ones(60, 2)}, path)
-    with pytest.raises(ModelError, match=r"'model\.embed_tokens_per_layer\.weight' has rows of tokens"):
+    with pytest.raises(ModelError, match=r"'model\.embed_tokens_per_layer\.weight' has one row per token"):
         open_sources(models, "base", tokenizer="base")
 
 
@@ -429,11 +427,11 @@ def test_mergekit_says_it_too(said: str, tokenizer: str, asked: bool) -> None:
 
 
 def test_what_happens_to_the_tokens_is_noted(family: dict[str, str]) -> None:
-    tail = "of the result's tokens, loses {} of its own and has {} in other rows"
+    tail = "of the result's tokens, loses {} of its own, and {} move to other rows"
     for tokenizer, expected in {
         "union": {
-            "the union adds 4 tokens to the 32 of base, 1 of them not special: the tokenizer finds those "
-            "literally in any text",
+            "the union adds 4 tokens to the 32 of base; 1 of them are not special tokens, and the tokenizer "
+            "matches those literally in any text",
             "vocabularies differ: chat lacks 2 " + tail.format(0, 0),
             "vocabularies differ: other lacks 1 " + tail.format(0, 31),
         },
@@ -456,7 +454,7 @@ def test_the_command_says_so_too(family: dict[str, str], tmp_path: Path) -> None
     path.write_text(f"{text}dtype: float32\ntokenizer_source: union\n")
     merged = CliRunner().invoke(app, ["merge", str(path), str(out)])
     assert merged.exit_code == 0, merged.output
-    assert "note: the union adds 2 tokens to the 32 of base, 0 of them not special" in merged.output
+    assert "note: the union adds 2 tokens to the 32 of base; 0 of them are not special" in merged.output
     assert Checkpoint.open(str(out)).config["vocab_size"] == 34
     logging.disable(logging.NOTSET)  # the command silences libraries for good
 
@@ -477,7 +475,7 @@ def test_a_head_with_rows_of_its_own_is_refused(tmp_path: Path) -> None:
         path = tmp_path / name / "model.safetensors"
         tensors = load_file(path)
         save_file(tensors | {HEAD: torch.cat([tensors[HEAD], tensors[HEAD][:3]])}, path)
-    with pytest.raises(ModelError, match=r"'lm_head\.weight' has rows of tokens that can't be matched"):
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' has one row per token"):
         open_sources(models, "base", tokenizer="union")
 
 

@@ -78,7 +78,7 @@ def blends(draw: st.DrawFn, count: int, size: int) -> Blend:
             kept.append(Ranks(first=draw(st.integers(0, last)) if rule == "middle" else 0, last=last))
     return Blend(
         weights=weights,
-        kept=tuple(kept),
+        masks=tuple(kept),
         elect=draw(st.booleans()),
         mean=draw(st.booleans()),
         scale=draw(st.sampled_from([1.0, 0.7, -2.0])),
@@ -138,7 +138,7 @@ def test_what_is_not_finite_is_said(value: float) -> None:
     zeros, operand = Operand(of_tensor(base)), Operand(of_tensor(model), True)
     for plan in (
         Blend(weights=(1.5,)),
-        Blend(weights=(1.5,), kept=(Ranks(last=2500),), elect=True, mean=True),
+        Blend(weights=(1.5,), masks=(Ranks(last=2500),), elect=True, mean=True),
     ):
         assert not kernels.blend(plan, zeros, [operand], boundaries([model]), out, add_base=True)
     nothing = Blend(weights=(0.0,))
@@ -252,6 +252,6 @@ def test_a_compile_that_fails_later_leaves_it_to_torch(
     bench = Workbench(models, "base")
     bench.load(recipe)
     assert torch.equal(torch.cat([p.flatten() for p in bench.model.parameters()]), expected)
-    assert all("fails to compile a merge kernel" in record.message for record in caplog.records)
+    assert all("can't compile a merge kernel" in record.message for record in caplog.records)
     assert 1 <= len(caplog.records) <= 2  # once for each kernel, not for each tensor
     kernels._kernel.cache_clear()

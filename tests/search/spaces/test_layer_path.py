@@ -161,7 +161,7 @@ def stacked(*groups: tuple[str, tuple[int, ...] | None, dict[str, Any]], layers:
         stacked(("a", None, {"match": ("o_proj",), "parameters": {"scale": 2.5}}), ("a", None, {})),
         stacked(("a", (0, 1, 2), {}), ("a", OUTSIDE, {})),
         stacked(("a", None, {"shift": (1,)})),
-        stacked(("a", None, {"method": "linear", "parameters": {"weight": 0.5}})),
+        stacked(("a", None, {"method": "linear", "parameters": {"weight": 0.5, "normalize": False}})),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
-"""Backend: lm-eval's HFLM around whichever model is live, and the switches that keep lm-eval quick and quiet.
+"""LiveLM: lm-eval's model class around the live model, and settings that keep lm-eval fast and quiet.
 
-One Backend serves a whole run: a candidate's model is attached to it, scored and replaced. Free generation
-is lm-eval's own `generate_until`; log-likelihoods are tokenised by lm-eval's own rules and scored by
+One LiveLM serves a whole run: candidates are attached to it, scored and detached. Free generation is
+lm-eval's `generate_until`. Log-likelihoods are tokenised by lm-eval's rules and scored by
 `evomerge.evaluation.likelihood`.
 """
 
@@ -31,21 +31,25 @@ Pair = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation to score."""
 
 
-class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
-    """lm-eval's view of the live model.
+class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
+    """lm-eval's model class around the live model.
 
-    tokenizer: any fast or slow transformers tokenizer; a private copy is used, because lm-eval gives it
-        a padding token.
-    max_length: longest input in tokens; None asks the attached model's config, as lm-eval does.
-    forward_seconds: time spent inside the model so far (forward and generate calls).
-    mirror: an engine that generates in the live model's place, where there is one.
+    Args:
+        tokenizer: any fast or slow transformers tokenizer. A copy is used, because lm-eval adds a padding
+            token.
+        batch_size: rows per forward pass.
+        max_length: longest input in tokens; None takes it from the attached model's config, as lm-eval does.
+
+    Attributes:
+        forward_seconds: time spent inside the model so far (forward and generate calls).
+        mirror: the engine that generates instead of the live model, if there is one.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int | None) -> None:
-        nobody = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
+        placeholder = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
         with quiet():
             super().__init__(
-                pretrained=nobody,
+                pretrained=placeholder,
                 backend="causal",
                 tokenizer=copy.deepcopy(tokenizer),
                 batch_size=batch_size,
@@ -62,33 +66,33 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         self._model, self._config, self._device = model, model.config, model.device
 
     def detach(self) -> None:
-        """Let the live model go, so that a harness never keeps weights alive."""
+        """Drop the live model, so that a harness never keeps weights in memory."""
         self._model = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
         self._config, self._device = self._model.config, self._model.device
 
     def pairs(self, instances: Sequence[Any]) -> list[Pair]:
-        """Tokenise loglikelihood requests exactly as lm-eval does before it scores them."""
+        """Return loglikelihood requests tokenised exactly as lm-eval does."""
         tokenised = self.loglikelihood(list(instances), disable_tqdm=True)
         return [(context, continuation) for _, context, continuation in tokenised]
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
-        # lm-eval tokenises in `loglikelihood` and calls this to score; we score many candidates on the
-        # same tokens, so they are handed back instead.
+        # lm-eval tokenises in `loglikelihood` and calls this to score. Many candidates are scored on the
+        # same tokens, so the tokens are returned instead.
         return requests
 
     def generate(self, instances: Sequence[Any]) -> list[str]:
-        """Generate with lm-eval's own loop.
+        """Generate answers with lm-eval's loop.
 
         Raises:
-            ConfigError: the prompt's share of the context would be empty.
-            NonFiniteScores: a step's logits were not finite.
+            ConfigError: the answer's length limit leaves no room for the prompt.
+            NonFiniteScores: logits were not finite.
         """
         for instance in instances:
             budget = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
             if budget >= self.max_length:
                 raise ConfigError(
                     f"task {instance.task_name!r} generates up to {budget} tokens, "
-                    "which leaves the prompt no room",
+                    "which leaves no room for the prompt",
                     expected=f"fewer than the model's {self.max_length} tokens of context",
                     fix="set generation_kwargs: max_gen_toks in the task's YAML",
                 )
@@ -97,16 +101,16 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                 answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
                 return answers
             self.mirror.sync(self._model)
-            with _swapped(self, "batch_size_per_gpu", len(instances)):  # the engine makes its own batches
+            with _swapped(self, "batch_size_per_gpu", len(instances)):  # the engine batches by itself
                 answers = self.generate_until(list(instances), disable_tqdm=True)
         return answers
 
     def generate_to_the_end(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
-        """Generate, and say of each answer whether it ended by itself, before its length limit.
+        """Generate answers; return each with whether it ended before its length limit.
 
         Raises what `generate` does.
         """
-        order: list[tuple[str, str]] = []  # lm-eval's own order: prompt and answer, as they are decoded
+        order: list[tuple[str, str]] = []  # (prompt, answer) in the order in which lm-eval decodes them
         ends: list[bool] = []
         hook: Any = self.cache_hook  # type: ignore[has-type]
         self._ended = ends
@@ -150,7 +154,7 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
     def _mirrored(
         self, mirror: Mirror, context: Any, max_length: int, stop: list[str], options: dict[str, Any]
     ) -> Any:
-        """Generate with the engine; return (rows, tokens) as the live model would, padded on both sides."""
+        """Generate with the engine; return (rows, tokens) like the live model, padded on both sides."""
         shown = options["attention_mask"].bool()
         prompts = [row[seen].tolist() for row, seen in zip(context, shown, strict=True)]
         answers = mirror.generate(prompts, limit=max_length - context.shape[1], stop=stop)
@@ -160,20 +164,20 @@ class Backend(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
 
 
 class _FiniteLogits(transformers.LogitsProcessor):
-    """Notes NaN logits, which an arg-max would turn into an innocent-looking token."""
+    """Records NaN logits, which the arg-max would turn into an ordinary token."""
 
     def __init__(self) -> None:
         self.broken: torch.Tensor | None = None
 
     def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        found = torch.isnan(scores).any()
-        self.broken = found if self.broken is None else self.broken | found
+        has_nan = torch.isnan(scores).any()
+        self.broken = has_nan if self.broken is None else self.broken | has_nan
         return scores
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars and lm-eval's warnings about ways of use that are deliberate here."""
+    """Silence progress bars, and lm-eval's warnings about usage that is intended here."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
@@ -189,10 +193,9 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled_templates() -> Iterator[None]:
-    """Let lm-eval compile each jinja template once.
+    """Make lm-eval compile each jinja template once.
 
-    It compiles them anew for every field of every document, 1 ms each; a compiled template depends on
-    its source only.
+    Otherwise it compiles them again for every field of every document, which takes 1 ms each.
     """
     compiled: dict[str, Any] = {}
     compile_ = lm_eval.utils.env.from_string
