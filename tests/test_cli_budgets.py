@@ -126,7 +126,7 @@ def test_check_says_when_a_run_begun_now_would_end_and_what_it_would_cost(
     ends = datetime.fromisoformat(data["ends"]) - datetime.now().astimezone()
     assert ends.total_seconds() / 60 == pytest.approx(data["estimated_minutes"], abs=0.5)
     text = succeed("check", config(budget={"until": until.isoformat()}))
-    assert f"begun now it ends about {until:%Y-%m-%d}" in text
+    assert f"started now it ends about {until:%Y-%m-%d}" in text
     late = succeed("check", config(budget={"hours": 1e-4}))
     assert "the budget's time is too short" in late
     assert "cost:   unknown (the budget sets only `patience`)" in succeed(
