@@ -15,9 +15,9 @@ in capitals and misunderstands the question, and an average of both understands 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -251,8 +251,10 @@ def search(folder: Path, seed: int, candidates: int, sigma: float) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="for the zoo (trained if missing), the tasks and the runs")
+    target = parser.parse_args().folder
     torch.set_num_threads(1)
-    target = Path(sys.argv[1])
     if not (target / "zoo").exists():
         begun = time.perf_counter()
         train(target / "zoo")

@@ -9,7 +9,7 @@ for all. CMA-ES searches on few items, each rule picks a winner, and many fresh 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,9 @@ def one_search(seed: int, n_search: int, n_select: int) -> dict[str, float]:
 
 
 def main() -> None:
-    searches = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("searches", type=int, nargs="?", default=100, help="number of simulated searches")
+    searches = parser.parse_args().searches
     for sizes in ((60, 60), (150, 100), (150, 300), (500, 300)):
         rows = [one_search(seed, *sizes) for seed in range(searches)]
         print(

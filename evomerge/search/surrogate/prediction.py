@@ -91,7 +91,7 @@ def predict_score(
             "too little was scored to learn from",
             expected=f"{ENOUGH} recipes of the run's space scored on the same `search` items",
             got=str(len(known)),
-            fix="let the run go on",
+            fix="resume the run",
         )
     scale = normaliser.on(joined([base[block] for block in blocks]))
     skills, kept = scale.skills, scale.kept
@@ -107,8 +107,7 @@ def predict_score(
     errors = measured - guesses
     reach = _quantile(np.abs(errors) / doubts) * float(np.hypot(predicted.uncertainty, np.sqrt(model.noise)))
     half = float(np.hypot(reach, _unseen(examples, blocks, normaliser, scale, count=len(base))))
-    mean = _mean(predicted.values, skills)
-    values = dict(zip(tasks, predicted.values.tolist(), strict=True))
+    mean, values = _mean(predicted.values, skills), dict(zip(tasks, predicted.values.tolist(), strict=True))
     return PredictedScore(
         mean=mean,
         low=mean - half,
