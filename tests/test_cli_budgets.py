@@ -81,9 +81,9 @@ def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_pat
     assert data["estimate"]["ends"] > datetime.now().timestamp() - 600
     assert "run ends about" in text
     assert "cost 0.0" in text
-    assert f"time is up at {until:%Y-%m-%d %H:%M}" in text
+    assert f"time limit: {until:%Y-%m-%d %H:%M}" in text
     assert all("search ends in about" in text for _, text in seen)
-    assert "all done" not in succeed("status", tmp_path / "run")
+    assert "run ends" not in succeed("status", tmp_path / "run")
 
 
 def test_when_everything_fails_the_command_does_and_a_resume_mends_it(
