@@ -61,6 +61,7 @@ def convergence_figure(course: Convergence) -> go.Figure | None:
                 annotation_text=f"{blocks} of {course.of} item blocks",
                 annotation_position="bottom right",
             )
+    _integer_ticks(figure, generations)
     return with_layout(figure, height=380, x="generation", y="mean normalised score on search")
 
 
@@ -224,14 +225,17 @@ def hypervolume_figure(front: Front) -> go.Figure | None:
     """Draw the hypervolume of the front on `search` after each generation."""
     if len(front.generations) < 2:
         return None
+    generations = [generation.generation for generation in front.generations]
     figure = go.Figure()
     figure.add_scatter(
-        x=[generation.generation for generation in front.generations],
+        x=generations,
         y=[generation.hypervolume for generation in front.generations],
         mode="lines",
         line={"color": ACCENT, "width": 3},
         name="hypervolume",
     )
+    _integer_ticks(figure, generations)
+    figure.update_yaxes(rangemode="tozero")
     return with_layout(figure, height=320, x="generation", y="hypervolume on search")
 
 
@@ -260,4 +264,11 @@ def surrogate_figure(guidance: Guidance) -> go.Figure | None:
     )
     lowest = min(-0.1, *(correlation - 0.1 for _, correlation in points))
     figure.update_layout(yaxis_range=[lowest, 1.05])
+    _integer_ticks(figure, [generation for generation, _ in points])
     return with_layout(figure, height=260, x="generation", y="rank correlation")
+
+
+def _integer_ticks(figure: go.Figure, generations: Sequence[int]) -> None:
+    """Label only whole generations: plotly marks halves where there are few."""
+    if generations[-1] - generations[0] < 15:
+        figure.update_xaxes(dtick=1)

@@ -66,7 +66,7 @@ class Front:
             return "no front yet"
         first, last = self.generations[0], self.generations[-1]
         return (
-            f"{len(last.recipes)} candidates on the front, hypervolume {last.hypervolume:.4g} on search "
+            f"Pareto front of size {len(last.recipes)}, hypervolume {last.hypervolume:.4g} on search "
             f"({first.hypervolume:.4g} after the first generation)"
         )
 

@@ -89,20 +89,8 @@ def predict(summary: Summary, prepared: Prepared, name: str) -> Prediction:
             f"{store.folder}: base and parents are not scored yet",
             fix=f"continue the run: evomerge resume {store.folder}",
         )
-    recipe = find(store, prepared.template, name)
     examples = scored(summary, course, prepared)
-    genome = prepared.space.encode(recipe)
-    if genome is None:
-        genome = next((e.genome for e in examples if e.recipe == recipe.hash), None)
-    elif not course.parts(recipe.hash):
-        rewritten = prepared.space.decode(genome)  # the same merge in the space's form, not mergekit's
-        recipe = rewritten if course.parts(rewritten.hash) else recipe
-    if genome is None:
-        raise ConfigError(
-            f"{name}: outside the run's search space, so it can't be predicted",
-            expected=f"a recipe that {prepared.space.describe()} can express",
-            fix="score it: start a run from it (warm_start.recipes), or evaluate the merged model",
-        )
+    recipe, genome = _encoded(name, prepared, course, examples, find(store, prepared.template, name))
     forecast = prediction.predict_score(
         genome,
         [e for e in examples if e.recipe != recipe.hash and e.genome.tobytes() != genome.tobytes()],
@@ -124,6 +112,25 @@ def predict(summary: Summary, prepared: Prepared, name: str) -> Prediction:
         ranked=correlations[-1] if correlations else None,
         blocks=course.blocks,
     )
+
+
+def _encoded(
+    name: str, prepared: Prepared, course: Course, examples: list[Example], recipe: Recipe
+) -> tuple[Recipe, Genome]:
+    """Return the recipe in the form in which it is scored, if it is, and its genome."""
+    genome = prepared.space.encode(recipe)
+    if genome is None:
+        genome = next((e.genome for e in examples if e.recipe == recipe.hash), None)
+    elif not course.parts(recipe.hash):
+        rewritten = prepared.space.decode(genome)  # the same merge in the space's form, not mergekit's
+        recipe = rewritten if course.parts(rewritten.hash) else recipe
+    if genome is None:
+        raise ConfigError(
+            f"{name}: outside the run's search space, so it can't be predicted",
+            expected=f"a recipe that {prepared.space.describe()} can express",
+            fix="score it: start a run from it (warm_start.recipes), or evaluate the merged model",
+        )
+    return recipe, genome
 
 
 def scored(summary: Summary, course: Course, prepared: Prepared) -> list[Example]:

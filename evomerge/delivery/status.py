@@ -32,7 +32,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
         `cost` in the budget's currency.
     """
     store, course = summary.store, Course(summary)
-    told = [generation for generation in store.generations() if generation.losses is not None]
+    finished = [generation for generation in store.generations() if generation.losses is not None]
     convergence, failures = course.convergence(), store.failures()
     surrogate, passes = guidance(store), forward.stored(store)
     verdict, front = summary.verdict(summary.rows()), objectives.front(summary)
@@ -41,8 +41,8 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "run": str(store.folder),
         "state": "finished" if facts.STOPPED.get(store) else "running" if store.held() else "stopped",
         "stopped": facts.STOPPED.get(store),
-        "generations": len(told),
-        "candidates": sum(len(generation.recipes) for generation in told),
+        "generations": len(finished),
+        "candidates": sum(len(generation.recipes) for generation in finished),
         "evaluations": round(course.evaluations(), 2),
         "budget": facts.CONFIG.require(store)["budget"],
         "hours": round(store.hours(), 4),

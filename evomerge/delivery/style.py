@@ -23,7 +23,7 @@ INK, MUTED, GRID, PALE = "#1d2433", "#667085", "#e6e9ef", "#a9c3f8"
 ACCENT, ORANGE, SAND, GREY = "#2f6fed", "#d9822b", "#f3e3cf", "#c6ccd8"
 GREEN, RED = "#40916c", "#c84b3c"
 SERIES = (ACCENT, ORANGE, "#157347", "#8e44ad", "#c0392b", "#0e8a9a", "#7a6a00", MUTED)
-"""Colours of lines that are told apart by colour alone, in this order."""
+"""Colours of lines that are distinguished by colour alone, in this order."""
 
 
 # Numbers ------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class KeptShare:
     """Which share of a specialist's raw score on its task three models keep; None where that score is 0."""
 
     task: str
@@ -316,7 +316,7 @@ class Summary:
             for (task, role, rival, test), p in zip(tests, adjusted, strict=True)
         ]
 
-    def shares(self, rows: Iterable[Row]) -> list[Share]:
+    def shares(self, rows: Iterable[Row]) -> list[KeptShare]:
         """Return which share of each specialist's raw score on `test` the winner and two baselines keep.
 
         Args:
@@ -340,7 +340,7 @@ class Summary:
                 for row in (winner, best, uniform)
             )
             shares.append(
-                Share(
+                KeptShare(
                     task=task.task,
                     specialist=specialist.name,
                     score=score,
@@ -366,7 +366,7 @@ def raw_interval(metric: np.ndarray[Any, np.dtype[Any]], *, seed: int) -> Interv
     return statistics.interval([metric], [1.0], seed=seed)
 
 
-def kept_sentence(shares: Iterable[Share]) -> str | None:
+def kept_sentence(shares: Iterable[KeptShare]) -> str | None:
     """Return one sentence with the mean share of the specialists' scores that is kept; None where unknown."""
     shares, means = list(shares), []
     for label, values in (
