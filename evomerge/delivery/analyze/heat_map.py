@@ -73,8 +73,7 @@ def measures(interference: Interference) -> dict[str, HeatMapMeasure]:
     listed = (
         HeatMapMeasure(
             name="conflict",
-            title="conflict: % with opposite directions of the elements that two models change, all pairs; "
-            "unrelated: 50",
+            title="conflict: opposite directions, % of what two models change, all pairs; unrelated: 50",
             unit=100,
             low=0.3,
             middle=0.5,
