@@ -657,7 +657,7 @@ def test_mistakes_in_a_recipe(tmp_path: Path, text: str, message: str) -> None:
         (["--as", "recipe", "--rank", "3"], "--rank is for adapters"),
         (["--rank", "3"], "--rank is for adapters\n  got: --as model"),
         (["--keep-rest"], "--keep-rest is for adapters"),
-        (["--as", "adapter"], "choose a rank (--rank 16, say)"),
+        (["--as", "adapter"], "choose a rank (e.g. --rank 16)"),
         (["--as", "mergekit"], "a name that ends in .yaml"),
         (["--as", "recipe"], "a name that ends in .yaml"),
         (["--as", "adapter", "--rank", "3", "--pick", "TIE"], "did you mean 'TIES'?"),
