@@ -38,14 +38,14 @@ def path(config: Callable[..., Path]) -> Path:
 def test_a_run_that_its_time_ended_goes_on_only_with_more_of_it(path: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = succeed("run", path, "--hours", "0.0001")
-    assert "all done about" in said
+    assert "run ends about" in said
     data = status(run)
     assert data["generations"] == 1
     assert data["stopped"].startswith("budget of 0.0001 hours used")
     assert data["stopped_by_clock"]["limit"] == "hours"
     assert data["cost"] == pytest.approx(6.0 * data["hours"], abs=1e-3)
     text = succeed("status", run)
-    assert f"go on with: evomerge resume {run} --hours N" in text
+    assert f"to continue: evomerge resume {run} --hours N" in text
     assert "0.0001 hours, at 6 per hour" in text
     assert "budget of 0.0001 hours used" in (run / "report.html").read_text()
     winner = data["winner"]
@@ -79,11 +79,11 @@ def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_pat
     data, text = seen[0]
     assert data["state"] == "running"
     assert data["estimate"]["ends"] > datetime.now().timestamp() - 600
-    assert "all done about" in text
+    assert "run ends about" in text
     assert "cost 0.0" in text
-    assert f"time is up at {until:%Y-%m-%d %H:%M}" in text
+    assert f"time limit: {until:%Y-%m-%d %H:%M}" in text
     assert all("search ends in about" in text for _, text in seen)
-    assert "all done" not in succeed("status", tmp_path / "run")
+    assert "run ends" not in succeed("status", tmp_path / "run")
 
 
 def test_when_everything_fails_the_command_does_and_a_resume_mends_it(
@@ -126,7 +126,7 @@ def test_check_says_when_a_run_begun_now_would_end_and_what_it_would_cost(
     ends = datetime.fromisoformat(data["ends"]) - datetime.now().astimezone()
     assert ends.total_seconds() / 60 == pytest.approx(data["estimated_minutes"], abs=0.5)
     text = succeed("check", config(budget={"until": until.isoformat()}))
-    assert f"begun now it ends about {until:%Y-%m-%d}" in text
+    assert f"started now it ends about {until:%Y-%m-%d}" in text
     late = succeed("check", config(budget={"hours": 1e-4}))
     assert "the budget's time is too short" in late
     assert "cost:   unknown (the budget sets only `patience`)" in succeed(

@@ -276,6 +276,7 @@ def export(
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
     from evomerge.delivery import export as delivery
+    from evomerge.delivery.rescore import comparison
     from evomerge.delivery.summary import Summary
     from evomerge.merging import mergekit
     from evomerge.stored import StoredRun
@@ -285,7 +286,7 @@ def export(
         summary = Summary(stored)
         if form == "adapter":
             made = delivery.export_adapter(summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
-            output.say(delivery.comparison(made))
+            output.say(comparison(made))
             _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
             return
         if form != "model":
@@ -419,11 +420,12 @@ def analyze(
     """Show where fine-tunes agree or conflict, from their files alone, and which method to start from."""
     from evomerge.delivery.analyze import page as analysis_page
     from evomerge.delivery.analyze import terminal as delivery
+    from evomerge.delivery.analyze.heat_map import MEASURES
     from evomerge.merging.analysis.advice import advise
     from evomerge.merging.analysis.interference import measure
 
-    if shown not in delivery.MEASURES:
-        raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, delivery.MEASURES))
+    if shown not in MEASURES:
+        raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, MEASURES))
     models, origin = delivery.read_models(config, base)
     with progress_bar("reading") as progress:
         interference = measure(models, origin, threshold=threshold, top=top, progress=progress)
@@ -535,6 +537,7 @@ def demo(
     """Search, report, export and re-score on the models that come with evomerge (under five minutes)."""
     from evomerge.config import DEMO_CONFIG, RunConfig
     from evomerge.delivery import export as delivery
+    from evomerge.delivery.rescore import rescore
     from evomerge.delivery.summary import Summary
     from evomerge.evaluation.scores import Scores
     from evomerge.prepare import prepare
@@ -552,7 +555,7 @@ def demo(
         scores = run.store.result(summary.winner.recipe.hash, "test")
         assert isinstance(scores, Scores)
         worker = scoring_alike(prepare(config).worker, run.store, "test")
-        same = delivery.rescore(model, worker, "test").same_as(scores)
+        same = rescore(model, worker, "test").same_as(scores)
     if not same:
         raise UserError(
             f"{model}: the exported model's scores differ from the winner's",

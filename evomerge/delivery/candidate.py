@@ -1,50 +1,53 @@
-"""One candidate of a run: its recipe, where it came from, how it was scored, and item by item if asked."""
+"""One candidate of a run (`evomerge show`): recipe, origin, scores and times, and single items on request."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.delivery import export
+from evomerge.delivery import export, style
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, nearest
-from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, joined
+from evomerge.evaluation.scores import SPLITS, Scores, Split, joined
 from evomerge.prepare import prepare
 from evomerge.running.store import ID, StoreReader
 from evomerge.stored import StoredRun
 
 _WIDTH = 60
 """Characters of an item's text that the table shows."""
+_ROLES = ("base", "parent", "baseline", "start", "descent", "finalist", "winner")
 
 
 def as_data(
-    summary: Summary, asked: str, *, items: str | None = None, split: Split | None = None
+    summary: Summary, pick: str, *, items: str | None = None, split: Split | None = None
 ) -> dict[str, Any]:
-    """Return all that a run knows of a candidate as plain data.
+    """Return everything that a run stores about a candidate, as plain data (`show --json`).
 
-    asked: the start of its recipe's hash, or a row of the report. items: a task whose items are wanted, with
-    their texts. split: where; None takes the last one it was scored on.
-    Raises ConfigError where there is no such candidate, task or split.
+    Args:
+        summary: of the run.
+        pick: the start of the candidate's recipe hash, or a row of the report.
+        items: a task whose items are listed, with their texts.
+        split: of these items; None takes the last split the candidate was scored on.
+
+    Raises:
+        ConfigError: there is no such candidate, task or score.
     """
     store = summary.store
-    candidate = export.find(summary, asked)
-    hash_ = candidate.recipe.hash
-    splits = {part: data for part in SPLITS if (data := _on_split(store, hash_, part)) is not None}
-    roles = ("base", "parent", "baseline", "start", "descent", "finalist", "winner")
+    recipe = export.find(summary, pick).recipe
+    splits = {name: data for name in SPLITS if (data := _on_split(store, recipe.hash, name)) is not None}
     data = {
-        "id": hash_[:ID],
-        "hash": hash_,
-        "recipe": candidate.recipe.to_data(),
-        "yaml": candidate.recipe.to_yaml(),
+        "id": recipe.hash[:ID],
+        "hash": recipe.hash,
+        "recipe": recipe.to_data(),
+        "yaml": recipe.to_yaml(),
         "names": [
             {"role": role, "name": named.name}
-            for role in roles
+            for role in _ROLES
             for named in store.entries(role)
-            if named.recipe.hash == hash_
+            if named.recipe.hash == recipe.hash
         ],
         "asked": [
             {
@@ -54,28 +57,29 @@ def as_data(
                 "losses": None if generation.losses is None else generation.losses[row].tolist(),
             }
             for generation in store.generations()
-            for row, recipe in enumerate(generation.recipes)
-            if recipe == hash_
+            for row, asked in enumerate(generation.recipes)
+            if asked == recipe.hash
         ],
         "splits": splits,
     }
     if items is not None:
-        data["items"] = _items(summary.run, hash_, items, split, splits)
+        data["items"] = _items(summary.run, recipe.hash, items, split, splits)
     return data
 
 
-def _on_split(store: StoreReader, hash_: str, split: Split) -> dict[str, Any] | None:
-    parts = _parts(store, hash_, split)
-    failure = next((f for recipe, where, f in store.failures() if (recipe, where) == (hash_, split)), None)
+def _on_split(store: StoreReader, recipe: str, split: Split) -> dict[str, Any] | None:
+    parts = _parts(store, recipe, split)
+    failures = (f for failed, where, f in store.failures() if (failed, where) == (recipe, split))
+    failure = next(failures, None)
     if not parts and failure is None:
         return None
-    timing = store.timings(split).get(hash_)
+    timing = store.timings(split).get(recipe)
     return {
         "blocks": [block for part in parts for block in part.blocks],
         "of": store.blocks(split),
         "tasks": {
-            task.task: {"mean": task.mean, "items": len(task.metric)}
-            for task in (joined(parts) if parts else ())
+            scores.task: {"mean": scores.mean, "items": len(scores.metric)}
+            for scores in (joined(parts) if parts else ())
         },
         "failure": None if failure is None else {"kind": failure.kind, "reason": failure.reason},
         "seconds": None
@@ -85,28 +89,28 @@ def _on_split(store: StoreReader, hash_: str, split: Split) -> dict[str, Any] | 
     }
 
 
-def _parts(store: StoreReader, hash_: str, split: Split) -> list[Scores]:
-    """Return the scores of a candidate, block by block."""
-    results = (store.result(hash_, split, block) for block in range(store.blocks(split)))
-    return [part for part in results if part is not None and not isinstance(part, Failure)]
+def _parts(store: StoreReader, recipe: str, split: Split) -> list[Scores]:
+    """Return the scores of a candidate, one element per scored item block."""
+    results = (store.result(recipe, split, block) for block in range(store.blocks(split)))
+    return [result for result in results if isinstance(result, Scores)]
 
 
 def _items(
-    run: StoredRun, hash_: str, task: str, split: Split | None, splits: dict[Split, Any]
+    run: StoredRun, recipe: str, task: str, split: Split | None, splits: dict[Split, Any]
 ) -> dict[str, Any]:
     tasks = [entry.task for entry in run.suite.tasks]
     if task not in tasks:
         raise ConfigError(f"--items {task}: no such task in this run", fix=nearest(task, tasks))
-    scored = [place for place, data in splits.items() if task in data["tasks"]]
+    scored = [name for name, data in splits.items() if task in data["tasks"]]
     chosen = split or (scored[-1] if scored else None)
     if chosen is None or chosen not in scored:
         raise ConfigError(
-            f"{hash_[:ID]} has no scores of {task} on {chosen or 'any split'}",
+            f"{recipe[:ID]} has no scores of {task} on {chosen or 'any split'}",
             expected=f"a split among {', '.join(scored)}" if scored else "a candidate that was scored",
         )
     texts = _texts(run, task, chosen)
     rows = []
-    for part in _parts(run.store, hash_, chosen):
+    for part in _parts(run.store, recipe, chosen):
         (block,) = part.blocks
         scores = part[task]
         for item, metric in enumerate(scores.metric.tolist()):
@@ -124,7 +128,7 @@ def _items(
 
 
 def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]]:
-    """Return of every item of a task, block by block, what the model was asked and offered as answers."""
+    """Return prompt, answer choices and right answers of every item of a task, block by block."""
     from evomerge.evaluation.harness import Harness
     from evomerge.merging.sources.opening import open_sources
     from evomerge.merging.sources.vocabulary import open_tokenizer
@@ -141,44 +145,45 @@ def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]
     )
     blocks = []
     for block in worker.blocks_of(split):
-        (items,) = (task_items for task_items in harness.items(split, block).tasks if task_items.name == task)
+        (items,) = (entry for entry in harness.items(split, block).tasks if entry.name == task)
+        choices = items.pairs and not items.texts
         blocks.append(
             [
                 {
-                    "prompt": str(group[0].args[0]),
-                    "answers": [str(one.args[1]) for one in group if len(one.args) > 1 and not items.texts]
-                    if items.pairs
+                    "prompt": str(requests[0].args[0]),
+                    "answers": [str(request.args[1]) for request in requests if len(request.args) > 1]
+                    if choices
                     else [],
                     "right": list(items.gold[number]) if items.gold else None,
                 }
-                for number, group in enumerate(items.groups)
+                for number, requests in enumerate(items.groups)
             ]
         )
     return blocks
 
 
 def text(data: dict[str, Any]) -> RenderableType:
-    """Return it for people."""
+    """Return the data of `as_data` as text and tables for a rich console."""
     lines = [f"candidate {data['id']} (recipe {data['hash']})"]
-    lines += [f"  {each['role']}: {each['name']}" for each in data["names"]]
-    for each in data["asked"]:
-        losses = "" if each["losses"] is None else f", loss {', '.join(f'{x:.4f}' for x in each['losses'])}"
-        lines.append(f"  generation {each['generation']}, candidate {each['candidate']}{losses}")
-    for split, found in data["splits"].items():
-        part = f"blocks {', '.join(map(str, found['blocks']))} of {found['of']}"
-        lines.append(f"  {split}" + (f" ({part})" if len(found["blocks"]) < found["of"] else ""))
+    lines += [f"  {entry['role']}: {entry['name']}" for entry in data["names"]]
+    for asked in data["asked"]:
+        losses = ", ".join(f"{loss:.4f}" for loss in asked["losses"] or ())
+        loss = f", loss {losses}" if losses else ""
+        lines.append(f"  generation {asked['generation']}, candidate {asked['candidate']}{loss}")
+    for split, result in data["splits"].items():
+        part = f"blocks {', '.join(map(str, result['blocks']))} of {result['of']}"
+        lines.append(f"  {split}" + (f" ({part})" if len(result["blocks"]) < result["of"] else ""))
         lines += [
-            f"    {task}: {scores['mean']:.4f} on {scores['items']} items"
-            for task, scores in found["tasks"].items()
+            f"    {task}: {style.decimal(scores['mean'], 4)} on {scores['items']} items"
+            for task, scores in result["tasks"].items()
         ]
-        if found["seconds"] is not None:
-            seconds = found["seconds"]
+        if (seconds := result["seconds"]) is not None:
             lines.append(
-                f"    {seconds['total']:.2f} s on worker {found['worker']} "
-                f"(merging {seconds['merge']:.2f}, forward {seconds['forward']:.2f})"
+                f"    {seconds['total']:.2f} s on worker {result['worker']} "
+                f"(merging {seconds['merge']:.2f} s, forward passes {seconds['forward']:.2f} s)"
             )
-        if found["failure"] is not None:
-            lines.append(f"    failed: {found['failure']['reason']} ({found['failure']['kind']})")
+        if (failure := result["failure"]) is not None:
+            lines.append(f"    failed: {failure['reason']} ({failure['kind']})")
     parts: list[RenderableType] = [Text("\n".join(lines)), Text(data["yaml"])]
     if "items" in data:
         parts.append(_table(data["items"]))
@@ -186,24 +191,26 @@ def text(data: dict[str, Any]) -> RenderableType:
 
 
 def _table(items: dict[str, Any]) -> Table:
-    table = Table(title=f"{items['task']} on {items['split']}", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("block", "item", "metric", "smooth", "margin"):
-        table.add_column(name, justify="right")
-    table.add_column("prompt")
-    table.add_column("answers (right ones in brackets)")
+    table = style.table(
+        *(style.numbers(name) for name in ("block", "item", "metric", "smooth", "margin")),
+        style.words("prompt"),
+        style.words("answers (right ones in brackets)"),
+        title=f"{items['task']} on {items['split']}",
+    )
     for row in items["rows"]:
         right = row["right"] or []
         answers = [f"[{a.strip()}]" if i in right else a.strip() for i, a in enumerate(row["answers"])]
         table.add_row(
             str(row["block"]),
             str(row["item"]),
-            *("" if row[name] is None else f"{row[name]:.3f}" for name in ("metric", "smooth", "margin")),
-            Text(_short(row["prompt"])),
-            Text(_short(" / ".join(answers))),
+            *(style.decimal(row[name]) for name in ("metric", "smooth", "margin")),
+            Text(_shortened(row["prompt"])),
+            Text(_shortened(" / ".join(answers))),
         )
     return table
 
 
-def _short(words: str) -> str:
-    words = words.replace("\n", "\\n")
-    return words if len(words) <= _WIDTH else f"... {words[4 - _WIDTH :]}"
+def _shortened(text: str) -> str:
+    """Return the end of a text in one line: the end of a prompt is what the model continues."""
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= _WIDTH else f"... {line[4 - _WIDTH :]}"

@@ -1,4 +1,4 @@
-"""The output of `evomerge check`: models, space, suite, cost and notes, before a run starts."""
+"""The findings of `evomerge check`: everything that is known before a run starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from evomerge.trial import Probe
 
 
 def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
-    """Return the findings as plain data (`check --json`)."""
+    """Return the findings as plain data (`check --json`).
+
+    Args:
+        prepared: the checked config.
+        probe: the timed evaluation of one candidate.
+
+    Returns:
+        Values that JSON can hold; times in the unit their key names, costs in the budget's currency.
+    """
     return {
         "models": prepared.config.locations,
         "parameters": prepared.parameters,
@@ -20,7 +28,7 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
         "optimizer": prepared.optimizer,
         "blocks": prepared.config.racing.blocks,
         "racing": _races(prepared),
-        "surrogate": _guided(prepared),
+        "surrogate": _uses_surrogate(prepared),
         "starts": [start.name for start in prepared.warm.recipes],
         "gradient_steps": prepared.warm.gradients.steps if prepared.warm.gradients else 0,
         "suite": prepared.suite.name,
@@ -37,31 +45,31 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
 
 
 def text(prepared: Prepared, probe: Probe) -> str:
-    """Return the findings for people."""
-    per_split = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
+    """Return the findings as text for the terminal; arguments as in `as_data`."""
+    items = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
     config, worker = prepared.config, prepared.worker
     count = len(config.models.sources)
     lines = [
-        f"models: base and {count} sources of {prepared.parameters / 1e6:.1f} M parameters; "
-        "architecture, shapes and vocabulary fit",
+        f"models: base and {count} sources, {prepared.parameters / 1e6:.1f} M parameters each; "
+        "architectures, shapes and vocabularies match",
         f"space:  {prepared.space.describe()}",
         f"search: {prepared.optimizer}",
-        f"        {_course(prepared)}",
-        f"suite:  {prepared.suite.name}; one candidate takes {per_split}",
+        f"        {_search_settings(prepared)}",
+        f"suite:  {prepared.suite.name}; one candidate takes {items}",
         f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
         f"out:    {prepared.folder}",
     ]
     if probe.estimate is None or probe.ends is None:
         lines.append("cost:   unknown (the budget sets only `patience`)")
     else:
-        end = f"begun now it ends about {shown(probe.ends)}"
+        end = f"started now it ends about {shown(probe.ends)}"
         lines.append(f"cost:   about {probe.estimate / 60:.1f} minutes for the whole run; {end}")
     if probe.cost is not None and config.budget.cost is not None:
         lines.append(f"        about {probe.cost:.2f} at {config.budget.cost.per_hour:g} per hour")
     if probe.late:
-        least = span(probe.seconds_before + probe.seconds_after)
+        needed = span(probe.seconds_before + probe.seconds_after)
         lines.append(
-            f"note:   the budget's time is too short: baselines, one generation and test take {least}"
+            f"note:   the budget's time is too short: baselines, one generation and test take {needed}"
         )
     return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready to run"])
 
@@ -71,25 +79,25 @@ def _races(prepared: Prepared) -> bool:
     return config.racing.blocks > 1 and config.racing.keep < 1 and config.objective.mean_decides
 
 
-def _guided(prepared: Prepared) -> bool:
+def _uses_surrogate(prepared: Prepared) -> bool:
     return prepared.config.surrogate != "off" and prepared.config.objective.items_decide
 
 
-def _course(prepared: Prepared) -> str:
-    """Say what decides the course of the search besides the optimizer."""
+def _search_settings(prepared: Prepared) -> str:
+    """Return racing, surrogate and starting points in one line."""
     config, warm = prepared.config, prepared.warm
     blocks = config.racing.blocks
-    scored = "every candidate on all items"
+    scoring = "every candidate is scored on all items"
     if blocks > 1:
         early = "clearly worse candidates stop early" if _races(prepared) else "no candidate stops early"
-        scored = f"{blocks} item blocks, {early}"
+        scoring = f"{blocks} item blocks, {early}"
     surrogate = "off"
     if config.surrogate != "off":
-        why = "several objectives" if config.objective.several else "depth has a price"
-        surrogate = "on" if _guided(prepared) else f"off ({why})"
+        reason = "several objectives" if config.objective.several else "the objective charges for depth"
+        surrogate = "on" if _uses_surrogate(prepared) else f"off ({reason})"
     starts = ["baselines"]
     if warm.recipes:
         starts.append(f"{len(warm.recipes)} recipe{'s' if len(warm.recipes) > 1 else ''}")
     if warm.gradients is not None:
         starts.append(f"{warm.gradients.steps} gradient steps")
-    return f"{scored}; surrogate {surrogate}; starts from {', '.join(starts)}"
+    return f"{scoring}; surrogate {surrogate}; starts from {', '.join(starts)}"

@@ -1,41 +1,36 @@
 """Export: the winner (or any other recipe of a run) as a model folder, an adapter, or a text file.
 
-A model folder holds the weights the run scored, bit for bit, with config and tokenizer, the recipe, the
-same merge as mergekit YAML where that language can say it, and a model card. An adapter is another model
-than the one that was scored, so it is loaded back and scored before it gets its name.
+A model folder holds the weights that the run scored, bit for bit, with config and tokenizer, the recipe, the
+same merge as mergekit YAML if mergekit can express it, and a model card. An adapter approximates the scored
+merge, so it is loaded back and scored before it is written under its name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
-import jinja2
-from rich.table import Table
-
 from evomerge.delivery import objectives
-from evomerge.delivery.report import kept_line, percent
+from evomerge.delivery.card import card
+from evomerge.delivery.rescore import ScoredAdapter, rescore, scores_on_test
 from evomerge.delivery.summary import Summary
-from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
-from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.errors import ConfigError, DiskError, StoreError, nearest
 from evomerge.files import drafted_file
 from evomerge.merging import mergekit
 from evomerge.merging.export import writer
 from evomerge.merging.export.adapter import AdapterReport, write_adapter
-from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.opening import open_source
 from evomerge.prepare import prepare
-from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
-from evomerge.running.store import StoreReader, facts
-from evomerge.running.worker import Job, Worker, WorkerSpec
 from evomerge.search.ports import Named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written: the folder, the recipe with its name, and why there is no mergekit YAML, if so."""
+    """A model folder that was written, and its recipe.
+
+    no_mergekit: why there is no mergekit YAML in it; None if there is.
+    """
 
     folder: Path
     pick: Named
@@ -45,9 +40,16 @@ class Exported:
 def export(summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
     """Write one recipe of a run as a Hugging Face model folder.
 
-    pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
-        of the report, or the start of a recipe hash.
-    Raises StoreError where there is no such recipe, DiskError where `out` has files or no room.
+    Args:
+        summary: of the run.
+        out: the folder to write; it must not exist or be empty.
+        pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
+            of the report, or the start of a recipe hash.
+
+    Raises:
+        ConfigError: no recipe of the run is called so.
+        StoreError: the run has no such recipe yet.
+        DiskError: `out` has files, or the disk has no room.
     """
     chosen = find(summary, pick)
     extra = {"README.md": card(summary, chosen)}
@@ -60,27 +62,6 @@ def export(summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
     return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredAdapter:
-    """An adapter that was written: what it holds, and its test scores beside the whole merge's."""
-
-    folder: Path
-    pick: Named
-    report: AdapterReport
-    keep_rest: bool
-    merge: Scores
-    adapter: Scores
-
-    def arguments(self) -> str:
-        """Return the options of `evomerge merge` that make this adapter."""
-        rank = "" if self.report.exact else f" --rank {self.report.rank}"
-        return f" --as adapter{rank}{' --keep-rest' * self.keep_rest}"
-
-    def rows(self) -> list[tuple[str, float, float]]:
-        """Return task, mean score of the whole merge, and of the adapter."""
-        return [(whole.task, whole.mean, self.adapter[whole.task].mean) for whole in self.merge]
-
-
 def export_adapter(
     summary: Summary,
     out: Path,
@@ -91,26 +72,35 @@ def export_adapter(
 ) -> ScoredAdapter:
     """Write one recipe of a run as a LoRA adapter on the run's base, and score it on the test items.
 
-    rank, keep_rest: as in `write_adapter`. It is scored as peft loads it, with the run's own settings.
-    Raises what `export` and `write_adapter` do.
+    It is scored as peft loads it, with the run's own worker settings.
+
+    Args:
+        summary: of the run.
+        out: the folder to write; it must not exist or be empty.
+        pick: as in `export`.
+        rank: the rank of every layer's change, if it can't be exact; see `write_adapter`.
+        keep_rest: store in full what a LoRA can't represent; see `write_adapter`.
+
+    Raises:
+        ConfigError, StoreError, DiskError: as in `export`.
+        UserError: the merge can't be scored.
+        ModelError: the merge can't be an adapter; see `write_adapter`.
     """
-    store = summary.store
     chosen = find(summary, pick)
     writer.new_folder(out)
-    worker = scoring_alike(prepare(summary.run.config()).worker, store, "test")
+    worker = scoring_alike(prepare(summary.run.config()).worker, summary.store, "test")
     scored: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
-        whole = _test_scores(store, chosen.recipe, worker)
-        base = open_source(report.base).folder
-        adapter = rescore(folder, worker, "test", base=base)
+        merge = scores_on_test(summary.store, chosen.recipe, worker)
+        adapter = rescore(folder, worker, "test", base=open_source(report.base).folder)
         scored.append(
             ScoredAdapter(
                 folder=out,
                 pick=chosen,
                 report=report,
                 keep_rest=keep_rest,
-                merge=whole,
+                merge=merge,
                 adapter=adapter,
             )
         )
@@ -120,31 +110,16 @@ def export_adapter(
     return scored[0]
 
 
-def _test_scores(store: StoreReader, recipe: Recipe, worker: WorkerSpec) -> Scores:
-    stored = store.result(recipe.hash, "test")
-    outcome = stored if stored is not None else Worker(worker).run(Job(recipe=recipe, split="test")).outcome
-    if isinstance(outcome, Failure):
-        raise UserError(f"recipe {recipe.hash[:12]} could not be scored: {outcome.reason}")
-    assert isinstance(outcome, Scores)
-    return outcome
-
-
-def comparison(done: ScoredAdapter) -> Table:
-    """Return the adapter's scores beside the whole merge's as a table for the terminal."""
-    shown = Table(title="test items, mean score", title_justify="left")
-    shown.add_column("task")
-    for name in ("whole merge", "adapter"):
-        shown.add_column(name, justify="right")
-    for task, whole, adapter in done.rows():
-        shown.add_row(task, f"{whole:.3f}", f"{adapter:.3f}")
-    return shown
-
-
 def write_text(out: Path, text: str) -> None:
-    """Write a YAML file under a new name ending in .yaml or .yml, complete or not at all."""
+    """Write a new YAML file, complete or not at all.
+
+    Raises:
+        ConfigError: its name does not end in .yaml or .yml.
+        DiskError: it exists, or the disk can't take it.
+    """
     if out.suffix not in (".yaml", ".yml"):
         raise ConfigError(
-            f"{out}: one YAML file is written here, not a folder",
+            f"{out}: this form is one YAML file, not a folder",
             expected="a name that ends in .yaml",
             fix=f"write to {out}.yaml",
         )
@@ -155,7 +130,12 @@ def write_text(out: Path, text: str) -> None:
 
 
 def find(summary: Summary, pick: str) -> Named:
-    """Return the recipe `pick` means; see `export`."""
+    """Return the recipe that `pick` names, as described in `export`.
+
+    Raises:
+        ConfigError: no recipe of the run is called so.
+        StoreError: the run has no such recipe yet.
+    """
     store = summary.store
     if pick == "winner":
         if summary.winner is None:
@@ -164,95 +144,25 @@ def find(summary: Summary, pick: str) -> Named:
                 fix=f"finish the run (evomerge resume {store.folder}), or --pick a baseline or a recipe hash",
             )
         return summary.winner
-    named = {n.name: n for n in (*summary.parents, *summary.baselines, *summary.starts)}
+    by_name = {named.name: named for named in summary.named}
     if pick == "best-baseline":
-        best = summary.best_unsearched(summary.rows())
+        best = summary.best_baseline(summary.rows())
         if best is None:
             raise StoreError(
-                f"{store.folder}: not tested yet", fix=f"finish it: evomerge resume {store.folder}"
+                f"{store.folder}: `test` is not scored yet",
+                fix=f"finish the run: evomerge resume {store.folder}",
             )
-        return named[best.name]
-    if pick in named:
-        return named[pick]
+        return by_name[best.name]
+    if pick in by_name:
+        return by_name[pick]
     if pick == "knee" or pick.startswith(("best:", "weights:")):
         return objectives.picked(summary, pick)
     if len(pick) >= 6 and set(pick) <= set("0123456789abcdef"):
         recipe = store.recipe(pick)
         return Named(name=f"recipe {recipe.hash[:12]}", recipe=recipe)
     raise ConfigError(
-        f"nothing in this run is called {pick!r}",
+        f"no recipe of this run is called {pick!r}",
         expected=f"winner, best-baseline, {', '.join(objectives.PICKS)}, a row of the report, "
         "or 6 or more digits of a recipe hash",
-        fix=nearest(pick, ["winner", "best-baseline", "knee", *named]),
+        fix=nearest(pick, ["winner", "best-baseline", "knee", *by_name]),
     )
-
-
-def card(summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
-    """Return the model card (Markdown with the hub's YAML header) of one recipe of a run.
-
-    adapter: what the recipe was exported as, where that is not the whole model.
-    """
-    store = summary.store
-    rows = summary.rows()
-    mine = next((row for row in rows if row.recipe == chosen.recipe.hash), None)
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"percent": percent}
-    template = files("evomerge.delivery").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    shown = [row for row in rows if row.role in ("base", "parent")]
-    best, front = summary.best_unsearched(rows), objectives.front(summary)
-    shown += [row for row in (best, mine) if row is not None and row not in shown]
-    return environment.from_string(template).render(
-        chosen=chosen,
-        adapter=adapter,
-        recipe=chosen.recipe,
-        is_winner=summary.winner is not None and chosen.recipe.hash == summary.winner.recipe.hash,
-        rows=shown,
-        mine=mine,
-        tasks=[t.task for t in summary.shown_tasks],
-        verdict=summary.verdict(rows),
-        weakest=summary.weakest(rows),
-        kept=kept_line(summary.shares(rows)),
-        constraints=objectives.constraints(summary),
-        front=front,
-        place=next((p for p in front.searched if p.recipe == chosen.recipe.hash), None) if front else None,
-        suite=summary.suite,
-        seed=facts.CONFIG.require(store)["seed"],
-        config=facts.CONFIG.require(store),
-        versions=store.versions(),
-        passes=forward.stored(store),
-        methods=sorted({group.method for group in chosen.recipe.groups}),
-    )
-
-
-def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None = None) -> Scores:
-    """Load an exported folder the way any user would, and score it on a split.
-
-    With the run's own worker settings the result of a model folder equals the stored scores bit for bit.
-    base: the model's folder, where `folder` holds an adapter on it.
-    """
-    import warnings
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from evomerge.evaluation.harness import Harness
-
-    torch.set_num_threads(worker.threads)
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        base or folder, dtype=getattr(torch, worker.dtype), attn_implementation=worker.attention
-    )
-    if base is not None:
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft calls what transformers deprecates
-            model = PeftModel.from_pretrained(model, str(folder))
-    harness = Harness(
-        worker.suite,
-        tokenizer=AutoTokenizer.from_pretrained(base or folder),
-        batch_size=worker.batch_size,
-        max_length=worker.max_length,
-        blocks=worker.blocks,
-        block_seed=worker.block_seed,
-    )
-    return harness.evaluate_split(model.to(worker.device), split)

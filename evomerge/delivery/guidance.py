@@ -1,4 +1,4 @@
-"""What the surrogate did for a search: how well it ranked what it had not seen, and when it was not asked."""
+"""What the surrogate did for a search: how well it ranked new candidates, and when it was ignored."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import plotly.graph_objects as go
-
 from evomerge.running.store import StoreReader
-from evomerge.search.surrogate.guide import TRUSTED, WINDOW
-
-_ACCENT, _WARM, _PALE = "#2f6fed", "#d9822b", "#f3e3cf"
+from evomerge.search.surrogate.guide import TRUSTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """The surrogate over a run; one element per generation.
+    """The surrogate over a run; tuples have one element per generation, except `off`.
 
-    correlations: Spearman's, of its last predictions with what was then measured, None while there are too
-    few. proposed: candidates it proposed itself. candidates: all that were asked for. blocks: item blocks
-    scored, of `of`. off: generations in which the optimizer worked alone, because it had not predicted.
+    correlations: Spearman's rank correlation of its latest predictions with the scores measured afterwards,
+    None while there are too few. proposed: number of candidates it proposed. candidates: number of all
+    candidates. blocks: number of item blocks the generation was scored on, of `of`. off: the generations in
+    which it was ignored, because that correlation was below the limit.
     """
 
     correlations: tuple[float | None, ...]
@@ -32,29 +29,32 @@ class Guidance:
 
     @property
     def latest(self) -> float | None:
-        """The last rank correlation there is."""
-        return next((found for found in reversed(self.correlations) if found is not None), None)
+        """The latest rank correlation; None where there is none."""
+        return next((c for c in reversed(self.correlations) if c is not None), None)
 
     @property
     def sentence(self) -> str:
-        """All of it in one line."""
-        quality = "too few predictions to judge it"
+        """The summary of all fields in one line."""
+        quality = "too few predictions for a rank correlation"
         if self.latest is not None:
-            quality = f"rank correlation {self.latest:.2f} with unseen candidates"
+            quality = f"rank correlation {self.latest:.2f} on unseen candidates"
         parts = [quality, f"proposed {sum(self.proposed)} of {self.candidates} candidates"]
         if self.of > 1:
-            parts.append(f"scored on {self.course} of {self.of} item blocks")
+            parts.append(f"scored on {self.block_counts} of {self.of} item blocks")
         if self.off:
             parts.append(
-                f"not listened to in {len(self.off)} of {len(self.proposed)} generations ({_spans(self.off)})"
+                f"ignored in {len(self.off)} of {len(self.proposed)} generations ({_ranges(self.off)}; "
+                f"rank correlation below {TRUSTED:g})"
             )
         return f"surrogate: {', '.join(parts)}"
 
     @property
-    def course(self) -> str:
-        """The item blocks over the run, as in `2, from generation 12 on 4`."""
+    def block_counts(self) -> str:
+        """The number of scored item blocks over the run, as in `2 (from generation 12: 4)`."""
         starts = [next(group) for _, group in groupby(enumerate(self.blocks), key=lambda pair: pair[1])]
-        return ", ".join(f"from generation {g} on {n}" if g else str(n) for g, n in starts)
+        (_, first), *later = starts
+        changes = ", ".join(f"from generation {generation}: {count}" for generation, count in later)
+        return f"{first} ({changes})" if changes else str(first)
 
     def as_data(self) -> dict[str, Any]:
         """Return it as plain data, for `report --json` and `status --json`."""
@@ -68,46 +68,15 @@ class Guidance:
             "off": list(self.off),
         }
 
-    def figure(self) -> go.Figure | None:
-        """The rank correlation after each generation, and where it was too low."""
-        known = [(g, c) for g, c in enumerate(self.correlations) if c is not None]
-        if len(known) < 2:
-            return None
-        figure = go.Figure()
-        figure.add_scatter(
-            x=[g for g, _ in known],
-            y=[c for _, c in known],
-            mode="lines+markers",
-            line={"color": _ACCENT, "width": 2},
-            name=f"rank correlation, the optimizer's last {WINDOW}",
-        )
-        for first, last in _runs(self.off):
-            figure.add_vrect(
-                x0=first - 0.5, x1=last + 0.5, fillcolor=_PALE, opacity=0.6, line_width=0, layer="below"
-            )
-        figure.add_hline(
-            y=TRUSTED,
-            line={"color": _WARM, "width": 1.5, "dash": "dot"},
-            annotation_text="listened to above",
-            annotation_position="top right",
-        )
-        figure.update_layout(
-            xaxis_title="generation",
-            yaxis_title="rank correlation",
-            yaxis_range=[min(-0.1, *(c - 0.1 for _, c in known)), 1.05],
-            height=260,
-        )
-        return figure
-
 
 def guidance(store: StoreReader) -> Guidance | None:
-    """Return what the surrogate did, or None where it was off or nothing was asked yet."""
+    """Return what the surrogate did, or None where it was off or no generation was asked yet."""
     states = store.guide()
     if not states:
         return None
     generations = store.generations()[: len(states)]
-    before = [states[0], *states[:-1]]  # a state is that after a generation; it decides about the next
-    low = [
+    before = [states[0], *states[:-1]]  # a state is that after its generation and decides about the next
+    ignored = [
         number
         for number, state in enumerate(before)
         if number and state.correlation is not None and state.correlation < TRUSTED
@@ -119,22 +88,27 @@ def guidance(store: StoreReader) -> Guidance | None:
         candidates=sum(len(generation.recipes) for generation in generations),
         blocks=tuple(state.blocks for state in before),
         of=store.blocks("search"),
-        off=tuple(low),
+        off=tuple(ignored),
     )
 
 
-def _runs(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
-    found = []
+def consecutive(numbers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the first and last number of every run of consecutive ones.
+
+    >>> consecutive((1, 2, 3, 7))
+    [(1, 3), (7, 7)]
+    """
+    runs = []
     for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         members = [number for _, number in group]
-        found.append((members[0], members[-1]))
-    return found
+        runs.append((members[0], members[-1]))
+    return runs
 
 
-def _spans(numbers: tuple[int, ...]) -> str:
-    """Return numbers as people list them.
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Return numbers as a list of ranges.
 
-    >>> _spans((1, 2, 3, 7))
+    >>> _ranges((1, 2, 3, 7))
     '1-3, 7'
     """
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in _runs(numbers))
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in consecutive(numbers))

@@ -1,4 +1,4 @@
-"""Notes: what a reader must know to read a run's table right."""
+"""Notes: what a reader must know to read a run's tables correctly."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from evomerge.running.batches import decisions
 
 
 def notes(summary: Summary) -> list[str]:
-    """Return the notes below a run's table, one sentence each."""
+    """Return the notes on a run's tables, one sentence each."""
     store = summary.store
     normaliser = summary.normaliser("test")
     sentences = objectives.notes(summary)
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(
-            f"{task}: its specialist is hardly better than the base, so its share of the mean is noise"
+            f"{task}: the specialist is hardly better than the base, so the task's part of the mean is noise"
         )
     sentences += [decision.sentence for decision in decisions(store)]
     first, *later = store.sessions() or [{}]
     changes = dict.fromkeys(change for versions in later if (change := forward.changes(first, versions)))
     sentences += [
-        f"several environments were used, so last digits may differ: {change}" for change in changes
+        f"the environment changed during the run, so last digits may differ: {change}" for change in changes
     ]
-    unsearched = {named.recipe.hash for named in (*summary.parents, *summary.baselines, *summary.starts)}
-    winners = set(store.timings("test")) - unsearched
+    winners = set(store.timings("test")) - {named.recipe.hash for named in summary.named}
     if len(winners) > 1:
         sentences.append(
             f"`test` was used for {len(winners)} winners (the budget was raised), "

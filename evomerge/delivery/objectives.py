@@ -1,7 +1,7 @@
-"""What a run's objective says of its candidates: the Pareto front, picks from it, constraints kept or not.
+"""Several objectives and constraints of a run: the Pareto front, picks from it, constraints met or not.
 
-Computed from the store alone. Fronts are shown as they are on `select`, which the optimizer never saw;
-`test` belongs to the winner.
+Computed from the store alone. Fronts are shown on `select`, which the optimizer does not use; `test` is used
+for the winner only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evomerge.delivery.style import percent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
@@ -30,8 +31,8 @@ Role = Literal["base", "parent", "baseline", "candidate", "winner"]
 class Point:
     """One recipe in the space of the objectives, on `select`.
 
-    values: one per objective as people read it: 1 is a specialist (tasks, mean) or the base (retention,
-    coherence, depth). on_front: whether it was searched for and no other searched point dominates it.
+    values: one per objective, higher is better: 1 is a specialist (tasks, mean) or the base (retention,
+    coherence, depth). on_front: whether it is a candidate and no other candidate dominates it.
     """
 
     role: Role
@@ -43,10 +44,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Front:
-    """The front of a run with several objectives.
+    """The Pareto front of a run with several objectives.
 
-    generations: the front on `search` after each. points: on `select`, searched ones first by the first
-    objective; empty until they are scored there.
+    generations: the front on `search` after each generation. points: on `select`, candidates first, by the
+    first objective; empty until they are scored there.
     """
 
     objectives: tuple[str, ...]
@@ -55,7 +56,7 @@ class Front:
 
     @property
     def searched(self) -> list[Point]:
-        """The candidates that stand for the front, and the winner among them."""
+        """The finalists of the front, the winner among them."""
         return [point for point in self.points if point.role in ("candidate", "winner")]
 
     @property
@@ -65,7 +66,7 @@ class Front:
             return "no front yet"
         first, last = self.generations[0], self.generations[-1]
         return (
-            f"{len(last.recipes)} candidates on the front, hypervolume {last.hypervolume:.4g} on search "
+            f"Pareto front of size {len(last.recipes)}, hypervolume {last.hypervolume:.4g} on search "
             f"({first.hypervolume:.4g} after the first generation)"
         )
 
@@ -74,7 +75,7 @@ class Front:
         return {
             "objectives": list(self.objectives),
             "reference": list(self.generations[-1].reference) if self.generations else None,
-            "hypervolume": [g.hypervolume for g in self.generations],
+            "hypervolume": [generation.hypervolume for generation in self.generations],
             "recipes": list(self.generations[-1].recipes) if self.generations else [],
             "split": "select",
             "points": [
@@ -91,83 +92,84 @@ class Front:
 
 
 def axis(objective: str) -> str:
-    """Return what an objective's values, times 100, are."""
+    """Return the label of an objective's values times 100: its name and unit."""
     unit = {"retention": "% of the base", "coherence": "% of the base", "depth": "% of the base's layers"}
     return f"{objective}, {unit.get(objective, 'points')}"
 
 
 def front(summary: Summary) -> Front | None:
-    """Return the front of a run, or None where it has one objective."""
+    """Return the Pareto front of a run, or None where it has one objective."""
     store = summary.store
     spec = _spec(store)
     if not spec.several:
         return None
     objective, points = _objective(summary, "select"), []
     if objective is not None:
-        found = _scored(store, store.entries("finalist"), "select")
-        losses = objective.losses([s for _, s in found], [n.recipe for n, _ in found])
-        kept = set(pareto.front(losses)) if found else set()
-        for row in sorted(range(len(found)), key=lambda i: losses[i, 0]):
-            named, scores = found[row]
+        finalists = _scored(summary, store.entries("finalist"), "select")
+        losses = objective.losses([s for _, s in finalists], [named.recipe for named, _ in finalists])
+        members = set(pareto.front(losses)) if finalists else set()
+        for index in sorted(range(len(finalists)), key=lambda i: losses[i, 0]):
+            named, scores = finalists[index]
             winner = summary.winner is not None and named.recipe.hash == summary.winner.recipe.hash
             role: Role = "winner" if winner else "candidate"
-            points.append(_point(role, named, objective, scores, row in kept))
-        rest: list[tuple[Role, Named]] = [("base", n) for n in summary.parents[:1]]
-        rest += [("parent", n) for n in summary.parents[1:]]
-        rest += [("baseline", n) for n in summary.baselines]
-        for role, named in rest:
-            for _, scores in _scored(store, [named], "select"):
+            points.append(_point(role, named, objective, scores, index in members))
+        others: list[tuple[Role, Named]] = [("base", named) for named in summary.parents[:1]]
+        others += [("parent", named) for named in summary.parents[1:]]
+        others += [("baseline", named) for named in summary.baselines]
+        for role, named in others:
+            for _, scores in _scored(summary, [named], "select"):
                 points.append(_point(role, named, objective, scores, False))
     return Front(objectives=spec.names, generations=tuple(store.fronts()), points=tuple(points))
 
 
 def notes(summary: Summary) -> list[str]:
-    """Return what a reader must know of the objective, one sentence each."""
-    store = summary.store
-    found = []
-    if _spec(store).several:
-        found.append(
-            "several objectives: the winner is the knee of the front on select, and the verdict is about "
-            "its mean alone; numbers of the front are from select"
+    """Return what a reader must know about the objective, one sentence each."""
+    sentences = []
+    if _spec(summary.store).several:
+        sentences.append(
+            "several objectives: the winner is the knee of the front on select; the verdict is about its "
+            "mean score only; the front's numbers are from select"
         )
     if (sentence := constraints(summary)) is not None:
-        found.append(sentence)
-    return found
+        sentences.append(sentence)
+    return sentences
 
 
 def constraints(summary: Summary) -> str | None:
-    """Say whether the winner meets the constraints; None without constraints or winner."""
+    """Return whether the winner meets the constraints, as a sentence; None without constraints or winner."""
     store = summary.store
     on_select, on_test = _objective(summary, "select"), _objective(summary, "test")
     if not _spec(store).constraints or summary.winner is None or on_select is None:
         return None
-    mine = _scored(store, [summary.winner], "select")
-    if not mine:
+    selected = summary.scores(summary.winner.recipe.hash, "select")
+    if selected is None:
         return None
-    short = on_select.shortfalls(mine[0][1])
-    if short:
-        finalists = _scored(store, store.entries("finalist"), "select")
+    shortfalls = on_select.shortfalls(selected)
+    if shortfalls:
+        finalists = _scored(summary, store.entries("finalist"), "select")
         none = all(on_select.violation(scores) > 0 for _, scores in finalists)
-        head = "no finalist meets the constraints on select" if none else "constraints are not met on select"
         text = (
-            f"{head}; the winner falls short least: {_listed(short)}" if none else f"{head}: {_listed(short)}"
-        )
+            "no finalist meets the constraints on select; the winner violates them least: "
+            if none
+            else "the winner does not meet the constraints on select: "
+        ) + _listed(shortfalls)
     else:
         text = "the winner meets the constraints on select"
-    tested = _scored(store, [summary.winner], "test")
-    if on_test is not None and tested:
-        missing = on_test.shortfalls(tested[0][1])
-        on = "; on test it falls short: " + _listed(missing) if missing else "; on test it meets them"
-        text += " and on test" if not (short or missing) else on
-    return text
+    tested = summary.scores(summary.winner.recipe.hash, "test")
+    if on_test is None or tested is None:
+        return text
+    missed = on_test.shortfalls(tested)
+    if missed:
+        return f"{text}; it does not meet them on test: {_listed(missed)}"
+    return f"{text}; it meets them on test" if shortfalls else f"{text} and on test"
 
 
 def picked(summary: Summary, pick: str) -> Named:
-    """Return the finalist that "knee", "best:TASK" or "weights:TASK=0.7,OTHER=0.3" means.
+    """Return the finalist that "knee", "best:TASK" or "weights:TASK=0.7,OTHER=0.3" names.
 
     Finalists are compared by their scores on `select`: the knee by the run's objectives, the others by
-    normalised task scores (0 is the base, 1 the specialist), `retention` and `coherence`. Where some meet
-    the run's constraints, those that don't are left out.
+    normalised task scores (0 is the base, 1 the specialist), `retention` and `coherence`. If some finalists
+    meet the run's constraints, the others are left out.
 
     Raises:
         StoreError: nothing is scored on `select` yet.
@@ -175,45 +177,47 @@ def picked(summary: Summary, pick: str) -> Named:
     """
     store = summary.store
     objective = _objective(summary, "select")
-    found = _scored(store, store.entries("finalist"), "select") if objective is not None else []
-    if objective is None or not found:
+    finalists = _scored(summary, store.entries("finalist"), "select") if objective is not None else []
+    if objective is None or not finalists:
         raise StoreError(
-            f"{store.folder}: no finalists to pick from yet", fix=f"finish it: evomerge resume {store.folder}"
+            f"{store.folder}: no finalists to pick from yet",
+            fix=f"finish the run: evomerge resume {store.folder}",
         )
-    found = [(n, s) for n, s in found if objective.violation(s) == 0] or found
-    values = [_named_values(summary, scores) for _, scores in found]
+    finalists = [(n, s) for n, s in finalists if objective.violation(s) == 0] or finalists
+    scores_by_task = [_named_values(summary, scores) for _, scores in finalists]
     if pick == "knee":
         if objective.count == 1:
             raise ConfigError(
                 f"{store.folder}: a run with one objective has no knee",
                 fix="pick the winner, or run with several objectives (`objective: {several: [...]}`)",
             )
-        row = pareto.knee(objective.losses([s for _, s in found], [n.recipe for n, _ in found]))
+        index = pareto.knee(objective.losses([s for _, s in finalists], [n.recipe for n, _ in finalists]))
     else:
-        row = pareto.heaviest(values, weights(pick, values[0]))
-    return Named(name=f"{pick} ({found[row][0].name})", recipe=found[row][0].recipe)
+        index = pareto.heaviest(scores_by_task, weights(pick, scores_by_task[0]))
+    named, _ = finalists[index]
+    return Named(name=f"{pick} ({named.name})", recipe=named.recipe)
 
 
 def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:
-    """Read "best:TASK" or "weights:TASK=0.7,OTHER=0.3".
+    """Parse "best:TASK" or "weights:TASK=0.7,OTHER=0.3".
 
     >>> weights("best:add", {"add": 0.0}), weights("weights:add=0.7,sort=0.3", {"add": 0.0, "sort": 0.0})
     ({'add': 1.0}, {'add': 0.7, 'sort': 0.3})
     """
     kind, _, rest = pick.partition(":")
-    found: dict[str, float] = {}
+    by_task: dict[str, float] = {}
     for part in rest.split(","):
         name, _, number = part.partition("=") if kind == "weights" else (part, "=", "1")
         if name.strip() not in valid:
             raise ConfigError(f"--pick {pick}: no task {name.strip()!r}", fix=nearest(name.strip(), valid))
         try:
-            found[name.strip()] = float(number)
+            by_task[name.strip()] = float(number)
         except ValueError:
-            found = {}
+            by_task = {}
             break
-    if not found or not all(np.isfinite(w) and w >= 0 for w in found.values()) or not sum(found.values()):
+    if not all(np.isfinite(w) and w >= 0 for w in by_task.values()) or not sum(by_task.values()):
         raise ConfigError(f"--pick {pick}: can't be read", expected=" or ".join(PICKS[1:]), got=pick)
-    return found
+    return by_task
 
 
 def _spec(store: StoreReader) -> ObjectiveSpec:
@@ -226,9 +230,9 @@ def _objective(summary: Summary, split: Split) -> Objective | None:
     return None if normaliser is None else Objective(_spec(store), normaliser, layers=facts.LAYERS.get(store))
 
 
-def _scored(store: StoreReader, named: list[Named], split: Split) -> list[tuple[Named, Scores]]:
-    results = [(n, store.result(n.recipe.hash, split)) for n in named]
-    return [(n, result) for n, result in results if isinstance(result, Scores)]
+def _scored(summary: Summary, recipes: list[Named], split: Split) -> list[tuple[Named, Scores]]:
+    results = [(named, summary.scores(named.recipe.hash, split)) for named in recipes]
+    return [(named, scores) for named, scores in results if scores is not None]
 
 
 def _point(role: Role, named: Named, objective: Objective, scores: Scores, on_front: bool) -> Point:
@@ -252,6 +256,6 @@ def _named_values(summary: Summary, scores: Scores) -> dict[str, float]:
     return {**normaliser.task(scores), **{name: v for name, v in others.items() if v is not None}}
 
 
-def _listed(short: Mapping[str, tuple[float, float]]) -> str:
-    parts = (f"{name} {100 * value:.1f} of {100 * limit:g}" for name, (value, limit) in short.items())
+def _listed(shortfalls: Mapping[str, tuple[float, float]]) -> str:
+    parts = (f"{name} {percent(value)} of {100 * limit:g}" for name, (value, limit) in shortfalls.items())
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""What `evomerge predict` says: how good a merge would be, before it is merged, from a run's store alone."""
+"""Prediction (`evomerge predict`): the score of a merge before it is made, from a run's store alone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from evomerge.delivery.summary import Measured, Summary
+from evomerge.delivery import style
+from evomerge.delivery.course import Course, SearchScore
+from evomerge.delivery.style import bounds, of_blocks, percent
+from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
@@ -26,17 +27,17 @@ from evomerge.search.surrogate.prediction import Example, PredictedScore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Predicted:
-    """A forecast beside what is known.
+class Prediction:
+    """The predicted score of a recipe on `search`, and measured scores to compare it with.
 
-    measured: of the recipe itself, where it was scored already; the forecast does not know it. baseline: the
-    best of the run on `search`. ranked: Spearman's correlation of the run's own surrogate with candidates it
-    had not seen, None where there was none. blocks: item blocks of `search`.
+    measured: the recipe's own score, if it is scored already; the forecast does not use it. baseline: name of
+    the run's best baseline on `search`. ranked: Spearman's rank correlation of the run's surrogate on unseen
+    candidates, None where there was none. blocks: number of item blocks of `search`.
     """
 
     recipe: str
     forecast: PredictedScore
-    measured: Measured | None
+    measured: SearchScore | None
     baseline: str | None
     baseline_mean: float | None
     baseline_tasks: dict[str, float]
@@ -44,198 +45,197 @@ class Predicted:
     blocks: int
 
 
-def find(store: StoreReader, template: Recipe, asked: str) -> Recipe:
+def find(store: StoreReader, template: Recipe, name: str) -> Recipe:
     """Return the recipe of a file or of the start of a hash, over the run's models.
 
     Raises:
         ConfigError: it is neither, or its models are not the run's.
     """
-    if Path(asked).is_file():
-        return warm_start.over(read_recipe(asked), template, asked)
-    if len(asked) >= 6 and set(asked) <= set("0123456789abcdef"):
-        return store.recipe(asked)
+    if Path(name).is_file():
+        return warm_start.over(read_recipe(name), template, name)
+    if len(name) >= 6 and set(name) <= set("0123456789abcdef"):
+        return store.recipe(name)
     raise ConfigError(
-        f"{asked}: no such recipe",
+        f"{name}: no such recipe",
         expected="a recipe.yaml, a mergekit YAML, or 6 or more digits of a recipe hash of the run",
         fix="check the path",
     )
 
 
-def predict(summary: Summary, prepared: Prepared, asked: str) -> Predicted:
-    """Predict a recipe's score on `search` from everything the run has scored there, but itself.
+def predict(summary: Summary, prepared: Prepared, name: str) -> Prediction:
+    """Predict a recipe's score on `search` from all scores of the run there except its own.
+
+    Args:
+        summary: of the run.
+        prepared: the run's config, prepared.
+        name: a recipe.yaml, a mergekit YAML, or the start of a recipe hash.
+
+    Returns:
+        The forecast; normalised scores, 0 = base, 1 = specialists.
 
     Raises:
-        ConfigError: the recipe does not lie in the run's search space.
-        StoreError: the models changed since the run, or base and parents were not scored yet.
-        UserError: too little was scored.
+        ConfigError: the recipe is outside the run's search space.
+        StoreError: the models changed since the run, or base and parents are not scored yet.
+        UserError: too few recipes are scored.
     """
-    store = summary.store
+    store, course = summary.store, Course(summary)
     if facts.FINGERPRINTS.get(store) != prepared.fingerprints:
         raise StoreError(
-            f"{store.folder}: model files changed since the run began", fix="put the old files back"
+            f"{store.folder}: model files changed since the run began", fix="restore the old files"
         )
     normaliser = summary.normaliser("search")
     if normaliser is None:
         raise StoreError(
             f"{store.folder}: base and parents are not scored yet",
-            fix=f"go on with the run: evomerge resume {store.folder}",
+            fix=f"continue the run: evomerge resume {store.folder}",
         )
-    recipe = find(store, prepared.template, asked)
-    genome = prepared.space.encode(recipe)
-    examples = scored(summary, prepared)
-    own = next((e.genome for e in examples if e.recipe == recipe.hash), None)
-    if genome is None and own is None:
-        raise ConfigError(
-            f"{asked}: not in the run's search space, so nothing is known about it",
-            expected=f"a recipe that {prepared.space.describe()} can express",
-            fix="score it: start a run from it (warm_start.recipes), or evaluate the merged model",
-        )
-    if genome is None:
-        assert own is not None
-        genome = own
-    elif not summary.parts(recipe.hash) and summary.parts((same := prepared.space.decode(genome)).hash):
-        recipe = same  # written otherwise, as in mergekit's form
-    found = prediction.predict_score(
+    examples = scored(summary, course, prepared)
+    recipe, genome = _encoded(name, prepared, course, examples, find(store, prepared.template, name))
+    forecast = prediction.predict_score(
         genome,
         [e for e in examples if e.recipe != recipe.hash and e.genome.tobytes() != genome.tobytes()],
         coordinates=prepared.space.coordinates,
         normaliser=normaliser,
-        base=summary.parts(summary.parents[0].recipe.hash),
+        base=course.parts(summary.parents[0].recipe.hash),
     )
-    progress = summary.progress()
-    rival = next((b for b in summary.baselines if b.name == progress.best_baseline_name), None)
-    rated = None if rival is None else summary.on_search(rival.recipe.hash)
+    convergence = course.convergence()
+    baseline = next((b for b in summary.baselines if b.name == convergence.best_baseline_name), None)
+    baseline_score = None if baseline is None else course.score(baseline.recipe.hash)
     correlations = [state.correlation for state in store.guide() if state.correlation is not None]
-    return Predicted(
+    return Prediction(
         recipe=recipe.hash,
-        forecast=found,
-        measured=summary.on_search(recipe.hash),
-        baseline=progress.best_baseline_name,
-        baseline_mean=progress.best_baseline,
-        baseline_tasks=rated.tasks if rated else {},
+        forecast=forecast,
+        measured=course.score(recipe.hash),
+        baseline=convergence.best_baseline_name,
+        baseline_mean=convergence.best_baseline,
+        baseline_tasks=baseline_score.tasks if baseline_score else {},
         ranked=correlations[-1] if correlations else None,
-        blocks=store.blocks("search"),
+        blocks=course.blocks,
     )
 
 
-def scored(summary: Summary, prepared: Prepared) -> list[Example]:
-    """Return all scored recipes that are points of the space, named ones first."""
+def _encoded(
+    name: str, prepared: Prepared, course: Course, examples: list[Example], recipe: Recipe
+) -> tuple[Recipe, Genome]:
+    """Return the recipe in the form in which it is scored, if it is, and its genome."""
+    genome = prepared.space.encode(recipe)
+    if genome is None:
+        genome = next((e.genome for e in examples if e.recipe == recipe.hash), None)
+    elif not course.parts(recipe.hash):
+        rewritten = prepared.space.decode(genome)  # the same merge in the space's form, not mergekit's
+        recipe = rewritten if course.parts(rewritten.hash) else recipe
+    if genome is None:
+        raise ConfigError(
+            f"{name}: outside the run's search space, so it can't be predicted",
+            expected=f"a recipe that {prepared.space.describe()} can express",
+            fix="score it: start a run from it (warm_start.recipes), or evaluate the merged model",
+        )
+    return recipe, genome
+
+
+def scored(summary: Summary, course: Course, prepared: Prepared) -> list[Example]:
+    """Return all scored recipes that the search space can express, named ones first."""
     store = summary.store
-    points: dict[str, Genome] = {}
-    others = (*summary.starts, *store.entries("finalist"))
-    for named in (*summary.parents, *summary.baselines, *others):
+    genomes: dict[str, Genome] = {}
+    finalists = store.entries("finalist")
+    for named in (*summary.parents, *summary.baselines, *summary.starts, *finalists):
         genome = prepared.space.encode(named.recipe)
         if genome is None and named in summary.parents:
-            same = baselines.as_task_vectors(prepared.template, prepared.space.sources, named.name)
-            genome = prepared.space.encode(same)
+            rewritten = baselines.as_task_vectors(prepared.template, prepared.space.sources, named.name)
+            genome = prepared.space.encode(rewritten)
         if genome is not None:
-            points.setdefault(named.recipe.hash, genome)
+            genomes.setdefault(named.recipe.hash, genome)
     for generation in store.generations():
-        for row, recipe in zip(generation.genomes, generation.recipes, strict=True):
-            points.setdefault(recipe, row)
-    found = []
-    for recipe, genome in points.items():
-        parts = {part.blocks[0]: part for part in summary.parts(recipe)}
+        for genome, recipe in zip(generation.genomes, generation.recipes, strict=True):
+            genomes.setdefault(recipe, genome)
+    examples = []
+    for recipe, genome in genomes.items():
+        parts = {part.blocks[0]: part for part in course.parts(recipe)}
         if parts:
-            found.append(Example(recipe=recipe, genome=genome, parts=parts))
-    return found
+            examples.append(Example(recipe=recipe, genome=genome, parts=parts))
+    return examples
 
 
-def text(found: Predicted) -> RenderableType:
-    """Return the prediction for people."""
-    guess, seen = found.forecast, found.measured
-    table = Table(
-        title="mean normalised score on `search`: 0 = base, 100 = specialists",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
-    columns = ["", "predicted"]
-    columns += ["measured" + _share(seen.blocks, found.blocks)] if seen else []
-    columns += [f"best baseline ({found.baseline})"] if found.baseline else []
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right", overflow="fold")
-    half = 50 * (guess.high - guess.low)
-    rows: list[tuple[str, str, float | None, float | None]] = [
-        (
-            "mean",
-            f"{_points(guess.mean)} ±{half:.1f}",
-            None if seen is None else seen.mean,
-            found.baseline_mean,
-        )
-    ]
-    rows += [
-        (
-            task,
-            _points(value),
-            None if seen is None else seen.tasks[task],
-            found.baseline_tasks.get(task),
-        )
-        for task, value in guess.tasks.items()
-    ]
-    for name, predicted, measured, baseline in rows:
-        cells = [name, predicted]
-        cells += [_points(measured)] if seen else []
-        cells += [_points(baseline)] if found.baseline else []
-        table.add_row(*cells, style="bold" if name == "mean" else "")
+def text(predicted: Prediction) -> RenderableType:
+    """Return the prediction as a table and sentences for a rich console."""
+    forecast, measured, baseline = predicted.forecast, predicted.measured, predicted.baseline
+    columns = [style.words(""), style.numbers("predicted")]
+    if measured is not None:
+        columns.append(style.numbers("measured" + of_blocks(measured.blocks, predicted.blocks), wrap=True))
+    if baseline is not None:
+        columns.append(style.numbers(f"best baseline ({baseline})", wrap=True))
+    table = style.table(*columns, title="mean normalised score on `search`: 0 = base, 100 = specialists")
+    half = (forecast.high - forecast.low) / 2
+    for name in ("mean", *forecast.tasks):
+        mean = name == "mean"
+        cells = [f"{percent(forecast.mean)} ±{percent(half)}" if mean else percent(forecast.tasks[name])]
+        if measured is not None:
+            cells.append(percent(measured.mean if mean else measured.tasks[name]))
+        if baseline is not None:
+            cells.append(percent(predicted.baseline_mean if mean else predicted.baseline_tasks.get(name)))
+        table.add_row(name, *cells, style="bold" if mean else "")
+    return Group(table, Text(), *(Text(line) for line in _sentences(predicted)))
+
+
+def _sentences(predicted: Prediction) -> list[str]:
+    forecast = predicted.forecast
     lines = [
-        f"predicted for recipe {found.recipe[:12]}: {_points(guess.mean)} points "
-        f"[{_points(guess.low)}, {_points(guess.high)}] with 95 % confidence"
+        f"predicted for recipe {predicted.recipe[:12]}: {percent(forecast.mean)} points, "
+        f"95 % interval {bounds(forecast.low, forecast.high)}"
     ]
-    if found.baseline_mean is not None:
-        lines.append(_against(guess, found.baseline_mean))
-    if guess.retention is not None:
-        lines.append(f"retention: {100 * guess.retention:.1f} % of the base's")
+    if predicted.baseline_mean is not None:
+        lines.append(_against_baseline(forecast, predicted.baseline_mean))
+    if forecast.retention is not None:
+        lines.append(f"retention: {percent(forecast.retention)} % of the base's")
     lines.append(
-        f"learnt from {guess.learnt} recipes{_share(len(guess.blocks), found.blocks)}; each predicted from "
-        f"the others: typical error {100 * guess.error:.1f} points, rank correlation {guess.correlation:.2f}"
+        f"fitted to {forecast.learnt} recipes{of_blocks(len(forecast.blocks), predicted.blocks)}; "
+        f"cross-validated (leave one out): typical error {percent(forecast.error)} points, "
+        f"rank correlation {forecast.correlation:.2f}"
     )
-    if found.ranked is not None:
-        weak = ", too low for the search to listen" if found.ranked < TRUSTED else ""
-        lines.append(f"the run's surrogate ranked candidates it had not seen with {found.ranked:.2f}{weak}")
-    if guess.uncertainty > 0.9:
-        lines.append("far from everything scored: this is hardly more than an average of the run")
-    return Group(table, Text(), *(Text(line) for line in lines))
+    if predicted.ranked is not None:
+        ignored = f", below the {TRUSTED:g} at which the search uses it" if predicted.ranked < TRUSTED else ""
+        lines.append(
+            f"the run's surrogate: rank correlation {predicted.ranked:.2f} on unseen candidates{ignored}"
+        )
+    if forecast.uncertainty > 0.9:
+        lines.append("far from all scored recipes: the prediction is hardly more than the run's average")
+    return lines
 
 
-def as_data(found: Predicted) -> dict[str, Any]:
-    """Return the prediction as plain data, normalised scores from 0, the base, to 1 (`predict --json`)."""
-    guess, seen = found.forecast, found.measured
+def as_data(predicted: Prediction) -> dict[str, Any]:
+    """Return the prediction as plain data (`predict --json`), scores as in `predict`."""
+    forecast, measured = predicted.forecast, predicted.measured
     return {
-        "recipe": found.recipe,
+        "recipe": predicted.recipe,
         "split": "search",
-        "mean": guess.mean,
-        "low": guess.low,
-        "high": guess.high,
-        "tasks": guess.tasks,
-        "values": guess.values,
-        "retention": guess.retention,
+        "mean": forecast.mean,
+        "low": forecast.low,
+        "high": forecast.high,
+        "tasks": forecast.tasks,
+        "values": forecast.values,
+        "retention": forecast.retention,
         "measured": None
-        if seen is None
-        else {"mean": seen.mean, "tasks": seen.tasks, "blocks": seen.blocks, "of": found.blocks},
-        "best_baseline": found.baseline,
-        "best_baseline_mean": found.baseline_mean,
-        "best_baseline_tasks": found.baseline_tasks,
-        "recipes": guess.learnt,
-        "blocks": list(guess.blocks),
-        "uncertainty": guess.uncertainty,
-        "left_out": {"error": guess.error, "correlation": guess.correlation},
-        "correlation_of_the_run": found.ranked,
+        if measured is None
+        else {
+            "mean": measured.mean,
+            "tasks": measured.tasks,
+            "blocks": measured.blocks,
+            "of": predicted.blocks,
+        },
+        "best_baseline": predicted.baseline,
+        "best_baseline_mean": predicted.baseline_mean,
+        "best_baseline_tasks": predicted.baseline_tasks,
+        "recipes": forecast.learnt,
+        "blocks": list(forecast.blocks),
+        "uncertainty": forecast.uncertainty,
+        "left_out": {"error": forecast.error, "correlation": forecast.correlation},
+        "correlation_of_the_run": predicted.ranked,
     }
 
 
-def _against(guess: PredictedScore, baseline: float) -> str:
-    if guess.low > baseline:
-        return "better than the best baseline, as far as this model can tell"
-    if guess.high < baseline:
-        return "worse than the best baseline, as far as this model can tell"
-    return "the best baseline lies inside the interval: only scoring it will tell"
-
-
-def _share(blocks: int, of: int) -> str:
-    return "" if blocks == of else f", {blocks} of {of} item blocks"
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"
+def _against_baseline(forecast: PredictedScore, baseline: float) -> str:
+    if forecast.low > baseline:
+        return "predicted to be better than the best baseline (the interval lies above it)"
+    if forecast.high < baseline:
+        return "predicted to be worse than the best baseline (the interval lies below it)"
+    return "the interval contains the best baseline: only scoring the recipe can tell which is better"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from evomerge.delivery.style import elapsed, percent
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.clock import brief, span
@@ -25,7 +26,7 @@ class Silent(Observer):
 
 
 class _Elapsed(ProgressColumn):
-    """Time since the command began; rich's own column stops at the first full bar."""
+    """Time since the command began; rich's TimeElapsedColumn stops at the first full bar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,13 +34,11 @@ class _Elapsed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return the time as m:ss or h:mm:ss."""
-        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        hours, minutes = divmod(minutes, 60)
-        return Text(f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}", style="dim")
+        return Text(elapsed(time.monotonic() - self._started), style="dim")
 
 
 class Live(Observer):
-    """One line that tells where a run stands; on a dumb terminal or in a file, one line per phase."""
+    """Shows the state of a run in one line; on a dumb terminal or in a file, one line per phase."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -56,7 +55,7 @@ class Live(Observer):
         self._task = self._bar.add_task("starting", total=None, note="loading models and tasks")
         self._failures = 0
         self._estimate: Estimate | None = None
-        self._said = False
+        self._estimate_printed = False
         self._best: float | None = None
         self._phase = ""
 
@@ -68,7 +67,7 @@ class Live(Observer):
         self._bar.stop()
 
     def phase(self, name: str, jobs: int, known: int) -> None:
-        """Start a new bar: `known` of `jobs` are answered from the store."""
+        """Start a new bar; `known` of `jobs` are in the store already."""
         generation = name.startswith("generation ")
         label = "search" if generation else name
         if label != self._phase:
@@ -85,16 +84,16 @@ class Live(Observer):
         self._bar.update(self._task, advance=1, note=self._note())
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Note the best mean score so far."""
+        """Show the best mean score so far."""
         self._best = best
         self._bar.update(self._task, note=self._note())
-        first = self._estimate is not None and not self._said
+        first = self._estimate is not None and not self._estimate_printed
         if not self._console.is_terminal and (first or (generation + 1) % 10 == 0):
-            self._said = True
+            self._estimate_printed = True
             self._console.print(f"generation {generation + 1}: {self._note()}", highlight=False)
 
     def expected(self, estimate: Estimate) -> None:
-        """Note when the run will end."""
+        """Keep the estimate of the run's end, to show it."""
         self._estimate = estimate
 
     def noted(self, message: str) -> None:
@@ -102,7 +101,7 @@ class Live(Observer):
         self._console.print(message, highlight=False, markup=False)
 
     def _note(self) -> str:
-        parts = [] if self._best is None else [f"best {100 * self._best:.1f} points"]
+        parts = [] if self._best is None else [f"best {percent(self._best)} points"]
         if self._failures:
             parts.append(f"{self._failures} failed")
         if self._estimate is not None:
@@ -111,12 +110,12 @@ class Live(Observer):
 
 
 def outlook(estimate: Estimate) -> list[str]:
-    """Return when a run is expected to end and what it will cost, in a few words each."""
-    parts = []
+    """Return the expected end and cost of a run as short phrases; those that are unknown are left out."""
+    phrases = []
     if estimate.search_ends is not None and estimate.ends is not None:
-        parts.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
-        parts.append(f"all done about {brief(estimate.ends, estimate.made)}")
+        phrases.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
+        phrases.append(f"run ends about {brief(estimate.ends, estimate.made)}")
     if estimate.spent is not None:
-        whole = "" if estimate.cost is None else f" of about {estimate.cost:.2f}"
-        parts.append(f"cost {estimate.spent:.2f}{whole}")
-    return parts
+        total = "" if estimate.cost is None else f" of about {estimate.cost:.2f}"
+        phrases.append(f"cost {estimate.spent:.2f}{total}")
+    return phrases

@@ -1,4 +1,4 @@
-"""One model on one suite: what `evomerge evaluate` shows."""
+"""One model on one suite (`evomerge evaluate`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any, get_args
 
 from rich.table import Table
 
+from evomerge.delivery import style
+from evomerge.delivery.summary import raw_interval
 from evomerge.errors import ConfigError, UserError, nearest
-from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
@@ -17,13 +18,27 @@ from evomerge.running.worker import Job, Worker, WorkerSpec
 
 
 def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int) -> dict[str, Any]:
-    """Score a model as it is stored, and return its scores with 95 % intervals as plain data."""
+    """Score a model as it is stored.
+
+    Args:
+        location: a folder, a hub id, or `path+adapter`.
+        suite_name: a preset's name, or a YAML file.
+        split_name: search, select or test.
+        batch_size: requests per forward pass.
+
+    Returns:
+        Plain data: per task the mean raw score in the metric's unit, its 95 % interval and the item count.
+
+    Raises:
+        ConfigError: there is no such suite or split.
+        UserError: the model can't be scored.
+    """
     if split_name not in SPLITS:
         raise ConfigError(f"unknown split {split_name!r}", fix=nearest(split_name, SPLITS))
     split: Split = next(s for s in get_args(Split) if s == split_name)
     suite = Suite.load(suite_name)
-    stored = open_source(location).config.get("dtype", "float32")
-    recipe = Recipe.copy_of(location, dtype=stored if stored in DTYPES else "float32")
+    stored_dtype = open_source(location).config.get("dtype", "float32")
+    recipe = Recipe.copy_of(location, dtype=stored_dtype if stored_dtype in DTYPES else "float32")
     spec = executors.ExecutorSpec(name="inline", batch_size=batch_size)
     device, dtype, threads = executors.resolve(spec)
     worker = Worker(
@@ -43,12 +58,7 @@ def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int
     assert isinstance(outcome, Scores)
     tasks = []
     for scores in outcome:
-        binary = set(scores.metric.tolist()) <= {0.0, 1.0}
-        interval = (
-            statistics.proportion_interval(int(scores.metric.sum()), len(scores.metric))
-            if binary
-            else statistics.interval([scores.metric], [1.0], seed=0)
-        )
+        interval = raw_interval(scores.metric, seed=0)
         tasks.append(
             {
                 "task": scores.task,
@@ -63,13 +73,14 @@ def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int
 
 
 def table(data: dict[str, Any]) -> Table:
-    """Return the scores as a table for the terminal."""
-    shown = Table(title=f"{data['model']} on {data['suite']}, {data['split']}", title_justify="left")
-    for name in ("task", "metric"):
-        shown.add_column(name)
-    for name in ("score", "95 % interval", "items"):
-        shown.add_column(name, justify="right")
+    """Return the scores of `evaluate` as a table for the terminal."""
+    scores = style.table(
+        style.words("task"),
+        style.words("metric"),
+        *(style.numbers(name) for name in ("score", "95 % interval", "items")),
+        title=f"{data['model']} on {data['suite']}, {data['split']}",
+    )
     for row in data["tasks"]:
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        shown.add_row(row["task"], row["metric"], f"{row['score']:.3f}", interval, str(row["items"]))
-    return shown
+        interval = f"[{style.decimal(row['low'])}, {style.decimal(row['high'])}]"
+        scores.add_row(row["task"], row["metric"], style.decimal(row["score"]), interval, str(row["items"]))
+    return scores

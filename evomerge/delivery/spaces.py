@@ -1,4 +1,4 @@
-"""What `evomerge spaces` shows: the presets, and the genes of one of them on given or example models."""
+"""Search spaces (`evomerge spaces`): the presets, and the genes of one for a config's or example models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from evomerge.config import RunConfig, load_space
+from evomerge.delivery import style
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, TensorGroup
@@ -32,7 +31,10 @@ EXAMPLE_TENSORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """What a search space needs of models: their names, a recipe of them, the names of their tensors."""
+    """The models that a search space is applied to.
+
+    template: a recipe over them. tensors: names of each model's tensors. text: the models in words.
+    """
 
     template: Recipe
     sources: tuple[str, ...]
@@ -41,7 +43,7 @@ class Models:
 
     @classmethod
     def of(cls, config: Path) -> Models:
-        """Open the models of a run config, headers only."""
+        """Open the models of a run config, reading headers only."""
         from evomerge.merging.sources.opening import open_sources
 
         run = RunConfig.load(config)
@@ -59,7 +61,7 @@ class Models:
 
     @classmethod
     def example(cls, spec: AnySpec) -> Models:
-        """Return the models of the example: three sources, or as many as the methods take."""
+        """Return made-up models: three sources, or as many as the preset's methods take."""
         sources = EXAMPLE_SOURCES[: None if isinstance(spec, LayerPathSpec) else _most(spec)]
         template = Recipe(
             models={name: name for name in (BASE, *EXAMPLE_SOURCES)},
@@ -80,42 +82,56 @@ class Models:
 
 
 def presets(config: Path | None) -> list[dict[str, Any]]:
-    """Return every packaged preset as plain data; `problem` says why one does not fit the models."""
+    """Return every packaged preset as plain data.
+
+    Args:
+        config: count the genes for the models of this run config; None counts them for example models.
+
+    Returns:
+        One dict per preset, by name; `problem` has the reason if the preset does not fit the models.
+    """
     models = None if config is None else Models.of(config)
     rows = []
     for name in sorted(path.stem for path in preset_folder("search_spaces").glob("*.yaml")):
         spec = load_space(name)
-        on = models or Models.example(spec)
+        applied_to = models or Models.example(spec)
         row: dict[str, Any] = {"name": name, "about": spec.about, "methods": list(_methods(spec))}
         try:
-            row |= {"dimension": on.space(spec).dimension, "problem": None}
+            row |= {"dimension": applied_to.space(spec).dimension, "problem": None}
         except ConfigError as error:
             row |= {"dimension": None, "problem": str(error)}
-        rows.append({**row, "sources": len(on.sources)})
+        rows.append({**row, "sources": len(applied_to.sources)})
     return rows
 
 
 def presets_text(rows: Sequence[dict[str, Any]], config: Path | None) -> RenderableType:
-    """Return the presets for people."""
-    table = _table("preset", "genes", "methods", "what it is for")
-    table.columns[1].justify = "right"
+    """Return the presets as a table for a rich console; arguments from and as in `presets`."""
+    table = style.table(
+        style.words("preset"), style.numbers("genes"), style.words("methods"), style.words("purpose")
+    )
     for row in rows:
         genes = "-" if row["dimension"] is None else str(row["dimension"])
-        why = "" if row["problem"] is None else f" [{row['problem'].splitlines()[0].partition(': ')[2]}]"
-        table.add_row(row["name"], genes, ", ".join(row["methods"]), Text(row["about"] + why))
+        problem = "" if row["problem"] is None else row["problem"].splitlines()[0].partition(": ")[2]
+        purpose = row["about"] + (f" [{problem}]" if problem else "")
+        table.add_row(row["name"], genes, ", ".join(row["methods"]), Text(purpose))
     counted = (
         f"genes: for the models of {config}"
         if config is not None
         else f"genes: for {EXAMPLE_LAYERS} layers and {len(EXAMPLE_SOURCES)} sources (2 where a method takes "
-        "no more); --models CONFIG.yaml counts them for yours"
+        "no more); to count them for your models: --models CONFIG.yaml"
     )
-    return Group(table, Text(counted), Text("evomerge spaces show NAME prints the genes"))
+    return Group(table, Text(counted), Text("to print the genes of one: evomerge spaces show NAME"))
 
 
 def as_data(name: str, config: Path | None) -> dict[str, Any]:
-    """Return one space on the models of a run config, or on the example, as plain data.
+    """Return one search space as plain data (`spaces show --json`).
 
-    name: of a preset, or the path of a file of the same form.
+    Args:
+        name: a preset's name, or the path of a file of the same form.
+        config: apply it to the models of this run config; None applies it to example models.
+
+    Raises:
+        ConfigError: there is no such space, or it does not fit the models.
     """
     spec = load_space(name)
     models = Models.example(spec) if config is None else Models.of(config)
@@ -134,8 +150,9 @@ def as_data(name: str, config: Path | None) -> dict[str, Any]:
 
 
 def text(data: dict[str, Any]) -> RenderableType:
-    """Return one space for people."""
-    table = _table("gene", "kind", "values", "source", "where", "only if")
+    """Return the data of `as_data` as a table for a rich console."""
+    headers = ("gene", "kind", "values", "source", "applies to", "active if")
+    table = style.table(*(style.words(header) for header in headers))
     for gene in data["genes"]:
         where = gene["group"] or "everywhere"
         if gene["point"]:
@@ -147,7 +164,7 @@ def text(data: dict[str, Any]) -> RenderableType:
 
 
 def _most(spec: SpaceSpec) -> int:
-    """How many sources the methods of a preset take, at most as many as the example has."""
+    """Return how many sources all methods of a preset take, at most as many as the example has."""
     return min(methods.get(name).max_sources or len(EXAMPLE_SOURCES) for name in spec.method.choices)
 
 
@@ -162,7 +179,7 @@ def _genes(space: AnySpace) -> list[dict[str, Any]]:
 
 
 def _path_genes(space: LayerPathSpace) -> list[dict[str, Any]]:
-    """Return the genes of a layer path; what they apply to, a slot of it, stands before the colon."""
+    """Return the genes of a layer path; a label is `slot: parameter`."""
     rows = []
     for label, values, coordinate in zip(space.labels, space.values, space.coordinates, strict=True):
         group, _, parameter = label.partition(": ")
@@ -201,10 +218,3 @@ def _gene(space: SearchSpace, gene: Gene) -> dict[str, Any]:
         "methods": list(gene.methods or space.spec.method.choices),
         "condition": space.condition(gene),
     }
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

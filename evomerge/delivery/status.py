@@ -1,16 +1,18 @@
-"""Where a run stands, in a few lines; read from the store while the run goes on."""
+"""The state of a run in a few lines; read from the store, also while the run works."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import replace
 from typing import Any
 
 from evomerge.delivery import objectives
+from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import outlook
-from evomerge.delivery.report import blocks_text
+from evomerge.delivery.style import of_blocks, percent
 from evomerge.delivery.summary import Summary
 from evomerge.running import forward
 from evomerge.running.budget import LIMITS
@@ -20,28 +22,35 @@ from evomerge.running.store import StoreReader, facts
 
 
 def as_data(summary: Summary) -> dict[str, Any]:
-    """Return the state of a run as plain data (`status --json`)."""
-    store = summary.store
-    generations = store.generations()
-    told = [g for g in generations if g.losses is not None]
-    progress, failures = summary.progress(), store.failures()
-    guided = guidance(store)
+    """Return the state of a run as plain data (`status --json`).
+
+    Args:
+        summary: of a finished, running or stopped run.
+
+    Returns:
+        Values that JSON can hold; normalised scores from 0 (base) to 1 (specialists), `hours` of work so far,
+        `cost` in the budget's currency.
+    """
+    store, course = summary.store, Course(summary)
+    finished = [generation for generation in store.generations() if generation.losses is not None]
+    convergence, failures = course.convergence(), store.failures()
+    surrogate, passes = guidance(store), forward.stored(store)
     verdict, front = summary.verdict(summary.rows()), objectives.front(summary)
-    passes = forward.stored(store)
+    blocks = [convergence.blocks[-1], convergence.of] if convergence.blocks else None
     return {
         "run": str(store.folder),
         "state": "finished" if facts.STOPPED.get(store) else "running" if store.held() else "stopped",
         "stopped": facts.STOPPED.get(store),
-        "generations": len(told),
-        "candidates": sum(len(g.recipes) for g in told),
-        "evaluations": round(summary.evaluations(), 2),
+        "generations": len(finished),
+        "candidates": sum(len(generation.recipes) for generation in finished),
+        "evaluations": round(course.evaluations(), 2),
         "budget": facts.CONFIG.require(store)["budget"],
         "hours": round(store.hours(), 4),
-        **_clock(store),
-        "best_on_search": progress.best_so_far[-1] if progress.best_so_far else None,
-        "best_on_blocks": [progress.blocks[-1], progress.of] if progress.blocks else None,
-        "best_baseline_on_search": progress.best_baseline,
-        "best_baseline": progress.best_baseline_name,
+        **_time_and_cost(store),
+        "best_on_search": convergence.best_so_far[-1] if convergence.best_so_far else None,
+        "best_on_blocks": blocks,
+        "best_baseline_on_search": convergence.best_baseline,
+        "best_baseline": convergence.best_baseline_name,
         "forward": None if passes is None else forward.as_data(passes),
         "failures": len(failures),
         "last_failure": failures[-1][2].reason if failures else None,
@@ -49,13 +58,13 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "verdict": verdict.sentence if verdict else None,
         "front": front.as_data() | {"sentence": front.sentence} if front else None,
         "constraints": objectives.constraints(summary),
-        "surrogate": None if guided is None else guided.as_data(),
+        "surrogate": None if surrogate is None else surrogate.as_data(),
         "notes": notes(summary),
     }
 
 
-def _clock(store: StoreReader) -> dict[str, Any]:
-    """What the clock says: when the session under way stops searching, what is expected, what was spent."""
+def _time_and_cost(store: StoreReader) -> dict[str, Any]:
+    """Return the cost so far, the time limit of the current session, and the estimate of the run's end."""
     clock, cost = facts.CLOCK.get(store) or {}, facts.CONFIG.require(store)["budget"].get("cost")
     estimate = None
     if clock.get("estimate") and store.held():
@@ -71,7 +80,7 @@ def _clock(store: StoreReader) -> dict[str, Any]:
 
 
 def limits(budget: dict[str, Any]) -> str:
-    """Return the limits of a stored budget in a line."""
+    """Return the limits of a stored budget in one line."""
     parts = [f"{v} {k}" for k, v in budget.items() if v is not None and k in LIMITS[:4]]
     if budget.get("until"):
         parts.append(f"until {budget['until']}")
@@ -84,7 +93,8 @@ def limits(budget: dict[str, Any]) -> str:
 
 
 def text(data: dict[str, Any]) -> str:
-    """Return the state for people."""
+    """Return the data of `as_data` as lines for the terminal."""
+    resume = f"to continue: evomerge resume {shlex.quote(data['run'])}"
     lines = [
         f"{data['run']}: {data['state']}" + (f" ({data['stopped']})" if data["stopped"] else ""),
         f"  {data['candidates']} candidates in {data['generations']} generations, "
@@ -92,35 +102,33 @@ def text(data: dict[str, Any]) -> str:
         f"(budget: {limits(data['budget'])})",
     ]
     if data["state"] == "running" and data["time_limit"] is not None:
-        lines.append(f"  time is up at {data['time_limit']}")
+        lines.append(f"  time limit: {data['time_limit']}")
     if data["outlook"]:
         lines.append(f"  {', '.join(data['outlook'])}")
     elif data["cost"] is not None:
-        lines.append(f"  cost so far {data['cost']:.2f}")
+        lines.append(f"  cost so far: {data['cost']:.2f}")
     if data["best_on_search"] is not None:
-        part = blocks_text(*data["best_on_blocks"])
-        lines.append(f"  best so far on search: {100 * data['best_on_search']:.1f} points{part}")
+        blocks = of_blocks(*data["best_on_blocks"])
+        lines.append(f"  best so far on search: {percent(data['best_on_search'])} points{blocks}")
     if data["best_baseline_on_search"] is not None:
-        points = 100 * data["best_baseline_on_search"]
-        lines.append(f"  best baseline on search: {points:.1f} points ({data['best_baseline']})")
+        points = percent(data["best_baseline_on_search"])
+        lines.append(f"  best baseline on search: {points} points ({data['best_baseline']})")
     if data["surrogate"]:
         lines.append(f"  {data['surrogate']['sentence']}")
     if data["forward"]:
         lines.append(f"  {forward.Forward(**data['forward']).sentence}")
     lines += [f"  note: {note}" for note in data["notes"]]
     if data["failures"]:
-        lines.append(f"  {data['failures']} failed, the last: {data['last_failure']}")
+        lines.append(f"  {data['failures']} failures, the latest: {data['last_failure']}")
     front = data["front"]["sentence"] if data["front"] else None
     lines += [f"  {line}" for line in (front, data["verdict"], data["constraints"]) if line]
-    if data["state"] == "finished" and data["stopped_by_clock"]:
-        lines.append(f"  the clock ended it; go on with: evomerge resume {data['run']} {_more(data)}")
+    if data["state"] == "finished" and (stop := data["stopped_by_clock"]):
+        lines.append(f"  the {stop['limit']} limit stopped the search; {resume} {_raised(stop['limit'])}")
     if data["state"] == "stopped":
-        lines.append(f"  go on with: evomerge resume {data['run']}")
+        lines.append(f"  {resume}")
     return "\n".join(lines)
 
 
-def _more(data: dict[str, Any]) -> str:
-    """The option that raises the limit that ended a search."""
-    return {"until": "--until 08:00", "hours": "--hours N", "cost": "--cost N"}[
-        data["stopped_by_clock"]["limit"]
-    ]
+def _raised(limit: str) -> str:
+    """Return the option that raises the limit that stopped a search."""
+    return {"until": "--until 08:00", "hours": "--hours N", "cost": "--cost N"}[limit]

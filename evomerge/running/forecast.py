@@ -44,8 +44,8 @@ class Work:
             "select": math.ceil(self.select / workers),
             "test": math.ceil(self.test / workers),
         }
-        side_by_side = sum(count * per_candidate[split] for split, count in rounds.items())
-        return self.soups * per_candidate["search"] + side_by_side
+        search, select, test = (per_candidate[split] for split in SPLITS)
+        return self.soups * search + rounds["select"] * select + rounds["test"] * test
 
 
 class Forecast:

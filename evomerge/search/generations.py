@@ -18,9 +18,9 @@ from evomerge.search.optimizers import Optimizer
 from evomerge.search.ports import (
     CandidateScorer,
     Journal,
-    Observer,
     OutOfTime,
     SearchBudget,
+    SearchObserver,
 )
 from evomerge.search.racing import RaceResult, RacingSpec, Views, race
 from evomerge.search.selection import Candidate
@@ -94,7 +94,7 @@ class Generations:
     scorer: CandidateScorer
     journal: Journal
     budget: SearchBudget
-    observer: Observer
+    observer: SearchObserver
     views: Views
     ledger: Ledger
     order: tuple[int, ...]

@@ -24,7 +24,14 @@ from evomerge.search.generations import Generations, SearchResult
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, create
-from evomerge.search.ports import CandidateScorer, GradientSource, Journal, Named, Observer, SearchBudget
+from evomerge.search.ports import (
+    CandidateScorer,
+    GradientSource,
+    Journal,
+    Named,
+    SearchBudget,
+    SearchObserver,
+)
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
@@ -94,7 +101,7 @@ class Search:
         scorer: CandidateScorer,
         journal: Journal,
         budget: SearchBudget,
-        observer: Observer,
+        observer: SearchObserver,
         slopes: GradientSource | None = None,
         ahead: Callable[[Sequence[Recipe], Split], None] = lambda recipes, split: None,
     ) -> None:

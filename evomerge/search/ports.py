@@ -119,7 +119,7 @@ class SearchBudget(Protocol):
         ...
 
 
-class Observer(Protocol):
+class SearchObserver(Protocol):
     """Receives the events of a search, for progress displays, logs and trackers."""
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:

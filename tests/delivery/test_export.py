@@ -15,6 +15,7 @@ from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery import export as delivery
 from evomerge.delivery.progress import Silent
+from evomerge.delivery.rescore import rescore
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ModelError, StoreError
 from evomerge.evaluation.scores import Scores
@@ -70,7 +71,7 @@ def test_it_scores_exactly_what_is_stored(opened: Summary, exported: delivery.Ex
     for split in ("test", "select"):
         stored = store.result(exported.pick.recipe.hash, split)  # type: ignore[arg-type]
         assert isinstance(stored, Scores)
-        assert delivery.rescore(exported.folder, worker, split).same_as(stored)  # type: ignore[arg-type]
+        assert rescore(exported.folder, worker, split).same_as(stored)  # type: ignore[arg-type]
 
 
 def test_the_model_card_says_what_must_be_said(opened: Summary, exported: delivery.Exported) -> None:
@@ -94,7 +95,7 @@ def test_the_model_card_says_what_must_be_said(opened: Summary, exported: delive
 
 def test_other_rows_can_be_picked(opened: Summary, tmp_path: Path) -> None:
     summary = opened
-    best = summary.best_unsearched(summary.rows())
+    best = summary.best_baseline(summary.rows())
     assert best is not None
     done = delivery.export(summary, tmp_path / "best", pick="best-baseline")
     assert done.pick.name == best.name
@@ -117,7 +118,7 @@ def test_an_adapter_is_scored_before_it_gets_its_name(opened: Summary, tmp_path:
     assert [task for task, _, _ in done.rows()] == [scores.task for scores in stored]
     worker = prepare(StoredRun(store).config()).worker
     base = Path(done.report.base)
-    assert delivery.rescore(tmp_path / "small", worker, "test", base=base).same_as(done.adapter)
+    assert rescore(tmp_path / "small", worker, "test", base=base).same_as(done.adapter)
 
     text = (tmp_path / "small" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
@@ -126,8 +127,8 @@ def test_an_adapter_is_scored_before_it_gets_its_name(opened: Summary, tmp_path:
     assert "evomerge merge recipe.yaml OUT --as adapter --rank 4\n" in text
     assert "It approximates the merge" in text
     assert "bit for bit" not in text
-    for task, whole, mine in done.rows():
-        assert f"| {task} | {whole:.3f} | {mine:.3f} |" in text
+    for task, whole, adapter in done.rows():
+        assert f"| {task} | {whole:.3f} | {adapter:.3f} |" in text
     assert sorted(p.name for p in (tmp_path / "small").iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -142,9 +143,9 @@ def test_an_adapter_that_holds_everything_scores_like_the_merge(opened: Summary,
     assert done.report.energy >= 1 - 1e-6
     likelihoods = [(s.task, s.metric, done.adapter[s.task].metric) for s in done.merge if s.smooth is None]
     assert any(task == "demo_text" for task, _, _ in likelihoods)
-    for task, whole, mine in likelihoods:
+    for task, whole, adapter in likelihoods:
         if task == "demo_text":  # the stored merge is rounded to bfloat16, the adapter is not
-            assert mine == pytest.approx(whole, abs=0.02)
+            assert adapter == pytest.approx(whole, abs=0.02)
     text = (tmp_path / "big" / "README.md").read_text()
     assert f"--as adapter --rank {done.report.rank} --keep-rest\n" in text
 
@@ -160,7 +161,7 @@ def test_an_adapter_of_a_recipe_that_was_never_tested(opened: Summary, tmp_path:
     assert "This is not the winner" in text
 
 
-def test_an_adapter_nobody_can_score_is_not_written(
+def test_an_adapter_that_can_not_be_scored_is_not_written(
     opened: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "rescore", lambda *_, **__: (_ for _ in ()).throw(StoreError("no")))
@@ -203,7 +204,7 @@ def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
     stored = store.result(out.pick.recipe.hash, "test")
     assert isinstance(stored, Scores)
     worker = prepare(StoredRun(store).config()).worker
-    assert delivery.rescore(out.folder, worker, "test").same_as(stored)
+    assert rescore(out.folder, worker, "test").same_as(stored)
     exported = AutoTokenizer.from_pretrained(out.folder)
     assert exported.convert_tokens_to_ids("<|im_end|>") == len(tokenizer) - 1
     assert json.loads((out.folder / "config.json").read_text())["vocab_size"] == len(tokenizer)

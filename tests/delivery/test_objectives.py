@@ -19,6 +19,7 @@ from rich.console import Console
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery import export, objectives, report, status
+from evomerge.delivery.card import card
 from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
@@ -79,8 +80,7 @@ def test_the_front_is_what_is_stored(plain: Opened) -> None:
     assert searched <= set(last.recipes)
     assert {p.role for p in front.points} >= {"base", "parent", "baseline", "winner"}
     values = np.array([p.values for p in front.searched])
-    kept = pareto.front(-values)
-    assert [i for i, p in enumerate(front.searched) if p.on_front] == kept
+    assert [i for i, p in enumerate(front.searched) if p.on_front] == pareto.front(-values)
     assert summary.winner is not None
     assert front.searched[pareto.knee(-values)].recipe == summary.winner.recipe.hash
     base = next(p for p in front.points if p.role == "base")
@@ -94,14 +94,14 @@ def test_only_the_winner_is_tested(plain: Opened) -> None:
     assert tested == {summary.winner.recipe.hash}
 
 
-def test_tables_json_and_status_tell_of_the_front(plain: Opened) -> None:
+def test_tables_json_and_status_show_the_front(plain: Opened) -> None:
     _store, summary = plain
     front = objectives.front(summary)
     assert front is not None
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.terminal(summary))
     text = console.export_text()
-    assert "the front on `select`" in text
+    assert "Pareto front on `select`" in text
     assert front.sentence in " ".join(text.split())
     for point in front.searched:
         assert point.recipe[:8] in text
@@ -122,9 +122,9 @@ def test_picks(plain: Opened) -> None:
     assert normaliser is not None
     scores = {}
     for named in store.entries("finalist"):
-        found = store.result(named.recipe.hash, "select")
-        assert isinstance(found, Scores)
-        scores[named.recipe.hash] = normaliser.task(found)
+        result = store.result(named.recipe.hash, "select")
+        assert isinstance(result, Scores)
+        scores[named.recipe.hash] = normaliser.task(result)
     for task in SEVERAL:
         best = export.find(summary, f"best:{task}").recipe.hash
         assert scores[best][task] == max(s[task] for s in scores.values())
@@ -132,8 +132,7 @@ def test_picks(plain: Opened) -> None:
     both = export.find(summary, "weights:demo_reverse=0.3, demo_upper=0.7").recipe.hash
     sums = {h: 0.3 * s["demo_reverse"] + 0.7 * s["demo_upper"] for h, s in scores.items()}
     assert sums[both] == max(sums.values())
-    kept = export.find(summary, "best:retention").recipe.hash
-    assert kept in scores
+    assert export.find(summary, "best:retention").recipe.hash in scores
     front = objectives.front(summary)
     assert front is not None
     other = front.searched[0].recipe
@@ -150,7 +149,7 @@ def test_picks(plain: Opened) -> None:
         ("weights:demo_upper=-1", "can't be read"),
         ("weights:demo_upper=0", "can't be read"),
         ("weights:demo_upper=nan", "can't be read"),
-        ("wieghts:demo_upper=1", "nothing in this run is called"),
+        ("wieghts:demo_upper=1", "no recipe of this run is called"),
     ],
 )
 def test_a_pick_that_means_nothing_is_refused(plain: Opened, pick: str, message: str) -> None:
@@ -187,17 +186,17 @@ def test_nothing_to_pick_from_before_the_selection(plain: Opened, tmp_path: Path
         report.write_html(summary, tmp_path / "report.html")
 
 
-def test_an_unmet_constraint_is_said_aloud_everywhere(opened: Opened) -> None:
+def test_an_unmet_constraint_is_in_every_output(opened: Opened) -> None:
     _store, summary = opened
     sentence = objectives.constraints(summary)
     assert sentence is not None
-    assert sentence.startswith("no finalist meets the constraints on select; the winner falls short least")
+    assert sentence.startswith("no finalist meets the constraints on select; the winner violates them least")
     assert re.search(r"demo_reverse -?[\d.]+ of 500", sentence)
     assert sentence in notes(summary)
     assert sentence in status.text(status.as_data(summary))
     assert report.as_data(summary)["constraints"] == sentence
     assert summary.winner is not None
-    assert f"Constraints: {sentence}." in export.card(summary, summary.winner)
+    assert f"Constraints: {sentence}." in card(summary, summary.winner)
     front = objectives.front(summary)
     assert front is not None
     assert front.generations[-1].hypervolume == 0  # nothing feasible, nothing covered
@@ -212,7 +211,7 @@ def test_a_resumed_run_finds_the_same_fronts(plain: Opened, tmp_path: Path) -> N
 
 def test_the_card_says_where_a_pick_stands(plain: Opened) -> None:
     _store, summary = plain
-    text = export.card(summary, export.find(summary, "best:demo_upper"))
+    text = card(summary, export.find(summary, "best:demo_upper"))
     assert re.search(
         r"From the run's Pareto front; on the `select` items: demo_reverse [\d.-]+, demo_upper", text
     )

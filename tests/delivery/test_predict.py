@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from evomerge.delivery import predict, report, status
+from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
@@ -35,9 +36,9 @@ def opened(finished_run: Path) -> Opened:
     return store, summary, prepare(summary.run.config())
 
 
-def said(found: predict.Predicted) -> str:
+def said(predicted: predict.Prediction) -> str:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(predict.text(found))
+    console.print(predict.text(predicted))
     return " ".join(console.export_text().split())
 
 
@@ -50,8 +51,9 @@ def test_a_file_and_the_start_of_a_hash_are_the_same_recipe(opened: Opened, tmp_
     by_hash = predict.predict(summary, prepared, recipe.hash[:10])
     for name in ("recipe.yaml", "mergekit.yaml"):
         assert predict.predict(summary, prepared, str(tmp_path / name)) == by_hash
-    assert by_hash.measured == summary.on_search(recipe.hash)
-    assert by_hash.baseline == summary.progress().best_baseline_name
+    course = Course(summary)
+    assert by_hash.measured == course.score(recipe.hash)
+    assert by_hash.baseline == course.convergence().best_baseline_name
 
 
 def test_all_that_was_scored_is_learnt_but_the_recipe_itself(
@@ -68,7 +70,7 @@ def test_all_that_was_scored_is_learnt_but_the_recipe_itself(
 
     monkeypatch.setattr(prediction, "predict_score", spy)
     predict.predict(summary, prepared, asked)
-    every = {e.recipe for e in predict.scored(summary, prepared)}
+    every = {e.recipe for e in predict.scored(summary, Course(summary), prepared)}
     named = {n.recipe.hash for n in (*summary.parents, *summary.baselines)}
     assert asked in every
     assert asked not in seen
@@ -79,16 +81,16 @@ def test_all_that_was_scored_is_learnt_but_the_recipe_itself(
 
 def test_text_and_data_say_the_same(opened: Opened) -> None:
     store, summary, prepared = opened
-    found = predict.predict(summary, prepared, store.generations()[0].recipes[0])
-    text, data = said(found), json.loads(json.dumps(predict.as_data(found)))
+    predicted = predict.predict(summary, prepared, store.generations()[0].recipes[0])
+    text, data = said(predicted), json.loads(json.dumps(predict.as_data(predicted)))
     assert data["low"] < data["mean"] < data["high"]
     assert set(data["tasks"]) == {"demo_reverse", "demo_upper"}
     assert f"{100 * data['mean']:.1f} points" in text
-    assert f"learnt from {data['recipes']} recipes" in text
+    assert f"fitted to {data['recipes']} recipes" in text
     assert data["measured"]["of"] == 3
     assert "measured" in text
-    assert found.baseline is not None
-    assert f"best baseline ({found.baseline})" in text
+    assert predicted.baseline is not None
+    assert f"best baseline ({predicted.baseline})" in text
 
 
 @pytest.mark.parametrize("asked", ["no-such-file.yaml", "abc", "ABCDEF12"])
@@ -100,7 +102,7 @@ def test_what_is_neither_file_nor_hash(opened: Opened, asked: str) -> None:
 def test_a_recipe_outside_the_space_or_over_other_models(opened: Opened, tmp_path: Path) -> None:
     _store, summary, prepared = opened
     slerp = next(b.recipe for b in summary.baselines if b.name == "SLERP")
-    with pytest.raises(ConfigError, match="not in the run's search space"):
+    with pytest.raises(ConfigError, match="outside the run's search space"):
         predict.predict(summary, prepared, slerp.hash)
     (tmp_path / "other.yaml").write_text(slerp.to_yaml().replace("upper", "unknown"))
     with pytest.raises(ConfigError, match=r"other\.yaml: 'unknown' is none of this run's models"):
@@ -113,38 +115,42 @@ def test_changed_models_are_refused(opened: Opened) -> None:
         predict.predict(summary, SimpleNamespace(fingerprints={}), "abcdef")  # type: ignore[arg-type]
 
 
-LISTENED = [(None, 0, 2), (TRUSTED - 0.1, 2, 2), (TRUSTED - 0.2, 0, 2), (TRUSTED + 0.5, 0, 4)]
+STATES = [(None, 0, 2), (TRUSTED - 0.1, 2, 2), (TRUSTED - 0.2, 0, 2), (TRUSTED + 0.5, 0, 4)]
 
 
 @pytest.fixture
 def guided(finished_run: Path, tmp_path: Path) -> RunStore:
-    """A copy of the run whose surrogate had a weak start and was not listened to for two generations."""
+    """A copy of the run whose surrogate had low correlations and was ignored for two generations."""
     shutil.copytree(finished_run, tmp_path / "run")
     store = RunStore.open(tmp_path / "run")
-    for number, (correlation, proposed, blocks) in enumerate(LISTENED):
+    for number, (correlation, proposed, blocks) in enumerate(STATES):
         state = GuideState(correlation=correlation, proposed=proposed, blocks=blocks, radius=0.3)
         store.record_guide(number, state)
     return store
 
 
-def test_what_the_surrogate_did_is_told_alike_everywhere(guided: RunStore, tmp_path: Path) -> None:
-    found = guidance(guided)
-    assert found is not None
-    assert found.off == (2, 3)
-    assert found.blocks == (2, 2, 2, 2)
-    assert sum(found.proposed) == 2
-    for part in ("proposed 2 of 12 candidates", "on 2 of 3 item blocks", "in 2 of 4 generations (2-3)"):
-        assert part in found.sentence
+def test_all_outputs_describe_the_surrogate_alike(guided: RunStore, tmp_path: Path) -> None:
+    surrogate = guidance(guided)
+    assert surrogate is not None
+    assert surrogate.off == (2, 3)
+    assert surrogate.blocks == (2, 2, 2, 2)
+    assert sum(surrogate.proposed) == 2
+    for part in (
+        "proposed 2 of 12 candidates",
+        "on 2 of 3 item blocks",
+        "ignored in 2 of 4 generations (2-3; rank correlation below 0.1)",
+    ):
+        assert part in surrogate.sentence
     summary = Summary(StoredRun(guided))
-    assert found.sentence in status.text(status.as_data(summary))
+    assert surrogate.sentence in status.text(status.as_data(summary))
     data = report.as_data(summary)["surrogate"]
     assert data["correlation"] == pytest.approx(TRUSTED + 0.5)
     assert data["off"] == [2, 3]
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.terminal(summary, width=200))
-    assert found.sentence in " ".join(console.export_text().split())
+    assert surrogate.sentence in " ".join(console.export_text().split())
     page = report.write_html(summary, tmp_path / "page.html").read_text()
-    assert "<h2>The surrogate</h2>" in page
+    assert "<h2>Surrogate</h2>" in page
     assert 'id="surrogate"' in page
 
 
@@ -155,19 +161,20 @@ def test_a_run_without_a_surrogate_says_nothing_of_one(guided: RunStore, tmp_pat
     assert guidance(guided) is None
     assert report.as_data(summary)["surrogate"] is None
     assert "surrogate:" not in status.text(status.as_data(summary))
-    assert "The surrogate" not in report.write_html(summary, tmp_path / "page.html").read_text()
+    assert "<h2>Surrogate" not in report.write_html(summary, tmp_path / "page.html").read_text()
 
 
-def test_progress_is_on_the_items_that_were_scored(opened: Opened) -> None:
+def test_convergence_is_on_the_items_that_were_scored(opened: Opened) -> None:
     _, summary, _ = opened
-    progress = summary.progress()
-    assert progress.of == 3
-    assert len(progress.generations) == len(progress.blocks) == len(progress.baseline) == 3
-    assert all(1 <= n <= 3 for n in progress.blocks)
-    assert all(b <= s for b, s in zip(progress.best, progress.best_so_far, strict=True))
-    course = list(zip(progress.blocks, progress.best_so_far, strict=True))
-    assert all(b >= a for (there, a), (here, b) in pairwise(course) if there == here)
-    for finalist in summary.finalists():
-        seen = summary.on_search(finalist.recipe)
-        assert seen is not None
-        assert (finalist.search, finalist.blocks) == (seen.mean, seen.blocks)
+    course = Course(summary)
+    convergence = course.convergence()
+    assert convergence.of == 3
+    assert len(convergence.generations) == len(convergence.blocks) == len(convergence.baseline) == 3
+    assert all(1 <= n <= 3 for n in convergence.blocks)
+    assert all(b <= s for b, s in zip(convergence.best, convergence.best_so_far, strict=True))
+    best_so_far = list(zip(convergence.blocks, convergence.best_so_far, strict=True))
+    assert all(b >= a for (blocks, a), (next_blocks, b) in pairwise(best_so_far) if blocks == next_blocks)
+    for finalist in course.finalists():
+        score = course.score(finalist.recipe)
+        assert score is not None
+        assert (finalist.search, finalist.blocks) == (score.mean, score.blocks)

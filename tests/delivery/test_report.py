@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from evomerge.delivery import report
+from evomerge.delivery.course import Course
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Scores
@@ -74,12 +75,13 @@ def test_the_verdict_is_against_the_best_row_that_was_not_searched(opened: Summa
     assert verdict.sentence.startswith("search helped") == (verdict.test.low > 0)
 
 
-def test_progress_and_finalists(opened: Summary) -> None:
-    progress = opened.progress()
-    assert progress.generations == (0, 1, 2)
-    assert list(progress.best_so_far) == sorted(progress.best_so_far)
-    assert progress.best_baseline is not None
-    finalists = opened.finalists()
+def test_convergence_and_finalists(opened: Summary) -> None:
+    course = Course(opened)
+    convergence = course.convergence()
+    assert convergence.generations == (0, 1, 2)
+    assert list(convergence.best_so_far) == sorted(convergence.best_so_far)
+    assert convergence.best_baseline is not None
+    finalists = course.finalists()
     assert 3 <= len(finalists) <= 4  # with their soup, where it was no worse than the first
     assert finalists[-1].name == "mean of the search"
     assert all(f.search is not None and f.select is not None for f in finalists)
@@ -95,13 +97,13 @@ def test_claims_are_paired_tests_of_the_winner_read_together(opened: Summary) ->
     shown = [t.task for t in summary.shown_tasks]
     assert list(dict.fromkeys(c.task for c in claims)) == [None, *shown]
     assert {c.rival for c in claims if c.role == "specialist"} <= {"upper", "reverse"}
-    ours = store.result(rows[-1].recipe, "test")
-    assert isinstance(ours, Scores)
+    winner = store.result(rows[-1].recipe, "test")
+    assert isinstance(winner, Scores)
     for claim in claims[1:]:
-        theirs = store.result(next(r.recipe for r in rows if r.name == claim.rival), "test")
-        assert isinstance(theirs, Scores)
+        rival = store.result(next(r.recipe for r in rows if r.name == claim.rival), "test")
+        assert isinstance(rival, Scores)
         if claim.task is not None:
-            a, b = ours[claim.task].metric, theirs[claim.task].metric
+            a, b = winner[claim.task].metric, rival[claim.task].metric
             assert claim.test.estimate == pytest.approx(a.mean() - b.mean())
             assert claim.test.p == statistics.mcnemar(a, b)
     assert [c.adjusted for c in claims] == statistics.holm([c.test.p for c in claims])
@@ -110,10 +112,10 @@ def test_claims_are_paired_tests_of_the_winner_read_together(opened: Summary) ->
 def test_shares_are_of_the_specialists_raw_scores(opened: Summary) -> None:
     summary = opened
     rows = summary.rows()
-    found = {share.task: share for share in summary.shares(rows)}
-    assert found["demo_reverse"].specialist == "reverse"
-    assert found["demo_upper"].specialist == "upper"
-    for task, share in found.items():
+    shares = {share.task: share for share in summary.shares(rows)}
+    assert shares["demo_reverse"].specialist == "reverse"
+    assert shares["demo_upper"].specialist == "upper"
+    for task, share in shares.items():
         top = next(r for r in rows if r.name == share.specialist).tasks[task].estimate
         assert share.score == top
         if top > 0:
@@ -124,7 +126,7 @@ def test_shares_are_of_the_specialists_raw_scores(opened: Summary) -> None:
 
 def test_luck_says_what_to_expect_and_what_happened(opened: Summary) -> None:
     summary = opened
-    luck = summary.luck()
+    luck = Course(summary).luck()
     assert luck is not None
     assert luck.candidates == 12
     assert -0.01 < luck.expected < 0.5  # where one is far ahead, 0 but for the noise of the resamples
@@ -136,19 +138,19 @@ def test_a_warm_start_is_shown_but_neither_rival_nor_winner(finished_run: Path, 
     shutil.copytree(finished_run, tmp_path / "run")
     with RunStore.open(tmp_path / "run") as store:
         before = Summary(StoredRun(store))
-        best = before.best_unsearched(before.rows())
+        best = before.best_baseline(before.rows())
         assert best is not None
         store.record_entry("start", 0, Named(name="gradient", recipe=before.winner.recipe))  # type: ignore[union-attr]
         summary = Summary(StoredRun(store))
         rows = summary.rows()
         assert [row.role for row in rows[-2:]] == ["start", "winner"]
-        after = summary.best_unsearched(rows)
+        after = summary.best_baseline(rows)
     assert after is not None
     assert after.name == best.name
 
 
 def test_cost_adds_up(opened: Summary) -> None:
-    cost = opened.cost()
+    cost = Course(opened).cost()
     assert cost.candidates == 12
     assert min(cost.forward, cost.merge, cost.scoring, cost.search) > 0
     assert 0 < cost.overhead < 1
@@ -164,12 +166,12 @@ def test_terminal_table_fits_and_ends_with_the_verdict(opened: Summary, width: i
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     said = " ".join(text.split())
-    for each in (
+    for phrase in (
         "over the best baseline",
-        "luck: the best of 12 candidates",
-        "of its specialist's score a task",
+        "selection bias: on search the best of 12 candidates",
+        "share of the specialist's score kept (mean over tasks): winner",
     ):
-        assert each in said
+        assert phrase in said
 
 
 def test_as_data_is_json(opened: Summary) -> None:
@@ -202,7 +204,7 @@ def test_the_page_is_self_contained(page: Path, opened: Summary) -> None:
     verdict = opened.verdict(opened.rows())
     assert verdict is not None
     assert verdict.sentence in text
-    for heading in ("The winner, claim by claim", "What is kept of every specialist"):
+    for heading in ("Paired comparisons of the winner", "Share of each specialist's score that is kept"):
         assert f"<h2>{heading}</h2>" in text
 
 
@@ -214,7 +216,7 @@ def test_chromium_draws_the_page_without_a_network(page: Path, tmp_path: Path) -
     flags += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
     done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.count('class="main-svg"') >= 3
-    for figure in ("tasks", "progress", "genome"):
+    for figure in ("tasks", "convergence", "genome"):
         assert re.search(rf'id="{figure}"[^>]*class="[^"]*js-plotly-plot', done.stdout) or re.search(
             rf'class="[^"]*js-plotly-plot[^"]*"[^>]*id="{figure}"', done.stdout
         )

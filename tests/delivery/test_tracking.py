@@ -1,4 +1,4 @@
-"""Trackers: fed from the run, told nothing twice, never in its way; the three services for real, offline."""
+"""Trackers: they get every metric once and can't stop a run; the three services for real, offline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from evomerge.config import RunConfig, TrackerSpec
 from evomerge.delivery.summary import Summary
-from evomerge.delivery.tracking import STATE, Tracked, flat, opened, require_packages
+from evomerge.delivery.tracking import STATE, Tracked, flat, open_tracker, require_packages
 from evomerge.errors import ConfigError
 from evomerge.running.store import RunStore, facts
 from evomerge.search.ports import GuideState
@@ -28,33 +28,33 @@ TENSORBOARD = TrackerSpec(name="tensorboard")
 
 
 class Notebook:
-    """A tracker that remembers what it is told; `fail` names a method that raises."""
+    """A tracker that records its calls; `fail` names a method that raises."""
 
     def __init__(self, fail: str = "") -> None:
-        self.told: list[tuple[str, Any]] = []
+        self.calls: list[tuple[str, Any]] = []
         self.fail, self.opened = fail, 0
 
     def open(self, spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Notebook:
         self.opened += 1
-        self._say("open", spec.name)
+        self._call("open", spec.name)
         return self
 
-    def _say(self, what: str, of: Any) -> None:
-        if what == self.fail:
+    def _call(self, method: str, arguments: Any) -> None:
+        if method == self.fail:
             raise ConnectionError("the network is down\nand more")
-        self.told.append((what, of))
+        self.calls.append((method, arguments))
 
     def config(self, values: Mapping[str, Any]) -> None:
-        self._say("config", dict(values))
+        self._call("config", dict(values))
 
     def step(self, generation: int, values: Mapping[str, float]) -> None:
-        self._say("step", (generation, dict(values)))
+        self._call("step", (generation, dict(values)))
 
     def result(self, generation: int, values: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        self._say("result", (generation, dict(values), dict(texts)))
+        self._call("result", (generation, dict(values), dict(texts)))
 
     def close(self, *, finished: bool) -> None:
-        self._say("close", finished)
+        self._call("close", finished)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def session(
     specs: tuple[TrackerSpec, ...] = (TENSORBOARD,),
     open_: Any = None,
 ) -> list[str]:
-    """Tell a tracker of a stored run as a session that replays it does; return the warnings."""
+    """Replay a stored run to a tracker as a session does; return the warnings."""
     warnings: list[str] = []
     tracked = Tracked(specs, run, warn=warnings.append, open_=open_ or notebook.open)
     with tracked, RunStore.read(run) as store:
@@ -83,15 +83,15 @@ def session(
     return warnings
 
 
-def test_what_is_told(run: Path) -> None:
+def test_calls_and_metrics_of_a_run(run: Path) -> None:
     notebook = Notebook()
     assert session(run, notebook) == []
-    kinds = [what for what, _ in notebook.told]
+    kinds = [what for what, _ in notebook.calls]
     assert kinds == ["open", "config", "step", "step", "step", "result", "close"]
-    settings = notebook.told[1][1]
+    settings = notebook.calls[1][1]
     assert settings["optimizer.name"] == "cma_es"
     assert settings["budget.generations"] == 3
-    generation, values = notebook.told[4][1]
+    generation, values = notebook.calls[4][1]
     assert (generation, values["score/best"], values["cost/evaluations"]) == (2, 2.25, 8.0)
     with RunStore.read(run) as store:
         losses = store.generations()[2].losses
@@ -105,22 +105,22 @@ def test_what_is_told(run: Path) -> None:
     assert values["objective/best"] >= values["objective/mean"]
     assert values["cost/seconds"] > 0
     assert values.get("surrogate/correlation") == guide.correlation
-    generation, values, texts = notebook.told[5][1]
+    generation, values, texts = notebook.calls[5][1]
     assert generation == 2
     assert (values["test/mean"], values["test/low"]) == (row.mean.estimate, row.mean.low)
     assert "test/gain_low" in values
     assert texts["winner"] == winner
     assert texts["report"] == str(run / "report.html")
-    assert notebook.told[-1] == ("close", True)
+    assert notebook.calls[-1] == ("close", True)
 
 
-def test_nothing_is_told_twice_and_a_run_only_looked_at_opens_nothing(run: Path) -> None:
+def test_nothing_is_sent_twice_and_a_replayed_run_opens_no_tracker(run: Path) -> None:
     first, second, third = Notebook(), Notebook(), Notebook()
     session(run, first, 2, finish=False)
-    assert first.told[-1] == ("close", False)
+    assert first.calls[-1] == ("close", False)
     session(run, second)
-    assert [what for what, _ in second.told] == ["open", "step", "result", "close"]
-    assert second.told[1][1][0] == 2
+    assert [what for what, _ in second.calls] == ["open", "step", "result", "close"]
+    assert second.calls[1][1][0] == 2
     session(run, third)
     assert third.opened == 0
     assert json.loads((run / STATE).read_text())["tensorboard"]["generation"] == 2
@@ -132,11 +132,11 @@ def test_a_tracker_that_fails_is_one_warning(method: str, run: Path) -> None:
     notebook = Notebook(fail=method)
     (warning,) = session(run, notebook)
     assert warning == (
-        "tracking with tensorboard failed and is left off, the run goes on: the network is down"
+        "tracking with tensorboard failed and is switched off, the run continues: the network is down"
     )
 
 
-def test_one_that_fails_does_not_touch_another(run: Path) -> None:
+def test_a_failing_tracker_does_not_affect_another(run: Path) -> None:
     good, bad = Notebook(), Notebook(fail="step")
     specs = (TENSORBOARD, TrackerSpec(name="mlflow"))
 
@@ -144,7 +144,7 @@ def test_one_that_fails_does_not_touch_another(run: Path) -> None:
         return {"tensorboard": bad, "mlflow": good}[spec.name].open(spec, folder, state)
 
     assert len(session(run, good, specs=specs, open_=open_)) == 1
-    assert [what for what, _ in good.told].count("step") == 3
+    assert [what for what, _ in good.calls].count("step") == 3
 
 
 def test_a_config_names_trackers_shortly_or_in_full(config: Callable[..., Path]) -> None:
@@ -181,12 +181,12 @@ def test_wandb_never_asks_for_a_key_in_the_middle_of_a_run(
     monkeypatch.setattr("evomerge.delivery.tracking.wandb.has_key", lambda: False)
     for command in ("check", "run"):
         said = refuse(command, config(tracking=["wandb"]), folder=tmp_path)
-        assert "Weights & Biases has no API key here" in said
+        assert "no API key for Weights & Biases on this machine" in said
         assert "mode: offline" in said
     require_packages([TrackerSpec(name="wandb", mode="offline")])
 
 
-def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: Path) -> None:
+def test_the_hypervolume_and_the_correlation_of_a_generation_are_sent(tmp_path: Path) -> None:
     recipes = [recipe(1), recipe(2)]
     with RunStore.create(
         tmp_path, {facts.CONFIG: {"models": {"base": "base", "sources": {"a": "a"}}}}
@@ -202,7 +202,7 @@ def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: 
         with Tracked([TENSORBOARD], tmp_path, warn=warnings.append, open_=notebook.open) as tracked:
             for generation in range(2):
                 tracked.generation_done(generation, 1.0, -np.inf)
-    steps = [of[1] for what, of in notebook.told if what == "step"]
+    steps = [of[1] for what, of in notebook.calls if what == "step"]
     assert warnings == []
     assert [values["front/hypervolume"] for values in steps] == [0.25, 1.25]
     assert [values.get("surrogate/correlation") for values in steps] == [None, 0.5]
@@ -213,14 +213,14 @@ def test_the_hypervolume_and_the_correlation_of_a_generation_are_told(tmp_path: 
 def test_tensorboard_files_hold_the_run(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert session(run, Notebook(), 2, finish=False, open_=opened) == []
-    assert session(run, Notebook(), open_=opened) == []
-    found = EventAccumulator(str(run / "tensorboard"))
-    found.Reload()
-    assert [event.step for event in found.Scalars("score/best")] == [0, 1, 2]
-    assert [event.value for event in found.Scalars("score/best")] == [0.25, 1.25, 2.25]
-    assert len(found.Scalars("test/mean")) == 1
-    assert {"config/text_summary", "winner/text_summary"} <= set(found.Tags()["tensors"])
+    assert session(run, Notebook(), 2, finish=False, open_=open_tracker) == []
+    assert session(run, Notebook(), open_=open_tracker) == []
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("score/best")] == [0, 1, 2]
+    assert [event.value for event in events.Scalars("score/best")] == [0.25, 1.25, 2.25]
+    assert len(events.Scalars("test/mean")) == 1
+    assert {"config/text_summary", "winner/text_summary"} <= set(events.Tags()["tensors"])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -235,37 +235,37 @@ def test_mlflow_keeps_one_run_over_sessions(
     uri = (tmp_path / "mlruns-file").as_uri() if store else None
     spec = TrackerSpec(name="mlflow", uri=uri) if uri else TrackerSpec(name="mlflow")
     before = {p.name for p in tmp_path.iterdir()}
-    assert session(run, Notebook(), 2, finish=False, open_=opened, specs=(spec,)) == []
-    assert session(run, Notebook(), open_=opened, specs=(spec,)) == []
+    assert session(run, Notebook(), 2, finish=False, open_=open_tracker, specs=(spec,)) == []
+    assert session(run, Notebook(), open_=open_tracker, specs=(spec,)) == []
     client = MlflowClient(tracking_uri=uri or f"sqlite:///{run / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("evomerge")
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.status == "FINISHED"
-    assert found.info.run_name == "run"
-    assert found.data.params["optimizer.name"] == "cma_es"
-    history = client.get_metric_history(found.info.run_id, "score/best")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FINISHED"
+    assert logged.info.run_name == "run"
+    assert logged.data.params["optimizer.name"] == "cma_es"
+    history = client.get_metric_history(logged.info.run_id, "score/best")
     assert [(metric.step, metric.value) for metric in history] == [(0, 0.25), (1, 1.25), (2, 2.25)]
-    assert "test/mean" in found.data.metrics
-    assert len(found.data.tags["winner"]) == 64
+    assert "test/mean" in logged.data.metrics
+    assert len(logged.data.tags["winner"]) == 64
     assert {p.name for p in tmp_path.iterdir()} - before <= {"mlruns-file"}
 
 
 def test_a_server_that_is_not_there_is_a_warning(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     spec = TrackerSpec(name="mlflow", uri="http://127.0.0.1:9")
-    (warning,) = session(run, Notebook(), open_=opened, specs=(spec,))
-    assert warning.startswith("tracking with mlflow failed and is left off, the run goes on: ")
+    (warning,) = session(run, Notebook(), open_=open_tracker, specs=(spec,))
+    assert warning.startswith("tracking with mlflow failed and is switched off, the run continues: ")
 
 
 WANDB = """
 import sys
 from pathlib import Path
 from evomerge.config import TrackerSpec
-from tests.delivery.test_tracking import Notebook, opened, session
+from tests.delivery.test_tracking import Notebook, open_tracker, session
 spec = TrackerSpec(name="wandb", mode="offline", project="merges")
 run = Path(sys.argv[1])
-assert session(run, Notebook(), 2, finish=False, open_=opened, specs=(spec,)) == []
-assert session(run, Notebook(), open_=opened, specs=(spec,)) == []
+assert session(run, Notebook(), 2, finish=False, open_=open_tracker, specs=(spec,)) == []
+assert session(run, Notebook(), open_=open_tracker, specs=(spec,)) == []
 """
 
 
@@ -302,7 +302,7 @@ def _steps(file: Path) -> list[int]:
     """The steps that a W&B file (records as in LevelDB's log format) holds numbers of."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, part, found = file.read_bytes(), 7, b"", []
+    data, at, part, steps = file.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no room for another head in this block
             at += 32768 - at % 32768
@@ -312,32 +312,32 @@ def _steps(file: Path) -> list[int]:
         if kind in (1, 4):  # whole, or the last part
             record, part = Record.FromString(part), b""
             if record.WhichOneof("record_type") == "history":
-                found.append(record.history.step.num)
-    return found
+                steps.append(record.history.step.num)
+    return steps
 
 
 def _with_mark(mark: str) -> list[str]:
     """The processes that inherited an environment variable."""
-    found = []
+    commands = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text())
+                commands.append((process / "cmdline").read_text())
         except OSError:
             continue
-    return found
+    return commands
 
 
-def test_the_command_tells_a_tracker_and_the_scores_are_the_same(
+def test_the_command_feeds_a_tracker_and_the_scores_are_the_same(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notebook = Notebook()
-    monkeypatch.setattr("evomerge.delivery.tracking.opened", notebook.open)
+    monkeypatch.setattr("evomerge.delivery.tracking.open_tracker", notebook.open)
     budget = {"generations": 1}
     for out, tracking in (("tracked", ["tensorboard"]), ("plain", [])):
         path = config(generate=False, budget=budget, tracking=tracking, out=str(tmp_path / out))
         assert invoke("run", path, "--quiet").exit_code == 0
-    assert [what for what, _ in notebook.told] == ["open", "config", "step", "result", "close"]
+    assert [what for what, _ in notebook.calls] == ["open", "config", "step", "result", "close"]
     digests = []
     for out in ("tracked", "plain"):
         assert [p.name for p in (tmp_path / out).glob("run.sqlite*")] == ["run.sqlite"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.delivery.course import Course
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import BrokenRunError, NonFiniteError, NoWinnerError, StoreError, UserError
@@ -228,7 +229,9 @@ def test_a_few_failures_are_a_few_failures(tmp_path: Path) -> None:
     spend_night(tmp_path / "run", Flaky(Time()), budget, observer=Hears())
     with RunStore.read(tmp_path / "run") as kept:
         assert len(kept.failures()) > 10
-        assert Summary(StoredRun(kept)).evaluations() == told[-1] == 6 * 6  # the failed are charged, too
+        assert (
+            Course(Summary(StoredRun(kept))).evaluations() == told[-1] == 6 * 6
+        )  # the failed are charged, too
 
 
 def test_finalists_that_all_fail_are_tried_again(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from evomerge import compose
 from evomerge.config import RunConfig
+from evomerge.delivery.course import Course
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError
@@ -241,7 +242,7 @@ def test_gradients_count_among_the_evaluations_of_a_run(config: Callable[..., Pa
     compose.start(RunConfig.load(path), Hears())
     with RunStore.read(tmp_path / "run") as store:
         assert store.gradient_items() == 3 * 3 * 36  # steps, passes, half of the items
-        assert Summary(StoredRun(store)).evaluations() == pytest.approx(counted[-1])
+        assert Course(Summary(StoredRun(store))).evaluations() == pytest.approx(counted[-1])
 
 
 def test_gradients_need_a_method_with_a_slope(config: Callable[..., Path]) -> None:

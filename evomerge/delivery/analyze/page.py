@@ -2,80 +2,83 @@
 
 from __future__ import annotations
 
-import json
 import math
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import plotly.graph_objects as go
-import plotly.offline
 
-from evomerge.delivery.analyze.terminal import CAVEAT, SHARES, Measure, grid, labels, measures, outside
+from evomerge.delivery.analyze.heat_map import SHARES, HeatMapMeasure, grid, labels, measures, outside
+from evomerge.delivery.analyze.terminal import CAVEAT
+from evomerge.delivery.page import write_page
+from evomerge.delivery.style import GREEN, GRID, MUTED, PALE, RED, SERIES, decimal, with_layout
 from evomerge.errors import DiskError
-from evomerge.files import drafted_file
 from evomerge.merging.analysis.advice import RULES, Advised
 from evomerge.merging.analysis.interference import Interference, Tally
 
-_INK, _MUTED, _GRID = "#1d2433", "#667085", "#e6e9ef"
-_MODELS = ("#2f6fed", "#d9822b", "#157347", "#8e44ad", "#c0392b", "#0e8a9a", "#7a6a00", "#667085")
-_SHARES = ("#e6e9ef", "#9db8ee", "#40916c", "#c84b3c")
+_SHARE_COLOURS = (GRID, PALE, GREEN, RED)
+_MATRIX_TITLES = {
+    "cosine": "cosine",
+    "conflict": "opposite, % of what both change",
+    "overlap": "top overlap, %",
+}
 
 
-def write_html(found: Interference, advised: Advised, out: Path) -> Path:
-    """Write the analysis as one HTML file with everything inside, and return its path.
+def write_html(interference: Interference, advised: Advised, out: Path) -> Path:
+    """Write the analysis as one HTML file with everything inside, plots included.
 
-    Raises DiskError where another kind of file has that name.
+    Args:
+        interference: the measured interference.
+        advised: the advice derived from it.
+        out: the file to write; an existing HTML page is replaced.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DiskError: another kind of file has that name, or the disk can't take it.
     """
     if out.exists() and not (out.is_file() and out.read_bytes()[:15].lower().startswith(b"<!doctype html")):
         raise DiskError(f"{out}: already exists and is not an HTML page", fix="choose another name")
-    template = (
-        files("evomerge.delivery.analyze").joinpath("interference.html.jinja").read_text(encoding="utf-8")
-    )
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"percent": _percent}
-    total, kinds = found.total, found.by_kind()
-    figures = {
-        "pairs": _pairs(found, total),
-        "map": _map(found),
-        "norms": _norms(found),
-        "shares": _shares(found),
-    }
-    page = environment.from_string(template).render(
-        found=found,
+    total = interference.total
+    return write_page(
+        "analyze/interference.html.jinja",
+        out,
+        figures={
+            "pairs": _pairs_figure(interference, total),
+            "map": _map_figure(interference),
+            "norms": _norms_figure(interference),
+            "shares": _shares_figure(interference),
+        },
+        interference=interference,
         advised=advised,
         total=total,
         kinds=[
-            (kind, tally, _mean(tally.relative), f"{round(tally.mean_cosine, 3) + 0.0:.3f}")
-            for kind, tally in kinds.items()
+            (kind, tally, float(tally.relative.mean()), decimal(tally.mean_cosine))
+            for kind, tally in interference.by_kind().items()
         ],
         rules=RULES.values(),
         caveat=CAVEAT,
         shares=list(zip(SHARES, total.shares / max(total.count, 1), total.chance_shares, strict=True)),
-        plotly_js=plotly.offline.get_plotlyjs(),
-        figures={name: json.loads(figure.to_json()) for name, figure in figures.items()},
     )
-    with drafted_file(out) as draft:
-        draft.write_text(page, encoding="utf-8")
-    return out
 
 
-def _pairs(found: Interference, total: Tally) -> go.Figure:
-    """Three matrices, models by models: cosine, conflict, overlap."""
-    known = measures(found)
-    names, count = list(found.models), len(found.models)
+def _pairs_figure(interference: Interference, total: Tally) -> go.Figure:
+    """Draw three matrices, models by models: cosine, conflict, overlap."""
+    by_name = measures(interference)
+    names, count = list(interference.models), len(interference.models)
     figure = go.Figure()
     for index, (name, values) in enumerate(
         (("cosine", total.cosine), ("conflict", total.conflict), ("overlap", total.overlap))
     ):
-        measure, axis = known[name], "" if index == 0 else str(index + 1)
+        axis = "" if index == 0 else str(index + 1)
         cells = [[float(values[i][j]) if i > j else math.nan for j in range(count)] for i in range(count)]
-        figure.add_trace(_heat(measure, cells, names, names, xaxis=f"x{axis}", yaxis=f"y{axis}", shown=name))
-        span = [index * 0.36, index * 0.36 + 0.28]
+        axes = {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
+        figure.add_trace(_heat_map(by_name[name], cells, names, names, **axes))
+        domain = [index * 0.36, index * 0.36 + 0.28]
         figure.update_layout(
             {
-                f"xaxis{axis}": {"domain": span, "showgrid": False, "range": [-0.5, count - 1.5]},
+                f"xaxis{axis}": {"domain": domain, "showgrid": False, "range": [-0.5, count - 1.5]},
                 f"yaxis{axis}": {
                     "showgrid": False,
                     "range": [count - 0.5, 0.5],
@@ -84,41 +87,36 @@ def _pairs(found: Interference, total: Tally) -> go.Figure:
             }
         )
         figure.add_annotation(
-            text=f"<b>{_TITLES[name]}</b>",
-            x=span[0],
-            y=1.12,
+            text=f"<b>{_MATRIX_TITLES[name]}</b>",
+            x=domain[0],
+            y=1.0,
             xref="paper",
             yref="paper",
             xanchor="left",
+            yanchor="bottom",
             showarrow=False,
         )
-    return _styled(figure, height=max(230, 46 * count + 110))
+    return with_layout(figure, height=max(230, 46 * count + 110))
 
 
-_TITLES = {"cosine": "cosine", "conflict": "opposite, % of what both change", "overlap": "top overlap, %"}
-
-
-def _map(found: Interference) -> go.Figure:
-    """Layers by modules, one heat map per measure with a button each; the rest of the model on top."""
-    kinds, short, cells = grid(found)
+def _map_figure(interference: Interference) -> go.Figure:
+    """Draw layers by modules, one heat map per measure with a button each; other tensors on the right."""
+    kinds, short, cells = grid(interference)
     layers = sorted({layer for layer, _ in cells})
-    rest = outside(found)
+    rest = outside(interference)
+    columns = [*short, *labels(list(rest))]
     figure = go.Figure()
-    known = measures(found)
-    for index, measure in enumerate(known.values()):
-        values = [[_value(measure, cells.get((layer, kind))) for kind in kinds] for layer in layers]
-        rows = [f"layer {layer}" for layer in layers] or ["-"]
-        values = values or [[]]
-        columns = list(short)
-        for label, tally in zip(labels(list(rest)), rest.values(), strict=True):
-            columns.append(label)
+    by_name = measures(interference)
+    for index, measure in enumerate(by_name.values()):
+        values = [[_value(measure, cells.get((layer, kind))) for kind in kinds] for layer in layers] or [[]]
+        for tally in rest.values():
             values = [[*row, math.nan] for row in values]
             values[0][-1] = measure.of(tally)
-        trace = _heat(measure, values, columns, rows, shown=measure.name)
+        trace = _heat_map(measure, values, columns, [f"layer {layer}" for layer in layers] or ["-"])
         trace.visible = index == 0
         figure.add_trace(trace)
     if rest:
-        figure.add_vline(x=len(kinds) - 0.5, line={"color": _MUTED, "width": 1, "dash": "dot"})
+        figure.add_vline(x=len(kinds) - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"})
         figure.add_annotation(
             text="outside the layers",
             x=len(kinds) - 0.45,
@@ -126,46 +124,43 @@ def _map(found: Interference) -> go.Figure:
             xanchor="left",
             yanchor="top",
             showarrow=False,
-            font={"color": _MUTED, "size": 11},
+            font={"color": MUTED, "size": 11},
         )
-    figure.update_layout(
-        updatemenus=[
-            {
-                "type": "buttons",
-                "direction": "right",
-                "x": 0,
-                "xanchor": "left",
-                "y": 1.0,
-                "yanchor": "bottom",
-                "pad": {"b": 30},
-                "showactive": True,
-                "buttons": [
-                    {
-                        "label": name,
-                        "method": "update",
-                        "args": [{"visible": [other == name for other in known]}],
-                    }
-                    for name in known
-                ],
-            }
-        ]
-    )
+    figure.update_layout(updatemenus=[_buttons(list(by_name))])
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(side="top", showgrid=False, tickangle=0 if len(kinds) < 14 else -45)
-    return _styled(figure, height=26 * len(layers) + 130, top=75)
+    return with_layout(figure, height=26 * len(layers) + 130, top=75)
 
 
-def _heat(
-    measure: Measure, values: list[list[float]], x: list[str], y: list[str], *, shown: str, **axes: str
+def _buttons(names: list[str]) -> dict[str, Any]:
+    """Return plotly's menu that shows one of several traces."""
+    return {
+        "type": "buttons",
+        "direction": "right",
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.0,
+        "yanchor": "bottom",
+        "pad": {"b": 30},
+        "showactive": True,
+        "buttons": [
+            {"label": name, "method": "update", "args": [{"visible": [other == name for other in names]}]}
+            for name in names
+        ],
+    }
+
+
+def _heat_map(
+    measure: HeatMapMeasure, values: list[list[float]], x: list[str], y: list[str], **axes: str
 ) -> go.Heatmap:
-    scale, low, high = _scale(measure)
+    scale, low, high = _colour_scale(measure)
     return go.Heatmap(
         z=[[None if math.isnan(value) else measure.unit * value for value in row] for row in values],
         text=[["" if math.isnan(value) else measure.text(value) for value in row] for row in values],
         x=x,
         y=y,
         texttemplate="%{text}",
-        hovertemplate=f"%{{y}}, %{{x}}<br>{shown} %{{z:.4g}}<extra></extra>",
+        hovertemplate=f"%{{y}}, %{{x}}<br>{measure.name} %{{z:.4g}}<extra></extra>",
         colorscale=scale,
         zmin=low,
         zmax=high,
@@ -176,43 +171,43 @@ def _heat(
     )
 
 
-def _scale(measure: Measure) -> tuple[list[list[Any]], float, float]:
-    """Return plotly's colour scale of a measure with its ends: the terminal's colours."""
+def _colour_scale(measure: HeatMapMeasure) -> tuple[list[list[Any]], float, float]:
+    """Return plotly's colour scale of a measure and the values at its ends: the terminal's colours."""
     low, high = measure.low, measure.high
-    stops = [(low, measure.colour(low)), (measure.middle, measure.colour(measure.middle))]
-    stops.append((high, measure.colour(high)))
-    width = high - low
-    colours = {
-        round((value - low) / width, 6): f"rgb{colour}" for value, colour in stops
-    }  # a middle at one of the ends is that end
+    colours = {  # a middle at one of the ends is that end
+        round((value - low) / (high - low), 6): f"rgb{measure.colour(value)}"
+        for value in (low, measure.middle, high)
+    }
     return [[place, colour] for place, colour in colours.items()], measure.unit * low, measure.unit * high
 
 
-def _norms(found: Interference) -> go.Figure:
-    """How far each model moved, layer by layer."""
-    layers = {layer: tally for layer, tally in found.by_layer().items() if layer is not None}
+def _norms_figure(interference: Interference) -> go.Figure:
+    """Draw the norm of each model's task vector, layer by layer."""
+    layers = {layer: t for layer, t in interference.by_layer().items() if layer is not None}
     figure = go.Figure()
-    for index, name in enumerate(found.models):
+    for index, name in enumerate(interference.models):
+        norms = [100 * float(tally.relative[index]) for tally in layers.values()]
         figure.add_scatter(
             x=list(layers),
-            y=[_finite(100 * float(tally.relative[index])) for tally in layers.values()],
+            y=[norm if math.isfinite(norm) else None for norm in norms],
             name=name,
             mode="lines+markers",
-            line={"color": _MODELS[index % len(_MODELS)], "width": 2},
+            line={"color": SERIES[index % len(SERIES)], "width": 2},
         )
-    figure.update_xaxes(title="layer", dtick=1 if len(layers) < 20 else None)
-    figure.update_yaxes(title="length, % of the base's", rangemode="tozero")
-    return _styled(figure, height=340)
+    figure.update_xaxes(dtick=1 if len(layers) < 20 else None)
+    figure.update_yaxes(rangemode="tozero")
+    return with_layout(figure, height=340, x="layer", y="norm, % of the base's")
 
 
-def _shares(found: Interference) -> go.Figure:
-    """Per layer: untouched, one, several in one direction, several in opposite directions."""
-    places = {_place(layer): tally for layer, tally in found.by_layer().items()}
+def _shares_figure(interference: Interference) -> go.Figure:
+    """Draw per layer the share of parameters that none, one or several models change."""
+    by_layer = interference.by_layer()
+    layers = ["outside" if layer is None else f"layer {layer}" for layer in by_layer]
     figure = go.Figure()
-    for index, (name, colour) in enumerate(zip(SHARES, _SHARES, strict=True)):
-        values = [100 * float(tally.shares[index]) / max(tally.count, 1) for tally in places.values()]
+    for index, (name, colour) in enumerate(zip(SHARES, _SHARE_COLOURS, strict=True)):
+        values = [100 * float(tally.shares[index]) / max(tally.count, 1) for tally in by_layer.values()]
         figure.add_bar(
-            y=list(places),
+            y=layers,
             x=values,
             name=name,
             orientation="h",
@@ -225,43 +220,9 @@ def _shares(found: Interference) -> go.Figure:
         )
     figure.update_layout(barmode="stack", bargap=0.2)
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(title="% of the parameters", range=[0, 100])
-    return _styled(figure, height=24 * len(places) + 130)
+    figure.update_xaxes(range=[0, 100])
+    return with_layout(figure, height=24 * len(layers) + 130, x="% of the parameters")
 
 
-def _place(layer: int | None) -> str:
-    return "outside" if layer is None else f"layer {layer}"
-
-
-def _value(measure: Measure, tally: Tally | None) -> float:
+def _value(measure: HeatMapMeasure, tally: Tally | None) -> float:
     return math.nan if tally is None else measure.of(tally)
-
-
-def _mean(values: Any) -> float:
-    return float(values.mean())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _percent(share: float) -> str:
-    """Return a share as a percentage for tables.
-
-    >>> _percent(0.1234), _percent(float("nan"))
-    ('12.3', '-')
-    """
-    return f"{round(100 * float(share), 1) + 0.0:.1f}" if math.isfinite(share) else "-"
-
-
-def _styled(figure: go.Figure, *, height: int, top: int = 40) -> go.Figure:
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "color": _INK, "size": 13},
-        margin={"l": 70, "r": 20, "t": top, "b": 45},
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "traceorder": "normal"},
-        height=height,
-    )
-    figure.update_xaxes(gridcolor=_GRID, automargin=True)
-    figure.update_yaxes(gridcolor=_GRID, automargin=True)
-    return figure

@@ -1,10 +1,10 @@
-"""Tracking: a run's metrics in TensorBoard, Weights & Biases or MLflow, beside its own report.
+"""Tracking: a run's metrics in TensorBoard, Weights & Biases or MLflow, in addition to its own report.
 
-After every generation the numbers are read from the store and sent to each tracker; nothing comes back. A
+After every generation its numbers are read from the store and sent to each tracker; nothing is read back. A
 tracker that fails for any reason is dropped with one warning. A resumed run replays its old generations:
-`tracking.json` in the run folder records the last generation that each tracker received, and the id of its
-run there, so nothing is sent twice. The record is written before the numbers are sent, so a kill between the
-two costs a tracker one generation.
+`tracking.json` in the run folder records the last generation sent to each tracker and the id of its run
+there, so nothing is sent twice. The record is written before the numbers are sent, so a kill between the two
+costs a tracker one generation.
 """
 
 from __future__ import annotations
@@ -27,49 +27,83 @@ STATE = "tracking.json"
 
 
 class Tracker(Protocol):
-    """One tracking service, open for one run."""
+    """An experiment tracker that receives the metrics of one run.
+
+    The methods are called in this order: `config` once per run, `step` once per generation, `result` at the
+    end of the search, `close` at the end of every session. Any of them may raise: the tracker is then
+    dropped, and the run continues.
+    """
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Send the run's settings, flat."""
+        """Record the run's settings.
+
+        Args:
+            values: dotted name -> string, number, boolean or None.
+        """
         ...
 
     def step(self, generation: int, values: Mapping[str, float]) -> None:
-        """Send the numbers of a generation."""
+        """Record the metrics of a generation.
+
+        Args:
+            generation: its number, from 0, ascending.
+            values: name, as in `score/best` -> finite number.
+        """
         ...
 
     def result(self, generation: int, values: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        """Send the result of the run, after its last generation."""
+        """Record the result of the run.
+
+        Args:
+            generation: the number of the last generation.
+            values: name, as in `test/mean` -> normalised score.
+            texts: winner (a recipe hash), verdict, report (a path), as far as they exist.
+        """
         ...
 
     def close(self, *, finished: bool) -> None:
-        """Let go of the service; `finished` says whether the run is over."""
+        """Flush and close the connection.
+
+        Args:
+            finished: whether the run is over; else a later session continues it.
+        """
         ...
 
 
-Open = Callable[[TrackerSpec, Path, dict[str, Any]], Tracker]
-"""Opens a tracker for a run folder. The dict is kept for the next session: ids go there."""
+OpenTracker = Callable[[TrackerSpec, Path, dict[str, Any]], Tracker]
+"""Opens a tracker for a run folder. The dict is stored for the next session: run ids belong there."""
 
 
 def require_packages(specs: Sequence[TrackerSpec]) -> None:
-    """Raise UserError where a tracker's package is not installed, or would stop to ask for a key."""
+    """Check that every tracker can be opened without asking the user anything.
+
+    Raises:
+        UserError: the package of a tracker is not installed, or its API key is missing.
+    """
     for spec in specs:
         if importlib.util.find_spec(spec.name) is None:
             raise UserError(
                 f"tracking: the package of {spec.name!r} is not installed",
-                fix=f"pip install 'evomerge[{spec.name}]', or leave it out of `tracking`",
+                fix=f"pip install 'evomerge[{spec.name}]', or remove it from `tracking`",
             )
         if spec.name == "wandb" and spec.mode == "online":
             from evomerge.delivery.tracking.wandb import has_key
 
             if not has_key():
                 raise UserError(
-                    "tracking: Weights & Biases has no API key here",
+                    "tracking: no API key for Weights & Biases on this machine",
                     fix="wandb login, or set WANDB_API_KEY, or mode: offline",
                 )
 
 
-def opened(spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Tracker:
-    """Open the tracker that a config names."""
+def open_tracker(spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Tracker:
+    """Open the tracker that a config names.
+
+    Args:
+        spec: its name and settings.
+        folder: the run folder.
+        state: what earlier sessions stored for it, to be changed in place.
+    """
     if spec.name == "tensorboard":
         from evomerge.delivery.tracking.tensorboard import TensorBoard
 
@@ -84,9 +118,13 @@ def opened(spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Tracker:
 
 
 class Tracked(Observer):
-    """An observer that sends a run's numbers to trackers; a context manager that closes them.
+    """An observer that sends a run's metrics to trackers; a context manager that closes them.
 
-    warn: shows one sentence to the user.
+    Args:
+        specs: the trackers.
+        folder: the run folder.
+        warn: shows one sentence to the user.
+        open_: opens a tracker; None takes `open_tracker`.
     """
 
     def __init__(
@@ -95,64 +133,70 @@ class Tracked(Observer):
         folder: Path,
         *,
         warn: Callable[[str], None],
-        open_: Open | None = None,
+        open_: OpenTracker | None = None,
     ) -> None:
         self._folder = folder
         self._specs: dict[str, TrackerSpec] = {spec.name: spec for spec in specs}
-        self._warn, self._open = warn, open_ or opened
+        self._warn, self._open = warn, open_ or open_tracker
         self._trackers: dict[str, Tracker] = {}
         self._states: dict[str, dict[str, Any]] | None = None
         self._finished = False
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
-        """Send the numbers of a generation to every tracker that has not received them yet."""
+        """Send the metrics of a generation to every tracker that has not received them yet."""
 
-        def tell(name: str, state: dict[str, Any]) -> None:
+        def send(name: str, state: dict[str, Any]) -> None:
             if generation <= state.get("generation", -1):
                 return
-            self._mark(state, generation=generation)
-            self._tracker(name).step(generation, self._numbers(generation, evaluations, best))
+            self._record(state, generation=generation)
+            self._tracker(name).step(generation, self._metrics(generation, evaluations, best))
 
-        self._each(tell)
+        self._for_each_tracker(send)
 
     def finish(self, summary: Summary, report: Path) -> None:
-        """Send the result: the winner's score on `test` with its interval, the verdict, the report."""
+        """Send the result of a run that has stopped: the winner's score on `test`, the verdict, the report.
+
+        Args:
+            summary: of the run.
+            report: path of its HTML page.
+        """
         if not self._specs:
             return
-        values, texts = _ending(summary)
+        values, texts = _result(summary)
         texts["report"] = str(report)
 
-        def tell(name: str, state: dict[str, Any]) -> None:
+        def send(name: str, state: dict[str, Any]) -> None:
             if state.get("result") != values:
-                self._mark(state, result=values)
+                self._record(state, result=values)
                 self._tracker(name).result(state.get("generation", 0), values, texts)
 
-        self._each(tell)
+        self._for_each_tracker(send)
         self._finished = True
 
     def __enter__(self) -> Tracked:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._each(lambda name, _: self._close(name))
+        self._for_each_tracker(lambda name, _: self._close(name))
 
-    def _each(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
+    def _for_each_tracker(self, send: Callable[[str, dict[str, Any]], None]) -> None:
+        """Call `send` with name and state of every tracker; drop those that fail."""
         for name in list(self._specs):
             try:
-                tell(name, self._state(name))
+                send(name, self._state(name))
             except Exception as error:
                 del self._specs[name]
                 self._trackers.pop(name, None)
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-                self._warn(f"tracking with {name} failed and is left off, the run goes on: {reason}")
+                self._warn(f"tracking with {name} failed and is switched off, the run continues: {reason}")
 
     def _tracker(self, name: str) -> Tracker:
-        """Open a tracker when there is something to send: replaying a finished run leaves no trace."""
+        """Open a tracker when there is something to send, so that replaying a finished run opens none."""
         if name not in self._trackers:
             state = self._state(name)
             begun = bool(state.get("begun"))
             tracker = self._trackers[name] = self._open(self._specs[name], self._folder, state)
-            self._mark(state, begun=True)
+            self._record(state, begun=True)
             if not begun:
                 with StoreReader.read(self._folder) as store:
                     tracker.config(flat(facts.CONFIG.require(store)))
@@ -162,9 +206,9 @@ class Tracked(Observer):
         if name in self._trackers:
             self._trackers.pop(name).close(finished=self._finished)
 
-    def _numbers(self, generation: int, evaluations: float, best: float) -> dict[str, float]:
-        with StoreReader.read(self._folder) as store:  # held no longer: who closes last tidies up
-            return _numbers(store, generation, evaluations, best)
+    def _metrics(self, generation: int, evaluations: float, best: float) -> dict[str, float]:
+        with StoreReader.read(self._folder) as store:  # closed at once: the last to close a store cleans up
+            return _metrics(store, generation, evaluations, best)
 
     def _state(self, name: str) -> dict[str, Any]:
         if self._states is None:
@@ -172,16 +216,17 @@ class Tracked(Observer):
             self._states = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return self._states.setdefault(name, {})
 
-    def _mark(self, state: dict[str, Any], **changes: Any) -> None:
+    def _record(self, state: dict[str, Any], **changes: Any) -> None:
+        """Change the state of a tracker and write all states to the run folder."""
         state |= changes
         draft = self._folder / f".{STATE}.new"
         draft.write_text(json.dumps(self._states, indent=2), encoding="utf-8")
         draft.replace(self._folder / STATE)
 
 
-def _numbers(store: StoreReader, generation: int, evaluations: float, best: float) -> dict[str, float]:
-    """Return the numbers of a generation."""
-    own = store.generations()[generation]
+def _metrics(store: StoreReader, number: int, evaluations: float, best: float) -> dict[str, float]:
+    """Return the metrics of a generation; those that are not finite are left out."""
+    generation = store.generations()[number]
     failed = {recipe for recipe, split, _ in store.failures() if split == "search"}
     values = {
         "score/best": best,
@@ -189,11 +234,11 @@ def _numbers(store: StoreReader, generation: int, evaluations: float, best: floa
         "cost/seconds": 3600 * store.hours(),
         "cost/failures": float(len(failed)),
     }
-    kept = [row for row, recipe in enumerate(own.recipes) if recipe not in failed]
-    if own.losses is not None and kept and own.losses.shape[1] == 1:
-        losses = own.losses[kept, 0]
+    scored = [row for row, recipe in enumerate(generation.recipes) if recipe not in failed]
+    if generation.losses is not None and scored and generation.losses.shape[1] == 1:
+        losses = generation.losses[scored, 0]
         values |= {"objective/best": -float(losses.min()), "objective/mean": -float(losses.mean())}
-    guide, fronts = store.guide()[generation:], store.fronts()[generation:]
+    guide, fronts = store.guide()[number:], store.fronts()[number:]
     if guide and guide[0].correlation is not None:
         values["surrogate/correlation"] = guide[0].correlation
     if fronts:
@@ -201,8 +246,8 @@ def _numbers(store: StoreReader, generation: int, evaluations: float, best: floa
     return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
-def _ending(summary: Summary) -> tuple[dict[str, float], dict[str, str]]:
-    """Return numbers and texts of the end of a run."""
+def _result(summary: Summary) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the metrics and the texts of a run that has stopped."""
     rows = summary.rows()
     winner = next((row for row in rows if row.role == "winner"), None)
     verdict = summary.verdict(rows)
@@ -219,16 +264,16 @@ def _ending(summary: Summary) -> tuple[dict[str, float], dict[str, str]]:
     return values, texts
 
 
-def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings with dotted names, lists as JSON.
 
     >>> flat({"budget": {"hours": 2}, "tracking": ["wandb"], "seed": 0})
     {'budget.hours': 2, 'tracking': '["wandb"]', 'seed': 0}
     """
-    flattened: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flattened |= flat(value, f"{place}{name}.")
+            settings |= flat(value, f"{prefix}{name}.")
         else:
-            flattened[f"{place}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
-    return flattened
+            settings[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return settings

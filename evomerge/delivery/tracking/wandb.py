@@ -11,32 +11,32 @@ import wandb
 
 from evomerge.config import TrackerSpec
 
-_PATIENCE = 30.0
-"""Seconds to wait for the service at the start."""
+_TIMEOUT = 30.0
+"""Seconds to wait for the service when a run starts."""
 
 
 def has_key() -> bool:
-    """Say whether W&B knows who logs; without, it would ask on the terminal, in the middle of a run."""
+    """Return whether W&B has an API key; without one it would ask for it in the middle of a run."""
     try:
         return bool(wandb.login(prompt=False))
-    except wandb.errors.Error:  # there is one, which could not be verified now: no reason not to run
+    except wandb.errors.Error:  # there is a key that could not be verified now, which must not stop a run
         return True
 
 
 class WeightsAndBiases:
-    """Logs to a run whose id is kept, so that a resumed run goes on in it.
+    """Logs to a W&B run; its id is stored, so that a resumed run continues it.
 
-    Offline every session has a folder of its own under RUN/wandb, with the same id: `wandb sync` joins them.
+    Offline every session writes its own folder under RUN/wandb with the same id; `wandb sync` joins them.
     """
 
     def __init__(self, spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> None:
-        again = "id" in state
+        resumed = "id" in state
         state.setdefault("id", secrets.token_hex(4))
         self._run = wandb.init(
             project=spec.project,
             name=folder.name,
             id=state["id"],
-            resume="allow" if again and spec.mode == "online" else None,
+            resume="allow" if resumed and spec.mode == "online" else None,
             dir=str(folder),
             mode=spec.mode,
             settings=wandb.Settings(
@@ -44,25 +44,25 @@ class WeightsAndBiases:
                 console="off",
                 save_code=False,
                 disable_git=True,
-                init_timeout=_PATIENCE,
-                login_timeout=_PATIENCE,
+                init_timeout=_TIMEOUT,
+                login_timeout=_TIMEOUT,
                 x_disable_stats=True,
             ),
         )
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Set the run's config."""
+        """Set the config of the W&B run."""
         self._run.config.update(dict(values), allow_val_change=True)
 
     def step(self, generation: int, values: Mapping[str, float]) -> None:
-        """Log one step."""
+        """Log the metrics of a generation as one step."""
         self._run.log(dict(values), step=generation)
 
     def result(self, generation: int, values: Mapping[str, float], texts: Mapping[str, str]) -> None:
-        """Set the run's summary."""
+        """Set the summary of the W&B run."""
         self._run.summary.update({**values, **texts})
 
     def close(self, *, finished: bool) -> None:
-        """Finish the run, and end the process that wandb started for it."""
+        """Finish the W&B run and stop the process that wandb started for it."""
         self._run.finish(exit_code=0 if finished else 1)
         wandb.teardown()

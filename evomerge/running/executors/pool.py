@@ -86,7 +86,7 @@ class _Member(Generic[H]):
 
 
 class _InOrder:
-    """Jobs whoever asks."""
+    """Jobs in one order, for any worker."""
 
     def __init__(self, jobs: Iterable[AnyJob]) -> None:
         self._jobs = iter(jobs)

@@ -1,8 +1,8 @@
 """Optimizers: ask for genomes, tell their losses. One file each; `create` builds one by name.
 
 An optimizer works in the unit cube, minimises, owns its random generator, and is exactly replayable:
-told the same losses it asks for the same genomes, bit for bit, in any process. What all have in common
-(order of calls, shapes, starts, injected points) is in ask_tell.py.
+given the same losses it asks for the same genomes, bit for bit, in any process. The common part (order of
+calls, shapes, starts, injected points) is in ask_tell.py.
 """
 
 from __future__ import annotations

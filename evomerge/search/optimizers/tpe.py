@@ -1,7 +1,7 @@
 """The tree-structured Parzen estimator (Bergstra et al. 2011), through optuna.
 
-Multivariate, with the constant liar for the candidates of one generation. A fresh sampler is an exact
-replay only if it is told everything again from the beginning, which is what the loop does.
+Multivariate, with the constant liar for the candidates of one generation. A fresh sampler
+replays exactly only if all losses are passed to it again from the beginning, as the loop does.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Outputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class PredictedMeans:
     """Means of the tasks' values at one genome, and how they change with it.
 
     values: (tasks,) on the tasks' own scales (share of right answers, mean log-likelihood).
@@ -145,7 +145,9 @@ class Model:
             counts += np.bincount(block.outputs.task, minlength=tasks)
         self._counts = np.maximum(counts, 1)
 
-    def predict(self, genome: Genome, *, optimism: float = 0.0, pending: Pending | None = None) -> Prediction:
+    def predict(
+        self, genome: Genome, *, optimism: float = 0.0, pending: Pending | None = None
+    ) -> PredictedMeans:
         """Predict at a genome.
 
         optimism: in posterior standard deviations, added to every margin (an upper confidence bound).
@@ -160,7 +162,7 @@ class Model:
             spread = max(spread, block.predict(here, values, slopes, optimism=optimism, known=known))
         values /= self._counts
         slopes /= self._counts[:, None]
-        return Prediction(values=values, slopes=self._features.back(slopes), uncertainty=spread)
+        return PredictedMeans(values=values, slopes=self._features.back(slopes), uncertainty=spread)
 
     def values(
         self, genomes: Sequence[Genome] | Array, *, optimism: float = 0.0, pending: Pending | None = None

@@ -16,8 +16,18 @@ import yaml
 from rich.console import Console
 
 from evomerge.delivery.analyze import terminal as delivery
+from evomerge.delivery.analyze.heat_map import (
+    BAD,
+    GOOD,
+    MEASURES,
+    STRONG,
+    HeatMapMeasure,
+    grid,
+    labels,
+    measures,
+)
 from evomerge.delivery.analyze.page import write_html
-from evomerge.delivery.analyze.terminal import Measure, labels, measures, read_models
+from evomerge.delivery.analyze.terminal import read_models
 from evomerge.errors import ConfigError
 from evomerge.merging.analysis.advice import Advised, advise
 from evomerge.merging.analysis.interference import Interference, measure
@@ -28,8 +38,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def measured(tiny_zoo: Path) -> tuple[Interference, Advised]:
     named = {name: str(tiny_zoo / name) for name in ("base", "upper", "reverse")}
-    found = measure(named | {"add": f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"}, "base")
-    return found, advise(found)
+    interference = measure(named | {"add": f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"}, "base")
+    return interference, advise(interference)
 
 
 def shown(measured: tuple[Interference, Advised], width: int, map_: str = "conflict") -> str:
@@ -77,7 +87,7 @@ def test_the_models_of_a_recipe_and_of_a_mergekit_file(tmp_path: Path) -> None:
 # The terminal ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("map_", delivery.MEASURES)
+@pytest.mark.parametrize("map_", MEASURES)
 @pytest.mark.parametrize("width", [70, 120])
 def test_everything_fits_and_reads_without_colour(
     measured: tuple[Interference, Advised], width: int, map_: str
@@ -85,28 +95,28 @@ def test_everything_fits_and_reads_without_colour(
     text = shown(measured, width, map_)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    found, advised = measured
+    interference, advised = measured
     for word in ("upper - reverse", "outside the layers", advised.verdict, advised.preset, "evomerge run"):
         assert word in text
-    kinds, short, cells = delivery.grid(found)
-    one = measures(found)[map_]
+    kinds, short, cells = grid(interference)
+    shown_measure = measures(interference)[map_]
     rows = [line.split() for line in text.splitlines() if re.match(r"^ [01] ", line)]
-    numbers = [one.text(one.of(cells[layer, kind])) for layer in (0, 1) for kind in kinds]
+    numbers = [shown_measure.text(shown_measure.of(cells[layer, kind])) for layer in (0, 1) for kind in kinds]
     assert sorted(n for row in rows for n in row[1:-1]) == sorted(numbers)
     assert len(short) == len(set(short))
 
 
 def test_colours_end_where_chance_is(measured: tuple[Interference, Advised]) -> None:
-    known = measures(measured[0])
-    assert known["conflict"].colour(0.5) == (255, 255, 255) == known["cosine"].colour(0.0)
-    assert known["conflict"].colour(0.9) == delivery.BAD == known["cosine"].colour(-0.9)
-    assert known["conflict"].colour(0.1) == delivery.GOOD == known["cosine"].colour(0.9)
-    assert known["norm"].colour(known["norm"].high) == delivery.STRONG
-    for one in known.values():
-        assert isinstance(one, Measure)
-        assert one.colour(math.nan) == (255, 255, 255)
-        assert one.text(math.nan) == "-"
-        assert "-0" not in one.text(-1e-9)
+    by_name = measures(measured[0])
+    assert by_name["conflict"].colour(0.5) == (255, 255, 255) == by_name["cosine"].colour(0.0)
+    assert by_name["conflict"].colour(0.9) == BAD == by_name["cosine"].colour(-0.9)
+    assert by_name["conflict"].colour(0.1) == GOOD == by_name["cosine"].colour(0.9)
+    assert by_name["norm"].colour(by_name["norm"].high) == STRONG
+    for measure_ in by_name.values():
+        assert isinstance(measure_, HeatMapMeasure)
+        assert measure_.colour(math.nan) == (255, 255, 255)
+        assert measure_.text(math.nan) == "-"
+        assert "-0" not in measure_.text(-1e-9)
 
 
 def test_labels_stay_apart() -> None:
@@ -116,15 +126,15 @@ def test_labels_stay_apart() -> None:
 
 def test_as_data_is_json_and_complete(measured: tuple[Interference, Advised]) -> None:
     data = json.loads(json.dumps(delivery.as_data(*measured), allow_nan=False))
-    found = measured[0]
-    assert set(data["tensors"]) == set(found.tensors)
+    interference = measured[0]
+    assert set(data["tensors"]) == set(interference.tensors)
     assert set(data["layers"]) == {"outside", "0", "1"}
     for part in (data["total"], *data["tensors"].values()):
         assert sum(part["shares"].values()) == pytest.approx(1.0)
         assert len(part["pairs"]) == 3
     assert data["total"]["pairs"][0]["relation"] == measured[1].relations[0, 1]
-    assert data["total"]["pairs"][0]["cosine"] == pytest.approx(found.total.cosine[0, 1])
-    assert {each["rule"] for each in data["advice"]} <= {rule["name"] for rule in data["rules"]}
+    assert data["total"]["pairs"][0]["cosine"] == pytest.approx(interference.total.cosine[0, 1])
+    assert {advice["rule"] for advice in data["advice"]} <= {rule["name"] for rule in data["rules"]}
 
 
 # The page ----------------------------------------------------------------------------------------------
@@ -136,8 +146,8 @@ def test_the_page_is_self_contained_and_drawn(measured: tuple[Interference, Advi
     text = page.read_text()
     outside = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(src|href)=[\"'](?!data:)", outside)
-    for each in measured[1].advice:
-        assert each.text.split(" (")[0] in outside.replace("&#39;", "'")
+    for advice in measured[1].advice:
+        assert advice.text.split(" (")[0][1:] in outside.replace("&#39;", "'")
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]

@@ -1,0 +1,48 @@
+"""Pages: a Jinja template and its plots as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+import plotly.offline
+
+from evomerge.delivery.style import FILTERS
+from evomerge.files import drafted_file
+
+TEMPLATES = jinja2.PackageLoader("evomerge", "delivery")
+
+
+def write_page(template: str, out: Path, *, figures: Mapping[str, go.Figure | None], **values: Any) -> Path:
+    """Render a template and write it complete or not at all.
+
+    Every template extends `page.html.jinja`, which holds the style sheet, plotly's code and the call that
+    draws the figures. The filters of `evomerge.delivery.style` write numbers as the terminal does.
+
+    Args:
+        template: path of the template inside `evomerge/delivery`.
+        out: the file to write; missing folders are made.
+        figures: id of the element that shows it -> figure; None leaves one out.
+        **values: the template's variables. `figures` holds the ids of the figures that exist.
+
+    Returns:
+        `out`.
+    """
+    environment = jinja2.Environment(
+        loader=TEMPLATES, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= FILTERS
+    text = environment.get_template(template).render(
+        figures={
+            name: json.loads(figure.to_json()) for name, figure in figures.items() if figure is not None
+        },
+        plotly_js=plotly.offline.get_plotlyjs(),
+        **values,
+    )
+    with drafted_file(out) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return out

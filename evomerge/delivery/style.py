@@ -1,0 +1,184 @@
+"""The common style of all output: how numbers, intervals and times are written, tables, colours, plots.
+
+Nothing here imports plotly, so that commands that draw no plot start fast.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from evomerge.evaluation.statistics import Interval
+
+MISSING = "-"
+"""What a table shows where a value does not exist."""
+
+INK, MUTED, GRID, PALE = "#1d2433", "#667085", "#e6e9ef", "#a9c3f8"
+ACCENT, ORANGE, SAND, GREY = "#2f6fed", "#d9822b", "#f3e3cf", "#c6ccd8"
+GREEN, RED = "#40916c", "#c84b3c"
+SERIES = (ACCENT, ORANGE, "#157347", "#8e44ad", "#c0392b", "#0e8a9a", "#7a6a00", MUTED)
+"""Colours of lines that are distinguished by colour alone, in this order."""
+
+
+# Numbers ------------------------------------------------------------------------------------------------
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """Return a number with a fixed count of decimals, without a sign on zero; `-` for None and NaN.
+
+    >>> decimal(0.12345), decimal(-1e-9, 1), decimal(None), decimal(float("nan"))
+    ('0.123', '0.0', '-', '-')
+    """
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share in percent, or a normalised score in points, both hundredths; no unit, no sign on zero.
+
+    >>> percent(0.1234), percent(0.5, 0), percent(-1e-9), percent(None)
+    ('12.3', '50', '0.0', '-')
+    """
+    return decimal(None if share is None else 100 * share, digits)
+
+
+def difference(share: float) -> str:
+    """Return a difference of shares or normalised scores in hundredths, with its sign.
+
+    >>> difference(0.0321), difference(-0.5), difference(-1e-9)
+    ('+3.2', '-50.0', '+0.0')
+    """
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
+
+
+def bounds(low: float, high: float) -> str:
+    """Return the ends of an interval in hundredths.
+
+    >>> bounds(-0.01, 0.254)
+    '[-1.0, 25.4]'
+    """
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def plus_minus(interval: Interval, digits: int = 1) -> str:
+    """Return an interval in hundredths as its estimate ± half its length, as in `12.3 ±4.5`."""
+    return f"{percent(interval.estimate, digits)} ±{percent((interval.high - interval.low) / 2, digits)}"
+
+
+def p_value(p: float) -> str:
+    """Return a p-value with two significant digits.
+
+    >>> p_value(0.04321), p_value(3e-7)
+    ('0.043', '3e-07')
+    """
+    return f"{p:.2g}"
+
+
+def elapsed(seconds: float) -> str:
+    """Return a duration as a stopwatch shows it.
+
+    >>> elapsed(75.9), elapsed(3725)
+    ('1:15', '1:02:05')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def of_blocks(scored: int, total: int) -> str:
+    """Return on how many item blocks something was scored, nothing where it was all.
+
+    >>> of_blocks(2, 8), of_blocks(8, 8)
+    (' (2 of 8 item blocks)', '')
+    """
+    return "" if scored == total else f" ({scored} of {total} item blocks)"
+
+
+def short_task(task: str, suite: str) -> str:
+    """Return a task's name without the suite's.
+
+    >>> short_task("demo_sort", "demo")
+    'sort'
+    """
+    return task.removeprefix(f"{suite}_")
+
+
+def capital(sentence: str) -> str:
+    """Return a sentence with a capital first letter, the rest as it is.
+
+    >>> capital("weakest task: MMLU")
+    'Weakest task: MMLU'
+    """
+    return sentence[:1].upper() + sentence[1:]
+
+
+FILTERS = {
+    "capital": capital,
+    "decimal": decimal,
+    "difference": difference,
+    "p_value": p_value,
+    "percent": percent,
+}
+"""How templates write numbers and sentences."""
+
+
+# Terminal tables ----------------------------------------------------------------------------------------
+
+
+def words(header: str) -> Column:
+    """Return a left-aligned column; long cells continue on the next line."""
+    return Column(header, overflow="fold")
+
+
+def numbers(header: str, *, wrap: bool = False) -> Column:
+    """Return a right-aligned column; wrap: whether a long header may continue on the next line."""
+    return Column(header, justify="right", no_wrap=not wrap, overflow="fold")
+
+
+def table(*columns: Column, title: str | None = None, caption: str | None = None) -> Table:
+    """Return an empty table in the style of all commands: a line below the header, no frame."""
+    return Table(
+        *columns,
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+
+
+# Plots --------------------------------------------------------------------------------------------------
+
+
+def with_layout(
+    figure: go.Figure, *, height: int, x: str | None = None, y: str | None = None, top: int = 40
+) -> go.Figure:
+    """Give a plotly figure the layout of all plots, in place, and return it.
+
+    Args:
+        figure: the figure; titles and ranges that it has already are kept.
+        height: in pixels.
+        x: title of the x axis, None to keep the figure's.
+        y: title of the y axis, None to keep the figure's.
+        top: margin above the plot for the legend, in pixels.
+    """
+    titles: dict[str, Any] = {"xaxis_title": x, "yaxis_title": y}
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "color": INK, "size": 13},
+        margin={"l": 60, "r": 20, "t": top, "b": 50},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "traceorder": "normal"},
+        height=height,
+        **{name: title for name, title in titles.items() if title is not None},
+    )
+    figure.update_xaxes(gridcolor=GRID, automargin=True)
+    figure.update_yaxes(gridcolor=GRID, automargin=True)
+    return figure
