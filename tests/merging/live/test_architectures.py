@@ -291,7 +291,9 @@ def test_a_conversion_that_computes_is_refused(converted: Callable[[Any], None],
             source_patterns="mlp.up_proj.weight", target_patterns="mlp.up_proj.weight", operations=[Doubled()]
         )
     )
-    with pytest.raises(ModelError, match=r"can't be written into LlamaForCausalLM.*\n.*up_proj.*\n.*computes"):
+    with pytest.raises(
+        ModelError, match=r"can't be written into LlamaForCausalLM.*\n.*up_proj.*\n.*computes"
+    ):
         Workbench({"base": str(tmp_path / "m")})
 
 
