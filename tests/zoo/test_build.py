@@ -22,7 +22,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     [
         ({"size": "huge"}, "unknown zoo size"),
         ({"seed": -1}, "can't be negative"),
-        ({"jobs": 0}, "jobs of 1 or more"),
+        ({"jobs": 0}, "the number of jobs must be positive"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(

@@ -291,7 +291,9 @@ def test_a_conversion_that_computes_is_refused(converted: Callable[[Any], None],
             source_patterns="mlp.up_proj.weight", target_patterns="mlp.up_proj.weight", operations=[Doubled()]
         )
     )
-    with pytest.raises(ModelError, match=r"can't be put into LlamaForCausalLM.*\n.*up_proj.*\n.*computed"):
+    with pytest.raises(
+        ModelError, match=r"can't be written into LlamaForCausalLM.*\n.*up_proj.*\n.*computes"
+    ):
         Workbench({"base": str(tmp_path / "m")})
 
 
@@ -301,7 +303,7 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     tensors = load_file(path)
     lost = tensors.pop("model.layers.1.mlp.experts.2.up_proj.weight")
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="its tensors can't be put into Qwen3MoeForCausalLM"):
+    with pytest.raises(ModelError, match="its tensors can't be written into Qwen3MoeForCausalLM"):
         Workbench({"base": str(tmp_path / "m")})
     save_file(tensors | {"model.layers.1.mlp.experts.2.up.weight": lost}, path, metadata={"format": "pt"})
     with pytest.raises(ModelError):
