@@ -195,7 +195,7 @@ def test_show_prints_items_with_their_texts(finished_run: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no-such"], "nothing in this run is called 'no-such'"),
+        (["no-such"], "no recipe of this run is called 'no-such'"),
         (["winner", "--items", "demo_uper"], "did you mean 'demo_upper'?"),
         (
             ["winner", "--items", "demo_upper_generate", "--split", "search"],
