@@ -38,7 +38,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.evaluation.scores import Scores
 from evomerge.evaluation.statistics import paired_difference
 from evomerge.prepare import prepare
-from evomerge.running.store import RunStore
+from evomerge.stored import StoredRun
 
 LETTERS = 26
 LENGTH = 5
@@ -222,7 +222,8 @@ def search(folder: Path, seed: int, candidates: int, sigma: float) -> None:
     started = time.perf_counter()
     compose.start(prepared.config, Silent())
     seconds = time.perf_counter() - started
-    with RunStore.read(prepared.folder) as store:
+    with StoredRun.read(prepared.folder) as run:
+        store = run.store
         entries = [(r, entry) for r in ("base", "parent", "baseline", "winner") for entry in store.entries(r)]
         recipe = entries[-1][1].recipe
         found = [store.result(entry.recipe.hash, "test") for _, entry in entries]

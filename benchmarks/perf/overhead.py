@@ -36,6 +36,7 @@ from evomerge.search.optimizers import OptimizerSpec, choose
 from evomerge.search.spaces.merge_space import SearchSpace
 from evomerge.search.spaces.space import Coordinate
 from evomerge.search.surrogate.guide import SurrogateSpec
+from evomerge.stored import StoredRun
 
 SOURCES = ("a", "b", "c", "d", "e")
 ITEMS = 200
@@ -164,8 +165,8 @@ def main() -> None:
         first, executor, dimension = session(Path(folder) / "run", *settings)
         size = (Path(folder) / "run" / "run.sqlite").stat().st_size / 1e6
         replay, again, _ = session(Path(folder) / "run", *settings)
-        with RunStore.read(Path(folder) / "run") as store:
-            asked = sum(len(generation.recipes) for generation in store.generations())
+        with StoredRun.read(Path(folder) / "run") as run:
+            asked = sum(len(generation.recipes) for generation in run.store.generations())
     assert again.executed == 0, "a replay executes nothing"
     print(choose(optimizer, [Coordinate()] * dimension)[1])
     print(f"{asked} candidates asked, {executor.executed} results stored, in {size:.0f} MB")

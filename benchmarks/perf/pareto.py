@@ -80,7 +80,7 @@ class Bench:
     def search(
         self, name: str, evaluations: int, seed: int, scalar: Callable[[Losses], Losses] | None
     ) -> tuple[list[Recipe], Losses]:
-        """Run one optimizer; `scalar` turns both losses into the one it is told, None tells both."""
+        """Run one optimizer; `scalar` turns both losses into one; with None both are passed on."""
         optimizer = optimizers.create(
             OptimizerSpec(name=name),
             coordinates=self.prepared.space.coordinates,

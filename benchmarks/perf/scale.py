@@ -41,6 +41,7 @@ from evomerge.running.schedule import Scheduler
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import RunStore, Timing, facts
 from evomerge.running.worker import Job, Result, WorkerSpec
+from evomerge.stored import StoredRun
 
 LIMITS = {"speed-up": 1.7, "memory": 1.3, "busy": 0.9, "results per second": 200.0}
 
@@ -66,7 +67,8 @@ def workers(evaluations: int) -> float:
             config = RunConfig.load(DEMO_CONFIG, out=f"{folder}/{count}", evaluations=evaluations)
             executor = config.executor.model_copy(update={"workers": count, "threads": 1})
             compose.start(config.model_copy(update={"executor": executor}), Silent())
-            with RunStore.read(Path(folder) / str(count)) as store:
+            with StoredRun.read(Path(folder) / str(count)) as run:
+                store = run.store
                 hours[count] = store.hours()
                 scored = len(store.scored_blocks("search"))
                 splits: tuple[Split, ...] = ("search", "select", "test")

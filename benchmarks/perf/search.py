@@ -43,11 +43,12 @@ from evomerge.merging.analysis.norms import task_vector_norms
 from evomerge.merging.recipe import Recipe
 from evomerge.prepare import prepare
 from evomerge.running import executors
-from evomerge.running.store import BASE, RunStore, facts
+from evomerge.running.store import BASE, StoreReader
 from evomerge.running.worker import Job, Result
 from evomerge.search import baselines
 from evomerge.search.objective import Objective
 from evomerge.search.warm_start import GradientSpec
+from evomerge.stored import StoredRun
 
 RIVALS = ("cma", "tpe", "ga", "random")
 RESULTS = Path("runs/bench-search")
@@ -197,21 +198,17 @@ def run_ours(bench: Bench) -> tuple[Recipe, int]:
     finally:
         executors.build = built
     known = {named.recipe.hash for named in (*bench.parents, *bench.hand_made)}
-    with RunStore.read(prepared.folder) as store:
+    with StoredRun.read(prepared.folder) as run:
+        store = run.store
         known |= {named.recipe.hash for named in store.entries("baseline")}
         scored = store.scored_blocks("search")
         sizes = [part.items for part in _parts(store, bench.prepared.template.hash, scored)]
         items = sum(sizes[b] for hash_, blocks in scored.items() if hash_ not in known for b in blocks)
-        count = "SELECT count(*) FROM run WHERE key GLOB ?"
-        spent = store._db.execute(count, (facts.GRADIENT.pattern,)).fetchone()[0]
-    gradients = prepared.warm.gradients
-    if gradients is not None:
-        full = bench.score(prepared.template, "search").items
-        items += round(3 * gradients.share * full * spent)
+        items += store.gradient_items()
     return outcome.winner.recipe, items
 
 
-def _parts(store: RunStore, recipe: str, scored: dict[str, tuple[int, ...]]) -> list[Scores]:
+def _parts(store: StoreReader, recipe: str, scored: dict[str, tuple[int, ...]]) -> list[Scores]:
     """The scores of a recipe on each block: what sizes the blocks have."""
     parts = [store.result(recipe, "search", block) for block in scored[recipe]]
     return [part for part in parts if isinstance(part, Scores)]

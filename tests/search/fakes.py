@@ -75,7 +75,7 @@ class FakeScorer:
 
 
 class FakeJournal:
-    """Keeps what it is told, in order."""
+    """Keeps all records, in order."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, object]] = []

@@ -220,7 +220,7 @@ class Margins(FakeScorer):
 
 
 class Counts(FakeBudget):
-    """A budget that notes how many items it is told of."""
+    """A budget that records the items it receives."""
 
     def __init__(self, generations: int) -> None:
         super().__init__(generations)

@@ -1,4 +1,4 @@
-"""The guide: when it is listened to, what it proposes and screens, when it asks for more items."""
+"""The guide: when the surrogate is used or ignored, what it proposes and screens, when items are added."""
 
 from __future__ import annotations
 
