@@ -58,6 +58,11 @@ class Prepared:
     warm: WarmStart = field(default_factory=WarmStart)
 
     @property
+    def model_facts(self) -> facts.Values:
+        """The facts by which a stored run recognises its models."""
+        return {facts.FINGERPRINTS: self.fingerprints, facts.MODEL_FILES: self.files}
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.config.out)
@@ -191,8 +196,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
         facts.IDENTITY: config.identity(),
         facts.BLOCKS: prepared.worker.blocks,
-        facts.FINGERPRINTS: prepared.fingerprints,
-        facts.MODEL_FILES: prepared.files,
+        **prepared.model_facts,
         facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
         facts.SUITE_DIGEST: prepared.suite.digest(),
         facts.OPTIMIZER: prepared.optimizer,

@@ -17,6 +17,7 @@ from evomerge.config import RunConfig, resolve_location, resolve_suite
 from evomerge.errors import ConfigError, ModelError, StoreError, nearest
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.sources import model_files
+from evomerge.merging.sources.opening import open_sources
 from evomerge.running import forward
 from evomerge.running.budget import replaced
 from evomerge.running.store import BASE, StoreReader, facts
@@ -85,12 +86,7 @@ class StoredRun:
                 fix="choose another `out`, or go on with the stored run: evomerge resume "
                 + shlex.quote(str(self.folder)),
             )
-        if changed := _changed_files(self.store, begun):
-            raise StoreError(
-                f"{self.folder}: model files changed since the run began",
-                got="; ".join(f"{name}: {what}" for name, what in changed.items()),
-                fix="put the old files back, or start a new run in another folder",
-            )
+        self.refuse_changed(begun)
         checks = ((facts.SUITE_DIGEST, "the suite or its task files"), (facts.ARITHMETIC, "device or dtype"))
         for fact, what in checks:
             if fact.get(self.store) != begun[fact]:
@@ -101,6 +97,34 @@ class StoredRun:
                     fix="restore what was there, or start a new run in another folder",
                 )
         forward.check_same(self.store, forward.Forward(**begun[facts.FORWARD]))
+
+    def check_models(self) -> None:
+        """Refuse models whose files are not those the run scored.
+
+        Headers and samples of the weight files are compared, and all of config and tokenizer.
+
+        Raises:
+            ModelError: A model is not at its stored place.
+            StoreError: Files changed; it names them.
+        """
+        config = self.config()
+        _refuse_missing(config)
+        sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+        self.refuse_changed(
+            {
+                facts.FINGERPRINTS: {name: source.fingerprint for name, source in sources.items()},
+                facts.MODEL_FILES: {name: model_files.facts(source) for name, source in sources.items()},
+            }
+        )
+
+    def refuse_changed(self, present: facts.Values) -> None:
+        """Refuse models that are not those of the run, by the facts FINGERPRINTS and MODEL_FILES."""
+        if changed := _changed_files(self.store, present):
+            raise StoreError(
+                f"{self.folder}: model files changed since the run began",
+                got="; ".join(f"{name}: {what}" for name, what in changed.items()),
+                fix="put the old files back, or start a new run in another folder",
+            )
 
     def refuse_older(self) -> None:
         """Refuse to go on with a run migrated from a version whose search can't be replayed."""

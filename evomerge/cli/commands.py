@@ -278,7 +278,6 @@ def export(
     from evomerge.delivery import export as delivery
     from evomerge.delivery.rescore import comparison
     from evomerge.delivery.summary import Summary
-    from evomerge.merging import mergekit
     from evomerge.stored import StoredRun
 
     _check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
@@ -290,9 +289,8 @@ def export(
             _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
             return
         if form != "model":
-            recipe = delivery.find(summary, pick).recipe
-            delivery.write_text(out, recipe.to_yaml() if form == "recipe" else mergekit.write(recipe))
-            _say_file(out, recipe.hash)
+            written = delivery.export_text(summary, out, pick=pick, form=form)
+            _say_file(out, written.recipe.hash)
             return
         done = delivery.export(summary, out, pick=pick)
     output.say(f"exported {done.pick.name} to {relative(done.folder)}")

@@ -133,7 +133,9 @@ def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]
     from evomerge.merging.sources.opening import open_sources
     from evomerge.merging.sources.vocabulary import open_tokenizer
 
-    worker = prepare(run.config()).worker
+    prepared = prepare(run.config())
+    run.refuse_changed(prepared.model_facts)
+    worker = prepared.worker
     sources = open_sources(worker.models, worker.base, tokenizer=worker.tokenizer)
     harness = Harness(
         worker.suite,

@@ -17,9 +17,10 @@ from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, nearest
 from evomerge.files import drafted_file
 from evomerge.merging import mergekit
+from evomerge.merging.compatibility import with_fingerprints
 from evomerge.merging.export import writer
 from evomerge.merging.export.adapter import AdapterReport, write_adapter
-from evomerge.merging.sources.opening import open_source
+from evomerge.merging.sources.opening import open_source, open_used
 from evomerge.prepare import prepare
 from evomerge.running.batches import scoring_alike
 from evomerge.search.ports import Named
@@ -48,10 +49,12 @@ def export(summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
 
     Raises:
         ConfigError: no recipe of the run is called so.
-        StoreError: the run has no such recipe yet.
+        StoreError: the run has no such recipe yet, or model files changed since it began.
+        ModelError: a model is not where the run had it.
         DiskError: `out` has files, or the disk has no room.
     """
     chosen = find(summary, pick)
+    summary.run.check_models()
     extra = {"README.md": card(summary, chosen)}
     no_mergekit = None
     try:
@@ -88,7 +91,9 @@ def export_adapter(
     """
     chosen = find(summary, pick)
     writer.new_folder(out)
-    worker = scoring_alike(prepare(summary.run.config()).worker, summary.store, "test")
+    prepared = prepare(summary.run.config())
+    summary.run.refuse_changed(prepared.model_facts)
+    worker = scoring_alike(prepared.worker, summary.store, "test")
     scored: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
@@ -108,6 +113,27 @@ def export_adapter(
 
     write_adapter(chosen.recipe, out, rank=rank, keep_rest=keep_rest, finish=finish)
     return scored[0]
+
+
+def export_text(summary: Summary, out: Path, *, pick: str = "winner", form: str = "recipe") -> Named:
+    """Write one recipe of a run as a YAML file, and return it.
+
+    Args:
+        summary: of the run.
+        out: the file to write; its name ends in .yaml.
+        pick: as in `export`.
+        form: "recipe" (with the fingerprints of its models) or "mergekit".
+
+    Raises:
+        ConfigError, StoreError, ModelError, DiskError: as in `export`; mergekit can't express the recipe.
+    """
+    chosen = find(summary, pick)
+    summary.run.check_models()
+    if form == "mergekit":
+        write_text(out, mergekit.write(chosen.recipe))
+    else:
+        write_text(out, with_fingerprints(chosen.recipe, open_used(chosen.recipe)).to_yaml())
+    return chosen
 
 
 def write_text(out: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.prepare import Prepared
 from evomerge.running import warm_start
-from evomerge.running.store import StoreReader, facts
+from evomerge.running.store import StoreReader
 from evomerge.search import baselines
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate import prediction
@@ -79,10 +79,7 @@ def predict(summary: Summary, prepared: Prepared, name: str) -> Prediction:
         UserError: too few recipes are scored.
     """
     store, course = summary.store, Course(summary)
-    if facts.FINGERPRINTS.get(store) != prepared.fingerprints:
-        raise StoreError(
-            f"{store.folder}: model files changed since the run began", fix="restore the old files"
-        )
+    summary.run.refuse_changed(prepared.model_facts)
     normaliser = summary.normaliser("search")
     if normaliser is None:
         raise StoreError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
@@ -49,6 +50,7 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     for name in names:
         if name not in sources:
             raise ConfigError(f"recipe: model {name!r} was not opened", fix=nearest(name, sources))
+    check_fingerprints(recipe, {name: sources[name] for name in names})
     notes = check_models({name: sources[name] for name in names}, stacked=recipe.stacked)
     _check_groups(recipe, sources)
     if any(isinstance(sources[name], Aligned) for name in recipe.used_fishers()):
@@ -61,6 +63,36 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     prints = {name: sources[name].fingerprint for name in recipe.used_fishers()}
     fisher_files.check(recipe, sources[recipe.pattern].headers, prints)
     return notes
+
+
+def check_fingerprints(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """Refuse models whose files are not those the recipe was written for, if it has their fingerprints.
+
+    Args:
+        recipe: with or without `fingerprints`.
+        sources: opened models by name.
+
+    Raises:
+        ModelError: it names the models and the location of each.
+    """
+    changed = [
+        name
+        for name, source in sources.items()
+        if recipe.fingerprints.get(name, source.fingerprint) != source.fingerprint
+    ]
+    if changed:
+        raise ModelError(
+            "model files changed since the recipe was written, so the merge would have other weights",
+            expected="the files whose `fingerprints` the recipe holds",
+            got="; ".join(f"{name}: {sources[name].location}" for name in changed),
+            fix="restore these files, or delete `fingerprints` from the recipe to merge the present ones",
+        )
+
+
+def with_fingerprints(recipe: Recipe, sources: Mapping[str, Source]) -> Recipe:
+    """Return the recipe with the fingerprints of the models it reads."""
+    names = dict.fromkeys((*recipe.used_models(), recipe.pattern))
+    return replace(recipe, fingerprints={name: sources[name].fingerprint for name in names})
 
 
 def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tuple[str, ...]:

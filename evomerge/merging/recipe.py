@@ -297,6 +297,8 @@ class Recipe:
         num_layers: of the result; None means as many as its sources have.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
+        fingerprints: name -> fingerprint of a model's files, for some or all models. A merge refuses models
+            whose files have another one. Not part of the hash, nor of equality.
 
     Raises:
         ConfigError: unknown names or types, no models or groups, or a missing base or Fisher file.
@@ -310,6 +312,7 @@ class Recipe:
     seed: int = 0
     num_layers: int | None = None
     fisher: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
     asked: bool = field(default=False, init=False, compare=False, repr=False)
     """Whether `tokenizer` was set, as it is in every written recipe. Not part of the identity: it decides
     which models are refused, and no merged bits."""
@@ -323,6 +326,7 @@ class Recipe:
             raise ConfigError("recipe: no groups")
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
         object.__setattr__(self, "fisher", MappingProxyType(dict(self.fisher)))
+        object.__setattr__(self, "fingerprints", MappingProxyType(dict(self.fingerprints)))
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
             raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(str(self.dtype), DTYPES))
@@ -331,6 +335,7 @@ class Recipe:
             if not self.models.keys() >= {*group.sources, group.base or group.sources[0]}:
                 self._check_names(f"group {group.label()!r}", [*group.sources, group.base])
         self._check_names("fisher", self.fisher)
+        self._check_names("fingerprints", self.fingerprints)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
         for group in self.groups:
             if methods.get(group.method).needs_base and self.base_of(group) is None:
@@ -425,6 +430,7 @@ class Recipe:
             return self._hash
         data = self.to_data()
         del data["models"]
+        data.pop("fingerprints", None)
         if not any(methods.get(group.method).random for group in self.groups):
             del data["seed"]
         if not self.used_fishers():
@@ -460,6 +466,8 @@ class Recipe:
             data["num_layers"] = self.num_layers
         if self.fisher:
             data["fisher"] = dict(self.fisher)
+        if self.fingerprints:
+            data["fingerprints"] = dict(self.fingerprints)
         data["groups"] = [group._as_data() for group in self.groups]
         return data
 
@@ -471,7 +479,8 @@ class Recipe:
             ConfigError: unknown keys (the error names the nearest valid one), or values that don't fit.
         """
         data = _mapping(data, "recipe")
-        valid = ("format", "models", "base", "tokenizer", "dtype", "seed", "num_layers", "fisher", "groups")
+        settings = ("base", "tokenizer", "dtype", "seed", "num_layers", "fisher", "fingerprints")
+        valid = ("format", "models", *settings, "groups")
         _check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
             raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
@@ -492,6 +501,7 @@ class Recipe:
             seed=seed,
             num_layers=layers,
             fisher=_locations(data.get("fisher") or {}, "recipe: fisher"),
+            fingerprints=_locations(data.get("fingerprints") or {}, "recipe: fingerprints"),
             groups=tuple(
                 TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)

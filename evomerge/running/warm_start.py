@@ -132,6 +132,7 @@ def over(recipe: Recipe, template: Recipe, where: str) -> Recipe:
             groups=groups,
             base=BASE,
             fisher=fisher,
+            fingerprints={},
             tokenizer=template.tokenizer,
         ),
         template,
@@ -147,6 +148,7 @@ def _made_here(recipe: Recipe, template: Recipe) -> Recipe:
         dtype=template.dtype,
         tokenizer=template.tokenizer,
         seed=template.seed,
+        fingerprints={},
     )
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import ConfigError, ModelError
 from evomerge.files import drafted_folder
 from evomerge.merging import methods
-from evomerge.merging.compatibility import check
+from evomerge.merging.compatibility import check, with_fingerprints
 from evomerge.merging.export import writer
 from evomerge.merging.methods.reduction import norm
 from evomerge.merging.recipe import Recipe, TensorGroup
@@ -168,7 +168,7 @@ def write_adapter(
     with drafted_folder(out) as folder:
         _write_weights(folder / WEIGHTS, plan, stored, recipe, opened, below, layers)
         _write_config(folder, plan, stored, report, layers, below)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(with_fingerprints(recipe, opened).to_yaml(), encoding="utf-8")
         for name, text in (finish(folder, report) if finish else {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return report

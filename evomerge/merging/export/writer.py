@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import DiskError
 from evomerge.files import drafted_folder
-from evomerge.merging.compatibility import check
+from evomerge.merging.compatibility import check, with_fingerprints
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import INDEX, SINGLE
@@ -66,7 +66,8 @@ def write(
     folder with files in it is never touched.
 
     Args:
-        recipe: the merge to write; it is also saved in the folder, as recipe.yaml.
+        recipe: the merge to write; it is also saved in the folder, as recipe.yaml, with the fingerprints of
+            its models.
         out: the folder to write, new or empty.
         max_shard_bytes: the largest size of one weight file, in bytes, unless a single tensor is larger.
         sources: already opened models by name. By default the recipe's models are opened.
@@ -91,7 +92,8 @@ def write(
     check_space(out, shards)
     with drafted_folder(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
-        _write_rest(recipe, pattern, tokenizer, stacked_config(recipe, sources), folder)
+        merged = with_fingerprints(recipe, sources)
+        _write_rest(merged, pattern, tokenizer, stacked_config(recipe, sources), folder)
         for name, text in (extra or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
