@@ -58,7 +58,7 @@ class Prepared:
     warm: WarmStart = field(default_factory=WarmStart)
 
     @property
-    def model_facts(self) -> facts.Values:
+    def model_facts(self) -> dict[facts.Fact[Any], Any]:
         """The facts by which a stored run recognises its models."""
         return {facts.FINGERPRINTS: self.fingerprints, facts.MODEL_FILES: self.files}
 
@@ -192,18 +192,21 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
     """Return the facts that are stored when a run is begun, and compared when it goes on."""
     config = prepared.config
     start = {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
-    return start | {
-        facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
-        facts.IDENTITY: config.identity(),
-        facts.BLOCKS: prepared.worker.blocks,
-        **prepared.model_facts,
-        facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
-        facts.SUITE_DIGEST: prepared.suite.digest(),
-        facts.OPTIMIZER: prepared.optimizer,
-        facts.LAYERS: prepared.layers,
-        facts.FORWARD: forward.as_data(forward.find(prepared.worker)),
-        facts.ARITHMETIC: f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
-    }
+    return (
+        start
+        | prepared.model_facts
+        | {
+            facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
+            facts.IDENTITY: config.identity(),
+            facts.BLOCKS: prepared.worker.blocks,
+            facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
+            facts.SUITE_DIGEST: prepared.suite.digest(),
+            facts.OPTIMIZER: prepared.optimizer,
+            facts.LAYERS: prepared.layers,
+            facts.FORWARD: forward.as_data(forward.find(prepared.worker)),
+            facts.ARITHMETIC: f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",
+        }
+    )
 
 
 def check_folder(prepared: Prepared) -> None:

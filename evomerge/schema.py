@@ -49,40 +49,125 @@ def parse(model: type[T], data: object, where: str) -> T:
         raise ConfigError("\n  - ".join([head, *(problems if len(problems) > 1 else [])])) from None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader with duplicate keys as errors; by itself it silently takes the last one."""
+LARGEST_INTEGER = 2**64
+"""Integers of this size and more are refused: no setting needs them, and Python prints no very long ones."""
+EXPANDED = 100_000
+"""Values that the aliases of a file may add to those that are written out."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, in which every mistake is a yaml.YAMLError with its line.
+
+    Duplicate keys, keys that are lists or mappings, aliases that contain themselves or expand to very many
+    values, very large integers, and text that a tag or a date format can't convert are errors.
+    """
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _check_aliases(node)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()
+        except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError):
+            raise _mistake(f"{_excerpt(node)} is no valid {node.tag.rpartition(':')[2]}", node) from None
+        if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+            raise _mistake(f"{_excerpt(node)} is an integer of more than 64 bits", node)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise _mistake(f"{_excerpt(node)} is not a mapping", node)
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue  # `<<: *anchor`, whose keys may be overridden
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _mistake("a key is a list or a mapping; in braces, quote it", key_node)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
-                )
+                raise _mistake(f"duplicate key {key!r}", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeys.add_implicit_resolver(  # numbers in YAML 1.2; PyYAML reads 1e-9 as text
+_StrictLoader.add_implicit_resolver(  # numbers in YAML 1.2; PyYAML reads 1e-9 as text
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-def parse_yaml(text: str) -> Any:
-    """Read YAML without code execution and without duplicate keys. Raises yaml.YAMLError."""
+class _TaskLoader(_StrictLoader):
+    """The strict loader for lm-eval's task files, whose tag `!function` names Python code; it stays text."""
+
+
+_TaskLoader.add_constructor("!function", lambda _, node: str(node.value))
+
+
+def _mistake(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _excerpt(node: yaml.Node) -> str:
+    """Return a value as written, shortened."""
+    if not isinstance(node, yaml.ScalarNode):
+        return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+    return repr(node.value if len(node.value) <= 40 else f"{node.value[:40]}...")
+
+
+def _check_aliases(root: yaml.Node) -> None:
+    """Refuse aliases that contain themselves, or that expand to very many values."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if id(node) in open_nodes:
+            raise _mistake("an alias contains itself", node)
+        open_nodes.add(id(node))
+        children: Sequence[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        sizes[id(node)] = 1 + sum(map(size, children))
+        open_nodes.discard(id(node))
+        return sizes[id(node)]
+
+    if size(root) > len(sizes) + EXPANDED:
+        raise _mistake(f"its aliases expand to {size(root):,} values", root)
+
+
+def parse_yaml(text: str, *, task_file: bool = False) -> Any:
+    """Read YAML strictly and without code execution; every mistake is a yaml.YAMLError of one line.
+
+    task_file: whether lm-eval's tag `!function` may occur.
+
+    >>> parse_yaml("a: 1e-3")
+    {'a': 0.001}
+    """
     try:
-        return yaml.load(text, Loader=_UniqueKeys)
+        return yaml.load(text, Loader=_TaskLoader if task_file else _StrictLoader)
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise yaml.YAMLError(place + what) from None
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping, or raise ConfigError naming the file and the line."""
+def load_yaml(path: Path, *, task_file: bool = False) -> dict[str, Any]:
+    """Read one YAML mapping, or raise ConfigError naming the file and the line.
+
+    task_file: as in `parse_yaml`.
+    """
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"), task_file=task_file)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -25,6 +25,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.live_lm import compiled_templates, quiet
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
+from evomerge.schema import load_yaml
 
 FEWSHOT_SEED = 1234
 """Seed of the few-shot examples; lm-eval's own default, so that its prompts are reproduced."""
@@ -284,6 +285,8 @@ def is_number(value: object) -> bool:
 
 def _manager(suite: Suite, names: Sequence[str]) -> Any:
     if suite.tasks_dir is not None:
+        for path in sorted(Path(suite.tasks_dir).rglob("*.yaml")):
+            load_yaml(path, task_file=True)  # lm-eval skips a malformed file without a message
         return lm_eval.tasks.TaskManager(include_path=str(suite.tasks_dir), include_defaults=False)
     # Indexing all built-in tasks takes half a minute, and searching the folders of a few tasks two seconds.
     if folders := _builtin_folders(names):

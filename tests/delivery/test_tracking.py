@@ -293,7 +293,7 @@ def test_wandb_offline_leaves_its_files_in_the_run_and_no_process(run: Path, tmp
     sessions = sorted((run / "wandb").glob("offline-run-*"))
     assert len(sessions) == 2
     identity = json.loads((run / STATE).read_text())["wandb"]["id"]
-    assert all(folder.name.endswith(identity) for folder in sessions)
+    assert all(identity in folder.name for folder in sessions)  # a second one within a second gets a suffix
     assert [_steps(next(folder.glob("*.wandb"))) for folder in sessions] == [[0, 1], [2]]
     assert _with_mark(mark) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -325,6 +326,16 @@ class TestErrors:
         with pytest.raises(ConfigError) as caught:
             Harness(suite, tokenizer=new_tokenizer(), **({"batch_size": 8, "max_length": None} | options))
         return str(caught.value)
+
+    def test_a_malformed_task_file_is_named(
+        self, make_suite: MakeSuite, tasks_dir: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(tasks_dir, tmp_path / "tasks")
+        (tmp_path / "tasks" / "other.yaml").write_text("task: other\n{{ x }}: 1\n")
+        assert self.text(make_suite(entry("choice"), folder=tmp_path / "tasks")) == (
+            f"{tmp_path}/tasks/other.yaml: not valid YAML\n"
+            "  got: line 2, column 1: a key is a list or a mapping; in braces, quote it"
+        )
 
     def test_unknown_task(self, make_suite: MakeSuite, tasks_dir: Path) -> None:
         assert self.text(make_suite(entry("frist", metric="acc"))) == (
