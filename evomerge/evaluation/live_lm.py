@@ -20,6 +20,8 @@ import lm_eval.api.task
 import lm_eval.utils
 import torch
 import transformers
+from jinja2.runtime import Context
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -29,6 +31,40 @@ from evomerge.evaluation.scores import NonFiniteScores
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation to score."""
+
+
+class _Sandbox(SandboxedEnvironment):
+    """The environment of task templates: without access to Python's internals, so that they run no code."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise _unsafe(f"reads {attribute!r} of a {type(obj).__name__}")
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_safe_callable(obj):
+            raise _unsafe(f"calls {getattr(obj, '__name__', type(obj).__name__)!r}")
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _unsafe(what: str) -> ConfigError:
+    return ConfigError(
+        f"a template {what}, which could run code",
+        expected="templates over a document's fields, with filters and methods of text and lists",
+        fix="remove it from the task's YAML",
+    )
+
+
+def _sandboxed(environment: Any) -> _Sandbox:
+    """Return a sandboxed environment with the settings of another one."""
+    sandbox = _Sandbox(
+        loader=environment.loader,
+        undefined=environment.undefined,
+        keep_trailing_newline=environment.keep_trailing_newline,
+    )
+    sandbox.filters.update(environment.filters)
+    return sandbox
+
+
+lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
 
 
 class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information

@@ -270,6 +270,10 @@ def build(suite: Suite, *, seed: int) -> list[TaskBuilder]:
         for spec in suite.tasks:
             try:
                 task = _load(manager, spec.task)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"task {spec.task!r}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
+                ) from None
             except Exception as error:
                 raise ConfigError(
                     f"task {spec.task!r} can't be loaded", got=f"{type(error).__name__}: {error}"

@@ -337,6 +337,32 @@ class TestErrors:
             "  got: line 2, column 1: a key is a list or a mapping; in braces, quote it"
         )
 
+    @pytest.mark.parametrize(
+        ("template", "what"),
+        [
+            ("{{ cycler.__init__.__globals__.os.popen('touch FILE').read() }}", "reads '__init__' of a type"),
+            (
+                "{% for x in lipsum.__globals__.os.popen('touch FILE') %}{% endfor %}",
+                "reads '__globals__' of a",
+            ),
+            ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reads '__class__' of a str"),
+            ("{{ '{0.__class__}'.format(1) }}", "reads '__class__' of a int"),
+            ("{{ 1 | attr('__class__') }}", "reads '__class__' of a int"),
+        ],
+    )
+    def test_a_template_that_could_run_code(
+        self, template: str, what: str, make_suite: MakeSuite, tmp_path: Path
+    ) -> None:
+        """lm-eval's own environment runs the first one and makes the file."""
+        text = template.replace("FILE", str(tmp_path / "made"))
+        splits = {split: documents("choice", split, 10) for split in ITEMS}
+        for field in ("doc_to_text", "doc_to_target"):
+            write_task(tmp_path, "choice", TASKS["choice"] | {field: text}, **splits)
+            said = self.text(make_suite(entry("choice"), folder=tmp_path))
+            assert f"task 'choice': a template {what}" in said
+            assert "which could run code" in said
+        assert not (tmp_path / "made").exists()
+
     def test_unknown_task(self, make_suite: MakeSuite, tasks_dir: Path) -> None:
         assert self.text(make_suite(entry("frist", metric="acc"))) == (
             f"suite 'test': there is no task 'frist' in {tasks_dir}\n"
