@@ -77,8 +77,8 @@ def check_fingerprints(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     """
     changed = [
         name
-        for name, source in sources.items()
-        if recipe.fingerprints.get(name, source.fingerprint) != source.fingerprint
+        for name, fingerprint in recipe.fingerprints.items()
+        if name in sources and sources[name].fingerprint != fingerprint
     ]
     if changed:
         raise ModelError(
