@@ -32,7 +32,7 @@ from evomerge.cli.options import (
     SeedOption,
 )
 from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
-from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.errors import ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -255,8 +255,12 @@ def _report(folder: Path) -> None:
         summary = Summary(stored)
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
-        page = delivery.write_html(summary, folder / "report.html")
-        output.say(f"report: {relative(page)}")
+        try:
+            page = delivery.write_html(summary, folder / "report.html")
+        except DiskError as error:  # of a run folder that may only be read
+            complain(f"no report page: {error.what} ({error.got})")
+        else:
+            output.say(f"report: {relative(page)}")
 
 
 @command(app, "export")

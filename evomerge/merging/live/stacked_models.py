@@ -298,6 +298,8 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
             raise DiskError(
                 f"{temporary_parent()}: can't be written", got=error.strerror, fix="free some disk space"
             ) from None
+        if "failed to map segment" in str(error):  # how the loader of libraries says that memory ran out
+            raise MemoryError(str(error)) from None
         if attention is not None and _plain(attention) in _plain(str(error)):
             raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
         raise ModelError(
