@@ -6,6 +6,7 @@ suites are relative to the config file; `out` is relative to where the command i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.permissions import Permissions
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
@@ -26,6 +28,9 @@ from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.kinds import AnySpec, parse_space
 from evomerge.search.surrogate.guide import SurrogateSpec
 from evomerge.search.warm_start import WarmStartSpec
+
+PERMISSIONS = tuple(field.name for field in dataclasses.fields(Permissions))
+"""Keys of a config that allow code to run. No run stores them: who continues it gives them again."""
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
@@ -101,6 +106,11 @@ class RunConfig(Strict):
     """Type of the exported weights. Candidates are rounded to it before they are scored."""
     tokenizer: str = ""
     """Where vocabularies differ, the vocabulary of the merged model: `base`, `union`, or a source's name."""
+    trust_tasks: bool = False
+    """Allow the Python code that the suite's task files name to run. Not stored with the run."""
+    allow_code_execution: bool = False
+    """Allow tasks that execute the models' answers; they run in a process with limits. Not stored with the
+    run."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
     seed: int = Field(default=0, ge=0)
@@ -172,6 +182,16 @@ class RunConfig(Strict):
         )
 
     @property
+    def permissions(self) -> Permissions:
+        """Which code of the suite's tasks may run."""
+        return Permissions(**{name: getattr(self, name) for name in PERMISSIONS})
+
+    def permitting(self, permissions: Permissions) -> RunConfig:
+        """Return the config with more allowed."""
+        allowed = {name: True for name, yes in dataclasses.asdict(permissions).items() if yes}
+        return self.model_copy(update=allowed)
+
+    @property
     def locations(self) -> dict[str, str]:
         """Name -> location of all models, the base first."""
         return {BASE: self.models.base, **self.models.sources}
@@ -179,9 +199,10 @@ class RunConfig(Strict):
     def identity(self) -> str:
         """Return a hash of everything that changes results: two configs with it share a run folder.
 
-        Budget, workers, timeout, trackers and places on the disk don't count: they may change on resume.
+        Budget, workers, timeout, trackers, permissions and places on the disk don't count: they may change on
+        resume.
         """
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
         for name in ("budget", "out", "suite", "tracking"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import RunConfig
+from evomerge.config import PERMISSIONS, RunConfig
 from evomerge.errors import ConfigError, StoreError
+from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
@@ -85,7 +86,7 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer=config.tokenizer,
         seed=config.seed,
     )
-    notes = (*check(template, sources), *kernels.notes())
+    notes = (*check(template, sources), *kernels.notes(), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
     assert not isinstance(config.space, str)
@@ -137,6 +138,7 @@ def _worker(config: RunConfig, suite: Suite) -> WorkerSpec:
         blocks=config.racing.blocks,
         block_seed=config.seed,
         generation=config.executor.generation,
+        permissions=config.permissions,
     )
 
 
@@ -196,7 +198,8 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         start
         | prepared.model_facts
         | {
-            facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
+            # A run folder may be moved, and may come from somebody else.
+            facts.CONFIG: config.model_dump(mode="json", exclude={"out", *PERMISSIONS}),
             facts.IDENTITY: config.identity(),
             facts.BLOCKS: prepared.worker.blocks,
             facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),

@@ -24,7 +24,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from evomerge.cli.options import BUDGET, JsonOption, QuietOption
+from evomerge.cli.options import BUDGET, PERMISSIONS, JsonOption, QuietOption
 from evomerge.errors import UserError
 
 INTERRUPTED = 130
@@ -66,7 +66,8 @@ def command(
     """Register a command that also takes `--quiet` and `--json`, and turns UserError into exit code 2.
 
     name: "" for the group itself. budget: the parameter `limits` becomes the options of BUDGET; the function
-    receives them as a mapping.
+    receives them as a mapping. A parameter `permissions` becomes the options of PERMISSIONS; the function
+    receives a Permissions.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -75,6 +76,10 @@ def command(
             output.quiet, output.json = output.quiet or quiet, output.json or json_
             if budget:
                 kwargs["limits"] = {limit: kwargs.pop(limit) for limit in BUDGET}
+            if "permissions" in signature.parameters:
+                from evomerge.evaluation.permissions import Permissions
+
+                kwargs["permissions"] = Permissions(**{name: kwargs.pop(name) for name in PERMISSIONS})
             _silence_libraries()
             with orderly_shutdown():
                 _guarded(function, *args, **kwargs)
@@ -84,6 +89,8 @@ def command(
         for parameter in signature.parameters.values():
             if budget and parameter.name == "limits":
                 parameters += [_parameter(limit, annotation, None) for limit, annotation in BUDGET.items()]
+            elif parameter.name == "permissions":
+                parameters += [_parameter(name, option, False) for name, option in PERMISSIONS.items()]
             else:
                 parameters.append(parameter)
         parameters += [_parameter("quiet", QuietOption, False), _parameter("json_", JsonOption, False)]

@@ -9,6 +9,7 @@ from rich.table import Table
 from evomerge.delivery import style
 from evomerge.delivery.summary import raw_interval
 from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
@@ -17,7 +18,14 @@ from evomerge.running import executors
 from evomerge.running.worker import Job, Worker, WorkerSpec
 
 
-def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int) -> dict[str, Any]:
+def evaluate(
+    location: str,
+    suite_name: str,
+    split_name: str,
+    *,
+    batch_size: int,
+    permissions: Permissions = NOTHING,
+) -> dict[str, Any]:
     """Score a model as it is stored.
 
     Args:
@@ -25,6 +33,7 @@ def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int
         suite_name: a preset's name, or a YAML file.
         split_name: search, select or test.
         batch_size: requests per forward pass.
+        permissions: which code of the suite's tasks may run.
 
     Returns:
         Plain data: per task the mean raw score in the metric's unit, its 95 % interval and the item count.
@@ -50,6 +59,7 @@ def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int
             dtype=dtype,
             device=device,
             threads=threads,
+            permissions=permissions,
         )
     )
     outcome = worker.run(Job(recipe=recipe, split=split)).outcome
