@@ -10,7 +10,7 @@ from evomerge.delivery import style
 from evomerge.delivery.summary import raw_interval
 from evomerge.errors import ConfigError, UserError, nearest
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
@@ -66,20 +66,20 @@ def evaluate(
     if isinstance(outcome, Failure):
         raise UserError(f"{location}: could not be scored: {outcome.reason}")
     assert isinstance(outcome, Scores)
-    tasks = []
-    for scores in outcome:
-        interval = raw_interval(scores.metric, seed=0)
-        tasks.append(
-            {
-                "task": scores.task,
-                "metric": suite[scores.task].metric,
-                "score": interval.estimate,
-                "low": interval.low,
-                "high": interval.high,
-                "items": len(scores.metric),
-            }
-        )
+    tasks = [_row(scores, suite[scores.task].metric) for scores in outcome]
     return {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
+
+
+def _row(scores: TaskScores, metric: str) -> dict[str, Any]:
+    interval = raw_interval(scores.metric, seed=0)
+    return {
+        "task": scores.task,
+        "metric": metric,
+        "score": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "items": len(scores.metric),
+    }
 
 
 def table(data: dict[str, Any]) -> Table:

@@ -1,8 +1,7 @@
 """Blends in one compiled pass over memory: kernels.c, compiled by the machine's C compiler when needed.
 
 A kernel is compiled for one form of a blend (number and types of the sources, kinds of masks) in under a
-second and kept in the user's cache folder, from which only files are loaded that nobody else could have
-written. In one pass it reads stored weights, subtracts the base, masks,
+second and kept in the user's cache folder, which only the user can write. In one pass it reads stored weights, subtracts the base, masks,
 weights, elects signs, adds, rounds, and writes into the file's buffer or the live model. Its results are
 those of `methods.blend.run`, bit for bit. Without a C compiler (or with EVOMERGE_KERNELS=0) `run` is used
 instead: the same weights, many times slower.
@@ -327,7 +326,7 @@ def _private(path: Path, kind: Callable[[int], bool]) -> bool:
 
 
 def _guarded(folder: Path) -> bool:
-    """Say whether nobody but this user and root can replace what lies in a folder."""
+    """Say whether only this user and root can replace what lies in a folder."""
     for found in (folder.lstat(), folder.stat()):
         others_write = (
             found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX and not stat.S_ISLNK(found.st_mode)
