@@ -38,8 +38,8 @@ PATIENCE = 30.0
 class SafeConsole(Console):
     """A console that prints names and messages as they are: without markup, control characters or secrets.
 
-    Everything that it prints passes through `render`; texts also pass through `render_str`, which comes before
-    columns are measured.
+    Everything that it prints passes through `render`; texts also pass through `render_str`, which comes
+    before columns are measured.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -1,10 +1,10 @@
 """Blends in one compiled pass over memory: kernels.c, compiled by the machine's C compiler when needed.
 
 A kernel is compiled for one form of a blend (number and types of the sources, kinds of masks) in under a
-second and kept in the user's cache folder, which only the user can write. In one pass it reads stored weights, subtracts the base, masks,
-weights, elects signs, adds, rounds, and writes into the file's buffer or the live model. Its results are
-those of `methods.blend.run`, bit for bit. Without a C compiler (or with EVOMERGE_KERNELS=0) `run` is used
-instead: the same weights, many times slower.
+second and kept in the user's cache folder, which only the user can write. In one pass it reads stored
+weights, subtracts the base, masks, weights, elects signs, adds, rounds, and writes into the file's buffer or
+the live model. Its results are those of `methods.blend.run`, bit for bit. Without a C compiler (or with
+EVOMERGE_KERNELS=0) `run` is used instead: the same weights, many times slower.
 
 Covered: float32 and bfloat16 in main memory. Other types are converted to float32 first.
 """
