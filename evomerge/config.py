@@ -28,6 +28,7 @@ from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.kinds import AnySpec, parse_space
 from evomerge.search.surrogate.guide import SurrogateSpec
 from evomerge.search.warm_start import WarmStartSpec
+from evomerge.text import holds_secret
 
 PERMISSIONS = tuple(field.name for field in dataclasses.fields(Permissions))
 """Keys of a config that allow code to run. No run stores them: who continues it gives them again."""
@@ -64,7 +65,8 @@ class TrackerSpec(Strict):
     mode: Literal["online", "offline"] = "online"
     """W&B only: `offline` writes files that `wandb sync` uploads later."""
     uri: str | None = None
-    """MLflow only: the tracking store. Default: the database RUN/mlflow.db."""
+    """MLflow only: the tracking store. Default: the database RUN/mlflow.db. `${NAME}` stands for an
+    environment variable, whose value is not stored."""
     folder: str | None = None
     """TensorBoard only: the folder of the event files. Default: RUN/tensorboard."""
 
@@ -72,7 +74,8 @@ class TrackerSpec(Strict):
     def _its_own(self) -> TrackerSpec:
         owners = {"project": ("wandb", "mlflow"), "mode": ("wandb",), "uri": ("mlflow",)}
         for field, names in (owners | {"folder": ("tensorboard",)}).items():
-            if field in self.model_fields_set and self.name not in names:
+            default = type(self).model_fields[field].default  # a stored config names every setting
+            if getattr(self, field) != default and self.name not in names:
                 raise ValueError(f"{field} is a setting of {' and '.join(names)}, not of {self.name}")
         return self
 
@@ -157,6 +160,7 @@ class RunConfig(Strict):
         written out. A packaged suite keeps its name.
         """
         data = load_yaml(path)
+        _refuse_secrets(data, str(path))
         if seed is not None:
             data["seed"] = seed
         if out is not None:
@@ -215,6 +219,23 @@ class RunConfig(Strict):
         if self.warm_start == WarmStartSpec():
             del data["warm_start"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_secrets(data: Any, where: str) -> None:
+    """Raise ConfigError for passwords and tokens in addresses, because a config is stored with its run."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            _refuse_secrets(value, f"{where}: {key}")
+    elif isinstance(data, list):
+        for value in data:
+            _refuse_secrets(value, where)
+    elif isinstance(data, str) and holds_secret(data):
+        raise ConfigError(
+            f"{where}: holds a secret, and a config is stored with its run",
+            expected="an address without user, password or token; in `tracking` it may hold ${NAME}",
+            got=data,
+            fix="put the secret into an environment variable, and write ${NAME} in its place",
+        )
 
 
 def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:

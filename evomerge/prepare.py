@@ -33,6 +33,7 @@ from evomerge.search.spaces.layer_path import LayerPathSpec
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart
 from evomerge.stored import StoredRun
+from evomerge.text import in_texts, redacted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +200,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         | prepared.model_facts
         | {
             # A run folder may be moved, and may come from somebody else.
-            facts.CONFIG: config.model_dump(mode="json", exclude={"out", *PERMISSIONS}),
+            facts.CONFIG: in_texts(redacted, config.model_dump(mode="json", exclude={"out", *PERMISSIONS})),
             facts.IDENTITY: config.identity(),
             facts.BLOCKS: prepared.worker.blocks,
             facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),

@@ -28,7 +28,8 @@ _SECRET = re.compile(
     rf"|(?P<name>[?&;](?:[\w.~%-]*[-_.])?(?:{SECRET_NAMES})=)(?P<value>[^&;#\s'\"]+)",
     re.IGNORECASE,
 )
-_REFERENCE = re.compile(r"\$\{\w+\}")
+REFERENCE = re.compile(r"\$\{(\w+)\}")
+"""A reference to an environment variable."""
 HIDDEN = "***"
 
 
@@ -59,23 +60,29 @@ def one_line(text: str) -> str:
 def redacted(text: str) -> str:
     """Return a text without the secrets in its addresses: users with passwords, and secret parameters.
 
-    >>> redacted("https://ann:pw@host/x?api_key=123&page=2")
-    'https://***@host/x?api_key=***&page=2'
+    References to environment variables, `${NAME}`, are no secrets and stay.
+
+    >>> redacted("https://ann:pw@host/x?api_key=123&key=${KEY}")
+    'https://***@host/x?api_key=***&key=${KEY}'
     """
-    return _SECRET.sub(lambda match: f"{HIDDEN}@" if match["user"] else f"{match['name']}{HIDDEN}", text)
+    return _SECRET.sub(_hidden, text)
 
 
 def holds_secret(text: str) -> bool:
-    """Say whether `redacted` would hide something that is not a reference to an environment variable.
+    """Say whether `redacted` would hide something.
 
     >>> holds_secret("https://ann:${PASSWORD}@host"), holds_secret("https://ann:pw@host")
     (False, True)
     """
-    for match in _SECRET.finditer(_REFERENCE.sub("", text)):
-        user, _, password = (match["user"] or "").rstrip("@").partition(":")
-        if password or match["value"] or (user and ":" not in match["user"]):
-            return True
-    return False
+    return redacted(text) != text
+
+
+def _hidden(match: re.Match[str]) -> str:
+    user, colon, password = (match["user"] or "").removesuffix("@").partition(":")
+    secrets = (password if colon else user, match["value"] or "")
+    if not any(REFERENCE.sub("", secret).replace(HIDDEN, "") for secret in secrets):
+        return match[0]
+    return f"{HIDDEN}@" if match["user"] else f"{match['name']}{HIDDEN}"
 
 
 def in_texts(change: Callable[[str], str], data: Any) -> Any:

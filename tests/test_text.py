@@ -39,6 +39,7 @@ HARMLESS = [
     "https://host/x?page=2&tokens=512",
     "https://ann:${PASSWORD}@host",
     "https://${TOKEN}@host/?key=${KEY}",
+    "https://***@host/?key=***",
 ]
 
 
@@ -62,6 +63,7 @@ def test_ordinary_text_stays() -> None:
 def test_secrets_are_recognised_and_hidden(text: str) -> None:
     assert holds_secret(text)
     hidden = redacted(f"can't reach {text}, tried twice")
+    assert redacted(hidden) == hidden
     assert "s3c" not in hidden
     assert "ret@" not in hidden
     assert hidden.startswith("can't reach ")
@@ -72,7 +74,7 @@ def test_harmless_addresses_hold_none(text: str) -> None:
     assert not holds_secret(text)
 
 
-@pytest.mark.parametrize("text", HARMLESS[:7])
+@pytest.mark.parametrize("text", HARMLESS)
 def test_harmless_text_is_not_changed(text: str) -> None:
     assert redacted(text) == text
 
