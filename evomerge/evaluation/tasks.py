@@ -381,6 +381,8 @@ def _absolute(files: Any, folder: Path) -> Any:
     if isinstance(files, list):
         return [_absolute(value, folder) for value in files]
     local = folder / str(files)
+    if Path(str(files)).is_absolute():
+        return files
     return str(local) if "://" not in str(files) and any(folder.glob(str(files))) else files
 
 
