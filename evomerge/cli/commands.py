@@ -5,7 +5,6 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,14 +31,13 @@ from evomerge.cli.options import (
     RunArgument,
     SeedOption,
 )
-from evomerge.cli.terminal import command, complain, output, progress_bar, relative
+from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
 from evomerge.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
     from evomerge.delivery.tracking import Tracked
-    from evomerge.evaluation.permissions import Permissions
     from evomerge.merging.export.adapter import AdapterReport
 
 app = typer.Typer(
@@ -180,15 +178,9 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         _report(folder)
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
-            command = f"evomerge resume {shlex.quote(relative(folder))}{_options_of(config.permissions)}"
+            command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
             interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
         raise
-
-
-def _options_of(permissions: Permissions) -> str:
-    """Return permissions as options of a command line."""
-    given = [name for name, yes in dataclasses.asdict(permissions).items() if yes]
-    return "".join(f" --{name.replace('_', '-')}" for name in given)
 
 
 def _observer() -> AbstractContextManager[Live | Silent]:
@@ -285,6 +277,9 @@ def export(
     form: FormOption = "model",
     rank: RankOption = None,
     keep_rest: KeepRestOption = False,
+    accept_difference: Annotated[
+        bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
+    ] = False,
     permissions: Any = None,
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
@@ -307,11 +302,25 @@ def export(
             written = delivery.export_text(summary, out, pick=pick, form=form)
             _say_file(out, written.recipe.hash)
             return
-        done = delivery.export(summary, out, pick=pick)
-    output.say(f"exported {done.pick.name} to {relative(done.folder)}")
+        done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
+    output.say(f"exported {done.pick.name} to {relative(done.folder)}{_COMPARED[done.equal]}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
-    output.data({"folder": str(done.folder), "name": done.pick.name, "recipe": done.pick.recipe.hash})
+    output.data(
+        {
+            "folder": str(done.folder),
+            "name": done.pick.name,
+            "recipe": done.pick.recipe.hash,
+            "equals_scored": done.equal,
+        }
+    )
+
+
+_COMPARED = {
+    True: "; its weights are those that were scored on `test`, bit for bit",
+    False: "; WARNING: its weights differ from those that were scored on `test`",
+    None: "; its weights were not compared, because this recipe was not scored on `test`",
+}
 
 
 @command(app, "merge")
@@ -582,4 +591,5 @@ def demo(
 
 def main() -> None:
     """Entry point of the `evomerge` command."""
-    app()
+    with as_program():
+        app()

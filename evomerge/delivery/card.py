@@ -20,13 +20,16 @@ from evomerge.search.ports import Named
 from evomerge.text import in_texts, one_line, printable
 
 
-def card(summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
+def card(
+    summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None, equal: bool | None = None
+) -> str:
     """Return the model card of one recipe of a run.
 
     Args:
         summary: of the run.
         chosen: the exported recipe.
         adapter: what was exported, if it is an adapter and not the full model.
+        equal: whether the exported weights are those that were scored on `test`; None where no weights were.
 
     Returns:
         The text of README.md.
@@ -48,6 +51,7 @@ def card(summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = Non
         header=_header(recipe, adapter),
         chosen=chosen,
         adapter=adapter,
+        equal=equal,
         recipe=recipe,
         is_winner=summary.winner is not None and recipe.hash == summary.winner.recipe.hash,
         rows=shown,

@@ -22,6 +22,7 @@ from typing import Any
 from evomerge.errors import ConfigError
 from evomerge.evaluation.permissions import Permissions
 from evomerge.evaluation.suite import Suite
+from evomerge.files import temporary_parent
 
 _KEPT = (
     *("PATH", "LANG", "LC_ALL", "HOME", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "OPENBLAS_CORETYPE"),
@@ -71,7 +72,9 @@ class IsolatedMetrics:
 
     def _started(self) -> subprocess.Popen[bytes]:
         """Start a server and wait until it has loaded the task."""
-        folder = tempfile.TemporaryDirectory(prefix="evomerge-answers-", ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(
+            prefix="evomerge-answers-", dir=temporary_parent(), ignore_cleanup_errors=True
+        )
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         path = os.pathsep.join(place for place in sys.path if place)
         server = subprocess.Popen(

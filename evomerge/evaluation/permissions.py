@@ -32,6 +32,11 @@ class Permissions:
     trust_tasks: bool = False
     allow_code_execution: bool = False
 
+    @property
+    def options(self) -> str:
+        """The options of a command line that give them."""
+        return " --trust-tasks" * self.trust_tasks + " --allow-code-execution" * self.allow_code_execution
+
 
 NOTHING = Permissions()
 """The default: no code runs."""
