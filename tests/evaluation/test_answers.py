@@ -127,3 +127,30 @@ def test_the_limits_are_what_the_documentation_says() -> None:
         f"{sandbox.PROCESSES} processes",
     )
     assert [limit for limit in limits if limit not in text] == []
+
+
+def test_metrics_of_the_library_evaluate_work_in_the_sandbox(tasks: Path) -> None:
+    """They write their cache; the folder is open to the sandbox."""
+    (tasks / "own").mkdir()
+    (tasks / "own" / "own.py").write_text(
+        "import datasets\nimport evaluate\n"
+        "class Own(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        value = datasets.Value('string')\n"
+        "        features = datasets.Features({'predictions': value, 'references': value})\n"
+        "        return evaluate.MetricInfo(description='', citation='', features=features)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        scope = {}\n"
+        "        exec(predictions[0], scope)\n"
+        "        return {'exact_match': float(str(scope['answer']) == references[0])}\n"
+    )
+    (tasks / "helpers.py").write_text(
+        "import evaluate\n"
+        "from pathlib import Path\n"
+        "own = evaluate.load(str(Path(__file__).with_name('own')))\n"
+        "def results(doc, answers):\n"
+        "    return own.compute(predictions=answers, references=['1'])\n"
+    )
+    metrics = answers.IsolatedMetrics(suite(tasks), "write", ALLOWED, ["exact_match"])
+    scores = [metrics({}, [answer])["exact_match"] for answer in ("answer = 1", "answer = 2", "answer =")]
+    assert scores == [1.0, 0.0, 0.0]
