@@ -286,10 +286,13 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
     try:
         with passing_folder(temporary_parent(), "evomerge-model") as folder:
             (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=getattr(torch, dtype), attn_implementation=attention
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=False,
             )
         if (source.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)

@@ -309,7 +309,9 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.location}: its tokenizer can't be opened", got=str(error)[:200]) from None
     additions = source.additions if isinstance(source, Aligned) else ()
