@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError
+from evomerge.files import expanded
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
@@ -167,7 +168,7 @@ class RunConfig(Strict):
                 "space": load_space(config.space, beside=folder),
                 "suite": resolve_suite(config.suite, folder),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
-                "out": str(Path(config.out).expanduser().absolute()),
+                "out": str(expanded(config.out).absolute()),
             }
         )
 
@@ -197,8 +198,8 @@ class RunConfig(Strict):
 
 
 def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:
-    run = None if spec.run is None else str(Path(spec.run).expanduser().absolute())
-    recipes = tuple(str((folder / Path(recipe).expanduser()).resolve()) for recipe in spec.recipes)
+    run = None if spec.run is None else str(expanded(spec.run).absolute())
+    recipes = tuple(str((folder / expanded(recipe)).resolve()) for recipe in spec.recipes)
     return spec.model_copy(update={"run": run, "recipes": recipes})
 
 
@@ -227,7 +228,7 @@ def resolve_location(location: str, folder: Path) -> str:
 def _resolve_part(part: str, folder: Path) -> str:
     if not part:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
-    path = Path(part).expanduser()
+    path = expanded(part)
     beside = folder / path
     if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or part.count("/") != 1:
         return str(beside.resolve())

@@ -32,6 +32,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Split
+from evomerge.files import expanded
 from evomerge.schema import Strict, find_preset, load_yaml, parse
 
 LOGLIKELIHOOD = "loglikelihood"
@@ -188,7 +189,7 @@ class Suite(Strict):
         """
         location = data.get("tasks_dir") if isinstance(data, Mapping) else None
         if isinstance(location, str):
-            location = (folder / Path(location).expanduser()).resolve()
+            location = (folder / expanded(location)).resolve()
             if not location.is_dir():
                 raise ConfigError(
                     f"{where}: tasks_dir is not a folder",

@@ -51,7 +51,7 @@ def layer_of(tensor: str) -> int | None:
     >>> layer_of("model.layers.11.mlp.down_proj.weight"), layer_of("model.norm.weight")
     (11, None)
     """
-    match = re.search(r"\.(\d+)\.", tensor)
+    match = re.search(r"\.(\d{1,9})\.", tensor)
     return int(match.group(1)) if match else None
 
 

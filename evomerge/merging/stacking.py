@@ -15,12 +15,10 @@ from typing import Any
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of, shifted
-from evomerge.merging.sources.checkpoint import natural_order
+from evomerge.merging.sources.checkpoint import COUNTS, natural_order
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Keys of a config.json that hold the number of layers."""
 NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_section")
 """Endings of config keys whose lists are not per layer, even if their length is the number of layers."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from evomerge.files import expanded
 from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.sources.adapter import is_adapter, open_adapter, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
@@ -25,9 +25,9 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     """
     model, adapter = split_location(location)
     if adapter is not None:
-        return open_adapter(Checkpoint.open(model), Path(adapter).expanduser(), location)
-    if is_adapter(Path(location).expanduser()):
-        return open_adapter(None, Path(location).expanduser(), location, fallback=base)
+        return open_adapter(Checkpoint.open(model), expanded(adapter), location)
+    if is_adapter(expanded(location)):
+        return open_adapter(None, expanded(location), location, fallback=base)
     return Checkpoint.open(location)
 
 
