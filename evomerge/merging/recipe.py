@@ -186,6 +186,10 @@ class TensorGroup:
                 layer is not None and layer not in self.layers
             ):
                 return False
+        return self.matches_name(tensor)
+
+    def matches_name(self, tensor: str) -> bool:
+        """Say whether a tensor of the group's layers belongs to the group, by its name."""
         return not self.match or any(part in tensor for part in self.match)
 
     @property
@@ -318,6 +322,10 @@ class Recipe:
     which models are refused, and no merged bits."""
     _hash: str = field(default="", init=False, compare=False, repr=False)
     """The hash, once computed: with hundreds of parameters it takes milliseconds."""
+    _by_layer: Mapping[object, Sequence[TensorGroup]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    """Layer (None: outside the layers) -> its groups in order, once needed; `any`: of all other layers."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -394,12 +402,26 @@ class Recipe:
 
     def group_for(self, tensor: str) -> TensorGroup:
         """Return the group that makes an output tensor, or raise ConfigError."""
-        for group in self.groups:
-            if group.matches(tensor):
+        for group in self.groups_at(layer_of(tensor)):
+            if group.matches_name(tensor):
                 return group
         raise ConfigError(
             f"recipe: no group matches tensor {tensor!r}", fix="add a last group without layers and match"
         )
+
+    def groups_at(self, layer: int | None) -> Sequence[TensorGroup]:
+        """Return the groups that may make tensors of a layer (None: of none), in order of precedence."""
+        if not self._by_layer:
+            by_layer: dict[object, list[TensorGroup]] = {"any": []}
+            for group in self.groups:
+                if group.layers is None:
+                    for groups in by_layer.values():
+                        groups.append(group)
+                    continue
+                for place in group.layers or (None,):
+                    by_layer.setdefault(place, by_layer["any"].copy()).append(group)
+            object.__setattr__(self, "_by_layer", by_layer)
+        return self._by_layer.get(layer, self._by_layer["any"])
 
     def base_of(self, group: TensorGroup) -> str | None:
         """Return the name of the base model a group reads, or None if its method reads no base."""

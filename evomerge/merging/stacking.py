@@ -150,11 +150,10 @@ def _count(config: Mapping[str, Any]) -> int:
 def _makers(recipe: Recipe, layer: int) -> list[TensorGroup]:
     """Return the groups that may make a tensor of a layer; the last one takes all remaining tensors."""
     makers = []
-    for group in recipe.groups:
-        if group.layers is None or layer in group.layers:
-            makers.append(group)
-            if not group.match:
-                break
+    for group in recipe.groups_at(layer):
+        makers.append(group)
+        if not group.match:
+            break
     return makers
 
 

@@ -90,6 +90,13 @@ def read(
         data = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError("mergekit file: not valid YAML", got=" ".join(str(error).split())) from None
+    return from_data(data, root=root, seed=seed, tensors=tensors)
+
+
+def from_data(
+    data: object, *, root: str | Path | None = None, seed: int = 0, tensors: Iterable[str] | None = None
+) -> Recipe:
+    """Return the same as `read`, from parsed YAML."""
     data = _checked(data, KEYS, "mergekit file")
     if "merge_method" not in data:
         raise ConfigError("mergekit file: missing key 'merge_method'")
@@ -346,12 +353,15 @@ def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
 def _names(locations: Iterable[str]) -> dict[str, str]:
     """Return location -> a short name: its last part, with a number if it is taken or is `union`."""
     names: dict[str, str] = {}
+    taken = {UNION}
+    numbers: dict[str, int] = {}
     for location in dict.fromkeys(locations):
         stem = Path(location.rpartition("+")[2]).name or location
-        name, number = stem, 2
-        while name in (*names.values(), UNION):
+        name, number = stem, numbers.get(stem, 2)
+        while name in taken:
             name, number = f"{stem}-{number}", number + 1
-        names[location] = name
+        names[location], numbers[stem] = name, number
+        taken.add(name)
     return names
 
 
