@@ -20,7 +20,7 @@ from evomerge.files import expanded
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
-from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
+from evomerge.schema import LARGEST_SEED, Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
@@ -96,7 +96,7 @@ class RunConfig(Strict):
     """The model of the scores that proposes and screens candidates. `off` leaves both to the optimizer."""
     warm_start: WarmStartSpec = Field(default_factory=WarmStartSpec)
     """What the search starts from besides the baselines: another run, recipe files, gradients."""
-    finalists: int = Field(default=8, ge=1)
+    finalists: int = Field(default=8, ge=1, le=10_000)
     """Number of candidates that are scored again on `select`, beside their greedy soup."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the exported weights. Candidates are rounded to it before they are scored."""
@@ -104,9 +104,9 @@ class RunConfig(Strict):
     """Where vocabularies differ, the vocabulary of the merged model: `base`, `union`, or a source's name."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of every random draw of the run."""
-    out: str
+    out: str = Field(min_length=1)
     """The run folder, relative to the folder in which the command is started."""
 
     @field_validator("surrogate", mode="before")

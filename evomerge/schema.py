@@ -40,6 +40,13 @@ class Strict(BaseModel):
     )
 
 
+LARGEST_COUNT = 10**9
+"""Bound of numbers of candidates, items, generations ...: more is a slip of the pen, and no machine gets there."""
+LARGEST_SEED = 2**63 - 1
+"""Bound of seeds: the integers that SQLite stores."""
+LARGEST_FACTOR = 1e6
+"""Bound of weights, prices and ranges of parameters: products of larger ones overflow in float32."""
+
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -92,6 +99,8 @@ class _StrictLoader(_YamlLoader):
             value = super().construct_object(node, deep)
             if isinstance(value, str):
                 value.encode()
+                if "\0" in value:
+                    raise _mistake(f"{_excerpt(node)} holds a NUL character", node)
         except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError):
             raise _mistake(f"{_excerpt(node)} is no valid {node.tag.rpartition(':')[2]}", node) from None
         if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:

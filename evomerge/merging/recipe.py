@@ -29,10 +29,12 @@ import yaml
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Method
-from evomerge.schema import parse_yaml
+from evomerge.schema import LARGEST_SEED, parse_yaml
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
+LAYERS = 10_000
+"""Most layers of a model; work is done layer by layer, so a misread number would take hours."""
 OUTSIDE: tuple[int, ...] = ()
 """The `layers` of a group of the tensors outside all layers: embeddings, final norm, head."""
 
@@ -266,12 +268,12 @@ class TensorGroup:
         layers = data.get("layers")
         if layers is not None and (
             not isinstance(layers, list)
-            or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers)
+            or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < LAYERS for n in layers)
         ):
             raise ConfigError(
                 f"{where}: layers",
-                expected="a list of layer numbers, [] for the tensors outside the layers",
-                got=repr(layers),
+                expected=f"a list of layer numbers below {LAYERS}, [] for the tensors outside the layers",
+                got=repr(layers)[:200],
             )
         return cls(
             method=str(data["method"]),
@@ -507,7 +509,7 @@ class Recipe:
         if data.get("format", FORMAT) != FORMAT:
             raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
         seed = data.get("seed", 0)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        if _whole(seed, "recipe: seed", LARGEST_SEED) < 0:
             raise ConfigError("recipe: seed", expected="a whole number >= 0", got=repr(seed))
         layers = data.get("num_layers")
         if layers is not None and _whole(layers, "recipe: num_layers") < 1:
@@ -569,9 +571,9 @@ def _optional_name(value: object, where: str) -> str | None:
     return value
 
 
-def _whole(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(where, expected="a whole number", got=repr(value))
+def _whole(value: object, where: str, limit: int = LAYERS) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > limit:
+        raise ConfigError(where, expected=f"a whole number of at most {limit}", got=repr(value)[:80])
     return value
 
 

@@ -25,7 +25,7 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
 from evomerge.merging.methods import Method
-from evomerge.merging.recipe import DTYPES, UNION, Recipe
+from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
 from evomerge.schema import parse_yaml
 
 KEYS = (
@@ -135,6 +135,10 @@ def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str
     if slices[0].length is None:
         return None
     num_layers = slices[-1].start + (slices[-1].length or 0)
+    if num_layers > LAYERS:
+        raise ConfigError(
+            "mergekit file: too many layers", expected=f"at most {LAYERS} in all slices", got=str(num_layers)
+        )
     try:
         check_ranges(slices, headers)
         if num_layers == headers.layout(pattern_location).num_layers:
@@ -341,11 +345,11 @@ def _number(value: object) -> object:
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
     bounds = entry.get("layer_range")
     whole = isinstance(bounds, list) and len(bounds) == 2 and all(type(v) is int for v in bounds)
-    if not whole or not 0 <= bounds[0] < bounds[1]:  # type: ignore[index]
+    if not whole or not 0 <= bounds[0] < bounds[1] <= LAYERS:  # type: ignore[index]
         raise ConfigError(
             f"mergekit file: {where}: layer_range",
-            expected="[first, end] with 0 <= first < end",
-            got=repr(bounds),
+            expected=f"[first, end] with 0 <= first < end <= {LAYERS}",
+            got=repr(bounds)[:80],
         )
     return bounds[0], bounds[1]  # type: ignore[index]
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from evomerge.errors import ModelError
 from evomerge.files import expanded
-from evomerge.merging.recipe import layer_of
+from evomerge.merging.recipe import LAYERS, layer_of
 from evomerge.merging.sources.arrays import WeightArray, to_tensor
-from evomerge.merging.sources.model_config import LAYERS, read_config
+from evomerge.merging.sources.model_config import read_config
 from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
 from evomerge.schema import load_json
 

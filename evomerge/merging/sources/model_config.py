@@ -8,10 +8,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomerge.errors import ModelError
+from evomerge.merging.recipe import LAYERS
 from evomerge.schema import load_json, parse
 
-LAYERS = 10_000
-"""Most layers of a model; tensors are grouped layer by layer, so a misread number would take hours."""
 Width = Annotated[int, Field(ge=1, le=2**24)]
 """A number of elements, heads or rows; the widest models have less than 2 ** 20."""
 Layers = Annotated[int, Field(ge=0, le=LAYERS)]
