@@ -41,9 +41,9 @@ class Strict(BaseModel):
 
 
 LARGEST_COUNT = 10**9
-"""Bound of numbers of candidates, items, generations ...: more is a slip of the pen, and no machine gets there."""
-LARGEST_SEED = 2**63 - 1
-"""Bound of seeds: the integers that SQLite stores."""
+"""Bound of numbers of candidates, items, generations ...; no machine gets there."""
+LARGEST_SEED = 10**18
+"""Bound of seeds: SQLite stores integers of 63 bits."""
 LARGEST_FACTOR = 1e6
 """Bound of weights, prices and ranges of parameters: products of larger ones overflow in float32."""
 

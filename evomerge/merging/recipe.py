@@ -182,13 +182,10 @@ class TensorGroup:
 
     def matches(self, tensor: str) -> bool:
         """Say whether an output tensor of this name belongs to the group."""
-        if self.layers is not None:
-            layer = layer_of(tensor)
-            if (layer is None) != (self.layers == OUTSIDE) or (
-                layer is not None and layer not in self.layers
-            ):
-                return False
-        return self.matches_name(tensor)
+        layer = layer_of(tensor)
+        return (
+            self.layers is None or (not self.layers if layer is None else layer in self.layers)
+        ) and self.matches_name(tensor)
 
     def matches_name(self, tensor: str) -> bool:
         """Say whether a tensor of the group's layers belongs to the group, by its name."""
@@ -327,7 +324,7 @@ class Recipe:
     _by_layer: Mapping[object, Sequence[TensorGroup]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
-    """Layer (None: outside the layers) -> its groups in order, once needed; `any`: of all other layers."""
+    """Layer (None: outside the layers) -> its groups; `any`: of all other layers. Empty until needed."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -416,11 +413,7 @@ class Recipe:
         if not self._by_layer:
             by_layer: dict[object, list[TensorGroup]] = {"any": []}
             for group in self.groups:
-                if group.layers is None:
-                    for groups in by_layer.values():
-                        groups.append(group)
-                    continue
-                for place in group.layers or (None,):
+                for place in tuple(by_layer) if group.layers is None else group.layers or (None,):
                     by_layer.setdefault(place, by_layer["any"].copy()).append(group)
             object.__setattr__(self, "_by_layer", by_layer)
         return self._by_layer.get(layer, self._by_layer["any"])
