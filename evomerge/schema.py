@@ -12,10 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from evomerge.errors import ConfigError, ModelError, UserError, nearest
 from evomerge.files import expanded, read_regular
@@ -38,6 +38,24 @@ class Strict(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,  # docs/config.md is generated from them
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and not _takes_flags(cls.model_fields[info.field_name].annotation):
+            raise ValueError("expected a number or a text, not a flag (a text in quotes may be `yes`)")
+        return value
+
+
+def _takes_flags(annotation: Any) -> bool:
+    """Say whether a type admits true and false, or is something that other validators decide about."""
+    inner = [part for part in get_args(annotation) if part is not type(None)]
+    if get_origin(annotation) is Literal:
+        return any(isinstance(value, bool) for value in inner) or len(inner) == 1
+    if inner:
+        return any(map(_takes_flags, inner))
+    return annotation not in (int, float, str)
 
 
 LARGEST_COUNT = 10**9

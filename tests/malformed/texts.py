@@ -99,7 +99,7 @@ def _values(
                 name=f"{place}: {shown}",
                 make=as_yaml(file, changed(valid, place, value)),
                 commands=commands,
-                message=next((part for part in place.split(".")[::-1] if not part.isdigit()), file),
+                message="|".join((*(part for part in place.split(".") if not part.isdigit()), file)),
             )
 
 
@@ -229,7 +229,7 @@ def suite() -> Iterator[Case]:
     table: dict[str, Sequence[Any]] = {
         "name": (None, "", 7, []),
         "about": (None, 7),
-        "tasks_dir": (None, 7, "nowhere", "~nosuchuser/tasks", LONG, "suite.yaml", ""),
+        "tasks_dir": (None, 7, "nowhere", "~nosuchuser/tasks", LONG, "suite.yaml"),
         "tasks": (None, [], {}, "demo_add", [None], ["demo_add"], SUITE["tasks"] * 2),
         "tasks.0.task": (None, "", 7, "no_such_task", ["demo_add"], LONG, "demo\nadd"),
         "tasks.0.metric": (None, "", 7, "no_such_metric", "acc,no_filter", ["acc"], "coherence"),
@@ -325,7 +325,7 @@ def space() -> Iterator[Case]:
         yield Case(kind=case.kind, name=case.name, make=case.make, commands=commands, message="")
     table = {
         "kind": ("path", None, 7),
-        "base": ("yes", 7, None),
+        "base": (7, None),
         "block": (0, 1.5, 10**12, "two"),
         "shortest": (0, -1, NAN, INF, 3, 1e300),
         "longest": (0, 9, INF, 0.5),

@@ -80,7 +80,7 @@ class Case:
     """One malformed input.
 
     kind, name: what it is. make: changes a folder of valid inputs, in which the commands then start.
-    commands: those that read the input. message: what their message must contain.
+    commands: those that read the input. message: what their message must contain; `a|b` is either.
     """
 
     kind: str

@@ -14,6 +14,7 @@ slice (mergekit takes no more sources than the first slice has).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,9 +329,9 @@ def _conditions(setting: object, where: str) -> tuple[Condition, ...]:
 
 def _values(value: object, where: str) -> tuple[Any, ...]:
     values = [_number(number) for number in (value if isinstance(value, list) else [value])]
-    numbers = all(isinstance(v, int | float) for v in values)
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     if not values or not numbers or (len(values) > 1 and any(isinstance(v, bool) for v in values)):
-        raise ConfigError(where, expected="a number, a list of numbers, or filters", got=repr(value))
+        raise ConfigError(where, expected="a number, a list of numbers, or filters", got=repr(value)[:200])
     return tuple(values)
 
 

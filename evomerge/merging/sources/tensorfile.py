@@ -44,6 +44,8 @@ NAMES = {code: name for name, code in CODES.items()}
 HEADER_LIMIT = 25_000_000
 """Largest header that is read, in bytes: about 200,000 tensors in one file. (The library's is 100 million,
 which would take a gigabyte of memory.)"""
+LONGEST_NAME = 1000
+"""Characters of a tensor's name."""
 DIMENSIONS = 32
 """Most dimensions of a tensor, as in older numpy."""
 ELEMENTS = 2**48
@@ -100,6 +102,8 @@ def read_header(path: Path) -> dict[str, Header]:
 def _validated(path: Path, data: Mapping[str, Any], begin: int, size: int) -> dict[str, Header]:
     entries = []
     for name, entry in data.items():
+        if not _is_name(name):
+            raise _damaged(path, f"a tensor with the name {name[:80]!r}")
         try:
             start, end = map(_whole, entry["data_offsets"])
             shape = tuple(map(_whole, entry["shape"]))
@@ -129,6 +133,13 @@ def _validated(path: Path, data: Mapping[str, Any], begin: int, size: int) -> di
     if expected != size - begin:
         raise _damaged(path, f"{size - begin} bytes of weights where the header announces {expected}")
     return {name: header for _, _, name, header in entries}
+
+
+def _is_name(name: str) -> bool:
+    """Say whether a text can be the name of a tensor, in whose parts digits are ASCII numbers."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    short = 0 < len(name) <= LONGEST_NAME and all(len(part) < 20 for part in numbers)
+    return short and name.isprintable() and all(map(str.isascii, numbers))
 
 
 def _whole(value: object) -> int:
