@@ -20,6 +20,7 @@ from evomerge.merging.sources import model_files
 from evomerge.merging.sources.opening import open_sources
 from evomerge.running import forward
 from evomerge.running.budget import replaced
+from evomerge.running.inputs import RunInputs, changed_models
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.store.file import FILE
 from evomerge.schema import parse
@@ -119,10 +120,15 @@ class StoredRun:
 
     def refuse_changed(self, present: facts.Values) -> None:
         """Refuse models that are not those of the run, by the facts FINGERPRINTS and MODEL_FILES."""
-        if changed := _changed_files(self.store, present):
+        before = RunInputs(
+            fingerprints=facts.FINGERPRINTS.require(self.store),
+            files=facts.MODEL_FILES.get(self.store) or {},
+        )
+        now = RunInputs(fingerprints=present[facts.FINGERPRINTS], files=present[facts.MODEL_FILES])
+        if changed := changed_models(before, now):
             raise StoreError(
                 f"{self.folder}: model files changed since the run began",
-                got="; ".join(f"{name}: {what}" for name, what in changed.items()),
+                got=changed,
                 fix="put the old files back, or start a new run in another folder",
             )
 
@@ -191,19 +197,6 @@ def _differences(old: Any, new: Any, place: str = "") -> list[str]:
             settings += _differences(old.get(key), new.get(key), f"{place}{key}.")
         return settings
     return [] if old == new else [f"{place.rstrip('.')} {old!r} there, {new!r} here"]
-
-
-def _changed_files(store: StoreReader, begun: facts.Values) -> dict[str, str]:
-    """Return model -> which of its files changed, and how."""
-    before, files = facts.FINGERPRINTS.require(store), facts.MODEL_FILES.get(store) or {}
-    changed = {}
-    for name, fingerprint in begun[facts.FINGERPRINTS].items():
-        differences = (
-            model_files.changes(files[name], begun[facts.MODEL_FILES][name]) if name in files else []
-        )
-        if differences or before.get(name) != fingerprint:
-            changed[name] = ", ".join(differences) or "config, headers, sizes or weights"
-    return changed
 
 
 def _relocate(data: dict[str, Any], models: Mapping[str, str], suite: str | None) -> None:

@@ -273,6 +273,9 @@ def export(
     form: FormOption = "model",
     rank: RankOption = None,
     keep_rest: KeepRestOption = False,
+    accept_difference: Annotated[
+        bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
+    ] = False,
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
     from evomerge.delivery import export as delivery
@@ -292,11 +295,25 @@ def export(
             written = delivery.export_text(summary, out, pick=pick, form=form)
             _say_file(out, written.recipe.hash)
             return
-        done = delivery.export(summary, out, pick=pick)
-    output.say(f"exported {done.pick.name} to {relative(done.folder)}")
+        done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
+    output.say(f"exported {done.pick.name} to {relative(done.folder)}{_COMPARED[done.equal]}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
-    output.data({"folder": str(done.folder), "name": done.pick.name, "recipe": done.pick.recipe.hash})
+    output.data(
+        {
+            "folder": str(done.folder),
+            "name": done.pick.name,
+            "recipe": done.pick.recipe.hash,
+            "equals_scored": done.equal,
+        }
+    )
+
+
+_COMPARED = {
+    True: "; its weights are those that were scored on `test`, bit for bit",
+    False: "; WARNING: its weights differ from those that were scored on `test`",
+    None: "; its weights were not compared, because this recipe was not scored on `test`",
+}
 
 
 @command(app, "merge")

@@ -15,13 +15,16 @@ from evomerge.running.store import facts
 from evomerge.search.ports import Named
 
 
-def card(summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None) -> str:
+def card(
+    summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = None, equal: bool | None = None
+) -> str:
     """Return the model card of one recipe of a run.
 
     Args:
         summary: of the run.
         chosen: the exported recipe.
         adapter: what was exported, if it is an adapter and not the full model.
+        equal: whether the exported weights are those that were scored on `test`; None where no weights were.
 
     Returns:
         The text of README.md.
@@ -40,6 +43,7 @@ def card(summary: Summary, chosen: Named, *, adapter: ScoredAdapter | None = Non
     return environment.from_string(template).render(
         chosen=chosen,
         adapter=adapter,
+        equal=equal,
         recipe=recipe,
         is_winner=summary.winner is not None and recipe.hash == summary.winner.recipe.hash,
         rows=shown,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from evomerge.merging.sources import adapter
@@ -20,6 +20,8 @@ from evomerge.schema import load_json
 
 Facts = Mapping[str, Mapping[str, int | str]]
 """File -> its facts: size, header and sample, or the hash of its contents."""
+Stats = Mapping[Path, tuple[int, ...]]
+"""File -> device, inode, size and times, of which at least one changes when it is written or replaced."""
 JSON = ("config.json", adapter.CONFIG)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WORDS = {"size": "another size", "header": "another header", "sample": "other contents"}
@@ -54,6 +56,16 @@ def full_hashes(source: Source) -> dict[str, str]:
     return hashes
 
 
+def stats(sources: Iterable[Source]) -> Stats:
+    """Return the sizes and times of models' files, which cost microseconds."""
+    return {path: _stat(path) for source in sources for path in files_of(source).values()}
+
+
+def changed_since(before: Stats) -> list[Path]:
+    """Return the files that were written, replaced or removed since `stats` looked at them."""
+    return [path for path, stat in before.items() if _stat(path) != stat]
+
+
 def changes(before: Facts, after: Facts) -> list[str]:
     """List the files of a model that changed, and how.
 
@@ -71,6 +83,14 @@ def changes(before: Facts, after: Facts) -> list[str]:
             keys = [key for key in after[name] if before[name].get(key) != after[name][key]]
             changed.append(f"{name} ({_WORDS.get(keys[0] if keys else '', 'other contents')})")
     return changed
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _of_file(path: Path) -> dict[str, int | str]:

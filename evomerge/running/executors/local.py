@@ -142,4 +142,9 @@ def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connect
             return
         pipe.send(True)
         while True:
-            pipe.send(worker.run(pipe.recv()))
+            job = pipe.recv()
+            try:
+                answer: Message = worker.run(job)
+            except UserError as error:  # nobody can score this job now
+                answer = error
+            pipe.send(answer)

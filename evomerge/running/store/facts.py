@@ -151,6 +151,13 @@ GRADIENT = FactFamily(
     "running.slopes",
     "a step of a gradient start: loss and derivatives, or the failure; `items` is its cost",
 )
+WEIGHTS = FactFamily(
+    "weights",
+    ("RECIPE",),
+    str,
+    "running.store",
+    "type and SHA-256 of the merged weights that were scored on `test`, which an export must equal",
+)
 SPENT = Fact("spent", list[int], "running.store", "last told generation, and the items scored by then")
 STOPPED = Fact("stopped", str, "compose", "why the search ended; null while it goes on")
 STOP = Fact(

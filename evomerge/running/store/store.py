@@ -219,10 +219,18 @@ class RunStore(StoreReader):
 
     # -- scores and failures ----------------------------------------------------------------------
 
-    def record_scores(self, recipe: Recipe, scores: Scores | Sequence[Scores], timing: Timing) -> None:
+    def record_scores(
+        self,
+        recipe: Recipe,
+        scores: Scores | Sequence[Scores],
+        timing: Timing,
+        *,
+        weights: str | None = None,
+    ) -> None:
         """Store per-item scores of a recipe, each on one block of one split, in one transaction.
 
-        timing: of them together; it is filed under the first block.
+        timing: of them together; it is filed under the first block. weights: digest of the weights that were
+        scored, which becomes a fact.
         """
         parts = [scores] if isinstance(scores, Scores) else scores
         with self._writing() as db:
@@ -233,6 +241,9 @@ class RunStore(StoreReader):
                     vectors = (pack(task.metric), pack(task.smooth), pack(task.margin))
                     row = (recipe.hash, part.split, block, task.task, position, *vectors)
                     db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            if weights is not None:
+                fact = facts.WEIGHTS.of(recipe.hash)
+                db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (fact.key, as_json(weights)))
             db.execute(
                 "INSERT OR REPLACE INTO timing VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
