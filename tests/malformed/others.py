@@ -59,7 +59,7 @@ def data() -> Iterator[Case]:
     for name, content in texts.items():
         yield Case(
             kind="data",
-            name=f"text {name}",
+            name=f"the text: {name}",
             make=text("text.txt", content),
             commands=(FISHER,),
             message="text.txt",
@@ -112,7 +112,7 @@ def store() -> Iterator[Case]:
     for what in SPECIAL:
         yield Case(
             kind="store",
-            name=what,
+            name=f"a {what}",
             make=lambda folder, what=what: SPECIAL[what](at(folder)),
             commands=commands,
             message="run",
@@ -126,8 +126,8 @@ def store() -> Iterator[Case]:
     for name, statements in {
         "another database": "create table people (name text);",
         "no tables": "pragma user_version = 5;",
-        "a table of the same name": "create table facts (x); create table candidates (x); pragma user_version = 6;",
-        "a version of the future": "create table facts (key text, value text); pragma user_version = 1000000;",
+        "a table of the same name": "create table facts (x); pragma user_version = 6;",
+        "a version of the future": "create table facts (key text); pragma user_version = 1000000;",
         "a negative version": "create table facts (key text, value text); pragma user_version = -1;",
     }.items():
         yield Case(

@@ -90,7 +90,7 @@ def warm() -> None:
     import evomerge.prepare
     import evomerge.trial  # noqa: F401
 
-    assert datasets and lm_eval and peft and transformers
+    assert all((datasets, lm_eval, peft, transformers))
     torch.set_num_threads(1)
 
 
