@@ -288,7 +288,7 @@ def parse_json(content: bytes, *, infinity: bool = False) -> Any:
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(data := dict(pairs)) < len(pairs):
-            (key, _), *_ = (Counter(key for key, _ in pairs) - Counter(data)).items()
+            (key, _), *_ = (Counter(key for key, _ in pairs) - Counter(list(data))).items()
             raise mistake(json.dumps(key, ensure_ascii=False), "is a duplicate key")
         return data
 

@@ -71,7 +71,7 @@ class Splits(Strict):
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT:
             return value
         raise ValueError(
-            f"expected the name of a dataset split, or a number of items (1 to {LARGEST_COUNT:,})"
+            f"expected the name of a dataset split, or a number of items (1 or more, at most {LARGEST_COUNT:,})"
         )
 
     @model_validator(mode="after")

@@ -21,13 +21,10 @@ def data() -> Iterator[Case]:
         "a row that is no JSON": ROW * 3 + "no json\n",
         "a row of a list": ROW + "[1, 2]\n",
         "a row of a number": "7\n",
-        "a row without the answer": '{"prompt": "add 1"}\n',
         "nested too deeply": '{"prompt": ' + "[" * 100_000 + "\n",
         "an unclosed row": '{"prompt": "add 1 8',
         "blank lines only": "\n\n\n",
         "NUL": ROW + "\0\0\0\n",
-        "a mapping as prompt": '{"prompt": {"a": 1}, "answer": {"b": 2}}\n' + ROW,
-        "null": '{"prompt": null, "answer": null}\n',
         "lone surrogate": '{"prompt": "\\ud800", "answer": "x"}\n',
         "a web page": "<!doctype html>\n",
     }

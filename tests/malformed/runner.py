@@ -210,7 +210,8 @@ def main() -> int:
         outcomes.append(outcome)
         if outcome.problem or options.say:
             print(
-                f"{outcome.kind} | {outcome.name} | {outcome.command}: {outcome.problem}\n{outcome.output[-1200:]}",
+                f"{outcome.kind} | {outcome.name} | {outcome.command}: {outcome.problem}\n"
+                f"{outcome.output[-1200:]}",
                 flush=True,
             )
     inputs = {(outcome.kind, outcome.name) for outcome in outcomes}
