@@ -70,9 +70,9 @@ class Splits(Strict):
             return value
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT:
             return value
-        raise ValueError(
-            f"expected the name of a dataset split, or a number of items (1 or more, at most {LARGEST_COUNT:,})"
-        )
+        if type(value) is int and value > LARGEST_COUNT:
+            raise ValueError(f"expected at most {LARGEST_COUNT:,} items")
+        raise ValueError("expected the name of a dataset split, or a number of items (1 or more)")
 
     @model_validator(mode="after")
     def _apart(self) -> Splits:

@@ -256,7 +256,7 @@ class TensorGroup:
         _check_keys(data, valid, required=("method", "sources"), where=where)
         sources = tuple(_strings(data["sources"], f"{where}: sources"))
         parameters: dict[str, Setting] = {}
-        for name, value in _mapping(data.get("parameters") or {}, f"{where}: parameters").items():
+        for name, value in _mapping(data.get("parameters"), f"{where}: parameters").items():
             if isinstance(value, Mapping):
                 _check_keys(value, sources, required=sources, where=f"{where}: parameters: {name}")
                 parameters[name] = tuple(value[source] for source in sources)
@@ -277,7 +277,7 @@ class TensorGroup:
             sources=sources,
             parameters=parameters,
             layers=None if layers is None else tuple(sorted(set(layers))),
-            match=tuple(_strings(data.get("match") or [], f"{where}: match")),
+            match=tuple(_strings([] if data.get("match") is None else data["match"], f"{where}: match")),
             shift=_shifts(data.get("shift"), sources, where),
             base=_optional_name(data.get("base"), f"{where}: base"),
             base_shift=_whole(data.get("base_shift", 0), f"{where}: base_shift"),
@@ -513,12 +513,12 @@ class Recipe:
         return cls(
             models=_locations(data["models"], "recipe: models"),
             base=_optional_name(data.get("base"), "recipe: base"),
-            tokenizer=str(data.get("tokenizer") or ""),
+            tokenizer=_optional_name(data.get("tokenizer"), "recipe: tokenizer") or "",
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
-            fisher=_locations(data.get("fisher") or {}, "recipe: fisher"),
-            fingerprints=_locations(data.get("fingerprints") or {}, "recipe: fingerprints"),
+            fisher=_locations(data.get("fisher"), "recipe: fisher"),
+            fingerprints=_locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(
                 TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)
@@ -553,6 +553,8 @@ def _check_keys(
 
 
 def _mapping(data: object, where: str) -> Mapping[str, Any]:
+    if data is None:
+        return {}
     if not isinstance(data, Mapping):
         raise ConfigError(where, expected="a mapping", got=type(data).__name__)
     return data

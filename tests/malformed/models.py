@@ -17,6 +17,7 @@ from tests.malformed.workspace import (
     SPECIAL,
     Case,
     as_json,
+    header,
     json_with,
     replaced,
     special,
@@ -252,14 +253,14 @@ def safetensors() -> Iterator[Case]:
         )
 
 
-def _sharded(folder: Path) -> dict[str, Any]:
-    """Make the weights of `add` one shard with an index, and return the index."""
-    path = folder / WEIGHTS
+def shard(model: Path) -> dict[str, Any]:
+    """Make a model's weights one shard of an index, and return the index."""
+    path = model / "model.safetensors"
     content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    names = [name for name in json.loads(content[8 : 8 + length]) if name != "__metadata__"]
-    replaced(folder, WEIGHTS)
-    (folder / "add" / "one.safetensors").write_bytes(content)
+    data, _ = header(path)
+    replaced(model, path.name)
+    (model / "one.safetensors").write_bytes(content)
+    names = (name for name in data if name != "__metadata__")
     return {"metadata": {"total_size": len(content)}, "weight_map": dict.fromkeys(names, "one.safetensors")}
 
 
@@ -268,7 +269,7 @@ INDEX = "add/model.safetensors.index.json"
 
 def _index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        data = _sharded(folder)
+        data = shard(folder / "add")
         made = change(data)
         as_json(INDEX, data if made is None else made)(folder)
 
@@ -284,7 +285,7 @@ def index() -> Iterator[Case]:
     for case in _json("index", INDEX, COMMANDS):
 
         def make(folder: Path, put: Callable[[Path], None] = case.make) -> None:
-            _sharded(folder)
+            shard(folder / "add")
             put(folder)
 
         yield Case(kind="index", name=case.name, make=make, commands=COMMANDS, message="add")

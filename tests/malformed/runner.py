@@ -28,9 +28,20 @@ HANG = 60
 MEMORY = 300
 """Megabytes that a command may need beside the imported libraries."""
 KINDS = (
-    texts.config, texts.suite, texts.space, texts.recipe, texts.mergekit, texts.task, models.safetensors,
-    models.index, models.model_config, models.adapter, others.data, others.store, others.cli,
-)  # fmt: skip
+    texts.config,
+    texts.suite,
+    texts.space,
+    texts.recipe,
+    texts.mergekit,
+    texts.task,
+    models.safetensors,
+    models.index,
+    models.model_config,
+    models.adapter,
+    others.data,
+    others.store,
+    others.cli,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

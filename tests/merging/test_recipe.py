@@ -104,7 +104,7 @@ def test_hashes_of_recipes_that_stack_nothing_stay_what_they_were() -> None:
     ("change", "message"),
     [
         ("dtype: null", "unknown dtype None"),
-        ("tokenizer: 5", "unknown model '5'"),
+        ("tokenizer: 5", "expected: the name of a model"),
         ("models: {base: null, a: m/a, b: m/b}", "models: 'base'"),
         ("fisher: {a: null}", "fisher: 'a'"),
         ("seed: " + "[" * 5000, "not valid YAML"),

@@ -295,7 +295,7 @@ def _parameters(
     """Return parameter -> ordered conditions of one level of the file."""
     conditions: dict[str, tuple[Condition, ...]] = {}
     where = f"mergekit file: {where}"
-    for name, setting in _mapping(data.get("parameters") or {}, where).items():
+    for name, setting in _mapping(data.get("parameters"), where).items():
         neutral = NEUTRAL.get(method.name, {})
         unused = name == NEVER_USED or name in UNUSED.get(method.name, ())
         if unused or (name in neutral and setting == neutral[name]):
@@ -428,6 +428,8 @@ def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _mapping(data: object, where: str) -> dict[str, Any]:
+    if data is None:
+        return {}
     if not isinstance(data, dict):
         raise ConfigError(where, expected="a mapping", got=type(data).__name__)
     return data
