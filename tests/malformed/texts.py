@@ -488,7 +488,7 @@ def mergekit() -> Iterator[Case]:
         "slices.0.base_model": (7, []),
         "slices.0.unknown": (1,),
         "parameters": ([], {"normalize": "x"}, {"normalize": 7}, {"lambda": NAN}, {"int8": True}),
-        "modules": ({"a": {}, "b": {}}, {"a": 7}, [], 7),
+        "modules": ({"a": {}, "b": {}}, {"a": 7}, 7),
         "models": ([{"model": "add"}], 7),
         "tokenizer_source": (7, [], "nobody", "~nosuchuser/x"),
         "tokenizer": (7, {"tokens": {}}, {"source": 7}),

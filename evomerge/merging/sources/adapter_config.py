@@ -50,7 +50,7 @@ BARE = frozenset(
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base's weights: the adapter then does not fit the original base."""
 UNMERGEABLE = "merge the adapter into its base with peft (merge_and_unload) and give that folder"
-PATIENCE = 1.0
+PATIENCE = 0.5
 """Seconds that all patterns of an adapter may take; a nested repetition could take years."""
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
