@@ -15,7 +15,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -163,3 +163,11 @@ def sync(paths: Iterable[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def temporary_parent() -> Path:
+    """Return the folder of temporary files (TMPDIR); it is made again where something swept it away."""
+    folder = Path(tempfile.gettempdir())
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

@@ -32,7 +32,7 @@ from evomerge.cli.options import (
     RunArgument,
     SeedOption,
 )
-from evomerge.cli.terminal import command, complain, output, progress_bar, relative
+from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
 from evomerge.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -586,4 +586,5 @@ def demo(
 
 def main() -> None:
     """Entry point of the `evomerge` command."""
-    app()
+    with as_program():
+        app()

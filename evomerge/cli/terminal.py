@@ -11,12 +11,13 @@ import inspect
 import json
 import logging
 import os
+import select
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.console import Console
 from evomerge.cli.options import BUDGET, JsonOption, QuietOption
 from evomerge.errors import UserError
 
-INTERRUPTED = 130
+INTERRUPTED, BROKEN_PIPE = 130, 141
 PATIENCE = 30.0
 """Seconds in which a second signal is ignored: the time that batch schedulers leave for an orderly end."""
 
@@ -108,6 +109,8 @@ def _guarded(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         complain(f"error: {error}", style="red")
         raise typer.Exit(2) from None
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            raise typer.Exit(BROKEN_PIPE) from None
         where = f"{error.filename}: " if error.filename else ""
         complain(f"error: {where}{error.strerror or error}", style="red")
         raise typer.Exit(2) from None
@@ -126,10 +129,10 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def orderly_shutdown() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an orderly shutdown.
+    """Turn SIGINT, SIGTERM and SIGHUP into an orderly shutdown.
 
-    Only the first signal counts: schedulers send several, and the shutdown must not be cut short. A signal
-    that was ignored before (nohup) stays ignored.
+    Only the first signal counts: schedulers and impatient people send several, and the shutdown must not be
+    cut short. A signal that was ignored before (nohup) stays ignored.
     """
     raised: list[float] = []
 
@@ -137,21 +140,59 @@ def orderly_shutdown() -> Iterator[None]:
         now = time.monotonic()
         if not raised or now - raised[-1] > PATIENCE:
             raised.append(now)
-            raise _Terminated(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {
         number: signal.signal(number, end)
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if raised and _process.alone else handler)
+
+
+@contextmanager
+def as_program() -> Iterator[None]:
+    """Run the command line as a process of its own: what its callers and further signals expect of one.
+
+    Where the reader of the output went away (`| head`), exit with 141, as programs do that SIGPIPE ends; the
+    signal itself stays ignored, because it would also end a run whose worker died. After a first signal
+    ended a command, later ones are ignored until the process is gone.
+    """
+    _process.alone = True
+    with suppress(OSError):  # closed by the caller
+        _process.stdout = os.dup(1)  # click and rich replace a broken one
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code == 1 and _reader_is_gone():  # what click and rich exit with then
+            raise SystemExit(BROKEN_PIPE) from None
+        raise
+
+
+@dataclass
+class _Process:
+    """What only the command's own process knows: that it is one, and its first standard output."""
+
+    alone: bool = False
+    stdout: int | None = None
+
+
+_process = _Process()
+
+
+def _reader_is_gone() -> bool:
+    if _process.stdout is None:
+        return False
+    poll = select.poll()
+    poll.register(_process.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def complain(message: str, *, style: str = "") -> None:

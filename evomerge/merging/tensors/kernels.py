@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy
 
-from evomerge.files import own_folder, passing_folder
+from evomerge.files import own_folder, passing_folder, temporary_parent
 from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
@@ -303,6 +303,6 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError):
-        private = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
+        private = own_folder(temporary_parent(), "evomerge-kernels")
         atexit.register(shutil.rmtree, private, ignore_errors=True)
         return private
