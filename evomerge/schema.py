@@ -312,15 +312,14 @@ def _check_levels(data: object) -> None:
     """Raise RecursionError where lists and mappings are nested too deeply."""
     level = [data] if isinstance(data, dict | list) else []
     for _ in range(DEEPEST):
-        if not level:
-            return
         level = [
             child
             for node in level
             for child in (node.values() if isinstance(node, dict) else node)
             if isinstance(child, dict | list)
         ]
-    raise RecursionError
+    if level:
+        raise RecursionError
 
 
 def load_json(path: Path, *, limit: int = LARGEST_JSON, infinity: bool = False) -> dict[str, Any]:
