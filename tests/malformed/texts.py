@@ -99,7 +99,14 @@ def _values(
                 name=f"{place}: {shown}",
                 make=as_yaml(file, changed(valid, place, value)),
                 commands=commands,
-                message="|".join((*(part for part in place.split(".") if not part.isdigit()), file)),
+                message="|".join(
+                    (
+                        *(part for part in place.split(".") if not part.isdigit()),
+                        file,
+                        "no such",
+                        "has no task",
+                    )
+                ),
             )
 
 
@@ -217,7 +224,7 @@ def config() -> Iterator[Case]:
                 kind="config",
                 name=f"location {place}: {str(value)[:30]!r}",
                 make=as_yaml("config.yaml", changed(CONFIG, place, value)),
-                commands=(CHECK, RUN),
+                commands=(RUN,) if value == "/proc/run" else (CHECK, RUN),
                 message="",
             )
 

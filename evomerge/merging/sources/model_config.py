@@ -40,6 +40,9 @@ class ModelConfig(BaseModel):
     num_experts: Experts | None = None
     num_local_experts: Experts | None = None
     n_routed_experts: Experts | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
     quantization_config: dict[str, Any] | None = None
     text_config: ModelConfig | None = None
 
