@@ -34,7 +34,6 @@ from evomerge.evaluation.suite import Suite
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.sources.checkpoint import Checkpoint, read_vocabulary
 from evomerge.merging.sources.opening import open_source
-from evomerge.merging.sources.tensorfile import read_header
 from evomerge.running.store import StoreReader
 from evomerge.schema import load_yaml
 from evomerge.search.spaces.kinds import parse_space
@@ -141,7 +140,6 @@ def targets(folder: Path) -> dict[str, Target]:
     )
     data, weights = header(ZOO / "add" / "model.safetensors")
     lora, factors = header(ZOO / "sort" / "adapter_model.safetensors")
-    few = dict(list(lora.items())[:9])
     model_config = json.loads((ZOO / "add" / "config.json").read_text())
     adapter_config = json.loads((ZOO / "sort" / "adapter_config.json").read_text())
     vocabulary = json.loads((ZOO / "add" / "tokenizer.json").read_text())
@@ -179,10 +177,10 @@ def targets(folder: Path) -> dict[str, Target]:
         "safetensors": (
             shards(data, weights),
             "add/model.safetensors",
-            lambda: read_header(add / "model.safetensors"),
+            lambda: Checkpoint.open(str(add)),
         ),
         "lora": (
-            shards(few, factors),
+            shards(lora, factors),
             "sort/adapter_model.safetensors",
             lambda: open_source(f"{add}+{folder / 'sort'}"),
         ),
@@ -216,11 +214,14 @@ def _alarm() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def fuzz(name: str, folder: Path, examples: int, *, reproducible: bool = False) -> tuple[int, float]:
-    """Read changed inputs with one parser; return their number and the longest time. Raises what escapes."""
+def fuzz(name: str, folder: Path, examples: int, *, reproducible: bool = False) -> tuple[int, int, float]:
+    """Read changed inputs with one parser. Raises what escapes.
+
+    Returns: their number, that of those that were accepted, and the longest time.
+    """
     contents, place, read = targets(folder)[name]
     valid = (folder / place).read_bytes() if (folder / place).exists() else None
-    count, slowest = 0, 0.0
+    count, accepted, slowest = 0, 0, 0.0
 
     @hypothesis.settings(
         max_examples=examples,
@@ -231,12 +232,13 @@ def fuzz(name: str, folder: Path, examples: int, *, reproducible: bool = False) 
     )
     @hypothesis.given(contents)
     def every(content: bytes) -> None:
-        nonlocal count, slowest
+        nonlocal count, accepted, slowest
         replaced(folder, place).write_bytes(content)
         started = time.monotonic()
         try:
             with _alarm():
                 read()
+            accepted += 1
         except TimeoutError:
             raise
         except (UserError, OSError):
@@ -246,7 +248,7 @@ def fuzz(name: str, folder: Path, examples: int, *, reproducible: bool = False) 
     every()
     if valid is not None:
         replaced(folder, place).write_bytes(valid)
-    return count, slowest
+    return count, accepted, slowest
 
 
 PARSERS = (
@@ -279,8 +281,12 @@ def main() -> int:
             folder = Path(place)
             write_valid(folder)
             try:
-                count, slowest = fuzz(name, folder, options.examples)
-                print(f"{name}: {count} changed inputs, nothing escaped; slowest {slowest:.2f} s", flush=True)
+                count, accepted, slowest = fuzz(name, folder, options.examples)
+                print(
+                    f"{name}: {count} changed inputs, {count - accepted} refused, nothing escaped; "
+                    f"slowest {slowest:.2f} s",
+                    flush=True,
+                )
             except Exception:
                 escaped += 1
                 print(f"{name}: escaped", flush=True)
