@@ -6,6 +6,7 @@ suites are relative to the config file; `out` is relative to where the command i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
@@ -27,6 +29,10 @@ from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.kinds import AnySpec, parse_space
 from evomerge.search.surrogate.guide import SurrogateSpec
 from evomerge.search.warm_start import WarmStartSpec
+from evomerge.text import holds_secret
+
+PERMISSIONS = tuple(field.name for field in dataclasses.fields(Permissions))
+"""Keys of a config that allow code to run. No run stores them: who continues it gives them again."""
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
@@ -60,7 +66,8 @@ class TrackerSpec(Strict):
     mode: Literal["online", "offline"] = "online"
     """W&B only: `offline` writes files that `wandb sync` uploads later."""
     uri: str | None = None
-    """MLflow only: the tracking store. Default: the database RUN/mlflow.db."""
+    """MLflow only: the tracking store. Default: the database RUN/mlflow.db. `${NAME}` stands for an
+    environment variable, whose value is not stored."""
     folder: str | None = None
     """TensorBoard only: the folder of the event files. Default: RUN/tensorboard."""
 
@@ -68,7 +75,8 @@ class TrackerSpec(Strict):
     def _its_own(self) -> TrackerSpec:
         owners = {"project": ("wandb", "mlflow"), "mode": ("wandb",), "uri": ("mlflow",)}
         for field, names in (owners | {"folder": ("tensorboard",)}).items():
-            if field in self.model_fields_set and self.name not in names:
+            default = type(self).model_fields[field].default  # a stored config names every setting
+            if getattr(self, field) != default and self.name not in names:
                 raise ValueError(f"{field} is a setting of {' and '.join(names)}, not of {self.name}")
         return self
 
@@ -102,6 +110,11 @@ class RunConfig(Strict):
     """Type of the exported weights. Candidates are rounded to it before they are scored."""
     tokenizer: str = ""
     """Where vocabularies differ, the vocabulary of the merged model: `base`, `union`, or a source's name."""
+    trust_tasks: bool = False
+    """Allow the Python code that the suite's task files name to run. Not stored with the run."""
+    allow_code_execution: bool = False
+    """Allow tasks that execute the models' answers; they run in a process with limits. Not stored with the
+    run."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
@@ -148,6 +161,7 @@ class RunConfig(Strict):
         written out. A packaged suite keeps its name.
         """
         data = load_yaml(path)
+        _refuse_secrets(data, str(path))
         if seed is not None:
             data["seed"] = seed
         if out is not None:
@@ -173,6 +187,16 @@ class RunConfig(Strict):
         )
 
     @property
+    def permissions(self) -> Permissions:
+        """Which code of the suite's tasks may run."""
+        return Permissions(**{name: getattr(self, name) for name in PERMISSIONS})
+
+    def permitting(self, permissions: Permissions) -> RunConfig:
+        """Return the config with more allowed."""
+        allowed = {name: True for name, yes in dataclasses.asdict(permissions).items() if yes}
+        return self.model_copy(update=allowed)
+
+    @property
     def locations(self) -> dict[str, str]:
         """Name -> location of all models, the base first."""
         return {BASE: self.models.base, **self.models.sources}
@@ -180,9 +204,10 @@ class RunConfig(Strict):
     def identity(self) -> str:
         """Return a hash of everything that changes results: two configs with it share a run folder.
 
-        Budget, workers, timeout, trackers and places on the disk don't count: they may change on resume.
+        Budget, workers, timeout, trackers, permissions and places on the disk don't count: they may change on
+        resume.
         """
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
         for name in ("budget", "out", "suite", "tracking"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
@@ -195,6 +220,23 @@ class RunConfig(Strict):
         if self.warm_start == WarmStartSpec():
             del data["warm_start"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_secrets(data: Any, where: str) -> None:
+    """Raise ConfigError for passwords and tokens in addresses, because a config is stored with its run."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            _refuse_secrets(value, f"{where}: {key}")
+    elif isinstance(data, list):
+        for value in data:
+            _refuse_secrets(value, where)
+    elif isinstance(data, str) and holds_secret(data):
+        raise ConfigError(
+            f"{where}: holds a secret, and a config is stored with its run",
+            expected="an address without user, password or token; in `tracking` it may hold ${NAME}",
+            got=data,
+            fix="put the secret into an environment variable, and write ${NAME} in its place",
+        )
 
 
 def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import RunConfig
+from evomerge.config import PERMISSIONS, RunConfig
 from evomerge.errors import ConfigError, StoreError
+from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
@@ -33,6 +34,7 @@ from evomerge.search.spaces.layer_path import LayerPathSpec
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart
 from evomerge.stored import StoredRun
+from evomerge.text import in_texts, redacted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,7 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer=config.tokenizer,
         seed=config.seed,
     )
-    notes = (*check(template, sources), *kernels.notes())
+    notes = (*check(template, sources), *kernels.notes(), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
     assert not isinstance(config.space, str)
@@ -140,6 +142,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         blocks=config.racing.blocks,
         block_seed=config.seed,
         generation=config.executor.generation,
+        permissions=config.permissions,
         inputs=inputs,
     )
 
@@ -200,7 +203,8 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         start
         | prepared.model_facts
         | {
-            facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
+            # A run folder may be moved, and may come from somebody else.
+            facts.CONFIG: in_texts(redacted, config.model_dump(mode="json", exclude={"out", *PERMISSIONS})),
             facts.IDENTITY: config.identity(),
             facts.BLOCKS: prepared.worker.blocks,
             facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),

@@ -146,11 +146,15 @@ _StrictLoader.add_implicit_resolver(  # numbers in YAML 1.2; PyYAML reads 1e-9 a
 )
 
 
+class PythonName(str):
+    """Text with lm-eval's tag `!function`: the name of Python code, which is not imported here."""
+
+
 class _TaskLoader(_StrictLoader):
     """The strict loader for lm-eval's task files, whose tag `!function` names Python code; it stays text."""
 
 
-_TaskLoader.add_constructor("!function", lambda _, node: str(node.value))
+_TaskLoader.add_constructor("!function", lambda _, node: PythonName(node.value))
 
 
 def _mistake(problem: str, node: yaml.Node) -> yaml.YAMLError:

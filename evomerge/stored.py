@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import RunConfig, resolve_location, resolve_suite
+from evomerge.config import PERMISSIONS, RunConfig, resolve_location, resolve_suite
 from evomerge.errors import ConfigError, ModelError, StoreError, nearest
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.sources import model_files
@@ -53,12 +53,13 @@ class StoredRun:
     def config(
         self, *, models: Mapping[str, str] | None = None, suite: str | None = None, **budget: Any
     ) -> RunConfig:
-        """Return the config the run was begun with; `out` is the folder it lies in now.
+        """Return the config the run was begun with, without permissions; `out` is the folder it lies in now.
 
         models: name -> new place of models that were moved. suite: new place of its file. budget: single
         limits that replace the stored ones, as in `running.budget.replaced`.
         """
         data = facts.CONFIG.require(self.store)
+        data = {key: value for key, value in data.items() if key not in PERMISSIONS}
         data["out"] = str(self.folder.absolute())
         _relocate(data, models or {}, suite)
         data["budget"] = replaced(data["budget"], budget, time.time())

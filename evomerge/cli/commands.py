@@ -33,7 +33,7 @@ from evomerge.cli.options import (
     SeedOption,
 )
 from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
-from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.errors import ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -69,7 +69,7 @@ def _options(
 
 
 @command(app, "check")
-def check(config: ConfigArgument) -> None:
+def check(config: ConfigArgument, permissions: Any = None) -> None:
     """Check a run config (models, space, suite, tasks); estimate time and cost. Starts nothing."""
     from evomerge.config import RunConfig
     from evomerge.delivery import check as delivery
@@ -77,7 +77,7 @@ def check(config: ConfigArgument) -> None:
     from evomerge.prepare import check_folder, prepare
     from evomerge.trial import probe
 
-    loaded = RunConfig.load(config)
+    loaded = RunConfig.load(config).permitting(permissions)
     require_packages(loaded.tracking)
     prepared = prepare(loaded)
     check_folder(prepared)
@@ -93,12 +93,14 @@ def run(
     limits: Any = None,
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
     full_hash: FullHashOption = False,
+    permissions: Any = None,
 ) -> None:
     """Run a config: baselines, search, selection, test, report. Continues the run in its folder, if any."""
     from evomerge.config import RunConfig
 
     place = None if out is None else str(out)
-    _run(RunConfig.load(config, seed=seed, out=place, **limits), full_hash=full_hash)
+    loaded = RunConfig.load(config, seed=seed, out=place, **limits).permitting(permissions)
+    _run(loaded, full_hash=full_hash)
 
 
 @command(app, "resume", budget=True)
@@ -108,12 +110,13 @@ def resume(
     model: MovedModelsOption = None,
     suite: MovedSuiteOption = None,
     full_hash: FullHashOption = False,
+    permissions: Any = None,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
     from evomerge.stored import config_to_resume
 
     config = config_to_resume(run, models=_locations(model or []), suite=suite, **limits)
-    _run(config, full_hash=full_hash)
+    _run(config.permitting(permissions), full_hash=full_hash)
 
 
 def _locations(options: list[str]) -> dict[str, str]:
@@ -156,12 +159,13 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge import compose
     from evomerge.delivery.summary import Summary
     from evomerge.delivery.tracking import require_packages
+    from evomerge.evaluation import sandbox
     from evomerge.merging.tensors import kernels
     from evomerge.running.observers import Observers
     from evomerge.running.store import StoreReader
     from evomerge.stored import StoredRun, environment_note
 
-    for note in kernels.notes():
+    for note in (*kernels.notes(), *sandbox.notes(config.permissions)):
         output.say(f"note: {note}")
     folder = Path(config.out)
     require_packages(config.tracking)
@@ -175,7 +179,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         _report(folder)
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
-            command = f"evomerge resume {shlex.quote(relative(folder))}"
+            command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
             interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
         raise
 
@@ -256,8 +260,12 @@ def _report(folder: Path) -> None:
         summary = Summary(stored)
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
-        page = delivery.write_html(summary, folder / "report.html")
-        output.say(f"report: {relative(page)}")
+        try:
+            page = delivery.write_html(summary, folder / "report.html")
+        except DiskError as error:  # of a run folder that may only be read
+            complain(f"no report page: {error.what} ({error.got})")
+        else:
+            output.say(f"report: {relative(page)}")
 
 
 @command(app, "export")
@@ -277,6 +285,7 @@ def export(
     accept_difference: Annotated[
         bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
     ] = False,
+    permissions: Any = None,
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
     from evomerge.delivery import export as delivery
@@ -288,7 +297,9 @@ def export(
     with StoredRun.read(run) as stored:
         summary = Summary(stored)
         if form == "adapter":
-            made = delivery.export_adapter(summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
+            made = delivery.export_adapter(
+                summary, out, pick=pick, rank=rank, keep_rest=keep_rest, permissions=permissions
+            )
             output.say(comparison(made))
             _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
             return
@@ -497,11 +508,12 @@ def evaluate(
     suite: Annotated[str, typer.Option("--suite", help="A suite: a preset's name or a YAML file.")],
     split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Requests per forward pass.")] = 64,
+    permissions: Any = None,
 ) -> None:
     """Score one model on a suite."""
     from evomerge.delivery import single
 
-    data = single.evaluate(model, suite, split, batch_size=batch_size)
+    data = single.evaluate(model, suite, split, batch_size=batch_size, permissions=permissions)
     output.say(single.table(data))
     output.data(data)
 

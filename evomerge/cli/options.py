@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and the nine limits of a budget as options."""
+"""Arguments and options that several commands share, and the limits of a budget as options."""
 
 from __future__ import annotations
 
@@ -98,3 +98,16 @@ BUDGET: dict[str, Any] = {
     ],
 }
 """Option name -> annotation: single limits that replace those of a config or of a stored run."""
+
+PERMISSIONS: dict[str, Any] = {
+    "trust_tasks": Annotated[
+        bool, typer.Option("--trust-tasks", help="Allow the Python code that the suite's task files name.")
+    ],
+    "allow_code_execution": Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Allow tasks that execute the models' answers, in a sandbox."
+        ),
+    ],
+}
+"""Option name -> annotation: the fields of `evaluation.permissions.Permissions`."""

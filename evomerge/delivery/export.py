@@ -15,6 +15,7 @@ from evomerge.delivery.card import card
 from evomerge.delivery.rescore import ScoredAdapter, rescore, scores_on_test
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, nearest
+from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.files import drafted_file
 from evomerge.merging import mergekit
 from evomerge.merging.compatibility import with_fingerprints
@@ -114,6 +115,7 @@ def export_adapter(
     pick: str = "winner",
     rank: int | None = None,
     keep_rest: bool = False,
+    permissions: Permissions = NOTHING,
 ) -> ScoredAdapter:
     """Write one recipe of a run as a LoRA adapter on the run's base, and score it on the test items.
 
@@ -125,6 +127,7 @@ def export_adapter(
         pick: as in `export`.
         rank: the rank of every layer's change, if it can't be exact; see `write_adapter`.
         keep_rest: store in full what a LoRA can't represent; see `write_adapter`.
+        permissions: which code of the run's tasks may run.
 
     Raises:
         ConfigError, StoreError, DiskError: as in `export`.
@@ -133,7 +136,7 @@ def export_adapter(
     """
     chosen = find(summary, pick)
     writer.new_folder(out)
-    prepared = prepare(summary.run.config())
+    prepared = prepare(summary.run.config().permitting(permissions))
     summary.run.refuse_changed(prepared.model_facts)
     worker = scoring_alike(prepared.worker, summary.store, "test")
     scored: list[ScoredAdapter] = []

@@ -7,12 +7,15 @@ tasks, dataset splits or metrics, too few documents, documents that are in sever
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import errno
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,18 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.live_lm import compiled_templates, quiet
+from evomerge.evaluation.permissions import NOTHING, Permissions, check_task, executes_answers, refuse_answers
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
 from evomerge.schema import load_yaml
 
 FEWSHOT_SEED = 1234
 """Seed of the few-shot examples; lm-eval's own default, so that its prompts are reproduced."""
+
+EXECUTES = "HF_ALLOW_CODE_EVAL"
+"""The environment variable without which the library `evaluate` executes no answers."""
 
 _HINTS = 5
 _SAMPLE = 4
@@ -241,6 +249,11 @@ class TaskBuilder:
         except (KeyboardInterrupt, ConfigError):
             raise
         except BaseException as error:
+            if EXECUTES in str(error):
+                raise ConfigError(
+                    f"task {self.spec.task!r} executes the models' answers as code, but does not say so",
+                    expected="unsafe_code: true in its YAML, so that they are executed in a sandbox",
+                ) from error
             raise ConfigError(
                 f"task {self.spec.task!r} can't process a result", got=f"{type(error).__name__}: {error}"
             ) from error
@@ -267,42 +280,81 @@ class TaskBuilder:
         return ConfigError(f"task {self.spec.task!r} has no metric {name!r}", fix=nearest(name, valid))
 
 
-def build(suite: Suite, *, seed: int) -> list[TaskBuilder]:
-    """Load a suite's tasks, in suite order.
+def build(suite: Suite, *, seed: int, permissions: Permissions = NOTHING) -> list[TaskBuilder]:
+    """Load a suite's tasks, in suite order. Raises ConfigError: as in `load` and TaskBuilder."""
+    tasks = load(suite, [spec.task for spec in suite.tasks], permissions)
+    builders = []
+    for spec, task in zip(suite.tasks, tasks, strict=True):
+        unsafe = getattr(task, "UNSAFE_CODE", False)  # a class can say so too
+        if unsafe or executes_answers({"metric_list": task.config.metric_list}):
+            refuse_answers(spec.task, permissions, got="UNSAFE_CODE of its class")
+            task.process_results = IsolatedMetrics(suite, spec.task, permissions, task.aggregation())
+        try:
+            with quiet():
+                builders.append(TaskBuilder(spec, task, seed=seed))
+        except (KeyboardInterrupt, UserError):
+            raise
+        except BaseException as error:
+            raise ConfigError(
+                f"task {spec.task!r} can't be used", got=f"{type(error).__name__}: {error}"
+            ) from error
+    return builders
+
+
+def load(suite: Suite, names: Sequence[str], permissions: Permissions) -> list[Any]:
+    """Load tasks of a suite as lm-eval's task objects, in the order of their names.
 
     Raises:
-        ConfigError: a task is unknown or can't be loaded, or see TaskBuilder.
+        ConfigError: a task is unknown or can't be loaded, or would run code without permission.
     """
-    names = [spec.task for spec in suite.tasks]
     with quiet():
         manager = _manager(suite, names)
         valid = set(manager.all_subtasks)
         for name in names:
             if name not in valid:
                 raise _unknown_task(suite, name, valid, name in manager.all_tasks)
-        builders = []
-        for spec in suite.tasks:
-            try:
-                task = _load(manager, spec.task)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"task {spec.task!r}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
-                ) from None
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # code of the task may call sys.exit
-                raise ConfigError(
-                    f"task {spec.task!r} can't be loaded", got=f"{type(error).__name__}: {error}"
-                ) from error
-            try:
-                builders.append(TaskBuilder(spec, task, seed=seed))
-            except (KeyboardInterrupt, UserError):
-                raise
-            except BaseException as error:
-                raise ConfigError(
-                    f"task {spec.task!r} can't be used", got=f"{type(error).__name__}: {error}"
-                ) from error
-        return builders
+        for name in names:
+            entry = manager.task_index[name]
+            check_task(name, Path(entry.yaml_path), entry.cfg or {}, permissions)
+        return [_loaded(manager, name, permissions) for name in names]
+
+
+def _loaded(manager: Any, name: str, permissions: Permissions) -> Any:
+    try:
+        with _code_eval(allowed=permissions.allow_code_execution):
+            return _load(manager, name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"task {name!r}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
+        ) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of the task may call sys.exit
+        raise ConfigError(
+            f"task {name!r} can't be loaded", got=f"{type(error).__name__}: {error}", fix=_cache_advice(error)
+        ) from error
+
+
+def _cache_advice(error: BaseException) -> str | None:
+    """Say what to do where a task's data can't be written to the cache of the libraries."""
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+        return f"if {error.filename or 'the home folder'} can't be written, set HF_HOME to a folder that can"
+    return None
+
+
+@contextlib.contextmanager
+def _code_eval(*, allowed: bool) -> Iterator[None]:
+    """Let the library `evaluate` load its metric code_eval, or not; afterwards it refuses to execute answers.
+
+    lm-eval's tasks try the metric on code of their own while they are loaded.
+    """
+    os.environ.pop(EXECUTES, None)
+    if allowed:
+        os.environ[EXECUTES] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(EXECUTES, None)
 
 
 def _check_request(task: str, instance: Any) -> None:
@@ -377,6 +429,8 @@ def _absolute(files: Any, folder: Path) -> Any:
     if isinstance(files, list):
         return [_absolute(value, folder) for value in files]
     local = folder / str(files)
+    if Path(str(files)).is_absolute():
+        return files
     return str(local) if "://" not in str(files) and any(folder.glob(str(files))) else files
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import NonFiniteError, UserError
+from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
@@ -84,8 +85,9 @@ class WorkerSpec:
     weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, unless a job
     says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in
     tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
-    what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). inputs: what
-    models and task files were when the run began, None where they are not compared.
+    what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
+    which code of the tasks may run. inputs: what models and task files were when the run began, None where
+    they are not compared.
     """
 
     models: Mapping[str, str]
@@ -102,6 +104,7 @@ class WorkerSpec:
     blocks: int = 1
     block_seed: int = 0
     generation: str = "transformers"
+    permissions: Permissions = NOTHING
     inputs: RunInputs | None = None
 
     def guard(self) -> InputGuard | None:
@@ -149,6 +152,7 @@ class Worker:
             max_length=spec.max_length,
             blocks=spec.blocks,
             block_seed=spec.block_seed,
+            permissions=spec.permissions,
         )
         if spec.generation != "transformers":
             from evomerge.evaluation.engine import TOLERANCE

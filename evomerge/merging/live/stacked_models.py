@@ -286,10 +286,13 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
     try:
         with passing_folder(temporary_parent(), "evomerge-model") as folder:
             (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=getattr(torch, dtype), attn_implementation=attention
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=False,
             )
         if (source.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
@@ -298,6 +301,10 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
             raise DiskError(
                 f"{temporary_parent()}: can't be written", got=error.strerror, fix="free some disk space"
             ) from None
+        if isinstance(error, MemoryError) or "failed to map segment" in str(
+            error
+        ):  # how the loader of libraries says that memory ran out
+            raise MemoryError(str(error)) from None
         if attention is not None and _plain(attention) in _plain(str(error)):
             raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
         raise ModelError(
