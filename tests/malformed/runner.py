@@ -25,6 +25,8 @@ from tests.malformed.workspace import Case, write_valid
 
 HANG = 60
 """Seconds after which a command counts as hanging, on any machine."""
+SLOW = 2.0
+"""Seconds that a command should take at most; commands that took longer are printed and fail no test."""
 MEMORY = 300
 """Megabytes that a command may need beside the imported libraries."""
 KINDS = (
@@ -229,6 +231,9 @@ def main() -> int:
     slowest = max(outcomes, key=lambda outcome: outcome.seconds)
     largest = max(outcomes, key=lambda outcome: outcome.megabytes)
     failed = [outcome for outcome in outcomes if outcome.problem]
+    for outcome in outcomes:
+        if outcome.seconds > SLOW:
+            print(f"{outcome.seconds:.1f} s: {outcome.kind} | {outcome.name} | {outcome.command}")
     print(
         f"{len(inputs)} malformed inputs, {len(outcomes)} commands on them: "
         f"{sum('traceback' in outcome.problem for outcome in failed)} tracebacks, {len(failed)} problems; "

@@ -93,7 +93,7 @@ def _values(
     """Yield a case for every place of a valid file and every wrong value; the message names the key."""
     for place, values in table.items():
         for value in values:
-            shown = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:40]}..."
+            shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
             yield Case(
                 kind=kind,
                 name=f"{place}: {shown}",
