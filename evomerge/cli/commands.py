@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -284,6 +285,9 @@ def _report(folder: Path) -> None:
         summary = Summary(stored)
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
+        if not os.access(folder, os.W_OK):
+            output.say("report.html is not written: the run folder is read-only")
+            return
         page = delivery.write_html(summary, folder / "report.html")
         output.say(f"report: {relative(page)}")
 

@@ -16,10 +16,11 @@ from evomerge.errors import StoreError, UserError
 from evomerge.evaluation.scores import SPLITS
 from evomerge.evaluation.suite import Suite
 from evomerge.prepare import prepare, run_facts
-from evomerge.running.store import StoreReader, facts
+from evomerge.running.store import StoreReader, facts, migrations
 from evomerge.running.store.file import FILE
-from evomerge.running.store.inspection import Inspection
+from evomerge.running.store.inspection import MISSING, Inspection
 from evomerge.running.store.salvage import Salvaged, lost, salvage
+from evomerge.running.store.schema import SCHEMA_VERSION
 from evomerge.schema import parse
 from evomerge.stored import StoredRun
 
@@ -65,20 +66,42 @@ def examine(folder: Path) -> Diagnosis:
     """Inspect a run folder, also while a process works on it.
 
     Raises:
-        StoreError: There is no store that SQLite can open.
+        StoreError: There is no store, or one of which nothing can be read.
     """
-    with StoreReader.unchecked(folder) as store:
-        version, inspection = store.version(), store.inspection()
-        if not inspection.readable:
-            raise StoreError(
-                f"{folder / FILE}: the run store is damaged beyond repair",
-                got=next(inspection.problems(), "no table can be read"),
-                fix="restore the file from a backup, or start a new run in another folder",
-            )
-        problems = list(inspection.problems())
-        if not problems:
-            problems += _meaning(StoredRun(store))
-    return Diagnosis(folder=folder, version=version, inspection=inspection, problems=tuple(problems))
+    try:
+        with StoreReader.unchecked(folder) as store:
+            diagnosis = _diagnosis(store)
+            if diagnosis.problems and (foreign := store.foreign_log()) is not None:
+                raise foreign
+        if diagnosis.inspection.readable:
+            return diagnosis
+        refused = StoreError(f"{folder / FILE}: the run store is damaged", got=diagnosis.problems[0])
+    except StoreError as error:
+        refused = error
+    torn = "is damaged" in refused.what or "not a run store" in refused.what  # as a torn header looks, too
+    if torn and (copy := StoreReader.rescued(folder)) is not None:
+        with copy as store:
+            diagnosis = _diagnosis(store, "the first page was damaged: the header and the list of tables")
+        if diagnosis.inspection.readable and not lost(diagnosis.inspection, [facts.STORE_ID]):
+            return diagnosis
+    raise StoreError(
+        refused.what,
+        expected=refused.expected,
+        got=refused.got,
+        fix="nothing in it can be read: restore the file from a backup, or start a new run in another folder"
+        if "is damaged" in refused.what
+        else refused.fix,
+    )
+
+
+def _diagnosis(store: StoreReader, *more: str) -> Diagnosis:
+    version, inspection = store.version(), store.inspection()
+    problems = [*more, *inspection.problems()]
+    if version < SCHEMA_VERSION:
+        problems = [problem for problem in problems if not problem.endswith(f": {MISSING}")]
+    elif not problems:
+        problems += _meaning(StoredRun(store))
+    return Diagnosis(folder=store.folder, version=version, inspection=inspection, problems=tuple(problems))
 
 
 def _meaning(run: StoredRun) -> list[str]:
@@ -114,6 +137,8 @@ def save(diagnosis: Diagnosis, out: Path, config: Path | None) -> Salvaged:
     if missing:
         begun = _begun_anew(diagnosis.folder, stored, out, config)
         begun = {fact: value for fact, value in begun.items() if fact.key not in stored}
+    if diagnosis.version < SCHEMA_VERSION and facts.MIGRATED.key not in stored:
+        begun = {**begun, facts.MIGRATED: migrations.history(diagnosis.version, inspection)}
     suite = begun.get(facts.SUITE) or json.loads(stored[facts.SUITE.key])
     parsed = parse(Suite, suite, f"{diagnosis.folder}: stored suite")
     tasks: dict[str, list[str]] = {

@@ -19,6 +19,8 @@ from evomerge.files import NO_LOCKS
 from evomerge.running.store import facts, schema
 
 FILE = "run.sqlite"
+LARGEST = 100
+"""How many times larger than what is left of it a truncated store may have been."""
 BUSY = 30.0
 """Seconds to wait for another program that has the file locked."""
 
@@ -78,20 +80,59 @@ def snapshot(path: Path) -> sqlite3.Connection | None:
     logged = log.read_bytes() if before[1] is not None else b""
     if (_state(path), _state(log)) != before:
         return None
+    content.extend(bytes(max(0, _size(content) - len(content))))  # SQLite reads nothing of a shorter file
     try:
         if not logged:
             return _in_memory(content)
         db = _with_log(content, logged)
     except sqlite3.DatabaseError as error:
-        raise damaged(path.parent, str(error), hopeless=True) from None
+        raise damaged(path.parent, str(error)) from None
     ids = _store_id(_in_memory(content)), _store_id(db)
     if ids[0] is not None and ids[0] != ids[1]:
         db.close()
-        raise StoreError(
-            f"{log}: belongs to another store than the {FILE} beside it",
-            fix="move it elsewhere, and back to its own store if it has one",
-        )
+        raise foreign_log(path)
     return db
+
+
+def without_log(path: Path) -> sqlite3.Connection | None:
+    """Return a copy in memory of a store as it is without the log beside it; None where there is no log."""
+    log = path.with_name(f"{path.name}-wal")
+    return _in_memory(bytearray(path.read_bytes())) if log.exists() and log.stat().st_size else None
+
+
+def foreign_log(path: Path) -> StoreError:
+    """Return the error for a write-ahead log that is not that of the store."""
+    return StoreError(
+        f"{path}-wal: belongs to another store than the {path.name} beside it",
+        fix="move it elsewhere, and back to its own store if it has one",
+    )
+
+
+def rescued(path: Path) -> sqlite3.Connection | None:
+    """Return a copy in memory of a store whose first page is made anew; None where SQLite can't read it.
+
+    The first page holds the header and the list of tables, which are the same in all stores of a version:
+    only the number of pages differs.
+    """
+    head = _first_page()
+    content = bytearray(path.read_bytes())
+    content[: len(head)] = head
+    content.extend(bytes(-len(content) % len(head)))
+    content[28:32] = (len(content) // len(head)).to_bytes(4, "big")
+    log = path.with_name(f"{path.name}-wal")
+    try:
+        return _with_log(content, log.read_bytes()) if log.exists() else _in_memory(content)
+    except sqlite3.DatabaseError:
+        return None
+
+
+def _first_page() -> bytes:
+    with tempfile.TemporaryDirectory(prefix="evomerge-store") as folder:
+        with contextlib.closing(sqlite3.connect(Path(folder) / FILE)) as db:
+            schema.lay_out(db)
+            db.execute("PRAGMA journal_mode=WAL")
+            (size,) = db.execute("PRAGMA page_size").fetchone()
+        return (Path(folder) / FILE).read_bytes()[:size]
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
@@ -102,8 +143,15 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _size(content: bytearray) -> int:
+    """Return the size that a store's header states, in bytes; 0 where that can't be."""
+    page, pages = int.from_bytes(content[16:18], "big"), int.from_bytes(content[28:32], "big")
+    size = page * pages
+    return size if size <= LARGEST * len(content) else 0
+
+
 def _in_memory(content: bytearray) -> sqlite3.Connection:
-    content = content.copy()
+    content = content[:]
     content[18:20] = b"\1\1"  # a database in memory has no write-ahead log
     db = sqlite3.connect(":memory:")
     db.deserialize(content)
@@ -144,7 +192,9 @@ def check_file(folder: Path) -> None:
     with path.open("rb") as file:
         header = file.read(100)
     if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
-        raise damaged(folder, "not an SQLite database" if header else "the file is empty", hopeless=True)
+        raise damaged(
+            folder, "not an SQLite database" if header else "the file is empty", hopeless=not header
+        )
     application, version = (int.from_bytes(header[at : at + 4], "big") for at in (68, 60))
     if application != schema.APPLICATION_ID:
         raise StoreError(

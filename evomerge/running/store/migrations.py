@@ -17,6 +17,7 @@ import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evomerge.errors import StoreError
 from evomerge.files import drafted_file
@@ -84,14 +85,13 @@ def _checked(folder: Path, db: sqlite3.Connection) -> tuple[int, Inspection]:
         lacking = [f"table {name}: {MISSING}" for name in schema.tables() if name not in FIRST]
         problems = (problem for problem in problems if problem not in lacking)
     if (problem := next(problems, None)) is not None:
-        raise damaged(folder, problem)
+        raise StoreReader(folder, db).foreign_log() or damaged(folder, problem)
     return version, state
 
 
 def _fill(draft: Path, old: Inspection, before: int) -> bool:
     """Write a store from the rows of an older one; say whether its search can go on."""
-    continues = before >= REPLAYED_FROM and old.tables["guide"].unreadable is None
-    fact = {"schema": before, "continues": continues, "at": time.time()}
+    fact = history(before, old)
     with contextlib.closing(sqlite3.connect(draft)) as db:
         schema.lay_out(db)
         with db:
@@ -102,4 +102,10 @@ def _fill(draft: Path, old: Inspection, before: int) -> bool:
                         continue
                     schema.insert(db, table, filled(table, columns, row), number)
         db.execute("PRAGMA journal_mode=WAL")
-    return continues
+    return bool(fact["continues"])
+
+
+def history(before: int, old: Inspection) -> dict[str, Any]:
+    """Return the fact `migrated` of a store made from one of an older version."""
+    continues = before >= REPLAYED_FROM and old.tables["guide"].unreadable is None
+    return {"schema": before, "continues": continues, "at": time.time()}

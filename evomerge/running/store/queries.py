@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -16,7 +17,19 @@ from evomerge.errors import StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import facts, schema
-from evomerge.running.store.file import FILE, check_file, connect, damaged, disk, held_by, holder, snapshot
+from evomerge.running.store.file import (
+    FILE,
+    check_file,
+    connect,
+    damaged,
+    disk,
+    foreign_log,
+    held_by,
+    holder,
+    rescued,
+    snapshot,
+    without_log,
+)
 from evomerge.running.store.inspection import Inspection, inspect
 from evomerge.running.store.schema import (
     BASE,
@@ -59,6 +72,14 @@ class StoreReader:
         check_file(folder)
         copy = None if holder(folder) is not None else snapshot(folder / FILE)
         return StoreReader(folder, copy or connect(folder / FILE, readonly=True))
+
+    @staticmethod
+    def rescued(folder: Path) -> StoreReader | None:
+        """Open a store whose first page is damaged, as a copy with a new one; None where that is no help."""
+        path = folder / FILE
+        if not path.is_file() or (copy := rescued(path)) is None:
+            return None
+        return StoreReader(folder, copy)
 
     def version(self) -> int:
         """Return the schema version of the store."""
@@ -106,11 +127,19 @@ class StoreReader:
                 )
             problem = next(inspect(self._db).problems(), None)
             if problem is not None:
-                raise damaged(self.folder, problem)
+                raise self.foreign_log() or damaged(self.folder, problem)
         except BaseException:
             self.close()
             raise
         return self
+
+    def foreign_log(self) -> StoreError | None:
+        """Return the error for a store that is whole without the log beside it, None where it is not so."""
+        path = self.folder / FILE
+        if (alone := without_log(path)) is None:
+            return None
+        with contextlib.closing(alone):
+            return None if any(inspect(alone).problems()) else foreign_log(path)
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with disk(self.folder):
