@@ -1,13 +1,15 @@
 """Files: drafts that a crash leaves no trace of, and reading of regular files only.
 
-Files and folders are written under a temporary name, so that a crash leaves no incomplete file. A draft's
-name holds its process and machine. The next process that writes the same file removes the drafts of
-processes that were killed.
+Files and folders are written in a temporary folder, so that a crash leaves no incomplete file. A temporary
+folder is named after what is written and this machine, and its process holds a lock in it, which dies with
+the process. The next process that writes the same file removes the folders whose lock is free. Locks, unlike
+process numbers, are never used again by another process of a restarted container.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -65,25 +67,30 @@ def expanded(path: str | Path) -> Path:
         ) from None
 
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+"""The errors of file systems that have no locks."""
+_HELD = "held"
+"""The file in a temporary folder that its process has locked."""
+_locks: list[int] = []
+"""The locks of folders that this process keeps to its end."""
+
+
 @contextmanager
 def drafted_file(out: Path) -> Iterator[Path]:
     """Yield the path of a temporary file that replaces `out` on success and disappears on failure.
 
-    Raises DiskError if it can't be written.
+    What else is written beside the temporary file, such as a database's journal, disappears too. Raises
+    DiskError if it can't be written.
     """
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(out.parent, out.name)
-        draft = out.parent / f"{_mark(out.name)}0"
-        try:
+        with passing_folder(out.parent, out.name) as folder:
+            draft = folder / out.name
             yield draft
             sync([draft])
             draft.replace(out)
             sync([out.parent])
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
     except Exception as error:
         raise _as_disk_error(error, out) from None
 
@@ -98,10 +105,11 @@ def drafted_folder(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with passing_folder(out.parent, out.name) as folder:
-            yield folder
-            folder.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-            sync([*folder.iterdir(), folder])
-            folder.rename(out)  # replaces an empty folder, fails on any other
+            draft = folder / out.name
+            draft.mkdir()
+            yield draft
+            sync([*draft.iterdir(), draft])
+            draft.rename(out)  # replaces an empty folder, fails on any other
             sync([out.parent])
     except Exception as error:
         raise _as_disk_error(error, out) from None
@@ -109,37 +117,60 @@ def drafted_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def passing_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a temporary folder that is deleted afterwards unless it was renamed. Raises OSError."""
-    folder = own_folder(parent, name)
+    """Yield a temporary folder that is deleted afterwards. Raises OSError."""
+    folder, lock = _begun(parent, name)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def own_folder(parent: Path, name: str) -> Path:
-    """Make a temporary folder of this process; remove those of processes that were killed."""
+    """Make a temporary folder that belongs to this process to its end."""
+    folder, lock = _begun(parent, name)
+    _locks.append(lock)
+    return folder
+
+
+def _begun(parent: Path, name: str) -> tuple[Path, int]:
+    """Make a temporary folder; return it with its lock. Those of processes that were killed are removed."""
     remove_abandoned(parent, name)
-    return Path(tempfile.mkdtemp(prefix=_mark(name), dir=parent))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_mark(name), dir=parent))
+        try:
+            lock = os.open(folder / _HELD, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            continue  # another process took it for abandoned before it was locked
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(lock)
+                raise
+        if os.fstat(lock).st_nlink:
+            return folder, lock
+        os.close(lock)
 
 
 def remove_abandoned(parent: Path, name: str | None = None) -> None:
     """Remove drafts of `name` (None: all drafts) that killed processes of this machine left in a folder."""
     drafted = ".+" if name is None else re.escape(name)
-    pattern = re.compile(rf"\.{drafted}\.partial-(\d{{1,9}})-{re.escape(socket.gethostname())}-\w+")
+    pattern = re.compile(rf"\.{drafted}\.partial-{re.escape(socket.gethostname())}-\w+")
     for stale in parent.iterdir():
-        match = pattern.fullmatch(stale.name)
-        if match is None:
+        if not pattern.fullmatch(stale.name) or stale.is_symlink() or not stale.is_dir():
             continue
         try:
-            os.kill(int(match[1]), 0)
-        except ProcessLookupError:
-            if stale.is_dir() and not stale.is_symlink():
-                shutil.rmtree(stale, ignore_errors=True)
-            else:
-                stale.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # a running process of another user
+            lock = os.open(stale / _HELD, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError:
+            continue  # another user's, or just removed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(stale, ignore_errors=True)
+        except OSError:
+            continue  # its process lives, or nobody can know
+        finally:
+            os.close(lock)
 
 
 def _as_disk_error(error: Exception, out: Path) -> Exception:
@@ -152,7 +183,7 @@ def _as_disk_error(error: Exception, out: Path) -> Exception:
 
 
 def _mark(name: str) -> str:
-    return f".{name}.partial-{os.getpid()}-{socket.gethostname()}-"
+    return f".{name}.partial-{socket.gethostname()}-"
 
 
 def sync(paths: Iterable[Path]) -> None:

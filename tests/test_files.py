@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,18 +103,47 @@ def test_what_killed_processes_left_is_removed_by_the_next(tmp_path: Path) -> No
 
 
 def test_what_the_living_and_other_machines_have_is_left_alone(tmp_path: Path) -> None:
-    names = [
-        f".a.partial-{os.getpid()}-{socket.gethostname()}-0",
-        ".a.partial-99999999-elsewhere-0",
-        f".b.partial-99999999-{socket.gethostname()}-0",
-        f"a.partial-99999999-{socket.gethostname()}-0",
-    ]
-    for name in names:
-        (tmp_path / name).touch()
-    remove_abandoned(tmp_path, "a")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
-    remove_abandoned(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[:2] + names[3:])
+    """Whose process lives is known by its lock; the number of a dead process may be another's by now."""
+    here = socket.gethostname()
+    with passing_folder(tmp_path, "a") as living:
+        names = [living.name, ".a.partial-elsewhere-x", f".b.partial-{here}-x", f"a.partial-{here}-x"]
+        for name in names[1:]:
+            (tmp_path / name).mkdir()
+        remove_abandoned(tmp_path, "a")
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+        remove_abandoned(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[:2] + names[3:])
+
+
+def test_a_draft_that_is_swept_before_it_is_locked_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, calls = files.fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            (stale,) = tmp_path.iterdir()
+            shutil.rmtree(stale)
+        flock(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with drafted_file(tmp_path / "page") as draft:
+        draft.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["page"]
+    assert len(calls) == 2
+
+
+def test_drafts_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    (tmp_path / f".page.partial-{socket.gethostname()}-x").mkdir()
+    with drafted_file(tmp_path / "page") as draft:
+        draft.write_text("whole")
+    assert (tmp_path / "page").read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 2  # nobody can know whether the other's process lives
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no C compiler")

@@ -155,6 +155,35 @@ def migrate(run: RunArgument) -> None:
     )
 
 
+@command(app, "doctor")
+def doctor(
+    run: RunArgument,
+    salvage: Annotated[
+        Path | None,
+        typer.Option("--salvage", metavar="NEW_FOLDER", help="Write a new run of what is whole."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="CONFIG", help="The run's config, where the stored one is lost."),
+    ] = None,
+) -> None:
+    """Check a run's store: every row by its checksum. Changes nothing; exit code 2 where it is damaged."""
+    from evomerge.delivery import doctor as delivery
+
+    diagnosis = delivery.examine(run)
+    output.say(delivery.text(diagnosis))
+    if salvage is None:
+        output.data(delivery.as_data(diagnosis))
+        diagnosis.refuse()
+        output.say(f"{relative(run)}: whole")
+        return
+    saved = delivery.save(diagnosis, salvage, config)
+    rows = ", ".join(f"{name} {count} of {saved.whole[name]}" for name, count in saved.kept.items() if count)
+    output.say(f"rows saved: {rows}")
+    output.say(f"go on with: evomerge resume {shlex.quote(relative(saved.folder))}")
+    output.data(delivery.as_data(diagnosis, saved))
+
+
 def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge import compose
     from evomerge.delivery.summary import Summary

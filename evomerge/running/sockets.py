@@ -46,7 +46,7 @@ def _folder() -> str | None:
     """Return the folder of this process, or None for the usual place where its path would be too long."""
     folder = own_folder(temporary_parent(), "evomerge")
     if len(str(folder)) > _LONGEST:
-        folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     # After multiprocessing has removed what it made in there, at -100.
     util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-101)

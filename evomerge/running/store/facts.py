@@ -62,7 +62,7 @@ class Fact(Generic[T]):
         if value is None:
             raise StoreError(
                 f"{store.folder}: the run store has no fact `{self.key}` ({self.about})",
-                fix="restore run.sqlite from a backup, or start a new run in another folder",
+                fix=f"see what is whole: evomerge doctor {store.folder}",
             )
         return value
 
@@ -185,6 +185,13 @@ MIGRATED = Fact(
     dict[str, Any],
     "running.store",
     "schema version before `evomerge migrate`, and whether the search can go on",
+    in_digest=False,
+)
+STORE_ID = Fact(
+    "store_id",
+    int,
+    "running.store",
+    "a random number, drawn for each store, with which the checksums of all other rows begin",
     in_digest=False,
 )
 

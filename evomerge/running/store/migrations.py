@@ -1,7 +1,8 @@
 """Migrations: a run store of an older schema version, brought to this one's.
 
-A new store is created and filled from the old one column by column; newer columns are NULL or have the value
-in FILLS. It replaces the old file in one rename, and the old file is kept beside it.
+A new store is created and filled row by row from the old one; newer columns are NULL or have the value in
+FILLS. It replaces the old file in one rename, and the old file is kept beside it. A store with damaged rows
+is refused, because the new checksums would hide the damage.
 
 To add a version: change the schema, raise SCHEMA_VERSION, and give new columns a value in FILLS where NULL
 is wrong. If old runs can't be replayed in the same bits, raise REPLAYED_FROM.
@@ -10,7 +11,6 @@ is wrong. If old runs can't be replayed in the same bits, raise REPLAYED_FROM.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sqlite3
@@ -22,11 +22,15 @@ from typing import Any
 from evomerge.errors import StoreError
 from evomerge.files import drafted_file
 from evomerge.running.store import facts, schema
-from evomerge.running.store.file import FILE, check_file, connect, damaged, disk, take_lock
+from evomerge.running.store.file import FILE, check_file, connect, damaged, disk, snapshot, take_lock
+from evomerge.running.store.inspection import FILLS, MISSING, Inspection, expected, filled, inspect
 from evomerge.running.store.queries import StoreReader
+from evomerge.running.store.store import write_facts
 
-FILLS: dict[tuple[str, str], Any] = {("score", "block"): 0, ("timing", "block"): 0}
-"""(table, column) -> value of a newer column in older runs, where NULL would be wrong."""
+__all__ = ["FILLS", "Migrated", "migrate"]
+
+FIRST = {"run", "recipe", "entry", "ask", "tell", "score", "failure", "timing", "session"}
+"""The tables of all versions."""
 REPLAYED_FROM = 3
 """The oldest version whose searches are replayed in the same bits: before it there were no item blocks, no
 races and no surrogate, and some of its early runs lack them, too."""
@@ -44,76 +48,64 @@ class Migrated:
 def migrate(folder: Path) -> Migrated | None:
     """Bring the store in a run folder to this version's schema; None where it has it already.
 
-    Raises StoreError for a newer store, one that is damaged, or one that a process is working on.
+    Raises StoreError for a newer store, another program's, one that is damaged, or one that a process is
+    working on. Those are not changed.
     """
     check_file(folder)
     lock = take_lock(folder)
     try:
         path = folder / FILE
-        before, complete = _version(path)
-        if before == schema.SCHEMA_VERSION and complete:
-            return None
-        backup = path.with_name(f"{FILE}.version-{before}")
-        with drafted_file(backup) as draft:
-            shutil.copyfile(path, draft)
-        with drafted_file(path) as draft, disk(folder):
-            continues = _fill(draft, backup, before)
+        old = snapshot(path)
+        if old is None:
+            raise StoreError(f"{path}: another program is writing it", fix="close that program first")
+        with contextlib.closing(old):
+            before, state = _checked(folder, old)
+            if before == schema.SCHEMA_VERSION:
+                return None
+            with contextlib.closing(connect(path)) as db, disk(folder):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so that the file alone is all of it
+            backup = path.with_name(f"{FILE}.version-{before}")
+            with drafted_file(backup) as draft:
+                shutil.copyfile(path, draft)
+            with drafted_file(path) as draft, disk(folder):
+                continues = _fill(draft, state, before)
     finally:
         os.close(lock)
     StoreReader.read(folder).close()
     return Migrated(before=before, backup=backup, continues=continues)
 
 
-def _version(path: Path) -> tuple[int, bool]:
-    """Return the schema version of a store, and whether it has all tables of this one.
-
-    Its write-ahead log is copied into the file first.
-    """
-    try:
-        with contextlib.closing(connect(path)) as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
-            (health,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    except sqlite3.DatabaseError as error:
-        raise damaged(path.parent, str(error)) from None
-    if health != "ok" or not {"run", "recipe", "ask", "score"} <= tables:
-        raise damaged(path.parent, "not a run store" if health == "ok" else str(health))
-    if version > schema.SCHEMA_VERSION:
-        raise StoreError(
-            f"{path}: written by a newer version of evomerge",
-            expected=f"schema version {schema.SCHEMA_VERSION} or older",
-            got=str(version),
-            fix="update evomerge",
-        )
-    return version, schema.complete(tables)
+def _checked(folder: Path, db: sqlite3.Connection) -> tuple[int, Inspection]:
+    """Return the schema version of a store and its rows; raise StoreError where some are damaged."""
+    with disk(folder):
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+    state = inspect(db)
+    problems = state.problems()
+    if version < schema.SCHEMA_VERSION:  # later tables are missing
+        lacking = [f"table {name}: {MISSING}" for name in schema.tables() if name not in FIRST]
+        problems = (problem for problem in problems if problem not in lacking)
+    if (problem := next(problems, None)) is not None:
+        raise StoreReader(folder, db).foreign_log() or damaged(folder, problem)
+    return version, state
 
 
-def _fill(draft: Path, old: Path, before: int) -> bool:
-    """Write a store from an older one; say whether its search can go on."""
+def _fill(draft: Path, old: Inspection, before: int) -> bool:
+    """Write a store from the rows of an older one; say whether its search can go on."""
+    fact = history(before, old)
     with contextlib.closing(sqlite3.connect(draft)) as db:
         schema.lay_out(db)
-        db.execute("ATTACH ? AS old", (str(old.absolute()),))
-        there = {name for (name,) in db.execute("SELECT name FROM old.sqlite_schema WHERE type = 'table'")}
         with db:
-            for (table,) in db.execute("SELECT name FROM main.sqlite_schema WHERE type = 'table'").fetchall():
-                if table in there:
-                    _copy(db, table)
-            continues = before >= REPLAYED_FROM and "guide" in there
-            fact = {"schema": before, "continues": continues, "at": time.time()}
-            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (facts.MIGRATED.key, json.dumps(fact)))
-        db.execute("DETACH old")
-    return continues
+            number = write_facts(db, {facts.MIGRATED: fact})
+            for table, columns in expected().items():
+                for row in old.tables[table].records():
+                    if table == "run" and row["key"] in (facts.MIGRATED.key, facts.STORE_ID.key):
+                        continue
+                    schema.insert(db, table, filled(table, columns, row), number)
+        db.execute("PRAGMA journal_mode=WAL")
+    return bool(fact["continues"])
 
 
-def _copy(db: sqlite3.Connection, table: str) -> None:
-    """Copy the columns that both tables have, and fill the others."""
-    shared = [column for column in _columns(db, "main", table) if column in _columns(db, "old", table)]
-    filled = {column: v for (name, column), v in FILLS.items() if name == table and column not in shared}
-    names = ", ".join((*shared, *filled))
-    values = ", ".join((*shared, *("?" for _ in filled)))
-    db.execute(f"INSERT INTO main.{table} ({names}) SELECT {values} FROM old.{table}", tuple(filled.values()))
-
-
-def _columns(db: sqlite3.Connection, place: str, table: str) -> list[str]:
-    return [row[1] for row in db.execute(f"PRAGMA {place}.table_info({table})")]
+def history(before: int, old: Inspection) -> dict[str, Any]:
+    """Return the fact `migrated` of a store made from one of an older version."""
+    continues = before >= REPLAYED_FROM and old.tables["guide"].unreadable is None
+    return {"schema": before, "continues": continues, "at": time.time()}

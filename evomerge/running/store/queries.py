@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -16,14 +17,25 @@ from evomerge.errors import StoreError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import facts, schema
-from evomerge.running.store.file import FILE, check_file, connect, damaged, held_by, holder, snapshot
+from evomerge.running.store.file import (
+    FILE,
+    check_file,
+    connect,
+    damaged,
+    disk,
+    foreign_log,
+    held_by,
+    holder,
+    rescued,
+    snapshot,
+    without_log,
+)
+from evomerge.running.store.inspection import Inspection, inspect
 from evomerge.running.store.schema import (
-    APPLICATION_ID,
     BASE,
     Generation,
     StoredFront,
     Timing,
-    complete,
     unpack,
 )
 from evomerge.search.ports import GuideState, Named
@@ -48,12 +60,34 @@ class StoreReader:
 
         A store that no process has open is read into memory: that leaves none of SQLite's own files behind,
         and a writer that starts meanwhile can't change what is read.
+
+        Raises:
+            StoreError: no run, damage, another program's file, or another schema version.
         """
+        return StoreReader.unchecked(folder)._checked()
+
+    @staticmethod
+    def unchecked(folder: Path) -> StoreReader:
+        """Open a run for reading, damaged or of an older version as it may be."""
         check_file(folder)
         copy = None if holder(folder) is not None else snapshot(folder / FILE)
-        store = StoreReader(folder, copy or connect(folder / FILE, readonly=True))
-        store._check_contents()
-        return store
+        return StoreReader(folder, copy or connect(folder / FILE, readonly=True))
+
+    @staticmethod
+    def rescued(folder: Path) -> StoreReader | None:
+        """Open a store whose first page is damaged, as a copy with a new one; None where that is no help."""
+        path = folder / FILE
+        if not path.is_file() or (copy := rescued(path)) is None:
+            return None
+        return StoreReader(folder, copy)
+
+    def version(self) -> int:
+        """Return the schema version of the store."""
+        return int(self._row("PRAGMA user_version")[0])
+
+    def inspection(self) -> Inspection:
+        """Inspect all that is stored, contents too."""
+        return inspect(self._db, contents=True)
 
     def held(self) -> bool:
         """Say whether a process is working on the run right now."""
@@ -80,40 +114,51 @@ class StoreReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_contents(self) -> None:
+    def _checked(self) -> Self:
+        """Check version and contents; close the store where they are wrong."""
         try:
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            (application,) = self._db.execute("PRAGMA application_id").fetchone()
-            (health,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise damaged(self.folder, str(error)) from None
-        if application != APPLICATION_ID:
-            raise damaged(self.folder, "not a run store")
-        if health != "ok":
-            raise damaged(self.folder, str(health))
-        names = {name for (name,) in self._db.execute("SELECT name FROM sqlite_schema")}
-        if version != schema.SCHEMA_VERSION or not complete(names):
-            newer = version > schema.SCHEMA_VERSION
-            raise StoreError(
-                f"{self.folder / FILE}: written by {'a newer' if newer else 'an older'} version of evomerge",
-                expected=f"schema version {schema.SCHEMA_VERSION}",
-                got=str(version),
-                fix="update evomerge"
-                if newer
-                else f"bring it up to date, a copy is kept: evomerge migrate {self.folder}",
-            )
+            version = self.version()
+            if version != schema.SCHEMA_VERSION:
+                raise StoreError(
+                    f"{self.folder / FILE}: written by an older version of evomerge",
+                    expected=f"schema version {schema.SCHEMA_VERSION}",
+                    got=str(version),
+                    fix=f"bring it up to date, a copy is kept: evomerge migrate {self.folder}",
+                )
+            problem = next(inspect(self._db).problems(), None)
+            if problem is not None:
+                raise self.foreign_log() or damaged(self.folder, problem)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def foreign_log(self) -> StoreError | None:
+        """Return the error for a store that is whole without the log beside it, None where it is not so."""
+        path = self.folder / FILE
+        if (alone := without_log(path)) is None:
+            return None
+        with contextlib.closing(alone):
+            return None if any(inspect(alone).problems()) else foreign_log(path)
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with disk(self.folder):
+            return self._db.execute(query, values).fetchall()
+
+    def _row(self, query: str, values: Sequence[Any] = ()) -> Any:
+        return next(iter(self._rows(query, values)), None)
 
     # -- facts ------------------------------------------------------------------------------------
 
     def read_value(self, key: str) -> Any:
         """Return the JSON value under a key of the table `run`, or None; `facts` declares the keys."""
-        row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+        row = self._row("SELECT value FROM run WHERE key = ?", (key,))
         return None if row is None else json.loads(row[0])
 
     def gradient_items(self) -> int:
         """Return what the gradients of this run cost, in items of one forward pass."""
         query = "SELECT SUM(json_extract(value, '$.items')) FROM run WHERE key GLOB ?"
-        return self._db.execute(query, (facts.GRADIENT.pattern,)).fetchone()[0] or 0
+        return self._row(query, (facts.GRADIENT.pattern,))[0] or 0
 
     def blocks(self, split: Split) -> int:
         """Return how many item blocks a split has in this run (fact `blocks`, for `search`)."""
@@ -125,7 +170,7 @@ class StoreReader:
 
     def hours(self) -> float:
         """Return the hours worked on the run so far, all sessions together."""
-        (seconds,) = self._db.execute("SELECT COALESCE(SUM(last - started), 0) FROM session").fetchone()
+        (seconds,) = self._row("SELECT COALESCE(SUM(last - started), 0) FROM session")
         return cast(float, seconds) / 3600
 
     def versions(self) -> dict[str, str]:
@@ -134,25 +179,23 @@ class StoreReader:
 
     def sessions(self) -> list[dict[str, str]]:
         """Return the library versions of every session, in order."""
-        rows = self._db.execute("SELECT versions FROM session ORDER BY started")
+        rows = self._rows("SELECT versions FROM session ORDER BY started")
         return [json.loads(row[0]) for row in rows]
 
     # -- the search -----------------------------------------------------------------------------
 
     def has_ask(self, generation: int) -> bool:
         """Say whether the generation's genomes are stored."""
-        return (
-            self._db.execute("SELECT 1 FROM ask WHERE generation = ?", (generation,)).fetchone() is not None
-        )
+        return self._row("SELECT 1 FROM ask WHERE generation = ?", (generation,)) is not None
 
     def generations(self) -> list[Generation]:
         """Return all generations in order; the last may not have been told."""
         asks: dict[int, list[tuple[bytes, str]]] = {}
-        for number, genome, recipe in self._db.execute(
+        for number, genome, recipe in self._rows(
             "SELECT generation, genome, recipe FROM ask ORDER BY generation, position"
         ):
             asks.setdefault(number, []).append((genome, recipe))
-        tells = {n: (b, s) for n, b, s in self._db.execute("SELECT generation, losses, seconds FROM tell")}
+        tells = {n: (b, s) for n, b, s in self._rows("SELECT generation, losses, seconds FROM tell")}
         return [
             Generation(
                 number=number,
@@ -174,16 +217,13 @@ class StoreReader:
                 reference=tuple(json.loads(reference)),
                 recipes=tuple(json.loads(recipes)),
             )
-            for number, volume, reference, recipes in self._db.execute(query)
+            for number, volume, reference, recipes in self._rows(query)
         ]
 
     def guide(self) -> list[GuideState]:
         """Return what the surrogate did, generation by generation; nothing where there is none."""
         query = "SELECT correlation, proposed, blocks, radius FROM guide ORDER BY generation"
-        return [
-            GuideState(correlation=c, proposed=p, blocks=b, radius=r)
-            for c, p, b, r in self._db.execute(query)
-        ]
+        return [GuideState(correlation=c, proposed=p, blocks=b, radius=r) for c, p, b, r in self._rows(query)]
 
     def recipe(self, start: str) -> Recipe:
         """Return the recipe whose hash begins with `start`, or raise StoreError.
@@ -191,7 +231,7 @@ class StoreReader:
         Its models are where the stored config says.
         """
         query = "SELECT data FROM recipe WHERE substr(hash, 1, ?) = ? LIMIT 2"
-        rows = self._db.execute(query, (len(start), start)).fetchall()
+        rows = self._rows(query, (len(start), start))
         if len(rows) != 1:
             count = "more than one" if rows else "no"
             raise StoreError(f"{self.folder}: {count} recipe has a hash starting with {start!r}")
@@ -203,7 +243,7 @@ class StoreReader:
     def entries(self, role: str) -> list[Named]:
         """Return the named rows of a role, in order."""
         query = "SELECT name, recipe FROM entry WHERE role = ? ORDER BY position"
-        rows = self._db.execute(query, (role,)).fetchall()
+        rows = self._rows(query, (role,))
         return [Named(name=name, recipe=self.recipe(hash_)) for name, hash_ in rows]
 
     # -- scores ---------------------------------------------------------------------------------
@@ -220,7 +260,7 @@ class StoreReader:
         if len(scored) == len(parts):
             return joined(scored)
         query = "SELECT kind, reason FROM failure WHERE recipe = ? AND split = ?"
-        row = self._db.execute(query, (recipe, split)).fetchone()
+        row = self._row(query, (recipe, split))
         return None if row is None else Failure(kind=row[0], reason=row[1])
 
     def _part(self, recipe: str, split: Split, block: int) -> Scores | None:
@@ -228,7 +268,7 @@ class StoreReader:
             "SELECT task, metric, smooth, margin FROM score "
             "WHERE recipe = ? AND split = ? AND block = ? ORDER BY position"
         )
-        rows = self._db.execute(query, (recipe, split, block)).fetchall()
+        rows = self._rows(query, (recipe, split, block))
         tasks = tuple(
             TaskScores(
                 task=task, metric=unpack(metric), smooth=_unpack_column(smooth), margin=_unpack_column(margin)
@@ -241,14 +281,14 @@ class StoreReader:
         """Return the blocks of a split on which each recipe (by hash) is scored, in order."""
         query = "SELECT DISTINCT recipe, block FROM score WHERE split = ? ORDER BY recipe, block"
         blocks_by_recipe: dict[str, list[int]] = {}
-        for recipe, block in self._db.execute(query, (split,)):
+        for recipe, block in self._rows(query, (split,)):
             blocks_by_recipe.setdefault(recipe, []).append(block)
         return {recipe: tuple(blocks) for recipe, blocks in blocks_by_recipe.items()}
 
     def failures(self) -> list[tuple[str, Split, Failure]]:
         """Return (recipe hash, split, failure) of everything that failed, oldest first."""
         query = "SELECT recipe, split, kind, reason FROM failure ORDER BY at"
-        return [(r, s, Failure(kind=k, reason=why)) for r, s, k, why in self._db.execute(query)]
+        return [(r, s, Failure(kind=k, reason=why)) for r, s, k, why in self._rows(query)]
 
     def timings(self, split: Split) -> dict[str, Timing]:
         """Return the timings of everything scored on a split, by recipe hash; blocks are added up.
@@ -259,14 +299,14 @@ class StoreReader:
             "SELECT recipe, TOTAL(seconds), TOTAL(merge_seconds), TOTAL(forward_seconds), worker, MAX(at) "
             "FROM timing WHERE split = ? GROUP BY recipe"
         )
-        rows = [row[:5] for row in self._db.execute(query, (split,))]
+        rows = [row[:5] for row in self._rows(query, (split,))]
         return {r: Timing(total=t, merge=m, forward=f, worker=w) for r, t, m, f, w in rows}
 
     def split_items(self) -> dict[Split, int]:
         """Return the number of items of each split, where the base is scored on it or the suite says it."""
         tasks = (facts.SUITE.get(self) or {}).get("tasks", [])
         items: dict[Split, int] = {}
-        base = self._db.execute("SELECT recipe FROM entry WHERE role = 'base'").fetchone()
+        base = self._row("SELECT recipe FROM entry WHERE role = 'base'")
         for split in SPLITS:
             counts = [task["splits"][split] for task in tasks if task["splits"][split] is not None]
             if base is not None and isinstance(scores := self.result(base[0], split), Scores):
@@ -281,7 +321,7 @@ class StoreReader:
             f"SELECT COUNT(DISTINCT recipe) FROM entry WHERE role IN ({', '.join('?' * len(roles))}) "
             "AND recipe NOT IN (SELECT recipe FROM timing WHERE split = ?)"
         )
-        (count,) = self._db.execute(query, (*roles, split)).fetchone()
+        (count,) = self._row(query, (*roles, split))
         return cast(int, count)
 
     def longest_of_last_generation(self) -> float | None:
@@ -291,7 +331,7 @@ class StoreReader:
             "AND split = 'search' WHERE generation = (SELECT MAX(generation) FROM tell) "
             "GROUP BY position ORDER BY total DESC LIMIT 1"
         )
-        row = self._db.execute(query).fetchone()
+        row = self._row(query)
         return None if row is None else cast(float, row[0])
 
     def digest(self) -> str:
@@ -304,7 +344,7 @@ class StoreReader:
         digest = hashlib.sha256()
         aside = facts.outside_digest()
         query = f"SELECT key, value FROM run WHERE key NOT IN ({', '.join('?' * len(aside))}) ORDER BY key"
-        for row in self._db.execute(query, aside):
+        for row in self._rows(query, aside):
             digest.update(repr(row).encode())
         for query in (
             "SELECT hash, data FROM recipe ORDER BY hash",
@@ -315,13 +355,13 @@ class StoreReader:
             "SELECT generation, correlation, proposed, blocks, radius FROM guide ORDER BY generation",
             "SELECT recipe, split, kind, reason FROM failure ORDER BY recipe, split",
         ):
-            for row in self._db.execute(query):
+            for row in self._rows(query):
                 digest.update(repr(row).encode())
         query = (
             "SELECT recipe, split, block, task, position, metric, smooth, margin FROM score "
             "ORDER BY recipe, split, block, task"
         )
-        for *key, metric, smooth, margin in self._db.execute(query):
+        for *key, metric, smooth, margin in self._rows(query):
             digest.update(repr(key).encode())
             for vector in (metric, smooth, margin):
                 digest.update(b"" if vector is None else unpack(vector).tobytes())

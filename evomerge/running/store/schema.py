@@ -1,12 +1,18 @@
-"""The schema of a run store: its tables and their version, the records read from them, and packed columns."""
+"""The schema of a run store: its tables and their version, checksums of rows, records, and packed columns.
+
+The last column of every table, `crc`, is a checksum of the row. It begins with a number that is drawn for
+each store, so that rows of another store are as wrong as damaged ones.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sqlite3
+import struct
 import zlib
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +23,35 @@ ID = 12
 """How many digits of its recipe's hash a candidate is called by, in logs and messages."""
 BASE = "base"
 """The name the base model has in every recipe and table."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 0x65766F6D  # "evom"
 
 _SCHEMA = """
-CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE recipe (hash TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL,
+    crc INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE recipe (hash TEXT PRIMARY KEY, data TEXT NOT NULL,
+    crc INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE entry (role TEXT, position INTEGER, name TEXT NOT NULL, recipe TEXT NOT NULL REFERENCES recipe,
-    PRIMARY KEY (role, position)) WITHOUT ROWID;
+    crc INTEGER NOT NULL, PRIMARY KEY (role, position)) WITHOUT ROWID;
 CREATE TABLE ask (generation INTEGER, position INTEGER, genome BLOB NOT NULL,
     recipe TEXT NOT NULL REFERENCES recipe, at REAL NOT NULL,
-    PRIMARY KEY (generation, position)) WITHOUT ROWID;
+    crc INTEGER NOT NULL, PRIMARY KEY (generation, position)) WITHOUT ROWID;
 CREATE TABLE tell (generation INTEGER PRIMARY KEY, losses BLOB NOT NULL, seconds REAL NOT NULL,
-    at REAL NOT NULL);
+    at REAL NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE guide (generation INTEGER PRIMARY KEY, correlation REAL, proposed INTEGER NOT NULL,
-    blocks INTEGER NOT NULL, radius REAL NOT NULL);
+    blocks INTEGER NOT NULL, radius REAL NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE front (generation INTEGER PRIMARY KEY, hypervolume REAL NOT NULL, reference TEXT NOT NULL,
-    recipes TEXT NOT NULL);
+    recipes TEXT NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, task TEXT,
     position INTEGER NOT NULL, metric BLOB NOT NULL, smooth BLOB, margin BLOB,
-    PRIMARY KEY (recipe, split, block, task));
+    crc INTEGER NOT NULL, PRIMARY KEY (recipe, split, block, task));
 CREATE TABLE failure (recipe TEXT REFERENCES recipe, split TEXT, kind TEXT NOT NULL, reason TEXT NOT NULL,
-    at REAL NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
+    at REAL NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
 CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, seconds REAL NOT NULL,
     merge_seconds REAL NOT NULL, forward_seconds REAL NOT NULL, worker TEXT NOT NULL, at REAL NOT NULL,
-    PRIMARY KEY (recipe, split, block)) WITHOUT ROWID;
-CREATE TABLE session (started REAL PRIMARY KEY, last REAL NOT NULL, versions TEXT NOT NULL) WITHOUT ROWID;
+    crc INTEGER NOT NULL, PRIMARY KEY (recipe, split, block)) WITHOUT ROWID;
+CREATE TABLE session (started REAL PRIMARY KEY, last REAL NOT NULL, versions TEXT NOT NULL,
+    crc INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -81,9 +90,14 @@ class StoredFront:
     recipes: tuple[str, ...]
 
 
-def complete(tables: Set[str]) -> bool:
+def tables() -> list[str]:
+    """Return the names of all tables; those that others refer to come first."""
+    return re.findall(r"CREATE TABLE (\w+)", _SCHEMA)
+
+
+def complete(names: Set[str]) -> bool:
     """Say whether these are all tables of a run store (versions under development may lack some)."""
-    return set(re.findall(r"CREATE TABLE (\w+)", _SCHEMA)) <= tables
+    return set(tables()) <= names
 
 
 def lay_out(db: sqlite3.Connection) -> None:
@@ -91,6 +105,31 @@ def lay_out(db: sqlite3.Connection) -> None:
     db.executescript(_SCHEMA)
     db.execute(f"PRAGMA application_id={APPLICATION_ID}")
     db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+
+def checksum(row: Sequence[Any], start: int) -> int:
+    """Return the checksum of a row: of its values in the order of the columns, as SQLite stores them.
+
+    start: the number of the store (`facts.STORE_ID`).
+    """
+    return zlib.crc32(b"".join(map(_encoded, row)), start)
+
+
+def _encoded(value: Any) -> bytes:
+    if value is None:
+        return b"0"
+    if isinstance(value, int | float):  # SQLite keeps NaN as NULL, -0.0 as 0, and whole numbers by the column
+        return b"0" if math.isnan(value) else b"n" + struct.pack("<d", value + 0.0)
+    data = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else bytes(value)
+    return (b"t" if isinstance(value, str) else b"b") + len(data).to_bytes(8, "little") + data
+
+
+def insert(
+    db: sqlite3.Connection, table: str, row: Sequence[Any], start: int, *, instead: str = "ABORT"
+) -> None:
+    """Write a row with its checksum. instead: what to do where its key is there (ABORT, IGNORE, REPLACE)."""
+    marks = ", ".join("?" * (len(row) + 1))
+    db.execute(f"INSERT OR {instead} INTO {table} VALUES ({marks})", (*row, checksum(row, start)))
 
 
 def as_json(value: Any) -> str:

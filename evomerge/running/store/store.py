@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,10 @@ from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.files import sync
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import facts
-from evomerge.running.store.file import FILE, check_file, connect, disk, take_lock
+from evomerge.running.store.file import FILE, check_file, connect, disk, snapshot, take_lock
+from evomerge.running.store.inspection import store_id
 from evomerge.running.store.queries import StoreReader, differences
-from evomerge.running.store.schema import ID, Timing, as_json, lay_out, pack
+from evomerge.running.store.schema import ID, Timing, as_json, insert, lay_out, pack
 from evomerge.search.ports import GuideState, Named
 
 
@@ -41,13 +43,25 @@ class StoreObserver(Protocol):
         ...
 
 
+def write_facts(db: sqlite3.Connection, values: facts.Values) -> int:
+    """Write the facts of a new store, and the number it draws; return that number."""
+    number = secrets.randbits(32)
+    insert(db, "run", (facts.STORE_ID.key, as_json(number)), 0)
+    for key, value in sorted((fact.key, value) for fact, value in values.items()):
+        insert(db, "run", (key, as_json(value)), number)
+    return number
+
+
 class RunStore(StoreReader):
     """The store of one run, for writing. Use `create` or `open` rather than the constructor."""
 
     def __init__(self, folder: Path, connection: sqlite3.Connection, lock: int) -> None:
         super().__init__(folder, connection)
         self._lock: int | None = lock
+        self._store_id = store_id(connection)
         self._session = 0.0
+        self._offset, self._latest = time.time() - time.monotonic(), 0.0
+        self._versions: str | None = None
         self._observer: StoreObserver | None = None
 
     # -- opening and closing ------------------------------------------------------------------------
@@ -64,12 +78,13 @@ class RunStore(StoreReader):
         for stale in folder.glob(f".{FILE}.new*"):
             stale.unlink()
         try:
-            # With no log beside it: what a full disk keeps from being copied out of one would stay behind.
             with disk(folder), contextlib.closing(sqlite3.connect(draft)) as db:
                 lay_out(db)
-                rows = sorted((fact.key, as_json(value)) for fact, value in values.items())
                 with db:
-                    db.executemany("INSERT INTO run VALUES (?, ?)", rows)
+                    write_facts(db, values)
+                # Last, when there is nothing to log: what a full disk keeps from being copied out of a log
+                # would stay behind.
+                db.execute("PRAGMA journal_mode=WAL")
             draft.rename(folder / FILE)  # finish, then rename: a run file is always a complete one
             sync([folder, folder.parent])
         except BaseException:
@@ -87,13 +102,17 @@ class RunStore(StoreReader):
 
     @classmethod
     def _opened(cls, folder: Path, lock: int) -> RunStore:
-        store = cls(folder, connect(folder / FILE), lock)
+        """Open a store that this process holds. It is checked as a copy: SQLite writes what it opens."""
         try:
-            store._check_contents()
+            if (copy := snapshot(folder / FILE)) is None:
+                raise StoreError(
+                    f"{folder / FILE}: another program is writing it", fix="close that program, then go on"
+                )
+            StoreReader(folder, copy)._checked().close()
+            return cls(folder, connect(folder / FILE), lock)
         except BaseException:
-            store.close()
+            os.close(lock)
             raise
-        return store
 
     def close(self) -> None:
         """Close the file and let go of the run."""
@@ -115,14 +134,17 @@ class RunStore(StoreReader):
     def write_value(self, key: str, value: Any) -> None:
         """Store or replace the JSON value under a key of the table `run`; `facts` declares the keys."""
         with self._writing() as db:
-            db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, as_json(value)))
+            self._put(db, "run", (key, as_json(value)), instead="REPLACE")
 
     def begin_session(self, versions: Mapping[str, str], *, started: float | None = None) -> None:
         """Note that a process works on the run, with which library versions, since when (default: now)."""
         self._session = time.time() if started is None else started
+        for table in ("tell", "timing", "failure"):
+            (latest,) = self._db.execute(f"SELECT MAX(at) FROM {table}").fetchone()
+            self._latest = max(self._latest, latest or 0.0)
         with self._writing() as db:
-            row = (self._session, time.time(), json.dumps(dict(versions), sort_keys=True))
-            db.execute("INSERT INTO session VALUES (?, ?, ?)", row)
+            self._versions = json.dumps(dict(versions), sort_keys=True)
+            self._put(db, "session", (self._session, self._now(), self._versions))
 
     # -- what the search decides ------------------------------------------------------------------
 
@@ -130,7 +152,7 @@ class RunStore(StoreReader):
         """Store a generation, shape (n, dimension), or check it bit for bit against the stored one."""
         rows = [(u.astype("<f8").tobytes(), r.hash) for u, r in zip(genomes, recipes, strict=True)]
         query = "SELECT genome, recipe FROM ask WHERE generation = ? ORDER BY position"
-        stored = self._db.execute(query, (generation,)).fetchall()
+        stored = self._rows(query, (generation,))
         if stored:
             for position, (mine, theirs) in enumerate(zip(rows, stored, strict=False)):
                 if mine != theirs:
@@ -138,13 +160,11 @@ class RunStore(StoreReader):
             if len(rows) != len(stored):
                 raise self._diverged(f"the size of generation {generation}")
             return
-        now = time.time()
+        now = self._moment()
         with self._writing() as db:
             self._put_recipes(db, recipes)
-            db.executemany(
-                "INSERT INTO ask VALUES (?, ?, ?, ?, ?)",
-                [(generation, position, *row, now) for position, row in enumerate(rows)],
-            )
+            for position, row in enumerate(rows):
+                self._put(db, "ask", (generation, position, *row, now))
         self._report("asked", generation=generation, ids=[recipe.hash[:ID] for recipe in recipes])
 
     def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None:
@@ -153,13 +173,13 @@ class RunStore(StoreReader):
         seconds: the driver's own time for the generation, kept from the first session.
         """
         blob = losses.astype("<f8").tobytes()
-        row = self._db.execute("SELECT losses FROM tell WHERE generation = ?", (generation,)).fetchone()
+        row = self._row("SELECT losses FROM tell WHERE generation = ?", (generation,))
         if row is not None:
             if row[0] != blob:
                 raise self._diverged(f"the losses of generation {generation}")
             return
         with self._writing() as db:
-            db.execute("INSERT INTO tell VALUES (?, ?, ?, ?)", (generation, blob, seconds, time.time()))
+            self._put(db, "tell", (generation, blob, seconds, self._moment()))
 
     def record_front(
         self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
@@ -170,39 +190,34 @@ class RunStore(StoreReader):
         """
         row = (hypervolume, as_json(reference.tolist()), as_json([recipe.hash for recipe in recipes]))
         query = "SELECT hypervolume, reference, recipes FROM front WHERE generation = ?"
-        stored = self._db.execute(query, (generation,)).fetchone()
+        stored = self._row(query, (generation,))
         if stored is not None:
             if stored != row:
                 raise self._diverged(f"the front of generation {generation}")
             return
         with self._writing() as db:
-            db.execute("INSERT INTO front VALUES (?, ?, ?, ?)", (generation, *row))
+            self._put(db, "front", (generation, *row))
 
     def record_guide(self, generation: int, state: GuideState) -> None:
         """Store what the surrogate did in a generation."""
         with self._writing() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO guide VALUES (?, ?, ?, ?, ?)",
-                (generation, state.correlation, state.proposed, state.blocks, state.radius),
-            )
+            row = (generation, state.correlation, state.proposed, state.blocks, state.radius)
+            self._put(db, "guide", row, instead="REPLACE")
 
     def record_entry(self, role: str, position: int, entry: Named) -> None:
         """Store a named row: role base, parent, baseline, start, descent, finalist or winner."""
         query = "SELECT name, recipe FROM entry WHERE role = ? AND position = ?"
-        if self._db.execute(query, (role, position)).fetchone() == (entry.name, entry.recipe.hash):
+        if self._row(query, (role, position)) == (entry.name, entry.recipe.hash):
             return
         with self._writing() as db:
             self._put_recipes(db, [entry.recipe])
-            db.execute(
-                "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)",
-                (role, position, entry.name, entry.recipe.hash),
-            )
+            self._put(db, "entry", (role, position, entry.name, entry.recipe.hash), instead="REPLACE")
         self._report("entry", role=role, position=position, name=entry.name, id=entry.recipe.hash[:ID])
 
     def trim_entries(self, role: str, count: int) -> None:
         """Forget the rows of a role from position `count` on: an earlier end of the run had more of them."""
         query = "SELECT count(*) FROM entry WHERE role = ? AND position >= ?"
-        if self._db.execute(query, (role, count)).fetchone()[0]:
+        if self._row(query, (role, count))[0]:
             with self._writing() as db:
                 db.execute("DELETE FROM entry WHERE role = ? AND position >= ?", (role, count))
 
@@ -240,23 +255,12 @@ class RunStore(StoreReader):
                 for position, task in enumerate(part):
                     vectors = (pack(task.metric), pack(task.smooth), pack(task.margin))
                     row = (recipe.hash, part.split, block, task.task, position, *vectors)
-                    db.execute("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                    self._put(db, "score", row)
             if weights is not None:
-                fact = facts.WEIGHTS.of(recipe.hash)
-                db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (fact.key, as_json(weights)))
-            db.execute(
-                "INSERT OR REPLACE INTO timing VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    recipe.hash,
-                    parts[0].split,
-                    parts[0].blocks[0],
-                    timing.total,
-                    timing.merge,
-                    timing.forward,
-                    timing.worker,
-                    time.time(),
-                ),
-            )
+                self._put(db, "run", (facts.WEIGHTS.of(recipe.hash).key, as_json(weights)), instead="REPLACE")
+            what = (recipe.hash, parts[0].split, parts[0].blocks[0])
+            seconds = (timing.total, timing.merge, timing.forward)
+            self._put(db, "timing", (*what, *seconds, timing.worker, self._moment()), instead="REPLACE")
         together = joined(parts)
         self._report(
             "scored",
@@ -284,14 +288,14 @@ class RunStore(StoreReader):
                 else:
                     db.executemany(query + " AND recipe = ?", [(split, block, hash_) for hash_ in hashes])
             for fact, value in because.items():
-                db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (fact.key, as_json(value)))
+                self._put(db, "run", (fact.key, as_json(value)), instead="REPLACE")
 
     def record_failure(self, recipe: Recipe, split: Split, failure: Failure) -> None:
         """Store that a recipe could not be scored on (some block of) a split, and why."""
         with self._writing() as db:
             self._put_recipes(db, [recipe])
-            row = (recipe.hash, split, failure.kind, failure.reason, time.time())
-            db.execute("INSERT INTO failure VALUES (?, ?, ?, ?, ?)", row)
+            row = (recipe.hash, split, failure.kind, failure.reason, self._moment())
+            self._put(db, "failure", row)
         self._report("failed", id=recipe.hash[:ID], split=split, kind=failure.kind, reason=failure.reason)
 
     def forget_failures(self, count: int = 0) -> list[Failure]:
@@ -302,16 +306,16 @@ class RunStore(StoreReader):
         Gone with the failures are the tells of the first generation that holds one of them and of all later
         ones, and the later asks, which rest on those. Scores are kept.
         """
-        (since,) = self._db.execute("SELECT COALESCE(MAX(at), 0) FROM timing").fetchone()
-        latest = self._db.execute("SELECT at FROM failure ORDER BY at DESC LIMIT ?", (count,)).fetchall()
+        (since,) = self._row("SELECT COALESCE(MAX(at), 0) FROM timing")
+        latest = self._rows("SELECT at FROM failure ORDER BY at DESC LIMIT ?", (count,))
         since = min([since, *(at for (at,) in latest)])
         query = "SELECT recipe, split, kind, reason FROM failure WHERE at >= ? ORDER BY at"
-        rows = self._db.execute(query, (since,)).fetchall()
+        rows = self._rows(query, (since,))
         failed = [(recipe, split, Failure(kind=kind, reason=why)) for recipe, split, kind, why in rows]
         first = [
             number
             for recipe, split, _ in failed
-            for (number,) in self._db.execute("SELECT MIN(generation) FROM ask WHERE recipe = ?", (recipe,))
+            for (number,) in self._rows("SELECT MIN(generation) FROM ask WHERE recipe = ?", (recipe,))
             if split == "search" and number is not None
         ]
         with self._writing() as db:
@@ -334,12 +338,26 @@ class RunStore(StoreReader):
         """One committed event; the session's clock moves with it."""
         with disk(self.folder), self._db as db:
             yield db
-            db.execute("UPDATE session SET last = ? WHERE started = ?", (time.time(), self._session))
+            if self._versions is not None:
+                self._put(db, "session", (self._session, self._now(), self._versions), instead="REPLACE")
+
+    def _now(self) -> float:
+        """Return the time in epoch seconds; it goes on evenly where the wall clock is set."""
+        return self._offset + time.monotonic()
+
+    def _moment(self) -> float:
+        """Return the time of an event, later than that of any event before it, in any session."""
+        self._latest = max(self._now(), self._latest + 1e-6)
+        return self._latest
+
+    def _put(self, db: sqlite3.Connection, table: str, row: Sequence[Any], *, instead: str = "ABORT") -> None:
+        insert(db, table, row, self._store_id, instead=instead)
 
     def _put_recipes(self, db: sqlite3.Connection, recipes: Sequence[Recipe]) -> None:
         # Without locations: models may be moved, and the config says where they are now.
-        rows = [(r.hash, json.dumps(r.to_data() | {"models": None}, sort_keys=True)) for r in recipes]
-        db.executemany("INSERT OR IGNORE INTO recipe VALUES (?, ?)", rows)
+        for recipe in recipes:
+            data = json.dumps(recipe.to_data() | {"models": None}, sort_keys=True)
+            self._put(db, "recipe", (recipe.hash, data), instead="IGNORE")
 
     def _diverged(self, what: str) -> ReplayError:
         recorded = ", ".join(f"{name} {version}" for name, version in self.versions().items())

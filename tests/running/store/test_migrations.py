@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +21,8 @@ from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import StoreError
-from evomerge.running.store import RunStore, migrations, schema
+from evomerge.files import remove_abandoned
+from evomerge.running.store import RunStore, facts, migrations, schema
 from evomerge.running.store.migrations import migrate
 from tests.conftest import write_suite
 from tests.running import quick
@@ -97,7 +101,7 @@ def test_an_interrupted_migration_changes_nothing(old_run: Path, monkeypatch: py
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(migrations, "_copy", cut)
+        patched.setattr(migrations, "write_facts", cut)
         with pytest.raises(KeyboardInterrupt):
             migrate(old_run)
     assert (old_run / "run.sqlite").read_bytes() == before
@@ -121,6 +125,120 @@ def test_what_can_not_be_migrated(tmp_path: Path) -> None:
     (run / "run.sqlite").write_bytes(b"torn" * 100)
     with pytest.raises(StoreError, match="damaged"):
         migrate(run)
+
+
+@pytest.mark.parametrize("what", ["another program's", "copied tables", "a folder", "empty", "newer"])
+def test_what_is_no_run_store_is_refused_and_not_changed(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "run.sqlite"
+    if what == "a folder":
+        path.mkdir()
+    elif what == "empty":
+        path.touch()
+    else:
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE bookmarks (place TEXT)")
+            if what == "copied tables":
+                db.executescript(schema._SCHEMA)
+            elif what == "newer":
+                db.execute(f"PRAGMA application_id={schema.APPLICATION_ID}")
+                db.execute("PRAGMA user_version=99")
+    before = None if path.is_dir() else path.read_bytes()
+    for verb in ("migrate", "status", "report", "resume", "doctor"):
+        code, output = invoke(verb, tmp_path)
+        assert code == 2, output
+        assert output.count("error: ") == 1
+        assert "Traceback" not in output
+    assert path.is_dir() if before is None else path.read_bytes() == before
+    assert not list(tmp_path.glob("run.sqlite-*"))
+    with pytest.raises(StoreError):
+        RunStore.open(tmp_path)
+
+
+def without_checksums(path: Path) -> None:
+    """Make a store one of schema version 3: its tables had no checksums."""
+    with closing(sqlite3.connect(path)) as db:
+        for table in schema.tables():
+            db.execute(f"ALTER TABLE {table} DROP COLUMN crc")
+        db.execute("DELETE FROM run WHERE key = ?", (facts.STORE_ID.key,))
+        db.execute("PRAGMA user_version=3")
+        db.commit()
+
+
+def test_a_run_without_checksums_goes_on_after_its_migration(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose.executors, "build", quick.build(0))
+    path = config()
+    write_suite(tmp_path, generate=False)
+    for name in ("whole", "run", "damaged"):
+        compose.start(RunConfig.load(path, out=str(tmp_path / name), generations=1), Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        before = store.digest()
+    for name in ("run", "damaged"):
+        without_checksums(tmp_path / name / "run.sqlite")
+    with closing(sqlite3.connect(tmp_path / "damaged" / "run.sqlite")) as db, db:
+        db.execute("UPDATE score SET metric = X'00' WHERE rowid = 3")
+    with pytest.raises(StoreError, match=r"damaged \(table score: .*metric can't be parsed"):
+        migrate(tmp_path / "damaged")
+    done = migrate(tmp_path / "run")
+    assert done is not None
+    assert done.continues
+    with RunStore.read(tmp_path / "run") as store:
+        assert store.digest() == before
+    for name in ("run", "whole"):
+        compose.resume(tmp_path / name, Silent(), generations=2)
+    with RunStore.read(tmp_path / "run") as run, RunStore.read(tmp_path / "whole") as whole:
+        assert run.digest() == whole.digest()
+
+
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from evomerge.running.store import migrations
+from evomerge.running.store.migrations import migrate
+
+steps = 0
+
+def count(event, arguments):
+    # Opening, making, renaming and deleting files, and opening databases: what a migration does to the disk.
+    global steps
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "sqlite3.connect"):
+        steps += 1
+        if steps == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+migrate(Path(sys.argv[1]))
+print(steps)
+"""
+
+
+def killed_at(folder: Path, step: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", KILLED_AT, str(folder), str(step)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_migration_killed_at_any_step_leaves_the_old_store_or_the_new(tmp_path: Path) -> None:
+    old = OLD[0].read_bytes()
+    (tmp_path / "count").mkdir()
+    (tmp_path / "count" / "run.sqlite").write_bytes(old)
+    steps = int(killed_at(tmp_path / "count", 0).stdout)
+    ends = set()
+    for step in range(1, steps + 1, 3):
+        run = tmp_path / f"run-{step}"
+        run.mkdir()
+        (run / "run.sqlite").write_bytes(old)
+        assert killed_at(run, step).returncode == -signal.SIGKILL
+        if (run / "run.sqlite").read_bytes() == old:
+            ends.add("old")
+        else:
+            RunStore.read(run).close()
+            ends.add("new")
+        migrate(run)
+        RunStore.read(run).close()
+        remove_abandoned(run)
+        assert sorted(p.name for p in run.iterdir()) == [".lock", "run.sqlite", "run.sqlite.version-1"]
+    assert ends == {"old", "new"}
 
 
 def test_a_run_goes_on_after_a_migration_that_only_adds(

@@ -23,8 +23,8 @@ from tests.running.fakes import TIMING, recipe, scores
 GENOMES = np.array([[0.25, 0.5], [1.0, 0.0]])
 CONFIG = {"seed": 3, "models": {"base": "base", "sources": {"a": "a"}}}
 LOSSES = np.array([[-0.5], [0.125]])
-KEYS = {"recipe", "generation", "split", "block", "task", "position"}
-"""Columns that the page names as what a row is of."""
+KEYS = {"recipe", "generation", "split", "block", "task", "position", "crc"}
+"""Columns that the page names as what a row is of, and the checksum of all tables."""
 SHORT = {"timing"}
 """Tables whose columns the page sums up."""
 
@@ -151,6 +151,7 @@ def test_a_reader_is_not_disturbed_by_a_writer_who_starts(
 
     def meanwhile(path: Path) -> bytes:
         content = read_bytes(path)
+        monkeypatch.undo()
         with RunStore.open(tmp_path) as writer:
             facts.BLOCKS.set(writer, 2)
         return content
