@@ -7,7 +7,7 @@ AUDIT := .venv-audit
 INSTALLED := $(VENV)/.installed
 DIST := dist
 
-.PHONY: demo test slow torture lint docs format wheel audit bench-merge clean help
+.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -23,6 +23,10 @@ slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, install a whee
 
 torture: $(INSTALLED) ## kill runs at random, 400 times (EVOMERGE_KILLS=20: of each kind fewer), and compare what they end in
 	$(BIN)/python -m pytest -q -m slow tests/running/test_torture.py -s
+
+fuzz: $(INSTALLED)    ## every command on every malformed input, then random ones for every parser (EXAMPLES=2000 each)
+	$(BIN)/python -m tests.malformed.runner
+	$(BIN)/python -m tests.malformed.fuzz --examples $(or $(EXAMPLES),2000)
 
 lint: $(INSTALLED)   ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -18,10 +18,11 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation.permissions import Permissions
+from evomerge.files import expanded
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
-from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
+from evomerge.schema import LARGEST_SEED, Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
@@ -103,7 +104,7 @@ class RunConfig(Strict):
     """The model of the scores that proposes and screens candidates. `off` leaves both to the optimizer."""
     warm_start: WarmStartSpec = Field(default_factory=WarmStartSpec)
     """What the search starts from besides the baselines: another run, recipe files, gradients."""
-    finalists: int = Field(default=8, ge=1)
+    finalists: int = Field(default=8, ge=1, le=10_000)
     """Number of candidates that are scored again on `select`, beside their greedy soup."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the exported weights. Candidates are rounded to it before they are scored."""
@@ -116,9 +117,9 @@ class RunConfig(Strict):
     run."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of every random draw of the run."""
-    out: str
+    out: str = Field(min_length=1)
     """The run folder, relative to the folder in which the command is started."""
 
     @field_validator("surrogate", mode="before")
@@ -181,7 +182,7 @@ class RunConfig(Strict):
                 "space": load_space(config.space, beside=folder),
                 "suite": resolve_suite(config.suite, folder),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
-                "out": str(Path(config.out).expanduser().absolute()),
+                "out": str(expanded(config.out).absolute()),
             }
         )
 
@@ -239,8 +240,8 @@ def _refuse_secrets(data: Any, where: str) -> None:
 
 
 def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:
-    run = None if spec.run is None else str(Path(spec.run).expanduser().absolute())
-    recipes = tuple(str((folder / Path(recipe).expanduser()).resolve()) for recipe in spec.recipes)
+    run = None if spec.run is None else str(expanded(spec.run).absolute())
+    recipes = tuple(str((folder / expanded(recipe)).resolve()) for recipe in spec.recipes)
     return spec.model_copy(update={"run": run, "recipes": recipes})
 
 
@@ -269,7 +270,7 @@ def resolve_location(location: str, folder: Path) -> str:
 def _resolve_part(part: str, folder: Path) -> str:
     if not part:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
-    path = Path(part).expanduser()
+    path = expanded(part)
     beside = folder / path
     if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or part.count("/") != 1:
         return str(beside.resolve())

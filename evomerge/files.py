@@ -1,21 +1,68 @@
-"""Drafts: files and folders are written under a temporary name, so that a crash leaves no incomplete file.
+"""Files: drafts that a crash leaves no trace of, and reading of regular files only.
 
-A draft's name holds its process and machine. The next process that writes the same file removes the drafts
-of processes that were killed.
+Files and folders are written under a temporary name, so that a crash leaves no incomplete file. A draft's
+name holds its process and machine. The next process that writes the same file removes the drafts of
+processes that were killed.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from evomerge.errors import DiskError, UserError
+from evomerge.errors import ConfigError, DiskError, UserError
+
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError unless a path is a regular file: reading a FIFO or a device may never end."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"{KINDS.get(kind, 'not')} instead of a regular file", str(path))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, or raise OSError."""
+    check_regular(path)
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes, or raise OSError."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return content
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` replaced by the home folder, or raise ConfigError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: there is no such user", expected="~ or the name of a user", fix="write the whole path"
+        ) from None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import typer
 
 from evomerge import __version__
 from evomerge.cli.options import (
+    HIGHEST_SEED,
     ConfigArgument,
     EvaluationsOption,
     FolderArgument,
@@ -32,7 +33,7 @@ from evomerge.cli.options import (
     SeedOption,
 )
 from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
-from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.errors import ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -259,8 +260,12 @@ def _report(folder: Path) -> None:
         summary = Summary(stored)
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
-        page = delivery.write_html(summary, folder / "report.html")
-        output.say(f"report: {relative(page)}")
+        try:
+            page = delivery.write_html(summary, folder / "report.html")
+        except DiskError as error:  # of a run folder that may only be read
+            complain(f"no report page: {error.what} ({error.got})")
+        else:
+            output.say(f"report: {relative(page)}")
 
 
 @command(app, "export")
@@ -467,9 +472,11 @@ def fisher(
     labels: Annotated[
         str, typer.Option(help="text: the empirical Fisher; model: tokens drawn from its own predictions.")
     ] = "text",
-    sequences: Annotated[int | None, typer.Option(min=1, help="Use only this many lines.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Cut lines to this many tokens.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn tokens (--labels model).")] = 0,
+    sequences: Annotated[int | None, typer.Option(min=1, max=10**9, help="Use only this many lines.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, max=2**24, help="Cut lines to this many tokens.")] = 512,
+    seed: Annotated[
+        int, typer.Option(min=0, max=HIGHEST_SEED, help="Seed of the drawn tokens (--labels model).")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
@@ -500,7 +507,7 @@ def evaluate(
     model: ModelArgument,
     suite: Annotated[str, typer.Option("--suite", help="A suite: a preset's name or a YAML file.")],
     split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Requests per forward pass.")] = 64,
     permissions: Any = None,
 ) -> None:
     """Score one model on a suite."""
@@ -514,7 +521,7 @@ def evaluate(
 @command(zoo, "build")
 def zoo_build(
     out: FolderArgument,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the training.")] = 0,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A two-layer variant for tests, in under a minute.")
     ] = False,

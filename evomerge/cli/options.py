@@ -7,9 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+HIGHEST_SEED = 10**18
+"""Equal to schema.LARGEST_SEED, which is not imported, so that `--help` answers at once."""
+
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, max=HIGHEST_SEED, help="Replace the config's seed.")
+]
 FullHashOption = Annotated[
     bool,
     typer.Option("--full-hash", help="Hash every byte of the models and compare with the last such check."),
@@ -31,6 +36,7 @@ RankOption = Annotated[
     typer.Option(
         "--rank",
         min=1,
+        max=1_000_000,
         help="With --as adapter: the largest rank per layer, where the merge is not a sum of adapters.",
     ),
 ]

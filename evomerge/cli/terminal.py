@@ -144,6 +144,12 @@ def _guarded(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         where = f"{error.filename}: " if error.filename else ""
         complain(f"error: {where}{error.strerror or error}", style="red")
         raise typer.Exit(2) from None
+    except MemoryError as error:
+        complain(
+            f"error: out of memory{f': {error}' if str(error) else ''}\n  do: give this process more memory",
+            style="red",
+        )
+        raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
         complain(str(interrupt) or "stopped; nothing was stored")
         raise typer.Exit(getattr(interrupt, "exit_code", INTERRUPTED)) from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import lm_eval.tasks
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, UserError, nearest
 from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.live_lm import compiled_templates, quiet
 from evomerge.evaluation.permissions import NOTHING, Permissions, check_task, executes_answers, refuse_answers
@@ -60,7 +61,12 @@ class TaskBuilder:
             if hasattr(task, name):
                 setattr(task, name, _remembered(getattr(task, name)))
         self.documents = self._drawn(seed) if spec.splits.drawn else self._named()
-        if getattr(task.config, "num_fewshot", None):
+        shots = getattr(task.config, "num_fewshot", None)
+        if shots is not None and (type(shots) is not int or shots < 0):
+            raise ConfigError(
+                f"task {spec.task!r}: num_fewshot", expected="a whole number, 0 or more", got=repr(shots)[:80]
+            )
+        if shots:
             self._keep_scored_documents_out_of_the_prompts()
         self.sample: tuple[Any, ...] = ()
         """A few requests with their answers, for checks before anything is scored."""
@@ -95,8 +101,17 @@ class TaskBuilder:
             view.sampler = copy.copy(view.sampler)
         view.set_fewshot_seed(FEWSHOT_SEED)
         view.doc_iterator = lambda **_: enumerate(documents)
-        with quiet(), compiled_templates():
-            view.build_all_requests()
+        try:
+            with quiet(), compiled_templates():
+                view.build_all_requests()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # templates and code of the task
+            raise ConfigError(
+                f"task {self.spec.task!r} can't build its requests", got=f"{type(error).__name__}: {error}"
+            ) from error
+        for instance in view.instances:
+            _check_request(self.spec.task, instance)
         return view
 
     def _named(self) -> dict[Split, list[Any]]:
@@ -231,9 +246,9 @@ class TaskBuilder:
             if self.spec.role == "coherence":
                 return COHERENCE, key
             results = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
-        except ConfigError:
+        except (KeyboardInterrupt, ConfigError):
             raise
-        except Exception as error:
+        except BaseException as error:
             if EXECUTES in str(error):
                 raise ConfigError(
                     f"task {self.spec.task!r} executes the models' answers as code, but does not say so",
@@ -274,8 +289,15 @@ def build(suite: Suite, *, seed: int, permissions: Permissions = NOTHING) -> lis
         if unsafe or executes_answers({"metric_list": task.config.metric_list}):
             refuse_answers(spec.task, permissions, got="UNSAFE_CODE of its class")
             task.process_results = IsolatedMetrics(suite, spec.task, permissions, task.aggregation())
-        with quiet():
-            builders.append(TaskBuilder(spec, task, seed=seed))
+        try:
+            with quiet():
+                builders.append(TaskBuilder(spec, task, seed=seed))
+        except (KeyboardInterrupt, UserError):
+            raise
+        except BaseException as error:
+            raise ConfigError(
+                f"task {spec.task!r} can't be used", got=f"{type(error).__name__}: {error}"
+            ) from error
     return builders
 
 
@@ -305,8 +327,19 @@ def _loaded(manager: Any, name: str, permissions: Permissions) -> Any:
         raise ConfigError(
             f"task {name!r}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
         ) from None
-    except Exception as error:
-        raise ConfigError(f"task {name!r} can't be loaded", got=f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of the task may call sys.exit
+        raise ConfigError(
+            f"task {name!r} can't be loaded", got=f"{type(error).__name__}: {error}", fix=_cache_advice(error)
+        ) from error
+
+
+def _cache_advice(error: BaseException) -> str | None:
+    """Say what to do where a task's data can't be written to the cache of the libraries."""
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+        return f"if {error.filename or 'the home folder'} can't be written, set HF_HOME to a folder that can"
+    return None
 
 
 @contextlib.contextmanager
@@ -324,6 +357,18 @@ def _code_eval(*, allowed: bool) -> Iterator[None]:
         os.environ.pop(EXECUTES, None)
 
 
+def _check_request(task: str, instance: Any) -> None:
+    """Refuse a request that no model can answer: something else than texts, or an empty answer."""
+    asked = instance.args[:2] if instance.request_type == "loglikelihood" else instance.args[:1]
+    if not asked or not all(isinstance(part, str) for part in asked) or not asked[-1]:
+        raise ConfigError(
+            f"task {task!r}: item {instance.doc_id} gives a request that can't be scored",
+            expected="texts, and an answer that is not empty",
+            got=", ".join(repr(part)[:80] for part in asked) or "nothing",
+            fix="check doc_to_text and doc_to_target, and that the data has their columns in every row",
+        )
+
+
 def is_number(value: object) -> bool:
     """Say whether a metric's value is a single number, and not data for an aggregation."""
     return isinstance(value, int | float | np.number | np.bool_)
@@ -332,7 +377,10 @@ def is_number(value: object) -> bool:
 def _manager(suite: Suite, names: Sequence[str]) -> Any:
     if suite.tasks_dir is not None:
         for path in sorted(Path(suite.tasks_dir).rglob("*.yaml")):
-            load_yaml(path, task_file=True)  # lm-eval skips a malformed file without a message
+            data = load_yaml(path, task_file=True)  # lm-eval skips a malformed file without a message
+            for key in ("task", "group", "tag"):
+                if not isinstance(data.get(key, ""), str | list):
+                    raise ConfigError(f"{path}: {key}", expected="a name", got=repr(data[key])[:80])
         return lm_eval.tasks.TaskManager(include_path=str(suite.tasks_dir), include_defaults=False)
     # Indexing all built-in tasks takes half a minute, and searching the folders of a few tasks two seconds.
     if folders := _builtin_folders(names):

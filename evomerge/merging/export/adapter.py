@@ -407,7 +407,7 @@ def _layers(base: Checkpoint) -> _Layers:
         config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers computes with the config before it checks it
         raise ModelError(
             f"{base.location}: transformers can't build this model", got=" ".join(str(error).split())[:300]
         ) from None

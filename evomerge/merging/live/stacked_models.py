@@ -296,11 +296,15 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
             )
         if (source.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers computes with the config before it checks it
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise DiskError(
                 f"{temporary_parent()}: can't be written", got=error.strerror, fix="free some disk space"
             ) from None
+        if isinstance(error, MemoryError) or "failed to map segment" in str(
+            error
+        ):  # how the loader of libraries says that memory ran out
+            raise MemoryError(str(error)) from None
         if attention is not None and _plain(attention) in _plain(str(error)):
             raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
         raise ModelError(

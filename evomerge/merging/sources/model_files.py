@@ -13,9 +13,10 @@ from pathlib import Path
 
 from evomerge.merging.sources import adapter
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
-from evomerge.merging.sources.checkpoint import Checkpoint, read_json, sample_hash
+from evomerge.merging.sources.checkpoint import Checkpoint, sample_hash
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.vocabulary import Aligned
+from evomerge.schema import load_json
 
 Facts = Mapping[str, Mapping[str, int | str]]
 """File -> its facts: size, header and sample, or the hash of its contents."""
@@ -100,5 +101,5 @@ def _of_file(path: Path) -> dict[str, int | str]:
         return {"size": path.stat().st_size, "header": header, "sample": sample_hash(path)}
     content = path.read_bytes()
     if path.name in JSON:  # tools that copy a model rewrite it in another layout
-        content = json.dumps(read_json(path), sort_keys=True).encode()
+        content = json.dumps(load_json(path, infinity=True), sort_keys=True).encode()
     return {"contents": hashlib.sha256(content).hexdigest()}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evomerge.errors import DiskError, StoreError
+from evomerge.files import check_regular
 
 FILE = "run.sqlite"
 BUSY = 30.0
@@ -40,6 +41,7 @@ def disk(folder: Path) -> Iterator[None]:
 def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
     """Open a store, made if it is not there; raise DiskError or StoreError."""
     mode = "ro" if readonly else "rwc"
+    _check_kind(path)
     try:
         with disk(path.parent):
             db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY)
@@ -58,6 +60,7 @@ def snapshot(path: Path) -> sqlite3.Connection | None:
     A writer keeps its log in a file beside the store until it closes. So if that file was never there, and
     the store's size and time are the same after reading as before, what was read is complete.
     """
+    _check_kind(path)
     journal = path.with_name(f"{path.name}-wal")
     before = path.stat()
     content = bytearray(path.read_bytes())
@@ -72,6 +75,16 @@ def snapshot(path: Path) -> sqlite3.Connection | None:
     except sqlite3.DatabaseError as error:
         raise damaged(path.parent, str(error)) from None
     return db
+
+
+def _check_kind(path: Path) -> None:
+    """Raise StoreError where a store is no regular file: a FIFO would block."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise damaged(path.parent, error.strerror or str(error)) from None
 
 
 def _state(status: os.stat_result) -> tuple[int, int, int]:
@@ -118,7 +131,7 @@ def take_lock(folder: Path) -> int:
 def holder(folder: Path) -> str | None:
     """Return the process that works on a run now ("process 7 on host"), or None."""
     try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
+        handle = os.open(folder / ".lock", os.O_RDONLY | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
