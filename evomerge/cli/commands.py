@@ -32,7 +32,7 @@ from evomerge.cli.options import (
     RunArgument,
     SeedOption,
 )
-from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
+from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
 from evomerge.errors import ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -221,9 +221,6 @@ def _observer() -> AbstractContextManager[Live | Silent]:
 
 def _tracked(config: RunConfig) -> Tracked:
     from evomerge.delivery.tracking import Tracked
-
-    def warn(message: str) -> None:
-        complain(f"warning: {message}", style="yellow")
 
     return Tracked(config.tracking, Path(config.out), warn=warn)
 
