@@ -83,7 +83,13 @@ class IsolatedMetrics:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder.name,
-            env={**kept, **_SET, "PYTHONPATH": path, "HF_METRICS_CACHE": str(Path(folder.name) / "metrics")},
+            env={
+                **kept,
+                **_SET,
+                "PYTHONPATH": path,
+                "TMPDIR": folder.name,
+                "HF_METRICS_CACHE": str(Path(folder.name) / "metrics"),
+            },
             start_new_session=True,  # Ctrl-C is the worker's to handle
         )
         weakref.finalize(self, _stop, server, folder)

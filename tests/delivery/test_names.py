@@ -29,7 +29,7 @@ REVERSE = "re: - {verse}\n| # a [x](http://y) :warning: \x07&lt;"
 @pytest.fixture(scope="module")
 def opened(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run whose sources, suite and folder have such names."""
-    folder = tmp_path_factory.mktemp("names") / "ru|n`<i>\x1b[2J\udc80"
+    folder = tmp_path_factory.mktemp("names") / "ru|n`<i>\x1b[2J"
     folder.mkdir()
     write_suite(folder, generate=False, name="su|ite`<img src=x>\x1b[31m", about="\x9b")
     data = config_data(tiny_zoo, folder, budget={"generations": 1})

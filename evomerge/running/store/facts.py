@@ -99,7 +99,13 @@ class FactFamily(Generic[T]):
         return Fact(key, self.type, self.written_by, self.about, self.in_digest)
 
 
-CONFIG = Fact("config", dict[str, Any], "prepare", "the run config, without `out`", in_digest=False)
+CONFIG = Fact(
+    "config",
+    dict[str, Any],
+    "prepare",
+    "the run config, without `out`, permissions and secrets",
+    in_digest=False,
+)
 IDENTITY = Fact("identity", str, "prepare", "hash of all settings that change results")
 SUITE = Fact("suite", dict[str, Any], "prepare", "the suite, without the place of its task files")
 SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and its task files")
