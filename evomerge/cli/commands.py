@@ -14,8 +14,8 @@ import typer
 
 from evomerge import __version__
 from evomerge.cli.options import (
-    HIGHEST_SEED,
     ConfigArgument,
+    DrawsOption,
     EvaluationsOption,
     FolderArgument,
     FormArgument,
@@ -23,6 +23,7 @@ from evomerge.cli.options import (
     FullHashOption,
     JsonOption,
     KeepRestOption,
+    LabelsOption,
     ModelArgument,
     ModelsOption,
     MovedModelsOption,
@@ -495,14 +496,10 @@ def fisher(
     model: ModelArgument,
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, one sequence per line.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
-    labels: Annotated[
-        str, typer.Option(help="text: the empirical Fisher; model: tokens drawn from its own predictions.")
-    ] = "text",
+    labels: LabelsOption = "text",
     sequences: Annotated[int | None, typer.Option(min=1, max=10**9, help="Use only this many lines.")] = None,
     max_length: Annotated[int, typer.Option(min=2, max=2**24, help="Cut lines to this many tokens.")] = 512,
-    seed: Annotated[
-        int, typer.Option(min=0, max=HIGHEST_SEED, help="Seed of the drawn tokens (--labels model).")
-    ] = 0,
+    seed: DrawsOption = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
