@@ -33,7 +33,7 @@ from evomerge.cli.options import (
     SeedOption,
 )
 from evomerge.cli.terminal import command, complain, output, progress_bar, relative
-from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.errors import ClusterError, ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -202,6 +202,12 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
             with StoredRun.read(folder) as stored:
                 tracked.finish(Summary(stored), folder / "report.html")
         _report(folder)
+    except ClusterError as error:
+        if StoreReader.exists(folder):
+            command = f"evomerge resume {shlex.quote(relative(folder))}"
+            fix = f"{error.fix}; everything scored so far is stored, go on with: {command}"
+            raise ClusterError(error.what, expected=error.expected, got=error.got, fix=fix) from None
+        raise
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
             command = f"evomerge resume {shlex.quote(relative(folder))}"
