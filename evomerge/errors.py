@@ -62,6 +62,10 @@ class ReplayError(StoreError):
     """A stored run whose search can't be replayed exactly here, e.g. with other library versions."""
 
 
+class ClusterError(UserError):
+    """A cluster that runs the workers and can't be reached, or was lost while they worked."""
+
+
 class BrokenRunError(UserError):
     """A run that was stopped because too many candidates failed in a row."""
 

@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomerge import __version__
+from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file
 from evomerge.cli.options import (
     ConfigArgument,
     DrawsOption,
@@ -34,13 +36,12 @@ from evomerge.cli.options import (
     SeedOption,
 )
 from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
-from evomerge.errors import ConfigError, DiskError, UserError, nearest
+from evomerge.errors import ClusterError, ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
     from evomerge.delivery.tracking import Tracked
-    from evomerge.merging.export.adapter import AdapterReport
 
 app = typer.Typer(
     help="Search for the best merge of language models: per-layer weights, densities and methods.",
@@ -207,6 +208,12 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
             with StoredRun.read(folder) as stored:
                 tracked.finish(Summary(stored), folder / "report.html")
         _report(folder)
+    except ClusterError as error:
+        if StoreReader.exists(folder):
+            command = f"evomerge resume {shlex.quote(relative(folder))}"
+            fix = f"{error.fix}; everything scored so far is stored, go on with: {command}"
+            raise ClusterError(error.what, expected=error.expected, got=error.got, fix=fix) from None
+        raise
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
             command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
@@ -287,12 +294,11 @@ def _report(folder: Path) -> None:
         summary = Summary(stored)
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
-        try:
-            page = delivery.write_html(summary, folder / "report.html")
-        except DiskError as error:  # of a run folder that may only be read
-            complain(f"no report page: {error.what} ({error.got})")
-        else:
-            output.say(f"report: {relative(page)}")
+        if not os.access(folder, os.W_OK):
+            output.say("report.html is not written: the run folder is read-only")
+            return
+        page = delivery.write_html(summary, folder / "report.html")
+        output.say(f"report: {relative(page)}")
 
 
 @command(app, "export")
@@ -320,7 +326,7 @@ def export(
     from evomerge.delivery.summary import Summary
     from evomerge.stored import StoredRun
 
-    _check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
+    check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
     with StoredRun.read(run) as stored:
         summary = Summary(stored)
         if form == "adapter":
@@ -328,14 +334,14 @@ def export(
                 summary, out, pick=pick, rank=rank, keep_rest=keep_rest, permissions=permissions
             )
             output.say(comparison(made))
-            _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
+            say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
             return
         if form != "model":
             written = delivery.export_text(summary, out, pick=pick, form=form)
-            _say_file(out, written.recipe.hash)
+            say_file(out, written.recipe.hash)
             return
         done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
-    output.say(f"exported {done.pick.name} to {relative(done.folder)}{_COMPARED[done.equal]}")
+    output.say(f"exported {done.pick.name} to {relative(done.folder)}{COMPARED[done.equal]}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
     output.data(
@@ -346,13 +352,6 @@ def export(
             "equals_scored": done.equal,
         }
     )
-
-
-_COMPARED = {
-    True: "; its weights are those that were scored on `test`, bit for bit",
-    False: "; WARNING: its weights differ from those that were scored on `test`",
-    None: "; its weights were not compared, because this recipe was not scored on `test`",
-}
 
 
 @command(app, "merge")
@@ -371,19 +370,19 @@ def merge(
     from evomerge.merging.sources.opening import open_used
     from evomerge.merging.tensors import kernels
 
-    _check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
+    check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
     recipe = read_recipe(file)
     if form == "adapter":
         from evomerge.merging.export.adapter import write_adapter
 
         report = write_adapter(recipe, out, rank=rank, keep_rest=keep_rest)
-        _say_adapter(out, recipe.hash, report)
+        say_adapter(out, recipe.hash, report)
         return
     if form == "mergekit":
         from evomerge.delivery.export import write_text
 
         write_text(out, mergekit.write(recipe))
-        _say_file(out, recipe.hash)
+        say_file(out, recipe.hash)
         return
     sources = open_used(recipe)
     for note in (*check(recipe, sources), *kernels.notes()):
@@ -411,45 +410,6 @@ def predict(
         predicted = delivery.predict(Summary(stored), prepare(stored.config()), recipe)
     output.say(delivery.text(predicted))
     output.data(delivery.as_data(predicted))
-
-
-def _check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
-    if form not in valid:
-        raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))
-    for option, used in (("--rank", rank is not None), ("--keep-rest", keep_rest)):
-        if used and form != "adapter":
-            raise ConfigError(
-                f"{option} is for adapters",
-                got=f"--as {form}",
-                fix=f"leave {option} out, or add --as adapter",
-            )
-
-
-def _say_adapter(
-    out: Path, recipe: str, report: AdapterReport, scores: list[tuple[str, float, float]] | None = None
-) -> None:
-    output.say(f"wrote {relative(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
-    output.say(report.summary())
-    data: dict[str, Any] = {
-        "folder": str(out),
-        "recipe": recipe,
-        "base": report.base,
-        "exact": report.exact,
-        "rank": report.rank,
-        "energy": report.energy,
-        "whole": list(report.whole),
-        "lost": list(report.lost),
-    }
-    if scores is not None:
-        data["test"] = [
-            {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
-        ]
-    output.data(data)
-
-
-def _say_file(out: Path, recipe: str) -> None:
-    output.say(f"wrote {relative(out)} (recipe {recipe[:12]})")
-    output.data({"file": str(out), "recipe": recipe})
 
 
 @command(app, "analyze")

@@ -30,9 +30,10 @@ WAIT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Died:
-    """A worker ended; reason: part of a sentence, equal for equal causes."""
+    """A worker ended; reason: part of a sentence, equal for equal causes; kind: of its job's failure."""
 
     reason: str
+    kind: Literal["crash", "out_of_memory"] = "crash"
 
 
 Message = Literal[True] | UserError | str | Result | Died
@@ -193,7 +194,7 @@ class Pool(Generic[H]):
 
     def _hear(self, member: _Member[H], message: Message) -> None:
         if isinstance(message, Died):
-            self._lost(member, "crash", message.reason)
+            self._lost(member, message.kind, message.reason)
         elif isinstance(message, Result):
             assert member.job is not None
             self._deaths.pop(key_of(member.job), None)
@@ -214,7 +215,9 @@ class Pool(Generic[H]):
         deadline = self._backend.now() + self._patience
         self._members.append(_Member(handle=handle, seat=seat, deadline=deadline))
 
-    def _lost(self, member: _Member[H], kind: Literal["crash", "timeout"], reason: str) -> None:
+    def _lost(
+        self, member: _Member[H], kind: Literal["crash", "timeout", "out_of_memory"], reason: str
+    ) -> None:
         """Replace a dead worker; its job is tried again after the first death and fails after the second."""
         self._backend.kill(member.handle)
         self._members.remove(member)
@@ -226,7 +229,7 @@ class Pool(Generic[H]):
             return
         key = key_of(member.job)
         self._deaths[key] += 1
-        if kind == "crash" and self._deaths[key] == 1:
+        if kind != "timeout" and self._deaths[key] == 1:
             self._waiting.appendleft(member.job)
             return
         del self._deaths[key]

@@ -5,6 +5,9 @@ the GPUs it got. Files of models and tasks are read where the actor is: they mus
 every node, and workers of one node share their memory, because they map them. Nothing large passes through
 Ray.
 
+A Ray of our own listens on this machine's loopback interface only. The cluster is looked after while actors
+work: Ray itself would wait for a lost one for minutes, then end this process.
+
 An actor that is lost, alone or with its node, is an ordinary death of a worker (see `Pool`): its candidate is
 given to another. Actors are never restarted by Ray itself, so that a candidate is counted out in one place.
 Nodes should be of one kind: processors of different kinds give scores that differ in their last bits.
@@ -13,6 +16,7 @@ Nodes should be of one kind: processors of different kinds give scores that diff
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -27,7 +31,7 @@ from typing import Any
 import tenacity
 
 from evomerge import __version__
-from evomerge.errors import ConfigError, ModelError, UserError
+from evomerge.errors import ClusterError, ConfigError, ModelError, UserError
 from evomerge.running.executors.contract import AnyJob, BuildWorker
 from evomerge.running.executors.devices import cores
 from evomerge.running.executors.pool import Died, Message, Pool
@@ -39,6 +43,17 @@ ANSWER_SECONDS = 5.0
 """Seconds an idle actor may take to answer."""
 GONE_SECONDS = 10.0
 """Seconds a killed actor may take to end."""
+LOST_SECONDS = 15.0
+"""Seconds without an answer of the cluster after which it is lost. After 60, Ray ends this process."""
+PULSE_SECONDS = 2.0
+"""Seconds between two looks at the cluster."""
+MEMORY = ("running low on memory", "OutOfMemoryError")
+"""What Ray says of the death of an actor that it killed for its node's memory."""
+LOOPBACK = "127.0.0.1"
+NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""The variable with which Ray keeps a local node on the loopback interface, on any system."""
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""The first words of HTTP/2, which Ray's servers speak: they answer with a frame of the same type, 4."""
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and else warns about
@@ -95,6 +110,7 @@ class Actors:
     lingers = True
 
     def __init__(self, ray: Any, spec: WorkerSpec, worker: BuildWorker, needs: Mapping[str, float]) -> None:
+        self._pulse = Pulse(ray)
         self._ray, self._spec, self._worker = ray, spec, worker
         special = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         options: dict[str, Any] = {special[n]: v for n, v in needs.items() if n in special}
@@ -116,7 +132,16 @@ class Actors:
     def wait(self, workers: Sequence[ActorHandle], seconds: float) -> list[tuple[ActorHandle, Message]]:
         """Collect what actors answered; an error in place of an answer is a death."""
         answers = {worker.answer: worker for worker in workers}
-        ready, rest = self._ray.wait(list(answers), num_returns=1, timeout=seconds)
+        deadline = self.now() + seconds
+        ready: list[Any] = []
+        while not ready:
+            self._pulse.check()
+            left = deadline - self.now()
+            ready, rest = self._ray.wait(
+                list(answers), num_returns=1, timeout=max(0.0, min(left, PULSE_SECONDS))
+            )
+            if left <= 0:
+                break
         if ready and rest:
             ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         heard = ((answers[answer], self._received(answers[answer])) for answer in ready)
@@ -143,7 +168,7 @@ class Actors:
 
     def close(self, idle: Sequence[ActorHandle], busy: Sequence[ActorHandle]) -> None:
         """Kill all actors and wait for them to be gone."""
-        if not self._ray.is_initialized():  # the cluster went first
+        if not self._ray.is_initialized() or self._pulse.lost:  # the cluster went first
             return
         for worker in (*idle, *busy):
             self.kill(worker)
@@ -165,8 +190,8 @@ class Actors:
                 self.give(worker, worker.job)  # whether or not it was done: the scores are the same
                 return None
             return Died(reason="its Ray actor can't be reached")
-        except exceptions.RayError:
-            return Died(reason="its Ray actor died")
+        except exceptions.RayError as error:
+            return _died(error)
 
     def _there(self, worker: ActorHandle) -> bool:
         try:
@@ -176,6 +201,58 @@ class Actors:
         except self._ray.exceptions.GetTimeoutError:
             return True  # it still works on something
         return True
+
+
+def _died(error: Exception) -> Died:
+    """Return the death of an actor; Ray kills what takes too much of a node's memory, and says so."""
+    if type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in MEMORY):
+        return Died(reason="Ray killed its actor: the node ran low on memory", kind="out_of_memory")
+    return Died(reason="its Ray actor died")
+
+
+class Pulse:
+    """Whether the cluster lives: its head (GCS) and this machine's node (raylet)."""
+
+    def __init__(self, ray: Any) -> None:
+        context = ray.get_runtime_context() if ray.is_initialized() else None
+        self._head = None if context is None else str(context.gcs_address)
+        node = getattr(ray, "_private", None) and ray._private.worker.global_worker.node
+        self._node = None if node is None else str(node.raylet_socket_name)
+        self._last = self._well = time.monotonic()
+        self.lost = False
+
+    def check(self) -> None:
+        """Look at the cluster now and then; raise ClusterError when it has not answered for a while."""
+        now = time.monotonic()
+        if self._head is None or now - self._last < PULSE_SECONDS:
+            return
+        self._last = now
+        try:
+            _greet(self._head)
+            if self._node is not None:
+                with socket.socket(socket.AF_UNIX) as door:
+                    door.settimeout(ANSWER_SECONDS)
+                    door.connect(self._node)
+        except OSError as error:
+            if now - self._well < LOST_SECONDS:
+                return
+            self.lost = True
+            raise ClusterError(
+                "the Ray cluster was lost while candidates were scored",
+                got=f"no answer of its head or of this machine's node ({error.strerror or error})",
+                fix="start the cluster again (a local one starts by itself)",
+            ) from None
+        self._well = now
+
+
+def _greet(address: str) -> None:
+    """Raise OSError where no server of Ray's listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS) as door:
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            door.sendall(HELLO)
+            if door.recv(4)[3:] != bytes([4]):
+                raise OSError(errno.EPROTO, "something else than Ray answers")
 
 
 class RayActors(Pool[ActorHandle]):
@@ -251,20 +328,68 @@ def _connect(ray: Any, address: str, cpus: int) -> bool:
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         options |= {"num_cpus": max(cores(), cpus)}  # the user said how many workers share the cores
-    host, _, port = address.rpartition(":")
     try:
-        if port.isdecimal() and "//" not in host:  # Ray itself would go on trying for minutes
-            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        if address == "local":
+            with _quiet(), _on_loopback(ray):
+                ray.init(address=address, _node_ip_address=LOOPBACK, **options)
+            return True
+        if "//" in address:
+            raise ValueError("Ray's client addresses are not supported")
+        _greet(_found(ray, address))  # Ray itself would go on trying for minutes
         with _quiet():
             ray.init(address=address, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"executor.address: no Ray cluster at {address!r}",
-            expected="auto (on a machine of a cluster), local, or HOST:PORT",
-            got=(str(error).strip() or type(error).__name__).splitlines()[0],
-            fix="start one with: ray start --head; or set address: local",
-        ) from None
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise _no_cluster(address, error) from None
     return True
+
+
+def _found(ray: Any, address: str) -> str:
+    """Return an address as HOST:PORT; raise OSError or ValueError where it is none."""
+    if address == "auto":
+        return str(ray._private.services.canonicalize_bootstrap_address_or_die(address))
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"not HOST:PORT: {address}")
+    return address
+
+
+@contextlib.contextmanager
+def _on_loopback(ray: Any) -> Iterator[None]:
+    """Keep Ray's servers on the loopback interface: it reads this variable here and in its processes."""
+    constants = ray._private.ray_constants
+    before, told = constants.ENABLE_RAY_CLUSTER, os.environ.get(NO_CLUSTER)
+    constants.ENABLE_RAY_CLUSTER = False
+    os.environ[NO_CLUSTER] = "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        if told is None:
+            del os.environ[NO_CLUSTER]
+        else:
+            os.environ[NO_CLUSTER] = told
+
+
+def _no_cluster(address: str, error: Exception) -> ClusterError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if address == "local":
+        return ClusterError(
+            "executor.address: a local Ray could not be started",
+            got=lines[0] if lines else type(error).__name__,
+            fix="look into /tmp/ray/session_latest/logs; or set executor.name: local",
+        )
+    if lines and "version mismatch" in lines[0].lower():
+        return ClusterError(
+            f"executor.address: the Ray cluster at {address!r} has another version of Ray or Python",
+            got="; ".join(lines[1:5]) or lines[0],
+            fix="install the same versions on every node and here",
+        )
+    return ClusterError(
+        f"executor.address: no Ray cluster at {address!r}",
+        expected="auto (on a machine of a cluster), local, or HOST:PORT",
+        got=lines[0] if lines else type(error).__name__,
+        fix="start one with: ray start --head; or set address: local",
+    )
 
 
 def _room(ray: Any, needs: Mapping[str, float], anywhere: bool) -> int:

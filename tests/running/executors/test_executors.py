@@ -297,6 +297,9 @@ class Flaky:
             raise answer
         return answer
 
+    def is_initialized(self) -> bool:
+        return False
+
     def wait(self, answers: list[Any], **_: object) -> Any:
         return answers, []
 
