@@ -11,7 +11,7 @@ from datetime import time as time_of_day
 class Clock:
     """Tells the time of a session.
 
-    Hours are counted by a clock that nobody sets, so that a step of the wall clock costs no budget.
+    Hours are counted by a clock that is never set, so that a step of the wall clock costs no budget.
 
     now: seconds since the epoch. steady: seconds since some moment, by a clock that is never set (default:
     the system's, or `now` where that is given). started: when the session began (default: now). earlier:
