@@ -52,6 +52,15 @@ MovedSuiteOption = Annotated[
     str | None, typer.Option("--suite", metavar="PATH", help="New location of the suite's file.")
 ]
 
+SalvageOption = Annotated[
+    Path | None,
+    typer.Option("--salvage", metavar="NEW_FOLDER", help="Write a new run of what is whole."),
+]
+LostConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="CONFIG", help="The run's config, where the stored one is lost."),
+]
+
 EvaluationsOption = Annotated[
     int | None, typer.Option("--evaluations", min=1, help="Replace the budget's limit on full evaluations.")
 ]
