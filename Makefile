@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
+AUDIT := .venv-audit
 INSTALLED := $(VENV)/.installed
+DIST := dist
 
-.PHONY: demo test slow torture lint docs format bench-merge clean help
+.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -22,6 +24,10 @@ slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, install a whee
 torture: $(INSTALLED) ## kill runs at random, 400 times (EVOMERGE_KILLS=20: of each kind fewer), and compare what they end in
 	$(BIN)/python -m pytest -q -m slow tests/running/test_torture.py -s
 
+fuzz: $(INSTALLED)    ## every command on every malformed input, then random ones for every parser (EXAMPLES=2000 each)
+	$(BIN)/python -m tests.malformed.runner
+	$(BIN)/python -m tests.malformed.fuzz --examples $(or $(EXAMPLES),2000)
+
 lint: $(INSTALLED)   ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,14 +41,32 @@ format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+wheel: $(INSTALLED) $(AUDIT) ## the wheel, and beside it what it needs, as requirements and as a bill of materials (CycloneDX)
+	rm -rf $(DIST) && mkdir -p $(DIST)
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(DIST) .
+	$(BIN)/python .ci/requirements.py > $(DIST)/requirements.txt
+	version=$$($(BIN)/python -c 'import evomerge; print(evomerge.__version__)') \
+	  && sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > $(DIST)/pyproject.toml \
+	  && $(AUDIT)/bin/python -W ignore -m cyclonedx_py requirements $(DIST)/requirements.txt \
+	    --pyproject $(DIST)/pyproject.toml --output-reproducible -o $(DIST)/evomerge-$$version.cdx.json
+	rm $(DIST)/pyproject.toml
+
+audit: wheel     ## known vulnerabilities of what the wheel needs; asks pypi.org
+	$(AUDIT)/bin/pip-audit --requirement $(DIST)/requirements.txt --no-deps --disable-pip
+
+# An environment of its own: its tools need older versions of packages that evomerge needs.
+$(AUDIT):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install -q --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0 || { rm -rf $@; exit 1; }
+
 bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its own) and beside copying
 	@test -x $(MERGEKIT)/bin/mergekit-yaml || { $(PYTHON) -m venv $(MERGEKIT) \
 	  && $(MERGEKIT)/bin/python -m pip install -q --disable-pip-version-check mergekit==0.1.4 torch==2.13.0 transformers==4.52.4; } \
 	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
 	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
-clean:           ## remove the virtual environment, the demo's run and the website
-	rm -rf $(VENV) $(MERGEKIT) runs/demo site
+clean:           ## remove the virtual environments, the demo's run, the wheel and the website
+	rm -rf $(VENV) $(MERGEKIT) $(AUDIT) $(DIST) runs/demo site
 
 # Pinned versions; a second run installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt

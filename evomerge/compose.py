@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ def execute(
     """
     started = time.time() if started is None else started
     workers = executors.worker_count(prepared.config.executor)
+    guard = prepared.worker.guard()
+    assert guard is not None
     executor = executors.build(prepared.config.executor, prepared.worker)
     try:
         task_vector_norms = norms(prepared)
@@ -97,7 +99,9 @@ def execute(
                 outcome = begun_again(
                     store,
                     prepared.worker.batch_size,
-                    lambda batches: _search(prepared, store, scheduler, everyone, budget, batches).run(),
+                    lambda batches: _search(
+                        prepared, store, scheduler, everyone, budget, batches, guard.compare
+                    ).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)
             winner = outcome.winner
@@ -114,6 +118,7 @@ def _search(
     observer: Observer,
     budget: Budget,
     batches: Batches,
+    guard: Callable[[], None],
 ) -> Search:
     return Search(
         SearchPlan(
@@ -136,6 +141,7 @@ def _search(
         observer=observer,
         slopes=Slopes(store, scheduler, observer, batches),
         ahead=Foresight(store, scheduler, batches),
+        guard=guard,
     )
 
 

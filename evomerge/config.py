@@ -6,6 +6,7 @@ suites are relative to the config file; `out` is relative to where the command i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -16,16 +17,22 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.permissions import Permissions
+from evomerge.files import expanded
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
-from evomerge.schema import Strict, find_preset, load_yaml, parse, preset_folder
+from evomerge.schema import LARGEST_SEED, Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.kinds import AnySpec, parse_space
 from evomerge.search.surrogate.guide import SurrogateSpec
 from evomerge.search.warm_start import WarmStartSpec
+from evomerge.text import holds_secret
+
+PERMISSIONS = tuple(field.name for field in dataclasses.fields(Permissions))
+"""Keys of a config that allow code to run. No run stores them: who continues it gives them again."""
 
 DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 """The demo is nothing but this run config, on the models beside it."""
@@ -59,7 +66,8 @@ class TrackerSpec(Strict):
     mode: Literal["online", "offline"] = "online"
     """W&B only: `offline` writes files that `wandb sync` uploads later."""
     uri: str | None = None
-    """MLflow only: the tracking store. Default: the database RUN/mlflow.db."""
+    """MLflow only: the tracking store. Default: the database RUN/mlflow.db. `${NAME}` stands for an
+    environment variable, whose value is not stored."""
     folder: str | None = None
     """TensorBoard only: the folder of the event files. Default: RUN/tensorboard."""
 
@@ -67,7 +75,8 @@ class TrackerSpec(Strict):
     def _its_own(self) -> TrackerSpec:
         owners = {"project": ("wandb", "mlflow"), "mode": ("wandb",), "uri": ("mlflow",)}
         for field, names in (owners | {"folder": ("tensorboard",)}).items():
-            if field in self.model_fields_set and self.name not in names:
+            default = type(self).model_fields[field].default  # a stored config names every setting
+            if getattr(self, field) != default and self.name not in names:
                 raise ValueError(f"{field} is a setting of {' and '.join(names)}, not of {self.name}")
         return self
 
@@ -95,17 +104,22 @@ class RunConfig(Strict):
     """The model of the scores that proposes and screens candidates. `off` leaves both to the optimizer."""
     warm_start: WarmStartSpec = Field(default_factory=WarmStartSpec)
     """What the search starts from besides the baselines: another run, recipe files, gradients."""
-    finalists: int = Field(default=8, ge=1)
+    finalists: int = Field(default=8, ge=1, le=10_000)
     """Number of candidates that are scored again on `select`, beside their greedy soup."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the exported weights. Candidates are rounded to it before they are scored."""
     tokenizer: str = ""
     """Where vocabularies differ, the vocabulary of the merged model: `base`, `union`, or a source's name."""
+    trust_tasks: bool = False
+    """Allow the Python code that the suite's task files name to run. Not stored with the run."""
+    allow_code_execution: bool = False
+    """Allow tasks that execute the models' answers; they run in a process with limits. Not stored with the
+    run."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of every random draw of the run."""
-    out: str
+    out: str = Field(min_length=1)
     """The run folder, relative to the folder in which the command is started."""
 
     @field_validator("surrogate", mode="before")
@@ -147,6 +161,7 @@ class RunConfig(Strict):
         written out. A packaged suite keeps its name.
         """
         data = load_yaml(path)
+        _refuse_secrets(data, str(path))
         if seed is not None:
             data["seed"] = seed
         if out is not None:
@@ -167,9 +182,19 @@ class RunConfig(Strict):
                 "space": load_space(config.space, beside=folder),
                 "suite": resolve_suite(config.suite, folder),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
-                "out": str(Path(config.out).expanduser().absolute()),
+                "out": str(expanded(config.out).absolute()),
             }
         )
+
+    @property
+    def permissions(self) -> Permissions:
+        """Which code of the suite's tasks may run."""
+        return Permissions(**{name: getattr(self, name) for name in PERMISSIONS})
+
+    def permitting(self, permissions: Permissions) -> RunConfig:
+        """Return the config with more allowed."""
+        allowed = {name: True for name, yes in dataclasses.asdict(permissions).items() if yes}
+        return self.model_copy(update=allowed)
 
     @property
     def locations(self) -> dict[str, str]:
@@ -179,9 +204,10 @@ class RunConfig(Strict):
     def identity(self) -> str:
         """Return a hash of everything that changes results: two configs with it share a run folder.
 
-        Budget, workers, timeout, trackers and places on the disk don't count: they may change on resume.
+        Budget, workers, timeout, trackers, permissions and places on the disk don't count: they may change on
+        resume.
         """
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
         for name in ("budget", "out", "suite", "tracking"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
@@ -196,9 +222,26 @@ class RunConfig(Strict):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+def _refuse_secrets(data: Any, where: str) -> None:
+    """Raise ConfigError for passwords and tokens in addresses, because a config is stored with its run."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            _refuse_secrets(value, f"{where}: {key}")
+    elif isinstance(data, list):
+        for value in data:
+            _refuse_secrets(value, where)
+    elif isinstance(data, str) and holds_secret(data):
+        raise ConfigError(
+            f"{where}: holds a secret, and a config is stored with its run",
+            expected="an address without user, password or token; in `tracking` it may hold ${NAME}",
+            got=data,
+            fix="put the secret into an environment variable, and write ${NAME} in its place",
+        )
+
+
 def _resolve_warm_start(spec: WarmStartSpec, folder: Path) -> WarmStartSpec:
-    run = None if spec.run is None else str(Path(spec.run).expanduser().absolute())
-    recipes = tuple(str((folder / Path(recipe).expanduser()).resolve()) for recipe in spec.recipes)
+    run = None if spec.run is None else str(expanded(spec.run).absolute())
+    recipes = tuple(str((folder / expanded(recipe)).resolve()) for recipe in spec.recipes)
     return spec.model_copy(update={"run": run, "recipes": recipes})
 
 
@@ -227,7 +270,7 @@ def resolve_location(location: str, folder: Path) -> str:
 def _resolve_part(part: str, folder: Path) -> str:
     if not part:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
-    path = Path(part).expanduser()
+    path = expanded(part)
     beside = folder / path
     if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or part.count("/") != 1:
         return str(beside.resolve())

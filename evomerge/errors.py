@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from evomerge.text import redacted
+
 
 class UserError(ValueError):
-    """A mistake in evomerge's input.
+    """A mistake in evomerge's input. Secrets in addresses are left out of its text.
 
     Args:
         what: the problem in one sentence.
@@ -23,6 +25,8 @@ class UserError(ValueError):
     def __init__(
         self, what: str, *, expected: str | None = None, got: str | None = None, fix: str | None = None
     ) -> None:
+        what = redacted(what)
+        expected, got, fix = (part and redacted(part) for part in (expected, got, fix))
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
         lines = [what]
         lines += [

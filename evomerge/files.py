@@ -1,8 +1,9 @@
-"""Drafts: files and folders are written in a temporary folder, so that a crash leaves no incomplete file.
+"""Files: drafts that a crash leaves no trace of, and reading of regular files only.
 
-A temporary folder is named after what is written and this machine, and its process holds a lock in it, which
-dies with the process. The next process that writes the same file removes the folders whose lock is free.
-Locks, unlike process numbers, are never used again by another process of a restarted container.
+Drafts are written in a temporary folder. It is named after what is written and this machine, and its process
+holds a lock in it, which dies with the process. The next process that writes the same file removes the
+folders whose lock is free. Locks, unlike process numbers, are never used again by another process of a
+restarted container.
 """
 
 from __future__ import annotations
@@ -13,12 +14,58 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from evomerge.errors import DiskError, UserError
+from evomerge.errors import ConfigError, DiskError, UserError
+
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError unless a path is a regular file: reading a FIFO or a device may never end."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"{KINDS.get(kind, 'not')} instead of a regular file", str(path))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, or raise OSError."""
+    check_regular(path)
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes, or raise OSError."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return content
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` replaced by the home folder, or raise ConfigError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: there is no such user", expected="~ or the name of a user", fix="write the whole path"
+        ) from None
+
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 """The errors of file systems that have no locks."""
@@ -147,3 +194,11 @@ def sync(paths: Iterable[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def temporary_parent() -> Path:
+    """Return the folder of temporary files (TMPDIR); it is made again where something swept it away."""
+    folder = Path(tempfile.gettempdir())
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

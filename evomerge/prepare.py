@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import RunConfig
+from evomerge.config import PERMISSIONS, RunConfig
 from evomerge.errors import ConfigError, StoreError
+from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
+from evomerge.running.inputs import RunInputs
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec
 from evomerge.search import optimizers
@@ -32,16 +34,16 @@ from evomerge.search.spaces.layer_path import LayerPathSpec
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart
 from evomerge.stored import StoredRun
+from evomerge.text import in_texts, redacted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A run config that passed all checks, with everything it names opened (headers only).
 
-    fingerprints: model name -> hash of its config, headers, sizes and sampled weights. files: model name ->
-    size, time and hashes of each of its files. parameters: number of the base model's weights. layers: number
-    of the base model's layers. optimizer: its name and the reason for it. notes: remarks on the models that
-    are no errors.
+    inputs: what models and task files are now, to be compared while the run goes on. parameters: number of
+    the base model's weights. layers: number of the base model's layers. optimizer: its name and the reason
+    for it. notes: remarks on the models that are no errors.
     """
 
     config: RunConfig
@@ -49,8 +51,7 @@ class Prepared:
     space: kinds.AnySpace
     template: Recipe
     worker: WorkerSpec
-    fingerprints: dict[str, str]
-    files: dict[str, dict[str, dict[str, int | str]]]
+    inputs: RunInputs
     parameters: int
     layers: int
     optimizer: str
@@ -60,7 +61,7 @@ class Prepared:
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:
         """The facts by which a stored run recognises its models."""
-        return {facts.FINGERPRINTS: self.fingerprints, facts.MODEL_FILES: self.files}
+        return {facts.FINGERPRINTS: self.inputs.fingerprints, facts.MODEL_FILES: self.inputs.files}
 
     @property
     def folder(self) -> Path:
@@ -85,7 +86,7 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer=config.tokenizer,
         seed=config.seed,
     )
-    notes = (*check(template, sources), *kernels.notes())
+    notes = (*check(template, sources), *kernels.notes(), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     headers = sources[BASE].headers
     assert not isinstance(config.space, str)
@@ -101,14 +102,18 @@ def prepare(config: RunConfig) -> Prepared:
         check(start.recipe, sources)
     _check_gradients(warm, space)
     _check_engine(config)
+    inputs = RunInputs(
+        fingerprints={name: source.fingerprint for name, source in sources.items()},
+        files={name: model_files.facts(source) for name, source in sources.items()},
+        suite=suite.digest(),
+    )
     return Prepared(
         config=config,
         suite=suite,
         space=space,
         template=template,
-        worker=_worker(config, suite),
-        fingerprints={name: source.fingerprint for name, source in sources.items()},
-        files={name: model_files.facts(source) for name, source in sources.items()},
+        worker=_worker(config, suite, inputs),
+        inputs=inputs,
         parameters=sum(header.count for header in headers.values()),
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
         layers=len({layer_of(name) for name in headers} - {None}),
@@ -117,7 +122,7 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _worker(config: RunConfig, suite: Suite) -> WorkerSpec:
+def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
     """Return what workers need to score this run's candidates."""
     device, dtype, threads = executors.resolve(config.executor)
     if config.executor.threads is None:  # a run keeps the number it was begun with
@@ -137,6 +142,8 @@ def _worker(config: RunConfig, suite: Suite) -> WorkerSpec:
         blocks=config.racing.blocks,
         block_seed=config.seed,
         generation=config.executor.generation,
+        permissions=config.permissions,
+        inputs=inputs,
     )
 
 
@@ -196,11 +203,12 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         start
         | prepared.model_facts
         | {
-            facts.CONFIG: config.model_dump(mode="json", exclude={"out"}),  # a run folder may be moved
+            # A run folder may be moved, and may come from somebody else.
+            facts.CONFIG: in_texts(redacted, config.model_dump(mode="json", exclude={"out", *PERMISSIONS})),
             facts.IDENTITY: config.identity(),
             facts.BLOCKS: prepared.worker.blocks,
             facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
-            facts.SUITE_DIGEST: prepared.suite.digest(),
+            facts.SUITE_DIGEST: prepared.inputs.suite,
             facts.OPTIMIZER: prepared.optimizer,
             facts.LAYERS: prepared.layers,
             facts.FORWARD: forward.as_data(forward.find(prepared.worker)),

@@ -1,20 +1,29 @@
-"""Strict YAML: pydantic models with errors in evomerge's form, and the lookup of presets.
+"""Strict YAML and JSON: pydantic models with errors in evomerge's form, and the lookup of presets.
 
-Every file that users write (run config, search space, suite) is parsed here. Unknown keys are errors that
-name the nearest valid key, and all problems of a file are listed at once.
+Every file that users write (run config, search space, suite) and every JSON file of a model is parsed here.
+Unknown keys of users' files are errors that name the nearest valid key, and all problems of a file are listed
+at once.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, ModelError, UserError, nearest
+from evomerge.files import expanded, read_regular
+
+try:
+    from yaml import CSafeLoader as _YamlLoader
+except ImportError:  # PyYAML without libyaml: the same results, three times slower
+    from yaml import SafeLoader as _YamlLoader  # type: ignore[assignment]
 
 PresetKind = Literal["search_spaces", "benchmarks/suites"]
 
@@ -30,32 +39,67 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,  # docs/config.md is generated from them
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and not _takes_flags(cls.model_fields[info.field_name].annotation):
+            raise ValueError("expected a number or a text, not a flag (a text in quotes may be `yes`)")
+        return value
+
+
+def _takes_flags(annotation: Any) -> bool:
+    """Say whether a type admits true and false, or is something that other validators decide about."""
+    inner = [part for part in get_args(annotation) if part is not type(None)]
+    if get_origin(annotation) is Literal:
+        return any(isinstance(value, bool) for value in inner) or len(inner) == 1
+    if inner:
+        return any(map(_takes_flags, inner))
+    return annotation not in (int, float, str)
+
+
+LARGEST_COUNT = 10**9
+"""Bound of numbers of candidates, items, generations ...; no machine gets there."""
+LARGEST_SEED = 10**18
+"""Bound of seeds: SQLite stores integers of 63 bits."""
+LARGEST_FACTOR = 1e6
+"""Bound of weights, prices and ranges of parameters: products of larger ones overflow in float32."""
 
 T = TypeVar("T", bound=BaseModel)
 
 
-def parse(model: type[T], data: object, where: str) -> T:
-    """Validate plain data; raise ConfigError that lists every problem with its place in the file.
+def parse(model: type[T], data: object, where: str, *, error: type[UserError] = ConfigError) -> T:
+    """Validate plain data; raise an error that lists every problem with its place in the file.
 
-    where: the file's name in the message.
+    where: the file's name in the message. error: its class.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: not a mapping", expected="keys and values", got=type(data).__name__)
+        raise error(f"{where}: not a mapping", expected="keys and values", got=type(data).__name__)
     try:
         return model.model_validate(data)
-    except ValidationError as error:
-        problems = [_sentence(model, problem) for problem in _furthest(error.errors())]
-        head = f"{where}: {problems[0]}" if len(problems) == 1 else f"{where}: {len(problems)} problems"
-        raise ConfigError("\n  - ".join([head, *(problems if len(problems) > 1 else [])])) from None
+    except ValidationError as invalid:
+        problems = [_sentence(model, problem) for problem in _furthest(invalid.errors())]
+        count = len(problems)
+        head = f"{where}: {problems[0]}" if count == 1 else f"{where}: {count} problems"
+        if count > LISTED:
+            problems = [*problems[:LISTED], f"and {count - LISTED} more"]
+        raise error("\n  - ".join([head, *(problems if count > 1 else [])])) from None
 
 
+LISTED = 20
+"""Problems of a file that a message lists."""
+LARGEST_FILE = 4_000_000
+"""Bytes of a YAML file. A recipe with a group of its own for each of 10,000 tensors is smaller, and reading
+more takes seconds."""
+DEEPEST = 100
+"""Levels of lists and mappings inside each other, in YAML and JSON; deeper ones exhaust the stack."""
 LARGEST_INTEGER = 2**64
 """Integers of this size and more are refused: no setting needs them, and Python prints no very long ones."""
 EXPANDED = 100_000
 """Values that the aliases of a file may add to those that are written out."""
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(_YamlLoader):
     """PyYAML's safe loader, in which every mistake is a yaml.YAMLError with its line.
 
     Duplicate keys, keys that are lists or mappings, aliases that contain themselves or expand to very many
@@ -73,6 +117,8 @@ class _StrictLoader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
             if isinstance(value, str):
                 value.encode()
+                if "\0" in value:
+                    raise _mistake(f"{_excerpt(node)} holds a NUL character", node)
         except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError):
             raise _mistake(f"{_excerpt(node)} is no valid {node.tag.rpartition(':')[2]}", node) from None
         if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
@@ -100,11 +146,15 @@ _StrictLoader.add_implicit_resolver(  # numbers in YAML 1.2; PyYAML reads 1e-9 a
 )
 
 
+class PythonName(str):
+    """Text with lm-eval's tag `!function`: the name of Python code, which is not imported here."""
+
+
 class _TaskLoader(_StrictLoader):
     """The strict loader for lm-eval's task files, whose tag `!function` names Python code; it stays text."""
 
 
-_TaskLoader.add_constructor("!function", lambda _, node: str(node.value))
+_TaskLoader.add_constructor("!function", lambda _, node: PythonName(node.value))
 
 
 def _mistake(problem: str, node: yaml.Node) -> yaml.YAMLError:
@@ -151,14 +201,29 @@ def parse_yaml(text: str, *, task_file: bool = False) -> Any:
     {'a': 0.001}
     """
     try:
+        _check_depth(text)
         return yaml.load(text, Loader=_TaskLoader if task_file else _StrictLoader)
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
+    except (RecursionError, UnicodeEncodeError) as error:
+        deep = isinstance(error, RecursionError)
+        raise yaml.YAMLError("nested too deeply" if deep else "text that is not Unicode") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = ", ".join(part for part in (error.context, error.problem) if part)
         raise yaml.YAMLError(place + what) from None
+
+
+def _check_depth(text: str) -> None:
+    """Refuse lists and mappings that are nested too deeply, before the C parser recurses into them."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_YamlLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > DEEPEST:
+                line = event.start_mark.line + 1 if event.start_mark else "unknown"
+                raise yaml.YAMLError(f"line {line}: nested more than {DEEPEST} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 def load_yaml(path: Path, *, task_file: bool = False) -> dict[str, Any]:
@@ -167,15 +232,113 @@ def load_yaml(path: Path, *, task_file: bool = False) -> dict[str, Any]:
     task_file: as in `parse_yaml`.
     """
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), task_file=task_file)
+        data = parse_yaml(read_regular(path, LARGEST_FILE).decode(), task_file=task_file)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read", got=str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text", got=str(error)) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML", got=" ".join(str(error).split())) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a mapping", expected="keys and values", got=type(data).__name__)
+    return data
+
+
+LARGEST_JSON = 16_000_000
+"""Bytes of a JSON file of a model, where the reader names no other limit; an index of 100,000 tensors has 9
+million."""
+LONGEST_NUMBER = 300
+"""Digits of a number in JSON; tokenizers of the hub have a `model_max_length` of 31 digits."""
+
+
+def parse_json(content: bytes, *, infinity: bool = False) -> Any:
+    """Read JSON strictly; every mistake is a ValueError whose text says what is wrong, and where.
+
+    NaN, numbers that overflow, duplicate keys, lone surrogates and very deep nesting are mistakes.
+
+    infinity: whether the literals `Infinity` and `-Infinity` may occur.
+
+    >>> parse_json(b'{"a": 1e999}')
+    Traceback (most recent call last):
+    ValueError: 1e999 is not a finite number (line 1, column 7)
+    """
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+    def mistake(literal: str, problem: str) -> ValueError:
+        before = text[: max(text.find(literal), 0)]
+        place = f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+        shown = literal if len(literal) <= 40 else f"{literal[:40]}..."
+        return ValueError(f"{shown} {problem} ({place})")
+
+    def constant(literal: str) -> float:
+        if not infinity or literal == "NaN":
+            raise mistake(literal, "is not a finite number")
+        return float(literal)
+
+    def real(literal: str) -> float:
+        if abs(value := float(literal)) == float("inf"):
+            raise mistake(literal, "is not a finite number")
+        return value
+
+    def whole(literal: str) -> int:
+        if len(literal) > LONGEST_NUMBER:
+            raise mistake(literal, f"is a number of {len(literal)} digits")
+        return int(literal)
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(data := dict(pairs)) < len(pairs):
+            (key, _), *_ = (Counter(key for key, _ in pairs) - Counter(list(data))).items()
+            raise mistake(json.dumps(key, ensure_ascii=False), "is a duplicate key")
+        return data
+
+    try:
+        data = json.loads(
+            text, parse_constant=constant, parse_float=real, parse_int=whole, object_pairs_hook=mapping
+        )
+        _check_levels(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            lone = str(error.object)[error.start]
+            raise mistake(f"\\u{ord(lone):04x}", "is half of a character (a lone surrogate)") from None
+    return data
+
+
+def _check_levels(data: object) -> None:
+    """Raise RecursionError where lists and mappings are nested too deeply."""
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+    if level:
+        raise RecursionError
+
+
+def load_json(path: Path, *, limit: int = LARGEST_JSON, infinity: bool = False) -> dict[str, Any]:
+    """Read a JSON mapping of a model's folder, or raise ModelError that names the file and the place.
+
+    limit: of the file, in bytes. infinity: as in `parse_json`.
+    """
+    try:
+        data = parse_json(read_regular(path, limit), infinity=infinity)
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON", got=str(error), fix="download the file again") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: not a mapping", got=type(data).__name__)
     return data
 
 
@@ -194,7 +357,7 @@ def find_preset(kind: PresetKind, name: str, *, beside: Path | None = None) -> P
     """
     folders = [Path()] if beside is None else [beside, Path()]
     for folder in folders:
-        path = folder / Path(name).expanduser()
+        path = folder / expanded(name)
         if path.is_file():
             return path
     packaged = preset_folder(kind) / f"{name}.yaml"

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import RunConfig, resolve_location, resolve_suite
+from evomerge.config import PERMISSIONS, RunConfig, resolve_location, resolve_suite
 from evomerge.errors import ConfigError, ModelError, StoreError, nearest
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.sources import model_files
 from evomerge.merging.sources.opening import open_sources
 from evomerge.running import forward
 from evomerge.running.budget import replaced
+from evomerge.running.inputs import RunInputs, changed_models
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.store.file import FILE
 from evomerge.schema import parse
@@ -52,12 +53,13 @@ class StoredRun:
     def config(
         self, *, models: Mapping[str, str] | None = None, suite: str | None = None, **budget: Any
     ) -> RunConfig:
-        """Return the config the run was begun with; `out` is the folder it lies in now.
+        """Return the config the run was begun with, without permissions; `out` is the folder it lies in now.
 
         models: name -> new place of models that were moved. suite: new place of its file. budget: single
         limits that replace the stored ones, as in `running.budget.replaced`.
         """
         data = facts.CONFIG.require(self.store)
+        data = {key: value for key, value in data.items() if key not in PERMISSIONS}
         data["out"] = str(self.folder.absolute())
         _relocate(data, models or {}, suite)
         data["budget"] = replaced(data["budget"], budget, time.time())
@@ -119,10 +121,15 @@ class StoredRun:
 
     def refuse_changed(self, present: facts.Values) -> None:
         """Refuse models that are not those of the run, by the facts FINGERPRINTS and MODEL_FILES."""
-        if changed := _changed_files(self.store, present):
+        before = RunInputs(
+            fingerprints=facts.FINGERPRINTS.require(self.store),
+            files=facts.MODEL_FILES.get(self.store) or {},
+        )
+        now = RunInputs(fingerprints=present[facts.FINGERPRINTS], files=present[facts.MODEL_FILES])
+        if changed := changed_models(before, now):
             raise StoreError(
                 f"{self.folder}: model files changed since the run began",
-                got="; ".join(f"{name}: {what}" for name, what in changed.items()),
+                got=changed,
                 fix="put the old files back, or start a new run in another folder",
             )
 
@@ -191,19 +198,6 @@ def _differences(old: Any, new: Any, place: str = "") -> list[str]:
             settings += _differences(old.get(key), new.get(key), f"{place}{key}.")
         return settings
     return [] if old == new else [f"{place.rstrip('.')} {old!r} there, {new!r} here"]
-
-
-def _changed_files(store: StoreReader, begun: facts.Values) -> dict[str, str]:
-    """Return model -> which of its files changed, and how."""
-    before, files = facts.FINGERPRINTS.require(store), facts.MODEL_FILES.get(store) or {}
-    changed = {}
-    for name, fingerprint in begun[facts.FINGERPRINTS].items():
-        differences = (
-            model_files.changes(files[name], begun[facts.MODEL_FILES][name]) if name in files else []
-        )
-        if differences or before.get(name) != fingerprint:
-            changed[name] = ", ".join(differences) or "config, headers, sizes or weights"
-    return changed
 
 
 def _relocate(data: dict[str, Any], models: Mapping[str, str], suite: str | None) -> None:

@@ -376,12 +376,12 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
     path, calls = config(), 0
     record = RunStore.record_scores
 
-    def interrupted(self: RunStore, *args: Any) -> None:
+    def interrupted(self: RunStore, *args: Any, **options: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 30:
             raise KeyboardInterrupt
-        record(self, *args)
+        record(self, *args, **options)
 
     monkeypatch.setattr(RunStore, "record_scores", interrupted)
     result = invoke("run", path)

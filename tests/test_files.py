@@ -16,8 +16,15 @@ import numpy as np
 import pytest
 
 from evomerge import files
-from evomerge.errors import DiskError
-from evomerge.files import drafted_file, drafted_folder, passing_folder, remove_abandoned
+from evomerge.errors import ConfigError, DiskError
+from evomerge.files import (
+    drafted_file,
+    drafted_folder,
+    expanded,
+    passing_folder,
+    read_regular,
+    remove_abandoned,
+)
 from evomerge.merging.tensors import kernels
 
 
@@ -152,3 +159,29 @@ def test_a_compilation_that_was_killed_leaves_nothing_for_long(tmp_path: Path) -
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert [p.suffix for p in folder.iterdir()] == [".so"]
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    fifo, loop, file = tmp_path / "fifo", tmp_path / "loop", tmp_path / "file"
+    os.mkfifo(fifo)
+    loop.symlink_to(loop)
+    file.write_bytes(b"12345")
+    for path, reason in (
+        (fifo, "a FIFO instead of a regular file"),
+        (tmp_path, "a folder instead of a regular file"),
+        (Path("/dev/zero"), "a device instead of a regular file"),
+        (Path("a\0b"), "embedded null byte"),
+        (loop, "Too many levels"),
+        (tmp_path / "x", "No such file"),
+    ):
+        with pytest.raises(OSError, match=reason):
+            read_regular(path, 100)
+    assert read_regular(file, 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_regular(file, 4)
+
+
+def test_an_unknown_user_is_a_message(tmp_path: Path) -> None:
+    assert expanded("~/a") == Path.home() / "a"
+    with pytest.raises(ConfigError, match="there is no such user"):
+        expanded("~nosuchuser/a")

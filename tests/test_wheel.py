@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
+
+import evomerge
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +41,28 @@ def test_a_built_wheel_is_complete(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["50", "8"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_a_wheel_comes_with_a_bill_of_materials(tmp_path: Path) -> None:
+    settings = {"DIST": tmp_path / "dist", "AUDIT": tmp_path / "audit", "BIN": Path(sys.executable).parent}
+    words = [f"{name}={value}" for name, value in settings.items()]
+    made = subprocess.run(
+        ["make", "-s", "--assume-old=.venv/.installed", "wheel", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    (bill,) = (tmp_path / "dist").glob("*.cdx.json")
+    content = json.loads(bill.read_text())
+    assert content["bomFormat"] == "CycloneDX"
+    assert content["metadata"]["component"]["version"] == evomerge.__version__
+    parts = {part["name"]: part["version"] for part in content["components"]}
+    assert {"torch", "transformers", "lm-eval"} <= parts.keys()
+    assert not {"pytest", "ruff", "evomerge"} & parts.keys()
+    pins = (tmp_path / "dist" / "requirements.txt").read_text().split()
+    assert pins == sorted(f"{name}=={version}" for name, version in parts.items())
+    assert len(list((tmp_path / "dist").glob("*.whl"))) == 1

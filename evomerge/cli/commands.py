@@ -5,7 +5,6 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import os
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomerge import __version__
+from evomerge.cli.forms import check_form, say_adapter, say_file
 from evomerge.cli.options import (
+    HIGHEST_SEED,
     ConfigArgument,
     EvaluationsOption,
     FolderArgument,
@@ -34,14 +35,13 @@ from evomerge.cli.options import (
     SalvageOption,
     SeedOption,
 )
-from evomerge.cli.terminal import command, complain, output, progress_bar, relative
-from evomerge.errors import ClusterError, ConfigError, UserError, nearest
+from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
+from evomerge.errors import ClusterError, ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
     from evomerge.delivery.tracking import Tracked
-    from evomerge.merging.export.adapter import AdapterReport
 
 app = typer.Typer(
     help="Search for the best merge of language models: per-layer weights, densities and methods.",
@@ -71,7 +71,7 @@ def _options(
 
 
 @command(app, "check")
-def check(config: ConfigArgument) -> None:
+def check(config: ConfigArgument, permissions: Any = None) -> None:
     """Check a run config (models, space, suite, tasks); estimate time and cost. Starts nothing."""
     from evomerge.config import RunConfig
     from evomerge.delivery import check as delivery
@@ -79,7 +79,7 @@ def check(config: ConfigArgument) -> None:
     from evomerge.prepare import check_folder, prepare
     from evomerge.trial import probe
 
-    loaded = RunConfig.load(config)
+    loaded = RunConfig.load(config).permitting(permissions)
     require_packages(loaded.tracking)
     prepared = prepare(loaded)
     check_folder(prepared)
@@ -95,12 +95,14 @@ def run(
     limits: Any = None,
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
     full_hash: FullHashOption = False,
+    permissions: Any = None,
 ) -> None:
     """Run a config: baselines, search, selection, test, report. Continues the run in its folder, if any."""
     from evomerge.config import RunConfig
 
     place = None if out is None else str(out)
-    _run(RunConfig.load(config, seed=seed, out=place, **limits), full_hash=full_hash)
+    loaded = RunConfig.load(config, seed=seed, out=place, **limits).permitting(permissions)
+    _run(loaded, full_hash=full_hash)
 
 
 @command(app, "resume", budget=True)
@@ -110,12 +112,13 @@ def resume(
     model: MovedModelsOption = None,
     suite: MovedSuiteOption = None,
     full_hash: FullHashOption = False,
+    permissions: Any = None,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
     from evomerge.stored import config_to_resume
 
     config = config_to_resume(run, models=_locations(model or []), suite=suite, **limits)
-    _run(config, full_hash=full_hash)
+    _run(config.permitting(permissions), full_hash=full_hash)
 
 
 def _locations(options: list[str]) -> dict[str, str]:
@@ -167,12 +170,13 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge import compose
     from evomerge.delivery.summary import Summary
     from evomerge.delivery.tracking import require_packages
+    from evomerge.evaluation import sandbox
     from evomerge.merging.tensors import kernels
     from evomerge.running.observers import Observers
     from evomerge.running.store import StoreReader
     from evomerge.stored import StoredRun, environment_note
 
-    for note in kernels.notes():
+    for note in (*kernels.notes(), *sandbox.notes(config.permissions)):
         output.say(f"note: {note}")
     folder = Path(config.out)
     require_packages(config.tracking)
@@ -190,7 +194,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         raise
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
-            command = f"evomerge resume {shlex.quote(relative(folder))}"
+            command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
             interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
         raise
 
@@ -271,11 +275,12 @@ def _report(folder: Path) -> None:
         summary = Summary(stored)
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
-        if not os.access(folder, os.W_OK):
-            output.say("report.html is not written: the run folder is read-only")
-            return
-        page = delivery.write_html(summary, folder / "report.html")
-        output.say(f"report: {relative(page)}")
+        try:
+            page = delivery.write_html(summary, folder / "report.html")
+        except DiskError as error:  # of a run folder that may only be read
+            complain(f"no report page: {error.what} ({error.got})")
+        else:
+            output.say(f"report: {relative(page)}")
 
 
 @command(app, "export")
@@ -292,6 +297,10 @@ def export(
     form: FormOption = "model",
     rank: RankOption = None,
     keep_rest: KeepRestOption = False,
+    accept_difference: Annotated[
+        bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
+    ] = False,
+    permissions: Any = None,
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
     from evomerge.delivery import export as delivery
@@ -299,23 +308,39 @@ def export(
     from evomerge.delivery.summary import Summary
     from evomerge.stored import StoredRun
 
-    _check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
+    check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
     with StoredRun.read(run) as stored:
         summary = Summary(stored)
         if form == "adapter":
-            made = delivery.export_adapter(summary, out, pick=pick, rank=rank, keep_rest=keep_rest)
+            made = delivery.export_adapter(
+                summary, out, pick=pick, rank=rank, keep_rest=keep_rest, permissions=permissions
+            )
             output.say(comparison(made))
-            _say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
+            say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
             return
         if form != "model":
             written = delivery.export_text(summary, out, pick=pick, form=form)
-            _say_file(out, written.recipe.hash)
+            say_file(out, written.recipe.hash)
             return
-        done = delivery.export(summary, out, pick=pick)
-    output.say(f"exported {done.pick.name} to {relative(done.folder)}")
+        done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
+    output.say(f"exported {done.pick.name} to {relative(done.folder)}{_COMPARED[done.equal]}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
-    output.data({"folder": str(done.folder), "name": done.pick.name, "recipe": done.pick.recipe.hash})
+    output.data(
+        {
+            "folder": str(done.folder),
+            "name": done.pick.name,
+            "recipe": done.pick.recipe.hash,
+            "equals_scored": done.equal,
+        }
+    )
+
+
+_COMPARED = {
+    True: "; its weights are those that were scored on `test`, bit for bit",
+    False: "; WARNING: its weights differ from those that were scored on `test`",
+    None: "; its weights were not compared, because this recipe was not scored on `test`",
+}
 
 
 @command(app, "merge")
@@ -334,19 +359,19 @@ def merge(
     from evomerge.merging.sources.opening import open_used
     from evomerge.merging.tensors import kernels
 
-    _check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
+    check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
     recipe = read_recipe(file)
     if form == "adapter":
         from evomerge.merging.export.adapter import write_adapter
 
         report = write_adapter(recipe, out, rank=rank, keep_rest=keep_rest)
-        _say_adapter(out, recipe.hash, report)
+        say_adapter(out, recipe.hash, report)
         return
     if form == "mergekit":
         from evomerge.delivery.export import write_text
 
         write_text(out, mergekit.write(recipe))
-        _say_file(out, recipe.hash)
+        say_file(out, recipe.hash)
         return
     sources = open_used(recipe)
     for note in (*check(recipe, sources), *kernels.notes()):
@@ -374,45 +399,6 @@ def predict(
         predicted = delivery.predict(Summary(stored), prepare(stored.config()), recipe)
     output.say(delivery.text(predicted))
     output.data(delivery.as_data(predicted))
-
-
-def _check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
-    if form not in valid:
-        raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))
-    for option, used in (("--rank", rank is not None), ("--keep-rest", keep_rest)):
-        if used and form != "adapter":
-            raise ConfigError(
-                f"{option} is for adapters",
-                got=f"--as {form}",
-                fix=f"leave {option} out, or add --as adapter",
-            )
-
-
-def _say_adapter(
-    out: Path, recipe: str, report: AdapterReport, scores: list[tuple[str, float, float]] | None = None
-) -> None:
-    output.say(f"wrote {relative(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
-    output.say(report.summary())
-    data: dict[str, Any] = {
-        "folder": str(out),
-        "recipe": recipe,
-        "base": report.base,
-        "exact": report.exact,
-        "rank": report.rank,
-        "energy": report.energy,
-        "whole": list(report.whole),
-        "lost": list(report.lost),
-    }
-    if scores is not None:
-        data["test"] = [
-            {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
-        ]
-    output.data(data)
-
-
-def _say_file(out: Path, recipe: str) -> None:
-    output.say(f"wrote {relative(out)} (recipe {recipe[:12]})")
-    output.data({"file": str(out), "recipe": recipe})
 
 
 @command(app, "analyze")
@@ -462,9 +448,11 @@ def fisher(
     labels: Annotated[
         str, typer.Option(help="text: the empirical Fisher; model: tokens drawn from its own predictions.")
     ] = "text",
-    sequences: Annotated[int | None, typer.Option(min=1, help="Use only this many lines.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Cut lines to this many tokens.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn tokens (--labels model).")] = 0,
+    sequences: Annotated[int | None, typer.Option(min=1, max=10**9, help="Use only this many lines.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, max=2**24, help="Cut lines to this many tokens.")] = 512,
+    seed: Annotated[
+        int, typer.Option(min=0, max=HIGHEST_SEED, help="Seed of the drawn tokens (--labels model).")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
@@ -495,12 +483,13 @@ def evaluate(
     model: ModelArgument,
     suite: Annotated[str, typer.Option("--suite", help="A suite: a preset's name or a YAML file.")],
     split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Requests per forward pass.")] = 64,
+    permissions: Any = None,
 ) -> None:
     """Score one model on a suite."""
     from evomerge.delivery import single
 
-    data = single.evaluate(model, suite, split, batch_size=batch_size)
+    data = single.evaluate(model, suite, split, batch_size=batch_size, permissions=permissions)
     output.say(single.table(data))
     output.data(data)
 
@@ -508,7 +497,7 @@ def evaluate(
 @command(zoo, "build")
 def zoo_build(
     out: FolderArgument,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the training.")] = 0,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A two-layer variant for tests, in under a minute.")
     ] = False,
@@ -585,4 +574,5 @@ def demo(
 
 def main() -> None:
     """Entry point of the `evomerge` command."""
-    app()
+    with as_program():
+        app()

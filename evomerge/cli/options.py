@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and the nine limits of a budget as options."""
+"""Arguments and options that several commands share, and the limits of a budget as options."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+HIGHEST_SEED = 10**18
+"""Equal to schema.LARGEST_SEED, which is not imported, so that `--help` answers at once."""
+
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the config's seed.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, max=HIGHEST_SEED, help="Replace the config's seed.")
+]
 FullHashOption = Annotated[
     bool,
     typer.Option("--full-hash", help="Hash every byte of the models and compare with the last such check."),
@@ -31,6 +36,7 @@ RankOption = Annotated[
     typer.Option(
         "--rank",
         min=1,
+        max=1_000_000,
         help="With --as adapter: the largest rank per layer, where the merge is not a sum of adapters.",
     ),
 ]
@@ -101,3 +107,16 @@ BUDGET: dict[str, Any] = {
     ],
 }
 """Option name -> annotation: single limits that replace those of a config or of a stored run."""
+
+PERMISSIONS: dict[str, Any] = {
+    "trust_tasks": Annotated[
+        bool, typer.Option("--trust-tasks", help="Allow the Python code that the suite's task files name.")
+    ],
+    "allow_code_execution": Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Allow tasks that execute the models' answers, in a sandbox."
+        ),
+    ],
+}
+"""Option name -> annotation: the fields of `evaluation.permissions.Permissions`."""

@@ -15,14 +15,19 @@ from evomerge.delivery.card import card
 from evomerge.delivery.rescore import ScoredAdapter, rescore, scores_on_test
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, nearest
+from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.files import drafted_file
 from evomerge.merging import mergekit
 from evomerge.merging.compatibility import with_fingerprints
 from evomerge.merging.export import writer
 from evomerge.merging.export.adapter import AdapterReport, write_adapter
+from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.opening import open_source, open_used
+from evomerge.merging.tensors.digest import folder_digest
 from evomerge.prepare import prepare
+from evomerge.running import forward
 from evomerge.running.batches import scoring_alike
+from evomerge.running.store import StoreReader, facts
 from evomerge.search.ports import Named
 
 
@@ -30,39 +35,77 @@ from evomerge.search.ports import Named
 class Exported:
     """A model folder that was written, and its recipe.
 
-    no_mergekit: why there is no mergekit YAML in it; None if there is.
+    no_mergekit: why there is no mergekit YAML in it; None if there is. equal: whether its weights are those
+    that the run scored on `test`, in every bit; None for a recipe that was not scored there.
     """
 
     folder: Path
     pick: Named
     no_mergekit: str | None
+    equal: bool | None
 
 
-def export(summary: Summary, out: Path, *, pick: str = "winner") -> Exported:
+def export(summary: Summary, out: Path, *, pick: str = "winner", accept_difference: bool = False) -> Exported:
     """Write one recipe of a run as a Hugging Face model folder.
+
+    What was written is compared with the digest of the weights that were scored on `test`.
 
     Args:
         summary: of the run.
         out: the folder to write; it must not exist or be empty.
         pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
             of the report, or the start of a recipe hash.
+        accept_difference: write weights that differ from the scored ones; the model card says so.
 
     Raises:
         ConfigError: no recipe of the run is called so.
-        StoreError: the run has no such recipe yet, or model files changed since it began.
+        StoreError: the run has no such recipe yet, model files changed since it began, or the weights differ
+            from the scored ones.
         ModelError: a model is not where the run had it.
         DiskError: `out` has files, or the disk has no room.
     """
     chosen = find(summary, pick)
     summary.run.check_models()
-    extra = {"README.md": card(summary, chosen)}
+    extra: dict[str, str] = {}
     no_mergekit = None
     try:
         extra["mergekit.yaml"] = mergekit.write(chosen.recipe)
     except ConfigError as error:
         no_mergekit = error.what
-    writer.write(chosen.recipe, out, extra=extra)
-    return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit)
+    equal: list[bool | None] = []
+
+    def finish(folder: Path) -> dict[str, str]:
+        summary.run.check_models()
+        equal.append(_equal(summary.store, chosen.recipe, folder))
+        if equal[0] is False and not accept_difference:
+            raise _other_weights(summary.store, chosen)
+        return {"README.md": card(summary, chosen, equal=equal[0]), **extra}
+
+    writer.write(chosen.recipe, out, finish=finish)
+    return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit, equal=equal[0])
+
+
+def _equal(store: StoreReader, recipe: Recipe, folder: Path) -> bool | None:
+    """Say whether a folder's weights are those that were scored on `test`; None where none were."""
+    scored = facts.WEIGHTS.of(recipe.hash).get(store)
+    if scored is None:
+        return None
+    dtype, _, _ = scored.partition(" ")
+    return folder_digest(folder, dtype) == scored
+
+
+def _other_weights(store: StoreReader, chosen: Named) -> StoreError:
+    changes = forward.changes(store.versions(), forward.versions())
+    return StoreError(
+        f"{store.folder}: the weights of {chosen.name} differ from those that were scored on `test`",
+        expected="the same in every bit",
+        got="model files that changed in a way their fingerprints do not show"
+        if changes is None
+        else f"a merge in another environment ({changes}), or model files that changed",
+        fix="put the old files back"
+        + ("" if changes is None else " or export on the machine of the run")
+        + "; or write these weights with --accept-difference, which the model card will say",
+    )
 
 
 def export_adapter(
@@ -72,6 +115,7 @@ def export_adapter(
     pick: str = "winner",
     rank: int | None = None,
     keep_rest: bool = False,
+    permissions: Permissions = NOTHING,
 ) -> ScoredAdapter:
     """Write one recipe of a run as a LoRA adapter on the run's base, and score it on the test items.
 
@@ -83,6 +127,7 @@ def export_adapter(
         pick: as in `export`.
         rank: the rank of every layer's change, if it can't be exact; see `write_adapter`.
         keep_rest: store in full what a LoRA can't represent; see `write_adapter`.
+        permissions: which code of the run's tasks may run.
 
     Raises:
         ConfigError, StoreError, DiskError: as in `export`.
@@ -91,12 +136,13 @@ def export_adapter(
     """
     chosen = find(summary, pick)
     writer.new_folder(out)
-    prepared = prepare(summary.run.config())
+    prepared = prepare(summary.run.config().permitting(permissions))
     summary.run.refuse_changed(prepared.model_facts)
     worker = scoring_alike(prepared.worker, summary.store, "test")
     scored: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
+        summary.run.check_models()
         merge = scores_on_test(summary.store, chosen.recipe, worker)
         adapter = rescore(folder, worker, "test", base=open_source(report.base).folder)
         scored.append(

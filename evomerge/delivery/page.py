@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import jinja2
 import plotly.graph_objects as go
 import plotly.offline
+from markupsafe import Markup
 
 from evomerge.delivery.style import FILTERS
 from evomerge.files import drafted_file
+from evomerge.text import printable
 
 TEMPLATES = jinja2.PackageLoader("evomerge", "delivery")
 
@@ -33,12 +36,18 @@ def write_page(template: str, out: Path, *, figures: Mapping[str, go.Figure | No
         `out`.
     """
     environment = jinja2.Environment(
-        loader=TEMPLATES, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=TEMPLATES,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=_shown,
     )
     environment.filters |= FILTERS
     text = environment.get_template(template).render(
         figures={
-            name: json.loads(figure.to_json()) for name, figure in figures.items() if figure is not None
+            name: _without_tags(json.loads(figure.to_json()))
+            for name, figure in figures.items()
+            if figure is not None
         },
         plotly_js=plotly.offline.get_plotlyjs(),
         **values,
@@ -46,3 +55,17 @@ def write_page(template: str, out: Path, *, figures: Mapping[str, go.Figure | No
     with drafted_file(out) as draft:
         draft.write_text(text, encoding="utf-8")
     return out
+
+
+def _shown(value: Any) -> Any:
+    """Return a value of a template with its control characters written out."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _without_tags(data: Any) -> Any:
+    """Return a figure's data with all texts escaped, because plotly obeys tags in names."""
+    if isinstance(data, dict):
+        return {key: value if key == "hovertemplate" else _without_tags(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_tags(value) for value in data]
+    return html.escape(printable(data), quote=False) if isinstance(data, str) else data

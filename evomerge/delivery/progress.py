@@ -43,11 +43,11 @@ class Live(Observer):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             _Elapsed(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -73,7 +73,8 @@ class Live(Observer):
         if label != self._phase:
             self._phase = label
             if not self._console.is_terminal:
-                self._console.print(f"{label}: {jobs} models" if not generation else "search started")
+                message = f"{label}: {jobs} models" if not generation else "search started"
+                self._console.print(message, highlight=False, markup=False)
         self._bar.update(self._task, description=name, total=jobs, completed=known, note=self._note())
 
     def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:

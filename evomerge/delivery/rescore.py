@@ -89,6 +89,7 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None
         max_length=worker.max_length,
         blocks=worker.blocks,
         block_seed=worker.block_seed,
+        permissions=worker.permissions,
     )
     return harness.evaluate_split(model.to(worker.device), split)
 

@@ -9,7 +9,8 @@ from rich.table import Table
 from evomerge.delivery import style
 from evomerge.delivery.summary import raw_interval
 from evomerge.errors import ConfigError, UserError, nearest
-from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
+from evomerge.evaluation.permissions import NOTHING, Permissions
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
@@ -17,7 +18,14 @@ from evomerge.running import executors
 from evomerge.running.worker import Job, Worker, WorkerSpec
 
 
-def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int) -> dict[str, Any]:
+def evaluate(
+    location: str,
+    suite_name: str,
+    split_name: str,
+    *,
+    batch_size: int,
+    permissions: Permissions = NOTHING,
+) -> dict[str, Any]:
     """Score a model as it is stored.
 
     Args:
@@ -25,6 +33,7 @@ def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int
         suite_name: a preset's name, or a YAML file.
         split_name: search, select or test.
         batch_size: requests per forward pass.
+        permissions: which code of the suite's tasks may run.
 
     Returns:
         Plain data: per task the mean raw score in the metric's unit, its 95 % interval and the item count.
@@ -50,26 +59,27 @@ def evaluate(location: str, suite_name: str, split_name: str, *, batch_size: int
             dtype=dtype,
             device=device,
             threads=threads,
+            permissions=permissions,
         )
     )
     outcome = worker.run(Job(recipe=recipe, split=split)).outcome
     if isinstance(outcome, Failure):
         raise UserError(f"{location}: could not be scored: {outcome.reason}")
     assert isinstance(outcome, Scores)
-    tasks = []
-    for scores in outcome:
-        interval = raw_interval(scores.metric, seed=0)
-        tasks.append(
-            {
-                "task": scores.task,
-                "metric": suite[scores.task].metric,
-                "score": interval.estimate,
-                "low": interval.low,
-                "high": interval.high,
-                "items": len(scores.metric),
-            }
-        )
+    tasks = [_row(scores, suite[scores.task].metric) for scores in outcome]
     return {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
+
+
+def _row(scores: TaskScores, metric: str) -> dict[str, Any]:
+    interval = raw_interval(scores.metric, seed=0)
+    return {
+        "task": scores.task,
+        "metric": metric,
+        "score": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "items": len(scores.metric),
+    }
 
 
 def table(data: dict[str, Any]) -> Table:

@@ -37,6 +37,7 @@ from evomerge.evaluation.items import (
 )
 from evomerge.evaluation.likelihood import Likelihoods
 from evomerge.evaluation.live_lm import LiveLM
+from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
@@ -59,13 +60,14 @@ class Harness:
         blocks: number of item blocks of the `search` split. Every block has an equal part of every task's
             items and its own batches, so its scores don't depend on what else is scored.
         block_seed: of the random assignment of items to blocks.
+        permissions: which code of the tasks may run.
 
     Attributes:
         forward_seconds: seconds spent inside the model during the last evaluation.
 
     Raises:
-        ConfigError: the suite names unknown tasks, metrics or dataset splits, splits share items, or a task
-            has fewer items than there are blocks.
+        ConfigError: the suite names unknown tasks, metrics or dataset splits, splits share items, a task
+            has fewer items than there are blocks, or would run code without permission.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Harness:
         seed: int = 0,
         blocks: int = 1,
         block_seed: int = 0,
+        permissions: Permissions = NOTHING,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
@@ -86,7 +89,7 @@ class Harness:
         self.forward_seconds = 0.0
         self._seed = seed
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
-        self._builders = build(suite, seed=seed)
+        self._builders = build(suite, seed=seed, permissions=permissions)
         for builder in self._builders:
             refuse_glued(builder, self._lm)
         self._blocks, self._block_seed = blocks, block_seed

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import datasets
 import lm_eval.api.task
 import lm_eval.utils
 import torch
+import tqdm
 import transformers
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
@@ -28,6 +30,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from evomerge.errors import ConfigError
 from evomerge.evaluation.engine import Mirror
 from evomerge.evaluation.scores import NonFiniteScores
+
+tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation to score."""

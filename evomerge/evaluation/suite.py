@@ -32,7 +32,8 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Split
-from evomerge.schema import Strict, find_preset, load_yaml, parse
+from evomerge.files import expanded
+from evomerge.schema import LARGEST_COUNT, LARGEST_FACTOR, Strict, find_preset, load_yaml, parse
 
 LOGLIKELIHOOD = "loglikelihood"
 """The one metric of likelihood (rolling) tasks: mean log-likelihood per token, in nats."""
@@ -67,8 +68,10 @@ class Splits(Strict):
     def _name_or_count(cls, value: object) -> object:
         if value is None or (isinstance(value, str) and value):
             return value
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT:
             return value
+        if type(value) is int and value > LARGEST_COUNT:
+            raise ValueError(f"expected at most {LARGEST_COUNT:,} items")
         raise ValueError("expected the name of a dataset split, or a number of items (1 or more)")
 
     @model_validator(mode="after")
@@ -104,7 +107,7 @@ class SuiteTask(Strict):
     one."""
     role: Literal["skill", "retention", "coherence"] = "skill"
     """What the task measures: a skill, the base's general ability, or the coherence of free generations."""
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=0, le=LARGEST_FACTOR)] = 1.0
     """Weight in the mean over tasks of the same role; 0 reports the task without counting it."""
     specialist: str | None = None
     """The source that was trained for the task. Default: the best parent."""
@@ -188,7 +191,7 @@ class Suite(Strict):
         """
         location = data.get("tasks_dir") if isinstance(data, Mapping) else None
         if isinstance(location, str):
-            location = (folder / Path(location).expanduser()).resolve()
+            location = (folder / expanded(location)).resolve()
             if not location.is_dir():
                 raise ConfigError(
                     f"{where}: tasks_dir is not a folder",

@@ -7,12 +7,15 @@ tasks, dataset splits or metrics, too few documents, documents that are in sever
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import errno
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,19 @@ import lm_eval.tasks
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
-from evomerge.errors import ConfigError, nearest
+from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.live_lm import compiled_templates, quiet
+from evomerge.evaluation.permissions import NOTHING, Permissions, check_task, executes_answers, refuse_answers
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
 from evomerge.schema import load_yaml
 
 FEWSHOT_SEED = 1234
 """Seed of the few-shot examples; lm-eval's own default, so that its prompts are reproduced."""
+
+EXECUTES = "HF_ALLOW_CODE_EVAL"
+"""The environment variable without which the library `evaluate` executes no answers."""
 
 _HINTS = 5
 _SAMPLE = 4
@@ -53,7 +61,12 @@ class TaskBuilder:
             if hasattr(task, name):
                 setattr(task, name, _remembered(getattr(task, name)))
         self.documents = self._drawn(seed) if spec.splits.drawn else self._named()
-        if getattr(task.config, "num_fewshot", None):
+        shots = getattr(task.config, "num_fewshot", None)
+        if shots is not None and (type(shots) is not int or shots < 0):
+            raise ConfigError(
+                f"task {spec.task!r}: num_fewshot", expected="a whole number, 0 or more", got=repr(shots)[:80]
+            )
+        if shots:
             self._keep_scored_documents_out_of_the_prompts()
         self.sample: tuple[Any, ...] = ()
         """A few requests with their answers, for checks before anything is scored."""
@@ -88,8 +101,17 @@ class TaskBuilder:
             view.sampler = copy.copy(view.sampler)
         view.set_fewshot_seed(FEWSHOT_SEED)
         view.doc_iterator = lambda **_: enumerate(documents)
-        with quiet(), compiled_templates():
-            view.build_all_requests()
+        try:
+            with quiet(), compiled_templates():
+                view.build_all_requests()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # templates and code of the task
+            raise ConfigError(
+                f"task {self.spec.task!r} can't build its requests", got=f"{type(error).__name__}: {error}"
+            ) from error
+        for instance in view.instances:
+            _check_request(self.spec.task, instance)
         return view
 
     def _named(self) -> dict[Split, list[Any]]:
@@ -224,9 +246,14 @@ class TaskBuilder:
             if self.spec.role == "coherence":
                 return COHERENCE, key
             results = view.process_results(first[0].doc, [instance.filtered_resps[key] for instance in first])
-        except ConfigError:
+        except (KeyboardInterrupt, ConfigError):
             raise
-        except Exception as error:
+        except BaseException as error:
+            if EXECUTES in str(error):
+                raise ConfigError(
+                    f"task {self.spec.task!r} executes the models' answers as code, but does not say so",
+                    expected="unsafe_code: true in its YAML, so that they are executed in a sandbox",
+                ) from error
             raise ConfigError(
                 f"task {self.spec.task!r} can't process a result", got=f"{type(error).__name__}: {error}"
             ) from error
@@ -253,33 +280,93 @@ class TaskBuilder:
         return ConfigError(f"task {self.spec.task!r} has no metric {name!r}", fix=nearest(name, valid))
 
 
-def build(suite: Suite, *, seed: int) -> list[TaskBuilder]:
-    """Load a suite's tasks, in suite order.
+def build(suite: Suite, *, seed: int, permissions: Permissions = NOTHING) -> list[TaskBuilder]:
+    """Load a suite's tasks, in suite order. Raises ConfigError: as in `load` and TaskBuilder."""
+    tasks = load(suite, [spec.task for spec in suite.tasks], permissions)
+    builders = []
+    for spec, task in zip(suite.tasks, tasks, strict=True):
+        unsafe = getattr(task, "UNSAFE_CODE", False)  # a class can say so too
+        if unsafe or executes_answers({"metric_list": task.config.metric_list}):
+            refuse_answers(spec.task, permissions, got="UNSAFE_CODE of its class")
+            task.process_results = IsolatedMetrics(suite, spec.task, permissions, task.aggregation())
+        try:
+            with quiet():
+                builders.append(TaskBuilder(spec, task, seed=seed))
+        except (KeyboardInterrupt, UserError):
+            raise
+        except BaseException as error:
+            raise ConfigError(
+                f"task {spec.task!r} can't be used", got=f"{type(error).__name__}: {error}"
+            ) from error
+    return builders
+
+
+def load(suite: Suite, names: Sequence[str], permissions: Permissions) -> list[Any]:
+    """Load tasks of a suite as lm-eval's task objects, in the order of their names.
 
     Raises:
-        ConfigError: a task is unknown or can't be loaded, or see TaskBuilder.
+        ConfigError: a task is unknown or can't be loaded, or would run code without permission.
     """
-    names = [spec.task for spec in suite.tasks]
     with quiet():
         manager = _manager(suite, names)
         valid = set(manager.all_subtasks)
         for name in names:
             if name not in valid:
                 raise _unknown_task(suite, name, valid, name in manager.all_tasks)
-        builders = []
-        for spec in suite.tasks:
-            try:
-                task = _load(manager, spec.task)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"task {spec.task!r}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
-                ) from None
-            except Exception as error:
-                raise ConfigError(
-                    f"task {spec.task!r} can't be loaded", got=f"{type(error).__name__}: {error}"
-                ) from error
-            builders.append(TaskBuilder(spec, task, seed=seed))
-        return builders
+        for name in names:
+            entry = manager.task_index[name]
+            check_task(name, Path(entry.yaml_path), entry.cfg or {}, permissions)
+        return [_loaded(manager, name, permissions) for name in names]
+
+
+def _loaded(manager: Any, name: str, permissions: Permissions) -> Any:
+    try:
+        with _code_eval(allowed=permissions.allow_code_execution):
+            return _load(manager, name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"task {name!r}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
+        ) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of the task may call sys.exit
+        raise ConfigError(
+            f"task {name!r} can't be loaded", got=f"{type(error).__name__}: {error}", fix=_cache_advice(error)
+        ) from error
+
+
+def _cache_advice(error: BaseException) -> str | None:
+    """Say what to do where a task's data can't be written to the cache of the libraries."""
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+        return f"if {error.filename or 'the home folder'} can't be written, set HF_HOME to a folder that can"
+    return None
+
+
+@contextlib.contextmanager
+def _code_eval(*, allowed: bool) -> Iterator[None]:
+    """Let the library `evaluate` load its metric code_eval, or not; afterwards it refuses to execute answers.
+
+    lm-eval's tasks try the metric on code of their own while they are loaded.
+    """
+    os.environ.pop(EXECUTES, None)
+    if allowed:
+        os.environ[EXECUTES] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(EXECUTES, None)
+
+
+def _check_request(task: str, instance: Any) -> None:
+    """Refuse a request that no model can answer: something else than texts, or an empty answer."""
+    asked = instance.args[:2] if instance.request_type == "loglikelihood" else instance.args[:1]
+    if not asked or not all(isinstance(part, str) for part in asked) or not asked[-1]:
+        raise ConfigError(
+            f"task {task!r}: item {instance.doc_id} gives a request that can't be scored",
+            expected="texts, and an answer that is not empty",
+            got=", ".join(repr(part)[:80] for part in asked) or "nothing",
+            fix="check doc_to_text and doc_to_target, and that the data has their columns in every row",
+        )
 
 
 def is_number(value: object) -> bool:
@@ -290,7 +377,10 @@ def is_number(value: object) -> bool:
 def _manager(suite: Suite, names: Sequence[str]) -> Any:
     if suite.tasks_dir is not None:
         for path in sorted(Path(suite.tasks_dir).rglob("*.yaml")):
-            load_yaml(path, task_file=True)  # lm-eval skips a malformed file without a message
+            data = load_yaml(path, task_file=True)  # lm-eval skips a malformed file without a message
+            for key in ("task", "group", "tag"):
+                if not isinstance(data.get(key, ""), str | list):
+                    raise ConfigError(f"{path}: {key}", expected="a name", got=repr(data[key])[:80])
         return lm_eval.tasks.TaskManager(include_path=str(suite.tasks_dir), include_defaults=False)
     # Indexing all built-in tasks takes half a minute, and searching the folders of a few tasks two seconds.
     if folders := _builtin_folders(names):
@@ -339,6 +429,8 @@ def _absolute(files: Any, folder: Path) -> Any:
     if isinstance(files, list):
         return [_absolute(value, folder) for value in files]
     local = folder / str(files)
+    if Path(str(files)).is_absolute():
+        return files
     return str(local) if "://" not in str(files) and any(folder.glob(str(files))) else files
 
 

@@ -10,11 +10,11 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.merging.sources import fisher_files
-from evomerge.merging.sources.checkpoint import HEADS
+from evomerge.merging.sources.checkpoint import COUNTS, HEADS
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.sources.vocabulary import Aligned
-from evomerge.merging.stacking import COUNTS, output_headers, stacked_config
+from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensors.application import apply, arguments
 
 FLOATS = ("F64", "F32", "BF16", "F16")

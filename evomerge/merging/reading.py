@@ -25,7 +25,7 @@ def read_recipe(path: str | Path) -> Recipe:
     data = load_yaml(path)
     try:
         if "merge_method" in data:
-            return reader.read(path.read_text(encoding="utf-8"), root=path.parent)
+            return reader.from_data(data, root=path.parent)
         recipe = Recipe.from_data(data)
     except ConfigError as error:
         raise ConfigError(

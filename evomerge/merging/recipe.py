@@ -29,10 +29,12 @@ import yaml
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Method
-from evomerge.schema import parse_yaml
+from evomerge.schema import LARGEST_SEED, parse_yaml
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
+LAYERS = 10_000
+"""Most layers of a model; work is done layer by layer, so a misread number would take hours."""
 OUTSIDE: tuple[int, ...] = ()
 """The `layers` of a group of the tensors outside all layers: embeddings, final norm, head."""
 
@@ -51,7 +53,7 @@ def layer_of(tensor: str) -> int | None:
     >>> layer_of("model.layers.11.mlp.down_proj.weight"), layer_of("model.norm.weight")
     (11, None)
     """
-    match = re.search(r"\.(\d+)\.", tensor)
+    match = re.search(r"\.(\d{1,9})\.", tensor)
     return int(match.group(1)) if match else None
 
 
@@ -180,12 +182,13 @@ class TensorGroup:
 
     def matches(self, tensor: str) -> bool:
         """Say whether an output tensor of this name belongs to the group."""
-        if self.layers is not None:
-            layer = layer_of(tensor)
-            if (layer is None) != (self.layers == OUTSIDE) or (
-                layer is not None and layer not in self.layers
-            ):
-                return False
+        layer = layer_of(tensor)
+        return (
+            self.layers is None or (not self.layers if layer is None else layer in self.layers)
+        ) and self.matches_name(tensor)
+
+    def matches_name(self, tensor: str) -> bool:
+        """Say whether a tensor of the group's layers belongs to the group, by its name."""
         return not self.match or any(part in tensor for part in self.match)
 
     @property
@@ -253,7 +256,7 @@ class TensorGroup:
         _check_keys(data, valid, required=("method", "sources"), where=where)
         sources = tuple(_strings(data["sources"], f"{where}: sources"))
         parameters: dict[str, Setting] = {}
-        for name, value in _mapping(data.get("parameters") or {}, f"{where}: parameters").items():
+        for name, value in _mapping(data.get("parameters"), f"{where}: parameters").items():
             if isinstance(value, Mapping):
                 _check_keys(value, sources, required=sources, where=f"{where}: parameters: {name}")
                 parameters[name] = tuple(value[source] for source in sources)
@@ -262,19 +265,19 @@ class TensorGroup:
         layers = data.get("layers")
         if layers is not None and (
             not isinstance(layers, list)
-            or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers)
+            or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < LAYERS for n in layers)
         ):
             raise ConfigError(
                 f"{where}: layers",
-                expected="a list of layer numbers, [] for the tensors outside the layers",
-                got=repr(layers),
+                expected=f"a list of layer numbers below {LAYERS}, [] for the tensors outside the layers",
+                got=repr(layers)[:200],
             )
         return cls(
             method=str(data["method"]),
             sources=sources,
             parameters=parameters,
             layers=None if layers is None else tuple(sorted(set(layers))),
-            match=tuple(_strings(data.get("match") or [], f"{where}: match")),
+            match=tuple(_strings([] if data.get("match") is None else data["match"], f"{where}: match")),
             shift=_shifts(data.get("shift"), sources, where),
             base=_optional_name(data.get("base"), f"{where}: base"),
             base_shift=_whole(data.get("base_shift", 0), f"{where}: base_shift"),
@@ -318,6 +321,10 @@ class Recipe:
     which models are refused, and no merged bits."""
     _hash: str = field(default="", init=False, compare=False, repr=False)
     """The hash, once computed: with hundreds of parameters it takes milliseconds."""
+    _by_layer: Mapping[object, Sequence[TensorGroup]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    """Layer (None: outside the layers) -> its groups; `any`: of all other layers. Empty until needed."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -394,12 +401,22 @@ class Recipe:
 
     def group_for(self, tensor: str) -> TensorGroup:
         """Return the group that makes an output tensor, or raise ConfigError."""
-        for group in self.groups:
-            if group.matches(tensor):
+        for group in self.groups_at(layer_of(tensor)):
+            if group.matches_name(tensor):
                 return group
         raise ConfigError(
             f"recipe: no group matches tensor {tensor!r}", fix="add a last group without layers and match"
         )
+
+    def groups_at(self, layer: int | None) -> Sequence[TensorGroup]:
+        """Return the groups that may make tensors of a layer (None: of none), in order of precedence."""
+        if not self._by_layer:
+            by_layer: dict[object, list[TensorGroup]] = {"any": []}
+            for group in self.groups:
+                for place in tuple(by_layer) if group.layers is None else group.layers or (None,):
+                    by_layer.setdefault(place, by_layer["any"].copy()).append(group)
+            object.__setattr__(self, "_by_layer", by_layer)
+        return self._by_layer.get(layer, self._by_layer["any"])
 
     def base_of(self, group: TensorGroup) -> str | None:
         """Return the name of the base model a group reads, or None if its method reads no base."""
@@ -485,7 +502,7 @@ class Recipe:
         if data.get("format", FORMAT) != FORMAT:
             raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
         seed = data.get("seed", 0)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        if _whole(seed, "recipe: seed", LARGEST_SEED) < 0:
             raise ConfigError("recipe: seed", expected="a whole number >= 0", got=repr(seed))
         layers = data.get("num_layers")
         if layers is not None and _whole(layers, "recipe: num_layers") < 1:
@@ -496,12 +513,12 @@ class Recipe:
         return cls(
             models=_locations(data["models"], "recipe: models"),
             base=_optional_name(data.get("base"), "recipe: base"),
-            tokenizer=str(data.get("tokenizer") or ""),
+            tokenizer=_optional_name(data.get("tokenizer"), "recipe: tokenizer") or "",
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
-            fisher=_locations(data.get("fisher") or {}, "recipe: fisher"),
-            fingerprints=_locations(data.get("fingerprints") or {}, "recipe: fingerprints"),
+            fisher=_locations(data.get("fisher"), "recipe: fisher"),
+            fingerprints=_locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(
                 TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)
@@ -536,6 +553,8 @@ def _check_keys(
 
 
 def _mapping(data: object, where: str) -> Mapping[str, Any]:
+    if data is None:
+        return {}
     if not isinstance(data, Mapping):
         raise ConfigError(where, expected="a mapping", got=type(data).__name__)
     return data
@@ -547,9 +566,9 @@ def _optional_name(value: object, where: str) -> str | None:
     return value
 
 
-def _whole(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(where, expected="a whole number", got=repr(value))
+def _whole(value: object, where: str, limit: int = LAYERS) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > limit:
+        raise ConfigError(where, expected=f"a whole number of at most {limit}", got=repr(value)[:80])
     return value
 
 

@@ -15,12 +15,10 @@ from typing import Any
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of, shifted
-from evomerge.merging.sources.checkpoint import natural_order
+from evomerge.merging.sources.checkpoint import COUNTS, natural_order
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Keys of a config.json that hold the number of layers."""
 NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_section")
 """Endings of config keys whose lists are not per layer, even if their length is the number of layers."""
 
@@ -152,11 +150,10 @@ def _count(config: Mapping[str, Any]) -> int:
 def _makers(recipe: Recipe, layer: int) -> list[TensorGroup]:
     """Return the groups that may make a tensor of a layer; the last one takes all remaining tensors."""
     makers = []
-    for group in recipe.groups:
-        if group.layers is None or layer in group.layers:
-            makers.append(group)
-            if not group.match:
-                break
+    for group in recipe.groups_at(layer):
+        makers.append(group)
+        if not group.match:
+            break
     return makers
 
 

@@ -19,18 +19,28 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.running.clock import Clock, fixed, moment, shown, span
 from evomerge.running.store import RunStore, facts
-from evomerge.schema import Strict
+from evomerge.schema import LARGEST_COUNT, Strict
 
 LIMITS = ("evaluations", "items", "generations", "hours", "until", "cost", "patience")
+MOST_HOURS = 87_600
+"""Bound of the hours of work that a budget allows: ten years."""
 
 
 class CostSpec(Strict):
     """The price of the machines, in any currency."""
 
-    per_hour: float = Field(gt=0)
+    per_hour: float = Field(ge=1e-6, le=1e12)
     """Price of one hour of work, all machines together."""
-    max: float | None = Field(default=None, gt=0)
+    max: float | None = Field(default=None, gt=0, le=1e12)
     """Limit of the run; the search ends in time for selection and test. Without it, cost is shown only."""
+
+    @model_validator(mode="after")
+    def _within_years(self) -> CostSpec:
+        if self.max is not None and self.max / self.per_hour > MOST_HOURS:
+            raise ValueError(
+                f"max pays for {self.max / self.per_hour:.3g} hours; at most {MOST_HOURS} are valid"
+            )
+        return self
 
 
 class BudgetSpec(Strict):
@@ -41,24 +51,24 @@ class BudgetSpec(Strict):
     of the clock (hours, until, cost) may cut a generation short, and leave time for selection and test.
     """
 
-    evaluations: int | None = Field(default=None, ge=1)
+    evaluations: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Full evaluations: the optimizer's candidates on all `search` items. A candidate that stops early or
     fails counts in part, a repeated one not at all. Baselines, selection and test do not count."""
-    items: int | None = Field(default=None, ge=1)
+    items: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """The same limit in scored items."""
-    generations: int | None = Field(default=None, ge=1)
+    generations: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Generations of the optimizer."""
-    hours: float | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0, le=MOST_HOURS)
     """Hours of work on the run, all sessions together."""
     until: str | None = None
     """A time of day in quotes, such as "08:00": its next occurrence after each start of a session; or a date
     and time such as "2026-12-24T08:00"."""
     cost: CostSpec | None = None
     """A limit in money: `{per_hour: 2.5, max: 30}`."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Generations in a row without a better candidate; with several objectives, without a larger
     hypervolume."""
-    failures: int = Field(default=16, ge=1)
+    failures: int = Field(default=16, ge=1, le=LARGEST_COUNT)
     """Failed candidates in a row after which the run stops with an error."""
 
     @field_validator("until", mode="before")

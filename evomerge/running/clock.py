@@ -55,8 +55,8 @@ def moment(until: str, after: float) -> float:
         if ":" not in until:
             raise ValueError(_FORM) from None
         try:
-            return datetime.fromisoformat(until).timestamp()
-        except ValueError:
+            return datetime.fromisoformat(until).astimezone().timestamp()
+        except (ValueError, OverflowError, OSError):  # also years that no clock has
             raise ValueError(_FORM) from None
     if ":" not in until or of_day.tzinfo is not None:
         raise ValueError(_FORM)

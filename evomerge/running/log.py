@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.running.observers import Estimate, Observer
+from evomerge.text import in_texts, one_line, redacted
 
 JSON_LINES, TEXT = "log.jsonl", "log.txt"
 
@@ -44,9 +45,10 @@ class RunLog(Observer):
 
     def event(self, event: str, /, **facts: Any) -> None:
         """Append an event: its name and its facts as JSON."""
+        facts = in_texts(redacted, facts)
         now = datetime.datetime.now().astimezone()
         line = json.dumps({"at": now.isoformat(timespec="milliseconds"), "event": event, **facts})
-        text = f"{now:%Y-%m-%d %H:%M:%S} {_text(event, facts)}"
+        text = one_line(f"{now:%Y-%m-%d %H:%M:%S} {_text(event, facts)}")
         for file, content in zip(self._files, (line, text), strict=True):
             with suppress(OSError):  # no room: the store raises the error
                 if file is not None:

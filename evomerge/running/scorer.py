@@ -169,7 +169,7 @@ class Scorer:
         if isinstance(outcome, Scores):
             assert result.timing is not None
             parts = result.parts or (outcome,)
-            self._store.record_scores(recipe, parts, result.timing)
+            self._store.record_scores(recipe, parts, result.timing, weights=result.weights)
             outcome = joined([*stored[recipe.hash], *parts])
         elif keep_failures:
             assert isinstance(result.job, Job)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import NonFiniteError, UserError
+from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.running import out_of_memory, retries
+from evomerge.running.inputs import InputGuard, RunInputs
 from evomerge.running.store import Timing
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Result:
 
     outcome: the scores of all blocks together, or a failure. parts: the scores of each block, where there are
     several; with NotBegun, of the blocks scored before. faults: one line per earlier attempt that failed.
-    block: the block on which scoring failed.
+    block: the block on which scoring failed. weights: digest of the live weights that were scored on `test`.
     """
 
     job: Job | GradientJob
@@ -72,6 +74,7 @@ class Result:
     parts: tuple[Scores, ...] = ()
     faults: tuple[str, ...] = ()
     block: int | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,9 @@ class WorkerSpec:
     weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, unless a job
     says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in
     tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
-    what continues prompts, the live model ("transformers") or an engine beside it ("vllm").
+    what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
+    which code of the tasks may run. inputs: what models and task files were when the run began, None where
+    they are not compared.
     """
 
     models: Mapping[str, str]
@@ -99,6 +104,16 @@ class WorkerSpec:
     blocks: int = 1
     block_seed: int = 0
     generation: str = "transformers"
+    permissions: Permissions = NOTHING
+    inputs: RunInputs | None = None
+
+    def guard(self) -> InputGuard | None:
+        """Compare models and task files with `inputs` if there are any, and raise where they differ."""
+        if self.inputs is None:
+            return None
+        return InputGuard(
+            self.inputs, models=self.models, base=self.base, tokenizer=self.tokenizer, suite=self.suite
+        )
 
     def blocks_of(self, split: Split) -> tuple[int, ...]:
         """Return the item blocks of a split."""
@@ -108,7 +123,7 @@ class WorkerSpec:
 class Worker:
     """Scores recipes one after the other. Building one loads the models and prepares all items.
 
-    Raises UserError where models or suite can't be used.
+    Raises UserError where models or suite can't be used, or are not those the run began with.
     """
 
     def __init__(self, spec: WorkerSpec, name: str = "0") -> None:
@@ -120,6 +135,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self.name = name
         self._device, self._batch_size = spec.device, spec.batch_size
+        self._guard = spec.guard()  # first: it also sees what changes while models and items are opened
         self._bench = Workbench(
             spec.models,
             spec.base,
@@ -136,12 +152,15 @@ class Worker:
             max_length=spec.max_length,
             blocks=spec.blocks,
             block_seed=spec.block_seed,
+            permissions=spec.permissions,
         )
         if spec.generation != "transformers":
             from evomerge.evaluation.engine import TOLERANCE
 
             self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
         self._harness.prepare(self._bench.model)
+        if self._guard is not None:
+            self._guard.compare()
 
     def run(self, job: Job | GradientJob) -> Result:
         """Run one job. An exception becomes a Failure; after transient faults the job is tried again.
@@ -151,7 +170,18 @@ class Worker:
 
         Returns:
             The outcome (scores, gradient or failure) with its times in seconds.
+
+        Raises:
+            UserError: the models changed since the run began, so that nothing can be scored.
         """
+        if self._guard is not None:
+            self._guard.check()
+        result = self._run(job)
+        if self._guard is not None:
+            self._guard.check()  # again, because the files are mapped: a change reaches the merge
+        return result
+
+    def _run(self, job: Job | GradientJob) -> Result:
         if isinstance(job, Job) and job.not_after is not None and time.time() >= job.not_after:
             return Result(job=job, outcome=NotBegun())
         faults: list[str] = []
@@ -186,13 +216,15 @@ class Worker:
         if failure is not None:
             self._make_room(failure)
             return Result(job=job, outcome=failure, block=at)
+        kept = job.split == "test" and self._guard is not None  # a run's, which may be exported later
+        weights = self._bench.digest(job.recipe) if kept else None
         timing = Timing(
             total=time.perf_counter() - started,
             merge=merged - started,
             forward=forward,
             worker=self.name,
         )
-        return Result(job=job, outcome=joined(parts), timing=timing, parts=tuple(parts))
+        return Result(job=job, outcome=joined(parts), timing=timing, parts=tuple(parts), weights=weights)
 
     def _gradient(self, job: GradientJob) -> Gradient | Failure:
         from evomerge.evaluation.gradient import differentiable

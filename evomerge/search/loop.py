@@ -91,7 +91,8 @@ class Search:
     """One run: references, baselines, warm starts, generations, selection, test.
 
     slopes: needed only for a plan with gradients. ahead: receives the recipes that will certainly be scored
-    later, so that idle workers can begin; the search reads their scores only when it is due.
+    later, so that idle workers can begin; the search reads their scores only when it is due. guard: called
+    before a winner is declared, and again when it is scored; raises where the run's inputs changed.
     """
 
     def __init__(
@@ -104,11 +105,12 @@ class Search:
         observer: SearchObserver,
         slopes: GradientSource | None = None,
         ahead: Callable[[Sequence[Recipe], Split], None] = lambda recipes, split: None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget
         self._observer = observer
         self._slopes = slopes
-        self._ahead = ahead
+        self._ahead, self._guard_inputs = ahead, guard
         self._parents = baselines.parents(plan.template, plan.space.sources)
 
     def run(self) -> Outcome:
@@ -155,9 +157,11 @@ class Search:
             winner = self._select([self._start(k, views(searched.blocks)) for k in starts], searched, views)
         else:
             winner = self._select_on_front(archive, hand_made)
+        self._guard_inputs()
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
         self._scorer.score([k.named.recipe for k in known], "test", "test of the baselines")
+        self._guard_inputs()
         return Outcome(winner=winner, stopped=searched.stopped)
 
     @property

@@ -19,7 +19,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.schema import Strict
+from evomerge.schema import LARGEST_FACTOR, Strict
 
 FAILURE_MARGIN = 1.0
 """How much worse than the worst finite loss a failed candidate is: one whole specialist."""
@@ -30,18 +30,19 @@ INFEASIBLE = 1.0
 READY_MADE = ("mean", "retention", "coherence", "depth")
 """The objectives that are not a task's name."""
 
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]
+Least = Annotated[float, Field(ge=-100, le=100)]
 
 
 class ConstraintsSpec(Strict):
     """Lower limits. A candidate that violates one ranks behind every candidate that does not."""
 
-    tasks: float | dict[str, float] | None = None
+    tasks: Least | dict[str, Least] | None = None
     """Least normalised score (0 is the base, 1 the specialist) of every task of the mean; or `{task:
     score}`."""
-    retention: float | None = Field(default=None, gt=0)
+    retention: float | None = Field(default=None, gt=0, le=100)
     """Least retention, relative to the base."""
-    coherence: float | None = Field(default=None, gt=0)
+    coherence: float | None = Field(default=None, gt=0, le=100)
     """Least coherence, relative to the base."""
 
     def __bool__(self) -> bool:
@@ -54,11 +55,11 @@ class ObjectiveSpec(Strict):
     smooth: float = Field(default=0.3, ge=0, le=1)
     """Share of the gold answer's probability in a score; the rest is the metric. Accuracies tie often and
     move in steps, probabilities do not."""
-    retention: float = Field(default=0.2, ge=0)
+    retention: Weight = 0.2
     """Loss per unit of the base's general ability that is lost."""
-    coherence: float = Field(default=0.2, ge=0)
+    coherence: Weight = 0.2
     """Loss per unit of the coherence of the base's free generations that is lost."""
-    depth: float = Field(default=0.0, ge=0)
+    depth: Weight = 0.0
     """Loss for every additional layer, in units of the base's number of layers; fewer layers are a gain."""
     weights: dict[str, Weight] = Field(default={})
     """Task weights that replace the suite's, in search, selection and verdict."""

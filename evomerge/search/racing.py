@@ -54,7 +54,7 @@ class RacingSpec(Strict):
 
     blocks: int = Field(default=8, ge=1, le=64)
     """Item blocks that the `search` items are cut into."""
-    blocks_min: int = Field(default=1, ge=1)
+    blocks_min: int = Field(default=1, ge=1, le=64)
     """Item blocks that are scored before the first comparison; at most `blocks`."""
     keep: float = Field(default=0.25, gt=0, le=1)
     """Share of a generation, the best, that must be scored in full."""

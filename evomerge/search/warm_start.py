@@ -46,13 +46,13 @@ class GradientSpec(Strict):
     default costs as much as 39 candidates.
     """
 
-    steps: int = Field(default=64, ge=1)
+    steps: int = Field(default=64, ge=1, le=100_000)
     """Steps of Adam."""
     rate: float = Field(default=0.05, gt=0, le=1)
     """First step size, in the unit cube."""
     share: float = Field(default=0.2, gt=0, le=1)
     """Share of each task's `search` items in a step, drawn anew for each step."""
-    softness: float = Field(default=0.5, gt=0)
+    softness: float = Field(default=0.5, gt=0, le=1000)
     """Width, in nats, of the zone around the border between wrong and right in which an item has a
     gradient."""
 

@@ -104,7 +104,7 @@ def test_hashes_of_recipes_that_stack_nothing_stay_what_they_were() -> None:
     ("change", "message"),
     [
         ("dtype: null", "unknown dtype None"),
-        ("tokenizer: 5", "unknown model '5'"),
+        ("tokenizer: 5", "expected: the name of a model"),
         ("models: {base: null, a: m/a, b: m/b}", "models: 'base'"),
         ("fisher: {a: null}", "fisher: 'a'"),
         ("seed: " + "[" * 5000, "not valid YAML"),
@@ -366,3 +366,20 @@ def test_spaces_and_mergekit_mean_the_same_copies(made: TensorGroup) -> None:
         text = mergekit.write(recipe(groups=(ties, rest, *whole.groups)), tensors)
         again = mergekit.read(text, tensors=tensors).group_for(tensors[-1])
         assert again.copied_source == "base"
+
+
+def test_groups_are_found_by_layer_in_order() -> None:
+    groups = [
+        TensorGroup(method="linear", sources=("a",), layers=(0, 2), match=("mlp",)),
+        TensorGroup(method="linear", sources=("a",), match=("attn",)),
+        TensorGroup(method="linear", sources=("b",), layers=()),
+        TensorGroup(method="linear", sources=("b",), layers=(2,)),
+        TensorGroup(method="linear", sources=("a", "b")),
+    ]
+    recipe = Recipe(models={"a": "a", "b": "b"}, groups=tuple(groups))
+    names = [f"h.{layer}.{part}.w" for layer in range(4) for part in ("mlp", "attn", "norm")] + [
+        "attn",
+        "head",
+    ]
+    for name in names:
+        assert recipe.group_for(name) is next(group for group in groups if group.matches(name))

@@ -87,7 +87,8 @@ def _pairs_figure(interference: Interference, total: Tally) -> go.Figure:
             }
         )
         figure.add_annotation(
-            text=f"<b>{_MATRIX_TITLES[name]}</b>",
+            text=_MATRIX_TITLES[name],
+            font={"weight": "bold"},
             x=domain[0],
             y=1.0,
             xref="paper",

@@ -54,7 +54,9 @@ def read_models(path: Path, base: str | None = None) -> tuple[dict[str, str], st
         models, base_name = RunConfig.load(path).locations, BASE
     if base is not None:
         base_name = base if base in models else BASE
-        models = models if base in models else {BASE: resolve_location(base, Path()), **models}
+        if base not in models:
+            others = {name: location for name, location in models.items() if name != BASE}
+            models = {BASE: resolve_location(base, Path()), **others}
     if base_name is None:
         raise ConfigError(
             f"{path}: names no base model, which task vectors need",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from evomerge.delivery.summary import Summary
 from evomerge.errors import UserError
 from evomerge.running.observers import Observer
 from evomerge.running.store import StoreReader, facts
+from evomerge.text import HIDDEN, REFERENCE, redacted
 
 STATE = "tracking.json"
 
@@ -78,9 +80,15 @@ def require_packages(specs: Sequence[TrackerSpec]) -> None:
     """Check that every tracker can be opened without asking the user anything.
 
     Raises:
-        UserError: the package of a tracker is not installed, or its API key is missing.
+        UserError: the package of a tracker is not installed, its API key is missing, or an environment
+            variable that its settings name is not set.
     """
     for spec in specs:
+        if missing := [name for name in _references(spec) if name not in os.environ]:
+            raise UserError(
+                f"tracking: {spec.name} needs the environment variable {missing[0]}, which is not set",
+                fix=f"export {missing[0]}=...",
+            )
         if importlib.util.find_spec(spec.name) is None:
             raise UserError(
                 f"tracking: the package of {spec.name!r} is not installed",
@@ -100,10 +108,11 @@ def open_tracker(spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Trac
     """Open the tracker that a config names.
 
     Args:
-        spec: its name and settings.
+        spec: its name and settings; references to environment variables get their values here.
         folder: the run folder.
         state: what earlier sessions stored for it, to be changed in place.
     """
+    spec = _resolved(spec)
     if spec.name == "tensorboard":
         from evomerge.delivery.tracking.tensorboard import TensorBoard
 
@@ -115,6 +124,28 @@ def open_tracker(spec: TrackerSpec, folder: Path, state: dict[str, Any]) -> Trac
     from evomerge.delivery.tracking.mlflow import Mlflow
 
     return Mlflow(spec, folder, state)
+
+
+def _references(spec: TrackerSpec) -> list[str]:
+    """Return the names of the environment variables in a tracker's settings."""
+    texts = (value for value in spec.model_dump().values() if isinstance(value, str))
+    return [name for text in texts for name in REFERENCE.findall(text)]
+
+
+def _resolved(spec: TrackerSpec) -> TrackerSpec:
+    """Return settings with the values of the environment variables that they name."""
+    changes = {
+        name: REFERENCE.sub(lambda match: os.environ[match[1]], value)
+        for name, value in spec.model_dump().items()
+        if isinstance(value, str)
+    }
+    return spec.model_copy(update=changes)
+
+
+def _without_secrets(message: str, spec: TrackerSpec) -> str:
+    for secret in filter(None, map(os.environ.get, _references(spec))):
+        message = message.replace(secret, HIDDEN)
+    return redacted(message)
 
 
 class Tracked(Observer):
@@ -185,10 +216,13 @@ class Tracked(Observer):
             try:
                 send(name, self._state(name))
             except Exception as error:
-                del self._specs[name]
+                spec = self._specs.pop(name)
                 self._trackers.pop(name, None)
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-                self._warn(f"tracking with {name} failed and is switched off, the run continues: {reason}")
+                reason = _without_secrets(str(error).strip() or type(error).__name__, spec)
+                self._warn(
+                    f"tracking with {name} failed and is switched off, the run continues: "
+                    f"{reason.splitlines()[0][:300]}"
+                )
 
     def _tracker(self, name: str) -> Tracker:
         """Open a tracker when there is something to send, so that replaying a finished run opens none."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from evomerge.errors import ConfigError, DiskError, NonFiniteError, nearest
-from evomerge.files import drafted_file
+from evomerge.files import drafted_file, read_regular
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.fisher_files import KIND
@@ -43,6 +43,10 @@ class Estimated:
     sequences: int
     tokens: int
     mean: float
+
+
+LARGEST_TEXT = 100_000_000
+"""Bytes of a text; a diagonal Fisher needs thousands of lines, not millions."""
 
 
 def estimate(
@@ -136,11 +140,13 @@ def _mean_squares(
 
 def _lines(text: Path) -> list[str]:
     try:
-        content = text.read_text(encoding="utf-8")
+        content = read_regular(text, LARGEST_TEXT).decode()
     except FileNotFoundError:
         raise ConfigError(f"{text}: no such file", expected="a text file, one sequence per line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{text}: can't be read", got=str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"{text}: can't be read", got=error.strerror or str(error)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{text}: not UTF-8 text", got=str(error)) from None
     return [line.strip() for line in content.splitlines() if line.strip()]
 
 
@@ -170,7 +176,7 @@ def _write(
         "kind": KIND,
         "labels": labels,
         **{name: str(count) for name, count in counts.items()},
-        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "text_sha256": hashlib.sha256(read_regular(text, LARGEST_TEXT)).hexdigest(),
         "model_fingerprint": source.fingerprint,
     }
     with drafted_file(out) as draft:

@@ -6,16 +6,17 @@ import ctypes
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import DiskError
+from evomerge.errors import DiskError, ModelError
 from evomerge.files import drafted_folder
 from evomerge.merging.compatibility import check, with_fingerprints
 from evomerge.merging.recipe import Recipe
+from evomerge.merging.sources import model_files
 from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import INDEX, SINGLE
 from evomerge.merging.sources.opening import open_used
@@ -29,6 +30,8 @@ from evomerge.merging.tensors.threads import pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Finish = Callable[[Path], Mapping[str, str]]
 
 MAX_SHARD_BYTES = 5_000_000_000
 MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
@@ -57,7 +60,7 @@ def write(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     sources: Mapping[str, Source] | None = None,
-    extra: Mapping[str, str] | None = None,
+    finish: Finish | None = None,
 ) -> Path:
     """Write a merged model as a Hugging Face folder, tensor by tensor.
 
@@ -71,18 +74,21 @@ def write(
         out: the folder to write, new or empty.
         max_shard_bytes: the largest size of one weight file, in bytes, unless a single tensor is larger.
         sources: already opened models by name. By default the recipe's models are opened.
-        extra: additional text files (name -> content), such as a model card.
+        finish: called with the temporary folder when weights, config and tokenizer are in it; returns
+            additional text files (name -> content), such as a model card. It raises to refuse the folder.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError, ConfigError: the models or the recipe do not fit, see `compatibility.check`.
+        ModelError, ConfigError: the models or the recipe do not fit, see `compatibility.check`, or files of
+            the models changed while they were merged.
         DiskError: `out` has files in it, or there is not enough room.
         NonFiniteWeights: a merged tensor has NaN or infinite elements.
     """
     out = new_folder(out)
     sources = open_used(recipe) if sources is None else sources
+    read = model_files.stats(sources.values())
     check(recipe, sources)
     _return_memory()
     pattern = sources[recipe.pattern]
@@ -94,7 +100,13 @@ def write(
         _write_weights(recipe, FileInputs(sources), shards, folder)
         merged = with_fingerprints(recipe, sources)
         _write_rest(merged, pattern, tokenizer, stacked_config(recipe, sources), folder)
-        for name, text in (extra or {}).items():
+        if changed := model_files.changed_since(read):
+            raise ModelError(
+                "model files changed while they were merged, so nothing was written",
+                got=", ".join(map(str, changed)),
+                fix="let the other program finish, then run this again",
+            )
+        for name, text in (finish(folder) if finish else {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
 

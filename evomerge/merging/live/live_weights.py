@@ -48,6 +48,20 @@ class Spread:
             live[live_places.to(live.device).long()] = moved
 
 
+def weights_at(place: Storage, shape: tuple[int, ...]) -> Tensor:
+    """Return a copy on the CPU of the live weights at a place, in the checkpoint tensor's shape."""
+    import torch
+
+    if isinstance(place, torch.Tensor):
+        return place.detach().cpu().reshape(shape)
+    assert isinstance(place, Spread)
+    first = place.parts[0][0]
+    gathered = torch.empty(sum(len(where) for _, _, where in place.parts), dtype=first.dtype)
+    for live, live_places, tensor_places in place.parts:
+        gathered[tensor_places.long().cpu()] = live[live_places.to(live.device).long()].detach().cpu()
+    return gathered.reshape(shape)
+
+
 def address(place: Storage) -> Hashable:
     """Return a key that is equal for two places only if they are the same memory."""
     import torch

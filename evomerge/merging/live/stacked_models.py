@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import errno
 import json
-import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, DiskError, ModelError
-from evomerge.files import passing_folder
+from evomerge.files import passing_folder, temporary_parent
 from evomerge.merging.live.live_weights import Spread, locate
 from evomerge.merging.recipe import Recipe, TensorGroup, shifted
 from evomerge.merging.sources.source import Source
@@ -286,20 +284,27 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
     if attention is not None and not attention.isidentifier():  # transformers would fetch code from the hub
         raise _no_attention(attention, "not a plain name")
     try:
-        with passing_folder(Path(tempfile.gettempdir()), "evomerge-model") as folder:
+        with passing_folder(temporary_parent(), "evomerge-model") as folder:
             (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=getattr(torch, dtype), attn_implementation=attention
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=False,
             )
         if (source.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers computes with the config before it checks it
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise DiskError(
-                f"{tempfile.gettempdir()}: can't be written", got=error.strerror, fix="free some disk space"
+                f"{temporary_parent()}: can't be written", got=error.strerror, fix="free some disk space"
             ) from None
+        if isinstance(error, MemoryError) or "failed to map segment" in str(
+            error
+        ):  # how the loader of libraries says that memory ran out
+            raise MemoryError(str(error)) from None
         if attention is not None and _plain(attention) in _plain(str(error)):
             raise _no_attention(attention, " ".join(str(error).split())[:300]) from None
         raise ModelError(

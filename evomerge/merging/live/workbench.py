@@ -13,18 +13,21 @@ that `export.writer.write` writes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.live.live_weights import address, gradient_at, locate
+from evomerge.merging.live.live_weights import address, gradient_at, locate, weights_at
 from evomerge.merging.live.stacked_models import Rewiring, build
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
 from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
+from evomerge.merging.stacking import output_headers
 from evomerge.merging.tensors.derivatives import Derivatives, added, tensor_derivatives
+from evomerge.merging.tensors.digest import exact_dtype, weights_digest
 from evomerge.merging.tensors.inputs import WarmInputs
 from evomerge.merging.tensors.merge_tensor import Storage, merge_tensor
 from evomerge.merging.tensors.threads import pool, threads
@@ -74,6 +77,7 @@ class Workbench:
         if base is not None and base not in models:
             raise ConfigError(f"workbench: unknown model {base!r}", fix=nearest(base, models))
         self.base = base
+        self._compute_dtype = compute_dtype
         self._vocabulary = tokenizer_of(tokenizer, base, models)
         self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
         self.sources = open_sources(models, base, tokenizer=tokenizer)
@@ -184,6 +188,23 @@ class Workbench:
             with pool() as workers:
                 for done in [workers.submit(work) for _ in range(threads())]:
                     done.result()
+
+    def digest(self, recipe: Recipe) -> str:
+        """Return a hash of the live weights that equals that of the exported folder.
+
+        See `tensors.digest`. All weights are read once.
+
+        Args:
+            recipe: the recipe that was loaded last.
+        """
+        places, headers = self._targets, self._headers
+        if recipe.stacked:
+            headers = output_headers(recipe, self.sources)
+            places = locate(self.model, headers, self.sources[self._pattern].location)
+        readers = {
+            name: functools.partial(weights_at, place, headers[name].shape) for name, place in places.items()
+        }
+        return weights_digest(readers, exact_dtype(recipe.dtype, self._compute_dtype))
 
     def derivatives(self, recipe: Recipe) -> list[Derivatives]:
         """Return the loss's derivatives with respect to every group's parameters, after a backward pass.

@@ -14,6 +14,7 @@ slice (mergekit takes no more sources than the first slice has).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
 from evomerge.merging.methods import Method
-from evomerge.merging.recipe import DTYPES, UNION, Recipe
+from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
 from evomerge.schema import parse_yaml
 
 KEYS = (
@@ -90,6 +91,13 @@ def read(
         data = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError("mergekit file: not valid YAML", got=" ".join(str(error).split())) from None
+    return from_data(data, root=root, seed=seed, tensors=tensors)
+
+
+def from_data(
+    data: object, *, root: str | Path | None = None, seed: int = 0, tensors: Iterable[str] | None = None
+) -> Recipe:
+    """Return the same as `read`, from parsed YAML."""
     data = _checked(data, KEYS, "mergekit file")
     if "merge_method" not in data:
         raise ConfigError("mergekit file: missing key 'merge_method'")
@@ -128,6 +136,10 @@ def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str
     if slices[0].length is None:
         return None
     num_layers = slices[-1].start + (slices[-1].length or 0)
+    if num_layers > LAYERS:
+        raise ConfigError(
+            "mergekit file: too many layers", expected=f"at most {LAYERS} in all slices", got=str(num_layers)
+        )
     try:
         check_ranges(slices, headers)
         if num_layers == headers.layout(pattern_location).num_layers:
@@ -283,7 +295,7 @@ def _parameters(
     """Return parameter -> ordered conditions of one level of the file."""
     conditions: dict[str, tuple[Condition, ...]] = {}
     where = f"mergekit file: {where}"
-    for name, setting in _mapping(data.get("parameters") or {}, where).items():
+    for name, setting in _mapping(data.get("parameters"), where).items():
         neutral = NEUTRAL.get(method.name, {})
         unused = name == NEVER_USED or name in UNUSED.get(method.name, ())
         if unused or (name in neutral and setting == neutral[name]):
@@ -317,9 +329,9 @@ def _conditions(setting: object, where: str) -> tuple[Condition, ...]:
 
 def _values(value: object, where: str) -> tuple[Any, ...]:
     values = [_number(number) for number in (value if isinstance(value, list) else [value])]
-    numbers = all(isinstance(v, int | float) for v in values)
+    numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     if not values or not numbers or (len(values) > 1 and any(isinstance(v, bool) for v in values)):
-        raise ConfigError(where, expected="a number, a list of numbers, or filters", got=repr(value))
+        raise ConfigError(where, expected="a number, a list of numbers, or filters", got=repr(value)[:200])
     return tuple(values)
 
 
@@ -334,11 +346,11 @@ def _number(value: object) -> object:
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
     bounds = entry.get("layer_range")
     whole = isinstance(bounds, list) and len(bounds) == 2 and all(type(v) is int for v in bounds)
-    if not whole or not 0 <= bounds[0] < bounds[1]:  # type: ignore[index]
+    if not whole or not 0 <= bounds[0] < bounds[1] <= LAYERS:  # type: ignore[index]
         raise ConfigError(
             f"mergekit file: {where}: layer_range",
-            expected="[first, end] with 0 <= first < end",
-            got=repr(bounds),
+            expected=f"[first, end] with 0 <= first < end <= {LAYERS}",
+            got=repr(bounds)[:80],
         )
     return bounds[0], bounds[1]  # type: ignore[index]
 
@@ -346,12 +358,15 @@ def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
 def _names(locations: Iterable[str]) -> dict[str, str]:
     """Return location -> a short name: its last part, with a number if it is taken or is `union`."""
     names: dict[str, str] = {}
+    taken = {UNION}
+    numbers: dict[str, int] = {}
     for location in dict.fromkeys(locations):
         stem = Path(location.rpartition("+")[2]).name or location
-        name, number = stem, 2
-        while name in (*names.values(), UNION):
+        name, number = stem, numbers.get(stem, 2)
+        while name in taken:
             name, number = f"{stem}-{number}", number + 1
-        names[location] = name
+        names[location], numbers[stem] = name, number
+        taken.add(name)
     return names
 
 
@@ -413,6 +428,8 @@ def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _mapping(data: object, where: str) -> dict[str, Any]:
+    if data is None:
+        return {}
     if not isinstance(data, dict):
         raise ConfigError(where, expected="a mapping", got=type(data).__name__)
     return data

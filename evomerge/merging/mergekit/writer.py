@@ -164,7 +164,7 @@ def _branches(recipe: Recipe, members: Sequence[str]) -> list[Branch]:
     """Return (filter, group) pairs for the tensors of one layer; the first match counts."""
     reached = {id(recipe.group_for(name)) for name in members}
     branches: list[Branch] = []
-    for group in recipe.groups:
+    for group in recipe.groups_at(layer_of(members[0])):
         if id(group) in reached:
             branches += [(part, group) for part in group.match] or [(None, group)]
     return branches

@@ -46,7 +46,7 @@ class Parameter:
                     f"{where}: {self.name} is a flag", expected="true or false", got=repr(value)
                 )
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{where}: {self.name} is not a number", expected="a number", got=repr(value))
         if not self.low <= value <= self.high:
             raise ConfigError(

@@ -14,16 +14,17 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import ModelError
+from evomerge.errors import ConfigError, ModelError
+from evomerge.files import expanded
+from evomerge.merging.sources.adapter_config import UNMERGEABLE, AdapterConfig, Scales, refuse_unsupported
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
-from evomerge.merging.sources.checkpoint import HEADS, Checkpoint, TensorNames, read_json, sample_hash
+from evomerge.merging.sources.checkpoint import ARRAY_TYPES, HEADS, Checkpoint, TensorNames, sample_hash
 from evomerge.merging.sources.tensorfile import Header, read_header
 
 if TYPE_CHECKING:
@@ -31,38 +32,6 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BARE = frozenset(
-    {
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "init_lora_weights",
-        "eva_config",
-        "runtime_config",
-        "megatron_core",
-        "qalora_group_size",
-        "ensure_weight_tying",
-        "modules_to_save",
-        "bias",
-        "lora_bias",
-    }
-)
-"""Keys of an adapter config that are supported here, or do not change what the adapter computes."""
 PAIRS = (("A.weight", "B.weight"), ("embedding_A", "embedding_B"))
 """Endings of the factors' names in the file, after `lora_`: of layers and of embeddings."""
 BIAS = "B.bias"
@@ -74,13 +43,8 @@ EMBEDDINGS = (
     "tok_embeddings.weight",
 )
 """Endings of the names of token embeddings, which a tied model's head shares."""
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that change the base's weights: the adapter then does not fit the original base."""
-
-
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Model types whose layers are stored (in, out), which the shape of square weights doesn't show."""
-UNMERGEABLE = "merge the adapter into its base with peft (merge_and_unload) and give that folder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +70,10 @@ class AdaptedCheckpoint:
     def __init__(self, base: Checkpoint, folder: Path, location: str) -> None:
         self.base, self.adapter, self.location = base, folder, location
         self.folder, self.config, self.headers = base.folder, base.config, base.headers
-        self._settings = read_json(folder / CONFIG)
+        config, self._settings = AdapterConfig.read(folder / CONFIG)
         self._factors: dict[str, Tensor] = {}
-        _refuse_unsupported(self._settings, location)
-        if not (folder / WEIGHTS).is_file():
+        refuse_unsupported(config, self._settings, location)
+        if not (folder / WEIGHTS).exists():
             pickled = (folder / "adapter_model.bin").is_file()
             raise ModelError(
                 f"{location}: no {WEIGHTS} in the folder",
@@ -117,8 +81,9 @@ class AdaptedCheckpoint:
                 fix="save the adapter again with safe_serialization=True" if pickled else None,
             )
         headers = read_header(folder / WEIGHTS)
-        self.updates = _updates(headers, location, self._settings, base)
-        self.replaced = _replaced(headers, location, self._settings, base, self.updates)
+        _check_types(headers, location)
+        self.updates = _updates(headers, location, config, base)
+        self.replaced = _replaced(headers, location, config, base, self.updates)
         if base.tied:
             self._check_tied()
 
@@ -222,10 +187,10 @@ def split_location(location: str) -> tuple[str, str | None]:
     >>> split_location("models/base+adapters/maths")
     ('models/base', 'adapters/maths')
     """
-    if "+" not in location or Path(location).expanduser().is_dir():
+    if "+" not in location or expanded(location).is_dir():
         return location, None
     for cut in (match.start() for match in re.finditer(r"\+", location)):
-        if Path(location[:cut]).expanduser().is_dir():
+        if expanded(location[:cut]).is_dir():
             return location[:cut], location[cut + 1 :]
     model, _, adapter = location.partition("+")
     return model, adapter
@@ -255,11 +220,12 @@ def open_adapter(
 
 
 def _own_base(folder: Path, location: str, fallback: str | None) -> str:
-    named = read_json(folder / CONFIG).get("base_model_name_or_path")
+    named = AdapterConfig.read(folder / CONFIG)[0].base_model_name_or_path
     if isinstance(named, str) and named:
-        for path in (folder / Path(named).expanduser(), Path(named).expanduser()):
-            if (path / "config.json").is_file():
-                return str(path)
+        with contextlib.suppress(ConfigError, OSError):  # a hub id may be no path at all
+            for path in (folder / expanded(named), expanded(named)):
+                if (path / "config.json").is_file():
+                    return str(path)
     if fallback is not None:
         return fallback
     if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and named[0] != ".":
@@ -271,30 +237,24 @@ def _own_base(folder: Path, location: str, fallback: str | None) -> str:
     )
 
 
-def _refuse_unsupported(settings: Mapping[str, Any], location: str) -> None:
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"{location}: unsupported adapter type {kind!r}", expected="LORA")
-    for key, value in settings.items():
-        if key not in BARE and value:
+def _check_types(headers: Mapping[str, Header], location: str) -> None:
+    """Refuse an adapter without tensors, or with tensors that are not of floats."""
+    if not headers:
+        raise ModelError(f"{location}: the adapter holds no tensors", fix="save the adapter again")
+    for name, header in headers.items():
+        if header.dtype not in ARRAY_TYPES:
             raise ModelError(
-                f"{location}: the adapter uses {key}, which is not supported",
-                expected="plain LoRA (alpha, rsLoRA, rank and alpha patterns, modules_to_save, bias)",
-                got=f"{key}: {json.dumps(value)[:80]}",
-                fix=UNMERGEABLE,
+                f"{location}: tensor {name!r} of the adapter has a type that can't be merged",
+                expected=", ".join(ARRAY_TYPES),
+                got=header.dtype,
             )
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
-        raise ModelError(
-            f"{location}: init_lora_weights: {start} changed the base, so the adapter fits other weights",
-            fix=UNMERGEABLE,
-        )
 
 
 def _updates(
-    headers: Mapping[str, Header], location: str, settings: Mapping[str, Any], base: Checkpoint
+    headers: Mapping[str, Header], location: str, config: AdapterConfig, base: Checkpoint
 ) -> dict[str, LowRank]:
     """Return tensor name -> update for every tensor of the base that has one."""
+    scales = Scales(config, location)
     updates: dict[str, LowRank] = {}
     for name, header in headers.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
@@ -317,7 +277,7 @@ def _updates(
             other = headers.get(f"{name[: -len(BIAS)]}A.weight")
             if other is None or header.shape != shape:
                 raise _misfit(location, target, shape, header)
-            scale = _scale(settings, module, other.shape[0])
+            scale = scales.of(module, other.shape[0])
             updates[target] = LowRank(down=None, up=name, scale=scale, transposed=False)
             continue
         down, up = (f"{name[: -len(part)]}{ending}" for ending in pair)
@@ -327,7 +287,7 @@ def _updates(
         if flipped:
             shape = shape[::-1]
         _check_shapes(location, target, shape, headers[down], headers[up])
-        scale = _scale(settings, module, headers[down].shape[0])
+        scale = scales.of(module, headers[down].shape[0])
         updates[target] = LowRank(down=down, up=up, scale=scale, transposed=flipped)
     return updates
 
@@ -345,7 +305,7 @@ def _stored_transposed(base: Checkpoint, shape: tuple[int, ...], down: Header, u
 def _replaced(
     headers: Mapping[str, Header],
     location: str,
-    settings: Mapping[str, Any],
+    config: AdapterConfig,
     base: Checkpoint,
     updates: Mapping[str, LowRank],
 ) -> dict[str, str]:
@@ -364,7 +324,7 @@ def _replaced(
         if not tied and header.shape != base.headers[target].shape:
             raise _misfit(location, target, base.headers[target].shape, header)
         replaced[target] = name
-    for module in settings.get("modules_to_save") or ():
+    for module in config.modules_to_save or ():
         lacking = [name for name in base.headers if _within(name, module) and name not in replaced]
         if base.tied and not any(name.endswith(HEADS) for name in replaced):
             lacking += [name for name in HEADS if _within(name, module)]
@@ -417,25 +377,6 @@ def _check_shapes(location: str, target: str, shape: tuple[int, ...], down: Head
             expected=f"B (out, r) and A (r, in) for a weight of shape {list(shape)}",
             got=f"B {list(up.shape)}, A {list(down.shape)}",
         )
-
-
-def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", 8))
-    declared = _by_pattern(settings.get("rank_pattern"), module, settings.get("r", 8))
-    if declared != rank:
-        raise ModelError(
-            f"adapter: rank of {module!r}", expected=f"{declared:g}, as in its config", got=str(rank)
-        )
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """Return the value of the first pattern that matches the end of a module's name, as peft does."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return float(value)
-    return float(default)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evomerge.errors import ModelError
-from evomerge.merging.recipe import layer_of
+from evomerge.files import expanded
+from evomerge.merging.recipe import LAYERS, layer_of
 from evomerge.merging.sources.arrays import WeightArray, to_tensor
+from evomerge.merging.sources.model_config import read_config
 from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
+from evomerge.schema import load_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +35,16 @@ DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
 """Buffers in old files that the model computes itself; they are not weights."""
 MASKS = ("attn.bias", "attention.bias")
 """Causal masks of old GPT-2 and GPT-NeoX files, which have four dimensions, unlike biases."""
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Keys of a config.json that hold the number of layers."""
+READ_BY_TRANSFORMERS = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+LARGEST_TOKENIZER = 64_000_000
+"""Bytes of a tokenizer.json; that of 262,000 tokens and their merges has 33 million."""
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja")
 
 
@@ -72,7 +85,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path, location: str) -> None:
         self.folder, self.location = folder, location
-        self.config = read_json(folder / "config.json")
+        self.config = read_config(folder / "config.json")
+        for name in READ_BY_TRANSFORMERS:
+            if (folder / name).exists():
+                load_json(folder / name)  # refuses a damaged file now
         self._files: dict[str, Path] = {}
         self._maps: dict[Path, WeightArray] = {}
         stored: dict[str, Header] = {}
@@ -93,6 +109,26 @@ class Checkpoint:
         self.headers: Mapping[str, Header] = {
             name: stored[name] for name in sorted(weights, key=natural_order)
         }
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Raise ModelError for a layer number beyond all models, or a config that announces more layers."""
+        if not self.headers:
+            raise ModelError(f"{self.location}: no tensors in the model's files", fix="download it again")
+        if self.num_layers > LAYERS:
+            last = next(name for name in self.headers if layer_of(name) == self.num_layers - 1)
+            raise ModelError(
+                f"{self.location}: tensor {last!r} is of layer {self.num_layers - 1}",
+                expected=f"at most {LAYERS} layers",
+            )
+        text = self.config.get("text_config") or self.config
+        for key in COUNTS:
+            if (text.get(key) or 0) > self.num_layers:
+                raise ModelError(
+                    f"{self.folder / 'config.json'}: {key} is {text[key]}",
+                    expected=f"{self.num_layers}, the number of layers in the model's files",
+                    fix="download or copy the model again",
+                )
 
     @classmethod
     def open(cls, location: str) -> Checkpoint:
@@ -100,10 +136,10 @@ class Checkpoint:
 
         From a hub repository only safetensors, JSON and tokenizer files are downloaded.
         """
-        folder = Path(location).expanduser()
+        folder = expanded(location)
         if not folder.is_dir():
             folder = _from_hub(location)
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").exists():
             raise ModelError(
                 f"{location}: no config.json in the folder",
                 expected="a Hugging Face model folder",
@@ -217,28 +253,16 @@ def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
     >>> sorted(["h.10.w", "h.2.w"], key=natural_order)
     ['h.2.w', 'h.10.w']
     """
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping of a model folder, or raise ModelError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON", got=str(error), fix="download the file again") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: not a mapping", got=type(data).__name__)
-    return data
+    parts = name.split(".")
+    return tuple((0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part) for part in parts)
 
 
 def read_vocabulary(folder: Path) -> Mapping[str, int] | None:
     """Return token -> id from a folder's tokenizer.json, or None without such a file. Raises ModelError."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    data = read_json(path)
+    data = load_json(path, limit=LARGEST_TOKENIZER)
     try:
         pieces = data["model"]["vocab"]
         if isinstance(pieces, list):  # Unigram models list (token, score) pairs in the order of ids
@@ -246,7 +270,11 @@ def read_vocabulary(folder: Path) -> Mapping[str, int] | None:
         else:
             vocabulary = dict(pieces)
         vocabulary |= {added["content"]: added["id"] for added in data.get("added_tokens") or ()}
-    except (KeyError, TypeError, IndexError):
+        if not all(type(token) is str and type(row) is int for token, row in vocabulary.items()):
+            raise TypeError
+        if not all(0 <= row < 2**31 for row in vocabulary.values()):
+            raise ValueError
+    except (KeyError, TypeError, IndexError, ValueError):
         raise ModelError(
             f"{path}: holds no vocabulary",
             expected="a file of the `tokenizers` library",
@@ -268,9 +296,9 @@ def sample_hash(path: Path) -> str:
 
 def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | None]]:
     """Return the files with the tensors to take from each (None: all), following an index if any."""
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).exists():
         return [(folder / SINGLE, None)]
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).exists():
         return _indexed_files(folder)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -287,20 +315,24 @@ def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | N
 
 
 def _indexed_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
-    where = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise ModelError(f"{folder / INDEX}: holds no weight_map", fix="download the file again")
+    where = load_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(s, str) for s in where.values()):
+        raise ModelError(
+            f"{folder / INDEX}: holds no weight_map",
+            expected="weight_map: {tensor: file, ...}",
+            fix="download the file again",
+        )
     shards: dict[str, list[str]] = {}
     for name, shard in where.items():
-        shards.setdefault(str(shard), []).append(str(name))
+        shards.setdefault(shard, []).append(name)
     for shard in shards:
-        if Path(shard).name != shard or shard in (".", ".."):
+        if Path(shard).name != shard or shard in ("", ".", "..") or "\0" in shard:
             raise ModelError(
                 f"{folder / INDEX}: names a file outside its folder",
                 expected="plain file names",
                 got=repr(shard),
             )
-        if not (folder / shard).is_file():
+        if not (folder / shard).exists():
             raise ModelError(
                 f"{folder}: the index names a missing file", expected=shard, fix="download or copy the file"
             )

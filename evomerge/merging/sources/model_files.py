@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from evomerge.merging.sources import adapter
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
-from evomerge.merging.sources.checkpoint import Checkpoint, read_json, sample_hash
+from evomerge.merging.sources.checkpoint import Checkpoint, sample_hash
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.vocabulary import Aligned
+from evomerge.schema import load_json
 
 Facts = Mapping[str, Mapping[str, int | str]]
 """File -> its facts: size, header and sample, or the hash of its contents."""
+Stats = Mapping[Path, tuple[int, ...]]
+"""File -> device, inode, size and times, of which at least one changes when it is written or replaced."""
 JSON = ("config.json", adapter.CONFIG)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WORDS = {"size": "another size", "header": "another header", "sample": "other contents"}
@@ -53,6 +56,16 @@ def full_hashes(source: Source) -> dict[str, str]:
     return hashes
 
 
+def stats(sources: Iterable[Source]) -> Stats:
+    """Return the sizes and times of models' files, which cost microseconds."""
+    return {path: _stat(path) for source in sources for path in files_of(source).values()}
+
+
+def changed_since(before: Stats) -> list[Path]:
+    """Return the files that were written, replaced or removed since `stats` looked at them."""
+    return [path for path, stat in before.items() if _stat(path) != stat]
+
+
 def changes(before: Facts, after: Facts) -> list[str]:
     """List the files of a model that changed, and how.
 
@@ -72,6 +85,14 @@ def changes(before: Facts, after: Facts) -> list[str]:
     return changed
 
 
+def _stat(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _of_file(path: Path) -> dict[str, int | str]:
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
@@ -80,5 +101,5 @@ def _of_file(path: Path) -> dict[str, int | str]:
         return {"size": path.stat().st_size, "header": header, "sample": sample_hash(path)}
     content = path.read_bytes()
     if path.name in JSON:  # tools that copy a model rewrite it in another layout
-        content = json.dumps(read_json(path), sort_keys=True).encode()
+        content = json.dumps(load_json(path, infinity=True), sort_keys=True).encode()
     return {"contents": hashlib.sha256(content).hexdigest()}

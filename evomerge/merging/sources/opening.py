@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from evomerge.files import expanded
 from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.sources.adapter import is_adapter, open_adapter, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
@@ -25,9 +25,9 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     """
     model, adapter = split_location(location)
     if adapter is not None:
-        return open_adapter(Checkpoint.open(model), Path(adapter).expanduser(), location)
-    if is_adapter(Path(location).expanduser()):
-        return open_adapter(None, Path(location).expanduser(), location, fallback=base)
+        return open_adapter(Checkpoint.open(model), expanded(adapter), location)
+    if is_adapter(expanded(location)):
+        return open_adapter(None, expanded(location), location, fallback=base)
     return Checkpoint.open(location)
 
 
@@ -45,7 +45,8 @@ def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str 
         ConfigError: `tokenizer` is not valid.
     """
     below = models[base] if base is not None else None
-    opened = {name: open_source(location, base=below) for name, location in models.items()}
+    at = {location: open_source(location, base=below) for location in dict.fromkeys(models.values())}
+    opened = {name: at[location] for name, location in models.items()}
     chosen = tokenizer_of(tokenizer, base, models)
     return align(opened, tokenizer=chosen, base=base, asked=bool(tokenizer))
 
@@ -57,7 +58,10 @@ def open_used(recipe: Recipe) -> dict[str, Source]:
     """
     used = dict.fromkeys((*recipe.used_models(), recipe.pattern))
     below = recipe.models[recipe.base] if recipe.base is not None else None
-    opened = {name: open_source(recipe.models[name], base=below) for name in used}
+    at = {
+        place: open_source(place, base=below) for place in dict.fromkeys(map(recipe.models.__getitem__, used))
+    }
+    opened = {name: at[recipe.models[name]] for name in used}
     if recipe.tokenizer == recipe.pattern and not differ(opened, recipe.pattern):
         return opened
     # Models that are not merged may still provide rows that others lack, so all are opened.

@@ -8,6 +8,7 @@ tensors without gaps.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from evomerge.errors import ModelError
+from evomerge.files import open_regular
 from evomerge.merging.sources.arrays import DTYPES, WeightArray
+from evomerge.schema import parse_json
 
 ITEM_SIZES = {
     "F64": 8,
@@ -38,8 +41,15 @@ ITEM_SIZES = {
 }
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 NAMES = {code: name for name, code in CODES.items()}
-HEADER_LIMIT = 100_000_000
-"""Largest header the safetensors library accepts, in bytes."""
+HEADER_LIMIT = 25_000_000
+"""Largest header that is read, in bytes: about 200,000 tensors in one file. (The library's is 100 million,
+which would take a gigabyte of memory.)"""
+LONGEST_NAME = 1000
+"""Characters of a tensor's name."""
+DIMENSIONS = 32
+"""Most dimensions of a tensor, as in older numpy."""
+ELEMENTS = 2**48
+"""Most elements of a tensor, not counting dimensions of size 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,37 +79,50 @@ def read_header(path: Path) -> dict[str, Header]:
     before any work starts. Raises ModelError.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
             if not 2 <= length <= min(HEADER_LIMIT, size - 8):
                 raise _damaged(path, f"a header of {length} bytes in a file of {size} bytes")
-            data = json.loads(file.read(length))
+            data = parse_json(file.read(length))
     except OSError as error:
         raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, ModelError):
             raise
-        raise _damaged(path, "a header that is not JSON") from None
+        raise _damaged(path, f"a header that is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise _damaged(path, "a header that is not a mapping")
-    data.pop("__metadata__", None)
+    metadata = data.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(path, "__metadata__ that is not a mapping of texts")
     return _validated(path, data, 8 + length, size)
 
 
 def _validated(path: Path, data: Mapping[str, Any], begin: int, size: int) -> dict[str, Header]:
     entries = []
     for name, entry in data.items():
+        if not _is_name(name):
+            raise _damaged(path, f"a tensor with the name {name[:80]!r}")
         try:
-            start, end = map(int, entry["data_offsets"])
-            shape = tuple(map(int, entry["shape"]))
-            header = Header(shape=shape, dtype=str(entry["dtype"]), offset=begin + start)
+            start, end = map(_whole, entry["data_offsets"])
+            shape = tuple(map(_whole, entry["shape"]))
+            header = Header(shape=shape, dtype=entry["dtype"], offset=begin + start)
+            known = header.dtype in ITEM_SIZES
         except (KeyError, TypeError, ValueError):
             raise _damaged(path, f"an unreadable entry for tensor {name!r}") from None
-        if header.dtype not in ITEM_SIZES:
-            raise ModelError(f"{path}: tensor {name!r} has the unknown type {header.dtype}")
-        if min(header.shape, default=1) < 0 or end - start != header.count * ITEM_SIZES[header.dtype]:
-            raise _damaged(path, f"tensor {name!r} of shape {list(header.shape)} in {end - start} bytes")
+        if not known:
+            raise ModelError(
+                f"{path}: tensor {name!r} has the unknown type {str(header.dtype)[:40]!r}",
+                expected=", ".join(ITEM_SIZES),
+            )
+        if len(shape) > DIMENSIONS:
+            raise _damaged(path, f"tensor {name!r} of {len(shape)} dimensions")
+        if (
+            math.prod(filter(None, shape)) > ELEMENTS
+            or end - start != header.count * ITEM_SIZES[header.dtype]
+        ):
+            raise _damaged(path, f"tensor {name!r} of shape {list(shape)} in {end - start} bytes")
         entries.append((start, end, name, header))
     entries.sort(key=lambda entry: entry[:2])
     expected = 0
@@ -110,6 +133,20 @@ def _validated(path: Path, data: Mapping[str, Any], begin: int, size: int) -> di
     if expected != size - begin:
         raise _damaged(path, f"{size - begin} bytes of weights where the header announces {expected}")
     return {name: header for _, _, name, header in entries}
+
+
+def _is_name(name: str) -> bool:
+    """Say whether a text can be the name of a tensor, in whose parts digits are ASCII numbers."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    short = 0 < len(name) <= LONGEST_NAME and all(len(part) < 20 for part in numbers)
+    return short and name.isprintable() and all(map(str.isascii, numbers))
+
+
+def _whole(value: object) -> int:
+    """Return a size or an offset; fractions, truth values and negative numbers raise ValueError."""
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
 
 
 def _damaged(path: Path, got: str) -> ModelError:

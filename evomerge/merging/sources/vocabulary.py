@@ -33,9 +33,10 @@ import numpy as np
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import layer_of
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
-from evomerge.merging.sources.checkpoint import HEADS, TensorNames, read_json
+from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
+from evomerge.schema import load_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -309,8 +310,12 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library (in Rust) is no Exception
         raise ModelError(f"{source.location}: its tokenizer can't be opened", got=str(error)[:200]) from None
     additions = source.additions if isinstance(source, Aligned) else ()
     if additions:
@@ -360,9 +365,10 @@ def _additions(sources: Mapping[str, Source], pattern: str) -> tuple[dict[str, A
 
 
 def _flags(folder: Path) -> dict[str, dict[str, bool]]:
+    path = folder / "tokenizer.json"
     return {
         str(token["content"]): {flag: bool(token[flag]) for flag in FLAGS if flag in token}
-        for token in read_json(folder / "tokenizer.json").get("added_tokens") or ()
+        for token in load_json(path, limit=LARGEST_TOKENIZER).get("added_tokens") or ()
     }
 
 

@@ -1,10 +1,10 @@
 """Blends in one compiled pass over memory: kernels.c, compiled by the machine's C compiler when needed.
 
 A kernel is compiled for one form of a blend (number and types of the sources, kinds of masks) in under a
-second and kept in the user's cache folder. In one pass it reads stored weights, subtracts the base, masks,
-weights, elects signs, adds, rounds, and writes into the file's buffer or the live model. Its results are
-those of `methods.blend.run`, bit for bit. Without a C compiler (or with EVOMERGE_KERNELS=0) `run` is used
-instead: the same weights, many times slower.
+second and kept in the user's cache folder, which only the user can write. In one pass it reads stored
+weights, subtracts the base, masks, weights, elects signs, adds, rounds, and writes into the file's buffer or
+the live model. Its results are those of `methods.blend.run`, bit for bit. Without a C compiler (or with
+EVOMERGE_KERNELS=0) `run` is used instead: the same weights, many times slower.
 
 Covered: float32 and bfloat16 in main memory. Other types are converted to float32 first.
 """
@@ -20,9 +20,11 @@ import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +32,7 @@ from typing import Any
 
 import numpy
 
-from evomerge.files import own_folder, passing_folder
+from evomerge.files import own_folder, passing_folder, temporary_parent
 from evomerge.merging.methods.blend import GUARD, Blend, Draws, Ranks
 from evomerge.merging.methods.reduction import BLOCK, symmetric
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
@@ -239,9 +241,10 @@ def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
     """
     identity = _digest(repr((CODE, compiler, EXACT, GUARD, definitions, _processor())).encode())
     for library in _folder().glob(f"{name}-{identity}-*.so"):
-        if library.stem.endswith(_digest(library.read_bytes())):
+        if _private(library, stat.S_ISREG) and library.stem.endswith(_digest(library.read_bytes())):
             return library
-        library.unlink(missing_ok=True)
+        with suppress(OSError):
+            library.unlink()
     with passing_folder(_folder(), "kernel") as folder:
         code, built = folder / "kernels.c", folder / "kernels.so"
         code.write_text(CODE, encoding="utf-8")
@@ -251,6 +254,7 @@ def _built(compiler: str, name: str, definitions: Sequence[str]) -> Path:
             done = subprocess.run(command, capture_output=True, check=False, timeout=300)
             if done.returncode == 0:
                 path = _folder() / f"{name}-{identity}-{_digest(built.read_bytes())}.so"
+                built.chmod(0o700)
                 built.replace(path)
                 return path
         done.check_returncode()
@@ -295,14 +299,38 @@ def _processor() -> str:
 
 @functools.cache
 def _folder() -> Path:
-    """Return the folder of compiled kernels; a temporary one if the cache can't be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "evomerge" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):
-        private = own_folder(Path(tempfile.gettempdir()), "evomerge-kernels")
-        atexit.register(shutil.rmtree, private, ignore_errors=True)
-        return private
+    """Return the folder of compiled kernels: in the user's cache, or a temporary one.
+
+    The cache is not used if it can't be written, or if others could write to it or exchange it.
+    """
+    with suppress(OSError, RuntimeError):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = (home if home.is_absolute() else Path.home() / ".cache") / "evomerge" / "kernels"
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        above = {*folder.parents, *folder.resolve().parents}
+        if _private(folder, stat.S_ISDIR) and all(map(_guarded, above)):
+            folder.chmod(0o700)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+    private = own_folder(temporary_parent(), "evomerge-kernels")
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return private
+
+
+def _private(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Say whether a file or folder (no link) belongs to this user and only the user can write it."""
+    found = path.lstat()
+    return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _guarded(folder: Path) -> bool:
+    """Say whether only this user and root can replace what lies in a folder."""
+    for found in (folder.lstat(), folder.stat()):
+        others_write = (
+            found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX and not stat.S_ISLNK(found.st_mode)
+        )
+        if found.st_uid not in (0, os.geteuid()) or others_write:
+            return False
+    return True

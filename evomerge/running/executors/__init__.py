@@ -40,21 +40,21 @@ class ExecutorSpec(Strict):
     name: Literal["local", "inline", "ray"] = "local"
     """Worker processes on this machine, the search's own process (for debugging), or actors of a Ray
     cluster."""
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=1024)
     """Number of workers. Default: one per GPU, else one per core; on Ray as many as fit into the cluster."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of each worker. Default: the cores divided among the workers, or OMP_NUM_THREADS; on Ray its
     CPUs."""
-    timeout: float = Field(default=3600.0, gt=0)
+    timeout: float = Field(default=3600.0, gt=0, le=30 * 86_400)
     """Seconds a candidate may take for the items of one job."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N` or `mps`. `auto` is every GPU where there is one, else the CPU. More workers
     than GPUs share them in turn."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the forward pass. `auto` is float32 on a CPU and bfloat16 on a GPU."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=65_536)
     """Requests per forward pass."""
-    max_length: int | None = Field(default=None, ge=8)
+    max_length: int | None = Field(default=None, ge=8, le=2**24)
     """Context length in tokens. Default: the model's own."""
     attention: str | None = None
     """Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2` ... Default: its own
@@ -66,7 +66,7 @@ class ExecutorSpec(Strict):
     address: str = "auto"
     """Ray only. `auto`: the cluster this machine belongs to; `local`: a new one on this machine; or
     HOST:PORT."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    resources: dict[str, Annotated[float, Field(gt=0, le=2**60)]] = Field(default_factory=dict)
     """Ray only: what Ray reserves for each worker: `CPU`, `GPU`, `memory`, or your own resources."""
 
     @model_validator(mode="after")

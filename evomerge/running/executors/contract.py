@@ -13,7 +13,9 @@ AnyJob = Job | GradientJob
 class Runs(Protocol):
     """What an executor needs of the worker it builds."""
 
-    def run(self, job: Any) -> Result: ...
+    def run(self, job: Any) -> Result:
+        """Run a job; raise UserError where no worker can run one now, because the run's inputs changed."""
+        ...
 
 
 BuildWorker = Callable[[WorkerSpec, str], Runs]
@@ -28,6 +30,8 @@ class Executor(Protocol):
 
         jobs: The next one is taken only when a worker is free; they may be `Orders`. If the caller stops
             early, jobs under way continue, and the next call yields their results too.
+
+        Raises UserError where workers can't go on because the run's inputs changed.
         """
         ...
 

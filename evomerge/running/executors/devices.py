@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 from evomerge.errors import ConfigError
 from evomerge.running.worker import WorkerSpec
@@ -39,6 +40,8 @@ def check_device(device: str) -> None:
     import torch
 
     try:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", device):
+            raise RuntimeError("no such device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(

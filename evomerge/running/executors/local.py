@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -18,6 +19,9 @@ from evomerge.running.executors.contract import AnyJob, BuildWorker
 from evomerge.running.executors.devices import placed
 from evomerge.running.executors.pool import Died, Message, Pool
 from evomerge.running.worker import Worker, WorkerSpec
+
+TERMINATED = 143
+"""The exit code of programs that SIGTERM ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,8 +56,16 @@ class Processes:
             name=f"evomerge-worker-{name}",
             daemon=True,
         )
-        process.start()
-        theirs.close()
+        try:
+            process.start()
+        except (FileNotFoundError, ConnectionError):  # of the fork server's socket
+            raise UserError(
+                "no worker can be started: the files that connect them to this process were removed",
+                expected=f"{sockets.place()} to stay while a run goes on",
+                fix="resume; TMPDIR=FOLDER names a folder that nothing sweeps",
+            ) from None
+        finally:
+            theirs.close()
         return ProcessHandle(process=process, pipe=ours)
 
     def give(self, worker: ProcessHandle, job: AnyJob) -> None:
@@ -122,6 +134,21 @@ def _start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def _end_in_order_on_sigterm() -> None:
+    """Make SIGTERM end a worker through its `finally` clauses, so that it leaves nothing behind.
+
+    Where the signal arrives in a callback whose exceptions Python ignores, the worker ends at once.
+    """
+
+    def ignored(what: sys.UnraisableHookArgs) -> None:
+        if what.exc_type is SystemExit:
+            os._exit(TERMINATED)
+        sys.__unraisablehook__(what)
+
+    sys.unraisablehook = ignored
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+
+
 def _exit(process: BaseProcess) -> str:
     process.join(5)
     code = process.exitcode
@@ -133,7 +160,7 @@ def _exit(process: BaseProcess) -> str:
 def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connection.Connection) -> None:
     """The worker process: say ready, then answer jobs until the driver's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end leaves nothing behind
+    _end_in_order_on_sigterm()
     with contextlib.suppress(EOFError, ConnectionError):  # the driver is gone
         try:
             worker = build_worker(spec, name)
@@ -142,4 +169,9 @@ def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connect
             return
         pipe.send(True)
         while True:
-            pipe.send(worker.run(pipe.recv()))
+            job = pipe.recv()
+            try:
+                answer: Message = worker.run(job)
+            except UserError as error:  # nobody can score this job now
+                answer = error
+            pipe.send(answer)

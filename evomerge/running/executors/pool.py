@@ -24,6 +24,8 @@ H = TypeVar("H")
 
 START_SECONDS = 600.0
 """How long a worker may take to load the models, at least."""
+WAIT_SECONDS = 1.0
+"""How long the pool waits for messages at a time, so that it notices when it was stopped itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,8 +171,13 @@ class Pool(Generic[H]):
     def _listen(self) -> None:
         """Wait for the next message and process it."""
         busy = [m for m in self._members if m.job is not None or not m.ready]
-        soonest = min(m.deadline for m in busy)
-        heard = self._backend.wait([m.handle for m in busy], max(0.0, soonest - self._backend.now()))
+        begun = self._backend.now()
+        seconds = min(max(0.0, min(m.deadline for m in busy) - begun), WAIT_SECONDS)
+        heard = self._backend.wait([m.handle for m in busy], seconds)
+        stopped = self._backend.now() - begun - seconds
+        if stopped > WAIT_SECONDS:  # this process was stopped (SIGSTOP, a suspended machine), and workers too
+            for member in busy:
+                member.deadline += stopped
         by_handle = {id(member.handle): member for member in busy}
         for handle, message in heard:
             self._hear(by_handle.pop(id(handle)), message)

@@ -83,9 +83,12 @@ class Actor:
             return f"{type(error).__name__}: {error}"
         return True
 
-    def run(self, job: AnyJob) -> Result:
-        """Do a job."""
-        return self._worker.run(job)
+    def run(self, job: AnyJob) -> Result | UserError:
+        """Do a job; return an error where no worker could do it now."""
+        try:
+            return self._worker.run(job)
+        except UserError as error:
+            return error
 
     def process(self) -> int:
         """Return the process's number, as a sign of life."""

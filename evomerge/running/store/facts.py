@@ -99,7 +99,13 @@ class FactFamily(Generic[T]):
         return Fact(key, self.type, self.written_by, self.about, self.in_digest)
 
 
-CONFIG = Fact("config", dict[str, Any], "prepare", "the run config, without `out`", in_digest=False)
+CONFIG = Fact(
+    "config",
+    dict[str, Any],
+    "prepare",
+    "the run config, without `out`, permissions and secrets",
+    in_digest=False,
+)
 IDENTITY = Fact("identity", str, "prepare", "hash of all settings that change results")
 SUITE = Fact("suite", dict[str, Any], "prepare", "the suite, without the place of its task files")
 SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and its task files")
@@ -150,6 +156,13 @@ GRADIENT = FactFamily(
     dict[str, Any],
     "running.slopes",
     "a step of a gradient start: loss and derivatives, or the failure; `items` is its cost",
+)
+WEIGHTS = FactFamily(
+    "weights",
+    ("RECIPE",),
+    str,
+    "running.store",
+    "type and SHA-256 of the merged weights that were scored on `test`, which an export must equal",
 )
 SPENT = Fact("spent", list[int], "running.store", "last told generation, and the items scored by then")
 STOPPED = Fact("stopped", str, "compose", "why the search ended; null while it goes on")

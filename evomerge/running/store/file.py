@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evomerge.errors import DiskError, StoreError
-from evomerge.files import NO_LOCKS
+from evomerge.files import NO_LOCKS, check_regular
 from evomerge.running.store import facts, schema
 
 FILE = "run.sqlite"
@@ -56,6 +56,7 @@ def disk(folder: Path) -> Iterator[None]:
 def connect(path: Path, *, readonly: bool = False) -> sqlite3.Connection:
     """Open a store that is there; raise DiskError or StoreError."""
     mode = "ro" if readonly else "rw"
+    _check_kind(path)
     with disk(path.parent):
         db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY)
         if not readonly:
@@ -74,6 +75,7 @@ def snapshot(path: Path) -> sqlite3.Connection | None:
     Raises:
         StoreError: SQLite can't read the store, or the log beside it is another store's.
     """
+    _check_kind(path)
     log = path.with_name(f"{path.name}-wal")
     before = _state(path), _state(log)
     content = bytearray(path.read_bytes())
@@ -133,6 +135,16 @@ def _first_page() -> bytes:
             db.execute("PRAGMA journal_mode=WAL")
             (size,) = db.execute("PRAGMA page_size").fetchone()
         return (Path(folder) / FILE).read_bytes()[:size]
+
+
+def _check_kind(path: Path) -> None:
+    """Raise StoreError where a store is no regular file: a FIFO would block."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise damaged(path.parent, error.strerror or str(error)) from None
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
@@ -271,7 +283,7 @@ def _not_held(folder: Path, error: OSError) -> DiskError:
 def holder(folder: Path) -> str | None:
     """Return the process that works on a run now ("process 7 on host"), or None."""
     try:
-        handle = os.open(folder / ".lock", os.O_RDONLY)
+        handle = os.open(folder / ".lock", os.O_RDONLY | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     try:

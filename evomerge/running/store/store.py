@@ -230,10 +230,18 @@ class RunStore(StoreReader):
 
     # -- scores and failures ----------------------------------------------------------------------
 
-    def record_scores(self, recipe: Recipe, scores: Scores | Sequence[Scores], timing: Timing) -> None:
+    def record_scores(
+        self,
+        recipe: Recipe,
+        scores: Scores | Sequence[Scores],
+        timing: Timing,
+        *,
+        weights: str | None = None,
+    ) -> None:
         """Store per-item scores of a recipe, each on one block of one split, in one transaction.
 
-        timing: of them together; it is filed under the first block.
+        timing: of them together; it is filed under the first block. weights: digest of the weights that were
+        scored, which becomes a fact.
         """
         parts = [scores] if isinstance(scores, Scores) else scores
         with self._writing() as db:
@@ -244,6 +252,8 @@ class RunStore(StoreReader):
                     vectors = (pack(task.metric), pack(task.smooth), pack(task.margin))
                     row = (recipe.hash, part.split, block, task.task, position, *vectors)
                     self._put(db, "score", row)
+            if weights is not None:
+                self._put(db, "run", (facts.WEIGHTS.of(recipe.hash).key, as_json(weights)), instead="REPLACE")
             what = (recipe.hash, parts[0].split, parts[0].blocks[0])
             seconds = (timing.total, timing.merge, timing.forward)
             self._put(db, "timing", (*what, *seconds, timing.worker, time.time()), instead="REPLACE")

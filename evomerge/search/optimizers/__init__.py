@@ -37,7 +37,7 @@ class OptimizerSpec(Strict):
     """The algorithm. `auto` picks by the space's coordinates and the number of objectives."""
     sigma: float = Field(default=0.15, gt=0, le=1)
     """Initial standard deviation in the unit cube (cma_es, catcma)."""
-    population: int | None = Field(default=None, ge=4)
+    population: int | None = Field(default=None, ge=4, le=10_000)
     """Candidates per generation. Default: the algorithm's own, 4 + 3 ln(dimension) for most."""
     restarts: Restarts = "ipop"
     """What cma_es does when it has converged: restart with twice the population (`ipop`), alternate large and

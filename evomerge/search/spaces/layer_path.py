@@ -20,9 +20,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from evomerge.errors import ConfigError
-from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of, shifted
+from evomerge.merging.recipe import LAYERS, OUTSIDE, Recipe, TensorGroup, layer_of, shifted
 from evomerge.schema import Strict
-from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.spaces.space import Coordinate, Genome, check_dimension
 
 OUTPUTS = {
     "attn": ("o_proj", "attn.c_proj", "attention.dense", "self_attn.dense", "out_proj"),
@@ -38,9 +38,9 @@ UNDECIDED = 0.5
 class ScaleSpec(Strict):
     """The range of the residual scales; 1 leaves a layer as it is."""
 
-    low: float
+    low: float = Field(ge=-1000)
     """Lower bound, at most 1."""
-    high: float
+    high: float = Field(le=1000)
     """Upper bound, at least 1."""
 
     @model_validator(mode="after")
@@ -69,13 +69,13 @@ class LayerPathSpec(Strict):
     """One line for people."""
     base: bool = False
     """Whether the base's own layers may be taken."""
-    block: int = Field(default=1, ge=1)
+    block: int = Field(default=1, ge=1, le=LAYERS)
     """Successive layers that stay together."""
-    shortest: float = Field(default=0.75, gt=0)
+    shortest: float = Field(default=0.75, gt=0, le=8)
     """Least depth, as a multiple of the base's (counted in blocks); at most `longest`."""
     longest: float = Field(default=1.25, gt=0, le=8)
     """Greatest depth, likewise."""
-    reach: int = Field(default=1, ge=0)
+    reach: int = Field(default=1, ge=0, le=LAYERS)
     """How many blocks a slot's choice may lie before or behind its place."""
     scale: ScaleSpec | None = None
     """Range of the residual scales of attention and MLP of each slot; without it, layers are not scaled."""
@@ -149,6 +149,7 @@ class LayerPathSpace:
         self._values: list[str] = []
         self._slots = tuple(self._slot(i, i * self.num_blocks // slots) for i in range(slots))
         self._outer = self._choice("embeddings, final norm and head: model", self.models, ordered=False)
+        check_dimension(f"layer path {spec.name}", self.dimension, "make blocks larger")
 
     @property
     def dimension(self) -> int:

@@ -20,7 +20,7 @@ from evomerge.search.spaces.grouping import Region, cut
 from evomerge.search.spaces.layout import Gene, GeneLayout
 from evomerge.search.spaces.preset import GeneSpec, SpaceSpec
 from evomerge.search.spaces.resolve import SWITCH, Resolved, Varied, check_methods, redundancies, resolve
-from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.spaces.space import Coordinate, Genome, check_dimension
 
 __all__ = ["Gene", "GeneSpec", "SearchSpace", "SpaceSpec"]
 
@@ -70,6 +70,7 @@ class SearchSpace:
         places = cut(spec, tensors)
         choices = [entry for entry in (resolved.method, resolved.switch) if entry is not None]
         layout = GeneLayout([*choices, *resolved.varied], self.sources, places)
+        check_dimension(f"search space {spec.name}", len(layout.genes), "let more layers share a group")
         self._genes, self._curves = tuple(layout.genes), tuple(layout.curves)
         self._table_size = layout.size
         self._coordinates = tuple(gene.domain.coordinate for gene in self._genes)

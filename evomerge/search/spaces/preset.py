@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from evomerge.merging.methods.declaration import Value
-from evomerge.schema import Strict
+from evomerge.merging.recipe import LAYERS
+from evomerge.schema import LARGEST_FACTOR, Strict
 from evomerge.search.spaces.curve import CurveKind
 
 GroupAxis = Literal["layers", "modules"]
@@ -18,6 +19,9 @@ Axis = Literal["source", "layers", "modules"]
 
 NARROWEST = 1e-3
 """Of a curve: the range as a share of its larger bound, below which interpolation could not be inverted."""
+
+
+Bound = Annotated[float, Field(ge=-LARGEST_FACTOR, le=LARGEST_FACTOR)]
 
 
 class CurveSpec(Strict):
@@ -32,9 +36,9 @@ class CurveSpec(Strict):
 class GeneSpec(Strict):
     """The range or the choices of one parameter, and along which axes it may differ."""
 
-    low: float | None = None
+    low: Bound | None = None
     """Lower bound, included."""
-    high: float | None = None
+    high: Bound | None = None
     """Upper bound, included."""
     scale: Literal["linear", "log"] = "linear"
     """Scale of a real number's range."""
@@ -52,9 +56,9 @@ class GeneSpec(Strict):
         if choices is None:
             return None
         if not isinstance(choices, list | tuple) or any(
-            not isinstance(c, bool | int | float) for c in choices
+            not isinstance(c, bool | int | float) or not abs(c) <= LARGEST_FACTOR for c in choices
         ):
-            raise ValueError("a list of numbers or flags")
+            raise ValueError(f"a list of numbers or flags, of at most {LARGEST_FACTOR:g}")
         return tuple(choices)
 
     @model_validator(mode="after")
@@ -123,9 +127,11 @@ def _layers(given: object) -> object:
             isinstance(pair, list | tuple)
             and len(pair) == 2
             and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-            and 0 <= pair[0] <= pair[1]
+            and 0 <= pair[0] <= pair[1] < LAYERS
         ):
-            raise ValueError(f"a range of layers is [first, last], both included, not {pair!r}")
+            raise ValueError(
+                f"a range of layers is [first, last], both included, below {LAYERS}, not {pair!r}"
+            )
         if seen & (numbers := set(range(pair[0], pair[1] + 1))):
             raise ValueError(f"layer {min(seen & numbers)} is in two ranges")
         seen |= numbers
@@ -145,10 +151,10 @@ class SpaceSpec(Strict):
     """A switch per source; none by default."""
     layers: Annotated[int | Literal["all"] | tuple[tuple[int, int], ...], BeforeValidator(_layers)] = "all"
     """Layers that share a group: how many in succession, `all`, or the first and last layer of each group."""
-    modules: dict[str, tuple[str, ...]] = Field(default={"all": ()})
+    modules: dict[str, tuple[str, ...]] = Field(default={"all": ()}, max_length=1000)
     """Groups within a run of layers: name -> parts of tensor names. The first match wins; `[]` matches the
     rest."""
-    outside: dict[str, tuple[str, ...]] = Field(default={"all": ()})
+    outside: dict[str, tuple[str, ...]] = Field(default={"all": ()}, max_length=1000)
     """The same for tensors that are in no layer."""
     genes: dict[str, GeneSpec] = Field(default={})
     """What varies: parameter -> range or choices. `METHOD.PARAMETER` is for one method and precedes the plain

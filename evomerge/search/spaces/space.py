@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.errors import ConfigError
 from evomerge.merging.recipe import Recipe
 
 Genome = NDArray[np.float64]
@@ -84,3 +85,16 @@ class Space(Protocol):
     def describe(self) -> str:
         """Return one line for people."""
         ...
+
+
+LARGEST_DIMENSION = 5000
+"""Most genes of a space: no budget searches more, and optimizers that learn how pairs of genes act together
+take their square of memory."""
+
+
+def check_dimension(where: str, dimension: int, fix: str) -> None:
+    """Raise ConfigError for a space of too many genes."""
+    if dimension > LARGEST_DIMENSION:
+        raise ConfigError(
+            f"{where}: too many genes", expected=f"at most {LARGEST_DIMENSION}", got=str(dimension), fix=fix
+        )

@@ -56,9 +56,9 @@ class SurrogateSpec(Strict):
 
     share: float = Field(default=0.5, ge=0, le=1)
     """Share of every generation that the surrogate proposes."""
-    oversample: int = Field(default=4, ge=1)
+    oversample: int = Field(default=4, ge=1, le=100)
     """Candidates the optimizer draws for each one that is scored; the surrogate picks the most promising."""
-    blocks: int = Field(default=2, ge=1)
+    blocks: int = Field(default=2, ge=1, le=64)
     """Item blocks a generation is scored on at first."""
 
 

@@ -25,6 +25,7 @@ from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.vocabulary import row_tensors
+from evomerge.merging.tensors.digest import folder_digest
 
 COMMON: dict[str, Any] = {
     "vocab_size": 40,
@@ -152,7 +153,8 @@ def test_scored_is_exported_and_loads(family: tuple[str, dict[str, str]], tmp_pa
     seen = []
     for index, recipe in enumerate(recipes):
         bench.load(recipe)
-        exported = load(write(recipe, tmp_path / str(index)))
+        exported = load(folder := write(recipe, tmp_path / str(index)))
+        assert bench.digest(recipe) == folder_digest(folder, recipe.dtype)
         live = bench.model.state_dict()
         assert live.keys() == exported.state_dict().keys()
         for name, tensor in exported.state_dict().items():

@@ -16,6 +16,7 @@ from evomerge.merging.export.writer import write
 from evomerge.merging.live import stacked_models, workbench
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.tensors.digest import folder_digest
 from evomerge.merging.tensors.merge_tensor import NonFiniteWeights
 from tests.merging.conftest import WORDS, llama, save
 from tests.merging.live.test_architectures import COMMON, FAMILIES
@@ -54,6 +55,7 @@ def assert_exported(bench: Workbench, recipe: Recipe, out: Path, ids: torch.Tens
     """Load a recipe, write it, and compare weights, logits and generations bit by bit."""
     bench.load(recipe)
     loaded = AutoModelForCausalLM.from_pretrained(write(recipe, out), dtype=torch.float32)
+    assert bench.digest(recipe) == folder_digest(out, recipe.dtype)
     state = loaded.state_dict()
     live = bench.model.state_dict()
     assert live.keys() == state.keys()

@@ -130,8 +130,12 @@ def test_names_are_checked(models: dict[str, str]) -> None:
 def test_a_config_that_does_not_fit_its_weights_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
     folder = save(llama(), tmp_path / "m")
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
-    with pytest.raises(ModelError, match=r"its tensors are not those of LlamaForCausalLM\n.*layers\.3\."):
+    text = config.read_text()
+    config.write_text(text.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(ModelError, match=r"num_hidden_layers is 4\n  expected: 3"):
+        Workbench({"m": str(folder)})
+    config.write_text(text.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
+    with pytest.raises(ModelError, match=r"its tensors are not those of LlamaForCausalLM\n.*\n.*layers\.2\."):
         Workbench({"m": str(folder)})
     config.write_text(config.read_text().replace('"llama"', '"lama"').replace("Llama", "Lama"))
     with pytest.raises(ModelError, match="transformers can't build this model"):

@@ -143,7 +143,7 @@ def test_no_truncation_or_header_damage_goes_unnoticed(data: st.DataObject, fold
         ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "tensor 'w' of shape [2] in 4 bytes"),
         ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "at byte 4 instead of 0"),
         ({"w": {"dtype": "F32", "shape": [1]}}, "an unreadable entry for tensor 'w'"),
-        ({"w": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, "unknown type X9"),
+        ({"w": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, "unknown type 'X9'"),
         ([], "a header that is not a mapping"),
     ],
 )

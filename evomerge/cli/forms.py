@@ -1,0 +1,54 @@
+"""The forms that `export` and `merge` write: which options fit together, and what is said of the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.cli.terminal import output, relative
+from evomerge.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from evomerge.merging.export.adapter import AdapterReport
+
+
+def check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
+    """Raise ConfigError for an unknown form, or an option that it does not have."""
+    if form not in valid:
+        raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))
+    for option, used in (("--rank", rank is not None), ("--keep-rest", keep_rest)):
+        if used and form != "adapter":
+            raise ConfigError(
+                f"{option} is for adapters",
+                got=f"--as {form}",
+                fix=f"leave {option} out, or add --as adapter",
+            )
+
+
+def say_adapter(
+    out: Path, recipe: str, report: AdapterReport, scores: list[tuple[str, float, float]] | None = None
+) -> None:
+    """Say what an adapter is and what it captures."""
+    output.say(f"wrote {relative(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
+    output.say(report.summary())
+    data: dict[str, Any] = {
+        "folder": str(out),
+        "recipe": recipe,
+        "base": report.base,
+        "exact": report.exact,
+        "rank": report.rank,
+        "energy": report.energy,
+        "whole": list(report.whole),
+        "lost": list(report.lost),
+    }
+    if scores is not None:
+        data["test"] = [
+            {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
+        ]
+    output.data(data)
+
+
+def say_file(out: Path, recipe: str) -> None:
+    """Say which file was written."""
+    output.say(f"wrote {relative(out)} (recipe {recipe[:12]})")
+    output.data({"file": str(out), "recipe": recipe})

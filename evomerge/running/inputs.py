@@ -1,0 +1,93 @@
+"""The inputs of a run, models and task files, guarded while it goes on.
+
+A run compares them with what they were when it began: when a worker starts, around every job (sizes and
+times of the models' files only, which costs microseconds) and before a winner is declared. So no stored
+score comes from other inputs than the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evomerge.errors import ConfigError, ModelError
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.sources import model_files
+from evomerge.merging.sources.opening import open_sources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInputs:
+    """What models and task files were when a run began.
+
+    fingerprints: model -> hash of its config, headers, sizes and sampled weights. files: model -> facts about
+    its files, which tell what changed; may lack models. suite: digest of the suite and its task files.
+    """
+
+    fingerprints: Mapping[str, str]
+    files: Mapping[str, model_files.Facts]
+    suite: str = ""
+
+
+def changed_models(before: RunInputs, now: RunInputs) -> str:
+    """Say which files of which models changed, "" where none did."""
+    changed = []
+    for name, fingerprint in now.fingerprints.items():
+        known = name in before.files
+        differences = model_files.changes(before.files[name], now.files[name]) if known else []
+        if differences or before.fingerprints.get(name) != fingerprint:
+            changed.append(f"{name}: {', '.join(differences) or 'config, headers, sizes or weights'}")
+    return "; ".join(changed)
+
+
+class InputGuard:
+    """Compare a run's inputs with what is there now, at once and whenever asked.
+
+    Args:
+        inputs: what they were when the run began.
+        models: name -> location.
+        base, tokenizer: as in a Recipe.
+        suite: the suite, whose task files lie where they are read.
+
+    Raises:
+        ModelError: a model changed, is missing or damaged.
+        ConfigError: the suite or its task files changed.
+    """
+
+    def __init__(
+        self, inputs: RunInputs, *, models: Mapping[str, str], base: str, tokenizer: str, suite: Suite
+    ) -> None:
+        self._inputs, self._models, self._base = inputs, models, base
+        self._tokenizer, self._suite = tokenizer, suite
+        self._seen: model_files.Stats = {}
+        self.compare()
+
+    def compare(self) -> None:
+        """Compare models and task files with the run's; raise as the constructor does."""
+        self._compare_models()
+        if (digest := self._suite.digest()) != self._inputs.suite:
+            raise ConfigError(
+                "the suite or its task files changed since the run began, so scores would not be comparable",
+                expected=self._inputs.suite,
+                got=digest,
+                fix="restore what was there and resume, or start a new run in another folder",
+            )
+
+    def check(self) -> None:
+        """Compare the models if a size, time or inode of their files changed since the last comparison."""
+        if model_files.changed_since(self._seen):
+            self._compare_models()
+
+    def _compare_models(self) -> None:
+        sources = open_sources(self._models, self._base, tokenizer=self._tokenizer)
+        self._seen = model_files.stats(sources.values())
+        now = RunInputs(
+            fingerprints={name: source.fingerprint for name, source in sources.items()},
+            files={name: model_files.facts(source) for name, source in sources.items()},
+        )
+        if changed := changed_models(self._inputs, now):
+            raise ModelError(
+                "model files changed since the run began",
+                got=changed,
+                fix="put the old files back and resume, or start a new run in another folder",
+            )
