@@ -65,6 +65,11 @@ class ReplayError(StoreError):
 class ClusterError(UserError):
     """A cluster that runs the workers and can't be reached, or was lost while they worked."""
 
+    def with_more(self, what: str) -> ClusterError:
+        """Return the same error with one more thing to do."""
+        fix = what if self.fix is None else f"{self.fix}; {what}"
+        return ClusterError(self.what, expected=self.expected, got=self.got, fix=fix)
+
 
 class BrokenRunError(UserError):
     """A run that was stopped because too many candidates failed in a row."""

@@ -1,9 +1,9 @@
 """Files: drafts that a crash leaves no trace of, and reading of regular files only.
 
-Files and folders are written in a temporary folder, so that a crash leaves no incomplete file. A temporary
-folder is named after what is written and this machine, and its process holds a lock in it, which dies with
-the process. The next process that writes the same file removes the folders whose lock is free. Locks, unlike
-process numbers, are never used again by another process of a restarted container.
+Drafts are written in a temporary folder. It is named after what is written and this machine, and its process
+holds a lock in it, which dies with the process. The next process that writes the same file removes the
+folders whose lock is free. Locks, unlike process numbers, are never used again by another process of a
+restarted container.
 """
 
 from __future__ import annotations

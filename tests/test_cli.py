@@ -26,6 +26,7 @@ NAMES = [
     "run",
     "resume",
     "migrate",
+    "doctor",
     "status",
     "show",
     "report",

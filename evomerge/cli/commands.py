@@ -26,6 +26,7 @@ from evomerge.cli.options import (
     JsonOption,
     KeepRestOption,
     LabelsOption,
+    LostConfigOption,
     ModelArgument,
     ModelsOption,
     MovedModelsOption,
@@ -33,6 +34,7 @@ from evomerge.cli.options import (
     QuietOption,
     RankOption,
     RunArgument,
+    SalvageOption,
     SeedOption,
 )
 from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
@@ -146,29 +148,11 @@ def migrate(run: RunArgument) -> None:
             output.say(
                 "this version can't replay its search: `report`, `show` and `export` work, `resume` does not"
             )
-    output.data(
-        {
-            "run": str(run),
-            "migrated": done is not None,
-            "from": done.before if done else None,
-            "backup": str(done.backup) if done else None,
-            "continues": done.continues if done else True,
-        }
-    )
+    output.data({"run": str(run), "migrated": done is not None, **migrations.as_data(done)})
 
 
 @command(app, "doctor")
-def doctor(
-    run: RunArgument,
-    salvage: Annotated[
-        Path | None,
-        typer.Option("--salvage", metavar="NEW_FOLDER", help="Write a new run of what is whole."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="CONFIG", help="The run's config, where the stored one is lost."),
-    ] = None,
-) -> None:
+def doctor(run: RunArgument, salvage: SalvageOption = None, config: LostConfigOption = None) -> None:
     """Check a run's store: every row by its checksum. Changes nothing; exit code 2 where it is damaged."""
     from evomerge.delivery import doctor as delivery
 
@@ -180,9 +164,7 @@ def doctor(
         output.say(f"{relative(run)}: whole")
         return
     saved = delivery.save(diagnosis, salvage, config)
-    rows = ", ".join(f"{name} {count} of {saved.whole[name]}" for name, count in saved.kept.items() if count)
-    output.say(f"rows saved: {rows}")
-    output.say(f"go on with: evomerge resume {shlex.quote(relative(saved.folder))}")
+    output.say(delivery.saved_text(saved))
     output.data(delivery.as_data(diagnosis, saved))
 
 
@@ -210,9 +192,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         _report(folder)
     except ClusterError as error:
         if StoreReader.exists(folder):
-            command = f"evomerge resume {shlex.quote(relative(folder))}"
-            fix = f"{error.fix}; everything scored so far is stored, go on with: {command}"
-            raise ClusterError(error.what, expected=error.expected, got=error.got, fix=fix) from None
+            raise error.with_more(f"then: evomerge resume {shlex.quote(relative(folder))}") from None
         raise
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
@@ -295,7 +275,7 @@ def _report(folder: Path) -> None:
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
         if not os.access(folder, os.W_OK):
-            output.say("report.html is not written: the run folder is read-only")
+            output.say("no report page: the run folder is read-only")
             return
         page = delivery.write_html(summary, folder / "report.html")
         output.say(f"report: {relative(page)}")

@@ -68,6 +68,14 @@ DrawsOption = Annotated[
     int,
     typer.Option("--seed", min=0, max=HIGHEST_SEED, help="Seed of the drawn tokens (--labels model)."),
 ]
+SalvageOption = Annotated[
+    Path | None,
+    typer.Option("--salvage", metavar="NEW_FOLDER", help="Write a new run of what is whole."),
+]
+LostConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="CONFIG", help="The run's config, where the stored one is lost."),
+]
 
 EvaluationsOption = Annotated[
     int | None, typer.Option("--evaluations", min=1, help="Replace the budget's limit on full evaluations.")

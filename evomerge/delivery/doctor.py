@@ -180,6 +180,12 @@ def text(diagnosis: Diagnosis) -> Table:
     return shown
 
 
+def saved_text(saved: Salvaged) -> str:
+    """Return what was kept, and the command that goes on."""
+    rows = ", ".join(f"{name} {count} of {saved.whole[name]}" for name, count in saved.kept.items() if count)
+    return f"rows saved: {rows}\ngo on with: evomerge resume {shlex.quote(str(saved.folder))}"
+
+
 def as_data(diagnosis: Diagnosis, saved: Salvaged | None = None) -> dict[str, Any]:
     """Return the same as plain data."""
     return {

@@ -96,16 +96,6 @@ def snapshot(path: Path) -> sqlite3.Connection | None:
     return db
 
 
-def _check_kind(path: Path) -> None:
-    """Raise StoreError where a store is no regular file: a FIFO would block."""
-    try:
-        check_regular(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise damaged(path.parent, error.strerror or str(error)) from None
-
-
 def without_log(path: Path) -> sqlite3.Connection | None:
     """Return a copy in memory of a store as it is without the log beside it; None where there is no log."""
     log = path.with_name(f"{path.name}-wal")
@@ -145,6 +135,16 @@ def _first_page() -> bytes:
             db.execute("PRAGMA journal_mode=WAL")
             (size,) = db.execute("PRAGMA page_size").fetchone()
         return (Path(folder) / FILE).read_bytes()[:size]
+
+
+def _check_kind(path: Path) -> None:
+    """Raise StoreError where a store is no regular file: a FIFO would block."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise damaged(path.parent, error.strerror or str(error)) from None
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

@@ -27,7 +27,7 @@ from evomerge.running.store.inspection import FILLS, MISSING, Inspection, expect
 from evomerge.running.store.queries import StoreReader
 from evomerge.running.store.store import write_facts
 
-__all__ = ["FILLS", "Migrated", "migrate"]
+__all__ = ["FILLS", "Migrated", "as_data", "migrate"]
 
 FIRST = {"run", "recipe", "entry", "ask", "tell", "score", "failure", "timing", "session"}
 """The tables of all versions."""
@@ -43,6 +43,15 @@ class Migrated:
     before: int
     backup: Path
     continues: bool
+
+
+def as_data(done: Migrated | None) -> dict[str, Any]:
+    """Return the result of a migration as plain data."""
+    return {
+        "from": done.before if done else None,
+        "backup": str(done.backup) if done else None,
+        "continues": done.continues if done else True,
+    }
 
 
 def migrate(folder: Path) -> Migrated | None:

@@ -323,7 +323,7 @@ def test_a_run_folder_that_is_read_only(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for word in ("status", "report", "show", "doctor", "export"):
         assert f"{word} 0 " in done.stdout
-    assert "the run folder is read-only" in done.stdout
+    assert "no report page" in done.stdout
     assert (tmp_path / "r.yaml").exists()
 
 
