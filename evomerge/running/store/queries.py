@@ -136,7 +136,8 @@ class StoreReader:
     def foreign_log(self) -> StoreError | None:
         """Return the error for a store that is whole without the log beside it, None where it is not so."""
         path = self.folder / FILE
-        if (alone := without_log(path)) is None:
+        live = bool(self._row("PRAGMA database_list")[2])  # in its writer's hands, and then so is the log
+        if live or (alone := without_log(path)) is None:
             return None
         with contextlib.closing(alone):
             return None if any(inspect(alone).problems()) else foreign_log(path)
