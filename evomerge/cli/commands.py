@@ -190,7 +190,8 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         _report(folder)
     except ClusterError as error:
         if StoreReader.exists(folder):
-            raise error.with_more(f"then: evomerge resume {shlex.quote(relative(folder))}") from None
+            command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
+            raise error.with_more(f"then: {command}") from None
         raise
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
