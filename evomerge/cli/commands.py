@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -278,7 +279,9 @@ def _report(folder: Path) -> None:
         output.data(delivery.as_data(summary))
         try:
             page = delivery.write_html(summary, folder / "report.html")
-        except DiskError as error:  # of a run folder that may only be read
+        except DiskError as error:
+            if os.access(folder, os.W_OK):  # a full disk, not a folder that may only be read
+                raise
             complain(f"no report page: {error.what} ({error.got})")
         else:
             output.say(f"report: {relative(page)}")
