@@ -38,7 +38,7 @@ from evomerge.cli.options import (
     SeedOption,
 )
 from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
-from evomerge.errors import ClusterError, ConfigError, UserError, nearest
+from evomerge.errors import ClusterError, ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -192,7 +192,8 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         _report(folder)
     except ClusterError as error:
         if StoreReader.exists(folder):
-            raise error.with_more(f"then: evomerge resume {shlex.quote(relative(folder))}") from None
+            command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
+            raise error.with_more(f"then: {command}") from None
         raise
     except KeyboardInterrupt as interrupt:
         if StoreReader.exists(folder):
@@ -274,11 +275,14 @@ def _report(folder: Path) -> None:
         summary = Summary(stored)
         output.say(delivery.terminal(summary, width=output.console.width))
         output.data(delivery.as_data(summary))
-        if not os.access(folder, os.W_OK):
-            output.say("no report page: the run folder is read-only")
-            return
-        page = delivery.write_html(summary, folder / "report.html")
-        output.say(f"report: {relative(page)}")
+        try:
+            page = delivery.write_html(summary, folder / "report.html")
+        except DiskError as error:
+            if os.access(folder, os.W_OK):  # a full disk, not a folder that may only be read
+                raise
+            complain(f"no report page: {error.what} ({error.got})")
+        else:
+            output.say(f"report: {relative(page)}")
 
 
 @command(app, "export")

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from evomerge import compose
+from evomerge.cli import app
 from evomerge.errors import ClusterError
 from evomerge.evaluation.scores import Failure
 from evomerge.running.executors import ray_actors
 from evomerge.running.executors.pool import Died, Pool
+from evomerge.running.store import RunStore, facts
 from tests.running.executors.test_executors import jobs
 
 
@@ -236,25 +240,13 @@ def test_a_local_ray_listens_to_nobody_else_and_its_loss_is_one_message(program:
 
 
 def test_the_message_of_a_lost_cluster_has_the_command_that_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from typer.testing import CliRunner
-
-    from evomerge import compose
-    from evomerge.cli import app, commands
-    from evomerge.running.store import RunStore
-
     def lost(*_: object, **__: object) -> None:
-        RunStore.create(tmp_path / "run", {}).close()
+        RunStore.create(tmp_path / "run", {facts.CONFIG: {}}).close()
         raise ClusterError("the Ray cluster was lost", fix="start it")
 
-    class Config:
-        out, tracking = str(tmp_path / "run"), ()
-
     monkeypatch.setattr(compose, "start", lost)
-    monkeypatch.setattr(commands, "_tracked", lambda _: contextlib.nullcontext(None))
-    monkeypatch.setattr("evomerge.config.RunConfig.load", lambda *_, **__: Config)
-    monkeypatch.setattr("evomerge.delivery.tracking.require_packages", lambda _: None)
-    done = CliRunner().invoke(app, ["run", "config.yaml", "--quiet"])
+    done = CliRunner().invoke(app, ["run", str(config(generate=False)), "--quiet"])
     assert done.exit_code == 2
-    assert f"evomerge resume {tmp_path / 'run'}" in done.output
+    assert f"do: start it; then: evomerge resume {tmp_path / 'run'}" in done.output
