@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomerge import __version__
-from evomerge.cli.forms import check_form, say_adapter, say_file
+from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file
 from evomerge.cli.options import (
-    HIGHEST_SEED,
     ConfigArgument,
+    DrawsOption,
     EvaluationsOption,
     FolderArgument,
     FormArgument,
@@ -25,6 +25,7 @@ from evomerge.cli.options import (
     FullHashOption,
     JsonOption,
     KeepRestOption,
+    LabelsOption,
     LostConfigOption,
     ModelArgument,
     ModelsOption,
@@ -36,7 +37,7 @@ from evomerge.cli.options import (
     SalvageOption,
     SeedOption,
 )
-from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative
+from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
 from evomerge.errors import ClusterError, ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -210,9 +211,6 @@ def _observer() -> AbstractContextManager[Live | Silent]:
 def _tracked(config: RunConfig) -> Tracked:
     from evomerge.delivery.tracking import Tracked
 
-    def warn(message: str) -> None:
-        complain(f"warning: {message}", style="yellow")
-
     return Tracked(config.tracking, Path(config.out), warn=warn)
 
 
@@ -327,7 +325,7 @@ def export(
             say_file(out, written.recipe.hash)
             return
         done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
-    output.say(f"exported {done.pick.name} to {relative(done.folder)}{_COMPARED[done.equal]}")
+    output.say(f"exported {done.pick.name} to {relative(done.folder)}{COMPARED[done.equal]}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
     output.data(
@@ -338,13 +336,6 @@ def export(
             "equals_scored": done.equal,
         }
     )
-
-
-_COMPARED = {
-    True: "; its weights are those that were scored on `test`, bit for bit",
-    False: "; WARNING: its weights differ from those that were scored on `test`",
-    None: "; its weights were not compared, because this recipe was not scored on `test`",
-}
 
 
 @command(app, "merge")
@@ -449,14 +440,10 @@ def fisher(
     model: ModelArgument,
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, one sequence per line.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
-    labels: Annotated[
-        str, typer.Option(help="text: the empirical Fisher; model: tokens drawn from its own predictions.")
-    ] = "text",
+    labels: LabelsOption = "text",
     sequences: Annotated[int | None, typer.Option(min=1, max=10**9, help="Use only this many lines.")] = None,
     max_length: Annotated[int, typer.Option(min=2, max=2**24, help="Cut lines to this many tokens.")] = 512,
-    seed: Annotated[
-        int, typer.Option(min=0, max=HIGHEST_SEED, help="Seed of the drawn tokens (--labels model).")
-    ] = 0,
+    seed: DrawsOption = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""

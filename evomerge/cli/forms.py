@@ -1,4 +1,4 @@
-"""The forms that `export` and `merge` write: which options fit together, and what is said of the result."""
+"""The forms in which `export` and `merge` write: which options each takes, and what is said of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from evomerge.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from evomerge.merging.export.adapter import AdapterReport
 
+COMPARED = {
+    True: "; its weights are those that were scored on `test`, bit for bit",
+    False: "; WARNING: its weights differ from those that were scored on `test`",
+    None: "; its weights were not compared, because this recipe was not scored on `test`",
+}
+"""What is said of an exported folder, by `Exported.equal`."""
+
 
 def check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
-    """Raise ConfigError for an unknown form, or an option that it does not have."""
+    """Raise ConfigError for an unknown form, or for options that are another form's."""
     if form not in valid:
         raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))
     for option, used in (("--rank", rank is not None), ("--keep-rest", keep_rest)):
@@ -28,7 +35,7 @@ def check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: b
 def say_adapter(
     out: Path, recipe: str, report: AdapterReport, scores: list[tuple[str, float, float]] | None = None
 ) -> None:
-    """Say what an adapter is and what it captures."""
+    """Say what was written as an adapter; scores: task, score of the whole merge, score of the adapter."""
     output.say(f"wrote {relative(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
     output.say(report.summary())
     data: dict[str, Any] = {
@@ -49,6 +56,6 @@ def say_adapter(
 
 
 def say_file(out: Path, recipe: str) -> None:
-    """Say which file was written."""
+    """Say what was written as a file."""
     output.say(f"wrote {relative(out)} (recipe {recipe[:12]})")
     output.data({"file": str(out), "recipe": recipe})

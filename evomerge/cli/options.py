@@ -58,6 +58,16 @@ MovedSuiteOption = Annotated[
     str | None, typer.Option("--suite", metavar="PATH", help="New location of the suite's file.")
 ]
 
+LabelsOption = Annotated[
+    str,
+    typer.Option(
+        "--labels", help="text: the empirical Fisher; model: tokens drawn from its own predictions."
+    ),
+]
+DrawsOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=HIGHEST_SEED, help="Seed of the drawn tokens (--labels model)."),
+]
 SalvageOption = Annotated[
     Path | None,
     typer.Option("--salvage", metavar="NEW_FOLDER", help="Write a new run of what is whole."),

@@ -236,6 +236,11 @@ def complain(message: str, *, style: str = "") -> None:
     SafeConsole(stderr=True).print(message, style=style, soft_wrap=True)
 
 
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    complain(f"warning: {message}", style="yellow")
+
+
 class _Complaints(logging.Handler):
     """Prints the errors that libraries log."""
 

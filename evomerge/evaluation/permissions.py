@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ConfigError
+from evomerge.files import expanded
 from evomerge.schema import PythonName, load_yaml, preset_folder
 
 CODE_EVAL = "code_eval"
@@ -50,6 +51,15 @@ def executes_answers(config: Mapping[str, Any]) -> bool:
     metrics = config.get("metric_list") or ()
     names = [metric.get("metric") for metric in metrics if isinstance(metric, Mapping)]
     return config.get("unsafe_code", False) is not False or CODE_EVAL in map(str, names)
+
+
+def check_types(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a task file whose names, metrics or includes are of another type; raise ConfigError."""
+    for key in ("task", "group", "tag", "include"):
+        if not isinstance(data.get(key, ""), str | list):
+            raise ConfigError(f"{path}: {key}", expected="a name, or a list", got=repr(data[key])[:80])
+    if not isinstance(data.get("metric_list") or [], list):
+        raise ConfigError(f"{path}: metric_list", expected="a list", got=repr(data["metric_list"])[:80])
 
 
 def check_task(name: str, path: Path, config: Mapping[str, Any], permissions: Permissions) -> None:
@@ -92,11 +102,12 @@ def _chain(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a task file and all that it includes, as lm-eval finds them; trusted files are left out."""
     waiting, seen = [path], set()
     while waiting:
-        file = waiting.pop().expanduser().resolve()
+        file = expanded(waiting.pop()).resolve()
         if file in seen or _trusted(file):
             continue
         seen.add(file)
         data = load_yaml(file, task_file=True)
+        check_types(file, data)
         yield file, data
         included = data.get("include") or ()
         for place in [included] if isinstance(included, str) else included:

@@ -57,6 +57,7 @@ def run(
     writable: folders that the call may write to, beside its own.
     """
     _control(_ADOPT_ORPHANS, 1)  # what escapes the child's process group becomes ours, and is killed below
+    ours = set(_children())
     with tempfile.TemporaryDirectory(prefix="evomerge-", ignore_cleanup_errors=True) as folder:
         receiving, sending = os.pipe()
         child = os.fork()
@@ -70,7 +71,7 @@ def run(
             return _received(receiving, child, time.monotonic() + wall_seconds)
         finally:
             os.close(receiving)
-            _end(child)
+            _end(child, ours)
 
 
 def notes(permissions: Permissions) -> tuple[str, ...]:
@@ -148,19 +149,18 @@ def _received(pipe: int, child: int, deadline: float) -> bytes | None:
     return None
 
 
-def _end(child: int) -> None:
-    """Kill the child and everything that it started."""
+def _end(child: int, spared: set[int]) -> None:
+    """Kill the child and everything that it started; spared: other children of this process."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)  # it may not have made its group yet
     os.waitpid(child, 0)
-    while orphans := _children():
+    while orphans := set(_children()) - spared:
         for orphan in orphans:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(orphan, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(-1, 0)
+                os.waitpid(orphan, 0)
 
 
 def _children() -> list[int]:

@@ -27,7 +27,14 @@ from lm_eval.api.task import ConfigurableTask
 from evomerge.errors import ConfigError, UserError, nearest
 from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.live_lm import compiled_templates, quiet
-from evomerge.evaluation.permissions import NOTHING, Permissions, check_task, executes_answers, refuse_answers
+from evomerge.evaluation.permissions import (
+    NOTHING,
+    Permissions,
+    check_task,
+    check_types,
+    executes_answers,
+    refuse_answers,
+)
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
 from evomerge.schema import load_yaml
@@ -378,9 +385,7 @@ def _manager(suite: Suite, names: Sequence[str]) -> Any:
     if suite.tasks_dir is not None:
         for path in sorted(Path(suite.tasks_dir).rglob("*.yaml")):
             data = load_yaml(path, task_file=True)  # lm-eval skips a malformed file without a message
-            for key in ("task", "group", "tag"):
-                if not isinstance(data.get(key, ""), str | list):
-                    raise ConfigError(f"{path}: {key}", expected="a name", got=repr(data[key])[:80])
+            check_types(path, data)
         return lm_eval.tasks.TaskManager(include_path=str(suite.tasks_dir), include_defaults=False)
     # Indexing all built-in tasks takes half a minute, and searching the folders of a few tasks two seconds.
     if folders := _builtin_folders(names):

@@ -165,7 +165,6 @@ class Budget:
         record: Callable[[Stop], None] = lambda _: None,
     ) -> None:
         self._spec, self._clock, self._reserve, self._stop, self._record = spec, clock, reserve, stop, record
-        self._limit = spec.clock_limit(clock)
         self._kept = 0.0
 
     @classmethod
@@ -189,6 +188,11 @@ class Budget:
         )
 
     @property
+    def _limit(self) -> ClockLimit | None:
+        """The limit of the clock, which moves where the clock is set."""
+        return self._spec.clock_limit(self._clock)
+
+    @property
     def timed(self) -> bool:
         """Whether the clock may end the search."""
         return self._limit is not None
@@ -197,10 +201,11 @@ class Budget:
         """Return when the last job of the search may begin, in epoch seconds; None: at any time."""
         if self._stop is not None:
             return -math.inf
-        if self._limit is None:
+        limit = self._limit
+        if limit is None:
             return None
         self._kept = self._reserve()
-        return self._limit.at - self._kept
+        return limit.at - self._kept
 
     def stop_reason(
         self, *, generations: int, items: int, forecast: int, full: int, stale: int = 0

@@ -11,8 +11,11 @@ from datetime import time as time_of_day
 class Clock:
     """Tells the time of a session.
 
-    now: seconds since the epoch. started: when the session began (default: now). earlier: hours worked on
-    the run in former sessions.
+    Hours are counted by a clock that is never set, so that a step of the wall clock costs no budget.
+
+    now: seconds since the epoch. steady: seconds since some moment, by a clock that is never set (default:
+    the system's, or `now` where that is given). started: when the session began (default: now). earlier:
+    hours worked on the run in former sessions.
 
     >>> clock = Clock(now=lambda: 7200.0, started=3600.0, earlier=0.5)
     >>> clock.hours, clock.after(2.0)
@@ -20,20 +23,32 @@ class Clock:
     """
 
     def __init__(
-        self, now: Callable[[], float] = time.time, *, started: float | None = None, earlier: float = 0.0
+        self,
+        now: Callable[[], float] = time.time,
+        *,
+        steady: Callable[[], float] | None = None,
+        started: float | None = None,
+        earlier: float = 0.0,
     ) -> None:
         self.now = now
+        self._steady = steady or (time.monotonic if now is time.time else now)
+        self._offset = now() - self._steady()
         self.started = now() if started is None else started
         self._earlier = earlier
 
     @property
+    def _set_forward(self) -> float:
+        """Seconds by which the wall clock was set forward since the session began."""
+        return self.now() - self._steady() - self._offset
+
+    @property
     def hours(self) -> float:
         """Hours worked on the run so far, all sessions together."""
-        return self._earlier + (self.now() - self.started) / 3600
+        return self._earlier + (self.now() - self._set_forward - self.started) / 3600
 
     def after(self, hours: float) -> float:
         """Return when so many hours will have been worked on the run, as seconds since the epoch."""
-        return self.started + 3600 * (hours - self._earlier)
+        return self.started + self._set_forward + 3600 * (hours - self._earlier)
 
 
 def moment(until: str, after: float) -> float:

@@ -126,6 +126,8 @@ class Worker:
     Raises UserError where models or suite can't be used, or are not those the run began with.
     """
 
+    _guard: InputGuard | None = None
+
     def __init__(self, spec: WorkerSpec, name: str = "0") -> None:
         import torch
 

@@ -566,13 +566,13 @@ def task() -> Iterator[Case]:
         "output_type": (None, "sorcery", 7, []),
         "doc_to_text": ("{{ prompt", "{{ no_such }}{{ 1/0 }}", 7, [], "{% for i in range(10) %}"),
         "doc_to_target": ("{{ 1/0 }}", "{{ answer | no_filter }}", {}, 7),
-        "metric_list": ("acc", [{}], [{"metric": "no_such_metric"}], 7),
+        "metric_list": ("acc", [{}], ["acc"], [{"metric": "no_such_metric"}], 7),
         "num_fewshot": (-1, "x", 1.5, 10**9),
         "filter_list": ([{"name": "x", "filter": [{"function": "no_filter"}]}], 7),
         "fewshot_split": ("no_such_split",),
         "process_docs": ("no_function",),
         "repeats": ("x",),
-        "include": ("no_such.yaml", 7, "/dev/zero"),
+        "include": ("no_such.yaml", 7, "/dev/zero", "~nosuchuser/x.yaml", [7], {"a": 1}),
     }
     for case in _values("task", file, TASK, table, commands):
         yield Case(kind=case.kind, name=case.name, make=case.make, commands=commands, message="")

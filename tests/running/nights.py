@@ -102,7 +102,7 @@ def spend_night(
     time = executor.time
     config = {"models": {"base": "base", "sources": {"a": "a", "b": "b"}}, "budget": budget.model_dump()}
     begun = {facts.CONFIG: config, facts.BLOCKS: BLOCKS, facts.SUITE: SUITE.model_dump(mode="json")}
-    with mock.patch("evomerge.running.store.store.time", SimpleNamespace(time=time)):
+    with mock.patch("evomerge.running.store.store.time", SimpleNamespace(time=time, monotonic=time)):
         exists = RunStore.exists(folder)
         with RunStore.open(folder) if exists else RunStore.create(folder, begun) as store:
             store._db.execute("PRAGMA synchronous=OFF")  # nobody pulls the plug here

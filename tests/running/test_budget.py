@@ -389,3 +389,13 @@ def test_a_time_of_day_is_its_next_occurrence(after: float, minutes: int, second
     assert 0 < found - after <= 25 * 3600
     assert datetime.fromtimestamp(found).strftime("%H:%M:%S").startswith(of_day)
     assert moment(of_day, found - 1e-3) == found
+
+
+def test_a_clock_that_is_set_costs_no_hours() -> None:
+    wall, steady = [1000.0], [50.0]
+    clock = Clock(lambda: wall[0], steady=lambda: steady[0], earlier=1.0)
+    steady[0] += 3600
+    for step in (0, 86_400, -7200):  # as it should be, set forward by a day, set back by two hours
+        wall[0] = 4600.0 + step
+        assert clock.hours == pytest.approx(2.0)
+        assert clock.after(3.0) - clock.now() == pytest.approx(3600)

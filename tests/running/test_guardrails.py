@@ -282,3 +282,22 @@ def test_a_store_that_stays_locked_is_one_message(tmp_path: Path, monkeypatch: p
         other.close()
         facts.NORMS.set(made, {})
         assert facts.NORMS.get(made) == {}
+
+
+def test_events_keep_their_order_where_the_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What failed since the last success is found by time, also by a session whose clock is behind."""
+    with RunStore.create(tmp_path, {}) as made:
+        made.begin_session({})
+        made.record_scores(recipe(1), scores(1), TIMING)
+    earlier = time.time() - 86_400
+    monkeypatch.setattr("evomerge.running.store.store.time.time", lambda: earlier)
+    failure = Failure(kind="error", reason="x")
+    with RunStore.open(tmp_path) as made:
+        made.begin_session({})
+        made.record_failure(recipe(2), "search", failure)
+        made.record_scores(recipe(3), scores(3), TIMING)
+        made.record_failure(recipe(4), "search", failure)
+        assert made.forget_failures() == [failure]
+        assert made.hours() < 1

@@ -163,7 +163,8 @@ def test_every_byte_is_compared_on_request(project: Path, monkeypatch: pytest.Mo
     assert {"config.json", "model.safetensors", "adapter_model.safetensors"} <= set(hashes["add"])
     assert resume(project / "run", "--full-hash") == (0, "")
     monkeypatch.setattr("evomerge.merging.sources.checkpoint.sample_hash", lambda _: "same")
-    monkeypatch.setattr("evomerge.stored._changed_files", lambda *_: {})  # as if no sample had met it
+    for module in ("stored", "running.inputs"):  # as if no sample had met it
+        monkeypatch.setattr(f"evomerge.{module}.changed_models", lambda *_: "")
     other_contents(project)
     assert resume(project / "run") == (0, "")
     code, said = resume(project / "run", "--full-hash")

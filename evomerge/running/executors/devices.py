@@ -40,7 +40,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", device):
+        if not re.fullmatch(r"cpu(:0)?|mps|cuda(:\d{1,4})?", device):
             raise RuntimeError("no such device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -60,6 +60,7 @@ class RunStore(StoreReader):
         self._lock: int | None = lock
         self._store_id = store_id(connection)
         self._session = 0.0
+        self._offset, self._latest = time.time() - time.monotonic(), 0.0
         self._versions: str | None = None
         self._observer: StoreObserver | None = None
 
@@ -138,9 +139,12 @@ class RunStore(StoreReader):
     def begin_session(self, versions: Mapping[str, str], *, started: float | None = None) -> None:
         """Note that a process works on the run, with which library versions, since when (default: now)."""
         self._session = time.time() if started is None else started
+        for table in ("tell", "timing", "failure"):
+            (latest,) = self._db.execute(f"SELECT MAX(at) FROM {table}").fetchone()
+            self._latest = max(self._latest, latest or 0.0)
         with self._writing() as db:
             self._versions = json.dumps(dict(versions), sort_keys=True)
-            self._put(db, "session", (self._session, time.time(), self._versions))
+            self._put(db, "session", (self._session, self._now(), self._versions))
 
     # -- what the search decides ------------------------------------------------------------------
 
@@ -156,7 +160,7 @@ class RunStore(StoreReader):
             if len(rows) != len(stored):
                 raise self._diverged(f"the size of generation {generation}")
             return
-        now = time.time()
+        now = self._moment()
         with self._writing() as db:
             self._put_recipes(db, recipes)
             for position, row in enumerate(rows):
@@ -175,7 +179,7 @@ class RunStore(StoreReader):
                 raise self._diverged(f"the losses of generation {generation}")
             return
         with self._writing() as db:
-            self._put(db, "tell", (generation, blob, seconds, time.time()))
+            self._put(db, "tell", (generation, blob, seconds, self._moment()))
 
     def record_front(
         self, generation: int, hypervolume: float, reference: NDArray[np.float64], recipes: Sequence[Recipe]
@@ -256,7 +260,7 @@ class RunStore(StoreReader):
                 self._put(db, "run", (facts.WEIGHTS.of(recipe.hash).key, as_json(weights)), instead="REPLACE")
             what = (recipe.hash, parts[0].split, parts[0].blocks[0])
             seconds = (timing.total, timing.merge, timing.forward)
-            self._put(db, "timing", (*what, *seconds, timing.worker, time.time()), instead="REPLACE")
+            self._put(db, "timing", (*what, *seconds, timing.worker, self._moment()), instead="REPLACE")
         together = joined(parts)
         self._report(
             "scored",
@@ -290,7 +294,7 @@ class RunStore(StoreReader):
         """Store that a recipe could not be scored on (some block of) a split, and why."""
         with self._writing() as db:
             self._put_recipes(db, [recipe])
-            row = (recipe.hash, split, failure.kind, failure.reason, time.time())
+            row = (recipe.hash, split, failure.kind, failure.reason, self._moment())
             self._put(db, "failure", row)
         self._report("failed", id=recipe.hash[:ID], split=split, kind=failure.kind, reason=failure.reason)
 
@@ -335,7 +339,16 @@ class RunStore(StoreReader):
         with disk(self.folder), self._db as db:
             yield db
             if self._versions is not None:
-                self._put(db, "session", (self._session, time.time(), self._versions), instead="REPLACE")
+                self._put(db, "session", (self._session, self._now(), self._versions), instead="REPLACE")
+
+    def _now(self) -> float:
+        """Return the time in epoch seconds; it goes on evenly where the wall clock is set."""
+        return self._offset + time.monotonic()
+
+    def _moment(self) -> float:
+        """Return the time of an event, later than that of any event before it, in any session."""
+        self._latest = max(self._now(), self._latest + 1e-6)
+        return self._latest
 
     def _put(self, db: sqlite3.Connection, table: str, row: Sequence[Any], *, instead: str = "ABORT") -> None:
         insert(db, table, row, self._store_id, instead=instead)
