@@ -147,7 +147,7 @@ class Victim:
 
 def _is_worker(pid: int) -> bool:
     """Say whether a process was forked by a fork server."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError):
         return b"forkserver" in (Path("/proc") / str(ancestors(pid)[0]) / "cmdline").read_bytes()
     return False
 
