@@ -17,7 +17,7 @@ from evomerge.delivery.style import numbers, table, words
 from tests.conftest import write_suite
 
 KILLS = int(os.environ.get("EVOMERGE_KILLS", "400"))
-SHARES = {"models": 0.6, "workers": 0.3, "ray": 0.1}
+SHARES = {"models": 0.625, "workers": 0.3, "ray": 0.075}
 NAMES = {
     "models": "models in the driver's process",
     "workers": "worker processes",

@@ -84,6 +84,16 @@ def marked() -> dict[int, str]:
     return found
 
 
+def ancestors(pid: int) -> list[int]:
+    """Return the parent of a process, the parent's parent and so on."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        while pid > 1:
+            pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+            found.append(pid)
+    return found
+
+
 class Victim:
     """A driver in a process group of its own, and the processes that belong to it."""
 
@@ -111,19 +121,23 @@ class Victim:
             time.sleep(0.005)
         return self.status is not None
 
-    def strike(self, target: str, draw: random.Random) -> bool:
-        """Kill the driver or something of its; say whether there was such a thing."""
+    def strike(self, target: str, draw: random.Random, *, patient: bool) -> bool:
+        """Kill the driver or something of its; say whether there was such a thing.
+
+        patient: do not wait for the end of what it leaves behind; Ray takes a while to see that it is gone.
+        """
         if target in ("driver", "process group"):
             those = members(self.pid)
             (os.killpg if target == "process group" else os.kill)(self.pid, signal.SIGKILL)
             self.status = os.waitpid(self.pid, 0)[1]
-            orphans = wait_for_end(those)
+            orphans = [] if patient else wait_for_end(those)
             assert not orphans, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in orphans]
             return True
         if target == "worker":
             found = [pid for pid in members(self.pid) if _is_worker(pid)]
         else:
             found = [pid for pid, command in marked().items() if PROGRAMS[target] in command]
+            found = [pid for pid in found if self.pid in ancestors(pid)]
         if not found:
             return False
         with contextlib.suppress(ProcessLookupError):
@@ -133,9 +147,8 @@ class Victim:
 
 def _is_worker(pid: int) -> bool:
     """Say whether a process was forked by a fork server."""
-    with contextlib.suppress(OSError):
-        parent = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1]
-        return b"forkserver" in (Path("/proc") / parent / "cmdline").read_bytes()
+    with contextlib.suppress(OSError, IndexError):
+        return b"forkserver" in (Path("/proc") / str(ancestors(pid)[0]) / "cmdline").read_bytes()
     return False
 
 
@@ -147,7 +160,9 @@ def chain(work: Callable[[], None], kind: str, left: int, longest: float, draw: 
         while not victim.ended(draw.uniform(0.0, longest) if len(kills) < left else 600.0):
             target = draw.choice(TARGETS[kind])
             # A second death in one job would be its failure, and rightly so.
-            if (target in ("worker", "actor") and victim.struck) or not victim.strike(target, draw):
+            if (target in ("worker", "actor") and victim.struck) or not victim.strike(
+                target, draw, patient=kind == "ray"
+            ):
                 continue
             kills.append(target)
             victim.struck = True
