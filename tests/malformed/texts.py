@@ -444,6 +444,9 @@ def mergekit() -> Iterator[Case]:
     table: dict[str, Sequence[Any]] = {
         "merge_method": (None, "tiess", 7, [], {}, "fisher"),
         "base_model": (
+            "",
+            {"path": ""},
+            {"path": 7},
             7,
             [],
             {"path": "base", "x": 1},

@@ -389,9 +389,9 @@ def _location(location: object, where: str) -> str:
         parts = _checked(location, ("model", "lora"), where)
         return "+".join(_location(parts[key], where) for key in ("model", "lora") if parts.get(key))
     if isinstance(location, dict) and "path" in location:
-        return str(_checked(location, ("path",), where)["path"])
-    if not isinstance(location, str):
-        raise ConfigError(where, expected="a path or hub id", got=repr(location))
+        return _location(_checked(location, ("path",), where)["path"], where)
+    if not isinstance(location, str) or not location:
+        raise ConfigError(where, expected="a path or hub id", got=repr(location)[:80])
     return location
 
 
