@@ -51,7 +51,7 @@ wheel: $(INSTALLED) $(AUDIT) ## the wheel, and beside it what it needs, as requi
 	    --pyproject $(DIST)/pyproject.toml --output-reproducible -o $(DIST)/evomerge-$$version.cdx.json
 	rm $(DIST)/pyproject.toml
 
-audit: wheel     ## known vulnerabilities of what the wheel needs; asks pypi.org
+audit: wheel     ## known vulnerabilities of what the wheel needs; asks a public service
 	$(AUDIT)/bin/pip-audit --requirement $(DIST)/requirements.txt --no-deps --disable-pip
 
 # An environment of its own: its tools need older versions of packages that evomerge needs.
