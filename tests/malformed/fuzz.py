@@ -47,6 +47,7 @@ from tests.malformed.workspace import (
     SUITE,
     ZOO,
     header,
+    limit_memory,
     replaced,
     write_valid,
 )
@@ -275,6 +276,7 @@ def main() -> int:
     parser.add_argument("--parser", choices=PARSERS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    limit_memory(4000)
     escaped = 0
     for name in [options.parser] if options.parser else PARSERS:
         with tempfile.TemporaryDirectory(prefix="malformed-") as place:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.malformed import models, others, texts
-from tests.malformed.workspace import Case, write_valid
+from tests.malformed.workspace import Case, limit_memory, write_valid
 
 HANG = 60
 """Seconds after which a command counts as hanging, on any machine."""
@@ -147,6 +147,7 @@ def attempt(case: Case, command: tuple[str, ...]) -> Outcome:
         child = os.fork()
         if not child:
             signal.alarm(HANG)
+            limit_memory(4000)
             (Path(place) / "resident").write_text(str(_resident()))
             os.chdir(folder)
             os._exit(_run_here(command, output))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import struct
@@ -169,6 +170,13 @@ def with_header(
         replaced(folder, name).write_bytes(struct.pack("<Q", len(encoded)) + encoded + weights)
 
     return make
+
+
+def limit_memory(megabytes: int) -> None:
+    """Let this process take so much more memory than it has, so that a mistake doesn't take the machine's."""
+    status = Path("/proc/self/status").read_text()
+    data = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (data * 1024 + megabytes * 2**20,) * 2)
 
 
 def fifo(path: Path) -> None:
