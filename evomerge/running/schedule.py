@@ -282,6 +282,7 @@ def _whole(pending: _Pending) -> Result:
         timing=timing,
         parts=tuple(parts),
         faults=tuple(fault for piece in pieces for fault in piece.faults),
+        weights=next((piece.weights for piece in pieces if piece.weights is not None), None),
     )
 
 
@@ -320,4 +321,5 @@ class Foresight:
         in_force = Batches(self._store, self._batches.size).sizes(result.job.split, result.job.blocks)
         if result.job.batch_sizes != in_force:  # halved since: what it is compared with is scored otherwise
             return
-        self._store.record_scores(result.job.recipe, result.parts or (result.outcome,), result.timing)
+        parts = result.parts or (result.outcome,)
+        self._store.record_scores(result.job.recipe, parts, result.timing, weights=result.weights)
