@@ -147,6 +147,12 @@ def _check_kind(path: Path) -> None:
         raise damaged(path.parent, error.strerror or str(error)) from None
 
 
+def content_state(path: Path) -> object:
+    """Return what changes when a store or its log is written: equal states mean equal contents."""
+    log = _state(path.with_name(f"{path.name}-wal"))
+    return _state(path), log if log is not None and log[1] else None
+
+
 def _state(path: Path) -> tuple[int, int, int] | None:
     try:
         status = path.stat()

@@ -21,6 +21,7 @@ from evomerge.running.store.file import (
     FILE,
     check_file,
     connect,
+    content_state,
     damaged,
     disk,
     foreign_log,
@@ -39,6 +40,9 @@ from evomerge.running.store.schema import (
     unpack,
 )
 from evomerge.search.ports import GuideState, Named
+
+_whole: dict[Path, object] = {}
+"""File -> the state in which this process found it whole."""
 
 
 class StoreReader:
@@ -125,9 +129,13 @@ class StoreReader:
                     got=str(version),
                     fix=f"bring it up to date, a copy is kept: evomerge migrate {self.folder}",
                 )
-            problem = next(inspect(self._db).problems(), None)
-            if problem is not None:
-                raise self.foreign_log() or damaged(self.folder, problem)
+            path = (self.folder / FILE).absolute()
+            state = content_state(path)
+            if _whole.get(path) != state:  # a command opens a store several times
+                problem = next(inspect(self._db).problems(), None)
+                if problem is not None:
+                    raise self.foreign_log() or damaged(self.folder, problem)
+                _whole[path] = state
         except BaseException:
             self.close()
             raise
