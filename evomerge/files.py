@@ -168,7 +168,7 @@ def remove_abandoned(parent: Path, name: str | None = None) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
         except OSError:
-            continue  # its process lives, or nobody can know
+            continue  # its process lives, or that can't be known
         finally:
             os.close(lock)
 

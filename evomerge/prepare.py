@@ -203,7 +203,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         start
         | prepared.model_facts
         | {
-            # A run folder may be moved, and may come from somebody else.
+            # A run folder may be moved, and may come from another person.
             facts.CONFIG: in_texts(redacted, config.model_dump(mode="json", exclude={"out", *PERMISSIONS})),
             facts.IDENTITY: config.identity(),
             facts.BLOCKS: prepared.worker.blocks,

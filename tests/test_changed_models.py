@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evomerge.merging.export import writer
+from evomerge.merging.export import adapter, writer
 from evomerge.running.store import RunStore, facts
 from tests.test_cli import refuse, succeed
 
@@ -104,20 +104,22 @@ def test_the_card_says_that_the_weights_were_compared(copied: Path, tmp_path: Pa
         assert "their hash was compared" in (tmp_path / pick / "README.md").read_text()
 
 
-@pytest.mark.parametrize("form", ["run", "recipe"])
+@pytest.mark.parametrize("form", ["run", "recipe", "adapter"])
 def test_models_overwritten_while_they_are_merged(
     form: str, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     succeed("export", copied, tmp_path / "recipe.yaml", "--as", "recipe")
-    merge, victim = writer.merge_array, weights(copied)
+    place = (adapter, "_write_weights") if form == "adapter" else (writer, "merge_array")
+    called, victim = getattr(*place), weights(copied)
 
     def slow(*arguments: Any, **options: Any) -> Any:
         shutil.copyfile(tmp_path / "zoo" / "base" / "model.safetensors", victim)
-        return merge(*arguments, **options)
+        return called(*arguments, **options)
 
-    monkeypatch.setattr(writer, "merge_array", slow)
+    monkeypatch.setattr(*place, slow)
     command = ("export", copied) if form == "run" else ("merge", tmp_path / "recipe.yaml")
+    options = ("--as", "adapter", "--rank", "4", "--keep-rest") if form == "adapter" else ()
     (tmp_path / "empty").mkdir()
-    said = refuse(*command, tmp_path / "out", folder=tmp_path / "empty")
+    said = refuse(*command, tmp_path / "out", *options, folder=tmp_path / "empty")
     assert "model files changed while they were merged" in said
     assert not (tmp_path / "out").exists()

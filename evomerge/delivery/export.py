@@ -75,7 +75,6 @@ def export(summary: Summary, out: Path, *, pick: str = "winner", accept_differen
     equal: list[bool | None] = []
 
     def finish(folder: Path) -> dict[str, str]:
-        summary.run.check_models()
         equal.append(_equal(summary.store, chosen.recipe, folder))
         if equal[0] is False and not accept_difference:
             raise _other_weights(summary.store, chosen)
@@ -142,7 +141,6 @@ def export_adapter(
     scored: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
-        summary.run.check_models()
         merge = scores_on_test(summary.store, chosen.recipe, worker)
         adapter = rescore(folder, worker, "test", base=open_source(report.base).folder)
         scored.append(

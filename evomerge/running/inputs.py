@@ -1,7 +1,7 @@
 """The inputs of a run, models and task files, guarded while it goes on.
 
-A run compares them with what they were when it began: when a worker starts, around every job (sizes and
-times of the models' files only, which costs microseconds) and before a winner is declared. So no stored
+A run compares them with what they were when it began: when a worker has loaded them, around every job (only
+sizes and times of the models' files, which costs microseconds) and before a winner is declared. So no stored
 score comes from other inputs than the run's.
 """
 
@@ -41,17 +41,13 @@ def changed_models(before: RunInputs, now: RunInputs) -> str:
 
 
 class InputGuard:
-    """Compare a run's inputs with what is there now, at once and whenever asked.
+    """Compares a run's inputs with what is there now.
 
     Args:
         inputs: what they were when the run began.
         models: name -> location.
         base, tokenizer: as in a Recipe.
         suite: the suite, whose task files lie where they are read.
-
-    Raises:
-        ModelError: a model changed, is missing or damaged.
-        ConfigError: the suite or its task files changed.
     """
 
     def __init__(
@@ -60,10 +56,14 @@ class InputGuard:
         self._inputs, self._models, self._base = inputs, models, base
         self._tokenizer, self._suite = tokenizer, suite
         self._seen: model_files.Stats = {}
-        self.compare()
 
     def compare(self) -> None:
-        """Compare models and task files with the run's; raise as the constructor does."""
+        """Compare models and task files with the run's.
+
+        Raises:
+            ModelError: a model changed, is missing or damaged.
+            ConfigError: the suite or its task files changed.
+        """
         self._compare_models()
         if (digest := self._suite.digest()) != self._inputs.suite:
             raise ConfigError(
@@ -74,7 +74,10 @@ class InputGuard:
             )
 
     def check(self) -> None:
-        """Compare the models if a size, time or inode of their files changed since the last comparison."""
+        """Compare the models if a size, time or inode of their files changed since the last comparison.
+
+        Raises ModelError as `compare` does.
+        """
         if model_files.changed_since(self._seen):
             self._compare_models()
 

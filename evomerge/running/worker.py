@@ -108,7 +108,7 @@ class WorkerSpec:
     inputs: RunInputs | None = None
 
     def guard(self) -> InputGuard | None:
-        """Compare models and task files with `inputs` if there are any, and raise where they differ."""
+        """Return what compares models and task files with `inputs`, None without any."""
         if self.inputs is None:
             return None
         return InputGuard(
@@ -137,7 +137,6 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self.name = name
         self._device, self._batch_size = spec.device, spec.batch_size
-        self._guard = spec.guard()  # first: it also sees what changes while models and items are opened
         self._bench = Workbench(
             spec.models,
             spec.base,
@@ -161,6 +160,7 @@ class Worker:
 
             self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
         self._harness.prepare(self._bench.model)
+        self._guard = spec.guard()
         if self._guard is not None:
             self._guard.compare()
 

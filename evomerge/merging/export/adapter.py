@@ -31,6 +31,7 @@ from evomerge.merging.compatibility import check, with_fingerprints
 from evomerge.merging.export import writer
 from evomerge.merging.methods.reduction import norm
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.sources import model_files
 from evomerge.merging.sources.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
 from evomerge.merging.sources.arrays import of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
@@ -151,13 +152,15 @@ def write_adapter(
         finish: called with the complete temporary folder; returns additional text files (name -> content).
 
     Raises:
-        ModelError, ConfigError: the models don't fit, or the merge can't be an adapter.
+        ModelError, ConfigError: the models don't fit, or the merge can't be an adapter, or files of the
+            models changed while they were read.
         NonFiniteWeights: a merged tensor has NaN or infinite elements.
         DiskError: `out` has files in it, or there is not enough room.
     """
     _check_request(recipe, rank)
     out = writer.new_folder(out)
     opened = dict(open_used(recipe) if sources is None else sources)
+    read = model_files.stats(opened.values())
     check(recipe, opened)
     location, below = _base(recipe, opened, base)
     layers = _layers(below)
@@ -167,6 +170,7 @@ def write_adapter(
     writer.check_space(out, {WEIGHTS: _headers(plan, stored, below, recipe.dtype, layers)})
     with drafted_folder(out) as folder:
         _write_weights(folder / WEIGHTS, plan, stored, recipe, opened, below, layers)
+        model_files.refuse_changed(read)
         _write_config(folder, plan, stored, report, layers, below)
         (folder / "recipe.yaml").write_text(with_fingerprints(recipe, opened).to_yaml(), encoding="utf-8")
         for name, text in (finish(folder, report) if finish else {}).items():

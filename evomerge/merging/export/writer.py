@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.errors import DiskError, ModelError
+from evomerge.errors import DiskError
 from evomerge.files import drafted_folder
 from evomerge.merging.compatibility import check, with_fingerprints
 from evomerge.merging.recipe import Recipe
@@ -98,14 +98,9 @@ def write(
     check_space(out, shards)
     with drafted_folder(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder)
+        model_files.refuse_changed(read)
         merged = with_fingerprints(recipe, sources)
         _write_rest(merged, pattern, tokenizer, stacked_config(recipe, sources), folder)
-        if changed := model_files.changed_since(read):
-            raise ModelError(
-                "model files changed while they were merged, so nothing was written",
-                got=", ".join(map(str, changed)),
-                fix="let the other program finish, then run this again",
-            )
         for name, text in (finish(folder) if finish else {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from evomerge.errors import ModelError
 from evomerge.merging.sources import adapter
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.checkpoint import Checkpoint, sample_hash
@@ -59,6 +60,16 @@ def full_hashes(source: Source) -> dict[str, str]:
 def stats(sources: Iterable[Source]) -> Stats:
     """Return the sizes and times of models' files, which cost microseconds."""
     return {path: _stat(path) for source in sources for path in files_of(source).values()}
+
+
+def refuse_changed(before: Stats) -> None:
+    """Raise ModelError if files were written or replaced since `stats` looked at them."""
+    if changed := changed_since(before):
+        raise ModelError(
+            "model files changed while they were merged, so nothing was written",
+            got=", ".join(map(str, changed)),
+            fix="let the other program finish, then run this again",
+        )
 
 
 def changed_since(before: Stats) -> list[Path]:

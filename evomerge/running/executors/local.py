@@ -172,6 +172,6 @@ def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connect
             job = pipe.recv()
             try:
                 answer: Message = worker.run(job)
-            except UserError as error:  # nobody can score this job now
+            except UserError as error:  # no worker can score it now
                 answer = error
             pipe.send(answer)

@@ -57,7 +57,7 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and else warns about
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # it prints deaths of actors on stdout, which may be somebody's JSON
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # it prints deaths of actors on stdout, which may be read as JSON
 }
 
 

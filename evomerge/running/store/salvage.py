@@ -87,7 +87,7 @@ def _kept(
         for table in ("ask", "tell", "front", "guide"):
             kept[table] = []
     if _lost_batch_sizes(old):
-        kept["score"] = []  # nobody knows which of them were scored alike
+        kept["score"] = []  # it is lost which of them were scored alike
     groups: dict[tuple[str, str, int], list[Record]] = {}
     for row in kept["score"]:
         groups.setdefault((row["recipe"], row["split"], row.get("block", 0)), []).append(row)
