@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import plotly.graph_objects as go
 import plotly.offline
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from evomerge.delivery.style import FILTERS
 from evomerge.files import drafted_file
@@ -42,7 +42,7 @@ def write_page(template: str, out: Path, *, figures: Mapping[str, go.Figure | No
         trim_blocks=True,
         finalize=_shown,
     )
-    environment.filters |= FILTERS
+    environment.filters |= FILTERS | {"breakable": breakable}
     text = environment.get_template(template).render(
         figures={
             name: _without_tags(json.loads(figure.to_json()))
@@ -55,6 +55,15 @@ def write_page(template: str, out: Path, *, figures: Mapping[str, go.Figure | No
     with drafted_file(out) as draft:
         draft.write_text(text, encoding="utf-8")
     return out
+
+
+def breakable(name: str) -> Markup:
+    """Return a name that may be broken after its underscores, in narrow columns.
+
+    >>> print(breakable("<a>_b"))
+    &lt;a&gt;_<wbr>b
+    """
+    return escape(printable(name)).replace("_", Markup("_<wbr>"))
 
 
 def _shown(value: Any) -> Any:

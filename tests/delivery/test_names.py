@@ -83,6 +83,7 @@ def test_the_report_page(opened: Summary, tmp_path: Path) -> None:
         assert harmful not in content
         assert harmful not in json.dumps(_texts(figures), ensure_ascii=False)
     assert page.count("</script>") == 2
+    assert "\\u200b" not in content  # nothing of our own is written out
     assert "&lt;b&gt;x" in json.dumps(figures)
 
 

@@ -242,7 +242,7 @@ def suite() -> Iterator[Case]:
         "tasks.0.metric": (None, "", 7, "no_such_metric", "acc,no_filter", ["acc"], "coherence"),
         "tasks.0.role": (None, "talent", "retention", "coherence", 7),
         "tasks.0.weight": (-1, NAN, INF, 1e300, "heavy", None, 0),
-        "tasks.0.specialist": (7, "nobody", ""),
+        "tasks.0.specialist": (7, "absent", ""),
         "tasks.0.splits": (
             None,
             {},
@@ -261,7 +261,7 @@ def suite() -> Iterator[Case]:
             name=case.name,
             make=case.make,
             commands=commands[:1]
-            if "specialist: 'nobody'" in case.name or "specialist: ''" in case.name
+            if "specialist: 'absent'" in case.name or "specialist: ''" in case.name
             else commands,
             message="",
         )
@@ -371,16 +371,16 @@ def recipe() -> Iterator[Case]:
     table: dict[str, Sequence[Any]] = {
         "format": (2, None, "1", 0),
         "models": (None, {}, [], "base", {"base": "base"}, {"base": None}, {"": "base"}, {"base": 7}),
-        "base": ("nobody", 7, []),
+        "base": ("absent", 7, []),
         "dtype": ("float64", None, 7, []),
-        "tokenizer": ("nobody", 7),
+        "tokenizer": ("absent", 7),
         "seed": (-1, 1.5, 10**19 - 1, True, NAN, "x"),
         "num_layers": (0, -1, 1.5, 10**9, True, "all"),
-        "fisher": ({"nobody": "x"}, [], {"add": None}),
-        "fingerprints": ({"nobody": "x"}, {"add": "x" * 64}, {"add": 7}),
+        "fisher": ({"absent": "x"}, [], {"add": None}),
+        "fingerprints": ({"absent": "x"}, {"add": "x" * 64}, {"add": 7}),
         "groups": (None, [], {}, [None], "all", [{}], [{"method": "ties"}]),
         "groups.0.method": ("tiess", None, 7, []),
-        "groups.0.sources": ([], None, ["nobody"], [7], "nobody", {"a": 1}),
+        "groups.0.sources": ([], None, ["absent"], [7], "absent", {"a": 1}),
         "groups.0.parameters": (
             [],
             {"density": NAN},
@@ -397,8 +397,8 @@ def recipe() -> Iterator[Case]:
         ),
         "groups.0.layers": ("all", [-1], [1.5], [10**12], [True], 3, [[0, 1]], [99]),
         "groups.0.match": (7, [7], ["no_such_tensor"], {"a": 1}),
-        "groups.0.shift": (7, [1], {"nobody": 1}, [10**12, 0], {"add": 1.5}, [1, 1], {"add": 10**9}),
-        "groups.0.base": ("nobody", 7),
+        "groups.0.shift": (7, [1], {"absent": 1}, [10**12, 0], {"add": 1.5}, [1, 1], {"add": 10**9}),
+        "groups.0.base": ("absent", 7),
         "groups.0.base_shift": (1.5, 10**12, "x"),
         "groups.0.unknown": (1,),
         "unknown": (1,),
@@ -417,7 +417,7 @@ def recipe() -> Iterator[Case]:
                     "shift",
                     "base",
                     "e+300",
-                    "'nobody'",
+                    "'absent'",
                     "lambda",
                 )
             )
@@ -500,7 +500,7 @@ def mergekit() -> Iterator[Case]:
         "parameters": ([], {"normalize": "x"}, {"normalize": 7}, {"lambda": NAN}, {"int8": True}),
         "modules": ({"a": {}, "b": {}}, {"a": 7}, 7),
         "models": ([{"model": "add"}], 7),
-        "tokenizer_source": (7, [], "nobody", "~nosuchuser/x"),
+        "tokenizer_source": (7, [], "absent", "~nosuchuser/x"),
         "tokenizer": (7, {"tokens": {}}, {"source": 7}),
         "chat_template": ("chatml", 7),
         "unknown": (1,),

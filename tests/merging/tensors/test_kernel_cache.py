@@ -1,4 +1,4 @@
-"""The cache of compiled kernels: nothing is loaded that somebody else could have written."""
+"""The cache of compiled kernels: nothing is loaded that another user could have written."""
 
 from __future__ import annotations
 
