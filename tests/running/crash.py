@@ -164,11 +164,19 @@ def main(config_path: Path, folder: Path, workers: int, mode: str, kinds: list[s
 
 
 def wait_for_end(pids: list[int], seconds: float = 60.0) -> list[int]:
-    """Return which processes are still there after some time."""
+    """Return which processes still run after some time."""
     end = time.monotonic() + seconds
-    while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+    while (alive := [pid for pid in pids if _runs(pid)]) and time.monotonic() < end:
         time.sleep(0.02)
     return alive
+
+
+def _runs(pid: int) -> bool:
+    """Say whether a process runs; one that has ended may wait long for a parent that collects it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def facts(folder: Path) -> dict[str, Any]:
