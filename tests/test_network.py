@@ -77,6 +77,7 @@ def test_a_local_check_asks_nothing(asked: Callable[..., list[str]], config: Cal
 
 
 @pytest.mark.skipif(not _no_route(), reason="namespaces are forbidden here")
+@pytest.mark.slow
 def test_a_local_run_needs_no_route(asked: Callable[..., list[str]], config: Callable[..., Path]) -> None:
     executor = {"name": "local", "workers": 1, "threads": 1, "batch_size": 32}
     path = config(executor=executor, budget={"generations": 1}, tracking=["tensorboard"])

@@ -70,9 +70,13 @@ def working(config: Callable[..., Path], tmp_path: Path) -> Callable[..., subpro
     ("signals", "code"),
     [
         ([signal.SIGINT] * 6, 130),
-        ([signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM], 143),
+        pytest.param(
+            [signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM],
+            143,
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["Ctrl-C six times", "SIGTERM during the shutdown"],
+    ids=["Ctrl-C six times", "others during the shutdown"],
 )
 def test_the_first_signal_counts(
     signals: list[signal.Signals], code: int, working: Callable[..., subprocess.Popen[str]]
@@ -105,6 +109,7 @@ def test_a_temporary_folder_that_is_swept_while_workers_start_is_a_message(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_bare_environment_is_enough(config: Callable[..., Path], tmp_path: Path) -> None:
     """No HOME, no PATH, LANG=C, and a TMPDIR that does not exist."""
     path = config(generate=False, budget={"generations": 1})
