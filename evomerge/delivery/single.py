@@ -71,7 +71,7 @@ def evaluate(
 
 
 def _row(scores: TaskScores, metric: str) -> dict[str, Any]:
-    interval = raw_interval(scores.metric, seed=0)
+    interval = raw_interval(scores.metric)
     return {
         "task": scores.task,
         "metric": metric,

@@ -14,7 +14,7 @@ import numpy as np
 
 from evomerge.delivery.style import bounds, difference, percent
 from evomerge.evaluation import statistics
-from evomerge.evaluation.normalise import Normaliser
+from evomerge.evaluation.normalise import Dud, Normaliser, find_duds
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import SuiteTask
@@ -164,6 +164,7 @@ class Summary:
         winners = self.store.entries("winner") if facts.STOPPED.get(self.store) else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
+        self._duds: tuple[Dud, ...] | None = None
 
     @property
     def named(self) -> list[Named]:
@@ -178,19 +179,31 @@ class Summary:
     def normaliser(self, split: Split) -> Normaliser | None:
         """Return the scale of a split (0 = base, 1 = specialist), None until base and parents are scored."""
         if split not in self._normalisers:
-            by_parent = {parent.name: self.scores(parent.recipe.hash, split) for parent in self.parents}
-            scores = {name: result for name, result in by_parent.items() if result is not None}
-            complete = len(scores) == len(self.parents) > 0
+            duds, scored = self.duds(), self._scored_parents(split)
             self._normalisers[split] = (
-                Normaliser(
-                    self.suite,
-                    base=scores[self.parents[0].name],
-                    parents={parent.name: scores[parent.name] for parent in self.parents[1:]},
-                )
-                if complete
-                else None
+                None
+                if scored is None
+                else Normaliser(self.suite, base=scored[0], parents=scored[1], duds=[d.task for d in duds])
             )
         return self._normalisers[split]
+
+    def duds(self) -> tuple[Dud, ...]:
+        """Return the specialists that were no better than the base on `search`, as the search found them."""
+        if self._duds is None:
+            scored = self._scored_parents("search")
+            if scored is None:
+                return ()
+            self._duds = find_duds(self.suite, base=scored[0], parents=scored[1])
+        return self._duds
+
+    def _scored_parents(self, split: Split) -> tuple[Scores, dict[str, Scores]] | None:
+        """Return the scores of base and parents on a split, None until all are there."""
+        scores = [self.scores(parent.recipe.hash, split) for parent in self.parents]
+        complete = [result for result in scores if result is not None]
+        if len(complete) < max(len(scores), 1):
+            return None
+        names = [parent.name for parent in self.parents]
+        return complete[0], dict(zip(names[1:], complete[1:], strict=True))
 
     def scores(self, recipe: str, split: Split) -> Scores | None:
         """Return the scores of a recipe (its hash) on all items of a split, None without them."""
@@ -228,9 +241,9 @@ class Summary:
             role=role,
             name=named.name,
             recipe=named.recipe.hash,
-            tasks={t.task: raw_interval(scores[t.task].metric, seed=SEED) for t in self.shown_tasks},
+            tasks={t.task: raw_interval(scores[t.task].metric) for t in self.shown_tasks},
             normalised={t.task: normalised[t.task] for t in self.shown_tasks if t.counted},
-            mean=statistics.interval(normaliser.items(scores), normaliser.weights, seed=SEED),
+            mean=normaliser.interval(scores),
             retention=normaliser.retention(scores),
         )
 
@@ -274,8 +287,7 @@ class Summary:
         scores, rival_scores = self.scores(recipe, "test"), self.scores(rival, "test")
         if normaliser is None or scores is None or rival_scores is None:
             return None
-        items, rival_items = normaliser.items(scores), normaliser.items(rival_scores)
-        return statistics.paired_difference(items, rival_items, normaliser.weights, seed=SEED)
+        return normaliser.compare(scores, rival_scores, seed=SEED)
 
     def claims(self, rows: Iterable[Row]) -> list[Claim]:
         """Compare the winner with the best baseline and all parents, on the mean and task by task.
@@ -359,11 +371,9 @@ class Summary:
         return max(named or parents, key=lambda row: row.tasks[task.task].estimate, default=None)
 
 
-def raw_interval(metric: np.ndarray[Any, np.dtype[Any]], *, seed: int) -> Interval:
-    """Return the mean of a task's per-item metric (1-d) with its 95 % interval: exact where it is 0 or 1."""
-    if np.isin(metric, (0.0, 1.0)).all():
-        return statistics.proportion_interval(int(metric.sum()), len(metric))
-    return statistics.interval([metric], [1.0], seed=seed)
+def raw_interval(metric: np.ndarray[Any, np.dtype[Any]]) -> Interval:
+    """Return the mean of a task's per-item metric (1-d) with its 95 % interval."""
+    return statistics.interval([metric], [1.0])
 
 
 def kept_sentence(shares: Iterable[KeptShare]) -> str | None:

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from evomerge.errors import ConfigError, nearest
+from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Array, Scores, TaskScores, read_only
 from evomerge.evaluation.suite import Suite, SuiteTask
 
 HEADROOM_FLOOR = 0.05
 """Smallest headroom used as a divisor. With a specialist barely above the base the scale would amplify noise
-without bound, and with one below the base it would be reversed."""
+without bound, and with one below the base it would be reversed. Where the headroom's own error is larger (few
+items), its 90 % limit is the smallest divisor: points finer than that can't be seen."""
+
+CONFIDENCE = 0.95
+"""How sure it must be that a specialist is better than the base, or its task is left out of the mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +69,78 @@ def check_specialists(suite: Suite, sources: Mapping[str, object]) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dud:
+    """A specialist that is not shown to be better than the base on its task: its headroom may be all noise.
+
+    base, score: means of base and specialist, in the metric's units. items: that were compared.
+    """
+
+    task: str
+    specialist: str
+    base: float
+    score: float
+    items: int
+
+    @property
+    def sentence(self) -> str:
+        """The comparison and its consequence, in one line."""
+        return (
+            f"{self.task}: the specialist ({self.specialist}) is not shown to be better than the base on "
+            f"`search` ({self.score:.3g} against {self.base:.3g} on {self.items} items), so the task is left "
+            "out of the mean and of constraints"
+        )
+
+
+def find_duds(suite: Suite, *, base: Scores, parents: Mapping[str, Scores]) -> tuple[Dud, ...]:
+    """Return the counted tasks whose specialist is not better than the base beyond sampling error.
+
+    A paired one-sided test at CONFIDENCE on the scores of one split; where the specialist is the best of
+    several parents, corrected for their number. Decided once, on `search`, for all splits of a run.
+
+    Args:
+        suite: the tasks with their specialists.
+        base: the base model's scores.
+        parents: name -> scores, as for `Normaliser`.
+    """
+    found = []
+    for spec in suite.of(base.split):
+        if spec.role != "skill" or not spec.counted:
+            continue
+        name = _specialist(spec, parents)
+        low, high = base[spec.task], parents[name][spec.task]
+        test = statistics.paired_items(high.metric, low.metric, seed=0)
+        one_sided = test.p / 2 * (1 if spec.specialist is not None else len(parents))
+        if test.estimate <= 0 or one_sided > 1 - CONFIDENCE:
+            found.append(
+                Dud(task=spec.task, specialist=name, base=low.mean, score=high.mean, items=len(low.metric))
+            )
+    return tuple(found)
+
+
+def dud_sentences(duds: Sequence[Dud], counted: Collection[str]) -> list[str]:
+    """Return what to say about duds, one sentence each; one for all where every counted task has one."""
+    if not duds or len(duds) < len(counted):
+        return [dud.sentence for dud in duds]
+    scores = ", ".join(f"{d.task} {d.score:.3g} against {d.base:.3g} on {d.items} items" for d in duds)
+    return [
+        f"no specialist is shown to be better than the base on `search` ({scores}), so there is no scale: "
+        "points are hundredths of the raw score above the base, and most differences will be noise. "
+        "Stop here and give the suite more items, or choose other specialists"
+    ]
+
+
 class Normaliser:
     """Normalise scores of one split with the base's and the parents' scores on the same split.
 
-    The references count as exact: their sampling error is not part of any interval.
+    The references count as exact in the scores of `items`; `units` has their sampling error.
 
     Args:
         suite: the tasks with their roles, weights and specialists.
         base: the base model's scores; its means are 0 on the scale.
         parents: name -> scores of the models whose best, or the named specialist, is 1 on the scale.
+        duds: tasks that are left out of the mean, see `find_duds`; their scores are raw, relative to the
+            base. Where that leaves no task, all of them count, raw.
 
     Attributes:
         split, blocks: of the scores that can be normalised.
@@ -90,7 +160,14 @@ class Normaliser:
     0.5
     """
 
-    def __init__(self, suite: Suite, *, base: Scores, parents: Mapping[str, Scores]) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        *,
+        base: Scores,
+        parents: Mapping[str, Scores],
+        duds: Collection[str] = (),
+    ) -> None:
         assert parents, "no parent to compare with"
         places = {(scores.split, scores.blocks) for scores in (base, *parents.values())}
         assert len(places) == 1, f"scores of different items: {places}"
@@ -98,7 +175,10 @@ class Normaliser:
         self.split, self.blocks = base.split, base.blocks
         present = suite.of(base.split)
         skills = [spec for spec in present if spec.role == "skill"]
-        self._counted = [spec for spec in skills if spec.counted]
+        counted = [spec for spec in skills if spec.counted]
+        self._counted = [spec for spec in counted if spec.task not in duds] or counted
+        self.duds = tuple(spec.task for spec in skills if spec.task in duds)
+        """Skill tasks without a scale, because their specialist is not better than the base."""
         self._retention = [
             (spec, base[spec.task].mean) for spec in present if spec.role == "retention" and spec.counted
         ]
@@ -111,13 +191,24 @@ class Normaliser:
         self.weights = read_only([spec.weight / total for spec in self._counted])
         """(tasks,) shares of the tasks in the mean; they sum to 1, in the order of `items`."""
         self._scales: dict[str, tuple[_Scale, _Scale | None]] = {}
+        self._units: dict[str, Array] = {}
+        self._spans: dict[str, statistics.Span] = {}
         for spec in skills:
-            reference = _reference(spec, parents)
-            self._scales[spec.task] = _scales(base[spec.task], reference)
+            low, high = base[spec.task], parents[_specialist(spec, parents)][spec.task]
+            self._scales[spec.task] = _scales(low, high) if spec.task not in duds else _raw_scales(low, high)
+            headroom = high.metric - low.metric
+            exact = spec.task in duds or headroom.mean() < self._scales[spec.task][0].headroom
+            self._units[spec.task] = read_only(
+                np.ones(len(headroom)) if exact else headroom / headroom.mean()
+            )
+            models = (low, *(parent[spec.task] for parent in parents.values()))
+            self._spans[spec.task] = statistics.span(*(model.metric for model in models))
         self.counted = tuple(spec.task for spec in self._counted)
         """The skill tasks that count in the mean."""
         self.floored = tuple(
-            s.task for s in self._counted if self._scales[s.task][0].headroom <= HEADROOM_FLOOR
+            s.task
+            for s in self._counted
+            if s.task not in self.duds and self._scales[s.task][0].headroom <= HEADROOM_FLOOR
         )
         """Tasks whose specialist is hardly better than the base, so their normalised scores mean little."""
 
@@ -133,6 +224,7 @@ class Normaliser:
         moved.blocks = base.blocks
         moved._retention = [(spec, base[spec.task].mean) for spec, _ in self._retention]
         moved._coherence = [(spec, max(base[spec.task].mean, HEADROOM_FLOOR)) for spec, _ in self._coherence]
+        moved._units = {}  # of other items
         moved._scales = {
             name: (
                 replace(scale, zero=base[name].mean),
@@ -294,6 +386,32 @@ class Normaliser:
             values.append(read_only((scores[spec.task].metric - scale.zero) / scale.headroom))
         return values
 
+    @property
+    def units(self) -> list[Array]:
+        """For each counted skill task (n,) the headroom item by item, relative to its mean.
+
+        With it `statistics.paired_difference` includes the references' sampling error. Ones where the
+        headroom is a constant.
+        """
+        return [self._units[spec.task] for spec in self._counted]
+
+    @property
+    def spans(self) -> list[statistics.Span]:
+        """For each counted skill task the range of its metric on the normalised scale."""
+        scales = [(self._scales[spec.task][0], self._spans[spec.task]) for spec in self._counted]
+        return [(scale(low), scale(high)) for scale, (low, high) in scales]
+
+    def interval(self, scores: Scores) -> statistics.Interval:
+        """Return the mean with its 95 % interval; the references count as exact."""
+        return statistics.interval(self.items(scores), self.weights, spans=self.spans)
+
+    def compare(self, a: Scores, b: Scores, *, seed: int) -> statistics.PairedTest:
+        """Test the difference of two models' means, paired; its interval has the references' error, too."""
+        items = self.items(a), self.items(b)
+        return statistics.paired_difference(
+            *items, self.weights, seed=seed, spans=self.spans, units=self.units
+        )
+
     def _weighted(self, values: list[float]) -> float:
         return math.fsum(weight * value for weight, value in zip(self.weights.tolist(), values, strict=True))
 
@@ -303,15 +421,23 @@ def _mean(values: Array | None) -> float:
     return float(values.mean())
 
 
-def _reference(spec: SuiteTask, parents: Mapping[str, Scores]) -> TaskScores:
-    if spec.specialist is not None:
-        return parents[spec.specialist][spec.task]
-    return max((parent[spec.task] for parent in parents.values()), key=lambda task: task.mean)
+def _specialist(spec: SuiteTask, parents: Mapping[str, Scores]) -> str:
+    """Return the parent that is 1 on a task's scale: the named one, else the best, of equal ones the first."""
+    return spec.specialist or max(parents, key=lambda name: parents[name][spec.task].mean)
 
 
 def _scales(base: TaskScores, reference: TaskScores) -> tuple[_Scale, _Scale | None]:
-    metric = _Scale(zero=base.mean, headroom=max(reference.mean - base.mean, HEADROOM_FLOOR))
+    error = statistics.standard_error(reference.metric - base.metric)
+    least = max(HEADROOM_FLOOR, statistics.ONE_SIDED * error)
+    metric = _Scale(zero=base.mean, headroom=max(reference.mean - base.mean, least))
     if base.smooth is None or reference.smooth is None:
         return metric, None
     zero, specialist = _mean(base.smooth), _mean(reference.smooth)
     return metric, _Scale(zero=zero, headroom=max(specialist - zero, HEADROOM_FLOOR))
+
+
+def _raw_scales(base: TaskScores, reference: TaskScores) -> tuple[_Scale, _Scale | None]:
+    metric = _Scale(zero=base.mean, headroom=1.0)
+    if base.smooth is None or reference.smooth is None:
+        return metric, None
+    return metric, _Scale(zero=_mean(base.smooth), headroom=1.0)

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 
 from evomerge.errors import NoWinnerError, UserError
-from evomerge.evaluation.normalise import Normaliser
+from evomerge.evaluation.normalise import Normaliser, dud_sentences, find_duds
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
 from evomerge.evaluation.suite import Suite
@@ -112,12 +112,14 @@ class Search:
         self._slopes = slopes
         self._ahead, self._guard_inputs = ahead, guard
         self._parents = baselines.parents(plan.template, plan.space.sources)
+        self._duds: tuple[str, ...] = ()
+        self._counted_tasks: tuple[str, ...] = ()
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
         for position, parent in enumerate(self._parents):
             self._journal.record_entry("parent" if position else "base", max(position - 1, 0), parent)
-        references = self._references("search")
+        references = self._first_references()
         self._foresee(self._parents, "select", "test")
         objective = self._objective(references)
         parents = self._known(objective, self._parents, "base and parents")
@@ -180,11 +182,27 @@ class Search:
     def _seed(self, stream: tuple[int, ...]) -> np.random.SeedSequence:
         return np.random.SeedSequence(self._plan.seed, spawn_key=stream)
 
+    def _scored_parents(self, split: Split) -> tuple[Scores, dict[str, Scores]]:
+        scores = self._scorer.require(self._parents, split, "base and parents")
+        return scores[0], {p.name: s for p, s in zip(self._parents[1:], scores[1:], strict=True)}
+
+    def _first_references(self) -> Normaliser:
+        """Return the scale of `search`; find and announce the specialists that are no better than the base."""
+        suite = self._plan.suite
+        base, parents = self._scored_parents("search")
+        duds = find_duds(suite, base=base, parents=parents)
+        counted = [task.task for task in suite.of("search") if task.role == "skill" and task.counted]
+        for sentence in dud_sentences(duds, counted):
+            self._observer.noted(f"note: {sentence}")
+        self._duds = tuple(dud.task for dud in duds)
+        references = self._references("search")
+        self._counted_tasks = references.counted
+        return references
+
     def _references(self, split: Split) -> Normaliser:
         """Score base and parents, the references of the normalisation."""
-        scores = self._scorer.require(self._parents, split, "base and parents")
-        by_name = {p.name: s for p, s in zip(self._parents[1:], scores[1:], strict=True)}
-        return Normaliser(self._plan.suite, base=scores[0], parents=by_name)
+        base, parents = self._scored_parents(split)
+        return Normaliser(self._plan.suite, base=base, parents=parents, duds=self._duds)
 
     def _objective(self, references: Normaliser) -> Objective:
         return Objective(self._plan.objective, references, layers=self._plan.layers)
@@ -353,9 +371,8 @@ class Search:
         )
 
     def _counted(self, scores: Scores) -> int:
-        """Return how many items the loss is computed from, without retention and uncounted tasks."""
-        counted = {t.task for t in self._plan.suite.tasks if t.role == "skill" and t.counted}
-        return sum(len(task.metric) for task in scores if task.task in counted)
+        """Return how many items the mean is computed from."""
+        return sum(len(task.metric) for task in scores if task.task in self._counted_tasks)
 
     def _select(self, starts: Sequence[Candidate], searched: SearchResult, views: Views) -> Named:
         """Score the finalists on `select`, which the search never saw, and return the winner."""

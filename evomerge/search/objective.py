@@ -164,7 +164,10 @@ class Objective:
         return self._normaliser
 
     def task_limits(self) -> dict[str, float]:
-        """Return the least normalised score of every task that the constraints limit."""
+        """Return the least normalised score of every task that the constraints limit.
+
+        Tasks without a scale, because their specialist is a dud, have none.
+        """
         return self._limits()
 
     @property
@@ -354,10 +357,10 @@ class Objective:
         return self.depth(recipe) if objective == "depth" else -tasks[objective]
 
     def _limits(self) -> dict[str, float]:
-        tasks = self._spec.constraints.tasks
-        if isinstance(tasks, Mapping):
-            return dict(tasks)
-        return {} if tasks is None else dict.fromkeys(self._normaliser.counted, tasks)
+        tasks, duds = self._spec.constraints.tasks, self._normaliser.duds
+        if not isinstance(tasks, Mapping):
+            tasks = {} if tasks is None else dict.fromkeys(self._normaliser.counted, tasks)
+        return {task: limit for task, limit in tasks.items() if task not in duds}
 
 
 def _lost(kept: float | None) -> float:

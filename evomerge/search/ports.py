@@ -129,6 +129,10 @@ class SearchObserver(Protocol):
         """
         ...
 
+    def noted(self, message: str) -> None:
+        """Something worth a line, such as a specialist that is no better than the base."""
+        ...
+
 
 class GradientSource(Protocol):
     """Differentiates losses with respect to recipes' parameters, each only once in the life of a run."""
