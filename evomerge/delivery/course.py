@@ -17,6 +17,7 @@ from evomerge.delivery.summary import SEED, Summary
 from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, joined
+from evomerge.evaluation.statistics import Interval
 from evomerge.running.store import facts
 from evomerge.search.surrogate.prediction import shared_blocks
 
@@ -44,6 +45,7 @@ class Convergence:
     A generation is measured on the item blocks its survivors were scored on; `blocks` has their number, of
     `of`. best_so_far: the best of all generations up to this one on the same items, so it may fall where the
     items change. baseline: the score on the same items of the baseline that is best on all items.
+    best_interval: of the last best_so_far. baseline_interval: of the best baseline on all items.
     """
 
     generations: tuple[int, ...]
@@ -55,6 +57,8 @@ class Convergence:
     baseline: tuple[float | None, ...]
     best_baseline: float | None
     best_baseline_name: str | None
+    best_interval: Interval | None
+    baseline_interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,11 +187,14 @@ class Course:
         numbers, best, so_far, median, counts, beside = [], [], [], [], [], []
         asked: dict[str, None] = {}
         means_by_blocks: dict[Blocks, dict[str, float]] = {}
+        means: dict[str, float] = {}
+        last: Blocks = ()
         for generation in self._store.generations() if scored else ():
             asked |= dict.fromkeys(generation.recipes)
             blocks = self._common_blocks(generation.recipes)
             if not blocks:
                 continue
+            last = blocks
             means = means_by_blocks.setdefault(blocks, {})
             for recipe in (*asked, *([baseline] if baseline else ())):
                 if recipe not in means and (scores := self._joined(recipe, blocks)) is not None:
@@ -208,7 +215,18 @@ class Course:
             baseline=tuple(beside),
             best_baseline=baseline_mean,
             best_baseline_name=baseline_name,
+            best_interval=self._best_interval(means, last) if numbers else None,
+            baseline_interval=self._interval(baseline, tuple(range(self.blocks))) if baseline else None,
         )
+
+    def _best_interval(self, means: Mapping[str, float], blocks: Blocks) -> Interval | None:
+        searched = {recipe for generation in self._store.generations() for recipe in generation.recipes}
+        best = max((recipe for recipe in means if recipe in searched), key=lambda recipe: means[recipe])
+        return self._interval(best, blocks)
+
+    def _interval(self, recipe: str, blocks: Blocks) -> Interval | None:
+        scores = self._joined(recipe, blocks)
+        return None if scores is None else self._scale(blocks).interval(scores)
 
     def luck(self) -> Luck | None:
         """Return the selection bias of the winner's `search` score; None without a winner.

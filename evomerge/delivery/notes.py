@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
+from evomerge.evaluation.normalise import dud_sentences
 from evomerge.running import forward
 from evomerge.running.batches import decisions
 
@@ -13,6 +14,8 @@ def notes(summary: Summary) -> list[str]:
     store = summary.store
     normaliser = summary.normaliser("test")
     sentences = objectives.notes(summary)
+    skills = [task.task for task in summary.suite.of("search") if task.role == "skill" and task.counted]
+    sentences += dud_sentences(summary.duds(), skills)
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(
             f"{task}: the specialist is hardly better than the base, so the task's part of the mean is noise"

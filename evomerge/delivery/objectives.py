@@ -17,9 +17,8 @@ from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.running.store import StoredFront, StoreReader, facts
-from evomerge.schema import parse
 from evomerge.search import pareto
-from evomerge.search.objective import Objective, ObjectiveSpec
+from evomerge.search.objective import Objective
 from evomerge.search.ports import Named
 
 PICKS = ("knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3")
@@ -100,7 +99,7 @@ def axis(objective: str) -> str:
 def front(summary: Summary) -> Front | None:
     """Return the Pareto front of a run, or None where it has one objective."""
     store = summary.store
-    spec = _spec(store)
+    spec = summary.objective
     if not spec.several:
         return None
     objective, points = _objective(summary, "select"), []
@@ -125,7 +124,7 @@ def front(summary: Summary) -> Front | None:
 def notes(summary: Summary) -> list[str]:
     """Return what a reader must know about the objective, one sentence each."""
     sentences = []
-    if _spec(summary.store).several:
+    if summary.objective.several:
         sentences.append(
             "several objectives: the winner is the knee of the front on select; the verdict is about its "
             "mean score only; the front's numbers are from select"
@@ -139,7 +138,7 @@ def constraints(summary: Summary) -> str | None:
     """Return whether the winner meets the constraints, as a sentence; None without constraints or winner."""
     store = summary.store
     on_select, on_test = _objective(summary, "select"), _objective(summary, "test")
-    if not _spec(store).constraints or summary.winner is None or on_select is None:
+    if not summary.objective.constraints or summary.winner is None or on_select is None:
         return None
     selected = summary.scores(summary.winner.recipe.hash, "select")
     if selected is None:
@@ -220,14 +219,10 @@ def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:
     return by_task
 
 
-def _spec(store: StoreReader) -> ObjectiveSpec:
-    return parse(ObjectiveSpec, facts.CONFIG.require(store)["objective"], f"{store.folder}: stored objective")
-
-
 def _objective(summary: Summary, split: Split) -> Objective | None:
     store = summary.store
     normaliser = summary.normaliser(split)
-    return None if normaliser is None else Objective(_spec(store), normaliser, layers=facts.LAYERS.get(store))
+    return None if normaliser is None else Objective(summary.objective, normaliser, layers=facts.LAYERS.get(store))
 
 
 def _scored(summary: Summary, recipes: list[Named], split: Split) -> list[tuple[Named, Scores]]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from evomerge.delivery.style import elapsed, percent
+from evomerge.delivery.style import elapsed, points
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.clock import brief, span
@@ -102,7 +102,7 @@ class Live(Observer):
         self._console.print(message, highlight=False, markup=False)
 
     def _note(self) -> str:
-        parts = [] if self._best is None else [f"best {percent(self._best)} points"]
+        parts = [] if self._best is None else [f"best {points(self._best)}"]
         if self._failures:
             parts.append(f"{self._failures} failed")
         if self._estimate is not None:

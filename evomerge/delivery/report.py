@@ -20,6 +20,7 @@ from evomerge.delivery.objectives import Front
 from evomerge.delivery.page import write_page
 from evomerge.delivery.style import percent, plus_minus, short_task
 from evomerge.delivery.summary import Claim, Row, Summary, kept_sentence
+from evomerge.delivery.verdict import STYLES
 from evomerge.running import forward
 from evomerge.running.store import facts
 
@@ -57,11 +58,11 @@ def _verdict(summary: Summary, course: Course, rows: Sequence[Row]) -> list[Rend
     if verdict is None:
         return [Text("no verdict yet: the run has not scored `test`", style="yellow")]
     luck = course.luck()
-    lines = [summary.weakest(rows), kept_sentence(summary.shares(rows)), luck.sentence if luck else None]
+    lines = [*verdict.losses, summary.weakest(rows), kept_sentence(summary.shares(rows)), luck.sentence if luck else None]
     if not verdict.helped:
         folder = shlex.quote(str(summary.store.folder))
         lines.append(f"to export the best baseline: evomerge export {folder} OUT --pick best-baseline")
-    headline = Text(verdict.sentence, style="bold green" if verdict.helped else "bold yellow")
+    headline = Text(verdict.sentence, style=STYLES[verdict.level])
     return [headline, *(Text(line) for line in lines if line)]
 
 

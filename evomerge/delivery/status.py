@@ -12,8 +12,9 @@ from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import outlook
-from evomerge.delivery.style import of_blocks, percent
+from evomerge.delivery.style import of_blocks, plus_minus
 from evomerge.delivery.summary import Summary
+from evomerge.evaluation.statistics import Interval
 from evomerge.running import forward
 from evomerge.running.budget import LIMITS
 from evomerge.running.clock import shown
@@ -48,14 +49,17 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "hours": round(store.hours(), 4),
         **_time_and_cost(store),
         "best_on_search": convergence.best_so_far[-1] if convergence.best_so_far else None,
+        "best_interval": _ends(convergence.best_interval),
         "best_on_blocks": blocks,
         "best_baseline_on_search": convergence.best_baseline,
         "best_baseline": convergence.best_baseline_name,
+        "best_baseline_interval": _ends(convergence.baseline_interval),
         "forward": None if passes is None else forward.as_data(passes),
         "failures": len(failures),
         "last_failure": failures[-1][2].reason if failures else None,
         "winner": summary.winner.recipe.hash if summary.winner else None,
         "verdict": verdict.sentence if verdict else None,
+        "level": verdict.level if verdict else None,
         "front": front.as_data() | {"sentence": front.sentence} if front else None,
         "constraints": objectives.constraints(summary),
         "surrogate": None if surrogate is None else surrogate.as_data(),
@@ -109,10 +113,11 @@ def text(data: dict[str, Any]) -> str:
         lines.append(f"  cost so far: {data['cost']:.2f}")
     if data["best_on_search"] is not None:
         blocks = of_blocks(*data["best_on_blocks"])
-        lines.append(f"  best so far on search: {percent(data['best_on_search'])} points{blocks}")
+        best = _score(data["best_on_search"], data["best_interval"])
+        lines.append(f"  best so far on search: {best} points{blocks}")
     if data["best_baseline_on_search"] is not None:
-        points = percent(data["best_baseline_on_search"])
-        lines.append(f"  best baseline on search: {points} points ({data['best_baseline']})")
+        best = _score(data["best_baseline_on_search"], data["best_baseline_interval"])
+        lines.append(f"  best baseline on search: {best} points ({data['best_baseline']})")
     if data["surrogate"]:
         lines.append(f"  {data['surrogate']['sentence']}")
     if data["forward"]:
@@ -127,6 +132,15 @@ def text(data: dict[str, Any]) -> str:
     if data["state"] == "stopped":
         lines.append(f"  {resume}")
     return "\n".join(lines)
+
+
+def _ends(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [interval.low, interval.high]
+
+
+def _score(estimate: float, ends: list[float] | None) -> str:
+    low, high = ends or (estimate, estimate)
+    return plus_minus(Interval(estimate=estimate, low=low, high=high))
 
 
 def _raised(limit: str) -> str:

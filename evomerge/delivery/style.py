@@ -67,9 +67,39 @@ def bounds(low: float, high: float) -> str:
     return f"[{percent(low)}, {percent(high)}]"
 
 
+COARSE, USELESS = 0.1, 0.5
+"""Half an interval's length from which on decimals, and the estimate itself, say nothing."""
+
+
 def plus_minus(interval: Interval, digits: int = 1) -> str:
-    """Return an interval in hundredths as its estimate ± half its length, as in `12.3 ±4.5`."""
-    return f"{percent(interval.estimate, digits)} ±{percent((interval.high - interval.low) / 2, digits)}"
+    """Return an interval in hundredths as its estimate ± half its length, as in `12.3 ±4.5`.
+
+    Without decimals where it is long; where it is longer than the whole scale, only its ends.
+
+    >>> from evomerge.evaluation.statistics import Interval
+    >>> plus_minus(Interval(estimate=0.1234, low=0.10, high=0.15)), plus_minus(
+    ...     Interval(estimate=1.0, low=-0.01, high=1.99)
+    ... )
+    ('12.3 ±2.5', '-1 to 199')
+    """
+    half = (interval.high - interval.low) / 2
+    if half >= USELESS:
+        return f"{percent(interval.low, 0)} to {percent(interval.high, 0)}"
+    digits = 0 if half >= COARSE else digits
+    return f"{percent(interval.estimate, digits)} ±{percent(half, digits)}"
+
+
+def points(score: float) -> str:
+    """Return a normalised score that is shown without its interval, in whole points.
+
+    Far beyond the specialists the scale is too short to be read off.
+
+    >>> points(0.523), points(2.222), points(-3.0)
+    ('52 points', 'more than 150 points', 'less than -150 points')
+    """
+    if abs(score) > 1.5:
+        return "more than 150 points" if score > 0 else "less than -150 points"
+    return f"{percent(score, 0)} points"
 
 
 def p_value(p: float) -> str:

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.delivery.style import bounds, difference, percent
+from evomerge.delivery.style import percent, short_task
+from evomerge.delivery.verdict import TaskResult, Verdict
 from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Dud, Normaliser, find_duds
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import SuiteTask
 from evomerge.running.store import facts
+from evomerge.schema import parse
+from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.ports import Named
 from evomerge.stored import StoredRun
 
@@ -53,41 +56,6 @@ class Row:
             "normalised": self.normalised,
             "mean": [self.mean.estimate, self.mean.low, self.mean.high],
             "retention": self.retention,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The paired test of the winner against the best baseline, on `test`.
-
-    items: how many items the test compares.
-    """
-
-    rival: str
-    test: PairedTest
-    items: int
-
-    @property
-    def helped(self) -> bool:
-        """Whether the whole 95 % interval of the difference lies above zero."""
-        return self.test.low > 0
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in one line."""
-        head = "search helped" if self.helped else "search did not help"
-        return (
-            f"{head}: {difference(self.test.estimate)} points {bounds(self.test.low, self.test.high)} "
-            f"over the best baseline ({self.rival})"
-        )
-
-    def as_data(self) -> dict[str, Any]:
-        """Return the verdict as plain data, differences in points."""
-        return {
-            "sentence": self.sentence,
-            "helped": self.helped,
-            "best_baseline": self.rival,
-            **_points(self.test),
         }
 
 
@@ -165,6 +133,12 @@ class Summary:
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
         self._duds: tuple[Dud, ...] | None = None
+
+    @property
+    def objective(self) -> ObjectiveSpec:
+        """The run's objective, as its config has it."""
+        stored = facts.CONFIG.require(self.store)["objective"]
+        return parse(ObjectiveSpec, stored, f"{self.store.folder}: stored objective")
 
     @property
     def named(self) -> list[Named]:
@@ -260,26 +234,61 @@ class Summary:
         winner = _by_role(rows, "winner")
         if winner is None:
             return None
-        task, score = min(winner.normalised.items(), key=lambda pair: pair[1])
+        duds = {dud.task for dud in self.duds()}
+        scaled = {task: score for task, score in winner.normalised.items() if task not in duds}
+        if not scaled:
+            return None
+        task, score = min(scaled.items(), key=lambda pair: pair[1])
         return f"weakest task of the winner: {task}, {percent(score, 0)} points (0 = base, 100 = specialist)"
 
     def verdict(self, rows: Iterable[Row]) -> Verdict | None:
-        """Test the winner against the best baseline, paired item by item.
+        """Test the winner against the best baseline, paired item by item: the mean, and task by task.
 
         Args:
             rows: the comparison table, from `rows()`.
 
         Returns:
-            The test of the mean normalised score on `test`; None until the winner is scored there.
+            The test of the mean normalised score on `test`, and one per task; None until the winner is scored
+            there.
         """
         rival = self.best_baseline(rows)
         if self.winner is None or rival is None:
             return None
         test = self._mean_difference(self.winner.recipe.hash, rival.recipe)
-        scores, normaliser = self.scores(rival.recipe, "test"), self.normaliser("test")
-        if test is None or scores is None or normaliser is None:
+        normaliser = self.normaliser("test")
+        scores, rival_scores = (self.scores(r, "test") for r in (self.winner.recipe.hash, rival.recipe))
+        if test is None or scores is None or rival_scores is None or normaliser is None:
             return None
-        return Verdict(rival=rival.name, test=test, items=sum(map(len, normaliser.items(scores))))
+        return Verdict(
+            rival=rival.name,
+            test=test,
+            items=sum(map(len, normaliser.items(scores))),
+            tasks=tuple(self._task_results(scores, rival_scores, normaliser)),
+            scaled=not set(normaliser.counted) & set(normaliser.duds),
+            constraints=self.objective.constraints,
+            counted=normaliser.counted,
+        )
+
+    def _task_results(self, winner: Scores, rival: Scores, normaliser: Normaliser) -> list[TaskResult]:
+        tasks, kept, held = self.shown_tasks, normaliser.task(winner), normaliser.task(rival)
+        pairs = [(winner[t.task].metric, rival[t.task].metric) for t in tasks]
+        tests = [statistics.paired_items(*pair, seed=SEED) for pair in pairs]
+        adjusted = statistics.holm([test.p for test in tests])
+        scaled = {t.task for t in tasks if t.task not in normaliser.duds}
+        return [
+            TaskResult(
+                task=t.task,
+                name=short_task(t.task, self.suite.name),
+                winner=winner[t.task].mean,
+                rival=rival[t.task].mean,
+                test=test,
+                adjusted=p,
+                kept=kept[t.task] if t.task in scaled and t.counted else None,
+                held=held[t.task] if t.task in scaled else None,
+                limited=t.task in scaled and t.splits["search"] is not None,
+            )
+            for t, test, p in zip(tasks, tests, adjusted, strict=True)
+        ]
 
     def _mean_difference(self, recipe: str, rival: str) -> PairedTest | None:
         """Test the difference of two recipes in the mean normalised score on `test`."""

@@ -294,7 +294,7 @@ def _result(summary: Summary) -> tuple[dict[str, float], dict[str, str]]:
     if verdict is not None:
         test = verdict.test
         values |= {"test/gain": test.estimate, "test/gain_low": test.low, "test/gain_high": test.high}
-        texts["verdict"] = verdict.sentence
+        texts |= {"verdict": verdict.sentence, "level": verdict.level}
     return values, texts
 
 

@@ -1,0 +1,213 @@
+"""The verdict: did the search help, on which tasks, what did it lose, and which config would forbid the loss.
+
+Green only where the mean is better than the best baseline's and no task pays for it. Amber where a task is
+significantly worse than the best baseline has it, or below KEPT_SHARE of its specialist. Red where the search did
+not help.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from evomerge.delivery.style import bounds, difference, percent
+from evomerge.evaluation.statistics import PairedTest
+from evomerge.search.objective import ConstraintsSpec
+
+KEPT_SHARE = 0.5
+"""The least share of a specialist's gain over the base that every task of a green winner keeps."""
+
+SIGNIFICANT = 0.05
+"""Adjusted p up to which a task counts as better or worse."""
+
+LISTED = 5
+"""Tasks that a sentence names; the others are counted."""
+
+Level = Literal["green", "amber", "red"]
+
+STYLES: Mapping[Level, str] = {"green": "bold green", "amber": "bold yellow", "red": "bold red"}
+"""How a terminal shows a verdict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """The winner against the best baseline on one task.
+
+    task, name: in full, and as tables show it. winner, rival: mean raw scores. test: of their difference.
+    adjusted: its p after Holm's correction over the tasks. kept, held: winner's and rival's normalised scores,
+    None where the task has no scale or does not count. limited: whether a constraint can name the task.
+    """
+
+    task: str
+    name: str
+    winner: float
+    rival: float
+    test: PairedTest
+    adjusted: float
+    kept: float | None
+    held: float | None
+    limited: bool
+
+    @property
+    def better(self) -> bool:
+        """Whether the winner is significantly better."""
+        return self.adjusted <= SIGNIFICANT and self.test.estimate > 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether the winner is significantly worse."""
+        return self.adjusted <= SIGNIFICANT and self.test.estimate < 0
+
+    @property
+    def short(self) -> bool:
+        """Whether the winner keeps less than KEPT_SHARE of what the specialist gained over the base."""
+        return self.kept is not None and self.kept < KEPT_SHARE
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as plain data: raw scores, differences in points of raw score."""
+        return {
+            "task": self.task,
+            "result": "better" if self.better else "worse" if self.worse else "same",
+            "winner": self.winner,
+            "rival": self.rival,
+            "points": 100 * self.test.estimate,
+            "low": 100 * self.test.low,
+            "high": 100 * self.test.high,
+            "p": self.test.p,
+            "p_holm": self.adjusted,
+            "kept": self.kept,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The paired test of the winner against the best baseline, on `test`, and what it hides.
+
+    items: how many items the test compares. scaled: whether any task of the mean has a specialist that is better
+    than the base. constraints: those of the run. counted: the tasks that a constraint for all tasks means.
+    """
+
+    rival: str
+    test: PairedTest
+    items: int
+    tasks: tuple[TaskResult, ...]
+    scaled: bool
+    constraints: ConstraintsSpec
+    counted: tuple[str, ...]
+
+    @property
+    def helped(self) -> bool:
+        """Whether the whole 95 % interval of the difference lies above zero."""
+        return self.test.low > 0
+
+    @property
+    def level(self) -> Level:
+        """Green, amber or red; see the module."""
+        if not self.helped:
+            return "red"
+        return "amber" if self.lost or self.short or not self.scaled else "green"
+
+    @property
+    def lost(self) -> list[TaskResult]:
+        """The tasks on which the winner is significantly worse, worst first."""
+        return sorted((t for t in self.tasks if t.worse), key=lambda t: t.test.estimate)
+
+    @property
+    def short(self) -> list[TaskResult]:
+        """The tasks of which the winner keeps too little, least first."""
+        return sorted((t for t in self.tasks if t.short), key=lambda t: t.kept or 0.0)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one line."""
+        head = "search helped" if self.helped else "search did not help"
+        better = sum(t.better for t in self.tasks)
+        gained = f"better on {_count(better)}"
+        lost = "worse on none"
+        if self.lost:
+            pairs = [f"{t.name} {percent(t.winner)} against {percent(t.rival)}" for t in self.lost]
+            lost = f"worse on {len(pairs)}: {_listed(pairs)}"
+        return (
+            f"{head}: {difference(self.test.estimate)} points {bounds(self.test.low, self.test.high)} "
+            f"over the best baseline ({self.rival}); {gained}, {lost}"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """The tasks of which the winner keeps too little, in one line; None without any."""
+        if not self.short:
+            return None
+        tasks = [f"{t.name} {percent(t.kept, 0)} %" for t in self.short]
+        return (
+            f"kept less than {percent(KEPT_SHARE, 0)} % of what the specialist gained over the base: "
+            + _listed(tasks)
+        )
+
+    @property
+    def forbidding(self) -> str | None:
+        """The config line that forbids the losses; None without a loss that constraints can forbid.
+
+        A task that got worse must score what the best baseline has (rounded down), one that only keeps too
+        little KEPT_SHARE. What the run's constraints demanded stays.
+        """
+        before = self.constraints.tasks
+        limits = dict(before) if isinstance(before, Mapping) else dict.fromkeys(self.counted, before or 0.0)
+        if before is None:
+            limits = {}
+        wanted = {t.task: KEPT_SHARE for t in self.short if t.limited}
+        wanted |= {
+            t.task: math.floor(100 * t.held) / 100 for t in self.lost if t.limited and t.held is not None
+        }
+        if not wanted:
+            return None
+        limits |= {task: max(limit, limits.get(task, -math.inf)) for task, limit in wanted.items()}
+        others = self.constraints.model_dump(exclude={"tasks"}, exclude_none=True)
+        constraints = {"constraints": {"tasks": limits, **others}}
+        dumped = yaml.safe_dump(constraints, default_flow_style=True, sort_keys=False, width=math.inf)
+        return f"objective: {dumped.strip()}"
+
+    @property
+    def losses(self) -> list[str]:
+        """What the mean hides, and the config line that forbids it: the lines below the sentence."""
+        lines = [self.warning] if self.warning else []
+        if self.forbidding:
+            lines.append(f"to forbid it, in the config of a new run: {self.forbidding}")
+        return lines
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the verdict as plain data, differences in points."""
+        return {
+            "sentence": self.sentence,
+            "level": self.level,
+            "helped": self.helped,
+            "best_baseline": self.rival,
+            "points": 100 * self.test.estimate,
+            "low": 100 * self.test.low,
+            "high": 100 * self.test.high,
+            "p": self.test.p,
+            "better": [t.task for t in self.tasks if t.better],
+            "worse": [t.task for t in self.lost],
+            "below_share": [t.task for t in self.short],
+            "share": KEPT_SHARE,
+            "forbidding": self.forbidding,
+            "tasks": [t.as_data() for t in self.tasks],
+        }
+
+
+def _count(number: int) -> str:
+    return "no task" if number == 0 else "1 task" if number == 1 else f"{number} tasks"
+
+
+def _listed(parts: Sequence[str] | Iterable[str]) -> str:
+    """Return the first parts in one line, and how many there are more.
+
+    >>> _listed("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
+    parts = list(parts)
+    more = len(parts) - LISTED
+    return ", ".join(parts[:LISTED]) + (f" and {more} more" if more > 0 else "")
