@@ -23,6 +23,7 @@ from evomerge.cli.options import (
     FormArgument,
     FormOption,
     FullHashOption,
+    GateOption,
     JsonOption,
     KeepRestOption,
     LabelsOption,
@@ -261,20 +262,24 @@ def show(
 
 
 @command(app, "report")
-def report(run: RunArgument) -> None:
-    """Print a run's tables and verdict, and write RUN/report.html."""
-    _report(run)
+def report(run: RunArgument, gate: GateOption = None) -> None:
+    """Print a run's tables and verdict, and write RUN/report.html; with --gate, exit code 1 where it fails."""
+    _report(run, gate)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, rules_file: Path | None = None) -> None:
+    from evomerge.delivery import gate
     from evomerge.delivery import report as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.stored import StoredRun
 
+    rules = None if rules_file is None else gate.GateRules.load(rules_file)
     with StoredRun.read(folder) as stored:
         summary = Summary(stored)
+        results = None if rules is None else gate.check(rules, summary)
         output.say(delivery.terminal(summary, width=output.console.width))
-        output.data(delivery.as_data(summary))
+        gated = {} if results is None else {"gate": gate.as_data(results)}
+        output.data(delivery.as_data(summary) | gated)
         try:
             page = delivery.write_html(summary, folder / "report.html")
         except DiskError as error:
@@ -283,6 +288,38 @@ def _report(folder: Path) -> None:
             complain(f"no report page: {error.what} ({error.got})")
         else:
             output.say(f"report: {relative(page)}")
+        if results is not None:
+            output.say(gate.table(results, summary.suite.name))
+            _exit_unless(gate.passed(results))
+
+
+def _exit_unless(passed: bool) -> None:
+    """End with the exit code of a failed gate; 2 stays that of mistakes."""
+    if not passed:
+        raise typer.Exit(1)
+
+
+@command(app, "compare")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs on one suite.")],
+    gate: GateOption = None,
+) -> None:
+    """Compare runs on shared `test` items: seeds of one config, configs with the first; --gate checks the last."""
+    from evomerge.delivery import compare as delivery
+    from evomerge.delivery import gate as gates
+
+    rules = None if gate is None else gates.GateRules.load(gate)
+    if rules is not None and len(runs) < 2:
+        raise ConfigError("compare --gate: one run only", fix="name two runs, or use report RUN --gate FILE")
+    with delivery.opened(runs) as summaries:
+        comparison = delivery.compare(summaries)
+        results = None if rules is None else gates.check(rules, summaries[-1], reference=summaries[0])
+    output.say(delivery.terminal(comparison))
+    gated = {} if results is None else {"gate": gates.as_data(results)}
+    output.data(comparison.as_data() | gated)
+    if results is not None:
+        output.say(gates.table(results, comparison.suite))
+        _exit_unless(gates.passed(results))
 
 
 @command(app, "export")

@@ -20,6 +20,13 @@ FullHashOption = Annotated[
     typer.Option("--full-hash", help="Hash every byte of the models and compare with the last such check."),
 ]
 
+GateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--gate", metavar="FILE", help="Check the rules of a YAML file; exit code 1 where one fails."
+    ),
+]
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YAML).")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")]

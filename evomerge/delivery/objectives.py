@@ -16,7 +16,7 @@ from evomerge.delivery.style import percent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
-from evomerge.running.store import StoredFront, StoreReader, facts
+from evomerge.running.store import StoredFront, facts
 from evomerge.search import pareto
 from evomerge.search.objective import Objective
 from evomerge.search.ports import Named
@@ -222,7 +222,11 @@ def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:
 def _objective(summary: Summary, split: Split) -> Objective | None:
     store = summary.store
     normaliser = summary.normaliser(split)
-    return None if normaliser is None else Objective(summary.objective, normaliser, layers=facts.LAYERS.get(store))
+    return (
+        None
+        if normaliser is None
+        else Objective(summary.objective, normaliser, layers=facts.LAYERS.get(store))
+    )
 
 
 def _scored(summary: Summary, recipes: list[Named], split: Split) -> list[tuple[Named, Scores]]:

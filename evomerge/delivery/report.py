@@ -58,7 +58,12 @@ def _verdict(summary: Summary, course: Course, rows: Sequence[Row]) -> list[Rend
     if verdict is None:
         return [Text("no verdict yet: the run has not scored `test`", style="yellow")]
     luck = course.luck()
-    lines = [*verdict.losses, summary.weakest(rows), kept_sentence(summary.shares(rows)), luck.sentence if luck else None]
+    lines = [
+        *verdict.losses,
+        summary.weakest(rows),
+        kept_sentence(summary.shares(rows)),
+        luck.sentence if luck else None,
+    ]
     if not verdict.helped:
         folder = shlex.quote(str(summary.store.folder))
         lines.append(f"to export the best baseline: evomerge export {folder} OUT --pick best-baseline")

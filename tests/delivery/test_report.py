@@ -70,7 +70,9 @@ def test_the_verdict_is_against_the_best_row_that_was_not_searched(opened: Summa
     assert verdict.items == 80
     number = r"-?[\d.]+"
     points = rf"[+-][\d.]+ points \[{number}, {number}\]"
-    pattern = rf"search (helped|did not help): {points} over the best baseline \(.+\); better on .+, worse on .+"
+    pattern = (
+        rf"search (helped|did not help): {points} over the best baseline \(.+\); better on .+, worse on .+"
+    )
     assert re.fullmatch(pattern, verdict.sentence)
     assert verdict.sentence.startswith("search helped") == (verdict.test.low > 0)
 
