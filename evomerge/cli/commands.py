@@ -38,7 +38,16 @@ from evomerge.cli.options import (
     SeedOption,
     SplitOption,
 )
-from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
+from evomerge.cli.terminal import (
+    as_program,
+    command,
+    complain,
+    output,
+    progress_bar,
+    raise_swallowed,
+    relative,
+    warn,
+)
 from evomerge.errors import ClusterError, ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -175,7 +184,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge.delivery.tracking import require_packages
     from evomerge.evaluation import sandbox
     from evomerge.merging.tensors import kernels
-    from evomerge.running.observers import Observers
+    from evomerge.running.observers import Observers, StopsAtPhases
     from evomerge.running.store import StoreReader
     from evomerge.stored import StoredRun, environment_note
 
@@ -187,7 +196,8 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         complain(f"note: {changed}", style="yellow")
     try:
         with _observer() as shown, _tracked(config) as tracked:
-            compose.start(config, Observers(shown, tracked), full_hash=full_hash)
+            everyone = Observers(StopsAtPhases(raise_swallowed), shown, tracked)
+            compose.start(config, everyone, full_hash=full_hash)
             with StoredRun.read(folder) as stored:
                 tracked.finish(Summary(stored), folder / "report.html")
         _report(folder)
