@@ -5,7 +5,6 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import os
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -37,9 +36,20 @@ from evomerge.cli.options import (
     RunArgument,
     SalvageOption,
     SeedOption,
+    SplitOption,
 )
-from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
-from evomerge.errors import ClusterError, ConfigError, DiskError, UserError, nearest
+from evomerge.cli.reports import export_demo, show_comparison, show_report
+from evomerge.cli.terminal import (
+    as_program,
+    command,
+    complain,
+    output,
+    progress_bar,
+    raise_swallowed,
+    relative,
+    warn,
+)
+from evomerge.errors import ClusterError, ConfigError, nearest
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -175,7 +185,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge.delivery.tracking import require_packages
     from evomerge.evaluation import sandbox
     from evomerge.merging.tensors import kernels
-    from evomerge.running.observers import Observers
+    from evomerge.running.observers import Observers, StopsAtPhases
     from evomerge.running.store import StoreReader
     from evomerge.stored import StoredRun, environment_note
 
@@ -187,10 +197,11 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         complain(f"note: {changed}", style="yellow")
     try:
         with _observer() as shown, _tracked(config) as tracked:
-            compose.start(config, Observers(shown, tracked), full_hash=full_hash)
+            everyone = Observers(StopsAtPhases(raise_swallowed), shown, tracked)
+            compose.start(config, everyone, full_hash=full_hash)
             with StoredRun.read(folder) as stored:
                 tracked.finish(Summary(stored), folder / "report.html")
-        _report(folder)
+        show_report(folder)
     except ClusterError as error:
         if StoreReader.exists(folder):
             command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
@@ -241,62 +252,58 @@ def show(
         str | None,
         typer.Option("--items", metavar="TASK", help="Also print every item of a task, with texts."),
     ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of the items: search, select or test; default: the last one scored."),
-    ] = None,
+    split: SplitOption = None,
 ) -> None:
     """Show one candidate of a run: recipe, scores, times and failures, with --items also item by item."""
     from evomerge.delivery import candidate as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.evaluation.scores import SPLITS
+    from evomerge.evaluation.scores import named_split
     from evomerge.stored import StoredRun
 
-    chosen = next((each for each in SPLITS if each == split), None)
-    if split is not None and chosen is None:
-        raise ConfigError(f"unknown split {split!r}", fix=nearest(split, SPLITS))
+    chosen = None if split is None else named_split(split)
     with StoredRun.read(run) as stored:
         data = delivery.as_data(Summary(stored), candidate, items=items, split=chosen)
     output.say(delivery.text(data))
     output.data(data)
 
 
-@command(app, "report")
-def report(run: RunArgument, gate: GateOption = None) -> None:
-    """Print a run's tables and verdict, and write RUN/report.html; with --gate, exit code 1 where it fails."""
-    _report(run, gate)
-
-
-def _report(folder: Path, rules_file: Path | None = None) -> None:
-    from evomerge.delivery import gate
-    from evomerge.delivery import report as delivery
+@command(app, "samples")
+def samples(
+    run: RunArgument,
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The start of a recipe hash, as in the log; or a row of the report."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="The task whose items are shown.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="A second candidate; items on which it is better come first."),
+    ] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only items that ID answers wrong.")] = False,
+    split: SplitOption = None,
+    limit: Annotated[int, typer.Option(min=0, help="Largest number of items; 0: all.")] = 10,
+) -> None:
+    """Show prompts, right answers and what candidates answered, item by item."""
+    from evomerge.delivery import samples as delivery
     from evomerge.delivery.summary import Summary
+    from evomerge.evaluation.scores import named_split
     from evomerge.stored import StoredRun
 
-    rules = None if rules_file is None else gate.GateRules.load(rules_file)
-    with StoredRun.read(folder) as stored:
-        summary = Summary(stored)
-        results = None if rules is None else gate.check(rules, summary)
-        output.say(delivery.terminal(summary, width=output.console.width))
-        gated = {} if results is None else {"gate": gate.as_data(results)}
-        output.data(delivery.as_data(summary) | gated)
-        try:
-            page = delivery.write_html(summary, folder / "report.html")
-        except DiskError as error:
-            if os.access(folder, os.W_OK):  # a full disk, not a folder that may only be read
-                raise
-            complain(f"no report page: {error.what} ({error.got})")
-        else:
-            output.say(f"report: {relative(page)}")
-        if results is not None:
-            output.say(gate.table(results, summary.suite.name))
-            _exit_unless(gate.passed(results))
+    chosen = None if split is None else named_split(split)
+    with StoredRun.read(run) as stored:
+        data = delivery.as_data(
+            Summary(stored), candidate, task, against=against, split=chosen, wrong=wrong, limit=limit
+        )
+    output.say(delivery.text(data))
+    output.data(data)
 
 
-def _exit_unless(passed: bool) -> None:
-    """End with the exit code of a failed gate; 2 stays that of mistakes."""
-    if not passed:
-        raise typer.Exit(1)
+@command(app, "report")
+def report(run: RunArgument, gate: GateOption = None) -> None:
+    """Print a run's tables and verdict, and write RUN/report.html."""
+    show_report(run, gate)
 
 
 @command(app, "compare")
@@ -304,22 +311,8 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs on one suite.")],
     gate: GateOption = None,
 ) -> None:
-    """Compare runs on shared `test` items: seeds of one config, configs with the first; --gate checks the last."""
-    from evomerge.delivery import compare as delivery
-    from evomerge.delivery import gate as gates
-
-    rules = None if gate is None else gates.GateRules.load(gate)
-    if rules is not None and len(runs) < 2:
-        raise ConfigError("compare --gate: one run only", fix="name two runs, or use report RUN --gate FILE")
-    with delivery.opened(runs) as summaries:
-        comparison = delivery.compare(summaries)
-        results = None if rules is None else gates.check(rules, summaries[-1], reference=summaries[0])
-    output.say(delivery.terminal(comparison))
-    gated = {} if results is None else {"gate": gates.as_data(results)}
-    output.data(comparison.as_data() | gated)
-    if results is not None:
-        output.say(gates.table(results, comparison.suite))
-        _exit_unless(gates.passed(results))
+    """Compare runs on shared `test` items: seeds of one config, or configs with the first one."""
+    show_comparison(runs, gate)
 
 
 @command(app, "export")
@@ -509,15 +502,39 @@ def fisher(
 @command(app, "evaluate")
 def evaluate(
     model: ModelArgument,
-    suite: Annotated[str, typer.Option("--suite", help="A suite: a preset's name or a YAML file.")],
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="A suite: a preset's name or a YAML file; default: RUN's.")
+    ] = None,
     split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Requests per forward pass.")] = 64,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="Score as this run does: suite and settings.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=65_536, help="Requests per forward pass; default: RUN's, or 64.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the forward pass: float32, bfloat16 or float16; default: RUN's.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: RUN's, or a GPU if there is one.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=8, max=2**24, help="Longest input in tokens; default: RUN's, or the model's."),
+    ] = None,
     permissions: Any = None,
 ) -> None:
     """Score one model on a suite."""
     from evomerge.delivery import single
 
-    data = single.evaluate(model, suite, split, batch_size=batch_size, permissions=permissions)
+    data = single.evaluate(
+        model,
+        suite,
+        split,
+        settings=single.Settings(batch_size=batch_size, dtype=dtype, device=device, max_length=max_length),
+        run=run,
+        permissions=permissions,
+    )
     output.say(single.table(data))
     output.data(data)
 
@@ -570,34 +587,10 @@ def demo(
 ) -> None:
     """Search, report, export and re-score on the models that come with evomerge (under five minutes)."""
     from evomerge.config import DEMO_CONFIG, RunConfig
-    from evomerge.delivery import export as delivery
-    from evomerge.delivery.rescore import rescore
-    from evomerge.delivery.summary import Summary
-    from evomerge.evaluation.scores import Scores
-    from evomerge.prepare import prepare
-    from evomerge.running.batches import scoring_alike
-    from evomerge.stored import StoredRun
 
     config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
     _run(config)
-    with StoredRun.read(out) as run:
-        summary = Summary(run)
-        assert summary.winner is not None
-        model = out / f"model-{summary.winner.recipe.hash[:8]}"
-        if not model.exists():
-            delivery.export(summary, model)
-        scores = run.store.result(summary.winner.recipe.hash, "test")
-        assert isinstance(scores, Scores)
-        worker = scoring_alike(prepare(config).worker, run.store, "test")
-        same = rescore(model, worker, "test").same_as(scores)
-    if not same:
-        raise UserError(
-            f"{model}: the exported model's scores differ from the winner's",
-            fix="please report this as a bug",
-        )
-    output.say(
-        f"exported the winner to {relative(model)}; loaded back, it scores the same on every test item"
-    )
+    export_demo(config, out)
 
 
 def main() -> None:

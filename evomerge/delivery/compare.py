@@ -41,7 +41,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The runs of one config, which differ in their seed only, and their mean gain over each best baseline."""
+    """The runs of one config, which differ in their seed only, and their mean gain over best baselines."""
 
     name: str
     runs: tuple[Finished, ...]
@@ -105,7 +105,7 @@ def opened(folders: Sequence[Path]) -> Iterator[list[Summary]]:
         StoreError: a run is not finished, appears twice, or has other items.
     """
     with ExitStack() as stack:
-        summaries = []
+        summaries: list[Summary] = []
         for folder in folders:
             if folder.resolve() in {summary.store.folder.resolve() for summary in summaries}:
                 raise StoreError(f"{folder}: named twice", fix="name every run once")
@@ -276,8 +276,7 @@ def terminal(comparison: Comparison) -> RenderableType:
             style.words("config"),
             style.words("score"),
             *(style.numbers(name, wrap=True) for name in ("difference", "95 % interval", "p (Holm)")),
-            title=f"winners less those of {comparison.configs[0].name}: the mean in points, tasks in points of "
-            "raw score",
+            title=f"winners less those of {comparison.configs[0].name}, in points (tasks: raw score)",
         )
         for v in comparison.versus:
             table.add_row(

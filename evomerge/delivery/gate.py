@@ -1,8 +1,8 @@
 """Gate: rules that a run's winner must pass, as a YAML file and an exit code for CI.
 
-A rule fails where the data show that it is violated: by a one-sided test at the file's confidence, corrected for
-the number of tests (Holm). So a gate stops a winner that violates nothing in at most 5 % of cases, whatever the
-number of rules; what it lets pass is not proven harmless.
+A rule fails where the data show that it is violated: by a one-sided test at the file's confidence, corrected
+for the number of tests (Holm). So a gate stops a winner that violates nothing in at most 5 % of cases,
+whatever the number of rules; what it lets pass is not proven harmless.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class GateRules(Strict):
     """The rules of a gate file."""
 
     max_loss: dict[str, Points] = Field(default={})
-    """Largest loss in points: of raw score for a task or `any` (every task that is not named), of the normalised
-    mean for `mean`."""
+    """Largest loss in points: of raw score for a task or `any` (every task that is not named), of the
+    normalised mean for `mean`."""
     against: Literal["base", "best_baseline", "parents"] = "best_baseline"
-    """What a loss is measured against; `parents`: the task's specialist, and the best parent for `mean`. `compare`
-    measures against the first run's winner."""
+    """What a loss is measured against; `parents`: the task's specialist, and the best parent for `mean`.
+    `compare` measures against the first run's winner."""
     min_retention: float | None = Field(default=None, gt=0, le=100)
     """Least retention, relative to the base."""
     min_points: float | None = Field(default=None, ge=-1000, le=1000)
@@ -223,7 +223,7 @@ def _mean_rules(rules: GateRules, summary: Summary, winner: Scores, rival: Score
 
 
 def _retention(rules: GateRules, summary: Summary, winner: Scores) -> list[Limit]:
-    """Return the test of the retention: exp of a mean, so items are linearised around it (the delta method)."""
+    """Return the test of the retention: exp of a mean, so items are linearised around it."""
     scale, base = summary.normaliser("test"), summary.scores(summary.parents[0].recipe.hash, "test")
     if rules.min_retention is None:
         return []

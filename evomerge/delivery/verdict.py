@@ -1,8 +1,8 @@
 """The verdict: did the search help, on which tasks, what did it lose, and which config would forbid the loss.
 
 Green only where the mean is better than the best baseline's and no task pays for it. Amber where a task is
-significantly worse than the best baseline has it, or below KEPT_SHARE of its specialist. Red where the search did
-not help.
+significantly worse than the best baseline has it, or below KEPT_SHARE of its specialist. Red where the
+search did not help.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class TaskResult:
     """The winner against the best baseline on one task.
 
     task, name: in full, and as tables show it. winner, rival: mean raw scores. test: of their difference.
-    adjusted: its p after Holm's correction over the tasks. kept, held: winner's and rival's normalised scores,
-    None where the task has no scale or does not count. limited: whether a constraint can name the task.
+    adjusted: its p after Holm's correction over the tasks. kept, held: winner's and rival's normalised
+    scores,     None where the task has no scale or does not count. limited: whether a constraint can name the task.
     """
 
     task: str
@@ -87,8 +87,8 @@ class TaskResult:
 class Verdict:
     """The paired test of the winner against the best baseline, on `test`, and what it hides.
 
-    items: how many items the test compares. scaled: whether any task of the mean has a specialist that is better
-    than the base. constraints: those of the run. counted: the tasks that a constraint for all tasks means.
+    items: how many items the test compares. scaled: whether any task of the mean has a specialist that is
+    better than the base. constraints: those of the run. counted: the tasks that a constraint for all tasks means.
     """
 
     rival: str

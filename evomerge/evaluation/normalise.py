@@ -422,7 +422,8 @@ def _mean(values: Array | None) -> float:
 
 
 def _specialist(spec: SuiteTask, parents: Mapping[str, Scores]) -> str:
-    """Return the parent that is 1 on a task's scale: the named one, else the best, of equal ones the first."""
+    """Return the parent that is 1 on a task's scale: the named one, else the best, of equal ones the
+    first."""
     return spec.specialist or max(parents, key=lambda name: parents[name][spec.task].mean)
 
 

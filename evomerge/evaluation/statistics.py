@@ -4,14 +4,16 @@ A suite's score is a weighted mean of task means, so items are resampled within 
 are compared on the same items, so the two scores of an item stay together. All functions are deterministic
 for a given seed and use no global generator.
 
-Intervals are Student intervals with a few pseudo-observations at both ends of the metric's range, so that they
-have a width also where all items have the same score, and cover the truth in about 95 % of samples from 10 items
-on (measured: docs/results.md).
+Intervals are Student intervals with a few pseudo-observations at both ends of the metric's range, so that
+they
+have a width also where all items have the same score, and cover the truth in about 95 % of samples from 10
+items on (measured: docs/results.md).
 
-Sources: Price & Bonett (2004, Comput. Stat. Data Anal. 45) and Bonett & Price (2012, J. Educ. Behav. Stat. 37)
+Sources: Price & Bonett (2004, Comput. Stat. Data Anal. 45) and Bonett & Price (2012, J. Educ. Behav. Stat.
+37)
 for the pseudo-observations; Wilson (1927) for a proportion; Welch (1947) for the degrees of freedom; Efron &
-Tibshirani, *An Introduction to the Bootstrap* (1993), ch. 15 (permutation tests); Phipson & Smyth (2010) for the
-+1 in a sampled permutation p-value; McNemar (1947), Holm (1979), James & Stein (1961) below.
+Tibshirani, *An Introduction to the Bootstrap* (1993), ch. 15 (permutation tests); Phipson & Smyth (2010) for
+the +1 in a sampled permutation p-value; McNemar (1947), Holm (1979), James & Stein (1961) below.
 """
 
 from __future__ import annotations
@@ -146,7 +148,8 @@ def paired_difference(
 ) -> PairedTest:
     """Compare two models on the same items: the weighted mean of task means of a - b.
 
-    The interval is a Student interval of the pairs with pseudo-observations (see PSEUDO), half of which differ
+    The interval is a Student interval of the pairs with pseudo-observations (see PSEUDO), half of which
+    differ
     by the metric's whole range in favour of either model. So it has a width also where the two models never
     differ. The p-value comes from a stratified sign-flip permutation test: if the two models are equally good
     (the null hypothesis), each item's difference is equally likely to have the opposite sign.
@@ -156,8 +159,8 @@ def paired_difference(
         weights: (tasks,) not negative; they are scaled to sum to 1.
         seed: of the permutations.
         spans: for each task the range of its metric; by default that of `span`.
-        units: for each task (n,) the unit of its scale, measured item by item, with mean 1. Its sampling error
-            is then part of the interval (the delta method for a ratio); by default units are exact.
+        units: for each task (n,) the unit of its scale, measured item by item, with mean 1. Its sampling
+            error is then part of the interval (the delta method for a ratio); by default units are exact.
 
     >>> same = [np.ones(20)]
     >>> test = paired_difference(same, same, [1.0], seed=0)
@@ -223,8 +226,9 @@ def across_runs(
 ) -> PairedTest:
     """Test a mean over items and over runs with several seeds: a multiplier bootstrap over both.
 
-    Items and runs are crossed, so each gets its own random multipliers (Owen & Eckles 2012, Ann. Appl. Stat. 6).
-    Multipliers are exponential, less 1; the error of an average of few runs is widened as Student's t is. What
+    Items and runs are crossed, so each gets its own random multipliers (Owen & Eckles 2012, Ann. Appl. Stat.
+    6). Multipliers are exponential, less 1; the error of an average of few runs is widened as Student's t is.
+    What
     items and runs have in common counts twice, so the interval is rather too wide. A single run adds no error
     of its own: the result is then about that run.
 
@@ -387,7 +391,8 @@ def _shares(samples: Sequence[Array], weights: Sequence[float] | Array) -> Array
 class _Smoothed:
     """A weighted mean of task means with pseudo-observations.
 
-    estimate: of the samples alone. centre: with the pseudo-observations. deviations: what each observation adds
+    estimate: of the samples alone. centre: with the pseudo-observations. deviations: what each observation
+    adds
     to the centre's error; the sum of their squares is its variance. freedom: degrees of freedom (Welch 1947).
     """
 

@@ -187,7 +187,8 @@ class Search:
         return scores[0], {p.name: s for p, s in zip(self._parents[1:], scores[1:], strict=True)}
 
     def _first_references(self) -> Normaliser:
-        """Return the scale of `search`; find and announce the specialists that are no better than the base."""
+        """Return the scale of `search`; find and announce the specialists that are no better than the
+        base."""
         suite = self._plan.suite
         base, parents = self._scored_parents("search")
         duds = find_duds(suite, base=base, parents=parents)

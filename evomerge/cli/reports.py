@@ -1,0 +1,105 @@
+"""What `report` and `compare` print, the exit code of a failed gate, and the end of the demo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from evomerge.cli.terminal import complain, output, relative
+from evomerge.errors import ConfigError, DiskError, UserError
+
+if TYPE_CHECKING:
+    from evomerge.config import RunConfig
+
+GATE_FAILED = 1
+"""The exit code of a failed gate; mistakes have 2."""
+
+
+def show_report(folder: Path, rules_file: Path | None = None) -> None:
+    """Print a run's report, write its page, and check its winner against the rules of a gate file."""
+    from evomerge.delivery import gate
+    from evomerge.delivery import report as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.stored import StoredRun
+
+    rules = None if rules_file is None else gate.GateRules.load(rules_file)
+    with StoredRun.read(folder) as stored:
+        summary = Summary(stored)
+        results = None if rules is None else gate.check(rules, summary)
+        output.say(delivery.terminal(summary, width=output.console.width))
+        gated = {} if results is None else {"gate": gate.as_data(results)}
+        output.data(delivery.as_data(summary) | gated)
+        try:
+            page = delivery.write_html(summary, folder / "report.html")
+        except DiskError as error:
+            if os.access(folder, os.W_OK):  # a full disk, not a folder that may only be read
+                raise
+            complain(f"no report page: {error.what} ({error.got})")
+        else:
+            output.say(f"report: {relative(page)}")
+    if results is not None:
+        output.say(gate.table(results, summary.suite.name))
+        _exit_unless(gate.passed(results))
+
+
+def show_comparison(folders: Sequence[Path], rules_file: Path | None = None) -> None:
+    """Print a comparison of runs, and check the last one's winner against the first one's."""
+    from evomerge.delivery import compare as delivery
+    from evomerge.delivery import gate
+
+    rules = None if rules_file is None else gate.GateRules.load(rules_file)
+    if rules is not None and len(folders) != 2:
+        raise ConfigError(
+            "compare --gate: a gate compares two runs",
+            expected="evomerge compare OLD NEW --gate FILE",
+            got=f"{len(folders)} runs",
+            fix="name two runs; for the rules of a single run use `evomerge report RUN --gate FILE`",
+        )
+    with delivery.opened(folders) as summaries:
+        comparison = delivery.compare(summaries)
+        results = None if rules is None else gate.check(rules, summaries[-1], reference=summaries[0])
+    output.say(delivery.terminal(comparison))
+    gated = {} if results is None else {"gate": gate.as_data(results)}
+    output.data(comparison.as_data() | gated)
+    if results is not None:
+        output.say(gate.table(results, comparison.suite))
+        _exit_unless(gate.passed(results))
+
+
+def _exit_unless(passed: bool) -> None:
+    if not passed:
+        raise typer.Exit(GATE_FAILED)
+
+
+def export_demo(config: RunConfig, out: Path) -> None:
+    """Export the demo's winner, load it back and compare its scores."""
+    from evomerge.delivery import export as delivery
+    from evomerge.delivery.rescore import rescore
+    from evomerge.delivery.summary import Summary
+    from evomerge.evaluation.scores import Scores
+    from evomerge.prepare import prepare
+    from evomerge.running.batches import scoring_alike
+    from evomerge.stored import StoredRun
+
+    with StoredRun.read(out) as run:
+        summary = Summary(run)
+        assert summary.winner is not None
+        model = out / f"model-{summary.winner.recipe.hash[:8]}"
+        if not model.exists():
+            delivery.export(summary, model)
+        scores = run.store.result(summary.winner.recipe.hash, "test")
+        assert isinstance(scores, Scores)
+        worker = scoring_alike(prepare(config).worker, run.store, "test")
+        same = rescore(model, worker, "test").same_as(scores)
+    if not same:
+        raise UserError(
+            f"{model}: the exported model's scores differ from the winner's",
+            fix="please report this as a bug",
+        )
+    output.say(
+        f"exported the winner to {relative(model)}; loaded back, it scores the same on every test item"
+    )
