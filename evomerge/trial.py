@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,13 +23,14 @@ from evomerge.search import baselines
 class Probe:
     """Items and mean seconds of two trial candidates per split, and what the whole run will take.
 
-    seconds_before: until the end of the first generation, which always runs. seconds_after: after the search.
+    test_items: per task. seconds_before: until the end of the first generation, which always runs. seconds_after: after the search.
     estimate: seconds of the whole run, None where only `patience` ends it. ends: its end in epoch seconds, if
     it started now. cost: None without a price. late: whether a limit of the clock comes too early for a
     single generation.
     """
 
     items: dict[str, int]
+    test_items: dict[str, int]
     seconds: dict[str, float]
     workers: int
     seconds_before: float
@@ -47,6 +48,7 @@ def probe(prepared: Prepared) -> Probe:
     """
     check_time(prepared)
     items: dict[str, int] = {}
+    test_items: dict[str, int] = {}
     seconds: dict[Split, float] = {}
     with executors.trial(prepared.config.executor, prepared.worker) as executor:
         for split in SPLITS:
@@ -64,8 +66,10 @@ def probe(prepared: Prepared) -> Probe:
             for result in scored:
                 assert isinstance(result.outcome, Scores)
                 items[split] = result.outcome.items
+                if split == "test":
+                    test_items = {task.task: len(task.metric) for task in result.outcome}
             seconds[split] = sum(r.timing.total for r in scored if r.timing is not None) / len(scored)
-    return _estimated(prepared, items, seconds)
+    return replace(_estimated(prepared, items, seconds), test_items=test_items)
 
 
 def _trial(prepared: Prepared, place: float, split: Split) -> Job:
@@ -99,6 +103,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     cost = config.budget.cost
     return Probe(
         items=items,
+        test_items={},
         seconds={str(split): mean for split, mean in seconds.items()},
         workers=workers,
         seconds_before=before,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from evomerge.delivery.verdict import resolution
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.trial import Probe
@@ -40,6 +41,7 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
         "estimated_cost": probe.cost,
         "enough_time": not probe.late,
         "out": str(prepared.folder),
+        "resolution": resolution(prepared.suite, probe.test_items).as_data(),
         "notes": list(prepared.notes),
     }
 
@@ -71,6 +73,9 @@ def text(prepared: Prepared, probe: Probe) -> str:
         lines.append(
             f"note:   the budget's time is too short: baselines, one generation and test take {needed}"
         )
+    shown = resolution(prepared.suite, probe.test_items)
+    lines.append(f"test:   {shown.sentence}")
+    lines += [f"note:   {note}" for note in shown.notes]
     return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready to run"])
 
 

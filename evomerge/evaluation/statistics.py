@@ -5,15 +5,12 @@ are compared on the same items, so the two scores of an item stay together. All 
 for a given seed and use no global generator.
 
 Intervals are Student intervals with a few pseudo-observations at both ends of the metric's range, so that
-they
-have a width also where all items have the same score, and cover the truth in about 95 % of samples from 10
-items on (measured: docs/results.md).
+they have a width also where all items have the same score. How often they cover the truth: docs/results.md.
 
 Sources: Price & Bonett (2004, Comput. Stat. Data Anal. 45) and Bonett & Price (2012, J. Educ. Behav. Stat.
-37)
-for the pseudo-observations; Wilson (1927) for a proportion; Welch (1947) for the degrees of freedom; Efron &
-Tibshirani, *An Introduction to the Bootstrap* (1993), ch. 15 (permutation tests); Phipson & Smyth (2010) for
-the +1 in a sampled permutation p-value; McNemar (1947), Holm (1979), James & Stein (1961) below.
+37) for the pseudo-observations; Wilson (1927) for a proportion; Welch (1947) for the degrees of freedom;
+Efron & Tibshirani, *An Introduction to the Bootstrap* (1993), ch. 15 (permutation tests); Phipson & Smyth
+(2010) for the +1 in a sampled permutation p-value; McNemar (1947), Holm (1979), James & Stein (1961) below.
 """
 
 from __future__ import annotations
@@ -200,6 +197,15 @@ def smallest_difference(counts: Sequence[int], weights: Sequence[float] | Array)
     variance = float((shares**2 * (1 - CORRELATION) / 2 / items).sum())
     quantiles = scipy.stats.norm.ppf([(1 + LEVEL) / 2, POWER])
     return float(quantiles.sum() * math.sqrt(variance))
+
+
+def items_to_show(difference: float) -> int:
+    """Return how many items of one task show a difference, as `smallest_difference` counts.
+
+    >>> items_to_show(0.1)
+    197
+    """
+    return math.ceil((smallest_difference([1], [1.0]) / difference) ** 2)
 
 
 def p_below(
