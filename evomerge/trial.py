@@ -23,10 +23,10 @@ from evomerge.search import baselines
 class Probe:
     """Items and mean seconds of two trial candidates per split, and what the whole run will take.
 
-    test_items: per task. seconds_before: until the end of the first generation, which always runs. seconds_after: after the search.
-    estimate: seconds of the whole run, None where only `patience` ends it. ends: its end in epoch seconds, if
-    it started now. cost: None without a price. late: whether a limit of the clock comes too early for a
-    single generation.
+    test_items: per task. seconds_before: until the end of the first generation, which always runs.
+    seconds_after: after the search. estimate: seconds of the whole run, None where only `patience` ends it.
+    ends: its end in epoch seconds, if it started now. cost: None without a price. late: whether a limit of the
+    clock comes too early for a single generation.
     """
 
     items: dict[str, int]

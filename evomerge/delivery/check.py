@@ -73,9 +73,9 @@ def text(prepared: Prepared, probe: Probe) -> str:
         lines.append(
             f"note:   the budget's time is too short: baselines, one generation and test take {needed}"
         )
-    shown = resolution(prepared.suite, probe.test_items)
-    lines.append(f"test:   {shown.sentence}")
-    lines += [f"note:   {note}" for note in shown.notes]
+    visible = resolution(prepared.suite, probe.test_items)
+    lines.append(f"test:   {visible.sentence}")
+    lines += [f"note:   {note}" for note in visible.notes]
     return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready to run"])
 
 

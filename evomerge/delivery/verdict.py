@@ -249,8 +249,7 @@ class Resolution:
             f"{short_task(t, self.suite)} ({percent(d, 0) if d < 1 else 'none'})" for t, d in coarse.items()
         )
         return [
-            f"too few `test` items to show a difference of {percent(SHOWN, 0)} points; smallest that can be "
-            f"shown: {tasks}. Give each of these tasks {statistics.items_to_show(SHOWN)} items or more"
+            f"too few `test` items to show a difference of {percent(SHOWN, 0)} points; the smallest is: {tasks}. Give each of these tasks {statistics.items_to_show(SHOWN)} items or more"
         ]
 
     def as_data(self) -> dict[str, Any]:
