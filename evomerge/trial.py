@@ -25,8 +25,8 @@ class Probe:
 
     test_items: per task. seconds_before: until the end of the first generation, which always runs.
     seconds_after: after the search. estimate: seconds of the whole run, None where only `patience` ends it.
-    ends: its end in epoch seconds, if it started now. cost: None without a price. late: whether a limit of the
-    clock comes too early for a single generation.
+    ends: its end in epoch seconds, if it started now. cost: None without a price. late: whether a limit of
+    the clock comes too early for a single generation.
     """
 
     items: dict[str, int]

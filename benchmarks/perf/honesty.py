@@ -5,7 +5,7 @@
     python benchmarks/perf/honesty.py intervals               # coverage by number of items and tasks
     python benchmarks/perf/honesty.py gate                    # a planted loss, and none
 
-Not covered: several objectives, racing, and the surrogate in the simulated searches (the real runs have them).
+Not covered: several objectives; racing and surrogate in the simulated searches (the real runs have them).
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ class Generations:
 def simulated(run: int) -> tuple[bool, bool, bool, bool]:
     """Run one search; return: said to have helped, and which intervals contain the truth.
 
-    The intervals: winner less a baseline fixed beforehand (truth 0), winner less best baseline (truth 0), and the
-    winner's mean, given the references.
+    The intervals: winner less a baseline fixed beforehand (truth 0), winner less best baseline (truth 0), and
+    the winner's mean, given the references.
     """
     template = Recipe(
         models={name: name for name in ("base", *SOURCES)},
@@ -170,7 +170,8 @@ def simulated(run: int) -> tuple[bool, bool, bool, bool]:
     space = SearchSpace(load_space("global_weights"), template=template, sources=SOURCES, tensors=TENSORS)
     plan = SearchPlan(
         suite=SUITE, space=space, template=space.decode(np.full(space.dimension, 0.5)),
-        norms=dict.fromkeys(SOURCES, 1.0), optimizer=OptimizerSpec(), objective=ObjectiveSpec(), finalists=3, seed=run,
+        norms=dict.fromkeys(SOURCES, 1.0), optimizer=OptimizerSpec(), objective=ObjectiveSpec(),
+        finalists=3, seed=run,
     )  # fmt: skip
     scorer, entries = DrawnScores(run), Entries()
     winner = (
@@ -278,7 +279,7 @@ def intervals(trials: int) -> None:
             parts = []
             for n in (10, 20, 50, 200, 500):
                 mean = difference = 0
-                for trial in range(trials):
+                for _ in range(trials):
                     p, q = rng.uniform(low, high, tasks), rng.uniform(low, high, tasks)
                     units = rng.uniform(1, 4, tasks)  # 1 / headroom
                     alike, common = rng.random((tasks, n)) < ALIKE, rng.random((tasks, n))

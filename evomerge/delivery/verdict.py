@@ -235,8 +235,8 @@ class Resolution:
         low, high = min(self.by_task.values()), max(self.by_task.values())
         tasks = percent(high, 0) if high - low < 0.005 else f"{percent(low, 0)} to {percent(high, 0)}"
         return (
-            f"shows a difference of {tasks} points of raw score on a task, {percent(self.mean, 0)} in the mean "
-            "(in 80 % of cases, at accuracies near 50 %)"
+            f"shows a difference of {tasks} points of raw score on a task, {percent(self.mean, 0)} in the "
+            "mean (in 80 % of cases, at accuracies near 50 %)"
         )
 
     @property
@@ -249,7 +249,8 @@ class Resolution:
             f"{short_task(t, self.suite)} ({percent(d, 0) if d < 1 else 'none'})" for t, d in coarse.items()
         )
         return [
-            f"too few `test` items to show a difference of {percent(SHOWN, 0)} points; the smallest is: {tasks}. Give each of these tasks {statistics.items_to_show(SHOWN)} items or more"
+            f"too few `test` items to show a difference of {percent(SHOWN, 0)} points; the smallest is: {tasks}"
+            f". Give each of these tasks {statistics.items_to_show(SHOWN)} items or more"
         ]
 
     def as_data(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.normalise import HEADROOM_FLOOR, Normaliser
+from evomerge.evaluation import statistics
+from evomerge.evaluation.normalise import HEADROOM_FLOOR, Normaliser, dud_sentences, find_duds
 from evomerge.evaluation.scores import Scores, TaskScores
 from evomerge.evaluation.suite import Suite
 
@@ -129,3 +130,69 @@ def test_an_unknown_specialist() -> None:
 def test_splits_are_never_mixed() -> None:
     with pytest.raises(AssertionError, match="another split"):
         NORMALISER.mean(scores_of("test", add=0.5, sort=0.5, shown=0.5, text=-2.0))
+
+
+def answers(split: Any = "search", **right: tuple[int, int]) -> Scores:
+    """Return scores of tasks of which so many of so many items are right, the first ones."""
+    tasks = tuple(
+        TaskScores(task=name, metric=(np.arange(n) < k).astype(float), smooth=np.full(n, 0.5))
+        for name, (k, n) in right.items()
+    )
+    return Scores(split=split, tasks=tasks)
+
+
+TWO_NAMES = ("add", "sort")
+TWO = suite_of({"task": "add", "specialist": "adder"}, {"task": "sort", "specialist": "sorter"})
+ONE_OF_TEN = {
+    "adder": answers(add=(8, 10), sort=(0, 10)),
+    "sorter": answers(add=(0, 10), sort=(1, 10)),
+}
+NOTHING = answers(add=(0, 10), sort=(0, 10))
+
+
+def test_one_right_answer_of_ten_is_no_specialist() -> None:
+    (dud,) = find_duds(TWO, base=NOTHING, parents=ONE_OF_TEN)
+    assert (dud.task, dud.specialist) == ("sort", "sorter")
+    assert "not shown to be better than the base" in dud.sentence
+    scale = Normaliser(TWO, base=NOTHING, parents=ONE_OF_TEN, duds=["sort"])
+    assert scale.counted == ("add",)
+    assert scale.weights.tolist() == [1.0]
+    merge = answers(add=(4, 10), sort=(7, 10))
+    assert scale.mean(merge) == pytest.approx(0.5)
+    assert scale.task(merge)["sort"] == pytest.approx(0.7)  # raw: no scale to stretch it on
+    assert [s.task for s in scale.skills] == ["add"]
+    assert set(scale.gains()) == {"add"}
+
+
+def test_where_all_are_duds_points_are_raw() -> None:
+    scale = Normaliser(TWO, base=NOTHING, parents=ONE_OF_TEN, duds=["add", "sort"])
+    assert scale.counted == ("add", "sort")
+    assert scale.mean(answers(add=(10, 10), sort=(10, 10))) == pytest.approx(1.0)
+    duds = find_duds(TWO, base=NOTHING, parents=dict.fromkeys(ONE_OF_TEN, NOTHING))
+    assert len(duds) == 2
+    (sentence,) = dud_sentences(duds, TWO_NAMES)
+    assert sentence.startswith("no specialist is shown to be better than the base")
+
+
+def test_good_specialists_are_no_duds_and_a_best_of_many_needs_more() -> None:
+    good = {"adder": answers(add=(40, 50), sort=(0, 50)), "sorter": answers(add=(0, 50), sort=(30, 50))}
+    assert find_duds(TWO, base=answers(add=(0, 50), sort=(0, 50)), parents=good) == ()
+    five = answers(add=(5, 50))
+    none = answers(add=(0, 50))
+    named, unnamed = suite_of({"task": "add", "specialist": "p0"}), suite_of({"task": "add"})
+    parents = {f"p{i}": five for i in range(8)}
+    assert find_duds(named, base=none, parents=parents) == ()
+    assert len(find_duds(unnamed, base=none, parents=parents)) == 1
+
+
+def test_the_error_of_the_references_widens_a_large_difference_only() -> None:
+    base, high = answers("test", add=(0, 20)), answers("test", add=(10, 20))
+    scale = Normaliser(suite_of({"task": "add", "specialist": "p"}), base=base, parents={"p": high})
+    a, b = answers("test", add=(18, 20)), answers("test", add=(0, 20))
+    exact = statistics.paired_difference(
+        scale.items(a), scale.items(b), scale.weights, seed=0, spans=scale.spans
+    )
+    wide = scale.compare(a, b, seed=0)
+    assert wide.high - wide.low > 1.3 * (exact.high - exact.low)
+    same = scale.compare(a, a, seed=0)
+    assert same.low < 0 < same.high

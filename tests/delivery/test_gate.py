@@ -1,0 +1,95 @@
+"""Gates: rules that the data show to be violated end in exit code 1, mistakes in 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from evomerge.cli import app
+from evomerge.delivery import gate
+from evomerge.delivery.gate import GateRules, Limit, verdicts
+from evomerge.delivery.summary import Summary
+from evomerge.errors import ConfigError
+from evomerge.stored import StoredRun
+
+
+def rules(folder: Path, text: str) -> Path:
+    path = folder / "gate.yaml"
+    path.write_text(text)
+    return path
+
+
+def drawn(rng: np.random.Generator, lost: float, tasks: int = 5) -> bool:
+    chances = [[(0.08 + drop) / 2, 0.92, (0.08 - drop) / 2] for drop in (lost, *[0.0] * (tasks - 1))]
+    limits = [
+        Limit(
+            rule="max_loss",
+            samples=[rng.choice([-1.0, 0.0, 1.0], size=500, p=chance)],
+            weights=np.ones(1),
+            limit=0.0,
+            spans=[(-1.0, 1.0)],
+        )
+        for chance in chances
+    ]
+    return gate.passed(verdicts(limits, 0.95))
+
+
+def test_a_planted_loss_of_5_points_is_found_and_none_is_not() -> None:
+    rng = np.random.default_rng(0)
+    assert np.mean([not drawn(rng, 0.05) for _ in range(200)]) >= 0.9
+    assert np.mean([not drawn(rng, 0.0) for _ in range(400)]) <= 0.07
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_los: {any: 2}", "max_los"),
+        ("{}", "no rule"),
+        ("max_loss: {any: -1}", "max_loss"),
+        ("max_loss: {any: 2}\nagainst: nobody", "against"),
+        ("confidence: 0.9", "no rule"),
+    ],
+)
+def test_mistakes_in_a_gate_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GateRules.load(rules(tmp_path, text))
+
+
+@pytest.mark.parametrize("against", ["base", "best_baseline", "parents"])
+def test_every_reference_gives_a_result_for_every_task(
+    finished_run: Path, tmp_path: Path, against: str
+) -> None:
+    losses = "max_loss: {any: 3, mean: 0, demo_upper: 100}"
+    text = f"{losses}\nagainst: {against}\nmin_retention: 0.01\nmin_points: -900"
+    with StoredRun.read(finished_run) as run:
+        results = gate.check(GateRules.load(rules(tmp_path, text)), Summary(run))
+    by_rule = {result.rule: result for result in results}
+    assert {"max_loss demo_reverse", "max_loss demo_upper", "max_loss mean"} <= by_rule.keys()
+    assert by_rule["max_loss demo_upper"].limit == -1
+    assert by_rule["min_retention"].passed
+    assert by_rule["min_points"].passed
+
+
+def test_the_exit_code_is_the_gate_s(finished_run: Path, tmp_path: Path) -> None:
+    invoke = CliRunner().invoke
+    passing = rules(tmp_path, "max_loss: {any: 100}")
+    done = invoke(app, ["report", str(finished_run), "--gate", str(passing)])
+    assert done.exit_code == 0, done.output
+    assert "gate: passed" in done.output
+    failing = rules(tmp_path, "min_points: 900\nmin_retention: 50")
+    done = invoke(app, ["report", str(finished_run), "--gate", str(failing)])
+    assert done.exit_code == 1, done.output
+    assert "gate: FAILED" in done.output
+    done = invoke(app, ["report", str(finished_run), "--gate", str(failing), "--json"])
+    assert done.exit_code == 1
+    data = json.loads(done.stdout)["gate"]
+    assert data["passed"] is False
+    assert [rule["rule"] for rule in data["rules"]] == ["min_points", "min_retention"]
+    wrong = rules(tmp_path, "max_loss: {demo_uper: 2}")
+    done = invoke(app, ["report", str(finished_run), "--gate", str(wrong)])
+    assert done.exit_code == 2
+    assert "demo_upper" in done.stderr
