@@ -51,6 +51,7 @@ SPACE = (
     ("Layer path", "evomerge.search.spaces.layer_path:LayerPathSpec", "layer_paths.md"),
     ("scale", "evomerge.search.spaces.layer_path:ScaleSpec", "layer_paths.md"),
 )
+GATE = (("Gate", "evomerge.delivery.gate:GateRules", "verdicts.md"),)
 """Heading (a key of the file, or a kind of file), model, and the page that explains it."""
 
 Section = tuple[str, str, str]
@@ -59,18 +60,21 @@ NONE = "-"
 
 
 def config_page() -> str:
-    """Return docs/config.md: every key of the three kinds of files, with type, default, range and meaning."""
-    headings = {place(model): heading for part in (RUN_CONFIG, SUITE, SPACE) for heading, model, _ in part}
+    """Return docs/config.md: every key of the four kinds of files, with type, default, range and meaning."""
+    headings = {
+        place(model): heading for part in (RUN_CONFIG, SUITE, SPACE, GATE) for heading, model, _ in part
+    }
     lines = [
         "# Config reference",
         "",
         "Generated from the code by `python docs/generate.py`; do not edit.",
         "",
-        "Every key of a run config, suite and search space. Unknown keys are errors that name the nearest",
+        "Every key of a run config, suite, search space and gate. Unknown keys are errors that name the nearest",
         f"valid key. `{NONE}` stands for no default or no range. A section that can be `off` can be `on`:",
         "all its defaults. A run config and a suite with comments: [your_models.md](your_models.md).",
     ]
-    for title, sections in (("Run config", RUN_CONFIG), ("Suite", SUITE), ("Search space", SPACE)):
+    parts = (("Run config", RUN_CONFIG), ("Suite", SUITE), ("Search space", SPACE), ("Gate", GATE))
+    for title, sections in parts:
         lines += ["", f"## {title}"]
         for heading, model, page in sections:
             lines += _section(heading, place(model), page, headings, top=heading == title)

@@ -31,6 +31,7 @@ NAMES = [
     "show",
     "samples",
     "report",
+    "compare",
     "export",
     "merge",
     "predict",

@@ -51,7 +51,11 @@ def test_the_config_reference_has_every_model_of_a_user_s_file() -> None:
     tool = generator()
     for page in (tool.config_page, tool.commands_page):
         page()  # imports all that are listed
-    listed = {tool.place(model) for part in (tool.RUN_CONFIG, tool.SUITE, tool.SPACE) for _, model, _ in part}
+    listed = {
+        tool.place(model)
+        for part in (tool.RUN_CONFIG, tool.SUITE, tool.SPACE, tool.GATE)
+        for _, model, _ in part
+    }
 
     def subclasses(model: type[Any]) -> Iterator[type[Any]]:
         for each in model.__subclasses__():

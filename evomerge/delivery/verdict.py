@@ -249,7 +249,7 @@ class Resolution:
             f"{short_task(t, self.suite)} ({percent(d, 0) if d < 1 else 'none'})" for t, d in coarse.items()
         )
         return [
-            f"too few `test` items to show a difference of {percent(SHOWN, 0)} points; the smallest is: {tasks}"
+            f"too few `test` items to show a difference of {percent(SHOWN, 0)} points; the smallest: {tasks}"
             f". Give each of these tasks {statistics.items_to_show(SHOWN)} items or more"
         ]
 
