@@ -231,7 +231,7 @@ def real(count: int, zoo: Path | None) -> None:
         for run in range(count):
             sources = {name: noisy(zoo / "upper", folder / name, [run, k]) for k, name in enumerate("ab")}
             config = {
-                "models": {"base": str(zoo / "upper"), "sources": sources},
+                "models": {"base": str(zoo.resolve() / "upper"), "sources": sources},
                 "space": "global_weights",
                 "suite": str(folder / "suite.yaml"),
                 "optimizer": {"name": "cma_es", "population": 4},
