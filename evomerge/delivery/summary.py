@@ -286,6 +286,7 @@ class Summary:
                 kept=kept[t.task] if t.task in scaled and t.counted else None,
                 held=held[t.task] if t.task in scaled else None,
                 limited=t.task in scaled and t.splits["search"] is not None,
+                counted=t.counted,
             )
             for t, test, p in zip(tasks, tests, adjusted, strict=True)
         ]

@@ -45,6 +45,7 @@ class TaskResult:
     task, name: in full, and as tables show it. winner, rival: mean raw scores. test: of their difference.
     adjusted: its p after Holm's correction over the tasks. kept, held: normalised scores of winner and rival,
     None where the task has no scale or does not count. limited: whether a constraint can name the task.
+    counted: whether it has a weight in the mean; others can only be lost, not won.
     """
 
     task: str
@@ -56,11 +57,12 @@ class TaskResult:
     kept: float | None
     held: float | None
     limited: bool
+    counted: bool = True
 
     @property
     def better(self) -> bool:
-        """Whether the winner is significantly better."""
-        return self.adjusted <= SIGNIFICANT and self.test.estimate > 0
+        """Whether the winner is significantly better, on a task that counts."""
+        return self.counted and self.adjusted <= SIGNIFICANT and self.test.estimate > 0
 
     @property
     def worse(self) -> bool:

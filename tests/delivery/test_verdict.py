@@ -72,6 +72,11 @@ def test_green_only_where_nothing_is_lost_and_every_specialist_is_kept() -> None
     assert set(STYLES) == {"green", "amber", "red"}
 
 
+def test_a_task_of_weight_0_can_be_lost_but_not_won() -> None:
+    assert "better on no task" in verdict(task("shown", 0.9, 0.5, counted=False)).sentence
+    assert verdict(task("shown", 0.1, 0.5, counted=False, kept=None)).level == "amber"
+
+
 def test_a_difference_within_error_is_no_loss() -> None:
     found = verdict(task("a", 0.7, 0.75, adjusted=0.2))
     assert found.level == "green"
