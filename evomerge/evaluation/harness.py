@@ -89,7 +89,7 @@ class Harness:
         self.forward_seconds = 0.0
         self._seed = seed
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
-        self._builders = build(suite, seed=seed, permissions=permissions)
+        self._builders = build(suite, lm=self._lm, seed=seed, permissions=permissions)
         for builder in self._builders:
             refuse_glued(builder, self._lm)
         self._blocks, self._block_seed = blocks, block_seed
@@ -238,7 +238,8 @@ class Harness:
 
     def _score(self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None) -> TaskScores:
         if task.name not in layout.bounds:
-            with _private_rng(self._seed, self._lm.device):
+            thoughts = self._lm.dropping_thoughts(task.builder.asked.think_end_token)
+            with thoughts, _private_rng(self._seed, self._lm.device):
                 return _generated(task, self._lm)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]

@@ -12,7 +12,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +109,27 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         """Drop the live model, so that a harness never keeps weights in memory."""
         self._model = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
         self._config, self._device = self._model.config, self._model.device
+
+    def renderer(self, template: str, *, thinking: bool | None) -> Callable[..., str]:
+        """Return lm-eval's function that makes a prompt of a conversation, with a certain chat template.
+
+        transformers renders it in a sandbox. thinking: the template's argument `enable_thinking`.
+        """
+        arguments: dict[str, Any] = {"chat_template": template}
+        if thinking is not None:
+            arguments["enable_thinking"] = thinking
+
+        def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            with _swapped(self, "chat_template_args", arguments):
+                return str(self.apply_chat_template(history, add_generation_prompt))
+
+        return render
+
+    @contextlib.contextmanager
+    def dropping_thoughts(self, end: int | str | None) -> Iterator[None]:
+        """Drop from generated answers everything up to a token or text; lm-eval's `think_end_token`."""
+        with _swapped(self, "think_end_token", end):
+            yield
 
     def pairs(self, instances: Sequence[Any]) -> list[Pair]:
         """Return loglikelihood requests tokenised exactly as lm-eval does."""
