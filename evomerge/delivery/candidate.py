@@ -14,6 +14,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Scores, Split, joined
 from evomerge.prepare import prepare
 from evomerge.running.store import ID, StoreReader
+from evomerge.running.worker import build_harness
 from evomerge.stored import StoredRun
 
 _WIDTH = 60
@@ -129,22 +130,10 @@ def _items(
 
 def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]]:
     """Return prompt, answer choices and right answers of every item of a task, block by block."""
-    from evomerge.evaluation.harness import Harness
-    from evomerge.merging.sources.opening import open_sources
-    from evomerge.merging.sources.vocabulary import open_tokenizer
-
     prepared = prepare(run.config())
     run.refuse_changed(prepared.model_facts)
     worker = prepared.worker
-    sources = open_sources(worker.models, worker.base, tokenizer=worker.tokenizer)
-    harness = Harness(
-        worker.suite,
-        tokenizer=open_tokenizer(sources[worker.base]),
-        batch_size=worker.batch_size,
-        max_length=worker.max_length,
-        blocks=worker.blocks,
-        block_seed=worker.block_seed,
-    )
+    harness = build_harness(worker)
     blocks = []
     for block in worker.blocks_of(split):
         (items,) = (entry for entry in harness.items(split, block).tasks if entry.name == task)

@@ -127,7 +127,9 @@ class Asking(Strict):
     def contradiction(self) -> str | None:
         """Say which keys, after `over`, exclude each other; None where none do."""
         if self.enable_thinking and self.think_end_token is None:
-            return "enable_thinking needs think_end_token, which ends the reasoning: only what follows is scored"
+            return (
+                "enable_thinking needs think_end_token, which ends the reasoning: only what follows is scored"
+            )
         if self.chat_template == OFF and self.enable_thinking:
             return "enable_thinking is an argument of the chat template, which is off"
         if self.chat_template == OFF and self.fewshot_as_multiturn:
@@ -160,7 +162,7 @@ def with_template_text(data: Mapping[str, Any], folder: Path, where: str) -> dic
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(
             f"{where}: chat_template: the file can't be read",
-            expected="auto, off, the name of one of the tokenizer's templates, or a jinja file beside the suite",
+            expected="auto, off, a name of one of the tokenizer's templates, or a file beside the suite",
             got=f"{path}: {reason}",
         ) from None
     if not is_source(text):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
+from evomerge.evaluation.examples import Example, example
 from evomerge.evaluation.items import (
     BatchLayout,
     Items,
@@ -34,6 +36,7 @@ from evomerge.evaluation.items import (
     merged,
     refuse_few,
     refuse_glued,
+    refuse_long,
 )
 from evomerge.evaluation.likelihood import Likelihoods
 from evomerge.evaluation.live_lm import LiveLM
@@ -125,21 +128,31 @@ class Harness:
             )
         return self._items[split][block]
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, config: Any) -> None:
         """Build the items of all splits and check that they fit into the model's context.
 
-        Raises ConfigError.
+        config: the transformers config of the models. Raises ConfigError.
         """
-        for split in SPLITS:
-            self._lm.attach(model)
-            try:
+        self._lm.attach(SimpleNamespace(config=config, device=torch.device("cpu")))
+        try:
+            for split in SPLITS:
                 for block in range(self.blocks(split)):
-                    self._layout(self.items(split, block), self._lm.max_length, self.batch_size)
-            finally:
-                self._lm.detach()
+                    items = self.items(split, block)
+                    refuse_long(items, self._lm)
+                    self._layout(items, self._lm.max_length, self.batch_size)
+        finally:
+            self._lm.detach()
+
+    def examples(self) -> list[Example]:
+        """Return an item of each task as the model sees it, of the first split that the task has."""
+        first: dict[str, TaskItems] = {}
+        for split in SPLITS:
+            for task in self.items(split).tasks:
+                first.setdefault(task.name, task)
+        return [example(first[spec.task], self._lm) for spec in self.suite.tasks]
 
     def mirror(self, engine: Engine, *, tolerance: float) -> None:
-        """Make an engine generate instead of the live model from now on; call this before `prepare`.
+        """Make an engine generate instead of the live model from now on.
 
         Its canary is the longest prompt of the tasks that generate. tolerance: as in Mirror.
         Raises ConfigError if a task does not generate greedily.
@@ -184,7 +197,10 @@ class Harness:
         try:
             layout = self._layout(items, lm.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
-            scores = [self._score(task, layout, likelihoods) for task in items.tasks]
+            scores = [
+                self._score(task, layout, likelihoods, twin=task.twin(items.tasks[:number]))
+                for number, task in enumerate(items.tasks)
+            ]
         finally:
             lm.detach()
         self.forward_seconds = lm.forward_seconds
@@ -236,8 +252,17 @@ class Harness:
             items.plans[key] = lay_out(items, self._lm, batch_size, max_length)
         return items.plans[key]
 
-    def _score(self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None) -> TaskScores:
+    def _score(
+        self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None, *, twin: TaskItems | None
+    ) -> TaskScores:
+        """Score a task's items.
+
+        twin: a task that was scored just before from the same requests, if there is one.
+        """
         if task.name not in layout.bounds:
+            if twin is not None and task.builder.spec.role == "skill":
+                _copy_answers(twin, task)
+                return TaskScores(task=task.name, metric=_metric(task))
             thoughts = self._lm.dropping_thoughts(task.builder.asked.think_end_token)
             with thoughts, _private_rng(self._seed, self._lm.device):
                 return _generated(task, self._lm)
@@ -301,6 +326,12 @@ def _generated(task: TaskItems, lm: LiveLM) -> TaskScores:
     for instance, answer in zip(repeated, answers, strict=True):
         instance.resps.append(answer)
     return TaskScores(task=task.name, metric=_metric(task))
+
+
+def _copy_answers(answered: TaskItems, task: TaskItems) -> None:
+    for group, others in zip(task.groups, answered.groups, strict=True):
+        for instance, other in zip(group, others, strict=True):
+            instance.resps = list(other.resps)
 
 
 def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM) -> TaskScores:

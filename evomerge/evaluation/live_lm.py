@@ -151,12 +151,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         for instance in instances:
             budget = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
             if budget >= self.max_length:
-                raise ConfigError(
-                    f"task {instance.task_name!r} generates up to {budget} tokens, "
-                    "which leaves no room for the prompt",
-                    expected=f"fewer than the model's {self.max_length} tokens of context",
-                    fix="set generation_kwargs: max_gen_toks in the task's YAML",
-                )
+                raise no_room(str(instance.task_name), budget, self.max_length)
         with quiet():
             if self.mirror is None:
                 answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
@@ -222,6 +217,15 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         longest = max(map(len, answers))
         padded = [answer + [self.tokenizer.pad_token_id] * (longest - len(answer)) for answer in answers]
         return torch.cat([context.cpu(), torch.tensor(padded, dtype=context.dtype)], dim=1)
+
+
+def no_room(task: str, budget: int, context: int) -> ConfigError:
+    """Return the error of a task whose longest answer fills the context; both in tokens."""
+    return ConfigError(
+        f"task {task!r} generates up to {budget} tokens, which leaves no room for the prompt",
+        expected=f"fewer than the model's {context} tokens of context",
+        fix="set gen_kwargs: {max_gen_toks: ...} in the suite",
+    )
 
 
 class _FiniteLogits(transformers.LogitsProcessor):

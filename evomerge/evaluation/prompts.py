@@ -61,7 +61,9 @@ def _refuse_without_effect(task: Any, spec: SuiteTask) -> None:
             got=f"output_type: {task.OUTPUT_TYPE}",
             fix=f"remove {key} from the task, or set it for the whole suite",
         )
-    builds_alone = not isinstance(task, ConfigurableTask) and type(task).fewshot_context is Task.fewshot_context
+    builds_alone = (
+        not isinstance(task, ConfigurableTask) and type(task).fewshot_context is Task.fewshot_context
+    )
     if builds_alone and (key := next((key for key in _PROMPTED if own.get(key) not in (None, OFF)), None)):
         raise ConfigError(
             f"task {spec.task!r} is written in Python and builds its prompts itself, without {key}",

@@ -54,7 +54,7 @@ _SAMPLE = 4
 class TaskBuilder:
     """One task of a suite: its lm-eval task, its documents per split, its requests.
 
-    spec: the suite's entry. asked: how models are asked. lm: tokenises and renders. documents: split -> its documents in a fixed order.
+    spec: the suite's entry. asked: how models are asked. documents: split -> its documents in a fixed order.
     output_type: lm-eval's: loglikelihood, multiple_choice, loglikelihood_rolling or generate_until.
     metric, filter: the metric's name in lm-eval's results, and the filter whose results it is computed from.
 
@@ -216,10 +216,10 @@ class TaskBuilder:
 
     def _keep_scored_documents_out_of_the_prompts(self) -> None:
         scored = {_content(document) for docs in self.documents.values() for document in docs}
-        if (sampler := getattr(self._task, "sampler", None)) is None:
-            return  # a task written in Python, which chooses its examples itself
-        pool = [document for document in sampler.fewshot_docs() if _content(document) not in scored]
-        shots = self._task.config.num_fewshot
+        task, sampler = self._task, getattr(self._task, "sampler", None)
+        shown = task.fewshot_docs() if sampler is None else sampler.fewshot_docs()
+        pool = [document for document in shown if _content(document) not in scored]
+        shots = task.config.num_fewshot
         if len(pool) <= shots:
             raise ConfigError(
                 f"task {self.spec.task!r} takes its few-shot examples from the items it is scored on",
@@ -227,6 +227,9 @@ class TaskBuilder:
                 got=str(len(pool)),
                 fix="set fewshot_split to another dataset split, or reduce the numbers of items",
             )
+        if sampler is None:  # a task written in Python draws from one of these
+            task._training_docs = task._fewshot_docs = pool
+            return
         sampler.replace_df(pool)
         sampler.fewshot_indices = None  # they have been applied by fewshot_docs()
 
@@ -300,9 +303,7 @@ class TaskBuilder:
         return ConfigError(f"task {self.spec.task!r} has no metric {name!r}", fix=nearest(name, valid))
 
 
-def build(
-    suite: Suite, *, lm: LiveLM, seed: int, permissions: Permissions = NOTHING
-) -> list[TaskBuilder]:
+def build(suite: Suite, *, lm: LiveLM, seed: int, permissions: Permissions = NOTHING) -> list[TaskBuilder]:
     """Load a suite's tasks, in suite order.
 
     lm: tokenises and renders prompts. Raises ConfigError: as in `load` and TaskBuilder.
