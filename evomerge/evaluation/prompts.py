@@ -21,7 +21,7 @@ from evomerge.evaluation.suite import SuiteTask
 
 _RUNS_CODE = ("custom",)
 """Filters that need a Python function, which a suite can't name."""
-_GENERATES = ("gen_kwargs", "enable_thinking", "think_end_token")
+_GENERATES = ("gen_kwargs", "think_end_token")
 """Keys of a task that say something about generated answers only."""
 _PROMPTED = ("chat_template", "system_prompt", "description", "fewshot_as_multiturn")
 """Keys of a task that only lm-eval's own way to build a prompt obeys."""
@@ -35,7 +35,7 @@ def set_up(task: Any, spec: SuiteTask, asked: Asking) -> None:
     Raises:
         ConfigError: a key of the entry has no effect on this kind of task, or a filter is not lm-eval's.
     """
-    _refuse_without_effect(task, spec)
+    _refuse_without_effect(task, spec, asked)
     config = task.config
     if spec.num_fewshot is not None:
         config.num_fewshot = spec.num_fewshot
@@ -52,8 +52,15 @@ def set_up(task: Any, spec: SuiteTask, asked: Asking) -> None:
         task._filters = [_pipeline(spec.task, pipeline.name, pipeline.filter) for pipeline in asked.filters]
 
 
-def _refuse_without_effect(task: Any, spec: SuiteTask) -> None:
+def _refuse_without_effect(task: Any, spec: SuiteTask, asked: Asking) -> None:
     own = spec.asked()
+    if asked.enable_thinking and task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):
+        raise ConfigError(
+            f"task {spec.task!r} scores given answers, before which a model can't reason",
+            expected="enable_thinking: true only for tasks with output_type: generate_until",
+            got=f"output_type: {task.OUTPUT_TYPE}",
+            fix="set enable_thinking: false in the task's entry",
+        )
     if task.OUTPUT_TYPE != "generate_until" and (key := next(filter(own.get, _GENERATES), None)):
         raise ConfigError(
             f"task {spec.task!r}: {key} is about generated answers, but the task generates none",

@@ -206,7 +206,8 @@ class TaskBuilder:
         Few-shot examples don't count. The answer counts only if there is no question (plain text).
         """
         config = self._task.config
-        text = self._task.doc_to_text(document) if config.doc_to_text is not None else ""
+        python = not isinstance(self._task, ConfigurableTask)
+        text = self._task.doc_to_text(document) if python or config.doc_to_text is not None else ""
         parts = [text] if isinstance(text, str) else []
         if config.doc_to_choice is not None:
             parts += [str(choice) for choice in self._task.doc_to_choice(document)]
