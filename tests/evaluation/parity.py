@@ -74,7 +74,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "choice_inputs": {
         **CHOICE,
         "doc_to_text": "{{ gold }}",
-        "doc_to_choice": "{{ choices | map('replace', 'e', 'a') | list }}",
+        "doc_to_choice": "{{ [question ~ ' a ' ~ choices[0], question ~ ' b ' ~ choices[1], question] }}",
         "doc_to_target": "{{ answer }}",
         "metric_list": [{"metric": "acc", **MEAN}],
     },
@@ -200,6 +200,8 @@ class Way:
     tasks: tuple[str, ...] = field(default=(*SHAPES, "own_class"))
 
 
+QUICK = ("plain", "template", "thinking to a text")
+"""Ways of the default test suite; the others are slow tests."""
 TEXTS = tuple(name for name in SHAPES if "generate" in SHAPES[name]["output_type"])
 WAYS: dict[str, Way] = {
     "plain": Way({"chat_template": "off"}),
@@ -227,7 +229,6 @@ WAYS: dict[str, Way] = {
             "write",
             "write_shots",
             "regex",
-            "own_class",
         ),
     ),
     "system prompt as text": Way(
@@ -277,7 +278,12 @@ def write_tasks(folder: Path) -> Path:
         files[split] = str(folder / f"{split}.jsonl")
         text = "".join(json.dumps(row) + "\n" for row in documents(split, count))
         Path(files[split]).write_text(text, encoding="utf-8")
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test", "fewshot_split": "train"}
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+        "fewshot_split": "train",
+    }
     for name, shape in SHAPES.items():
         head = {"task": name, **data, "metadata": {"version": 1.0}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**head, **shape}), encoding="utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
     parity.write_model(folder / "model")
     parity.write_tasks(folder / "tasks")
-    calls = [
-        parity.command_line(way, folder / "model", folder / "tasks", folder / "out" / name)
-        for name, way in parity.WAYS.items()
-    ]
-    plain = parity.WAYS["plain"]
-    calls.append(
-        parity.command_line(plain, folder / "model", folder / "tasks", folder / "out" / "group", ["both"])
-    )
-    parity.lm_eval(calls)
+    calls = [call(folder, name) for name in parity.QUICK]
+    parity.lm_eval([*calls, call(folder, "plain", out="group", names=["both"])])
     return folder
+
+
+def call(place: Path, name: str, *, out: str = "", names: Sequence[str] = ()) -> list[str]:
+    folder = place / "out" / (out or name)
+    return parity.command_line(parity.WAYS[name], place / "model", place / "tasks", folder, names)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,40 @@ def compare(asked: Harness, model: Any, logged: dict[str, list[dict[str, Any]]])
     return count
 
 
-@pytest.mark.parametrize("name", parity.WAYS)
-def test_items_and_scores_are_those_of_lm_evals_command_line(name: str, place: Path, model: Any) -> None:
+def check(name: str, place: Path, model: Any, *, out: str = "") -> None:
     way = parity.WAYS[name]
-    assert compare(harness(place, way), model, parity.samples(place / "out" / name)) >= 4 * len(way.tasks)
+    logged = parity.samples(place / "out" / (out or name))
+    assert compare(harness(place, way), model, logged) >= 4 * len(way.tasks)
+
+
+@pytest.mark.parametrize("name", parity.QUICK)
+def test_items_and_scores_are_those_of_lm_evals_command_line(name: str, place: Path, model: Any) -> None:
+    check(name, place, model)
+
+
+def test_tasks_of_a_group_are_asked_as_in_the_group(place: Path, model: Any) -> None:
+    logged = parity.samples(place / "out" / "group")
+    assert set(logged) == {"choice", "write"}
+    way = replace(parity.WAYS["plain"], tasks=("choice", "write"))
+    assert compare(harness(place, way), model, logged) == 24
+
+
+@pytest.mark.slow
+def test_every_other_way_to_ask(place: Path, model: Any) -> None:
+    others = [name for name in parity.WAYS if name not in parity.QUICK]
+    parity.lm_eval([call(place, name) for name in others])
+    for name in others:
+        check(name, place, model)
+
+
+@pytest.mark.slow
+def test_lm_eval_as_people_call_it(place: Path, model: Any) -> None:
+    parity.lm_eval([call(place, "template", out="whole")], whole=True)
+    check("template", place, model, out="whole")
+
+
+def test_there_are_enough_shapes() -> None:
+    assert len(parity.SHAPES) + 2 >= 20  # a class and a group, too
+    assert {shape["output_type"] for shape in parity.SHAPES.values()} == {
+        *("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"),
+    }
