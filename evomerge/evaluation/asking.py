@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -29,21 +29,21 @@ class GenerationSpec(Strict):
     Without `do_sample` and `temperature`, generation is greedy. Sampling draws from a fixed seed.
     """
 
-    max_gen_toks: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] | None = None
+    max_gen_toks: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     """Longest answer in tokens."""
     until: str | tuple[str, ...] | None = None
     """Texts that end an answer; they are no part of it."""
     do_sample: bool | None = None
     """Draw each token instead of taking the likeliest one."""
-    temperature: Annotated[float, Field(ge=0, le=LARGEST_FACTOR)] | None = None
+    temperature: float | None = Field(None, ge=0, le=LARGEST_FACTOR)
     """Of the draws."""
-    top_k: Annotated[int, Field(ge=1, le=LARGEST_COUNT)] | None = None
+    top_k: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     """Draw among this many of the likeliest tokens."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: float | None = Field(None, gt=0, le=1)
     """Draw among the likeliest tokens that have this probability together."""
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: float | None = Field(None, ge=0, le=1)
     """Draw among tokens with at least this share of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=LARGEST_FACTOR)] | None = None
+    repetition_penalty: float | None = Field(None, gt=0, le=LARGEST_FACTOR)
     """Divides the scores of tokens that occurred before."""
 
     def given(self) -> dict[str, Any]:
@@ -75,13 +75,13 @@ class Asking(Strict):
     """How a task is put to a model. Keys of a task replace those of the suite."""
 
     chat_template: str | None = Field(None, min_length=1)
-    """`auto` (the suite's default): the tokenizer's own, if it has one; `off`: plain text; the name of one of its
-    templates; or a jinja file, relative to the suite's file."""
+    """`auto` (the suite's default): the tokenizer's own, if it has one; `off`: plain text; the name of one of
+    its templates; or a jinja file, relative to the suite's file."""
     system_prompt: str | None = None
     """Text of the system turn, before `description`."""
     description: str | None = None
     """Replaces the task's own: a text before the examples and the question."""
-    num_fewshot: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | None = None
+    num_fewshot: int | None = Field(None, ge=0, le=LARGEST_COUNT)
     """Number of solved examples in a prompt. In a suite, tasks whose file says 0 keep it."""
     fewshot_as_multiturn: bool | None = None
     """Examples as turns of a conversation (default with a template), or in one user turn."""

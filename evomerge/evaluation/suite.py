@@ -108,8 +108,8 @@ class SuiteTask(Asking):
     task: str = Field(min_length=1)
     """The lm-eval task; or any name, where `of` says which task it is."""
     of: str | None = Field(None, min_length=1)
-    """The lm-eval task, where `task` is a name of your choice: a task can stand twice, with two metrics or asked
-    in two ways. What is asked in the same way is computed once."""
+    """The lm-eval task, where `task` is a name of your choice: a task can stand twice, with two metrics or
+    asked in two ways. What is asked in the same way is computed once."""
     metric: str = Field(min_length=1)
     """One of the task's per-item metrics; `metric,filter` picks a filter. Retention and coherence tasks have
     one."""

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 CONTEXT = 192
 SPLITS = {"search": 6, "select": 4, "test": 6}
 NAMED = {split: split for split in SPLITS}
-WORDS = "red green blue café naïve 日本 😀 seven eight nine apple pear plum".split()
+WORDS = ["red", "green", "blue", "café", "naïve", "日本", "😀", "seven", "eight", "nine", "apple", "plum"]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}</s>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"

@@ -1,4 +1,4 @@
-"""How models are asked: the keys of a suite, chat templates, reasoning, and what is refused before a model."""
+"""How models are asked: the keys of a suite, chat templates, reasoning, and what is refused."""
 
 from __future__ import annotations
 
