@@ -14,18 +14,18 @@ from evomerge.text import one_line, printable
 from evomerge.trial import Probe
 
 if TYPE_CHECKING:
-    from evomerge.evaluation.examples import Example
+    from evomerge.evaluation.examples import RenderedItem
 
 _LONGEST = 1200
 """Characters of a prompt, or of an answer, that are shown; of longer ones the middle is left out."""
 
 
-def examples(prepared: Prepared) -> list[Example]:
+def examples(prepared: Prepared) -> list[RenderedItem]:
     """Return one item of each task as the model sees it; only configs and tokenizers are read for it."""
     return build_harness(prepared.worker).examples()
 
 
-def as_data(prepared: Prepared, probe: Probe, prompts: Sequence[Example]) -> dict[str, Any]:
+def as_data(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> dict[str, Any]:
     """Return the findings as plain data (`check --json`).
 
     Args:
@@ -61,7 +61,7 @@ def as_data(prepared: Prepared, probe: Probe, prompts: Sequence[Example]) -> dic
     }
 
 
-def text(prepared: Prepared, probe: Probe, prompts: Sequence[Example]) -> str:
+def text(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> str:
     """Return the findings as text for the terminal; arguments as in `as_data`."""
     items = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
     config, worker = prepared.config, prepared.worker
@@ -92,7 +92,7 @@ def text(prepared: Prepared, probe: Probe, prompts: Sequence[Example]) -> str:
     return "\n".join([*lines, *notes, *_prompts(prompts), "ready to run"])
 
 
-def _prompts(prompts: Sequence[Example]) -> Iterator[str]:
+def _prompts(prompts: Sequence[RenderedItem]) -> Iterator[str]:
     yield "what a model sees, one item per task; the tokens of the answer are in brackets:"
     for prompt in prompts:
         yield f"  {prompt.task}: {prompt.prompt_tokens} tokens, then {_ending(prompt)}"
@@ -100,7 +100,7 @@ def _prompts(prompts: Sequence[Example]) -> Iterator[str]:
         yield f"    > {one_line(_cut(''.join(f'[{token}]' for token in prompt.answer)))}"
 
 
-def _ending(prompt: Example) -> str:
+def _ending(prompt: RenderedItem) -> str:
     """Say how many tokens are scored, or what ends a generated answer."""
     if prompt.limit is None:
         return f"{len(prompt.answer)} that are scored"

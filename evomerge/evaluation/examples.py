@@ -12,7 +12,7 @@ from evomerge.evaluation.live_lm import LiveLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
+class RenderedItem:
     """A rendered item.
 
     task: its name in the suite. prompt: all tokens before the answer as one text, special tokens included.
@@ -29,7 +29,7 @@ class Example:
     limit: int | None = None
 
 
-def example(task: TaskItems, lm: LiveLM) -> Example:
+def example(task: TaskItems, lm: LiveLM) -> RenderedItem:
     """Return the first item of a task. For multiple choice the answer is the first right choice."""
     group = task.groups[0]
     if task.texts:
@@ -56,8 +56,8 @@ def example(task: TaskItems, lm: LiveLM) -> Example:
     )
 
 
-def _example(task: TaskItems, lm: LiveLM, prompt: Any, answer: Any, **generation: Any) -> Example:
-    return Example(
+def _example(task: TaskItems, lm: LiveLM, prompt: Any, answer: Any, **generation: Any) -> RenderedItem:
+    return RenderedItem(
         task=task.name,
         prompt=lm.tok_decode(prompt, skip_special_tokens=False),
         prompt_tokens=len(prompt),

@@ -25,7 +25,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
-from evomerge.evaluation.examples import Example, example
+from evomerge.evaluation.examples import RenderedItem, example
 from evomerge.evaluation.items import (
     BatchLayout,
     Items,
@@ -143,7 +143,7 @@ class Harness:
         finally:
             self._lm.detach()
 
-    def examples(self) -> list[Example]:
+    def examples(self) -> list[RenderedItem]:
         """Return an item of each task as the model sees it, of the first split that the task has."""
         first: dict[str, TaskItems] = {}
         for split in SPLITS:
