@@ -34,6 +34,7 @@ from evomerge.evaluation.items import (
     cut_into_blocks,
     lay_out,
     merged,
+    questions,
     refuse_few,
     refuse_glued,
     refuse_long,
@@ -41,7 +42,7 @@ from evomerge.evaluation.items import (
 from evomerge.evaluation.likelihood import Likelihoods
 from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
+from evomerge.evaluation.scores import SPLITS, Array, Question, Scores, Split, TaskScores, joined
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import build, is_number
@@ -64,6 +65,7 @@ class Harness:
             items and its own batches, so its scores don't depend on what else is scored.
         block_seed: of the random assignment of items to blocks.
         permissions: which code of the tasks may run.
+        stored_text: how many characters of a generated answer or a prompt are returned; 0 returns none.
 
     Attributes:
         forward_seconds: seconds spent inside the model during the last evaluation.
@@ -84,13 +86,14 @@ class Harness:
         blocks: int = 1,
         block_seed: int = 0,
         permissions: Permissions = NOTHING,
+        stored_text: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
         self.suite = suite
         self.batch_size = batch_size
         self.forward_seconds = 0.0
-        self._seed = seed
+        self._seed, self._stored_text = seed, stored_text
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, lm=self._lm, seed=seed, permissions=permissions)
         for builder in self._builders:
@@ -127,6 +130,13 @@ class Harness:
                 for number, tasks in enumerate(cut_into_blocks(whole, self.blocks(split), self._block_seed))
             )
         return self._items[split][block]
+
+    def questions(self, split: Split, block: int = 0) -> dict[str, list[Question]]:
+        """Return what is asked in the items of a block by task, in item order, cut to `stored_text`."""
+        if not self._stored_text:
+            return {}
+        tasks = self.items(split, block).tasks
+        return {task.name: questions(task, self._stored_text) for task in tasks}
 
     def prepare(self, config: Any) -> None:
         """Build the items of all splits and check that they fit into the model's context.
@@ -260,12 +270,9 @@ class Harness:
         twin: a task that was scored just before from the same requests, if there is one.
         """
         if task.name not in layout.bounds:
-            if twin is not None and task.builder.spec.role == "skill":
-                _copy_answers(twin, task)
-                return TaskScores(task=task.name, metric=_metric(task))
             thoughts = self._lm.dropping_thoughts(task.builder.asked.think_end_token)
             with thoughts, _private_rng(self._seed, self._lm.device):
-                return _generated(task, self._lm)
+                return _generated(task, self._lm, self._stored_text, twin)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
@@ -309,15 +316,21 @@ def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
     return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
-def _generated(task: TaskItems, lm: LiveLM) -> TaskScores:
-    """Score a task whose answers lm-eval requests from the live model."""
+def _generated(task: TaskItems, lm: LiveLM, stored_text: int, twin: TaskItems | None) -> TaskScores:
+    """Score a task whose answers lm-eval requests from the live model.
+
+    stored_text: as in Harness. twin: a task that has just been answered on the same requests, or None.
+    """
     flat = [instance for group in task.groups for instance in group]
     kind = flat[0].request_type
     repeated = [instance for instance in flat for _ in range(instance.repeats or 1)]
     if task.builder.spec.role == "coherence":
-        return _coherent(task, repeated, lm)
+        return _coherent(task, repeated, lm, stored_text)
     answers: Sequence[Any]
-    if kind == "generate_until":
+    if twin is not None:
+        answered = [instance for group in twin.groups for instance in group]
+        answers = [answer for instance in answered for answer in instance.resps]
+    elif kind == "generate_until":
         answers = lm.generate(repeated)
     else:
         answers = getattr(lm, kind)(repeated, disable_tqdm=True)
@@ -325,22 +338,29 @@ def _generated(task: TaskItems, lm: LiveLM) -> TaskScores:
         instance.resps = []
     for instance, answer in zip(repeated, answers, strict=True):
         instance.resps.append(answer)
-    return TaskScores(task=task.name, metric=_metric(task))
+    if kind != "generate_until":
+        return TaskScores(task=task.name, metric=_metric(task))
+    texts = [[str(text) for instance in group for text in instance.resps] for group in task.groups]
+    return TaskScores(task=task.name, metric=_metric(task), **_stored(texts, lm, stored_text))
 
 
-def _copy_answers(answered: TaskItems, task: TaskItems) -> None:
-    for group, others in zip(task.groups, answered.groups, strict=True):
-        for instance, other in zip(group, others, strict=True):
-            instance.resps = list(other.resps)
+def _stored(texts: Sequence[Sequence[str]], lm: LiveLM, characters: int) -> dict[str, Any]:
+    """Return the fields `tokens` and `texts` of a TaskScores from each item's answers."""
+    counts = [[len(lm.tok_encode(text, add_special_tokens=False)) for text in item] for item in texts]
+    cut = tuple(tuple(text[:characters] for text in item) for item in texts)
+    return {"tokens": np.array([np.mean(item) for item in counts]), "texts": cut if characters else None}
 
 
-def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM) -> TaskScores:
+def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM, stored_text: int) -> TaskScores:
     """Score generations by their form only: the mean coherence of an item's answers."""
     by_item: dict[int, list[float]] = {}
+    texts: dict[int, list[str]] = {}
     for request, (answer, ended) in zip(requests, lm.generate_to_the_end(requests), strict=True):
         tokens = lm.tok_encode(answer, add_special_tokens=False)
         by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
-    return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in by_item.values()]))
+        texts.setdefault(request.doc_id, []).append(answer)
+    metric = np.array([np.mean(values) for values in by_item.values()])
+    return TaskScores(task=task.name, metric=metric, **_stored([*texts.values()], lm, stored_text))
 
 
 def _metric(task: TaskItems) -> Array:
