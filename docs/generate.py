@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from typer.models import OptionInfo
 
+from evomerge.evaluation.asking import Asking
+
 FOLDER = Path(__file__).parent
 
 CLI = "evomerge.cli:app"
@@ -41,6 +43,9 @@ SUITE = (
     ("Suite", "evomerge.evaluation.suite:Suite", "your_models.md"),
     ("tasks", "evomerge.evaluation.suite:SuiteTask", "your_models.md"),
     ("tasks.splits", "evomerge.evaluation.suite:Splits", "your_models.md"),
+    ("asking", "evomerge.evaluation.asking:Asking", "evaluation.md"),
+    ("gen_kwargs", "evomerge.evaluation.asking:GenerationSpec", "evaluation.md"),
+    ("filters", "evomerge.evaluation.asking:FilterSpec", "evaluation.md"),
 )
 SPACE = (
     ("Search space", "evomerge.search.spaces.preset:SpaceSpec", "search_spaces.md"),
@@ -89,7 +94,10 @@ def _section(
     yield from ("", f"{_about(model)} Explained in [{page}]({page}).", "")
     yield "| key | type | default | range | meaning |"
     yield "|---|---|---|---|---|"
+    inherited = Asking.model_fields if model is not Asking else ()  # they have a section of their own
     for name, field in model.model_fields.items():
+        if name in inherited:
+            continue
         assert field.description, f"{model.__name__}.{name} has no docstring"
         cells = (
             f"`{name}`",
@@ -122,7 +130,14 @@ def _type(annotation: Any, headings: dict[type[BaseModel], str]) -> str:
     def shown(inner: Any) -> str:
         return _type(inner, headings)
 
-    simple = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
+    simple = {
+        Any: "any value",
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        Path: "path",
+    }
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in simple:
         return simple[annotation]

@@ -7,6 +7,7 @@ the run folder exists.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import time
@@ -75,7 +76,7 @@ def prepare(config: RunConfig) -> Prepared:
     from evomerge.merging.sources import model_files
     from evomerge.merging.sources.opening import open_sources
 
-    suite = Suite.load(config.suite).weighted(config.objective.weights)
+    suite = _suite(config).weighted(config.objective.weights)
     config.objective.check(suite)
     sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
     template = Recipe(
@@ -120,6 +121,19 @@ def prepare(config: RunConfig) -> Prepared:
         notes=notes,
         warm=warm,
     )
+
+
+def _suite(config: RunConfig) -> Suite:
+    """Return the config's suite; a run that was stored before goes on asking models as it began."""
+    suite = Suite.load(config.suite)
+    folder = Path(config.out)
+    if StoreReader.exists(folder):
+        with (
+            contextlib.suppress(StoreError),  # opening the run for work raises the same error with its reason
+            StoreReader.read(folder) as store,
+        ):
+            suite = suite.as_stored(facts.SUITE.get(store) or suite.model_dump())
+    return suite
 
 
 def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:

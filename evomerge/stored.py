@@ -7,6 +7,7 @@ may move: `StoredRun.config` takes their new places, and their contents are comp
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import shlex
 import time
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ class StoredRun:
     @functools.cached_property
     def suite(self) -> Suite:
         """The suite the run was begun with, from the store alone."""
-        return parse(Suite, facts.SUITE.require(self.store), f"{self.folder}: stored suite")
+        return Suite.from_store(facts.SUITE.require(self.store), f"{self.folder}: stored suite")
 
     def config(
         self, *, models: Mapping[str, str] | None = None, suite: str | None = None, **budget: Any
@@ -78,8 +79,9 @@ class StoredRun:
     # -- is this the run that was begun? ------------------------------------------------------------
 
     def check_same(self, begun: facts.Values) -> None:
-        """Refuse to continue the run where config, models, tasks or device differ from these facts."""
+        """Refuse to continue the run where its config, models, tasks, lm-eval or device differ from this."""
         self.refuse_older()
+        self._refuse_other_lm_eval()
         if facts.IDENTITY.get(self.store) != begun[facts.IDENTITY]:
             raise StoreError(
                 f"{self.folder}: holds a run of another config",
@@ -153,6 +155,17 @@ class StoredRun:
                 f"{FILE}.version-{migrated['schema']}, to finish it",
                 fix="`status`, `report` and `export` work here; to search on, start a new run with "
                 f"warm_start: {{run: {self.folder}}}",
+            )
+
+    def _refuse_other_lm_eval(self) -> None:
+        """Refuse to score with another version of lm-eval: its prompts and metrics may differ."""
+        now = importlib.metadata.version("lm_eval")
+        if (before := self.store.versions().get("lm_eval", now)) != now:
+            raise StoreError(
+                f"{self.folder}: lm-eval changed since the run began, so scores would not be comparable",
+                expected=before,
+                got=now,
+                fix=f"pip install lm_eval=={before}, or start a new run in another folder",
             )
 
     def check_hashes(self, hashes: Mapping[str, Mapping[str, str]]) -> None:

@@ -89,6 +89,11 @@ def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: 
     assert (data["blocks"], data["racing"], data["surrogate"]) == (3, True, True)
     assert data["items"] == {"search": 72, "select": 64, "test": 160}
     assert data["estimated_minutes"] > 0
+    assert "what a model sees, one item per task" in text
+    shown = {prompt["task"]: prompt for prompt in data["prompts"]}
+    task, prompt = next(iter(shown.items()))
+    assert f"  {task}: {prompt['prompt_tokens']} tokens, then {len(prompt['answer'])} that are scored" in text
+    assert "".join(f"[{token}]" for token in prompt["answer"]) in text
 
 
 def test_spaces_lists_the_presets(config: Callable[..., Path]) -> None:

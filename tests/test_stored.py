@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evomerge.errors import ConfigError, StoreError
+from evomerge.prepare import check_folder, prepare
 from evomerge.running.store import RunStore, facts
 from evomerge.stored import StoredRun, config_to_resume, environment_note
 
@@ -46,3 +49,38 @@ def test_where_no_run_is_there_is_nothing_to_open(tmp_path: Path) -> None:
 def test_a_store_without_a_suite_says_so(tmp_path: Path) -> None:
     with RunStore.create(tmp_path, {}) as store, pytest.raises(StoreError, match="no fact `suite`"):
         assert StoredRun(store).suite
+
+
+def test_a_run_of_another_lm_eval_is_not_continued(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.4.99" if name == "lm_eval" else version(name)
+    )
+    with StoredRun.read(finished_run) as run:
+        prepared = prepare(run.config())
+    with pytest.raises(StoreError, match="lm-eval changed since the run began") as caught:
+        check_folder(prepared)
+    assert caught.value.fix is not None
+    assert f"pip install lm_eval=={version('lm_eval')}" in caught.value.fix
+
+
+def test_a_run_from_before_chat_templates_goes_on_without_one(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = facts.Fact.get
+
+    def without(fact: facts.Fact[Any], store: Any) -> Any:
+        value = read(fact, store)
+        if fact is facts.SUITE:
+            return {key: value[key] for key in value if key not in ("chat_template", "long_prompts")}
+        return value
+
+    with StoredRun.read(finished_run) as run:
+        assert prepare(run.config()).suite.chat_template == "auto"
+        monkeypatch.setattr(facts.Fact, "get", without)
+        assert run.suite.chat_template == "off"
+        prepared = prepare(run.config())
+    assert (prepared.suite.chat_template, prepared.suite.long_prompts) == ("off", "cut")
+    assert prepared.worker.suite.chat_template == "off"

@@ -22,10 +22,10 @@ import evomerge
 assert evomerge.__file__.startswith(sys.argv[1]), evomerge.__file__
 from evomerge.prepare import prepare
 from evomerge.config import DEMO_CONFIG, RunConfig
-from evomerge.evaluation import tasks
+from evomerge.running.worker import build_harness
 prepared = prepare(RunConfig.load(DEMO_CONFIG))
 assert str(prepared.suite.tasks_dir).startswith(sys.argv[1])
-print(prepared.space.dimension, len(tasks.build(prepared.suite, seed=0)))
+print(prepared.space.dimension, len(build_harness(prepared.worker).examples()))
 """
 
 

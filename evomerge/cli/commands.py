@@ -96,9 +96,10 @@ def check(config: ConfigArgument, permissions: Any = None) -> None:
     require_packages(loaded.tracking)
     prepared = prepare(loaded)
     check_folder(prepared)
+    prompts = delivery.examples(prepared)
     estimate = probe(prepared)
-    output.say(delivery.text(prepared, estimate))
-    output.data(delivery.as_data(prepared, estimate))
+    output.say(delivery.text(prepared, estimate, prompts))
+    output.data(delivery.as_data(prepared, estimate, prompts))
 
 
 @command(app, "run", budget=True)

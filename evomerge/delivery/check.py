@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.delivery.verdict import resolution
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
+from evomerge.running.worker import build_harness
+from evomerge.text import one_line, printable
 from evomerge.trial import Probe
 
+if TYPE_CHECKING:
+    from evomerge.evaluation.examples import RenderedItem
 
-def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
+_LONGEST = 1200
+"""Characters of a prompt, or of an answer, that are shown; of longer ones the middle is left out."""
+
+
+def examples(prepared: Prepared) -> list[RenderedItem]:
+    """Return one item of each task as the model sees it; only configs and tokenizers are read for it."""
+    return build_harness(prepared.worker).examples()
+
+
+def as_data(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> dict[str, Any]:
     """Return the findings as plain data (`check --json`).
 
     Args:
         prepared: the checked config.
         probe: the timed evaluation of one candidate.
+        prompts: from `examples`.
 
     Returns:
         Values that JSON can hold; times in the unit their key names, costs in the budget's currency.
@@ -43,10 +59,11 @@ def as_data(prepared: Prepared, probe: Probe) -> dict[str, Any]:
         "out": str(prepared.folder),
         "resolution": resolution(prepared.suite, probe.test_items).as_data(),
         "notes": list(prepared.notes),
+        "prompts": [asdict(prompt) for prompt in prompts],
     }
 
 
-def text(prepared: Prepared, probe: Probe) -> str:
+def text(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> str:
     """Return the findings as text for the terminal; arguments as in `as_data`."""
     items = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
     config, worker = prepared.config, prepared.worker
@@ -76,7 +93,32 @@ def text(prepared: Prepared, probe: Probe) -> str:
     visible = resolution(prepared.suite, probe.test_items)
     lines.append(f"test:   {visible.sentence}")
     lines += [f"note:   {note}" for note in visible.notes]
-    return "\n".join([*lines, *(f"note:   {note}" for note in prepared.notes), "ready to run"])
+    notes = (f"note:   {note}" for note in prepared.notes)
+    return "\n".join([*lines, *notes, *_prompts(prompts), "ready to run"])
+
+
+def _prompts(prompts: Sequence[RenderedItem]) -> Iterator[str]:
+    yield "what a model sees, one item per task; the tokens of the answer are in brackets:"
+    for prompt in prompts:
+        yield f"  {prompt.task}: {prompt.prompt_tokens} tokens, then {_ending(prompt)}"
+        yield from (f"    | {line}" for line in printable(_cut(prompt.prompt)).split("\n"))
+        yield f"    > {one_line(_cut(''.join(f'[{token}]' for token in prompt.answer)))}"
+
+
+def _ending(prompt: RenderedItem) -> str:
+    """Say how many tokens are scored, or what ends a generated answer."""
+    if prompt.limit is None:
+        return f"{len(prompt.answer)} that are scored"
+    until = ", ".join(f"'{one_line(text)}'" for text in prompt.until or ())
+    return f"up to {prompt.limit} generated{f', until {until}' if until else ''} (below: the reference)"
+
+
+def _cut(text: str) -> str:
+    """Leave out the middle of a long text."""
+    if len(text) <= _LONGEST:
+        return text
+    left_out = len(text) - _LONGEST
+    return f"{text[: _LONGEST // 2]} ... {left_out:,} characters left out ... {text[-_LONGEST // 2 :]}"
 
 
 def _races(prepared: Prepared) -> bool:

@@ -140,7 +140,7 @@ def save(diagnosis: Diagnosis, out: Path, config: Path | None) -> Salvaged:
     if diagnosis.version < SCHEMA_VERSION and facts.MIGRATED.key not in stored:
         begun = {**begun, facts.MIGRATED: migrations.history(diagnosis.version, inspection)}
     suite = begun.get(facts.SUITE) or json.loads(stored[facts.SUITE.key])
-    parsed = parse(Suite, suite, f"{diagnosis.folder}: stored suite")
+    parsed = Suite.from_store(suite, f"{diagnosis.folder}: stored suite")
     tasks: dict[str, list[str]] = {
         split: [task.task for task in parsed.tasks if getattr(task.splits, split) is not None]
         for split in SPLITS

@@ -83,6 +83,7 @@ def evaluate(
         name = suite_name or (config.suite if config is not None else "")
         suite = Suite.load(name)
         if stored is not None and suite_name is None:
+            suite = suite.as_stored(facts.SUITE.require(stored.store))
             stored.refuse_other_tasks(suite)
         worker = _worker(location, suite, spec, permissions)
         if stored is not None and config is not None:

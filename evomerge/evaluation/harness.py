@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
+from evomerge.evaluation.examples import RenderedItem, example
 from evomerge.evaluation.items import (
     BatchLayout,
     Items,
@@ -35,6 +37,7 @@ from evomerge.evaluation.items import (
     questions,
     refuse_few,
     refuse_glued,
+    refuse_long,
 )
 from evomerge.evaluation.likelihood import Likelihoods
 from evomerge.evaluation.live_lm import LiveLM
@@ -92,7 +95,7 @@ class Harness:
         self.forward_seconds = 0.0
         self._seed, self._stored_text = seed, stored_text
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
-        self._builders = build(suite, seed=seed, permissions=permissions)
+        self._builders = build(suite, lm=self._lm, seed=seed, permissions=permissions)
         for builder in self._builders:
             refuse_glued(builder, self._lm)
         self._blocks, self._block_seed = blocks, block_seed
@@ -135,21 +138,31 @@ class Harness:
         tasks = self.items(split, block).tasks
         return {task.name: questions(task, self._stored_text) for task in tasks}
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, config: Any) -> None:
         """Build the items of all splits and check that they fit into the model's context.
 
-        Raises ConfigError.
+        config: the transformers config of the models. Raises ConfigError.
         """
-        for split in SPLITS:
-            self._lm.attach(model)
-            try:
+        self._lm.attach(SimpleNamespace(config=config, device=torch.device("cpu")))
+        try:
+            for split in SPLITS:
                 for block in range(self.blocks(split)):
-                    self._layout(self.items(split, block), self._lm.max_length, self.batch_size)
-            finally:
-                self._lm.detach()
+                    items = self.items(split, block)
+                    refuse_long(items, self._lm)
+                    self._layout(items, self._lm.max_length, self.batch_size)
+        finally:
+            self._lm.detach()
+
+    def examples(self) -> list[RenderedItem]:
+        """Return an item of each task as the model sees it, of the first split that the task has."""
+        first: dict[str, TaskItems] = {}
+        for split in SPLITS:
+            for task in self.items(split).tasks:
+                first.setdefault(task.name, task)
+        return [example(first[spec.task], self._lm) for spec in self.suite.tasks]
 
     def mirror(self, engine: Engine, *, tolerance: float) -> None:
-        """Make an engine generate instead of the live model from now on; call this before `prepare`.
+        """Make an engine generate instead of the live model from now on.
 
         Its canary is the longest prompt of the tasks that generate. tolerance: as in Mirror.
         Raises ConfigError if a task does not generate greedily.
@@ -194,7 +207,10 @@ class Harness:
         try:
             layout = self._layout(items, lm.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
-            scores = [self._score(task, layout, likelihoods) for task in items.tasks]
+            scores = [
+                self._score(task, layout, likelihoods, twin=task.twin(items.tasks[:number]))
+                for number, task in enumerate(items.tasks)
+            ]
         finally:
             lm.detach()
         self.forward_seconds = lm.forward_seconds
@@ -246,10 +262,17 @@ class Harness:
             items.plans[key] = lay_out(items, self._lm, batch_size, max_length)
         return items.plans[key]
 
-    def _score(self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None) -> TaskScores:
+    def _score(
+        self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None, *, twin: TaskItems | None
+    ) -> TaskScores:
+        """Score a task's items.
+
+        twin: a task that was scored just before from the same requests, if there is one.
+        """
         if task.name not in layout.bounds:
-            with _private_rng(self._seed, self._lm.device):
-                return _generated(task, self._lm, self._stored_text)
+            thoughts = self._lm.dropping_thoughts(task.builder.asked.think_end_token)
+            with thoughts, _private_rng(self._seed, self._lm.device):
+                return _generated(task, self._lm, self._stored_text, twin)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
@@ -293,10 +316,10 @@ def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
     return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
-def _generated(task: TaskItems, lm: LiveLM, stored_text: int) -> TaskScores:
+def _generated(task: TaskItems, lm: LiveLM, stored_text: int, twin: TaskItems | None) -> TaskScores:
     """Score a task whose answers lm-eval requests from the live model.
 
-    stored_text: as in Harness.
+    stored_text: as in Harness. twin: a task that has just been answered on the same requests, or None.
     """
     flat = [instance for group in task.groups for instance in group]
     kind = flat[0].request_type
@@ -304,7 +327,10 @@ def _generated(task: TaskItems, lm: LiveLM, stored_text: int) -> TaskScores:
     if task.builder.spec.role == "coherence":
         return _coherent(task, repeated, lm, stored_text)
     answers: Sequence[Any]
-    if kind == "generate_until":
+    if twin is not None:
+        answered = [instance for group in twin.groups for instance in group]
+        answers = [answer for instance in answered for answer in instance.resps]
+    elif kind == "generate_until":
         answers = lm.generate(repeated)
     else:
         answers = getattr(lm, kind)(repeated, disable_tqdm=True)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation.likelihood import Plan, plan
-from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates
+from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates, no_room
 from evomerge.evaluation.scores import Question, Split
 from evomerge.evaluation.tasks import TaskBuilder
 
@@ -39,6 +40,24 @@ class TaskItems:
     @property
     def name(self) -> str:
         return self.builder.spec.task
+
+    def twin(self, earlier: Sequence[TaskItems]) -> TaskItems | None:
+        """Return an earlier task of the suite with the same requests, whose answers serve this one too."""
+        spec, end = self.builder.spec, self.builder.asked.think_end_token
+        for other in earlier:
+            if (
+                other.builder.spec.source == spec.source
+                and {spec.role, other.builder.spec.role} != {"skill", "coherence"}
+                and other.builder.asked.think_end_token == end
+                and (other.pairs, other.texts) == (self.pairs, self.texts)
+                and _requests(other) == _requests(self)
+            ):
+                return other
+        return None
+
+
+def _requests(task: TaskItems) -> list[tuple[Any, ...]]:
+    return [request.args for group in task.groups for request in group]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,6 +135,38 @@ def refuse_glued(builder: TaskBuilder, lm: LiveLM) -> None:
         )
 
 
+def refuse_long(items: Items, lm: LiveLM) -> None:
+    """Raise ConfigError for a prompt that is longer than the model's context, where its task says so.
+
+    lm: with the model's config attached. Texts of rolling tasks are read in windows.
+    """
+    for task in items.tasks:
+        if task.texts or task.builder.asked.long_prompts == "cut":
+            continue
+        requests = [request for group in task.groups for request in group]
+        if task.pairs:
+            room = lm.max_length + 1  # the last token is only predicted
+            lengths = [len(context) + len(continuation) for context, continuation in task.pairs]
+        else:
+            limit = max(normalize_gen_kwargs(r.args[1], lm.max_gen_toks)["max_gen_toks"] for r in requests)
+            if (room := lm.max_length - limit) <= 0:
+                raise no_room(task.name, limit, lm.max_length)
+            lengths = [len(lm.tok_encode(request.args[0])) for request in requests]
+        for request, length in zip(requests, lengths, strict=True):
+            if length > room:
+                raise _too_long(task, request, items.split, length, room)
+
+
+def _too_long(task: TaskItems, request: Any, split: Split, length: int, room: int) -> ConfigError:
+    prompt, kind = ("prompt with its answer", "answer's last token") if task.pairs else ("prompt", "answer")
+    return ConfigError(
+        f"task {task.name!r}: item {request.doc_id} of {split} is longer than the model's context",
+        expected=f"at most {room} tokens, which leaves room for the {kind}",
+        got=f"a {prompt} of {length} tokens",
+        fix="reduce num_fewshot, or set long_prompts: cut; a long prompt then loses its start, as in lm-eval",
+    )
+
+
 def build_items(builder: TaskBuilder, split: Split, lm: LiveLM) -> TaskItems:
     """Return a task's items on a split, rendered and tokenised. Raises ConfigError."""
     task = builder.requests(split)
@@ -187,13 +238,16 @@ def cut_into_blocks(whole: Sequence[TaskItems], blocks: int, seed: int) -> list[
         return [tuple(whole)]
     cut: list[list[TaskItems]] = [[] for _ in range(blocks)]
     spare = 0  # the first block with an additional item; it moves on, so that block sizes stay similar
+    assigned: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.intp]]] = {}
     for task in whole:
-        count = len(task.groups)
-        name = int.from_bytes(hashlib.sha256(task.name.encode()).digest()[:8], "big")
-        order = np.random.default_rng([seed, name]).permutation(count)
-        block_of = np.empty(count, dtype=np.intp)
-        block_of[order] = (np.arange(count) + spare) % blocks
-        spare = (spare + count) % blocks
+        count, source = len(task.groups), task.builder.spec.source
+        if (source, count) not in assigned:  # a task that stands twice is cut in the same way
+            name = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big")
+            order = np.random.default_rng([seed, name]).permutation(count)
+            block_of = assigned[source, count] = np.empty(count, dtype=np.intp)
+            block_of[order] = (np.arange(count) + spare) % blocks
+            spare = (spare + count) % blocks
+        block_of = assigned[source, count]
         for block, parts in enumerate(cut):
             parts.append(_sliced(task, np.flatnonzero(block_of == block).tolist()))
     return [tuple(parts) for parts in cut]
@@ -222,8 +276,12 @@ def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int) -> Batch
     names: list[str] = []
     bounds: dict[str, tuple[int, int]] = {}
     windows: dict[str, Any] = {}
-    for task in items.tasks:
+    for number, task in enumerate(items.tasks):
         start = len(pairs)
+        if (task.pairs or task.texts) and (twin := task.twin(items.tasks[:number])) is not None:
+            bounds[task.name] = bounds[twin.name]
+            windows |= {task.name: windows[twin.name]} if task.texts else {}
+            continue
         if task.texts:
             firsts = []
             for text in task.texts:

@@ -12,7 +12,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +110,27 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         self._model = SimpleNamespace(device=torch.device("cpu"), config=transformers.PretrainedConfig())
         self._config, self._device = self._model.config, self._model.device
 
+    def renderer(self, template: str, *, thinking: bool | None) -> Callable[..., str]:
+        """Return lm-eval's function that makes a prompt of a conversation, with a certain chat template.
+
+        transformers renders it in a sandbox. thinking: the template's argument `enable_thinking`.
+        """
+        arguments: dict[str, Any] = {"chat_template": template}
+        if thinking is not None:
+            arguments["enable_thinking"] = thinking
+
+        def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            with _swapped(self, "chat_template_args", arguments):
+                return str(self.apply_chat_template(history, add_generation_prompt))
+
+        return render
+
+    @contextlib.contextmanager
+    def dropping_thoughts(self, end: int | str | None) -> Iterator[None]:
+        """Drop from generated answers everything up to a token or text; lm-eval's `think_end_token`."""
+        with _swapped(self, "think_end_token", end):
+            yield
+
     def pairs(self, instances: Sequence[Any]) -> list[Pair]:
         """Return loglikelihood requests tokenised exactly as lm-eval does."""
         tokenised = self.loglikelihood(list(instances), disable_tqdm=True)
@@ -130,12 +151,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         for instance in instances:
             budget = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
             if budget >= self.max_length:
-                raise ConfigError(
-                    f"task {instance.task_name!r} generates up to {budget} tokens, "
-                    "which leaves no room for the prompt",
-                    expected=f"fewer than the model's {self.max_length} tokens of context",
-                    fix="set generation_kwargs: max_gen_toks in the task's YAML",
-                )
+                raise no_room(str(instance.task_name), budget, self.max_length)
         with quiet():
             if self.mirror is None:
                 answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
@@ -201,6 +217,15 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         longest = max(map(len, answers))
         padded = [answer + [self.tokenizer.pad_token_id] * (longest - len(answer)) for answer in answers]
         return torch.cat([context.cpu(), torch.tensor(padded, dtype=context.dtype)], dim=1)
+
+
+def no_room(task: str, budget: int, context: int) -> ConfigError:
+    """Return the error of a task whose longest answer fills the context; both in tokens."""
+    return ConfigError(
+        f"task {task!r} generates up to {budget} tokens, which leaves no room for the prompt",
+        expected=f"fewer than the model's {context} tokens of context",
+        fix="set gen_kwargs: {max_gen_toks: ...} in the suite",
+    )
 
 
 class _FiniteLogits(transformers.LogitsProcessor):

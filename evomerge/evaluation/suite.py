@@ -9,7 +9,7 @@ A suite file::
     about: five skills and one likelihood task
     tasks_dir: ../tasks/demo          # relative to this file; without it, lm-eval's built-in tasks
     tasks:
-      - task: demo_add                # the lm-eval task
+      - task: demo_add                # the lm-eval task, or a name of your choice and `of: TASK`
         metric: acc                   # one of the task's per-item metrics; "metric,filter" picks a filter
         role: skill                   # skill (default), retention or coherence
         weight: 1                     # in the mean over skills; 0: reported, not counted
@@ -17,7 +17,8 @@ A suite file::
         splits: {search: search, select: select, test: test}
 
 A split is the name of a dataset split, or a number of items that evomerge draws without overlap from the
-split that lm-eval would evaluate.
+split that lm-eval would evaluate. How the tasks are put to a model (chat template, examples, generation) is
+said by the keys of `evomerge.evaluation.asking`, in the suite or in a task.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.evaluation.asking import AUTO, OFF, Asking, with_template_text
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.files import expanded
 from evomerge.schema import LARGEST_COUNT, LARGEST_FACTOR, Strict, find_preset, load_yaml, parse
@@ -42,6 +44,9 @@ COHERENCE = "coherence"
 """The one metric of coherence tasks: see `evomerge.evaluation.coherence`."""
 
 _OWN_METRIC = {"retention": LOGLIKELIHOOD, "coherence": COHERENCE}
+
+_BEFORE = {"chat_template": OFF, "long_prompts": "cut"}
+"""How models were asked before a suite could say it: runs stored then have none of these keys."""
 
 _NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
 
@@ -97,11 +102,14 @@ class Splits(Strict):
         return value
 
 
-class SuiteTask(Strict):
-    """One task of a suite."""
+class SuiteTask(Asking):
+    """One task of a suite, which can also have all keys of [asking](#asking)."""
 
     task: str = Field(min_length=1)
-    """The lm-eval task."""
+    """The lm-eval task; or any name, where `of` says which task it is."""
+    of: str | None = Field(None, min_length=1)
+    """The lm-eval task, where `task` is a name of your choice: a task can stand twice, with two metrics or
+    asked in two ways. What is asked in the same way is computed once."""
     metric: str = Field(min_length=1)
     """One of the task's per-item metrics; `metric,filter` picks a filter. Retention and coherence tasks have
     one."""
@@ -134,6 +142,11 @@ class SuiteTask(Strict):
         return self
 
     @property
+    def source(self) -> str:
+        """The lm-eval task."""
+        return self.of or self.task
+
+    @property
     def counted(self) -> bool:
         """Whether the task counts in the mean, the retention or the coherence; else it is only reported.
 
@@ -142,8 +155,10 @@ class SuiteTask(Strict):
         return self.weight > 0 and self.splits.search is not None
 
 
-class Suite(Strict):
-    """What a model is scored on: lm-eval tasks, their weights and their splits.
+class Suite(Asking):
+    """What a model is scored on: lm-eval tasks, their weights and their splits, and how models are asked.
+
+    It can also have all keys of [asking](#asking), for tasks that don't set them.
 
     Made by `Suite.load`.
     """
@@ -154,6 +169,8 @@ class Suite(Strict):
     """One line for people."""
     tasks_dir: Path | None = None
     """Folder of lm-eval task YAMLs, relative to the suite's file. Without it, lm-eval's own tasks."""
+    chat_template: str | None = Field(AUTO, min_length=1)
+    long_prompts: Literal["refuse", "cut"] | None = "refuse"
     tasks: tuple[SuiteTask, ...]
     """The tasks; at least one skill with `search` items and a weight above 0."""
 
@@ -164,6 +181,9 @@ class Suite(Strict):
             raise ValueError(f"the task {twice[0]!r} is listed twice")
         if not any(task.role == "skill" and task.counted for task in self.tasks):
             raise ValueError("a suite needs a skill task with search items and a weight above 0")
+        for task in self.tasks:
+            if (problem := self.asking(task.task).contradiction()) is not None:
+                raise ValueError(f"task {task.task!r}: {problem}")
         return self
 
     @classmethod
@@ -199,7 +219,36 @@ class Suite(Strict):
                     got=str(location),
                 )
             data = {**data, "tasks_dir": location}
+        if isinstance(data, Mapping):
+            data = with_template_text(data, folder, where)
+            if isinstance(tasks := data.get("tasks"), list):
+                rows = [
+                    with_template_text(row, folder, where) if isinstance(row, Mapping) else row
+                    for row in tasks
+                ]
+                data = {**data, "tasks": rows}
         return parse(cls, data, where)
+
+    @classmethod
+    def from_store(cls, data: Mapping[str, Any], where: str) -> Suite:
+        """Return a suite as it was stored with a run. Raises ConfigError.
+
+        Before models were asked with their chat template, runs stored no key for it; it was off.
+        """
+        return parse(cls, _BEFORE | dict(data), where)
+
+    def as_stored(self, data: Mapping[str, Any]) -> Suite:
+        """Return a file's suite, asked as in a run that stored `data` where both say nothing about it."""
+        changes = {
+            key: value
+            for key, value in _BEFORE.items()
+            if key not in data and key not in self.model_fields_set
+        }
+        return self.model_copy(update=changes)
+
+    def asking(self, task: str) -> Asking:
+        """Return how a task is put to models: its own keys, completed by the suite's."""
+        return self[task].over(self)
 
     def weighted(self, weights: Mapping[str, float]) -> Suite:
         """Return the suite with the weights of some of its tasks replaced.
@@ -220,8 +269,15 @@ class Suite(Strict):
 
         That is the suite's content without `about`, and the names and bytes of all files below `tasks_dir`,
         at any place. Built-in tasks belong to the lm-eval version, which a run records separately.
+
+        Keys that say how models are asked count where they are set. `chat_template: off` counts as not set,
+        as in runs that were stored before there was such a key; `long_prompts` changes no score.
         """
-        content = self.model_dump(mode="json", exclude={"about", "tasks_dir"})
+        content = self.model_dump(mode="json", exclude={"about", "tasks_dir", "tasks"})
+        content = _without_unset(content)
+        if content.get("chat_template") == OFF:
+            del content["chat_template"]
+        content["tasks"] = [_without_unset(task.model_dump(mode="json")) for task in self.tasks]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         for path in self._files():
             assert self.tasks_dir is not None
@@ -246,3 +302,13 @@ class Suite(Strict):
             if spec.task == task:
                 return spec
         raise KeyError(task)
+
+
+def _without_unset(content: dict[str, Any]) -> dict[str, Any]:
+    """Leave out keys of `Asking` (and `of`) that are not set, and `long_prompts`."""
+    asking = {*Asking.model_fields, "of"}
+    return {
+        key: value
+        for key, value in content.items()
+        if key != "long_prompts" and not (key in asking and value is None)
+    }

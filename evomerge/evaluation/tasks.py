@@ -26,7 +26,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
 from evomerge.evaluation.answers import IsolatedMetrics
-from evomerge.evaluation.live_lm import compiled_templates, quiet
+from evomerge.evaluation.asking import Asking
+from evomerge.evaluation.live_lm import LiveLM, compiled_templates, quiet
 from evomerge.evaluation.permissions import (
     NOTHING,
     Permissions,
@@ -35,6 +36,7 @@ from evomerge.evaluation.permissions import (
     executes_answers,
     refuse_answers,
 )
+from evomerge.evaluation.prompts import build_requests, set_up, template_of
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
 from evomerge.schema import load_yaml
@@ -52,7 +54,7 @@ _SAMPLE = 4
 class TaskBuilder:
     """One task of a suite: its lm-eval task, its documents per split, its requests.
 
-    spec: the suite's entry. documents: split -> its documents in a fixed order.
+    spec: the suite's entry. asked: how models are asked. documents: split -> its documents in a fixed order.
     output_type: lm-eval's: loglikelihood, multiple_choice, loglikelihood_rolling or generate_until.
     metric, filter: the metric's name in lm-eval's results, and the filter whose results it is computed from.
 
@@ -60,10 +62,13 @@ class TaskBuilder:
         ConfigError: the dataset splits, the metric or the documents don't fit.
     """
 
-    def __init__(self, spec: SuiteTask, task: Any, *, seed: int) -> None:
-        self.spec = spec
+    def __init__(self, spec: SuiteTask, task: Any, *, asked: Asking, lm: LiveLM, seed: int) -> None:
+        self.spec, self.asked = spec, asked
         self.output_type: str = task.OUTPUT_TYPE
-        self._task = task
+        self._task, self._lm = task, lm
+        set_up(task, spec, asked)
+        rolling = self.output_type == "loglikelihood_rolling"  # its texts are no conversations
+        self._template = None if rolling else template_of(spec.task, asked, lm.tokenizer)
         for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
             if hasattr(task, name):
                 setattr(task, name, _remembered(getattr(task, name)))
@@ -110,7 +115,14 @@ class TaskBuilder:
         view.doc_iterator = lambda **_: enumerate(documents)
         try:
             with quiet(), compiled_templates():
-                view.build_all_requests()
+                build_requests(view, self.asked, self._template, self._lm)
+        except ConfigError as error:
+            raise ConfigError(
+                f"task {self.spec.task!r}: {error.what}",
+                expected=error.expected,
+                got=error.got,
+                fix=error.fix,
+            ) from None
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # templates and code of the task
@@ -165,7 +177,7 @@ class TaskBuilder:
     def _drawn(self, seed: int) -> dict[Split, list[Any]]:
         pool = self._task.eval_docs
         counts = {s: int(n) for s in SPLITS if (n := self.spec.splits[s]) is not None}
-        name = int.from_bytes(hashlib.sha256(self.spec.task.encode()).digest()[:8], "big")
+        name = int.from_bytes(hashlib.sha256(self.spec.source.encode()).digest()[:8], "big")
         order = np.random.default_rng([seed, name]).permutation(len(pool))
         documents: dict[Split, list[Any]] = {split: [] for split in counts}
         seen: set[str] = set()
@@ -194,7 +206,8 @@ class TaskBuilder:
         Few-shot examples don't count. The answer counts only if there is no question (plain text).
         """
         config = self._task.config
-        text = self._task.doc_to_text(document) if config.doc_to_text is not None else ""
+        python = not isinstance(self._task, ConfigurableTask)
+        text = self._task.doc_to_text(document) if python or config.doc_to_text is not None else ""
         parts = [text] if isinstance(text, str) else []
         if config.doc_to_choice is not None:
             parts += [str(choice) for choice in self._task.doc_to_choice(document)]
@@ -204,9 +217,10 @@ class TaskBuilder:
 
     def _keep_scored_documents_out_of_the_prompts(self) -> None:
         scored = {_content(document) for docs in self.documents.values() for document in docs}
-        sampler = self._task.sampler
-        pool = [document for document in sampler.fewshot_docs() if _content(document) not in scored]
-        shots = self._task.config.num_fewshot
+        task, sampler = self._task, getattr(self._task, "sampler", None)
+        shown = task.fewshot_docs() if sampler is None else sampler.fewshot_docs()
+        pool = [document for document in shown if _content(document) not in scored]
+        shots = task.config.num_fewshot
         if len(pool) <= shots:
             raise ConfigError(
                 f"task {self.spec.task!r} takes its few-shot examples from the items it is scored on",
@@ -214,6 +228,9 @@ class TaskBuilder:
                 got=str(len(pool)),
                 fix="set fewshot_split to another dataset split, or reduce the numbers of items",
             )
+        if sampler is None:  # a task written in Python draws from one of these
+            task._training_docs = task._fewshot_docs = pool
+            return
         sampler.replace_df(pool)
         sampler.fewshot_indices = None  # they have been applied by fewshot_docs()
 
@@ -287,18 +304,21 @@ class TaskBuilder:
         return ConfigError(f"task {self.spec.task!r} has no metric {name!r}", fix=nearest(name, valid))
 
 
-def build(suite: Suite, *, seed: int, permissions: Permissions = NOTHING) -> list[TaskBuilder]:
-    """Load a suite's tasks, in suite order. Raises ConfigError: as in `load` and TaskBuilder."""
-    tasks = load(suite, [spec.task for spec in suite.tasks], permissions)
+def build(suite: Suite, *, lm: LiveLM, seed: int, permissions: Permissions = NOTHING) -> list[TaskBuilder]:
+    """Load a suite's tasks, in suite order.
+
+    lm: tokenises and renders prompts. Raises ConfigError: as in `load` and TaskBuilder.
+    """
+    tasks = load(suite, [spec.source for spec in suite.tasks], permissions)
     builders = []
     for spec, task in zip(suite.tasks, tasks, strict=True):
         unsafe = getattr(task, "UNSAFE_CODE", False)  # a class can say so too
         if unsafe or executes_answers({"metric_list": task.config.metric_list}):
             refuse_answers(spec.task, permissions, got="UNSAFE_CODE of its class")
-            task.process_results = IsolatedMetrics(suite, spec.task, permissions, task.aggregation())
+            task.process_results = IsolatedMetrics(suite, spec.source, permissions, task.aggregation())
         try:
             with quiet():
-                builders.append(TaskBuilder(spec, task, seed=seed))
+                builders.append(TaskBuilder(spec, task, asked=suite.asking(spec.task), lm=lm, seed=seed))
         except (KeyboardInterrupt, UserError):
             raise
         except BaseException as error:

@@ -20,6 +20,7 @@ from evomerge.running.store import Timing
 
 if TYPE_CHECKING:
     from evomerge.evaluation.engine import Engine
+    from evomerge.evaluation.harness import Harness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,38 @@ class WorkerSpec:
         return tuple(range(self.blocks if split == "search" else 1))
 
 
+def build_harness(spec: WorkerSpec) -> Harness:
+    """Build a worker's harness and all items, from the models' headers, configs and tokenizers alone.
+
+    Raises UserError where the suite can't be used with these models.
+    """
+    import torch
+
+    from evomerge.evaluation.harness import Harness
+    from evomerge.merging.live.stacked_models import build
+    from evomerge.merging.recipe import tokenizer_of
+    from evomerge.merging.sources.opening import open_sources
+    from evomerge.merging.sources.vocabulary import open_tokenizer
+
+    sources = open_sources(spec.models, spec.base, tokenizer=spec.tokenizer)
+    vocabulary = tokenizer_of(spec.tokenizer, spec.base, spec.models)
+    source = sources[vocabulary if vocabulary in sources else spec.base]
+    harness = Harness(
+        spec.suite,
+        tokenizer=open_tokenizer(source),
+        batch_size=spec.batch_size,
+        max_length=spec.max_length,
+        blocks=spec.blocks,
+        block_seed=spec.block_seed,
+        permissions=spec.permissions,
+        stored_text=spec.stored_text,
+    )
+    with torch.device("meta"):  # a model without weights
+        config = build(source, source.config, spec.dtype, spec.attention).config
+    harness.prepare(config)
+    return harness
+
+
 class Worker:
     """Scores recipes one after the other. Building one loads the models and prepares all items.
 
@@ -135,12 +168,12 @@ class Worker:
     def __init__(self, spec: WorkerSpec, name: str = "0") -> None:
         import torch
 
-        from evomerge.evaluation.harness import Harness
         from evomerge.merging.live.workbench import Workbench
 
         torch.set_num_threads(spec.threads)
         self.name = name
         self._device, self._batch_size = spec.device, spec.batch_size
+        self._harness = build_harness(spec)  # before the models are loaded, because it refuses suites
         self._bench = Workbench(
             spec.models,
             spec.base,
@@ -150,21 +183,10 @@ class Worker:
             attn_implementation=spec.attention,
             low_memory=spec.low_memory,
         )
-        self._harness = Harness(
-            spec.suite,
-            tokenizer=self._bench.tokenizer,
-            batch_size=spec.batch_size,
-            max_length=spec.max_length,
-            blocks=spec.blocks,
-            block_seed=spec.block_seed,
-            permissions=spec.permissions,
-            stored_text=spec.stored_text,
-        )
         if spec.generation != "transformers":
             from evomerge.evaluation.engine import TOLERANCE
 
             self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
-        self._harness.prepare(self._bench.model)
         self._guard = spec.guard()
         if self._guard is not None:
             self._guard.compare()

@@ -14,7 +14,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import answers, sandbox
 from evomerge.evaluation.permissions import Permissions
 from evomerge.evaluation.tasks import build
-from tests.evaluation.test_permissions import suite, write
+from tests.evaluation.test_permissions import LM, suite, write
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of processes are Linux's")
 TRUSTED = Permissions(trust_tasks=True)
@@ -36,14 +36,14 @@ def tasks(tmp_path: Path) -> Path:
 
 def test_answers_are_not_executed_without_permission(tasks: Path) -> None:
     with pytest.raises(ConfigError, match=r"executes the models' answers(.|\n)*allow_code_execution"):
-        build(suite(tasks), seed=0, permissions=TRUSTED)
+        build(suite(tasks), lm=LM, seed=0, permissions=TRUSTED)
     with pytest.raises(ConfigError, match="would run Python code"):
-        build(suite(tasks), seed=0, permissions=Permissions(allow_code_execution=True))
+        build(suite(tasks), lm=LM, seed=0, permissions=Permissions(allow_code_execution=True))
 
 
 def test_answers_are_scored_and_bad_ones_score_zero(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "s3cret")
-    (builder,) = build(suite(tasks), seed=0, permissions=ALLOWED)
+    (builder,) = build(suite(tasks), lm=LM, seed=0, permissions=ALLOWED)
     process = builder.requests("test").process_results
 
     def score(answer: str) -> float:
@@ -93,7 +93,7 @@ def test_a_task_that_hides_that_it_executes_answers_is_refused(
     )
     for permissions in (TRUSTED, ALLOWED):
         with pytest.raises(ConfigError, match="does not say so"):
-            build(suite(folder), seed=0, permissions=permissions)
+            build(suite(folder), lm=LM, seed=0, permissions=permissions)
 
 
 def test_a_class_can_say_that_it_executes_answers(tasks: Path) -> None:
@@ -107,14 +107,14 @@ def test_a_class_can_say_that_it_executes_answers(tasks: Path) -> None:
     text = (tasks / "write.yaml").read_text().replace("unsafe_code: true\n", "class: !function helpers.Own\n")
     (tasks / "write.yaml").write_text(text.replace("process_results: !function helpers.results\n", ""))
     with pytest.raises(ConfigError, match="UNSAFE_CODE of its class"):
-        build(suite(tasks), seed=0, permissions=TRUSTED)
+        build(suite(tasks), lm=LM, seed=0, permissions=TRUSTED)
 
 
 def test_unknown_metrics_are_still_found(tasks: Path) -> None:
     wrong: Any = suite(tasks).model_dump()
     wrong["tasks"][0]["metric"] = "exact_mach"
     with pytest.raises(ConfigError, match="did you mean 'exact_match'"):
-        build(type(suite(tasks)).model_validate(wrong), seed=0, permissions=ALLOWED)
+        build(type(suite(tasks)).model_validate(wrong), lm=LM, seed=0, permissions=ALLOWED)
 
 
 def test_the_limits_are_what_the_documentation_says() -> None:

@@ -463,7 +463,7 @@ class TestErrors:
         assert str(caught.value) == (
             "task 'write' generates up to 256 tokens, which leaves no room for the prompt\n"
             "  expected: fewer than the model's 24 tokens of context\n"
-            "  do: set generation_kwargs: max_gen_toks in the task's YAML"
+            "  do: set gen_kwargs: {max_gen_toks: ...} in the suite"
         )
 
 

@@ -9,10 +9,13 @@ import pytest
 import yaml
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.permissions import Permissions
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import build
-from tests.evaluation.conftest import EXACT, ITEMS, NAMED, documents, entry, write_task
+from tests.evaluation.conftest import EXACT, ITEMS, NAMED, documents, entry, new_tokenizer, write_task
+
+LM = LiveLM(new_tokenizer(), batch_size=1, max_length=None)
 
 TRUSTED = Permissions(trust_tasks=True)
 GENERATE: dict[str, Any] = {
@@ -79,7 +82,7 @@ CODES = {
 def test_code_of_a_task_file_is_refused_before_it_is_imported(lines: str, tmp_path: Path) -> None:
     write(tmp_path, lines)
     with pytest.raises(ConfigError, match=r"would run Python code(.|\n)*write\.yaml(.|\n)*--trust-tasks"):
-        build(suite(tmp_path), seed=0)
+        build(suite(tmp_path), lm=LM, seed=0)
     assert not (tmp_path / "imported").exists()
 
 
@@ -95,12 +98,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_other_ways_to_code_are_refused_too(changes: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, **changes)
     with pytest.raises(ConfigError, match="would run Python code"):
-        build(suite(tmp_path), seed=0)
+        build(suite(tmp_path), lm=LM, seed=0)
 
 
 def test_trusted_code_runs(tmp_path: Path) -> None:
     write(tmp_path, CODES["process_results"])
-    (builder,) = build(suite(tmp_path), seed=0, permissions=TRUSTED)
+    (builder,) = build(suite(tmp_path), lm=LM, seed=0, permissions=TRUSTED)
     assert (tmp_path / "imported").exists()
     assert builder.metric == "exact_match"
 
@@ -121,9 +124,9 @@ def test_included_files_are_checked(inside: bool, suffix: str, tmp_path: Path) -
         )
     )
     with pytest.raises(ConfigError, match=f"second{suffix}"):
-        build(suite(folder), seed=0)
+        build(suite(folder), lm=LM, seed=0)
     assert not (elsewhere / "imported").exists()
-    build(suite(folder), seed=0, permissions=TRUSTED)
+    build(suite(folder), lm=LM, seed=0, permissions=TRUSTED)
 
 
 def test_a_link_is_judged_by_the_file_it_leads_to(tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_a_link_is_judged_by_the_file_it_leads_to(tmp_path: Path) -> None:
     (folder / "write.yaml").unlink()
     (folder / "write.yaml").symlink_to(theirs / "write.yaml")
     with pytest.raises(ConfigError, match="theirs"):
-        build(suite(folder), seed=0)
+        build(suite(folder), lm=LM, seed=0)
 
 
 def test_a_task_is_trusted_for_its_file_and_not_for_its_name(tmp_path: Path) -> None:
@@ -150,7 +153,7 @@ def test_a_task_is_trusted_for_its_file_and_not_for_its_name(tmp_path: Path) -> 
         where="suite.yaml",
     )
     with pytest.raises(ConfigError, match="would run Python code"):
-        build(named, seed=0)
+        build(named, lm=LM, seed=0)
 
 
 def test_a_suite_cannot_allow_code(tmp_path: Path) -> None:
@@ -191,4 +194,4 @@ def test_tasks_of_lm_eval_that_execute_answers_need_permission() -> None:
     )
     for permissions in (Permissions(), TRUSTED):
         with pytest.raises(ConfigError, match=r"executes the models' answers(.|\n)*--allow-code-execution"):
-            build(human_eval, seed=0, permissions=permissions)
+            build(human_eval, lm=LM, seed=0, permissions=permissions)

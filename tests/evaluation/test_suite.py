@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.asking import Asking
 from evomerge.evaluation.suite import Splits, Suite
 
 ROOT = Path(__file__).parents[2]
@@ -86,18 +87,19 @@ def test_splits_are_names_or_numbers() -> None:
     assert Splits.model_validate(DRAWN)["select"] == 20
 
 
+ASKING = ", ".join(Asking.model_fields)
 NOTHING = "file: a suite needs a skill task with search items and a weight above 0"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "unknown key",
         {"taks": 1},
-        "unknown key 'taks' (did you mean 'tasks'? Valid: name, about, tasks_dir, tasks)",
+        f"unknown key 'taks' (did you mean 'tasks'? Valid: {ASKING}, name, about, tasks_dir, tasks)",
     ),
     (
         "unknown task key",
         {"tasks": [skill(wieght=1)]},
         "unknown key 'tasks.0.wieght' (did you mean 'weight'? "
-        "Valid: task, metric, role, weight, specialist, splits)",
+        f"Valid: {ASKING}, task, of, metric, role, weight, specialist, splits)",
     ),
     ("no metric", {"tasks": [skill(metric=None)]}, "missing key 'tasks.0.metric'"),
     (
