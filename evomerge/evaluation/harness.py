@@ -11,19 +11,20 @@ reseed global generators, or could return the answers of an earlier candidate.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation import gradient
+from evomerge.evaluation import gradient, prefix_trees
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
+from evomerge.evaluation.generation import Generated
 from evomerge.evaluation.items import (
     BatchLayout,
     Items,
@@ -38,11 +39,12 @@ from evomerge.evaluation.items import (
 from evomerge.evaluation.likelihood import Likelihoods
 from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scores import SPLITS, Array, Scores, Split, TaskScores, joined
+from evomerge.evaluation.scores import SPLITS, Array, NonFiniteScores, Scores, Split, TaskScores, joined
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import build, is_number
 
+_log = logging.getLogger(__name__)
 _SURE = 1e3
 """Margins, in nats, are limited to this size."""
 
@@ -96,6 +98,7 @@ class Harness:
         for builder in self._builders:
             refuse_few(builder, blocks)
         self._items: dict[Split, tuple[Items, ...]] = {}
+        self._shares: bool | None = None  # whether models take prefix trees; None: not tried yet
 
     def blocks(self, split: Split) -> int:
         """Return the number of item blocks of a split."""
@@ -126,15 +129,25 @@ class Harness:
         return self._items[split][block]
 
     def prepare(self, model: Any) -> None:
-        """Build the items of all splits and check that they fit into the model's context.
+        """Build the items of all splits, check that they fit into the model's context, and try the model.
 
-        Raises ConfigError.
+        model: with the weights of the base. What it can't do (see `prefix_trees`) is done without from then
+            on, whatever weights are scored.
+
+        Raises:
+            ConfigError: an item can't be scored.
         """
         for split in SPLITS:
             self._lm.attach(model)
             try:
                 for block in range(self.blocks(split)):
-                    self._layout(self.items(split, block), self._lm.max_length, self.batch_size)
+                    items = self.items(split, block)
+                    try:
+                        self._layout(items, self._lm.max_length, self.batch_size)
+                        self._lm.try_out(_asked(items), seed=self._seed)
+                    except NonFiniteScores:
+                        self._shares = self._lm.continues = False
+                        self._layout(items, self._lm.max_length, self.batch_size)
             finally:
                 self._lm.detach()
 
@@ -184,7 +197,8 @@ class Harness:
         try:
             layout = self._layout(items, lm.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
-            scores = [self._score(task, layout, likelihoods) for task in items.tasks]
+            answers = iter(lm.generate(_asked(items), seed=self._seed))
+            scores = [self._score(task, layout, likelihoods, answers) for task in items.tasks]
         finally:
             lm.detach()
         self.forward_seconds = lm.forward_seconds
@@ -231,15 +245,32 @@ class Harness:
         return merged(parts)
 
     def _layout(self, items: Items, max_length: int, batch_size: int) -> BatchLayout:
+        """Return the batches of a block, for the attached model."""
         key = max_length, batch_size
         if key not in items.plans:
-            items.plans[key] = lay_out(items, self._lm, batch_size, max_length)
+            model = self._lm.model
+            share = 0
+            if self._shares is not False and prefix_trees.takes(model):
+                reached = prefix_trees.reach(model)
+                share = max_length if reached is None else min(max_length, reached)
+            layout = lay_out(items, self._lm, batch_size, max_length, share)
+            if self._shares is None and layout.plan is not None and (sample := layout.plan.sample()):
+                self._shares = prefix_trees.agree(model, sample)
+                if not self._shares:
+                    _log.info("the model scores shared prefixes differently: every request has its own row")
+                    layout = lay_out(items, self._lm, batch_size, max_length, 0)
+            items.plans[key] = layout
         return items.plans[key]
 
-    def _score(self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None) -> TaskScores:
+    def _score(
+        self,
+        task: TaskItems,
+        layout: BatchLayout,
+        likelihoods: Likelihoods | None,
+        answers: Iterator[Generated],
+    ) -> TaskScores:
         if task.name not in layout.bounds:
-            with _private_rng(self._seed, self._lm.device):
-                return _generated(task, self._lm)
+            return _generated(task, self._lm, answers)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
@@ -283,31 +314,42 @@ def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
     return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
-def _generated(task: TaskItems, lm: LiveLM) -> TaskScores:
-    """Score a task whose answers lm-eval requests from the live model."""
-    flat = [instance for group in task.groups for instance in group]
-    kind = flat[0].request_type
-    repeated = [instance for instance in flat for _ in range(instance.repeats or 1)]
-    if task.builder.spec.role == "coherence":
-        return _coherent(task, repeated, lm)
+def _asked(items: Items) -> list[Any]:
+    """Return the generation requests of all tasks, each as often as its task repeats it."""
+    return [instance for task in items.tasks if task.generates for instance in _repeated(task)]
+
+
+def _repeated(task: TaskItems) -> list[Any]:
+    flat = (instance for group in task.groups for instance in group)
+    return [instance for instance in flat for _ in range(instance.repeats or 1)]
+
+
+def _generated(task: TaskItems, lm: LiveLM, generated: Iterator[Generated]) -> TaskScores:
+    """Score a task of answers that the model writes. generated: they, in order, from this task's first on."""
+    repeated = _repeated(task)
     answers: Sequence[Any]
-    if kind == "generate_until":
-        answers = lm.generate(repeated)
+    if task.generates:
+        texts = list(itertools.islice(generated, len(repeated)))
+        if task.builder.spec.role == "coherence":
+            return _coherent(task, repeated, texts, lm)
+        answers = [answer.text for answer in texts]
     else:
-        answers = getattr(lm, kind)(repeated, disable_tqdm=True)
-    for instance in flat:
+        answers = getattr(lm, repeated[0].request_type)(repeated, disable_tqdm=True)
+    for instance in repeated:
         instance.resps = []
     for instance, answer in zip(repeated, answers, strict=True):
         instance.resps.append(answer)
     return TaskScores(task=task.name, metric=_metric(task))
 
 
-def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM) -> TaskScores:
+def _coherent(
+    task: TaskItems, requests: Sequence[Any], answers: Sequence[Generated], lm: LiveLM
+) -> TaskScores:
     """Score generations by their form only: the mean coherence of an item's answers."""
     by_item: dict[int, list[float]] = {}
-    for request, (answer, ended) in zip(requests, lm.generate_to_the_end(requests), strict=True):
-        tokens = lm.tok_encode(answer, add_special_tokens=False)
-        by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
+    for request, answer in zip(requests, answers, strict=True):
+        tokens = lm.tok_encode(answer.text, add_special_tokens=False)
+        by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=answer.ended))
     return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in by_item.values()]))
 
 
@@ -334,12 +376,3 @@ def _metric(task: TaskItems) -> Array:
             )
         values[item] = value
     return values
-
-
-@contextlib.contextmanager
-def _private_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generator, from which transformers samples, and restore it afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

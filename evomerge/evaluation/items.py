@@ -39,6 +39,11 @@ class TaskItems:
     def name(self) -> str:
         return self.builder.spec.task
 
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes the answers."""
+        return self.groups[0][0].request_type == "generate_until"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Items:
@@ -187,8 +192,11 @@ def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
     )
 
 
-def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int) -> BatchLayout:
-    """Return the batches of a block's likelihood pairs. Raises ConfigError for answers that are too long."""
+def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int, share: int) -> BatchLayout:
+    """Return the batches of a block's likelihood pairs. Raises ConfigError for answers that are too long.
+
+    share: as in `likelihood.plan`.
+    """
     pairs: list[Pair] = []
     names: list[str] = []
     bounds: dict[str, tuple[int, int]] = {}
@@ -206,5 +214,6 @@ def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int) -> Batch
         if len(pairs) > start:
             bounds[task.name] = (start, len(pairs))
             names += [task.name] * (len(pairs) - start)
-    laid = plan(pairs, batch_size=batch_size, max_length=max_length, names=names) if pairs else None
+    options: Any = {"batch_size": batch_size, "max_length": max_length, "names": names, "share": share}
+    laid = plan(pairs, **options) if pairs else None
     return BatchLayout(plan=laid, bounds=bounds, windows=windows)
