@@ -1,9 +1,9 @@
 """Generation: continue prompts token by token with a batch that stays full.
 
-Prompts are computed in prefix trees, so what they have in common is computed once. A row leaves the batch when
-its answer ends, and the next prompts, longest first, take the free places. An answer that is drawn at random
-has a generator of its own, so it doesn't depend on its neighbours' draws. Which rows meet in a batch depends on
-the requests and the weights only, so the same weights give the same answers in every process.
+Prompts are computed in prefix trees, so what they have in common is computed once. A row leaves the batch
+when its answer ends, and the next prompts, longest first, take the free places. An answer that is drawn at
+random has a generator of its own, so it doesn't depend on its neighbours' draws. Which rows meet in a batch
+depends on the requests and the weights only, so the same weights give the same answers in every process.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Sampling:
 class Request:
     """A prompt to continue.
 
-    prompt: token ids, at least one. limit: most new tokens. stops: strings that end the answer. sampling: None
-    takes the likeliest token. seed: of the draws; requests with the same prompt and seed draw the same answer.
+    prompt: token ids, at least one. limit: most new tokens. stops: strings that end the answer. sampling:
+    None takes the likeliest token. seed: of the draws; equal prompts and seeds draw equal answers.
     """
 
     prompt: tuple[int, ...]
@@ -67,7 +67,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """The answer to a request: its new tokens, with the one that ended it; ended: whether before the limit."""
+    """A request's new tokens, with the one that ended the answer; ended: whether before the limit."""
 
     tokens: tuple[int, ...]
     ended: bool
@@ -244,53 +244,59 @@ class _Cache:
     """Keys and values of the rows of a batch, padded on the left."""
 
     def __init__(self) -> None:
-        self.cache = DynamicCache()
+        self.cache: Any = DynamicCache()
 
     @property
     def width(self) -> int:
         """Number of tokens of the longest row."""
         return int(self.cache.get_seq_length())
 
-    def add(self, parts: Sequence[tuple[DynamicCache, torch.Tensor]]) -> None:
+    def add(self, parts: Sequence[tuple[Any, torch.Tensor]]) -> None:
         """Add rows. parts: for each the cache of its tree, and its places there."""
-        old = self.cache
+        old = self.cache.layers
         width = max(self.width, *(len(path) for _, path in parts))
         layers = []
         for number in range(len(parts[0][0].layers)):
-            keys, values = [], []
-            if old.layers:
-                keys.append(_padded(old.layers[number].keys, width))
-                values.append(_padded(old.layers[number].values, width))
+            keys = [_padded(layer.keys, width) for layer in old[number : number + 1]]
+            values = [_padded(layer.values, width) for layer in old[number : number + 1]]
             for filled, path in parts:
                 keys.append(_padded(filled.layers[number].keys[:, :, path], width))
                 values.append(_padded(filled.layers[number].values[:, :, path], width))
-            layers.append(_Growing(torch.cat(keys), torch.cat(values)))
+            layers.append(_layer(torch.cat(keys), torch.cat(values)))
         self.cache = DynamicCache()
         self.cache.layers = layers
 
     def keep(self, rows: Sequence[int], width: int) -> None:
         """Drop all other rows, and the padding that no row needs any more."""
-        if not rows:
-            self.cache = DynamicCache()
-            return
-        for layer in self.cache.layers:
-            chosen = torch.tensor(rows, device=layer.keys.device)
-            layer.reduce(chosen, width)
+        old = self.cache.layers if rows else []
+        self.cache = DynamicCache()
+        if rows:
+            chosen = torch.tensor(rows, device=old[0].keys.device)
+            self.cache.layers = [
+                _layer(layer.keys[chosen, :, -width:], layer.values[chosen, :, -width:]) for layer in old
+            ]
 
 
 def _padded(states: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
 
 
-class _Growing(DynamicLayer):  # type: ignore[misc]  # transformers' classes are untyped
+def _layer(keys: torch.Tensor, values: torch.Tensor) -> Any:
+    """Return a layer of a cache with these keys and values."""
+    layer: Any = _Growing()  # type: ignore[no-untyped-call]
+    layer.lazy_initialization(keys, values)
+    layer.hold(keys, values)
+    return layer
+
+
+class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a cache with spare room at its end, so that a new token doesn't copy the others."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self._hold(keys, values)
+    keys: Any
+    values: Any
 
-    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy the states of all tokens so far."""
         room = (0, 0, 0, _SPARE)
         self._keys, self._values = (torch.nn.functional.pad(states, room) for states in (keys, values))
         self._show(keys.shape[2])
@@ -304,15 +310,11 @@ class _Growing(DynamicLayer):  # type: ignore[misc]  # transformers' classes are
         """Append the states of new tokens; return all."""
         width, new = self.keys.shape[2], key_states.shape[2]
         if width + new > self._keys.shape[2]:
-            self._hold(self.keys, self.values)
+            self.hold(self.keys, self.values)
         self._keys[:, :, width : width + new] = key_states
         self._values[:, :, width : width + new] = value_states
         self._show(width + new)
         return self.keys, self.values
-
-    def reduce(self, rows: torch.Tensor, width: int) -> None:
-        """Keep some rows, and the last `width` tokens."""
-        self._hold(self.keys[rows, :, -width:], self.values[rows, :, -width:])
 
 
 def _drawn(row: _Row, logits: torch.Tensor) -> int:
@@ -335,10 +337,10 @@ def _drawn(row: _Row, logits: torch.Tensor) -> int:
 
 
 def agrees(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
-    """Say whether a model continues some prompts from prefix trees as it does from each alone, but for rounding.
+    """Say whether a model continues prompts from prefix trees as from each alone, but for rounding.
 
-    The model's weights matter only if they are not finite or huge: ask with a base model's. Its attention must
-    see all tokens of the prompts.
+    The model's weights matter only if they are not finite or huge: ask with a base model's. Its attention
+    must see all tokens of the prompts.
     """
     if not (prefix_trees.takes(model) and prefix_trees.accepts(model, "past_key_values")):
         return False
@@ -366,7 +368,7 @@ def agrees(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """A task's generation options: most new tokens, stop strings, and how tokens are drawn (None: greedily)."""
+    """A task's options: most new tokens, stop strings, and how tokens are drawn (None: greedily)."""
 
     limit: int
     until: tuple[str, ...]

@@ -42,7 +42,7 @@ class TaskItems:
     @property
     def generates(self) -> bool:
         """Whether the model writes the answers."""
-        return self.groups[0][0].request_type == "generate_until"
+        return str(self.groups[0][0].request_type) == "generate_until"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

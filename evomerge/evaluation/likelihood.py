@@ -46,7 +46,7 @@ class Batch:
     row: torch.Tensor
     column: torch.Tensor
     gold: torch.Tensor
-    tree: prefix_trees.Row | None = None
+    tree: prefix_trees.TreeRow | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -169,7 +169,7 @@ def plan(
 
 
 def _trees(inputs: Sequence[tuple[int, ...]], batch_size: int, share: int) -> list[list[tuple[int, ...]]]:
-    """Return the rows of those sorted inputs that have at least half of their tokens in common with another."""
+    """Return rows of those sorted inputs that share at least half of their tokens with a neighbour."""
     if batch_size == 1 or not share:
         return []
     allowed = [tokens for tokens in inputs if len(tokens) <= share]
@@ -187,7 +187,7 @@ def _batch(
     rows: dict[tuple[int, ...], list[int]],
     pairs: Sequence[Pair],
     *,
-    tree: prefix_trees.Row | None = None,
+    tree: prefix_trees.TreeRow | None = None,
 ) -> Batch:
     if tree is None:
         ids = torch.full((len(inputs), len(inputs[0])), _PADDING, dtype=torch.long)

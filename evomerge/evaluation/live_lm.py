@@ -1,8 +1,8 @@
 """LiveLM: lm-eval's model class around the live model, and settings that keep lm-eval fast and quiet.
 
 One LiveLM serves a whole run: candidates are attached to it, scored and detached. Free generation gives the
-answers of lm-eval's `generate_until`, which is used itself where `evomerge.evaluation.generation` can't be. Log-likelihoods are tokenised by lm-eval's rules and scored by
-`evomerge.evaluation.likelihood`.
+answers of lm-eval's `generate_until`, which is used itself where `evomerge.evaluation.generation` can't be.
+Log-likelihoods are tokenised by lm-eval's rules and scored by `evomerge.evaluation.likelihood`.
 """
 
 from __future__ import annotations

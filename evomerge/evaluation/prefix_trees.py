@@ -1,7 +1,7 @@
 """Prefix trees: token sequences laid out in one row, in which a shared prefix stands once.
 
-A token sees its ancestors in the tree and itself, and its position is its depth. So a causal model computes at
-each token what it would compute in that token's own sequence, but a prefix that several sequences share is
+A token sees its ancestors in the tree and itself, and its position is its depth. So a causal model computes
+at each token what it would compute in that token's own sequence, but a prefix that several sequences share is
 computed once. Sequences without a common prefix are trees beside each other in the same row.
 
 Not every model takes such a row: its attention may ignore the mask, or its layers the positions. Callers
@@ -32,7 +32,7 @@ _COMPARED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Row:
+class TreeRow:
     """Sequences in one row.
 
     ids, positions: (tokens,) of each token of the row. ends: (tokens,) the end of each token's subtree: the
@@ -73,7 +73,7 @@ def shared(first: Sequence[int], second: Sequence[int]) -> int:
     return count
 
 
-def row(sequences: Sequence[Sequence[int]]) -> Row:
+def row(sequences: Sequence[Sequence[int]]) -> TreeRow:
     """Lay out sequences, sorted like tuples, in one row.
 
     >>> tree = row([(5, 6), (5, 7, 8)])
@@ -97,7 +97,7 @@ def row(sequences: Sequence[Sequence[int]]) -> Row:
         ends += [-1] * len(new)
         paths.append(torch.tensor(path))
         last = sequence
-    return Row(
+    return TreeRow(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
         ends=torch.tensor([len(ids) if end < 0 else end for end in ends]),
@@ -154,7 +154,7 @@ def agree(model: Any, sequences: Sequence[Sequence[int]]) -> bool:
     """
     if not takes(model):
         return False
-    tree = row(sorted(sequences))
+    tree = row(sorted(map(tuple, sequences)))
     with torch.no_grad():
         lasts, expected = [], []
         for path in tree.paths:
