@@ -22,7 +22,7 @@ from evomerge.files import expanded
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
-from evomerge.schema import LARGEST_SEED, Strict, find_preset, load_yaml, parse, preset_folder
+from evomerge.schema import LARGEST_COUNT, LARGEST_SEED, Strict, find_preset, load_yaml, parse, preset_folder
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
@@ -115,6 +115,9 @@ class RunConfig(Strict):
     allow_code_execution: bool = False
     """Allow tasks that execute the models' answers; they run in a process with limits. Not stored with the
     run."""
+    stored_text: int = Field(default=4000, ge=0, le=LARGEST_COUNT)
+    """How many characters of every generated answer, and of every item's prompt, the run stores; 0 stores
+    neither."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
@@ -208,7 +211,7 @@ class RunConfig(Strict):
         resume.
         """
         data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
-        for name in ("budget", "out", "suite", "tracking"):
+        for name in ("budget", "out", "suite", "tracking", "stored_text"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
         for name in ("name", "workers", "threads", "timeout", "low_memory", "address", "resources"):

@@ -144,6 +144,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         generation=config.executor.generation,
         permissions=config.permissions,
         inputs=inputs,
+        stored_text=config.stored_text,
     )
 
 

@@ -119,6 +119,17 @@ class StoredRun:
             }
         )
 
+    def refuse_other_tasks(self, suite: Suite) -> None:
+        """Refuse a suite with other tasks or task files than the run's; raise StoreError."""
+        before, now = facts.SUITE_DIGEST.require(self.store), suite.digest()
+        if before != now:
+            raise StoreError(
+                f"{self.folder}: the suite or its task files changed since the run began",
+                expected=before,
+                got=now,
+                fix="restore what was there, or give another suite",
+            )
+
     def refuse_changed(self, present: facts.Values) -> None:
         """Refuse models that are not those of the run, by the facts FINGERPRINTS and MODEL_FILES."""
         before = RunInputs(

@@ -56,7 +56,6 @@ def test_every_command_that_reads_the_models_refuses(changed: Path, tmp_path: Pa
         ("export", changed, tmp_path / "out.yaml", "--as", "mergekit"),
         ("export", changed, tmp_path / "out", "--pick", "uniform average"),
         ("predict", changed, recipe),
-        ("show", changed, "winner", "--items", "demo_upper"),
         ("resume", changed, "--evaluations", "40"),
     ):
         said = refuse(*command, folder=tmp_path)

@@ -29,6 +29,7 @@ NAMES = [
     "doctor",
     "status",
     "show",
+    "samples",
     "report",
     "export",
     "merge",
@@ -265,6 +266,20 @@ def test_evaluate_scores_one_model(tiny_zoo: Path, tmp_path: Path) -> None:
     assert by_task["demo_reverse"]["items"] == 40
     adapted = f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"
     assert "demo_upper" in succeed("evaluate", adapted, "--suite", suite)
+
+
+def test_evaluate_takes_the_settings_of_a_run(finished_run: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    succeed("export", finished_run, model)
+    shown = json.loads(succeed("show", finished_run, "winner", "--json"))
+    for split in ("select", "test"):
+        words = ("evaluate", model, "--run", finished_run, "--split", split)
+        scored = {row["task"]: row["score"] for row in json.loads(succeed(*words, "--json"))["tasks"]}
+        assert scored == {task: row["mean"] for task, row in shown["splits"][split]["tasks"].items()}
+    rounded = json.loads(succeed("evaluate", model, "--run", finished_run, "--dtype", "bfloat16", "--json"))
+    text = {row["task"]: row["score"] for row in rounded["tasks"]}["demo_text"]
+    assert text != scored["demo_text"]
+    assert text == pytest.approx(scored["demo_text"], abs=0.1)
 
 
 def test_a_stack_of_layers_is_merged_and_scored(tiny_zoo: Path, tmp_path: Path) -> None:
@@ -697,3 +712,7 @@ def test_mistakes_of_evaluate(tiny_zoo: Path, tmp_path: Path) -> None:
     assert "no-model" in refuse("evaluate", tmp_path / "no-model", "--suite", suite, folder=tmp_path)
     words = ("evaluate", tiny_zoo / "base", "--suite", suite, "--split", "tset")
     assert "did you mean 'test'?" in refuse(*words, folder=tmp_path)
+    assert "--run RUN" in refuse("evaluate", tiny_zoo / "base", folder=tmp_path)
+    words = ("evaluate", tiny_zoo / "base", "--suite", suite)
+    assert "dtype" in refuse(*words, "--dtype", "float17", folder=tmp_path)
+    assert "device" in refuse(*words, "--device", "gpu", folder=tmp_path)

@@ -79,7 +79,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     demo_on_few_items(tmp_path / "evomerge" / "zoo")
     listed = [c for c in commands(README)[len(INSTALL) :] if not c.startswith(SLOW)]
-    assert len(listed) == 20
+    assert len(listed) == 21
     output = {command: run(SMALLER.get(command, command)) for command in listed}
     assert "search" in output["evomerge run evomerge/zoo/demo.yaml"]
     assert (tmp_path / "merged" / "README.md").exists()

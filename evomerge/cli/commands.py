@@ -36,8 +36,18 @@ from evomerge.cli.options import (
     RunArgument,
     SalvageOption,
     SeedOption,
+    SplitOption,
 )
-from evomerge.cli.terminal import as_program, command, complain, output, progress_bar, relative, warn
+from evomerge.cli.terminal import (
+    as_program,
+    command,
+    complain,
+    output,
+    progress_bar,
+    raise_swallowed,
+    relative,
+    warn,
+)
 from evomerge.errors import ClusterError, ConfigError, DiskError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -174,7 +184,7 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
     from evomerge.delivery.tracking import require_packages
     from evomerge.evaluation import sandbox
     from evomerge.merging.tensors import kernels
-    from evomerge.running.observers import Observers
+    from evomerge.running.observers import Observers, StopsAtPhases
     from evomerge.running.store import StoreReader
     from evomerge.stored import StoredRun, environment_note
 
@@ -186,7 +196,8 @@ def _run(config: RunConfig, *, full_hash: bool = False) -> None:
         complain(f"note: {changed}", style="yellow")
     try:
         with _observer() as shown, _tracked(config) as tracked:
-            compose.start(config, Observers(shown, tracked), full_hash=full_hash)
+            everyone = Observers(StopsAtPhases(raise_swallowed), shown, tracked)
+            compose.start(config, everyone, full_hash=full_hash)
             with StoredRun.read(folder) as stored:
                 tracked.finish(Summary(stored), folder / "report.html")
         _report(folder)
@@ -240,22 +251,50 @@ def show(
         str | None,
         typer.Option("--items", metavar="TASK", help="Also print every item of a task, with texts."),
     ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split of the items: search, select or test; default: the last one scored."),
-    ] = None,
+    split: SplitOption = None,
 ) -> None:
     """Show one candidate of a run: recipe, scores, times and failures, with --items also item by item."""
     from evomerge.delivery import candidate as delivery
     from evomerge.delivery.summary import Summary
-    from evomerge.evaluation.scores import SPLITS
+    from evomerge.evaluation.scores import named_split
     from evomerge.stored import StoredRun
 
-    chosen = next((each for each in SPLITS if each == split), None)
-    if split is not None and chosen is None:
-        raise ConfigError(f"unknown split {split!r}", fix=nearest(split, SPLITS))
+    chosen = None if split is None else named_split(split)
     with StoredRun.read(run) as stored:
         data = delivery.as_data(Summary(stored), candidate, items=items, split=chosen)
+    output.say(delivery.text(data))
+    output.data(data)
+
+
+@command(app, "samples")
+def samples(
+    run: RunArgument,
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The start of a recipe hash, as in the log; or a row of the report."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="The task whose items are shown.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="A second candidate; items on which it is better come first."),
+    ] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only items that ID answers wrong.")] = False,
+    split: SplitOption = None,
+    limit: Annotated[int, typer.Option(min=0, help="Largest number of items; 0: all.")] = 10,
+) -> None:
+    """Show prompts, right answers and what candidates answered, item by item."""
+    from evomerge.delivery import samples as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.evaluation.scores import named_split
+    from evomerge.stored import StoredRun
+
+    chosen = None if split is None else named_split(split)
+    with StoredRun.read(run) as stored:
+        data = delivery.as_data(
+            Summary(stored), candidate, task, against=against, split=chosen, wrong=wrong, limit=limit
+        )
     output.say(delivery.text(data))
     output.data(data)
 
@@ -472,15 +511,39 @@ def fisher(
 @command(app, "evaluate")
 def evaluate(
     model: ModelArgument,
-    suite: Annotated[str, typer.Option("--suite", help="A suite: a preset's name or a YAML file.")],
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="A suite: a preset's name or a YAML file; default: RUN's.")
+    ] = None,
     split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Requests per forward pass.")] = 64,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="Score as this run does: suite and settings.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=65_536, help="Requests per forward pass; default: RUN's, or 64.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the forward pass: float32, bfloat16 or float16; default: RUN's.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: RUN's, or a GPU if there is one.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=8, max=2**24, help="Longest input in tokens; default: RUN's, or the model's."),
+    ] = None,
     permissions: Any = None,
 ) -> None:
     """Score one model on a suite."""
     from evomerge.delivery import single
 
-    data = single.evaluate(model, suite, split, batch_size=batch_size, permissions=permissions)
+    data = single.evaluate(
+        model,
+        suite,
+        split,
+        settings=single.Settings(batch_size=batch_size, dtype=dtype, device=device, max_length=max_length),
+        run=run,
+        permissions=permissions,
+    )
     output.say(single.table(data))
     output.data(data)
 

@@ -77,6 +77,10 @@ LostConfigOption = Annotated[
     typer.Option("--config", metavar="CONFIG", help="The run's config, where the stored one is lost."),
 ]
 
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="Split of the items: search, select or test; default: the last one scored."),
+]
 EvaluationsOption = Annotated[
     int | None, typer.Option("--evaluations", min=1, help="Replace the budget's limit on full evaluations.")
 ]

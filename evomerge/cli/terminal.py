@@ -168,7 +168,8 @@ def orderly_shutdown() -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into an orderly shutdown.
 
     Only the first signal counts: schedulers and impatient people send several, and the shutdown must not be
-    cut short. A signal that was ignored before (nohup) stays ignored.
+    cut short. A library may swallow the exception (`except:`), so long work calls `raise_swallowed` now and
+    then. A signal that was ignored before (nohup) stays ignored.
     """
     raised: list[float] = []
 
@@ -176,7 +177,8 @@ def orderly_shutdown() -> Iterator[None]:
         now = time.monotonic()
         if not raised or now - raised[-1] > PATIENCE:
             raised.append(now)
-            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
+            _process.signalled = number
+            raise_swallowed()
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -189,8 +191,15 @@ def orderly_shutdown() -> Iterator[None]:
     try:
         yield
     finally:
+        _process.signalled = None
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if raised and _process.alone else handler)
+
+
+def raise_swallowed() -> None:
+    """Raise KeyboardInterrupt if a signal came that should have ended the command."""
+    if (number := _process.signalled) is not None:
+        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
 
 
 @contextmanager
@@ -214,10 +223,14 @@ def as_program() -> Iterator[None]:
 
 @dataclass
 class _Process:
-    """What only the command's own process knows: that it is one, and its first standard output."""
+    """What only the command's own process knows: that it is one, and its first standard output.
+
+    signalled: the number of the signal that ends the command.
+    """
 
     alone: bool = False
     stdout: int | None = None
+    signalled: int | None = None
 
 
 _process = _Process()

@@ -8,13 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.delivery import export, style
+from evomerge.delivery import export, samples, style
 from evomerge.delivery.summary import Summary
-from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.scores import SPLITS, Scores, Split, joined
-from evomerge.prepare import prepare
 from evomerge.running.store import ID, StoreReader
-from evomerge.stored import StoredRun
+from evomerge.search.ports import Named
+from evomerge.text import one_line
 
 _WIDTH = 60
 """Characters of an item's text that the table shows."""
@@ -36,7 +35,8 @@ def as_data(
         ConfigError: there is no such candidate, task or score.
     """
     store = summary.store
-    recipe = export.find(summary, pick).recipe
+    named = export.find(summary, pick)
+    recipe = named.recipe
     splits = {name: data for name in SPLITS if (data := _on_split(store, recipe.hash, name)) is not None}
     data = {
         "id": recipe.hash[:ID],
@@ -44,10 +44,10 @@ def as_data(
         "recipe": recipe.to_data(),
         "yaml": recipe.to_yaml(),
         "names": [
-            {"role": role, "name": named.name}
+            {"role": role, "name": entry.name}
             for role in _ROLES
-            for named in store.entries(role)
-            if named.recipe.hash == recipe.hash
+            for entry in store.entries(role)
+            if entry.recipe.hash == recipe.hash
         ],
         "asked": [
             {
@@ -63,7 +63,7 @@ def as_data(
         "splits": splits,
     }
     if items is not None:
-        data["items"] = _items(summary.run, recipe.hash, items, split, splits)
+        data["items"] = _items(summary, named, items, split)
     return data
 
 
@@ -95,73 +95,10 @@ def _parts(store: StoreReader, recipe: str, split: Split) -> list[Scores]:
     return [result for result in results if isinstance(result, Scores)]
 
 
-def _items(
-    run: StoredRun, recipe: str, task: str, split: Split | None, splits: dict[Split, Any]
-) -> dict[str, Any]:
-    tasks = [entry.task for entry in run.suite.tasks]
-    if task not in tasks:
-        raise ConfigError(f"--items {task}: no such task in this run", fix=nearest(task, tasks))
-    scored = [name for name, data in splits.items() if task in data["tasks"]]
-    chosen = split or (scored[-1] if scored else None)
-    if chosen is None or chosen not in scored:
-        raise ConfigError(
-            f"{recipe[:ID]} has no scores of {task} on {chosen or 'any split'}",
-            expected=f"a split among {', '.join(scored)}" if scored else "a candidate that was scored",
-        )
-    texts = _texts(run, task, chosen)
-    rows = []
-    for part in _parts(run.store, recipe, chosen):
-        (block,) = part.blocks
-        scores = part[task]
-        for item, metric in enumerate(scores.metric.tolist()):
-            rows.append(
-                {
-                    "block": block,
-                    "item": item,
-                    "metric": metric,
-                    "smooth": None if scores.smooth is None else float(scores.smooth[item]),
-                    "margin": None if scores.margin is None else float(scores.margin[item]),
-                    **texts[block][item],
-                }
-            )
-    return {"task": task, "split": chosen, "rows": rows}
-
-
-def _texts(run: StoredRun, task: str, split: Split) -> list[list[dict[str, Any]]]:
-    """Return prompt, answer choices and right answers of every item of a task, block by block."""
-    from evomerge.evaluation.harness import Harness
-    from evomerge.merging.sources.opening import open_sources
-    from evomerge.merging.sources.vocabulary import open_tokenizer
-
-    prepared = prepare(run.config())
-    run.refuse_changed(prepared.model_facts)
-    worker = prepared.worker
-    sources = open_sources(worker.models, worker.base, tokenizer=worker.tokenizer)
-    harness = Harness(
-        worker.suite,
-        tokenizer=open_tokenizer(sources[worker.base]),
-        batch_size=worker.batch_size,
-        max_length=worker.max_length,
-        blocks=worker.blocks,
-        block_seed=worker.block_seed,
-    )
-    blocks = []
-    for block in worker.blocks_of(split):
-        (items,) = (entry for entry in harness.items(split, block).tasks if entry.name == task)
-        choices = items.pairs and not items.texts
-        blocks.append(
-            [
-                {
-                    "prompt": str(requests[0].args[0]),
-                    "answers": [str(request.args[1]) for request in requests if len(request.args) > 1]
-                    if choices
-                    else [],
-                    "right": list(items.gold[number]) if items.gold else None,
-                }
-                for number, requests in enumerate(items.groups)
-            ]
-        )
-    return blocks
+def _items(summary: Summary, named: Named, task: str, split: Split | None) -> dict[str, Any]:
+    listed = samples.items(summary, [named], task, split)
+    rows = [sample.as_data() for sample in listed]
+    return {"task": task, "rows": [{**row, **row.pop("answers")[0]} for row in rows]}
 
 
 def text(data: dict[str, Any]) -> RenderableType:
@@ -197,16 +134,16 @@ def _table(items: dict[str, Any]) -> Table:
         *(style.numbers(name) for name in ("block", "item", "metric", "smooth", "margin")),
         style.words("prompt"),
         style.words("answers (right ones in brackets)"),
-        title=f"{items['task']} on {items['split']}",
+        title=items["task"],
     )
     for row in items["rows"]:
-        right = row["right"] or []
-        answers = [f"[{a.strip()}]" if i in right else a.strip() for i, a in enumerate(row["answers"])]
+        answers = row["choices"] or row["texts"] or []
+        answers = [f"[{a.strip()}]" if a in row["right"] else a.strip() for a in answers]
         table.add_row(
             str(row["block"]),
             str(row["item"]),
             *(style.decimal(row[name]) for name in ("metric", "smooth", "margin")),
-            Text(_shortened(row["prompt"])),
+            Text(_shortened(row["prompt"] or style.MISSING)),
             Text(_shortened(" / ".join(answers))),
         )
     return table
@@ -214,5 +151,5 @@ def _table(items: dict[str, Any]) -> Table:
 
 def _shortened(text: str) -> str:
     """Return the end of a text in one line: the end of a prompt is what the model continues."""
-    line = text.replace("\n", "\\n")
+    line = one_line(text)
     return line if len(line) <= _WIDTH else f"... {line[4 - _WIDTH :]}"

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.delivery import figures, objectives, style
+from evomerge.delivery import figures, objectives, samples, style
 from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.notes import notes
@@ -183,6 +183,7 @@ def write_html(summary: Summary, out: Path) -> Path:
         weakest=summary.weakest(rows),
         claims=_claims_by_task(summary, summary.claims(rows)),
         shares=summary.shares(rows),
+        samples=samples.on_page(summary, best.name if (best := summary.best_baseline(rows)) else None),
         luck=course.luck(),
         notes=notes(summary),
         cost=course.cost(),

@@ -90,6 +90,7 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None
         blocks=worker.blocks,
         block_seed=worker.block_seed,
         permissions=worker.permissions,
+        stored_text=worker.stored_text,
     )
     return harness.evaluate_split(model.to(worker.device), split)
 

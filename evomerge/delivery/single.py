@@ -2,72 +2,127 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import contextlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from evomerge.delivery import style
 from evomerge.delivery.summary import raw_interval
-from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores
+from evomerge.evaluation.scores import Failure, Scores, TaskScores, named_split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
 from evomerge.running import executors
+from evomerge.running.batches import sizes_in_force
+from evomerge.running.store import facts
 from evomerge.running.worker import Job, Worker, WorkerSpec
+from evomerge.schema import parse
+from evomerge.stored import StoredRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a model is scored; None takes the run's setting, or the default.
+
+    batch_size: requests per forward pass. dtype: of the forward pass. max_length: longest input in tokens.
+    """
+
+    batch_size: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    max_length: int | None = None
+
+    def over(self, spec: executors.ExecutorSpec) -> executors.ExecutorSpec:
+        """Return the executor settings of one process in this one, with these replaced."""
+        chosen = {name: value for name, value in asdict(self).items() if value is not None}
+        one: dict[str, Any] = {"name": "inline", "workers": None, "address": "auto", "resources": {}}
+        return parse(executors.ExecutorSpec, spec.model_dump() | one | chosen, "options")
 
 
 def evaluate(
     location: str,
-    suite_name: str,
+    suite_name: str | None,
     split_name: str,
     *,
-    batch_size: int,
+    settings: Settings = Settings(),
+    run: Path | None = None,
     permissions: Permissions = NOTHING,
 ) -> dict[str, Any]:
     """Score a model as it is stored.
 
     Args:
         location: a folder, a hub id, or `path+adapter`.
-        suite_name: a preset's name, or a YAML file.
+        suite_name: a preset's name, or a YAML file; None takes the run's.
         split_name: search, select or test.
-        batch_size: requests per forward pass.
+        settings: how to score it.
+        run: a run folder whose suite, settings and batches are used, so that an exported winner gets the
+            stored scores.
         permissions: which code of the suite's tasks may run.
 
     Returns:
         Plain data: per task the mean raw score in the metric's unit, its 95 % interval and the item count.
 
     Raises:
-        ConfigError: there is no such suite or split.
+        ConfigError: there is no such suite or split, or the run's task files changed.
         UserError: the model can't be scored.
     """
-    if split_name not in SPLITS:
-        raise ConfigError(f"unknown split {split_name!r}", fix=nearest(split_name, SPLITS))
-    split: Split = next(s for s in get_args(Split) if s == split_name)
-    suite = Suite.load(suite_name)
-    stored_dtype = open_source(location).config.get("dtype", "float32")
-    recipe = Recipe.copy_of(location, dtype=stored_dtype if stored_dtype in DTYPES else "float32")
-    spec = executors.ExecutorSpec(name="inline", batch_size=batch_size)
-    device, dtype, threads = executors.resolve(spec)
-    worker = Worker(
-        WorkerSpec(
-            models=recipe.models,
-            base="model",
-            suite=suite,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            permissions=permissions,
+    split = named_split(split_name)
+    if suite_name is None and run is None:
+        raise ConfigError(
+            "no suite to score on", fix="give --suite SUITE, or --run RUN to score as a run does"
         )
-    )
-    outcome = worker.run(Job(recipe=recipe, split=split)).outcome
+    stored = None if run is None else StoredRun.read(run)
+    with contextlib.nullcontext() if stored is None else stored:
+        config = None if stored is None else stored.config()
+        spec = settings.over(executors.ExecutorSpec() if config is None else config.executor)
+        name = suite_name or (config.suite if config is not None else "")
+        suite = Suite.load(name)
+        if stored is not None and suite_name is None:
+            stored.refuse_other_tasks(suite)
+        worker = _worker(location, suite, spec, permissions)
+        if stored is not None and config is not None:
+            blocks = facts.BLOCKS.get(stored.store) or 1
+            worker = replace(worker, blocks=blocks, block_seed=config.seed)
+            recipe_blocks = worker.blocks_of(split)
+            sizes = sizes_in_force(stored.store, spec.batch_size, split, recipe_blocks)
+        else:
+            recipe_blocks, sizes = worker.blocks_of(split), {}
+    recipe = Recipe.copy_of(location, dtype=_stored_dtype(location))
+    job = Job(recipe=recipe, split=split, blocks=recipe_blocks, batch_sizes=sizes)
+    outcome = Worker(worker).run(job).outcome
     if isinstance(outcome, Failure):
         raise UserError(f"{location}: could not be scored: {outcome.reason}")
     assert isinstance(outcome, Scores)
     tasks = [_row(scores, suite[scores.task].metric) for scores in outcome]
     return {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
+
+
+def _worker(
+    location: str, suite: Suite, spec: executors.ExecutorSpec, permissions: Permissions
+) -> WorkerSpec:
+    device, dtype, threads = executors.resolve(spec)
+    return WorkerSpec(
+        models=Recipe.copy_of(location, dtype=_stored_dtype(location)).models,
+        base="model",
+        suite=suite,
+        batch_size=spec.batch_size,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_length=spec.max_length,
+        attention=spec.attention,
+        permissions=permissions,
+    )
+
+
+def _stored_dtype(location: str) -> str:
+    stored = str(open_source(location).config.get("dtype", "float32"))
+    return stored if stored in DTYPES else "float32"
 
 
 def _row(scores: TaskScores, metric: str) -> dict[str, Any]:

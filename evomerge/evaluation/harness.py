@@ -33,13 +33,23 @@ from evomerge.evaluation.items import (
     cut_into_blocks,
     lay_out,
     merged,
+    questions,
     refuse_few,
     refuse_glued,
 )
 from evomerge.evaluation.likelihood import Likelihoods
 from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scores import SPLITS, Array, NonFiniteScores, Scores, Split, TaskScores, joined
+from evomerge.evaluation.scores import (
+    SPLITS,
+    Array,
+    NonFiniteScores,
+    Question,
+    Scores,
+    Split,
+    TaskScores,
+    joined,
+)
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import build, is_number
@@ -63,6 +73,7 @@ class Harness:
             items and its own batches, so its scores don't depend on what else is scored.
         block_seed: of the random assignment of items to blocks.
         permissions: which code of the tasks may run.
+        stored_text: how many characters of a generated answer or a prompt are returned; 0 returns none.
 
     Attributes:
         forward_seconds: seconds spent inside the model during the last evaluation.
@@ -83,13 +94,14 @@ class Harness:
         blocks: int = 1,
         block_seed: int = 0,
         permissions: Permissions = NOTHING,
+        stored_text: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
         self.suite = suite
         self.batch_size = batch_size
         self.forward_seconds = 0.0
-        self._seed = seed
+        self._seed, self._stored_text = seed, stored_text
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, seed=seed, permissions=permissions)
         for builder in self._builders:
@@ -127,6 +139,13 @@ class Harness:
                 for number, tasks in enumerate(cut_into_blocks(whole, self.blocks(split), self._block_seed))
             )
         return self._items[split][block]
+
+    def questions(self, split: Split, block: int = 0) -> dict[str, list[Question]]:
+        """Return what is asked in the items of a block by task, in item order, cut to `stored_text`."""
+        if not self._stored_text:
+            return {}
+        tasks = self.items(split, block).tasks
+        return {task.name: questions(task, self._stored_text) for task in tasks}
 
     def prepare(self, model: Any) -> None:
         """Build the items of all splits, check that they fit into the model's context, and try the model.
@@ -270,7 +289,7 @@ class Harness:
         answers: Iterator[Generated],
     ) -> TaskScores:
         if task.name not in layout.bounds:
-            return _generated(task, self._lm, answers)
+            return _generated(task, self._lm, answers, self._stored_text)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
@@ -324,33 +343,50 @@ def _repeated(task: TaskItems) -> list[Any]:
     return [instance for instance in flat for _ in range(instance.repeats or 1)]
 
 
-def _generated(task: TaskItems, lm: LiveLM, generated: Iterator[Generated]) -> TaskScores:
-    """Score a task of answers that the model writes. generated: they, in order, from this task's first on."""
+def _generated(task: TaskItems, lm: LiveLM, generated: Iterator[Generated], stored_text: int) -> TaskScores:
+    """Score a task whose answers are not likelihoods of prepared pairs.
+
+    generated: the answers that the model wrote, in order, from this task's first on. stored_text: as in
+    Harness.
+    """
     repeated = _repeated(task)
     answers: Sequence[Any]
     if task.generates:
-        texts = list(itertools.islice(generated, len(repeated)))
+        written = list(itertools.islice(generated, len(repeated)))
         if task.builder.spec.role == "coherence":
-            return _coherent(task, repeated, texts, lm)
-        answers = [answer.text for answer in texts]
+            return _coherent(task, repeated, written, lm, stored_text)
+        answers = [answer.text for answer in written]
     else:
         answers = getattr(lm, repeated[0].request_type)(repeated, disable_tqdm=True)
     for instance in repeated:
         instance.resps = []
     for instance, answer in zip(repeated, answers, strict=True):
         instance.resps.append(answer)
-    return TaskScores(task=task.name, metric=_metric(task))
+    if not task.generates:
+        return TaskScores(task=task.name, metric=_metric(task))
+    texts = [[str(text) for instance in group for text in instance.resps] for group in task.groups]
+    return TaskScores(task=task.name, metric=_metric(task), **_stored(texts, lm, stored_text))
+
+
+def _stored(texts: Sequence[Sequence[str]], lm: LiveLM, characters: int) -> dict[str, Any]:
+    """Return the fields `tokens` and `texts` of a TaskScores from each item's answers."""
+    counts = [[len(lm.tok_encode(text, add_special_tokens=False)) for text in item] for item in texts]
+    cut = tuple(tuple(text[:characters] for text in item) for item in texts)
+    return {"tokens": np.array([np.mean(item) for item in counts]), "texts": cut if characters else None}
 
 
 def _coherent(
-    task: TaskItems, requests: Sequence[Any], answers: Sequence[Generated], lm: LiveLM
+    task: TaskItems, requests: Sequence[Any], answers: Sequence[Generated], lm: LiveLM, stored_text: int
 ) -> TaskScores:
     """Score generations by their form only: the mean coherence of an item's answers."""
     by_item: dict[int, list[float]] = {}
+    texts: dict[int, list[str]] = {}
     for request, answer in zip(requests, answers, strict=True):
         tokens = lm.tok_encode(answer.text, add_special_tokens=False)
         by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=answer.ended))
-    return TaskScores(task=task.name, metric=np.array([np.mean(values) for values in by_item.values()]))
+        texts.setdefault(request.doc_id, []).append(answer.text)
+    metric = np.array([np.mean(values) for values in by_item.values()])
+    return TaskScores(task=task.name, metric=metric, **_stored([*texts.values()], lm, stored_text))
 
 
 def _metric(task: TaskItems) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import types
@@ -15,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from evomerge.errors import ConfigError
 from evomerge.evaluation.likelihood import Plan, plan
 from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates
-from evomerge.evaluation.scores import Split
+from evomerge.evaluation.scores import Question, Split
 from evomerge.evaluation.tasks import TaskBuilder
 
 
@@ -143,6 +144,34 @@ def build_items(builder: TaskBuilder, split: Split, lm: LiveLM) -> TaskItems:
         if builder.output_type == "multiple_choice":
             gold = tuple(tuple(builder.gold(group[0].doc)) for group in groups)
     return TaskItems(builder=builder, task=task, groups=groups, pairs=tuple(lm.pairs(flat)), gold=gold)
+
+
+def questions(task: TaskItems, characters: int) -> list[Question]:
+    """Return what is asked in each item; of long texts the end of a prompt, the start of an answer."""
+    with compiled_templates():
+        return [_question(task, number, group, characters) for number, group in enumerate(task.groups)]
+
+
+def _question(task: TaskItems, number: int, group: Sequence[Any], characters: int) -> Question:
+    prompt = str(group[0].args[0])[-characters:]
+    choices: list[str] = []
+    right: list[str] = []
+    if task.texts or task.builder.spec.role == "coherence":
+        pass
+    elif task.gold:
+        count = len(task.task.doc_to_choice(group[0].doc))  # later requests are those of acc_mutual_info
+        choices = [str(request.args[1]) for request in group[:count]]
+        right = [choices[index] for index in task.gold[number] if 0 <= index < count]
+    elif task.pairs:
+        right = [str(group[0].args[1])]
+    else:
+        target: Any = ()
+        with contextlib.suppress(Exception):  # a task that checks the answer alone may have no target
+            target = task.task.doc_to_target(group[0].doc)
+        right = [
+            str(text) for text in (target if isinstance(target, list) else [target] if target != () else ())
+        ]
+    return Question(prompt, [c[:characters] for c in choices], [r[:characters] for r in right])
 
 
 def refuse_few(builder: TaskBuilder, blocks: int) -> None:

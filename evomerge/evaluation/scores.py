@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.errors import NonFiniteError
+from evomerge.errors import ConfigError, NonFiniteError, nearest
 
 Split = Literal["search", "select", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+def named_split(name: str) -> Split:
+    """Return the split of that name; raise ConfigError where there is none."""
+    chosen = next((split for split in SPLITS if split == name), None)
+    if chosen is None:
+        raise ConfigError(f"unknown split {name!r}", fix=nearest(name, SPLITS))
+    return chosen
+
 
 Array = NDArray[np.float64]
 
@@ -36,16 +45,21 @@ class TaskScores:
     margin: (n,) the lead of the right answer in nats: over the best other token at its weakest token, or for
         multiple choice over the best wrong choice. It changes smoothly with the weights and is above 0 if
         the answer is right. None for tasks without right answers (text) or likelihoods (generation).
+    tokens: (n,) generated tokens per item, the mean over its answers; None where nothing is generated.
+    texts: for each item the generated answers; None where nothing is generated, or they are not stored.
     """
 
     task: str
     metric: Array
     smooth: Array | None = None
     margin: Array | None = None
+    tokens: Array | None = None
+    texts: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metric", read_only(self.metric))
-        for name in ("smooth", "margin"):
+        assert self.texts is None or len(self.texts) == len(self.metric), self.task
+        for name in ("smooth", "margin", "tokens"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, read_only(values))
                 assert getattr(self, name).shape == self.metric.shape, self.task
@@ -54,6 +68,18 @@ class TaskScores:
     def mean(self) -> float:
         """Mean of the metric over the items."""
         return float(self.metric.mean())
+
+
+class Question(NamedTuple):
+    """What a model is asked in one item, and what is right, for people to read.
+
+    prompt: all that the model sees. choices: the answers that are compared, () where it answers freely.
+    right: the right choices; where it answers freely, the right answers as the task's data has them.
+    """
+
+    prompt: str
+    choices: Sequence[str]
+    right: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,14 +108,16 @@ class Scores:
         return sum(len(scores.metric) for scores in self.tasks)
 
     def same_as(self, other: Scores) -> bool:
-        """Say whether all numbers are equal, bit for bit."""
+        """Say whether all numbers are equal, bit for bit, and generated texts where both have them."""
         if (self.split, self.blocks) != (other.split, other.blocks):
             return False
-        return [_bits(t) for t in self] == [_bits(t) for t in other]
+        if [_bits(t) for t in self] != [_bits(t) for t in other]:
+            return False
+        return all(a.texts == b.texts for a, b in zip(self, other, strict=True) if a.texts and b.texts)
 
 
 def _bits(scores: TaskScores) -> tuple[str, list[bytes | None]]:
-    vectors = (scores.metric, scores.smooth, scores.margin)
+    vectors = (scores.metric, scores.smooth, scores.margin, scores.tokens)
     return scores.task, [None if vector is None else vector.tobytes() for vector in vectors]
 
 
@@ -122,6 +150,8 @@ def joined(parts: Sequence[Scores]) -> Scores:
                 metric=np.concatenate([row.metric for row in rows]),
                 smooth=_together([row.smooth for row in rows]),
                 margin=_together([row.margin for row in rows]),
+                tokens=_together([row.tokens for row in rows]),
+                texts=_texts(rows),
             )
         )
     return Scores(split=ordered[0].split, tasks=tuple(tasks), blocks=blocks)
@@ -131,6 +161,11 @@ def _together(vectors: Sequence[Array | None]) -> Array | None:
     present = [vector for vector in vectors if vector is not None]
     assert len(present) in (0, len(vectors)), "blocks of different kinds"
     return np.concatenate(present) if present else None
+
+
+def _texts(rows: Sequence[TaskScores]) -> tuple[tuple[str, ...], ...] | None:
+    present = [row.texts for row in rows if row.texts is not None]
+    return tuple(text for texts in present for text in texts) if len(present) == len(rows) else None
 
 
 class NonFiniteScores(NonFiniteError):  # noqa: N818  # named for the condition, as a Failure's kind is

@@ -79,6 +79,12 @@ def decisions(store: StoreReader) -> list[Decision]:
     return [Decision(**row) for row in facts.BATCH_SIZES.get(store) or []]
 
 
+def sizes_in_force(store: StoreReader, size: int, split: Split, blocks: Iterable[int]) -> dict[int, int]:
+    """Return the batch size of each block of a split in a stored run; size: the one it began with."""
+    made = decisions(store)
+    return {block: _in_force(made, size, split, block) for block in blocks}
+
+
 class Batches:
     """The batch sizes of a run. size: the one it began with."""
 

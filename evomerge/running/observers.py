@@ -7,7 +7,7 @@ several, in order, so none of them has to know another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,24 @@ class Observer:
 
     def recorded(self, event: str, values: Mapping[str, Any]) -> None:
         """The store committed an event (asked, scored, failed, entry, gradient); values: plain JSON data."""
+
+
+class StopsAtPhases(Observer):
+    """Asks before every phase, and after every candidate, whether the run should have stopped.
+
+    check: raises an exception to stop the run.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def phase(self, name: str, jobs: int, known: int) -> None:
+        """Ask."""
+        self._check()
+
+    def scored(self, recipe: Recipe, result: Scores | Failure, timing: Timing | None) -> None:
+        """Ask."""
+        self._check()
 
 
 class Observers(Observer):

@@ -283,6 +283,7 @@ def _whole(pending: _Pending) -> Result:
         parts=tuple(parts),
         faults=tuple(fault for piece in pieces for fault in piece.faults),
         weights=next((piece.weights for piece in pieces if piece.weights is not None), None),
+        questions={block: tasks for piece in pieces for block, tasks in piece.questions.items()},
     )
 
 
@@ -307,8 +308,9 @@ class Foresight:
                     split=split,
                     blocks=blocks,
                     batch_sizes=self._batches.sizes(split, blocks),
+                    questions=number == 0 and not self._store.questions(split, blocks[0]),
                 )
-                for recipe in recipes
+                for number, recipe in enumerate(recipes)
                 if self._store.result(recipe.hash, split) is None
             ],
             self._store_scores,
@@ -322,4 +324,6 @@ class Foresight:
         if result.job.batch_sizes != in_force:  # halved since: what it is compared with is scored otherwise
             return
         parts = result.parts or (result.outcome,)
-        self._store.record_scores(result.job.recipe, parts, result.timing, weights=result.weights)
+        self._store.record_scores(
+            result.job.recipe, parts, result.timing, weights=result.weights, questions=result.questions
+        )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from evomerge.errors import UserError
-from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient
 from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches, Halved
@@ -41,6 +41,8 @@ class Scorer:
         """The latest start of a job, in epoch seconds (see `search.ports.CandidateScorer`)."""
         self._asked: set[tuple[str, Split, int]] = set()
         """(recipe, split, block) of earlier calls; the same in every session, which replays the search."""
+        self._questions: dict[Split, set[int]] = {split: set() for split in SPLITS}
+        """Split -> blocks whose questions are stored."""
         self.seconds = 0.0
         """Time this process spent on the store, without waiting for workers."""
 
@@ -120,6 +122,7 @@ class Scorer:
                     blocks=missing,
                     batch_sizes=self._batches.sizes(split, missing),
                     not_after=self.not_after,
+                    questions=self._wants(split, missing, jobs.values()),
                 )
             else:
                 results[hash_] = joined(stored[hash_])
@@ -145,6 +148,15 @@ class Scorer:
         self._asked.update((hash_, split, block) for hash_ in stored for block in blocks)
         return [results[hash_] for hash_ in hashes]
 
+    def _wants(self, split: Split, blocks: Sequence[int], jobs: Iterable[Job]) -> bool:
+        """Say whether the questions of some block are neither stored nor wanted of another job."""
+        wanted = {block for job in jobs if job.questions for block in job.blocks}
+        for block in {*blocks} - wanted - self._questions[split]:
+            if not self._store.questions(split, block):
+                return True
+            self._questions[split].add(block)
+        return False
+
     def _stored(
         self, recipe: str, split: Split, blocks: Sequence[int]
     ) -> tuple[list[Scores], Failure | None, tuple[int, ...]]:
@@ -162,14 +174,16 @@ class Scorer:
         assert not isinstance(outcome, Gradient)
         if isinstance(outcome, NotBegun):
             if result.parts and result.timing is not None:
-                self._store.record_scores(recipe, result.parts, result.timing)
+                self._store.record_scores(recipe, result.parts, result.timing, questions=result.questions)
             return None
         if result.faults:
             self._observer.noted(f"{recipe.hash[:12]}: tried again after {'; '.join(result.faults)}")
         if isinstance(outcome, Scores):
             assert result.timing is not None
             parts = result.parts or (outcome,)
-            self._store.record_scores(recipe, parts, result.timing, weights=result.weights)
+            self._store.record_scores(
+                recipe, parts, result.timing, weights=result.weights, questions=result.questions
+            )
             outcome = joined([*stored[recipe.hash], *parts])
         elif keep_failures:
             assert isinstance(result.job, Job)

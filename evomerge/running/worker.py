@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
@@ -28,7 +28,7 @@ class Job:
     """A job: score a recipe on some item blocks of a split.
 
     batch_sizes: block -> requests per forward pass; other blocks take the worker's batch size.
-    not_after: the latest start, in epoch seconds; None: any time.
+    not_after: the latest start, in epoch seconds; None: any time. questions: return what is asked, too.
     """
 
     recipe: Recipe
@@ -36,6 +36,7 @@ class Job:
     blocks: tuple[int, ...] = (0,)
     batch_sizes: Mapping[int, int] = field(default_factory=dict)
     not_after: float | None = None
+    questions: bool = False
 
     def part(self, blocks: Sequence[int]) -> Job:
         """Return the job on some of its blocks."""
@@ -67,6 +68,7 @@ class Result:
     outcome: the scores of all blocks together, or a failure. parts: the scores of each block, where there are
     several; with NotBegun, of the blocks scored before. faults: one line per earlier attempt that failed.
     block: the block on which scoring failed. weights: digest of the live weights that were scored on `test`.
+    questions: block -> task -> what was asked, where the job wants it.
     """
 
     job: Job | GradientJob
@@ -76,6 +78,7 @@ class Result:
     faults: tuple[str, ...] = ()
     block: int | None = None
     weights: str | None = None
+    questions: Mapping[int, Mapping[str, Sequence[Question]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,7 @@ class WorkerSpec:
     tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
     what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
     which code of the tasks may run. inputs: what models and task files were when the run began, None where
-    they are not compared.
+    they are not compared. stored_text: as in Harness.
     """
 
     models: Mapping[str, str]
@@ -107,6 +110,7 @@ class WorkerSpec:
     generation: str = "transformers"
     permissions: Permissions = NOTHING
     inputs: RunInputs | None = None
+    stored_text: int = 0
 
     def guard(self) -> InputGuard | None:
         """Return what compares models and task files with `inputs`, None without any."""
@@ -165,6 +169,7 @@ class Worker:
             blocks=spec.blocks,
             block_seed=spec.block_seed,
             permissions=spec.permissions,
+            stored_text=spec.stored_text,
         )
         if spec.generation != "transformers":
             from evomerge.evaluation.engine import TOLERANCE
@@ -239,7 +244,19 @@ class Worker:
             forward=forward,
             worker=self.name,
         )
-        return Result(job=job, outcome=joined(parts), timing=timing, parts=tuple(parts), weights=weights)
+        return Result(
+            job=job,
+            outcome=joined(parts),
+            timing=timing,
+            parts=tuple(parts),
+            weights=weights,
+            questions=self._questions(job),
+        )
+
+    def _questions(self, job: Job) -> dict[int, dict[str, list[Question]]]:
+        if not job.questions:
+            return {}
+        return {block: self._harness.questions(job.split, block) for block in job.blocks}
 
     def _gradient(self, job: GradientJob) -> Gradient | Failure:
         from evomerge.evaluation.gradient import differentiable

@@ -81,3 +81,30 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert terminal.PATIENCE > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_a_library_swallowed_ends_the_run_at_its_next_event(number: str, code: int) -> None:
+    """As in cma, which has bare `except:` clauses."""
+    program = (
+        "import os, signal, typer\n"
+        "from evomerge.cli import terminal\n"
+        "from evomerge.running.observers import StopsAtPhases\n"
+        "app = typer.Typer()\n"
+        "@terminal.command(app, 'work')\n"
+        "def work() -> None:\n"
+        "    events = StopsAtPhases(terminal.raise_swallowed)\n"
+        "    events.phase('before', 1, 0)\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), signal.{number})\n"
+        "        signal.sigtimedwait([], 0.1)\n"
+        "    except:\n"
+        "        pass\n"
+        "    events.phase('after', 1, 0)\n"
+        "    print('not stopped')\n"
+        "with terminal.as_program():\n"
+        "    app()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert done.stderr == "stopped; nothing was stored\n"

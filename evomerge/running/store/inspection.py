@@ -22,7 +22,8 @@ Row = tuple[Any, ...]
 JSON = {("run", "value"), ("recipe", "data"), ("front", "reference"), ("front", "recipes")}
 JSON |= {("session", "versions")}
 VECTORS = {("ask", "genome"), ("tell", "losses")}
-PACKED = {("score", "metric"), ("score", "smooth"), ("score", "margin")}
+PACKED = {("score", name) for name in ("metric", "smooth", "margin", "tokens")}
+PACKED_JSON = {("score", "texts"), ("item", "questions")}
 TYPES: dict[str, tuple[type, ...]] = {"TEXT": (str,), "INTEGER": (int,), "REAL": (float,), "BLOB": (bytes,)}
 FILLS: dict[tuple[str, str], Any] = {("score", "block"): 0, ("timing", "block"): 0}
 """(table, column) -> value of a newer column in older runs, where NULL would be wrong."""
@@ -270,6 +271,8 @@ def _check_of(table: str, column: str) -> Callable[[Any], Any] | None:
         return json.loads
     if (table, column) in VECTORS:
         return _check_vector
+    if (table, column) in PACKED_JSON:
+        return schema.unpack_json
     return _check_packed if (table, column) in PACKED else None
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import StoreError
-from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, TaskScores, joined
+from evomerge.evaluation.scores import SPLITS, Failure, Question, Scores, Split, TaskScores, joined
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import facts, schema
 from evomerge.running.store.file import (
@@ -38,6 +39,7 @@ from evomerge.running.store.schema import (
     StoredFront,
     Timing,
     unpack,
+    unpack_json,
 )
 from evomerge.search.ports import GuideState, Named
 
@@ -274,17 +276,28 @@ class StoreReader:
 
     def _part(self, recipe: str, split: Split, block: int) -> Scores | None:
         query = (
-            "SELECT task, metric, smooth, margin FROM score "
+            "SELECT task, metric, smooth, margin, tokens, texts FROM score "
             "WHERE recipe = ? AND split = ? AND block = ? ORDER BY position"
         )
         rows = self._rows(query, (recipe, split, block))
         tasks = tuple(
             TaskScores(
-                task=task, metric=unpack(metric), smooth=_unpack_column(smooth), margin=_unpack_column(margin)
+                task=task,
+                metric=unpack(metric),
+                smooth=_unpack_column(smooth),
+                margin=_unpack_column(margin),
+                tokens=_unpack_column(tokens),
+                texts=None if texts is None else tuple(map(tuple, unpack_json(texts))),
             )
-            for task, metric, smooth, margin in rows
+            for task, metric, smooth, margin, tokens, texts in rows
         )
         return Scores(split=split, tasks=tasks, blocks=(block,)) if tasks else None
+
+    def questions(self, split: Split, block: int) -> dict[str, list[Question]]:
+        """Return the stored questions of an item block by task, in item order."""
+        query = "SELECT task, questions FROM item WHERE split = ? AND block = ?"
+        rows = self._rows(query, (split, block))
+        return {task: [Question(*fields) for fields in unpack_json(blob)] for task, blob in rows}
 
     def scored_blocks(self, split: Split) -> dict[str, tuple[int, ...]]:
         """Return the blocks of a split on which each recipe (by hash) is scored, in order."""
@@ -367,13 +380,14 @@ class StoreReader:
             for row in self._rows(query):
                 digest.update(repr(row).encode())
         query = (
-            "SELECT recipe, split, block, task, position, metric, smooth, margin FROM score "
+            "SELECT recipe, split, block, task, position, metric, smooth, margin, tokens, texts FROM score "
             "ORDER BY recipe, split, block, task"
         )
-        for *key, metric, smooth, margin in self._rows(query):
+        for *key, metric, smooth, margin, tokens, texts in self._rows(query):
             digest.update(repr(key).encode())
-            for vector in (metric, smooth, margin):
+            for vector in (metric, smooth, margin, tokens):
                 digest.update(b"" if vector is None else unpack(vector).tobytes())
+            digest.update(b"" if texts is None else zlib.decompress(texts))
         return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ ID = 12
 """How many digits of its recipe's hash a candidate is called by, in logs and messages."""
 BASE = "base"
 """The name the base model has in every recipe and table."""
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 APPLICATION_ID = 0x65766F6D  # "evom"
 
 _SCHEMA = """
@@ -43,8 +43,10 @@ CREATE TABLE guide (generation INTEGER PRIMARY KEY, correlation REAL, proposed I
 CREATE TABLE front (generation INTEGER PRIMARY KEY, hypervolume REAL NOT NULL, reference TEXT NOT NULL,
     recipes TEXT NOT NULL, crc INTEGER NOT NULL);
 CREATE TABLE score (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, task TEXT,
-    position INTEGER NOT NULL, metric BLOB NOT NULL, smooth BLOB, margin BLOB,
+    position INTEGER NOT NULL, metric BLOB NOT NULL, smooth BLOB, margin BLOB, tokens BLOB, texts BLOB,
     crc INTEGER NOT NULL, PRIMARY KEY (recipe, split, block, task));
+CREATE TABLE item (split TEXT, block INTEGER, task TEXT, questions BLOB NOT NULL,
+    crc INTEGER NOT NULL, PRIMARY KEY (split, block, task));
 CREATE TABLE failure (recipe TEXT REFERENCES recipe, split TEXT, kind TEXT NOT NULL, reason TEXT NOT NULL,
     at REAL NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (recipe, split)) WITHOUT ROWID;
 CREATE TABLE timing (recipe TEXT REFERENCES recipe, split TEXT, block INTEGER, seconds REAL NOT NULL,
@@ -145,3 +147,13 @@ def pack(values: NDArray[np.float64] | None) -> bytes | None:
 def unpack(blob: bytes) -> NDArray[np.float64]:
     """Return the per-item values of a column of the table `score`."""
     return np.frombuffer(zlib.decompress(blob), dtype="<f8")
+
+
+def pack_json(value: Any) -> bytes | None:
+    """Return texts as a compressed column; None stays None."""
+    return None if value is None else zlib.compress(json.dumps(value).encode(), 6)
+
+
+def unpack_json(blob: bytes) -> Any:
+    """Return the texts of a compressed column."""
+    return json.loads(zlib.decompress(blob))

@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import ReplayError, StoreError
-from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
 from evomerge.files import sync
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import facts
 from evomerge.running.store.file import FILE, check_file, connect, disk, snapshot, take_lock
 from evomerge.running.store.inspection import store_id
 from evomerge.running.store.queries import StoreReader, differences
-from evomerge.running.store.schema import ID, Timing, as_json, insert, lay_out, pack
+from evomerge.running.store.schema import ID, Timing, as_json, insert, lay_out, pack, pack_json
 from evomerge.search.ports import GuideState, Named
 
 
@@ -241,11 +241,12 @@ class RunStore(StoreReader):
         timing: Timing,
         *,
         weights: str | None = None,
+        questions: Mapping[int, Mapping[str, Sequence[Question]]] | None = None,
     ) -> None:
         """Store per-item scores of a recipe, each on one block of one split, in one transaction.
 
         timing: of them together; it is filed under the first block. weights: digest of the weights that were
-        scored, which becomes a fact.
+        scored, which becomes a fact. questions: block -> task -> what was asked.
         """
         parts = [scores] if isinstance(scores, Scores) else scores
         with self._writing() as db:
@@ -253,9 +254,12 @@ class RunStore(StoreReader):
             for part in parts:
                 (block,) = part.blocks
                 for position, task in enumerate(part):
-                    vectors = (pack(task.metric), pack(task.smooth), pack(task.margin))
+                    vectors = (pack(task.metric), pack(task.smooth), pack(task.margin), pack(task.tokens))
                     row = (recipe.hash, part.split, block, task.task, position, *vectors)
-                    self._put(db, "score", row)
+                    self._put(db, "score", (*row, pack_json(task.texts)))
+            for block, tasks in (questions or {}).items():
+                for name, asked in tasks.items():
+                    self._put(db, "item", (parts[0].split, block, name, pack_json(asked)), instead="IGNORE")
             if weights is not None:
                 self._put(db, "run", (facts.WEIGHTS.of(recipe.hash).key, as_json(weights)), instead="REPLACE")
             what = (recipe.hash, parts[0].split, parts[0].blocks[0])
