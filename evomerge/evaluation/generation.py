@@ -257,35 +257,46 @@ class _Cache:
         width = max(self.width, *(len(path) for _, path in parts))
         layers = []
         for number in range(len(parts[0][0].layers)):
-            keys = [_padded(layer.keys, width) for layer in old[number : number + 1]]
-            values = [_padded(layer.values, width) for layer in old[number : number + 1]]
-            for filled, path in parts:
-                keys.append(_padded(filled.layers[number].keys[:, :, path], width))
-                values.append(_padded(filled.layers[number].values[:, :, path], width))
-            layers.append(_layer(torch.cat(keys), torch.cat(values)))
+            states = [(filled.layers[number], path) for filled, path in parts]
+            mine = old[number] if old else None
+            keys = _gathered(mine and mine.keys, [(layer.keys, path) for layer, path in states], width)
+            values = _gathered(mine and mine.values, [(layer.values, path) for layer, path in states], width)
+            layers.append(_layer(keys, values, width))
         self.cache = DynamicCache()
         self.cache.layers = layers
 
     def keep(self, rows: Sequence[int], width: int) -> None:
         """Drop all other rows, and the padding that no row needs any more."""
         old = self.cache.layers if rows else []
+        cut = self.width - width
         self.cache = DynamicCache()
         if rows:
             chosen = torch.tensor(rows, device=old[0].keys.device)
             self.cache.layers = [
-                _layer(layer.keys[chosen, :, -width:], layer.values[chosen, :, -width:]) for layer in old
+                _layer(layer.room[0][chosen, :, cut:], layer.room[1][chosen, :, cut:], width) for layer in old
             ]
 
 
-def _padded(states: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
+def _gathered(
+    old: torch.Tensor | None, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int
+) -> torch.Tensor:
+    """Return the states of old rows and of new ones, padded on the left to `width`, with room to grow."""
+    kept = 0 if old is None else len(old)
+    _, heads, _, size = parts[0][0].shape
+    states = parts[0][0].new_zeros(kept + len(parts), heads, width + _SPARE, size)
+    if old is not None:
+        states[:kept, :, width - old.shape[2] : width] = old
+    for row, (tree, path) in enumerate(parts, kept):
+        states[row, :, width - len(path) : width] = tree[0, :, path]
+    return states
 
 
-def _layer(keys: torch.Tensor, values: torch.Tensor) -> Any:
-    """Return a layer of a cache with these keys and values."""
+def _layer(keys: torch.Tensor, values: torch.Tensor, width: int) -> Any:
+    """Return a layer of a cache that holds `width` tokens and has room for more."""
     layer: Any = _Growing()  # type: ignore[no-untyped-call]
     layer.lazy_initialization(keys, values)
-    layer.hold(keys, values)
+    layer.room = keys, values
+    layer.show(width)
     return layer
 
 
@@ -294,26 +305,23 @@ class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
 
     keys: Any
     values: Any
+    room: tuple[torch.Tensor, torch.Tensor]
 
-    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy the states of all tokens so far."""
-        room = (0, 0, 0, _SPARE)
-        self._keys, self._values = (torch.nn.functional.pad(states, room) for states in (keys, values))
-        self._show(keys.shape[2])
-
-    def _show(self, width: int) -> None:
-        self.keys, self.values = self._keys[:, :, :width], self._values[:, :, :width]
+    def show(self, width: int) -> None:
+        """Make the first `width` tokens of the room those that the layer holds."""
+        self.keys, self.values = (states[:, :, :width] for states in self.room)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the states of new tokens; return all."""
         width, new = self.keys.shape[2], key_states.shape[2]
-        if width + new > self._keys.shape[2]:
-            self.hold(self.keys, self.values)
-        self._keys[:, :, width : width + new] = key_states
-        self._values[:, :, width : width + new] = value_states
-        self._show(width + new)
+        if width + new > self.room[0].shape[2]:
+            keys, values = (torch.nn.functional.pad(held, (0, 0, 0, _SPARE)) for held in self.room)
+            self.room = keys, values
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, width : width + new] = states
+        self.show(width + new)
         return self.keys, self.values
 
 
