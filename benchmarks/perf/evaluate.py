@@ -89,7 +89,7 @@ def write(folder: Path, items: int, tokenizer: Any) -> None:
         return {"generation_kwargs": {"until": list(until), "max_gen_toks": tokens, "do_sample": False}}
 
     tasks: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]] = {
-        "choice_zero_shot": (choice, lambda rng: chosen(rng, 80)),
+        "choice_zero_shot": (choice, lambda rng: chosen(rng, 170)),
         "choice_five_shot": (
             {**choice, "num_fewshot": 5, "fewshot_split": "train"},
             lambda rng: chosen(rng, 60),

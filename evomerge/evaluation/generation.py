@@ -39,6 +39,8 @@ _WITHOUT = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_versio
 """Entries of a model's generation config that change no answer here."""
 
 Decode = Callable[[list[int]], str]
+_Prompt = tuple[Any, torch.Tensor]
+"""The cache of a prefix tree, and the places of a prompt's tokens there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,16 +134,13 @@ class Generator:
                 free = self._batch_size - len(rows)
                 if waiting and (not rows or free * _REFILL >= self._batch_size):
                     new, waiting = waiting[:free], waiting[free:]
-                    logits = self._start(new, cache)
-                    rows, stepped = rows + new, new
-                else:
-                    logits, stepped = self._step(rows, cache), rows
-                self._extend(stepped, logits)
-                for row in stepped:
-                    if row.number in found:
-                        continue
-                    if (end := self._ended(row)) or len(row.tokens) == row.request.limit:
-                        found[row.number] = Continuation(tokens=tuple(row.tokens), ended=end)
+                    logits, prompts = self._start(new)
+                    self._extend(new, logits, found)
+                    going_on = [index for index, row in enumerate(new) if row.number not in found]
+                    cache.add([prompts[index] for index in going_on])
+                    rows += [new[index] for index in going_on]
+                    continue
+                self._extend(rows, self._step(rows, cache), found)
                 kept = [index for index, row in enumerate(rows) if row.number not in found]
                 if not kept or (len(rows) - len(kept)) * _COMPACT >= len(rows):
                     rows = [rows[index] for index in kept]
@@ -156,13 +155,16 @@ class Generator:
         self.forward_seconds += time.perf_counter() - start
         return found
 
-    def _start(self, new: Sequence[_Row], cache: _Cache) -> torch.Tensor:
-        """Compute the prompts of new rows, add them to the cache, and return (rows, vocabulary) logits."""
+    def _start(self, new: Sequence[_Row]) -> tuple[torch.Tensor, list[_Prompt]]:
+        """Compute the prompts of new rows; return (rows, vocabulary) logits, and the prompts' states."""
         model = self._model
-        places = {row.request.prompt: index for index, row in enumerate(new)}
-        logits: list[Any] = [None] * len(new)
-        parts: list[Any] = [None] * len(new)
-        for sequences in prefix_trees.in_rows(sorted(places), len(new)):
+        asking: dict[tuple[int, ...], list[int]] = {}
+        for index, row in enumerate(new):
+            asking.setdefault(row.request.prompt, []).append(index)
+        order: list[int] = []
+        logits: list[torch.Tensor] = []
+        prompts: dict[int, _Prompt] = {}
+        for sequences in prefix_trees.in_rows(sorted(asking), len(new)):
             tree = prefix_trees.row(sequences)
             lasts = torch.stack([path[-1] for path in tree.paths]).to(model.device)
             inputs = tree.inputs(model.device, model.dtype)
@@ -171,12 +173,13 @@ class Generator:
                 scores = self._call(**inputs, past_key_values=filled, logits_to_keep=lasts).logits[0]
             else:
                 scores = self._call(**inputs, past_key_values=filled).logits[0, lasts]
-            for sequence, path, score in zip(sequences, tree.paths, scores, strict=True):
-                for index, row in enumerate(new):
-                    if row.request.prompt == sequence:
-                        logits[index], parts[index] = score, (filled, path.to(model.device))
-        cache.add(parts)
-        return torch.stack(logits)
+            for number, sequence in enumerate(sequences):
+                for index in asking[sequence]:
+                    order.append(index)
+                    logits.append(scores[number])
+                    prompts[index] = filled, tree.paths[number]
+        back = torch.tensor(order).argsort().to(model.device)
+        return torch.stack(logits)[back], [prompts[index] for index in range(len(new))]
 
     def _step(self, rows: Sequence[_Row], cache: _Cache) -> torch.Tensor:
         """Compute the newest token of every row; return (rows, vocabulary) logits of the next."""
@@ -192,13 +195,17 @@ class Generator:
         logits: torch.Tensor = self._call(**inputs, past_key_values=cache.cache).logits[:, -1]
         return logits
 
-    def _extend(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
-        """Append each row's next token."""
+    def _extend(self, rows: Sequence[_Row], logits: torch.Tensor, found: dict[int, Continuation]) -> None:
+        """Append each row's next token; note in `found` which answers are finished."""
         if bool(torch.isnan(logits).any()):
             raise NonFiniteScores("the model's logits are not finite", got="NaN while generating")
         best = logits.argmax(-1).tolist()
         for row, token, scores in zip(rows, best, logits, strict=True):
             row.tokens.append(token if row.request.sampling is None else _drawn(row, scores))
+            if row.number in found:
+                continue
+            if (end := self._ended(row)) or len(row.tokens) == row.request.limit:
+                found[row.number] = Continuation(tokens=tuple(row.tokens), ended=end)
 
     def _ended(self, row: _Row) -> bool:
         if row.tokens[-1] in self._ends:
@@ -251,17 +258,35 @@ class _Cache:
         """Number of tokens of the longest row."""
         return int(self.cache.get_seq_length())
 
-    def add(self, parts: Sequence[tuple[Any, torch.Tensor]]) -> None:
-        """Add rows. parts: for each the cache of its tree, and its places there."""
+    def add(self, prompts: Sequence[_Prompt]) -> None:
+        """Add rows for some prompts."""
+        if not prompts:
+            return
         old = self.cache.layers
-        width = max(self.width, *(len(path) for _, path in parts))
+        width = max(self.width, *(len(path) for _, path in prompts))
+        trees = {id(filled): filled for filled, _ in prompts}
+        chosen = []
+        for key, filled in trees.items():
+            mine = [number for number, (other, _) in enumerate(prompts) if id(other) == key]
+            places = torch.zeros(len(mine), width, dtype=torch.long)  # padding takes the states of any token
+            for index, number in enumerate(mine):
+                path = prompts[number][1]
+                places[index, width - len(path) :] = path
+            device = filled.layers[0].keys.device
+            chosen.append((filled, torch.tensor(mine, device=device), places.to(device)))
         layers = []
-        for number in range(len(parts[0][0].layers)):
-            states = [(filled.layers[number], path) for filled, path in parts]
-            mine = old[number] if old else None
-            keys = _gathered(mine and mine.keys, [(layer.keys, path) for layer, path in states], width)
-            values = _gathered(mine and mine.values, [(layer.values, path) for layer, path in states], width)
-            layers.append(_layer(keys, values, width))
+        for number in range(len(chosen[0][0].layers)):
+            held = old[number] if old else None
+            room = [
+                _gathered(
+                    held and getattr(held, name),
+                    width,
+                    len(prompts),
+                    [(getattr(filled.layers[number], name), mine, places) for filled, mine, places in chosen],
+                )
+                for name in ("keys", "values")
+            ]
+            layers.append(_layer(room[0], room[1], width))
         self.cache = DynamicCache()
         self.cache.layers = layers
 
@@ -278,16 +303,22 @@ class _Cache:
 
 
 def _gathered(
-    old: torch.Tensor | None, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int
+    old: torch.Tensor | None,
+    width: int,
+    rows: int,
+    trees: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
-    """Return the states of old rows and of new ones, padded on the left to `width`, with room to grow."""
+    """Return the states of old rows and of new ones, padded on the left to `width`, with room to grow.
+
+    trees: for each its states, the numbers of its rows among the new ones, and (rows, width) their places.
+    """
     kept = 0 if old is None else len(old)
-    _, heads, _, size = parts[0][0].shape
-    states = parts[0][0].new_zeros(kept + len(parts), heads, width + _SPARE, size)
+    _, heads, _, size = trees[0][0].shape
+    states = trees[0][0].new_zeros(kept + rows, heads, width + _SPARE, size)
     if old is not None:
         states[:kept, :, width - old.shape[2] : width] = old
-    for row, (tree, path) in enumerate(parts, kept):
-        states[row, :, width - len(path) : width] = tree[0, :, path]
+    for tree, mine, places in trees:
+        states[kept + mine, :, :width] = tree[0][:, places].transpose(0, 1)
     return states
 
 
@@ -367,7 +398,7 @@ def agrees(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
             raise NonFiniteScores("the model's logits are not finite", got="NaN while generating")
         try:
             cache = _Cache()
-            generator._start(rows, cache)
+            cache.add(generator._start(rows)[1])
             found = generator._step(rows, cache).float().log_softmax(-1)
         except Exception:  # whatever a model makes of a mask or a cache that it doesn't know
             return False

@@ -33,6 +33,7 @@ from evomerge.evaluation.engine import Mirror
 from evomerge.evaluation.generation import (
     Generated,
     Generator,
+    Options,
     Request,
     agrees,
     ending_tokens,
@@ -171,14 +172,18 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
 
     def _requests(self, instances: Sequence[Any], seed: int) -> list[Request | None]:
         """Return the requests that `generation` can carry out, None for others."""
-        options = [options_of(self._model, instance.args[1], self.max_gen_toks) for instance in instances]
         requests: list[Request | None] = [None] * len(instances)
         if self.mirror is not None:
             return requests
+        known: dict[str, Options | None] = {}  # most requests have their task's options
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         met: dict[str, int] = {}
-        for number, (instance, wanted) in enumerate(zip(instances, options, strict=True)):
-            prompt = instance.args[0]
+        reached = prefix_trees.reach(self._model)
+        for number, instance in enumerate(instances):
+            prompt, options = instance.args
+            if (key := repr(options)) not in known:
+                known[key] = options_of(self._model, options, self.max_gen_toks)
+            wanted = known[key]
             met[prompt] = met.get(prompt, 0) + 1
             if wanted is None:
                 continue
@@ -189,10 +194,9 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                 sampling=wanted.sampling,
                 seed=(seed, met[prompt]),
             )
-            reached = prefix_trees.reach(self._model)
             if request.prompt and (reached is None or len(request.prompt) + request.limit <= reached):
                 requests[number] = request
-        if self.continues is None and self.mirror is None:
+        if self.continues is None:
             prompts = sorted((request.prompt for request in requests if request is not None), key=len)
             if prompts:
                 self.continues = agrees(self._model, [prompts[-1], prompts[0]])
