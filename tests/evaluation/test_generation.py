@@ -168,4 +168,6 @@ def test_models_that_continue_from_trees() -> None:
                 input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **options
             )
 
-    assert not agrees(Deaf(MODEL.config).eval(), [[4, 5, 6, 7], [8, 9]])
+    deaf = Deaf(MODEL.config).eval()
+    deaf.load_state_dict(MODEL.state_dict())
+    assert not agrees(deaf, [[4, 5, 6, 7], [8, 9]])

@@ -24,6 +24,7 @@ def llama(**changes: Any) -> Any:
         **{
             **{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
             **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH},
+            "initializer_range": 0.2,  # so that a wrong position or mask shows
             **changes,
         }
     )
@@ -105,12 +106,20 @@ def test_models_that_take_a_row() -> None:
 def test_a_model_that_ignores_an_argument_is_found_out(ignored: str) -> None:
     class Deaf(transformers.LlamaForCausalLM):
         def forward(  # type: ignore[override]
-            self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **options: Any
+            self,
+            input_ids: Any,
+            attention_mask: Any = None,
+            position_ids: Any = None,
+            use_cache: bool = False,
+            **options: Any,
         ) -> Any:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, ignored: None}
             return super().forward(input_ids=input_ids, **given, **options)
 
-    assert not prefix_trees.agree(Deaf(MODEL.config).eval(), SEQUENCES)
+    deaf = Deaf(MODEL.config).eval()
+    deaf.load_state_dict(MODEL.state_dict())
+    assert prefix_trees.takes(deaf)
+    assert not prefix_trees.agree(deaf, SEQUENCES)
 
 
 def test_a_model_without_the_arguments_or_with_an_error_is_not_asked() -> None:
