@@ -74,9 +74,9 @@ def config_page() -> str:
         "",
         "Generated from the code by `python docs/generate.py`; do not edit.",
         "",
-        "Every key of a run config, suite, search space and gate. Unknown keys are errors that name the nearest",
-        f"valid key. `{NONE}` stands for no default or no range. A section that can be `off` can be `on`:",
-        "all its defaults. A run config and a suite with comments: [your_models.md](your_models.md).",
+        "Every key of a run config, suite, search space and gate. Unknown keys are errors that name the",
+        f"nearest valid key. `{NONE}` stands for no default or no range. A section that can be `off` can be",
+        "`on`: all its defaults. A run config and a suite with comments: [your_models.md](your_models.md).",
     ]
     parts = (("Run config", RUN_CONFIG), ("Suite", SUITE), ("Search space", SPACE), ("Gate", GATE))
     for title, sections in parts:

@@ -21,24 +21,9 @@ from evomerge.merging.reading import read_recipe
 from evomerge.running.store import RunStore
 from tests.conftest import write_suite
 
-NAMES = [
-    "check",
-    "run",
-    "resume",
-    "migrate",
-    "doctor",
-    "status",
-    "show",
-    "samples",
-    "report",
-    "compare",
-    "export",
-    "merge",
-    "predict",
-    "analyze",
-    "fisher",
-]
-NAMES += ["evaluate", "demo", "zoo", "spaces"]
+NAMES = ["check", "run", "resume", "migrate", "doctor", "demo"]
+NAMES += ["status", "show", "samples", "report", "compare", "export", "predict"]
+NAMES += ["merge", "analyze", "fisher", "evaluate", "zoo", "spaces"]
 
 
 @pytest.fixture(autouse=True)

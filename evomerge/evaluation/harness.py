@@ -11,9 +11,10 @@ reseed global generators, or could return the answers of an earlier candidate.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,10 +23,11 @@ import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation import gradient
+from evomerge.evaluation import gradient, prefix_trees
 from evomerge.evaluation.coherence import coherence
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.examples import RenderedItem, example
+from evomerge.evaluation.generation import Generated
 from evomerge.evaluation.items import (
     BatchLayout,
     Items,
@@ -38,15 +40,26 @@ from evomerge.evaluation.items import (
     refuse_few,
     refuse_glued,
     refuse_long,
+    refuse_long_answers,
 )
 from evomerge.evaluation.likelihood import Likelihoods
 from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scores import SPLITS, Array, Question, Scores, Split, TaskScores, joined
+from evomerge.evaluation.scores import (
+    SPLITS,
+    Array,
+    NonFiniteScores,
+    Question,
+    Scores,
+    Split,
+    TaskScores,
+    joined,
+)
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import build, is_number
 
+_log = logging.getLogger(__name__)
 _SURE = 1e3
 """Margins, in nats, are limited to this size."""
 
@@ -102,6 +115,7 @@ class Harness:
         for builder in self._builders:
             refuse_few(builder, blocks)
         self._items: dict[Split, tuple[Items, ...]] = {}
+        self._shares: bool | None = None  # whether models take prefix trees; None: not tried yet
 
     def blocks(self, split: Split) -> int:
         """Return the number of item blocks of a split."""
@@ -149,7 +163,26 @@ class Harness:
                 for block in range(self.blocks(split)):
                     items = self.items(split, block)
                     refuse_long(items, self._lm)
-                    self._layout(items, self._lm.max_length, self.batch_size)
+                    refuse_long_answers(items, self._lm.max_length)
+        finally:
+            self._lm.detach()
+
+    def try_out(self, model: Any) -> None:
+        """Find out what the model can't do (see `prefix_trees`); it is done without from then on.
+
+        model: with the weights of the base, so that the decision holds whatever weights are scored.
+        """
+        self._lm.attach(model)
+        try:
+            for split in SPLITS:
+                for block in range(self.blocks(split)):
+                    items = self.items(split, block)
+                    try:
+                        self._layout(items, self._lm.max_length, self.batch_size)
+                        self._lm.try_out([i for _, _, asked in _asked(items) for i in asked], seed=self._seed)
+                    except NonFiniteScores:
+                        self._shares = self._lm.continues = False
+                        self._layout(items, self._lm.max_length, self.batch_size)
         finally:
             self._lm.detach()
 
@@ -207,8 +240,9 @@ class Harness:
         try:
             layout = self._layout(items, lm.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
+            written = self._write(items)
             scores = [
-                self._score(task, layout, likelihoods, twin=task.twin(items.tasks[:number]))
+                self._score(task, layout, likelihoods, written, twin=task.twin(items.tasks[:number]))
                 for number, task in enumerate(items.tasks)
             ]
         finally:
@@ -257,22 +291,55 @@ class Harness:
         return merged(parts)
 
     def _layout(self, items: Items, max_length: int, batch_size: int) -> BatchLayout:
+        """Return the batches of a block, for the attached model."""
         key = max_length, batch_size
         if key not in items.plans:
-            items.plans[key] = lay_out(items, self._lm, batch_size, max_length)
+            model = self._lm.model
+            share = 0
+            if self._shares is not False and prefix_trees.takes(model):
+                reached = prefix_trees.reach(model)
+                share = max_length if reached is None else min(max_length, reached)
+            layout = lay_out(items, self._lm, batch_size, max_length, share)
+            if self._shares is None and layout.plan is not None and (sample := layout.plan.sample()):
+                self._shares = prefix_trees.agree(model, sample)
+                if not self._shares:
+                    _log.info("the model scores shared prefixes differently: every request has its own row")
+                    layout = lay_out(items, self._lm, batch_size, max_length, 0)
+            items.plans[key] = layout
         return items.plans[key]
 
+    def _write(self, items: Items) -> dict[str, list[Generated]]:
+        """Let the attached model write the answers of all tasks, as many together as can be."""
+        together: dict[int | str | None, list[tuple[TaskItems, int]]] = {}
+        requests: dict[int | str | None, list[Any]] = {}
+        for task, end, asked in _asked(items):
+            together.setdefault(end, []).append((task, len(asked)))
+            requests.setdefault(end, []).extend(asked)
+        written: dict[str, list[Generated]] = {}
+        for end, tasks in together.items():
+            with self._lm.dropping_thoughts(end):
+                answers = iter(self._lm.generate(requests[end], seed=self._seed))
+            written |= {task.name: list(itertools.islice(answers, count)) for task, count in tasks}
+        return written
+
     def _score(
-        self, task: TaskItems, layout: BatchLayout, likelihoods: Likelihoods | None, *, twin: TaskItems | None
+        self,
+        task: TaskItems,
+        layout: BatchLayout,
+        likelihoods: Likelihoods | None,
+        written: Mapping[str, Sequence[Generated]],
+        *,
+        twin: TaskItems | None,
     ) -> TaskScores:
         """Score a task's items.
 
-        twin: a task that was scored just before from the same requests, if there is one.
+        written: task -> its generated answers. twin: a task that was scored just before from the same
+        requests, if there is one.
         """
         if task.name not in layout.bounds:
-            thoughts = self._lm.dropping_thoughts(task.builder.asked.think_end_token)
-            with thoughts, _private_rng(self._seed, self._lm.device):
-                return _generated(task, self._lm, self._stored_text, twin)
+            if task.generates:
+                return _generated(task, written[(twin or task).name], self._lm, self._stored_text)
+            return _requested(task, self._lm, twin)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
@@ -316,51 +383,63 @@ def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
     return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
-def _generated(task: TaskItems, lm: LiveLM, stored_text: int, twin: TaskItems | None) -> TaskScores:
-    """Score a task whose answers lm-eval requests from the live model.
+def _asked(items: Items) -> list[tuple[TaskItems, int | str | None, list[Any]]]:
+    """Return each task that generates, what ends its thoughts, and its requests; of twins only the first."""
+    return [
+        (task, task.builder.asked.think_end_token, _repeated(task))
+        for number, task in enumerate(items.tasks)
+        if task.generates and task.twin(items.tasks[:number]) is None
+    ]
 
-    stored_text: as in Harness. twin: a task that has just been answered on the same requests, or None.
-    """
-    flat = [instance for group in task.groups for instance in group]
-    kind = flat[0].request_type
-    repeated = [instance for instance in flat for _ in range(instance.repeats or 1)]
-    if task.builder.spec.role == "coherence":
-        return _coherent(task, repeated, lm, stored_text)
-    answers: Sequence[Any]
+
+def _repeated(task: TaskItems) -> list[Any]:
+    """Return a task's requests, each as often as the task repeats it."""
+    flat = (instance for group in task.groups for instance in group)
+    return [instance for instance in flat for _ in range(instance.repeats or 1)]
+
+
+def _requested(task: TaskItems, lm: LiveLM, twin: TaskItems | None) -> TaskScores:
+    """Score a task whose requests lm-eval sends one by one. twin: as in `Harness._score`."""
+    repeated = _repeated(task)
     if twin is not None:
         answered = [instance for group in twin.groups for instance in group]
         answers = [answer for instance in answered for answer in instance.resps]
-    elif kind == "generate_until":
-        answers = lm.generate(repeated)
     else:
-        answers = getattr(lm, kind)(repeated, disable_tqdm=True)
-    for instance in flat:
+        answers = getattr(lm, repeated[0].request_type)(repeated, disable_tqdm=True)
+    _give(repeated, answers)
+    return TaskScores(task=task.name, metric=_metric(task))
+
+
+def _give(repeated: Sequence[Any], answers: Sequence[Any]) -> None:
+    for instance in repeated:
         instance.resps = []
     for instance, answer in zip(repeated, answers, strict=True):
         instance.resps.append(answer)
-    if kind != "generate_until":
-        return TaskScores(task=task.name, metric=_metric(task))
-    texts = [[str(text) for instance in group for text in instance.resps] for group in task.groups]
-    return TaskScores(task=task.name, metric=_metric(task), **_stored(texts, lm, stored_text))
 
 
-def _stored(texts: Sequence[Sequence[str]], lm: LiveLM, characters: int) -> dict[str, Any]:
-    """Return the fields `tokens` and `texts` of a TaskScores from each item's answers."""
-    counts = [[len(lm.tok_encode(text, add_special_tokens=False)) for text in item] for item in texts]
-    cut = tuple(tuple(text[:characters] for text in item) for item in texts)
-    return {"tokens": np.array([np.mean(item) for item in counts]), "texts": cut if characters else None}
-
-
-def _coherent(task: TaskItems, requests: Sequence[Any], lm: LiveLM, stored_text: int) -> TaskScores:
-    """Score generations by their form only: the mean coherence of an item's answers."""
-    by_item: dict[int, list[float]] = {}
-    texts: dict[int, list[str]] = {}
-    for request, (answer, ended) in zip(requests, lm.generate_to_the_end(requests), strict=True):
-        tokens = lm.tok_encode(answer, add_special_tokens=False)
-        by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=ended))
-        texts.setdefault(request.doc_id, []).append(answer)
-    metric = np.array([np.mean(values) for values in by_item.values()])
-    return TaskScores(task=task.name, metric=metric, **_stored([*texts.values()], lm, stored_text))
+def _generated(task: TaskItems, answers: Sequence[Generated], lm: LiveLM, stored_text: int) -> TaskScores:
+    """Score a task whose answers the model wrote. stored_text: as in Harness."""
+    repeated = _repeated(task)
+    if task.builder.spec.role == "coherence":
+        by_item: dict[int, list[float]] = {}
+        for request, answer in zip(repeated, answers, strict=True):
+            tokens = lm.tok_encode(answer.text, add_special_tokens=False)
+            by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=answer.ended))
+        metric = np.array([np.mean(values) for values in by_item.values()])
+    else:
+        _give(repeated, [answer.text for answer in answers])
+        metric = _metric(task)
+    left = iter(answers)
+    counts = [sum(instance.repeats or 1 for instance in group) for group in task.groups]
+    by_group = [list(itertools.islice(left, count)) for count in counts]
+    return TaskScores(
+        task=task.name,
+        metric=metric,
+        tokens=np.array([np.mean([answer.tokens for answer in group]) for group in by_group]),
+        texts=tuple(tuple(answer.text[:stored_text] for answer in group) for group in by_group)
+        if stored_text
+        else None,
+    )
 
 
 def _metric(task: TaskItems) -> Array:
@@ -386,12 +465,3 @@ def _metric(task: TaskItems) -> Array:
             )
         values[item] = value
     return values
-
-
-@contextlib.contextmanager
-def _private_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generator, from which transformers samples, and restore it afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

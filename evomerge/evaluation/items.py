@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.likelihood import Plan, plan
+from evomerge.evaluation.likelihood import Plan, check_answer, plan
 from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates, no_room
 from evomerge.evaluation.scores import Question, Split
 from evomerge.evaluation.tasks import TaskBuilder
@@ -54,6 +54,11 @@ class TaskItems:
             ):
                 return other
         return None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes the answers."""
+        return str(self.groups[0][0].request_type) == "generate_until"
 
 
 def _requests(task: TaskItems) -> list[tuple[Any, ...]]:
@@ -155,6 +160,13 @@ def refuse_long(items: Items, lm: LiveLM) -> None:
         for request, length in zip(requests, lengths, strict=True):
             if length > room:
                 raise _too_long(task, request, items.split, length, room)
+
+
+def refuse_long_answers(items: Items, max_length: int) -> None:
+    """Raise ConfigError for an answer to be scored that is longer than the context, in tokens."""
+    for task in items.tasks:
+        for _, continuation in task.pairs:
+            check_answer(task.name, continuation, max_length)
 
 
 def _too_long(task: TaskItems, request: Any, split: Split, length: int, room: int) -> ConfigError:
@@ -270,8 +282,11 @@ def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
     )
 
 
-def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int) -> BatchLayout:
-    """Return the batches of a block's likelihood pairs. Raises ConfigError for answers that are too long."""
+def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int, share: int) -> BatchLayout:
+    """Return the batches of a block's likelihood pairs. Raises ConfigError for answers that are too long.
+
+    share: as in `likelihood.plan`.
+    """
     pairs: list[Pair] = []
     names: list[str] = []
     bounds: dict[str, tuple[int, int]] = {}
@@ -293,5 +308,6 @@ def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int) -> Batch
         if len(pairs) > start:
             bounds[task.name] = (start, len(pairs))
             names += [task.name] * (len(pairs) - start)
-    laid = plan(pairs, batch_size=batch_size, max_length=max_length, names=names) if pairs else None
+    options: Any = {"batch_size": batch_size, "max_length": max_length, "names": names, "share": share}
+    laid = plan(pairs, **options) if pairs else None
     return BatchLayout(plan=laid, bounds=bounds, windows=windows)

@@ -4,14 +4,17 @@ The numbers are those of lm-eval's HFLM: same tokens, same left truncation, same
 attention mask, since earlier positions of a causal model don't see it). The batches are built once and
 reused for every candidate. They depend on the pairs and the batch size only, so the same weights give the
 same bits in every process.
+
+Inputs that share a long prefix, such as the choices of an item or the items of a few-shot task, can be laid
+out as prefix trees (`prefix_trees`), which compute it once.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,17 +22,21 @@ import torch
 from numpy.typing import NDArray
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation import prefix_trees
 from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.scores import Array, NonFiniteScores
 
 _PADDING = 0
+WORTH_SHARING = 16
+"""Length in tokens from which a common prefix is shared; shorter ones cost more to share than to repeat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     """One forward pass, and the tokens that it scores.
 
-    ids: (rows, length) int64 input tokens, right-padded.
+    ids: (rows, length) int64 input tokens, right-padded. tree: of the inputs if they share prefixes; they
+        are then one row.
     columns: (columns,) the positions whose logits at least one row needs.
     row, column, gold: (tokens,) for each scored token its row, its index in `columns`, and its id.
     """
@@ -39,6 +46,7 @@ class Batch:
     row: torch.Tensor
     column: torch.Tensor
     gold: torch.Tensor
+    tree: prefix_trees.TreeRow | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,6 +75,16 @@ class Plan:
     batches: tuple[Batch, ...]
     order: NDArray[np.intp]
     starts: NDArray[np.intp]
+
+    def sample(self) -> list[list[int]]:
+        """Return a few inputs that share a long prefix, to try a model with; none if no inputs do."""
+        trees = [batch.tree for batch in self.batches if batch.tree is not None]
+        if not trees:
+            return []
+        deepest = max(trees, key=lambda tree: max(map(len, tree.paths)))
+        longest = max(range(len(deepest.paths)), key=lambda number: len(deepest.paths[number]))
+        chosen = deepest.paths[max(longest - 1, 0) : longest + 2]
+        return [deepest.ids[path].tolist() for path in chosen]
 
     def score(self, model: Any) -> Likelihoods:
         """Run the model over all batches.
@@ -103,11 +121,23 @@ class Plan:
         return Likelihoods(ll=ll, greedy=greedy, margin=margin, forward_seconds=seconds)
 
 
-def plan(pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequence[str]) -> Plan:
+def check_answer(task: str, continuation: Sequence[int], max_length: int) -> None:
+    """Raise ConfigError for an answer that is empty, or longer than the context, in tokens."""
+    if not 0 < len(continuation) <= max_length:
+        raise ConfigError(
+            f"task {task!r} has an answer of {len(continuation)} tokens",
+            expected=f"1 to {max_length} tokens (the model's context length)",
+        )
+
+
+def plan(
+    pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequence[str], share: int = 0
+) -> Plan:
     """Arrange pairs in batches: longest first, equal inputs only once.
 
     pairs: token ids of each context (at least one) and continuation.
     names: the task of each pair, for errors.
+    share: inputs of up to this number of tokens may be laid out as prefix trees.
 
     The input of a pair is its last `max_length + 1` tokens without the final one; the continuation's
     tokens are read from its last positions, as in HFLM. Pairs that share an input, such as one-token
@@ -124,39 +154,61 @@ def plan(pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequ
     assert batch_size >= 1, batch_size
     rows: dict[tuple[int, ...], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
-        if not 0 < len(continuation) <= max_length:
-            raise ConfigError(
-                f"task {names[index]!r} has an answer of {len(continuation)} tokens",
-                expected=f"1 to {max_length} tokens (the model's context length)",
-            )
+        check_answer(names[index], continuation, max_length)
         tokens = tuple((context + continuation)[-(max_length + 1) :][:-1])
         rows.setdefault(tokens, []).append(index)
-    inputs = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
-    order = [index for tokens in inputs for index in rows[tokens]]
+    trees = _trees(sorted(rows), batch_size, share)
+    in_trees = {tokens for tree in trees for tokens in tree}
+    alone = sorted(rows.keys() - in_trees, key=lambda tokens: (-len(tokens), tokens))
+    groups = [alone[start : start + batch_size] for start in range(0, len(alone), batch_size)]
+    order = [index for group in [*trees, *groups] for tokens in group for index in rows[tokens]]
     lengths = [len(pairs[index][1]) for index in order]
     return Plan(
-        batches=tuple(
-            _batch(inputs[start : start + batch_size], rows, pairs)
-            for start in range(0, len(inputs), batch_size)
+        batches=(
+            *(_batch(tree, rows, pairs, tree=prefix_trees.row(tree)) for tree in trees),
+            *(_batch(group, rows, pairs) for group in groups),
         ),
         order=np.array(order, dtype=np.intp),
         starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.intp),
     )
 
 
+def _trees(inputs: Sequence[tuple[int, ...]], batch_size: int, share: int) -> list[list[tuple[int, ...]]]:
+    """Return rows of those sorted inputs that share at least half of their tokens with a neighbour."""
+    if batch_size == 1 or not share:
+        return []
+    allowed = [tokens for tokens in inputs if len(tokens) <= share]
+    common = [prefix_trees.shared(one, other) for one, other in pairwise(allowed)]
+    chosen = [
+        tokens
+        for number, tokens in enumerate(allowed)
+        if max(common[max(number - 1, 0) : number + 1], default=0) >= max(WORTH_SHARING, len(tokens) / 2)
+    ]
+    return [tree for tree in prefix_trees.in_rows(chosen, batch_size) if len(tree) > 1]
+
+
 def _batch(
-    inputs: Sequence[tuple[int, ...]], rows: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair]
+    inputs: Sequence[tuple[int, ...]],
+    rows: dict[tuple[int, ...], list[int]],
+    pairs: Sequence[Pair],
+    *,
+    tree: prefix_trees.TreeRow | None = None,
 ) -> Batch:
-    ids = torch.full((len(inputs), len(inputs[0])), _PADDING, dtype=torch.long)
+    if tree is None:
+        ids = torch.full((len(inputs), len(inputs[0])), _PADDING, dtype=torch.long)
+        for number, tokens in enumerate(inputs):
+            ids[number, : len(tokens)] = torch.tensor(tokens)
+    else:
+        ids = tree.ids[None]
     row: list[int] = []
     position: list[int] = []
     gold: list[int] = []
     for number, tokens in enumerate(inputs):
-        ids[number, : len(tokens)] = torch.tensor(tokens)
+        places = range(len(tokens)) if tree is None else tree.paths[number].tolist()
         for index in rows[tokens]:
             continuation = pairs[index][1]
-            row += [number] * len(continuation)
-            position += range(len(tokens) - len(continuation), len(tokens))
+            row += [number if tree is None else 0] * len(continuation)
+            position += places[len(tokens) - len(continuation) :]
             gold += continuation
     columns, column = np.unique(position, return_inverse=True)
     return Batch(
@@ -165,6 +217,7 @@ def _batch(
         row=torch.tensor(row),
         column=torch.from_numpy(column),
         gold=torch.tensor(gold),
+        tree=tree,
     )
 
 
@@ -173,16 +226,20 @@ def trims(model: Any) -> bool:
 
     With a vocabulary of 10^5 the logits of a whole batch are gigabytes, most of which nothing reads.
     """
-    return "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters
+    return prefix_trees.accepts(model, "logits_to_keep")
 
 
 def forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
     """Return the logits of a batch at its columns, shape (rows, columns, vocabulary)."""
-    ids = batch.ids.to(model.device)
-    if trims:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=batch.columns.to(ids.device)).logits
+    columns = batch.columns.to(model.device)
+    if batch.tree is None:
+        inputs = {"input_ids": batch.ids.to(model.device)}
     else:
-        logits = model(input_ids=ids).logits[:, batch.columns.to(ids.device)]
+        inputs = batch.tree.inputs(model.device, model.dtype)
+    if trims:
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, columns]
     assert isinstance(logits, torch.Tensor)
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)  # so that the time of this pass is measured here

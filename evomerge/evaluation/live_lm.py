@@ -1,8 +1,8 @@
 """LiveLM: lm-eval's model class around the live model, and settings that keep lm-eval fast and quiet.
 
-One LiveLM serves a whole run: candidates are attached to it, scored and detached. Free generation is
-lm-eval's `generate_until`. Log-likelihoods are tokenised by lm-eval's rules and scored by
-`evomerge.evaluation.likelihood`.
+One LiveLM serves a whole run: candidates are attached to it, scored and detached. Free generation gives the
+answers of lm-eval's `generate_until`, which is used itself where `evomerge.evaluation.generation` can't be.
+Log-likelihoods are tokenised by lm-eval's rules and scored by `evomerge.evaluation.likelihood`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,23 @@ import transformers
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation import prefix_trees
 from evomerge.evaluation.engine import Mirror
+from evomerge.evaluation.generation import (
+    Generated,
+    Generator,
+    Options,
+    Request,
+    agrees,
+    ending_tokens,
+    options_of,
+)
 from evomerge.evaluation.scores import NonFiniteScores
+
+_log = logging.getLogger(__name__)
 
 tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves
 
@@ -83,6 +95,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
     Attributes:
         forward_seconds: time spent inside the model so far (forward and generate calls).
         mirror: the engine that generates instead of the live model, if there is one.
+        continues: whether `generation` continues the models' prompts; None: it was not tried yet.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int | None) -> None:
@@ -97,7 +110,9 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             )
         self.forward_seconds = 0.0
         self.mirror: Mirror | None = None
-        self._ended: list[bool] | None = None
+        self.continues: bool | None = None
+        self._prompts: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._ended: list[tuple[int, bool]] | None = None
 
     def attach(self, model: Any) -> None:
         """Make `model` the live one, in evaluation mode."""
@@ -141,8 +156,10 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         # same tokens, so the tokens are returned instead.
         return requests
 
-    def generate(self, instances: Sequence[Any]) -> list[str]:
-        """Generate answers with lm-eval's loop.
+    def generate(self, instances: Sequence[Any], *, seed: int) -> list[Generated]:
+        """Generate answers, the same as lm-eval's loop does.
+
+        seed: of answers that are drawn at random.
 
         Raises:
             ConfigError: the answer's length limit leaves no room for the prompt.
@@ -152,39 +169,125 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             budget = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
             if budget >= self.max_length:
                 raise no_room(str(instance.task_name), budget, self.max_length)
-        with quiet():
-            if self.mirror is None:
-                answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
-                return answers
-            self.mirror.sync(self._model)
-            with _swapped(self, "batch_size_per_gpu", len(instances)):  # the engine batches by itself
-                answers = self.generate_until(list(instances), disable_tqdm=True)
-        return answers
+        requests = self._requests(instances, seed)
+        own = [number for number, request in enumerate(requests) if request is not None]
+        others = [number for number, request in enumerate(requests) if request is None]
+        found: dict[int, Generated] = {}
+        if own:
+            chosen = [request for request in requests if request is not None]
+            found |= zip(own, self._continued(chosen), strict=True)
+        if others:
+            asked = [instances[number] for number in others]
+            found |= zip(others, self._by_transformers(asked, seed), strict=True)
+        return [found[number] for number in range(len(instances))]
 
-    def generate_to_the_end(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
-        """Generate answers; return each with whether it ended before its length limit.
+    def try_out(self, instances: Sequence[Any], *, seed: int) -> None:
+        """Find out whether `generation` continues the attached model's prompts, where it is not known yet."""
+        if self.continues is None:
+            self._requests(instances, seed)
 
-        Raises what `generate` does.
-        """
+    def _requests(self, instances: Sequence[Any], seed: int) -> list[Request | None]:
+        """Return the requests that `generation` can carry out, None for others."""
+        requests: list[Request | None] = [None] * len(instances)
+        if self.mirror is not None:
+            return requests
+        known: dict[str, Options | None] = {}  # most requests have their task's options
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        met: dict[str, int] = {}
+        reached = prefix_trees.reach(self._model)
+        for number, instance in enumerate(instances):
+            prompt, options = instance.args
+            if (key := repr(options)) not in known:
+                known[key] = options_of(self._model, options, self.max_gen_toks)
+            wanted = known[key]
+            met[prompt] = met.get(prompt, 0) + 1
+            if wanted is None:
+                continue
+            request = Request(
+                prompt=self._prompt(prompt, self.max_length - wanted.limit),
+                limit=wanted.limit,
+                stops=tuple(handle_stop_sequences(list(wanted.until), eos=eos)),
+                sampling=wanted.sampling,
+                seed=(seed, met[prompt]),
+            )
+            if request.prompt and (reached is None or len(request.prompt) + request.limit <= reached):
+                requests[number] = request
+        if self.continues is None:
+            prompts = sorted((request.prompt for request in requests if request is not None), key=len)
+            if prompts:
+                self.continues = agrees(self._model, [prompts[-1], prompts[0]])
+                if not self.continues:
+                    _log.info("the model does not take shared prompts: transformers generates its answers")
+        return requests if self.continues else [None] * len(instances)
+
+    def _prompt(self, text: str, most: int) -> tuple[int, ...]:
+        """Return the last `most` tokens of a prompt, tokenised as lm-eval does."""
+        key = text, most
+        if key not in self._prompts:
+            ids, _ = self.tok_batch_encode([text], left_truncate_len=most, truncation=self.truncation)
+            self._prompts[key] = tuple(ids[0].tolist())
+        return self._prompts[key]
+
+    def _continued(self, requests: Sequence[Request]) -> list[Generated]:
+        def decode(tokens: list[int]) -> str:
+            text: str = self.tok_decode(tokens, skip_special_tokens=False)
+            return text
+
+        ends = frozenset({self.eot_token_id, *ending_tokens(self._model)})
+        generator = Generator(self._model, decode, ends=ends, batch_size=self.batch_size_per_gpu)
+        try:
+            answers = generator.answer(requests)
+        finally:
+            self.forward_seconds += generator.forward_seconds
+        return [
+            Generated(
+                text=self._text(list(answer.tokens), request.stops),
+                tokens=len(answer.tokens),
+                ended=answer.ended,
+            )
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    def _text(self, tokens: list[int], stops: Sequence[str]) -> str:
+        """Return an answer's text as lm-eval makes it: without what was thought, up to the first stop."""
+        thinking = self.think_end_token
+        last = len(tokens) - 1
+        if isinstance(thinking, int):
+            last = next((at for at in range(last, -1, -1) if tokens[at] == thinking), -1)
+            tokens = tokens[last + 1 :]
+        text = self.tok_decode(tokens)
+        text = text.lstrip() if isinstance(thinking, int) else text
+        answer: str = postprocess_generated_text(
+            generation=text, stop=list(stops), think_end_token=thinking if isinstance(thinking, str) else None
+        )
+        return answer
+
+    def _by_transformers(self, instances: Sequence[Any], seed: int) -> list[Generated]:
+        """Generate with lm-eval's loop around transformers' `generate`, or around the engine."""
         order: list[tuple[str, str]] = []  # (prompt, answer) in the order in which lm-eval decodes them
-        ends: list[bool] = []
+        ends: list[tuple[int, bool]] = []
         hook: Any = self.cache_hook  # type: ignore[has-type]
+        size = self.batch_size_per_gpu
+        if self.mirror is not None:
+            self.mirror.sync(self._model)
+            size = len(instances)  # the engine batches by itself
         self._ended = ends
         self.cache_hook = SimpleNamespace(
             add_partial=lambda _, request, answer: order.append((request[0], answer))
         )
         try:
-            answers = self.generate(instances)
+            with quiet(), _swapped(self, "batch_size_per_gpu", size), _private_rng(seed, self.device):
+                answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
         finally:
             self.cache_hook, self._ended = hook, None
-        ended: dict[tuple[str, str], list[bool]] = {}
+        by_answer: dict[tuple[str, str], list[tuple[int, bool]]] = {}
         for key, end in zip(order, ends, strict=True):
-            ended.setdefault(key, []).append(end)
-        prompts = [instance.args[0] for instance in instances]
-        return [
-            (answer, ended[key].pop(0))
-            for answer, key in zip(answers, zip(prompts, answers, strict=True), strict=True)
-        ]
+            by_answer.setdefault(key, []).append(end)
+        found = []
+        for instance, answer in zip(instances, answers, strict=True):
+            tokens, ended = by_answer[instance.args[0], answer].pop(0)
+            found.append(Generated(text=answer, tokens=tokens, ended=ended))
+        return found
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         check = _FiniteLogits()
@@ -204,7 +307,9 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             raise NonFiniteScores("the model's logits are not finite", got="NaN while generating")
         if self._ended is not None:
             for row in tokens[:, context.shape[1] :].tolist():
-                self._ended.append(self.eot_token_id in row or any(s in self.tok_decode(row) for s in stop))
+                ended = self.eot_token_id in row or any(s in self.tok_decode(row) for s in stop)
+                padding = self.tokenizer.pad_token_id
+                self._ended.append((sum(token != padding for token in row), ended))
         return tokens
 
     def _mirrored(
@@ -282,3 +387,12 @@ def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _private_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generator, from which transformers samples, and restore it afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

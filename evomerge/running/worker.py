@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
-from evomerge.merging.recipe import Recipe
+from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
 from evomerge.running import out_of_memory, retries
 from evomerge.running.inputs import InputGuard, RunInputs
 from evomerge.running.store import Timing
@@ -120,6 +121,16 @@ class WorkerSpec:
             self.inputs, models=self.models, base=self.base, tokenizer=self.tokenizer, suite=self.suite
         )
 
+    def base_alone(self) -> Recipe:
+        """Return the recipe of the base, as it is."""
+        return Recipe(
+            models=self.models,
+            base=self.base,
+            groups=(TensorGroup(method="linear", sources=(self.base,), parameters={"weight": 1.0}),),
+            dtype=self.dtype,
+            tokenizer=tokenizer_of(self.tokenizer, self.base, self.models),
+        )
+
     def blocks_of(self, split: Split) -> tuple[int, ...]:
         """Return the item blocks of a split."""
         return tuple(range(self.blocks if split == "search" else 1))
@@ -187,6 +198,9 @@ class Worker:
             from evomerge.evaluation.engine import TOLERANCE
 
             self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
+        with contextlib.suppress(NonFiniteError):  # then every candidate says so
+            self._load(spec.base_alone())
+        self._harness.try_out(self._bench.model)
         self._guard = spec.guard()
         if self._guard is not None:
             self._guard.compare()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -492,3 +493,43 @@ def test_few_seconds_are_spent_outside_the_model(make_suite: MakeSuite, tmp_path
 def test_builtin_tasks_are_found_without_indexing_all_of_them() -> None:
     folders = _builtin_folders(["arc_easy", "mmlu_abstract_algebra"])
     assert [Path(folder).parts[-2:] for folder in folders] == [("tasks", "arc"), ("mmlu", "default")]
+
+
+def test_a_model_that_ignores_positions_is_scored_row_by_row(
+    make_suite: MakeSuite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Deaf(transformers.LlamaForCausalLM):
+        def forward(  # type: ignore[override]
+            self,
+            input_ids: Any,
+            attention_mask: Any = None,
+            position_ids: Any = None,
+            use_cache: bool = False,
+            **options: Any,
+        ) -> Any:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    docs = {split: documents("choice", split, 10) for split in ITEMS}
+    long = TASKS["choice"] | {"doc_to_text": "a b c d e f g h a b c d e f g h {{ prompt[:1] }} ="}
+    write_task(tmp_path, "long", long, **docs)
+
+    def harness() -> Harness:
+        suite = make_suite(entry("long", metric="acc"), folder=tmp_path)
+        return Harness(suite, tokenizer=new_tokenizer(), batch_size=8, max_length=None)
+
+    plain, deaf = new_model(), Deaf(new_model().config).eval()
+    deaf.load_state_dict(plain.state_dict())
+    sharing, falling_back = harness(), harness()
+    with caplog.at_level("INFO", logger="evomerge"):
+        sharing.try_out(plain)
+        assert not caplog.messages
+        falling_back.try_out(deaf)
+    assert caplog.messages == ["the model scores shared prefixes differently: every request has its own row"]
+    for mine, other in zip(
+        sharing.evaluate(plain, sharing.items("test")),
+        falling_back.evaluate(deaf, falling_back.items("test")),
+        strict=True,
+    ):
+        assert mine.smooth is not None
+        assert other.smooth is not None
+        np.testing.assert_allclose(mine.smooth, other.smooth, atol=1e-5)

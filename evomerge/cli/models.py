@@ -1,0 +1,226 @@
+"""Commands on models and search spaces: merge, analyze, fisher, evaluate, zoo, spaces.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evomerge.cli.forms import check_form, say_adapter, say_file
+from evomerge.cli.groups import app, spaces, zoo
+from evomerge.cli.options import (
+    DrawsOption,
+    FolderArgument,
+    FormArgument,
+    FormOption,
+    KeepRestOption,
+    LabelsOption,
+    ModelArgument,
+    ModelsOption,
+    RankOption,
+)
+from evomerge.cli.terminal import (
+    command,
+    output,
+    progress_bar,
+    relative,
+)
+from evomerge.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    pass
+
+
+@command(app, "merge")
+def merge(
+    file: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml, or a mergekit YAML.")],
+    out: FormArgument,
+    form: FormOption = "model",
+    rank: RankOption = None,
+    keep_rest: KeepRestOption = False,
+) -> None:
+    """Merge by a recipe or a mergekit YAML: write a model, a LoRA adapter, or mergekit YAML."""
+    from evomerge.merging import mergekit
+    from evomerge.merging.compatibility import check
+    from evomerge.merging.export import writer
+    from evomerge.merging.reading import read_recipe
+    from evomerge.merging.sources.opening import open_used
+    from evomerge.merging.tensors import kernels
+
+    check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
+    recipe = read_recipe(file)
+    if form == "adapter":
+        from evomerge.merging.export.adapter import write_adapter
+
+        report = write_adapter(recipe, out, rank=rank, keep_rest=keep_rest)
+        say_adapter(out, recipe.hash, report)
+        return
+    if form == "mergekit":
+        from evomerge.delivery.export import write_text
+
+        write_text(out, mergekit.write(recipe))
+        say_file(out, recipe.hash)
+        return
+    sources = open_used(recipe)
+    for note in (*check(recipe, sources), *kernels.notes()):
+        output.say(f"note: {note}")
+    writer.write(recipe, out, sources=sources)
+    output.say(f"wrote {relative(out)} (recipe {recipe.hash[:12]})")
+    output.data({"folder": str(out), "recipe": recipe.hash})
+
+
+@command(app, "analyze")
+def analyze(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="A run config, recipe.yaml or mergekit YAML.")
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base: a model of the file, or a location.")
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="An element counts as changed above this multiple of the tensor's mean |task vector|.",
+        ),
+    ] = 1.0,
+    top: Annotated[float, typer.Option(help="Share of largest elements compared between models.")] = 0.2,
+    shown: Annotated[str, typer.Option("--map", help="conflict, cosine, overlap or norm.")] = "conflict",
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
+) -> None:
+    """Show where fine-tunes agree or conflict, from their files alone, and which method to start from."""
+    from evomerge.delivery.analyze import page as analysis_page
+    from evomerge.delivery.analyze import terminal as delivery
+    from evomerge.delivery.analyze.heat_map import MEASURES
+    from evomerge.merging.analysis.advice import advise
+    from evomerge.merging.analysis.interference import measure
+
+    if shown not in MEASURES:
+        raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, MEASURES))
+    models, origin = delivery.read_models(config, base)
+    with progress_bar("reading") as progress:
+        interference = measure(models, origin, threshold=threshold, top=top, progress=progress)
+    advice = advise(interference)
+    output.say(delivery.terminal(interference, advice, measure=shown, width=output.console.width))
+    if html is not None:
+        written = analysis_page.write_html(interference, advice, html)
+        output.say(f"page: {relative(written)}")
+    output.data(delivery.as_data(interference, advice))
+
+
+@command(app, "fisher")
+def fisher(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, one sequence per line.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
+    labels: LabelsOption = "text",
+    sequences: Annotated[int | None, typer.Option(min=1, max=10**9, help="Use only this many lines.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, max=2**24, help="Cut lines to this many tokens.")] = 512,
+    seed: DrawsOption = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+) -> None:
+    """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
+    from evomerge.merging.analysis.fisher import estimate
+    from evomerge.running.executors import ExecutorSpec, resolve
+
+    place, _, _ = resolve(ExecutorSpec(device=device))
+    with progress_bar("sequences") as progress:
+        done = estimate(
+            model,
+            text,
+            out,
+            labels=labels,
+            sequences=sequences,
+            max_length=max_length,
+            seed=seed,
+            device=place,
+            progress=progress,
+        )
+    output.say(
+        f"wrote {relative(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})"
+    )
+    output.data({"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "mean": done.mean})
+
+
+@command(app, "evaluate")
+def evaluate(
+    model: ModelArgument,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="A suite: a preset's name or a YAML file; default: RUN's.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="search, select or test.")] = "test",
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="Score as this run does: suite and settings.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=65_536, help="Requests per forward pass; default: RUN's, or 64.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the forward pass: float32, bfloat16 or float16; default: RUN's.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: RUN's, or a GPU if there is one.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=8, max=2**24, help="Longest input in tokens; default: RUN's, or the model's."),
+    ] = None,
+    permissions: Any = None,
+) -> None:
+    """Score one model on a suite."""
+    from evomerge.delivery import single
+
+    data = single.evaluate(
+        model,
+        suite,
+        split,
+        settings=single.Settings(batch_size=batch_size, dtype=dtype, device=device, max_length=max_length),
+        run=run,
+        permissions=permissions,
+    )
+    output.say(single.table(data))
+    output.data(data)
+
+
+@command(zoo, "build")
+def zoo_build(
+    out: FolderArgument,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the training.")] = 0,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A two-layer variant for tests, in under a minute.")
+    ] = False,
+) -> None:
+    """Train the demo models from scratch: a base and five specialists (about five minutes on two cores)."""
+    from evomerge.zoo.build import build_zoo
+
+    build_zoo(out, seed=seed, size="tiny" if tiny else "demo", progress=output.say)
+    output.say(f"built {relative(out)}")
+
+
+@command(spaces, "")
+def spaces_list(context: typer.Context, models: ModelsOption = None) -> None:
+    """List the search-space presets: number of genes, methods, purpose."""
+    from evomerge.delivery import spaces as delivery
+
+    if context.invoked_subcommand is not None:
+        return
+    rows = delivery.presets(models)
+    output.say(delivery.presets_text(rows, models))
+    output.data(rows)
+
+
+@command(spaces, "show")
+def spaces_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset's name, or a YAML file.")],
+    models: ModelsOption = None,
+) -> None:
+    """Print the genes of a search space: kind, values, where each applies and when it has an effect."""
+    from evomerge.delivery import spaces as delivery
+
+    data = delivery.as_data(name, models)
+    output.say(delivery.text(data))
+    output.data(data)

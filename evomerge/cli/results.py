@@ -1,0 +1,194 @@
+"""Commands on a run: status, show, samples, report, compare, export, predict.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file
+from evomerge.cli.groups import app
+from evomerge.cli.options import (
+    FormArgument,
+    FormOption,
+    GateOption,
+    KeepRestOption,
+    RankOption,
+    RunArgument,
+    SplitOption,
+)
+from evomerge.cli.reports import show_comparison, show_report
+from evomerge.cli.terminal import (
+    command,
+    output,
+    relative,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+@command(app, "status")
+def status(run: RunArgument) -> None:
+    """Show the progress of a run; works while it runs."""
+    from evomerge.delivery import status as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.stored import StoredRun
+
+    with StoredRun.read(run) as stored:
+        data = delivery.as_data(Summary(stored))
+    output.say(delivery.text(data))
+    output.data(data)
+
+
+@command(app, "show")
+def show(
+    run: RunArgument,
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The start of a recipe hash, as in the log; or a row of the report."
+        ),
+    ],
+    items: Annotated[
+        str | None,
+        typer.Option("--items", metavar="TASK", help="Also print every item of a task, with texts."),
+    ] = None,
+    split: SplitOption = None,
+) -> None:
+    """Show one candidate of a run: recipe, scores, times and failures, with --items also item by item."""
+    from evomerge.delivery import candidate as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.evaluation.scores import named_split
+    from evomerge.stored import StoredRun
+
+    chosen = None if split is None else named_split(split)
+    with StoredRun.read(run) as stored:
+        data = delivery.as_data(Summary(stored), candidate, items=items, split=chosen)
+    output.say(delivery.text(data))
+    output.data(data)
+
+
+@command(app, "samples")
+def samples(
+    run: RunArgument,
+    candidate: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="The start of a recipe hash, as in the log; or a row of the report."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="The task whose items are shown.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="A second candidate; items on which it is better come first."),
+    ] = None,
+    wrong: Annotated[bool, typer.Option("--wrong", help="Only items that ID answers wrong.")] = False,
+    split: SplitOption = None,
+    limit: Annotated[int, typer.Option(min=0, help="Largest number of items; 0: all.")] = 10,
+) -> None:
+    """Show prompts, right answers and what candidates answered, item by item."""
+    from evomerge.delivery import samples as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.evaluation.scores import named_split
+    from evomerge.stored import StoredRun
+
+    chosen = None if split is None else named_split(split)
+    with StoredRun.read(run) as stored:
+        data = delivery.as_data(
+            Summary(stored), candidate, task, against=against, split=chosen, wrong=wrong, limit=limit
+        )
+    output.say(delivery.text(data))
+    output.data(data)
+
+
+@command(app, "report")
+def report(run: RunArgument, gate: GateOption = None) -> None:
+    """Print a run's tables and verdict, and write RUN/report.html."""
+    show_report(run, gate)
+
+
+@command(app, "compare")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs on one suite.")],
+    gate: GateOption = None,
+) -> None:
+    """Compare runs on shared `test` items: seeds of one config, or configs with the first one."""
+    show_comparison(runs, gate)
+
+
+@command(app, "export")
+def export(
+    run: RunArgument,
+    out: FormArgument,
+    pick: Annotated[
+        str,
+        typer.Option(
+            help="winner, best-baseline, knee, best:TASK, weights:TASK=0.7,OTHER=0.3, a row of the report, "
+            "or the start of a recipe hash."
+        ),
+    ] = "winner",
+    form: FormOption = "model",
+    rank: RankOption = None,
+    keep_rest: KeepRestOption = False,
+    accept_difference: Annotated[
+        bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
+    ] = False,
+    permissions: Any = None,
+) -> None:
+    """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
+    from evomerge.delivery import export as delivery
+    from evomerge.delivery.rescore import comparison
+    from evomerge.delivery.summary import Summary
+    from evomerge.stored import StoredRun
+
+    check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
+    with StoredRun.read(run) as stored:
+        summary = Summary(stored)
+        if form == "adapter":
+            made = delivery.export_adapter(
+                summary, out, pick=pick, rank=rank, keep_rest=keep_rest, permissions=permissions
+            )
+            output.say(comparison(made))
+            say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
+            return
+        if form != "model":
+            written = delivery.export_text(summary, out, pick=pick, form=form)
+            say_file(out, written.recipe.hash)
+            return
+        done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
+    output.say(f"exported {done.pick.name} to {relative(done.folder)}{COMPARED[done.equal]}")
+    if done.no_mergekit:
+        output.say(f"no mergekit.yaml: {done.no_mergekit}")
+    output.data(
+        {
+            "folder": str(done.folder),
+            "name": done.pick.name,
+            "recipe": done.pick.recipe.hash,
+            "equals_scored": done.equal,
+        }
+    )
+
+
+@command(app, "predict")
+def predict(
+    run: RunArgument,
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="recipe.yaml, a mergekit YAML, or the start of a recipe hash."),
+    ],
+) -> None:
+    """Predict the score of a merge, with an interval, from a run's scores; nothing is merged."""
+    from evomerge.delivery import predict as delivery
+    from evomerge.delivery.summary import Summary
+    from evomerge.prepare import prepare
+    from evomerge.stored import StoredRun
+
+    with StoredRun.read(run) as stored:
+        predicted = delivery.predict(Summary(stored), prepare(stored.config()), recipe)
+    output.say(delivery.text(predicted))
+    output.data(delivery.as_data(predicted))

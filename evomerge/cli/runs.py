@@ -1,0 +1,199 @@
+"""Commands that search: check, run, resume, migrate, doctor, demo.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evomerge.cli.groups import app
+from evomerge.cli.options import (
+    ConfigArgument,
+    EvaluationsOption,
+    FullHashOption,
+    LostConfigOption,
+    MovedModelsOption,
+    MovedSuiteOption,
+    RunArgument,
+    SalvageOption,
+    SeedOption,
+)
+from evomerge.cli.reports import export_demo, show_report
+from evomerge.cli.terminal import (
+    command,
+    complain,
+    output,
+    raise_swallowed,
+    relative,
+    warn,
+)
+from evomerge.errors import ClusterError, ConfigError
+
+if TYPE_CHECKING:
+    from evomerge.config import RunConfig
+    from evomerge.delivery.progress import Live, Silent
+    from evomerge.delivery.tracking import Tracked
+
+
+@command(app, "check")
+def check(config: ConfigArgument, permissions: Any = None) -> None:
+    """Check a run config (models, space, suite, tasks); estimate time and cost. Starts nothing."""
+    from evomerge.config import RunConfig
+    from evomerge.delivery import check as delivery
+    from evomerge.delivery.tracking import require_packages
+    from evomerge.prepare import check_folder, prepare
+    from evomerge.trial import probe
+
+    loaded = RunConfig.load(config).permitting(permissions)
+    require_packages(loaded.tracking)
+    prepared = prepare(loaded)
+    check_folder(prepared)
+    prompts = delivery.examples(prepared)
+    estimate = probe(prepared)
+    output.say(delivery.text(prepared, estimate, prompts))
+    output.data(delivery.as_data(prepared, estimate, prompts))
+
+
+@command(app, "run", budget=True)
+def run(
+    config: ConfigArgument,
+    seed: SeedOption = None,
+    limits: Any = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
+    full_hash: FullHashOption = False,
+    permissions: Any = None,
+) -> None:
+    """Run a config: baselines, search, selection, test, report. Continues the run in its folder, if any."""
+    from evomerge.config import RunConfig
+
+    place = None if out is None else str(out)
+    loaded = RunConfig.load(config, seed=seed, out=place, **limits).permitting(permissions)
+    _run(loaded, full_hash=full_hash)
+
+
+@command(app, "resume", budget=True)
+def resume(
+    run: RunArgument,
+    limits: Any = None,
+    model: MovedModelsOption = None,
+    suite: MovedSuiteOption = None,
+    full_hash: FullHashOption = False,
+    permissions: Any = None,
+) -> None:
+    """Continue a stored run after a crash, an interruption, or with a larger budget."""
+    from evomerge.stored import config_to_resume
+
+    config = config_to_resume(run, models=_locations(model or []), suite=suite, **limits)
+    _run(config.permitting(permissions), full_hash=full_hash)
+
+
+def _locations(options: list[str]) -> dict[str, str]:
+    """Return model name -> path from the values of `--model`."""
+    for option in options:
+        if not all(option.partition("=")[::2]):
+            raise ConfigError(f"--model {option}: no path", expected="NAME=PATH, as in base=models/llama")
+    return dict(option.split("=", 1) for option in options)
+
+
+@command(app, "migrate")
+def migrate(run: RunArgument) -> None:
+    """Migrate a run stored by an older evomerge to the current format; the old store is kept as a copy."""
+    from evomerge.running.store import migrations
+
+    done = migrations.migrate(run)
+    if done is None:
+        output.say(f"{relative(run)}: nothing to do, the store is up to date")
+    else:
+        output.say(
+            f"{relative(run)}: migrated from schema version {done.before}; "
+            f"the old store is kept at {relative(done.backup)}"
+        )
+        if not done.continues:
+            output.say(
+                "this version can't replay its search: `report`, `show` and `export` work, `resume` does not"
+            )
+    output.data({"run": str(run), "migrated": done is not None, **migrations.as_data(done)})
+
+
+@command(app, "doctor")
+def doctor(run: RunArgument, salvage: SalvageOption = None, config: LostConfigOption = None) -> None:
+    """Check a run's store: every row by its checksum. Changes nothing; exit code 2 where it is damaged."""
+    from evomerge.delivery import doctor as delivery
+
+    diagnosis = delivery.examine(run)
+    output.say(delivery.text(diagnosis))
+    if salvage is None:
+        output.data(delivery.as_data(diagnosis))
+        diagnosis.refuse()
+        output.say(f"{relative(run)}: whole")
+        return
+    saved = delivery.save(diagnosis, salvage, config)
+    output.say(delivery.saved_text(saved))
+    output.data(delivery.as_data(diagnosis, saved))
+
+
+def _run(config: RunConfig, *, full_hash: bool = False) -> None:
+    from evomerge import compose
+    from evomerge.delivery.summary import Summary
+    from evomerge.delivery.tracking import require_packages
+    from evomerge.evaluation import sandbox
+    from evomerge.merging.tensors import kernels
+    from evomerge.running.observers import Observers, StopsAtPhases
+    from evomerge.running.store import StoreReader
+    from evomerge.stored import StoredRun, environment_note
+
+    for note in (*kernels.notes(), *sandbox.notes(config.permissions)):
+        output.say(f"note: {note}")
+    folder = Path(config.out)
+    require_packages(config.tracking)
+    if (changed := environment_note(folder)) is not None:
+        complain(f"note: {changed}", style="yellow")
+    try:
+        with _observer() as shown, _tracked(config) as tracked:
+            everyone = Observers(StopsAtPhases(raise_swallowed), shown, tracked)
+            compose.start(config, everyone, full_hash=full_hash)
+            with StoredRun.read(folder) as stored:
+                tracked.finish(Summary(stored), folder / "report.html")
+        show_report(folder)
+    except ClusterError as error:
+        if StoreReader.exists(folder):
+            command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
+            raise error.with_more(f"then: {command}") from None
+        raise
+    except KeyboardInterrupt as interrupt:
+        if StoreReader.exists(folder):
+            command = f"evomerge resume {shlex.quote(relative(folder))}{config.permissions.options}"
+            interrupt.args = (f"stopped; everything scored so far is stored. Go on with:\n  {command}",)
+        raise
+
+
+def _observer() -> AbstractContextManager[Live | Silent]:
+    from evomerge.delivery.progress import Live, Silent
+
+    return Silent() if output.quiet or output.json else Live(output.console)
+
+
+def _tracked(config: RunConfig) -> Tracked:
+    from evomerge.delivery.tracking import Tracked
+
+    return Tracked(config.tracking, Path(config.out), warn=warn)
+
+
+@command(app, "demo")
+def demo(
+    seed: SeedOption = None,
+    evaluations: EvaluationsOption = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+) -> None:
+    """Search, report, export and re-score on the models that come with evomerge (under five minutes)."""
+    from evomerge.config import DEMO_CONFIG, RunConfig
+
+    config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
+    _run(config)
+    export_demo(config, out)

@@ -1,0 +1,195 @@
+"""Prefix trees: token sequences laid out in one row, in which a shared prefix stands once.
+
+A token sees its ancestors in the tree and itself, and its position is its depth. So a causal model computes
+at each token what it would compute in that token's own sequence, but a prefix that several sequences share is
+computed once. Sequences without a common prefix are trees beside each other in the same row.
+
+Not every model takes such a row: its attention may ignore the mask, or its layers the positions. Callers
+compare before they rely on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evomerge.evaluation.scores import NonFiniteScores
+
+ROW = 512
+"""Number of tokens from which no further tree is added to a row: attention computes all pairs of its tokens.
+
+A tree itself may grow to three times its longest sequence, because a cut repeats the prefix.
+"""
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Type of the forward pass -> mean difference, in nats per token, up to which two passes are the same."""
+
+_COMPARED = 8
+"""Last tokens of a sequence at which two passes are compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TreeRow:
+    """Sequences in one row.
+
+    ids, positions: (tokens,) of each token of the row. ends: (tokens,) the end of each token's subtree: the
+        tokens from itself up to there are those that see it.
+    paths: for each sequence, in the order given, the places of its tokens in the row.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    ends: torch.Tensor
+    paths: tuple[torch.Tensor, ...]
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the model's arguments: token ids, positions and the mask, on a device."""
+        ends = self.ends.to(device)
+        place = torch.arange(len(ends), device=device)
+        seen = (place[None] <= place[:, None]) & (place[:, None] < ends[None])
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        mask.masked_fill_(~seen, torch.finfo(dtype).min)
+        return {
+            "input_ids": self.ids.to(device)[None],
+            "position_ids": self.positions.to(device)[None],
+            "attention_mask": mask[None, None],
+        }
+
+
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the common prefix of two sequences.
+
+    >>> shared([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def row(sequences: Sequence[Sequence[int]]) -> TreeRow:
+    """Lay out sequences, sorted like tuples, in one row.
+
+    >>> tree = row([(5, 6), (5, 7, 8)])
+    >>> tree.ids.tolist(), tree.positions.tolist(), tree.ends.tolist()
+    ([5, 6, 7, 8], [0, 1, 1, 2], [4, 2, 4, 4])
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    paths: list[torch.Tensor] = []
+    path: list[int] = []
+    last: Sequence[int] = ()
+    for sequence in sequences:
+        kept = shared(last, sequence)
+        for place in path[kept:]:
+            ends[place] = len(ids)
+        new = range(len(ids), len(ids) + len(sequence) - kept)
+        path = [*path[:kept], *new]
+        ids += sequence[kept:]
+        positions += range(kept, len(sequence))
+        ends += [-1] * len(new)
+        paths.append(torch.tensor(path))
+        last = sequence
+    return TreeRow(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        ends=torch.tensor([len(ids) if end < 0 else end for end in ends]),
+        paths=tuple(paths),
+    )
+
+
+def in_rows(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
+    """Cut sorted sequences into rows of at most `most` sequences, and of limited length (see ROW)."""
+    held: list[tuple[int, ...]] = []
+    tokens = 0
+    for sequence in sequences:
+        new = len(sequence) - (shared(held[-1], sequence) if held else 0)
+        limit = ROW if 2 * new > len(sequence) else max(ROW, 3 * len(sequence))
+        if held and (len(held) >= most or tokens + new > limit):
+            yield held
+            held, tokens, new = [], 0, len(sequence)
+        held.append(sequence)
+        tokens += new
+    if held:
+        yield held
+
+
+def accepts(model: Any, *names: str) -> bool:
+    """Say whether a model's forward pass has arguments of these names."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # an adapter passes all on
+    parameters = inspect.signature(getattr(inner, "forward", inner)).parameters
+    return all(name in parameters for name in names)
+
+
+def reach(model: Any) -> int | None:
+    """Return how many tokens a model's attention looks back at most; None where it sees everything.
+
+    0: it has layers of another kind than attention, which don't take a row.
+    """
+    config = model.config
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds - {"sliding_attention", "chunked_attention"}:
+        return 0
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if not kinds and getattr(config, "layer_types", None):
+        return None
+    return min((size for size in sizes if isinstance(size, int)), default=None)
+
+
+def agree(model: Any, sequences: Sequence[Sequence[int]]) -> bool:
+    """Say whether a model computes some sequences in one row as it does each alone, but for rounding.
+
+    The model's weights matter only if they are not finite or huge: ask with a base model's.
+
+    Raises:
+        NonFiniteScores: the model's logits are not finite.
+    """
+    if not takes(model):
+        return False
+    tree = row(sorted(map(tuple, sequences)))
+    with torch.no_grad():
+        lasts, expected = [], []
+        for path in tree.paths:
+            last = torch.arange(len(path))[-_COMPARED:]
+            lasts.append(path[last])
+            expected.append(_logprobs(model, last, {"input_ids": tree.ids[path][None].to(model.device)}))
+        wanted = torch.cat(expected)
+        if not bool(torch.isfinite(wanted).all()):
+            raise NonFiniteScores("the model's logits are not finite", got="NaN or infinite on a prompt")
+        try:
+            found = _logprobs(model, torch.cat(lasts), tree.inputs(model.device, model.dtype))
+        except Exception:  # whatever an attention makes of a mask that it doesn't know
+            return False
+    return same(found, wanted, model.dtype)
+
+
+def takes(model: Any) -> bool:
+    """Say whether a model's forward pass has the arguments of a row."""
+    return accepts(model, "position_ids", "attention_mask", "use_cache")
+
+
+def same(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Say whether (tokens, vocabulary) log-probabilities are equal but for the rounding of a type.
+
+    Their differences are weighted with the probabilities: unlikely tokens differ most.
+    """
+    difference = (expected.exp() * (found - expected).abs()).sum(-1).mean()
+    return bool(difference <= TOLERANCE.get(dtype, 0.0))
+
+
+def _logprobs(model: Any, places: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return (places, vocabulary) log-probabilities at some places of a row."""
+    places = places.to(model.device)
+    if accepts(model, "logits_to_keep"):
+        logits: torch.Tensor = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]
+    else:
+        logits = model(**inputs, use_cache=False).logits[0, places]
+    return logits.float().log_softmax(-1)
