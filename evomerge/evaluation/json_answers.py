@@ -121,8 +121,9 @@ def score_calls(
         of right arguments; 0 for a call too many or too few. `partial`: the mean of `valid`, `function` and
         `arguments`.
 
+    >>> right = {"name": "add", "arguments": {"a": 1}}
     >>> offered = [{"name": "add", "parameters": {"type": "object", "required": ["a"]}}]
-    >>> score_calls('[{"name": "add", "arguments": {"a": 1}}]', [{"name": "add", "arguments": {"a": 1}}], offered)
+    >>> score_calls('[{"name": "add", "arguments": {"a": 1}}]', [right], offered)
     {'exact': 1.0, 'valid': 1.0, 'function': 1.0, 'arguments': 1.0, 'partial': 1.0}
     """
     value, whole = read(answer)

@@ -99,7 +99,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "unknown task key",
         {"tasks": [skill(wieght=1)]},
         "unknown key 'tasks.0.wieght' (did you mean 'weight'? "
-        f"Valid: {ASKING}, task, of, metric, role, weight, specialist, splits)",
+        f"Valid: {ASKING}, task, of, metric, smooth, role, weight, specialist, splits)",
     ),
     ("no metric", {"tasks": [skill(metric=None)]}, "missing key 'tasks.0.metric'"),
     (
@@ -116,13 +116,14 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "names and numbers",
         {"tasks": [skill(splits=NAMED | {"test": 50})]},
-        "tasks.0.splits: give names of dataset splits for all three, or numbers of items for all three",
+        "tasks.0.splits: give names of dataset splits for all three, or numbers of items for all three; "
+        "a number beside a name says where its items are from: {from: NAME, items: NUMBER}",
     ),
     (
         "no items",
         {"tasks": [skill(splits=DRAWN | {"select": 0})]},
-        "tasks.0.splits.select: expected the name of a dataset split, or a number of items (1 or more) "
-        "(got 0)",
+        "tasks.0.splits.select: expected the name of a dataset split, a number of items (1 or more), or "
+        "{from: NAME, items: NUMBER} (got 0)",
     ),
     (
         "no test split",
