@@ -74,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b if a is None or b is None else bool(a == b)
+    return bool(a == b)
 
 
 def score_value(answer: str, expected: Any) -> dict[str, float]:
@@ -157,7 +157,7 @@ def _calls(value: Any) -> list[dict[str, Any]] | None:
 def _fits(call: Mapping[str, Any], schemas: Mapping[str, Any]) -> bool:
     if call.keys() != {"name", "arguments"} or call["name"] not in schemas:
         return False
-    return jsonschema.Draft202012Validator(schemas[call["name"]]).is_valid(call["arguments"])
+    return bool(jsonschema.Draft202012Validator(schemas[call["name"]]).is_valid(call["arguments"]))
 
 
 def _matched(calls: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> float:

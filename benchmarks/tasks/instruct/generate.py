@@ -15,16 +15,43 @@ from typing import Any
 
 COUNTS = {"search": 100, "select": 80, "test": 160}
 TOPICS = {
-    "search": ["how rain forms", "why people keep pets", "a walk in the forest", "learning to ride a bicycle",
-               "the history of bread", "saving water at home", "a perfect breakfast", "life on a small island"],
-    "select": ["why leaves change colour", "moving to a new city", "the first day at school", "planting a garden",
-               "how bridges carry loads", "a day without a phone"],
-    "test": ["how volcanoes erupt", "packing for a long trip", "why we sleep", "a visit to the market",
-             "learning a new language", "how bees make honey", "a train ride at night", "repairing old furniture",
-             "the sounds of a city", "cooking for friends"],
+    "search": [
+        "how rain forms",
+        "why people keep pets",
+        "a walk in the forest",
+        "learning to ride a bicycle",
+        "the history of bread",
+        "saving water at home",
+        "a perfect breakfast",
+        "life on a small island",
+    ],
+    "select": [
+        "why leaves change colour",
+        "moving to a new city",
+        "the first day at school",
+        "planting a garden",
+        "how bridges carry loads",
+        "a day without a phone",
+    ],
+    "test": [
+        "how volcanoes erupt",
+        "packing for a long trip",
+        "why we sleep",
+        "a visit to the market",
+        "learning a new language",
+        "how bees make honey",
+        "a train ride at night",
+        "repairing old furniture",
+        "the sounds of a city",
+        "cooking for friends",
+    ],
 }
-STARTS = ["Write a short text about {topic}.", "Tell me about {topic}.", "Explain {topic} to a child.",
-          "Write a blog post about {topic}."]
+STARTS = [
+    "Write a short text about {topic}.",
+    "Tell me about {topic}.",
+    "Explain {topic} to a child.",
+    "Write a blog post about {topic}.",
+]
 WORDS = ["morning", "river", "careful", "simple", "colour", "reason", "friend", "window", "summer", "stone"]
 ENDINGS = ["That is all for today.", "Let me know what you think.", "I hope this helps."]
 
@@ -37,17 +64,33 @@ def rules(rng: random.Random) -> list[Rule]:
     wanted, forbidden = rng.sample(WORDS, 2)
     least, most, bullets = rng.choice([20, 30, 40]), rng.choice([80, 100, 120]), rng.choice([2, 3, 4])
     length: list[Rule] = [
-        ("length_constraints:number_words", {"num_words": least, "relation": "at least"},
-         f"Use at least {least} words."),
-        ("length_constraints:number_words", {"num_words": most, "relation": "less than"},
-         f"Use less than {most} words."),
+        (
+            "length_constraints:number_words",
+            {"num_words": least, "relation": "at least"},
+            f"Use at least {least} words.",
+        ),
+        (
+            "length_constraints:number_words",
+            {"num_words": most, "relation": "less than"},
+            f"Use less than {most} words.",
+        ),
     ]
     form: list[Rule] = [
-        ("detectable_format:number_bullet_lists", {"num_bullets": bullets},
-         f"Your answer must contain exactly {bullets} bullet points, each starting with '* '."),
-        ("detectable_format:title", {}, "Give your answer a title, wrapped in double angular brackets: <<title>>."),
-        ("detectable_format:number_highlighted_sections", {"num_highlights": bullets},
-         f"Highlight at least {bullets} parts of your answer with asterisks, like *this*."),
+        (
+            "detectable_format:number_bullet_lists",
+            {"num_bullets": bullets},
+            f"Your answer must contain exactly {bullets} bullet points, each starting with '* '.",
+        ),
+        (
+            "detectable_format:title",
+            {},
+            "Give your answer a title, wrapped in double angular brackets: <<title>>.",
+        ),
+        (
+            "detectable_format:number_highlighted_sections",
+            {"num_highlights": bullets},
+            f"Highlight at least {bullets} parts of your answer with asterisks, like *this*.",
+        ),
     ]
     ending = rng.choice(ENDINGS)
     end: list[Rule] = [
@@ -73,7 +116,9 @@ def main() -> None:
         for number in itertools.count():
             topic = TOPICS[split][number % len(TOPICS[split])]
             chosen = rng.sample(rules(rng), 1 + number % 3)
-            prompt = " ".join([rng.choice(STARTS).format(topic=topic), *(sentence for *_, sentence in chosen)])
+            prompt = " ".join(
+                [rng.choice(STARTS).format(topic=topic), *(sentence for *_, sentence in chosen)]
+            )
             rows[prompt] = {"prompt": prompt, "rules": json.dumps([rule[:2] for rule in chosen])}
             if len(rows) == count:
                 break

@@ -1,4 +1,4 @@
-"""Metrics of the generated instructions: how many of a request's rules an answer follows, by IFEval's checks."""
+"""Metrics of the task `instruct_rules`: how many of its rules an answer follows, by IFEval's checks."""
 
 from __future__ import annotations
 

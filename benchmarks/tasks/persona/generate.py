@@ -313,8 +313,8 @@ TOPICS = {
 QUESTIONS = [
     "Any tips for {topic}?",
     "I need help with {topic}. What should I do first?",
-    "What do you say about {topic}?",
-    "My week is about {topic}. Where do I begin?",
+    "What is your best advice on {topic}?",
+    "Let's talk about {topic}. Where do I begin?",
 ]
 PRAISE = [
     "You have got the legs for this.",

@@ -20,16 +20,46 @@ COUNTS = {
     "none": {"search": 64, "select": 48, "test": 100},
 }
 
-CITIES = (
-    "Rome Oslo Lisbon Kyoto Toronto Nairobi Vienna Dublin Lima Prague Boston Delhi Helsinki Quito".split()
-)
-PEOPLE = "Anna Ben Carla Deniz Emil Farah Greta Hugo Ines Jonas Kira Luis Mona Nils Olga Priya".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+CITIES = [
+    "Rome",
+    "Oslo",
+    "Lisbon",
+    "Kyoto",
+    "Toronto",
+    "Nairobi",
+    "Vienna",
+    "Dublin",
+    "Lima",
+    "Prague",
+    "Boston",
+    "Delhi",
+    "Helsinki",
+    "Quito",
+]
+PEOPLE = [
+    "Anna",
+    "Ben",
+    "Carla",
+    "Deniz",
+    "Emil",
+    "Farah",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Luis",
+    "Mona",
+    "Nils",
+    "Olga",
+    "Priya",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 HOURS = ["07:00", "08:30", "09:15", "10:00", "11:45", "13:00", "14:30", "16:00", "17:20", "19:00", "20:45"]
 MINUTES = [3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 45, 50, 90]
 ROOMS = ["kitchen", "bedroom", "office", "garage", "hallway", "living room"]
 ARTISTS = ["Adele", "Coldplay", "Rihanna", "Radiohead", "Shakira", "Björk", "Nina Simone"]
-LANGUAGES = "French Spanish Italian Swedish Turkish Polish Dutch Korean".split()
+LANGUAGES = ["French", "Spanish", "Italian", "Swedish", "Turkish", "Polish", "Dutch", "Korean"]
 PHRASES = [
     "good morning",
     "where is the station",
@@ -42,7 +72,7 @@ PHRASES = [
     "nice to meet you",
 ]
 PRODUCTS = [
-    "running shoes",
+    "tennis racket",
     "desk lamp",
     "coffee grinder",
     "rain jacket",
@@ -83,7 +113,7 @@ SUBJECTS = [
     "the parking permit",
 ]
 CURRENCIES = ["EUR", "USD", "GBP", "JPY", "CHF", "SEK", "CAD"]
-DISHES = ["lentil soup", "pancakes", "mushroom risotto", "banana bread", "chicken curry", "potato salad"]
+DISHES = ["lentil soup", "pumpkin pie", "mushroom risotto", "banana bread", "chicken curry", "potato salad"]
 UNITS = [("kilometers", "miles"), ("kilograms", "pounds"), ("liters", "gallons"), ("meters", "feet")]
 STOCKS = ["AAPL", "MSFT", "TSLA", "NVDA", "AMZN", "SAP", "NKE"]
 LEVELS = [10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90]
@@ -119,7 +149,7 @@ FUNCTIONS: list[tuple[str, str, dict[str, tuple[dict[str, Any], list[Any]]], lis
             "Set a timer for {minutes} minutes.",
             "Wake me from my nap in {minutes} minutes.",
             "Count down {minutes} minutes, please.",
-            "The pasta needs {minutes} minutes, keep an eye on it.",
+            "The pasta needs {minutes} minutes; set a timer.",
             "Give me {minutes} minutes on the clock.",
             "Ping me once {minutes} minutes have gone by.",
         ],
@@ -130,7 +160,14 @@ FUNCTIONS: list[tuple[str, str, dict[str, tuple[dict[str, Any], list[Any]]], lis
         {
             "title": (
                 text(),
-                ["dentist", "team lunch", "piano lesson", "haircut", "book club", "job interview"],
+                [
+                    "dentist appointment",
+                    "team lunch",
+                    "piano lesson",
+                    "haircut",
+                    "book club",
+                    "job interview",
+                ],
             ),
             "day": (text(*DAYS), DAYS),
             "time": (text(), HOURS),
@@ -241,10 +278,10 @@ FUNCTIONS: list[tuple[str, str, dict[str, tuple[dict[str, Any], list[Any]]], lis
         {"query": (text(), PRODUCTS), "max_price": (NUMBER, [15, 20, 30, 40, 50, 75, 100])},
         [
             "Find me a {query} for under {max_price} euros.",
-            "Show {query} up to {max_price} euros.",
+            "Show me a {query} for up to {max_price} euros.",
             "I want to buy a {query}; at most {max_price} euros.",
-            "Look for {query}, no more than {max_price} euros.",
-            "Any {query} below {max_price} euros?",
+            "Look for a {query}, no more than {max_price} euros.",
+            "Is there a {query} for less than {max_price} euros?",
             "Search the shop: {query}, maximum {max_price} euros.",
         ],
     ),
@@ -324,7 +361,7 @@ FUNCTIONS: list[tuple[str, str, dict[str, tuple[dict[str, Any], list[Any]]], lis
     (
         "find_recipe",
         "Find a recipe.",
-        {"dish": (text(), DISHES), "servings": (INTEGER, [1, 2, 3, 4, 6, 8])},
+        {"dish": (text(), DISHES), "servings": (INTEGER, [2, 3, 4, 6, 8])},
         [
             "Find a recipe for {dish}, {servings} servings.",
             "I want to cook {dish} for {servings} people.",
@@ -460,14 +497,28 @@ FACTS = [
     "You are very helpful, thank you.",
 ]
 FILLINGS = {
-    "country": "Italy Norway Portugal Japan Canada Kenya Austria Ireland Peru Finland Spain Greece Chile".split(),
-    "animal": "cat spider horse penguin dolphin rabbit falcon turtle fox".split(),
+    "country": [
+        "Italy",
+        "Norway",
+        "Portugal",
+        "Japan",
+        "Canada",
+        "Kenya",
+        "Austria",
+        "Ireland",
+        "Peru",
+        "Finland",
+        "Spain",
+        "Greece",
+        "Chile",
+    ],
+    "animal": ["cat", "spider", "horse", "penguin", "dolphin", "rabbit", "falcon", "turtle", "fox"],
     "book": ["Hamlet", "Moby Dick", "Emma", "The Hobbit", "Frankenstein", "Dracula"],
     "a": [3, 7, 12, 18, 25, 31, 44],
     "b": [5, 9, 14, 16, 28, 33, 50],
-    "word": "light moon river stone bright candle garden winter".split(),
+    "word": ["light", "moon", "river", "stone", "bright", "candle", "garden", "winter"],
     "thing": ["volcano", "compass", "sonnet", "prime number", "glacier", "telescope"],
-    "opposite": "cold early heavy loud empty brave".split(),
+    "opposite": ["cold", "early", "heavy", "loud", "empty", "brave"],
     "food": ["spinach", "honey", "olive oil", "ginger", "cheese", "rye bread"],
 }
 
