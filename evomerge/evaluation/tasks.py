@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 import datasets
 import lm_eval.tasks
 import numpy as np
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
@@ -48,6 +50,10 @@ FEWSHOT_SEED = 1234
 
 EXECUTES = "HF_ALLOW_CODE_EVAL"
 """The environment variable without which the library `evaluate` executes no answers."""
+
+NOTICE = logging.WARNING + 1
+"""Level of messages that people see on the terminal, where libraries' warnings are off."""
+logging.addLevelName(NOTICE, "NOTICE")
 
 _log = logging.getLogger(__name__)
 
@@ -244,10 +250,11 @@ class TaskBuilder:
         shown = task.fewshot_docs() if sampler is None else sampler.fewshot_docs()
         pool = [document for document in shown if _content(document) not in scored]
         shots = task.config.num_fewshot
-        if len(pool) <= shots:
+        least = shots if isinstance(sampler, FirstNSampler) else shots + 1  # others may draw one too many
+        if len(pool) < least:
             raise ConfigError(
                 f"task {self.spec.task!r} takes its few-shot examples from the items it is scored on",
-                expected=f"more than {shots} examples that are in none of its splits",
+                expected=f"{least} examples or more that are in none of its splits",
                 got=str(len(pool)),
                 fix="set fewshot_split to another dataset split, or reduce the numbers of items",
             )
@@ -399,7 +406,9 @@ def _announce(name: str, config: Mapping[str, Any]) -> None:
     place = config.get("dataset_path")
     if isinstance(place, str) and place not in _FILE_KINDS and not Path(place).exists():
         part = f" ({config['dataset_name']})" if config.get("dataset_name") else ""
-        _log.info("task %s: loading the data set %s%s; the first time it is downloaded", name, place, part)
+        if multiprocessing.parent_process() is None:  # once, not by every worker
+            text = "task %s: loading the data set %s%s; the first time it is downloaded"
+            _log.log(NOTICE, text, name, place, part)
 
 
 def _advice(error: BaseException) -> str | None:

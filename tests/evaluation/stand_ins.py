@@ -1,7 +1,7 @@
 """Stand-ins for data sets of the hub: a few rows each, with the columns and types of the published ones.
 
-`install` puts them in the place of `datasets.load_dataset`, and a metric in the place of `code_eval`, which the
-library `evaluate` downloads. It is also called in the process that executes answers (see `sitecustomize`).
+`install` puts them in the place of `datasets.load_dataset`, and a metric in the place of `code_eval`, which
+the library `evaluate` downloads. It is also called in the process that executes answers.
 """
 
 from __future__ import annotations
