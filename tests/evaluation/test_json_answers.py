@@ -41,7 +41,6 @@ def changed(**arguments: Any) -> dict[str, Any]:
 def test_every_step_towards_the_right_call_scores_more() -> None:
     steps: list[Any] = [
         "Sure, I will book it.",
-        [RING],
         f"Of course: {json.dumps([changed(who='Ben', people=9, time='7')])}",
         [changed(who="Ben", people=9, time="7")],
         [changed(who="Ben", people=9)],
