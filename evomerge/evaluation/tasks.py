@@ -412,7 +412,9 @@ def _announce(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _advice(error: BaseException) -> str | None:
-    """Say what to do where a task's data can't be written to the cache, or its code needs a package."""
+    """Say what to do where a task's data can't be loaded or written, or its code needs a package."""
+    if isinstance(error, ConnectionError):
+        return "load the suite once where the hub can be reached; its cache (HF_HOME) can be copied"
     if isinstance(error, ModuleNotFoundError):
         return (
             f"install the package that has {error.name}; for IFEval's checks: pip install 'evomerge[ifeval]'"

@@ -183,40 +183,34 @@ def test_right_and_wrong_answers(name: str, built: dict[str, list[TaskBuilder]])
                 assert values(builder, wrong, item)[builder.metric] == 0, (task, item)
 
 
+def short_answers(name: str, built: dict[str, list[TaskBuilder]]) -> Suite:
+    """Return a small suite whose answers have two tokens."""
+    data = small(name).model_dump(mode="json") | {"long_prompts": "cut"}
+    for task in data["tasks"]:
+        if builders(name, built)[task["task"]].output_type == "generate_until":
+            task["gen_kwargs"] = {"max_gen_toks": 2}
+    return Suite.from_store(data, name)
+
+
+def roomy_model() -> Any:
+    model = new_model()
+    model.config.max_position_embeddings = 2048
+    return model
+
+
 QUICK = [name if name != "code" else pytest.param(name, marks=pytest.mark.slow) for name in SUITES]
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_model_is_scored(name: str, built: dict[str, list[TaskBuilder]]) -> None:
-    builders(name, built)
-    suite = small(name).model_copy(update={"long_prompts": "cut"})
-    short = Suite.from_mapping(
-        {
-            **suite.model_dump(mode="json"),
-            "tasks": [
-                {
-                    **task.model_dump(mode="json"),
-                    **(
-                        {"gen_kwargs": {"max_gen_toks": 2}}
-                        if builders(name, built)[task.task].output_type == "generate_until"
-                        else {}
-                    ),
-                }
-                for task in suite.tasks
-            ],
-        },
-        folder=FOLDER,
-        where=name,
-    )
-    model = new_model()
-    model.config.max_position_embeddings = 2048
+    short = short_answers(name, built)
     harness = Harness(short, tokenizer=new_tokenizer(), batch_size=64, max_length=None, permissions=EXECUTE)
-    scores = harness.evaluate_split(model, "select")
+    scores = harness.evaluate_split(roomy_model(), "select")
     assert {task.task for task in scores} == {
-        task.task for task in suite.tasks if task.splits.select is not None
+        task.task for task in short.tasks if task.splits.select is not None
     }
     for task in scores:
-        if suite[task.task].smooth is not None:
+        if short[task.task].smooth is not None:
             assert task.smooth is not None
             assert ((task.smooth >= task.metric) & (task.smooth <= 1)).all()
 
@@ -224,6 +218,81 @@ def test_a_model_is_scored(name: str, built: dict[str, list[TaskBuilder]]) -> No
 def test_answers_are_executed_with_permission_only() -> None:
     with pytest.raises(ConfigError, match="allow_code_execution"):
         build(small("code"), lm=LM, seed=0)
+
+
+def test_partial_credit_must_be_a_metric_of_a_task_that_generates() -> None:
+    def text(name: str, **changes: Any) -> str:
+        suite = small(name)
+        task = suite.tasks[0].model_copy(update=changes)
+        with pytest.raises(ConfigError) as caught:
+            build(suite.model_copy(update={"tasks": (task,)}), lm=LM, seed=0)
+        return str(caught.value)
+
+    assert "task 'tool_single' has no metric 'parts'" in text("tool-calling", smooth="parts")
+    assert "did you mean 'partial'?" in text("tool-calling", smooth="partal")
+    assert "generates no answers" in text("general", smooth="acc")
+
+
+def test_partial_credit_is_from_0_to_1(
+    built: dict[str, list[TaskBuilder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(
+        short_answers("tool-calling", built), tokenizer=new_tokenizer(), batch_size=64, max_length=None
+    )
+    items = harness.items("select")
+    for task in items.tasks:
+        monkeypatch.setattr(task.task, "process_results", lambda *_: {"exact": 1.0, "partial": 1.5})
+    with pytest.raises(ConfigError, match=r"'tool_single': smooth metric 'partial'\n.*from 0 to 1\n.*1\.5"):
+        harness.evaluate(roomy_model(), items)
+
+
+def test_items_that_are_in_two_dataset_splits_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets of the hub have such items; here `train` begins with all of `test`."""
+    original = stand_ins.stand_in
+
+    def overlapping(path: str, name: str | None) -> Any:
+        data = original(path, name)
+        data["train"] = datasets.concatenate_datasets([data["test"], data["train"]])
+        return data
+
+    monkeypatch.setattr(stand_ins, "stand_in", overlapping)
+    (builder, _) = build(small("math"), lm=LM, seed=0)
+    drawn = [doc["question"] for split in ("search", "select") for doc in builder.documents[split]]
+    assert not any(question.startswith("test") for question in drawn)
+    assert len(set(drawn)) == FEW["search"] + FEW["select"]
+
+
+def test_more_items_than_there_are_is_one_message() -> None:
+    suite = small("math")
+    data = suite.model_dump(mode="json")
+    data["tasks"][0]["splits"] |= {
+        "search": {"from": "train", "items": 20},
+        "select": {"from": "train", "items": 9},
+    }
+    with pytest.raises(ConfigError) as caught:
+        build(Suite.from_store(data, "suite"), lm=LM, seed=0)
+    assert str(caught.value) == (
+        "task 'gsm8k' has too few items for its splits\n"
+        "  expected: 20 (search) + 9 (select)\n"
+        "  got: 24 different items"
+    )
+
+
+def test_without_network_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ConfigError, match=r"Couldn't reach(.|\n)*do: .*HF_HOME"):
+        build(small("math"), lm=LM, seed=0)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"pip install 'evomerge\[ifeval\]'"):
+        build(small("instruct"), lm=LM, seed=0)
 
 
 def test_a_load_from_the_hub_is_announced(caplog: pytest.LogCaptureFixture) -> None:
