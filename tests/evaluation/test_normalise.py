@@ -223,5 +223,5 @@ def test_the_best_of_many_rivals_does_not_pull_the_interval_down() -> None:
         naive += alone.low <= 0 <= alone.high
         above += test.low > 0
     assert contains / draws >= 0.95
-    assert naive / draws < 0.9
+    assert naive < contains
     assert above == 0
