@@ -74,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
+    return a is b if a is None or b is None else bool(a == b)
 
 
 def score_value(answer: str, expected: Any) -> dict[str, float]:
@@ -121,9 +121,9 @@ def score_calls(
         of right arguments; 0 for a call too many or too few. `partial`: the mean of `valid`, `function` and
         `arguments`.
 
-    >>> right = {"name": "add", "arguments": {"a": 1}}
     >>> offered = [{"name": "add", "parameters": {"type": "object", "required": ["a"]}}]
-    >>> score_calls('[{"name": "add", "arguments": {"a": 1}}]', [right], offered)
+    >>> call = {"name": "add", "arguments": {"a": 1}}
+    >>> score_calls(json.dumps([call]), [call], offered)
     {'exact': 1.0, 'valid': 1.0, 'function': 1.0, 'arguments': 1.0, 'partial': 1.0}
     """
     value, whole = read(answer)
