@@ -152,7 +152,7 @@ class TaskBuilder:
                 fix="give numbers of items for its splits",
             )
         pools: dict[str, list[Any]] = {}
-        for split in SPLITS:
+        for split in reversed(SPLITS):  # so that more search items don't change the other splits
             if (name := self.spec.splits.dataset_split(split)) is None or name in pools:
                 continue
             if name not in self._task.dataset:
@@ -484,19 +484,19 @@ def _manager(suite: Suite, names: Sequence[str]) -> Any:
 
 def _builtin_folders(names: Iterable[str]) -> list[str]:
     places = _builtin_places()
-    return sorted({places[name] for name in names if name in places})
+    return sorted({folder for name in names for folder in places.get(name, ())})
 
 
 @functools.cache
-def _builtin_places() -> dict[str, str]:
-    """Return the folder of each of lm-eval's tasks that says its name in a line of its own file."""
+def _builtin_places() -> dict[str, set[str]]:
+    """Return the folders in which a file says the name of one of lm-eval's tasks, by name."""
     says = re.compile(rb"^['\"]?task['\"]?:\s*['\"]?([^'\"\s#]+)['\"]?\s*(?:#.*)?$", re.MULTILINE)
     root = Path(lm_eval.tasks.__file__).parent
-    return {
-        name.decode(errors="replace"): str(path.parent)
-        for path in sorted(root.rglob("*.yaml"))
-        for name in says.findall(path.read_bytes())
-    }
+    places: dict[str, set[str]] = {}
+    for path in root.rglob("*.yaml"):
+        for name in says.findall(path.read_bytes()):
+            places.setdefault(name.decode(errors="replace"), set()).add(str(path.parent))
+    return places
 
 
 def _unknown_task(suite: Suite, name: str, valid: set[str], group: bool) -> ConfigError:

@@ -262,6 +262,25 @@ def test_items_that_are_in_two_dataset_splits_are_drawn_once(monkeypatch: pytest
     assert len(set(drawn)) == FEW["search"] + FEW["select"]
 
 
+def test_more_search_items_do_not_change_the_other_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = stand_ins.stand_in
+
+    def overlapping(path: str, name: str | None) -> Any:
+        data = original(path, name)
+        data["train"] = datasets.concatenate_datasets([data["test"], data["train"]])
+        return data
+
+    monkeypatch.setattr(stand_ins, "stand_in", overlapping)
+    documents = []
+    for items in (3, 20):
+        data = small("long-to-short").model_dump(mode="json")
+        data["tasks"][0]["splits"]["search"]["items"] = items
+        documents.append(build(Suite.from_store(data, "suite"), lm=LM, seed=0)[0].documents)
+    few, many = documents
+    assert (few["select"], few["test"]) == (many["select"], many["test"])
+    assert len(many["search"]) == 20
+
+
 def test_more_items_than_there_are_is_one_message() -> None:
     suite = small("math")
     data = suite.model_dump(mode="json")
