@@ -169,7 +169,9 @@ WRONG = {
 OPEN = {"persona_reply", "instruct_rules"}  # a likelihood; many rules
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "code")) for name in SUITES]
+)
 def test_right_and_wrong_answers(name: str, built: dict[str, list[TaskBuilder]]) -> None:
     for task, builder in builders(name, built).items():
         if task in OPEN:
