@@ -262,6 +262,16 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         )
         return answer
 
+    def as_generated(self, instance: Any, tokens: Sequence[int]) -> str:
+        """Return the text of an answer to a request if the model generated these tokens."""
+        prompt, options = instance.args
+        limits = normalize_gen_kwargs(options, self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops = handle_stop_sequences(list(limits["until"]), eos=eos)
+        text = self._text(list(tokens[: limits["max_gen_toks"]]), stops)
+        # `pairs` moves spaces at the end of a prompt into the answer.
+        return text.removeprefix(prompt[len(prompt.rstrip()) :])
+
     def _by_transformers(self, instances: Sequence[Any], seed: int) -> list[Generated]:
         """Generate with lm-eval's loop around transformers' `generate`, or around the engine."""
         order: list[tuple[str, str]] = []  # (prompt, answer) in the order in which lm-eval decodes them
