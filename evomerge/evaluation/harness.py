@@ -24,7 +24,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient, prefix_trees
-from evomerge.evaluation.coherence import coherence
+from evomerge.evaluation.coherence import coherence, drift, thoughts_open
 from evomerge.evaluation.companion import with_companion
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.examples import RenderedItem, example
@@ -61,6 +61,8 @@ from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import build
 
 _log = logging.getLogger(__name__)
+PROMPT_END = 64
+"""Last characters of a prompt where a chat template may begin or end the thoughts."""
 _SURE = 1e3
 """Margins, in nats, are limited to this size."""
 
@@ -433,8 +435,7 @@ def _generated(task: TaskItems, answers: Sequence[Generated], lm: LiveLM, stored
     if task.builder.spec.role == "coherence":
         by_item: dict[int, list[float]] = {}
         for request, answer in zip(repeated, answers, strict=True):
-            tokens = lm.tok_encode(answer.text, add_special_tokens=False)
-            by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=answer.ended))
+            by_item.setdefault(request.doc_id, []).append(_coherence(task, request, answer, lm))
         metric = np.array([np.mean(values) for values in by_item.values()])
     else:
         _give(repeated, [answer.text for answer in answers])
@@ -449,6 +450,20 @@ def _generated(task: TaskItems, answers: Sequence[Generated], lm: LiveLM, stored
         texts=tuple(tuple(answer.text[:stored_text] for answer in group) for group in by_group)
         if stored_text
         else None,
+    )
+
+
+def _coherence(task: TaskItems, request: Any, answer: Generated, lm: LiveLM) -> float:
+    """Return the coherence of one answer."""
+    end = task.builder.asked.think_end_token
+    if isinstance(end, int):
+        end = lm.tok_decode([end], skip_special_tokens=False)
+    written = request.args[0][-PROMPT_END:] + lm.tok_decode(list(answer.ids), skip_special_tokens=False)
+    return coherence(
+        lm.tok_encode(answer.text, add_special_tokens=False),
+        ended=answer.ended,
+        drifted=drift(answer.text, task.question(request.doc)),
+        thinking=thoughts_open(written, end),
     )
 
 

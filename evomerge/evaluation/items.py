@@ -63,6 +63,14 @@ class TaskItems:
         """Whether the model writes the answers."""
         return str(self.groups[0][0].request_type) == "generate_until"
 
+    def question(self, document: Any) -> str:
+        """Return what a document asks, and its right answer where it has one; without examples."""
+        texts = []
+        for part in (self.task.doc_to_text, self.task.doc_to_target):
+            with contextlib.suppress(Exception):  # a task that checks the answer alone may have no target
+                texts.append(str(part(document)))
+        return "\n".join(texts)
+
     def metrics(self) -> Iterator[float]:
         """Yield the metric of each item, from the requests' answers by lm-eval's filters and metrics.
 

@@ -1,4 +1,4 @@
-"""Companions of generated answers: whether they rank models as the exact metric does, and their removal if not.
+"""Companions of generated answers: whether they rank models as the exact metric does; removed if not.
 
 The likelihood of a right answer is worth following only if a model with more of it also writes more right
 answers. That is measured once, on the models that are scored before the search.
@@ -45,13 +45,13 @@ class Companion:
         """What was found, in one line."""
         if not self.exists:
             return (
-                f"{self.task}: the search has the exact metric alone, because not every gold answer is right by "
-                "it as it stands, or models reason before they answer"
+                f"{self.task}: the search has the exact metric alone, because not every gold answer is right "
+                "by it as it stands, or models reason before they answer"
             )
         if self.correlation is None:
             return (
-                f"{self.task}: the likelihood of the right answer is used unchecked, because fewer than {FEWEST} "
-                "of the first models differ in the exact metric"
+                f"{self.task}: the likelihood of the right answer is used unchecked, because fewer than "
+                f"{FEWEST} of the first models differ in the exact metric"
             )
         found = (
             f"{self.task}: rank correlation of the right answer's likelihood with the exact metric "

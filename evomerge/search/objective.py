@@ -66,8 +66,8 @@ class ObjectiveSpec(Strict):
     weights: dict[str, Weight] = Field(default={})
     """Task weights that replace the suite's, in search, selection and verdict."""
     several: tuple[str | dict[str, Weight], ...] = ()
-    """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, `tokens`, a task, or a
-    weighted group of tasks `{task: weight, ...}`. The prices above do not enter them."""
+    """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, `tokens`, a task, or
+    a weighted group of tasks `{task: weight, ...}`. The prices above do not enter them."""
     constraints: ConstraintsSpec = Field(default_factory=ConstraintsSpec)
     """Limits that candidates must respect."""
 
@@ -372,7 +372,8 @@ class Objective:
         if objective == "coherence":
             return _lost(normaliser.coherence(scores))
         if objective == "tokens":
-            return (normaliser.tokens(scores) or 1.0) - 1.0
+            tokens_ratio = normaliser.tokens(scores)
+            return 0.0 if tokens_ratio is None else tokens_ratio - 1.0
         return self.depth(recipe) if objective == "depth" else -tasks[objective]
 
     def _excess(self, scores: Scores) -> float:
