@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import yaml
@@ -69,25 +70,25 @@ def write_suite(folder: Path) -> Path:
 class Counting:
     """An executor that adds up the generated tokens, but for `test` and the recipes that both methods score.
 
-    What these score is remembered for the next seed.
+    What these score is remembered in a file, for the next seed.
     """
 
-    known: ClassVar[dict[Any, Result]] = {}
-
-    def __init__(self, executor: executors.Executor, free: set[str]) -> None:
-        self._executor, self._free = executor, free
+    def __init__(self, executor: executors.Executor, free: set[str], path: Path) -> None:
+        self._executor, self._free, self._path = executor, free, path
+        self._known: dict[Any, Result] = pickle.loads(path.read_bytes()) if path.exists() else {}
         self.tokens = 0.0
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Score jobs like the executor inside."""
         for job in jobs:
             key = (job.recipe.hash, job.split, job.blocks)
-            if key in self.known:
-                yield replace(self.known[key], job=job)
+            if key in self._known:
+                yield replace(self._known[key], job=job)
                 continue
             (result,) = self._executor.run([job])
             if job.recipe.hash in self._free:
-                self.known[key] = result
+                self._known[key] = replace(result, job=None)
+                self._path.write_bytes(pickle.dumps(self._known))
             elif isinstance(result.outcome, Scores) and job.split != "test":
                 self.tokens += sum(float(t.tokens.sum()) for t in result.outcome if t.tokens is not None)
             yield result
@@ -100,7 +101,7 @@ class Counting:
 class Bench:
     """The demo's models on the written suite, with what a run and its judge need."""
 
-    def __init__(self, seed: int, evaluations: int, folder: Path, *, alone: bool) -> None:
+    def __init__(self, seed: int, evaluations: int, folder: Path, results: Path, *, alone: bool) -> None:
         config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(folder / "run"), evaluations=evaluations)
         changes: dict[str, Any] = {
             "suite": str(write_suite(folder / "suite")),
@@ -115,7 +116,8 @@ class Bench:
         self.hand_made = baselines.hand_made(self.prepared.template, names, norms)
         free = {named.recipe.hash for named in (*self.parents, *self.hand_made)}
         built = executors.build(self.prepared.config.executor, self.prepared.worker)
-        self.executor = Counting(built, free)
+        shared = results / f"shared-{self.prepared.worker.blocks}.pickle"
+        self.executor = Counting(built, free, shared)
 
     def score(self, recipe: Recipe, split: str) -> Scores:
         """Score a recipe on a split."""
@@ -178,7 +180,7 @@ def run_one(method: str, seed: int, evaluations: int, results: Path) -> dict[str
         return found
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(seed, evaluations, Path(folder), alone=method == "pycma")
+        bench = Bench(seed, evaluations, Path(folder), results, alone=method == "pycma")
         picks = pycma(bench, seed, evaluations) if method == "pycma" else ours(bench)
         normaliser = bench.normaliser("test")
         course = [(tokens, normaliser.mean(bench.score(pick, "test"))) for tokens, pick in picks]
