@@ -2,12 +2,12 @@
 
     python benchmarks/perf/generation_search.py --seeds 0,1,2,3,4
 
-The five skills of the demo are asked as questions that the models answer in writing, scored by exact match. pycma
-sees the exact metric of every `search` item of every candidate, starts from the best hand-made merge and keeps the
-candidate with the best score. Ours is the demo's default config with a fraction of the evaluations: companions,
-surrogate, item blocks, selection on `select`. Base, parents and hand-made merges are scored for both and not counted.
-All other tokens are, those of `select` too, but for `test`, on which both picks are judged. Results stay in
-runs/bench-generation, so the command can be interrupted and repeated.
+The five skills of the demo are asked as questions that the models answer in writing, scored by exact match.
+pycma sees the exact metric of every `search` item of every candidate, starts from the best hand-made merge
+and keeps the candidate with the best score. Ours is the demo's default config with a fraction of the
+evaluations: companions, surrogate, item blocks, selection on `select`. Base, parents and hand-made merges are
+scored for both and not counted. All other tokens are, those of `select` too, but for `test`, on which both
+picks are judged. Results stay in runs/bench-generation, so the command can be interrupted and repeated.
 """
 
 from __future__ import annotations
