@@ -148,6 +148,10 @@ class Harness:
             )
         return self._items[split][block]
 
+    def written(self, split: Split, block: int = 0) -> int:
+        """Return how many answers the model writes on a block of a split."""
+        return sum(len(requests) for _, _, requests in _asked(self.items(split, block)))
+
     def questions(self, split: Split, block: int = 0) -> dict[str, list[Question]]:
         """Return what is asked in the items of a block by task, in item order, cut to `stored_text`."""
         if not self._stored_text:
