@@ -17,6 +17,7 @@ def notes(summary: Summary) -> list[str]:
     sentences = objectives.notes(summary)
     skills = [task.task for task in summary.suite.of("search") if task.role == "skill" and task.counted]
     sentences += dud_sentences(summary.duds(), skills)
+    sentences += [companion.sentence for companion in summary.companions()]
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(
             f"{task}: the specialist is hardly better than the base, so the task's part of the mean is noise"

@@ -92,7 +92,12 @@ class Front:
 
 def axis(objective: str) -> str:
     """Return the label of an objective's values times 100: its name and unit."""
-    unit = {"retention": "% of the base", "coherence": "% of the base", "depth": "% of the base's layers"}
+    unit = {
+        "retention": "% of the base",
+        "coherence": "% of the base",
+        "depth": "% of the base's layers",
+        "tokens": "% of the base's tokens",
+    }
     return f"{objective}, {unit.get(objective, 'points')}"
 
 
@@ -245,7 +250,7 @@ def _point(role: Role, named: Named, objective: Objective, scores: Scores, on_fr
 def _value(objective: str, loss: float) -> float:
     if objective in ("retention", "coherence"):
         return 1 - loss
-    return 1 + loss if objective == "depth" else 0.0 - loss
+    return 1 + loss if objective in ("depth", "tokens") else 0.0 - loss
 
 
 def _named_values(summary: Summary, scores: Scores) -> dict[str, float]:
@@ -256,5 +261,8 @@ def _named_values(summary: Summary, scores: Scores) -> dict[str, float]:
 
 
 def _listed(shortfalls: Mapping[str, tuple[float, float]]) -> str:
-    parts = (f"{name} {percent(value)} of {100 * limit:g}" for name, (value, limit) in shortfalls.items())
-    return ", ".join(parts)
+    of = {"tokens": "of at most"}
+    return ", ".join(
+        f"{name} {percent(value)} {of.get(name, 'of')} {100 * limit:g}"
+        for name, (value, limit) in shortfalls.items()
+    )

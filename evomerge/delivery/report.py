@@ -75,11 +75,13 @@ def _comparison(summary: Summary, rows: Sequence[Row], width: int) -> Table:
     counted = [task.task for task in summary.shown_tasks if task.counted]
     narrow = width < 60 + 9 * len(counted)
     best = summary.best_baseline(rows)
+    generates = any(row.tokens is not None for row in rows)
     table = style.table(
         style.words("model"),
         *(style.numbers(short_task(task, summary.suite.name)) for task in counted),
         style.numbers("mean"),
         style.numbers("retention"),
+        *([style.numbers("tokens")] if generates else []),
         title="scores on `test`, % with 95 % intervals; mean: 0 = base, 100 = specialists",
         caption=None
         if best is None
@@ -94,6 +96,7 @@ def _comparison(summary: Summary, rows: Sequence[Row], width: int) -> Table:
             *(percent(i.estimate, 0) if narrow else plus_minus(i, 0) for i in intervals),
             plus_minus(row.mean),
             percent(row.retention),
+            *([percent(row.tokens)] if generates else []),
             style="bold" if row.role == "winner" else "dim" if quiet else "",
             end_section=row.role not in (after, "base"),
         )

@@ -21,6 +21,7 @@ from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import SuiteTask
 from evomerge.running.store import facts
 from evomerge.schema import parse
+from evomerge.search.companions import Companion, companions, without
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.ports import Named
 from evomerge.stored import StoredRun
@@ -35,7 +36,8 @@ class Row:
 
     tasks: task -> mean raw metric with its 95 % interval, in suite order. normalised: task -> the same on the
     scale 0 = base, 1 = specialist, for tasks with a weight. mean: weighted mean of those. retention: ratio to
-    the base, None without a retention task.
+    the base, None without a retention task. tokens: generated tokens, ratio to the base, None where no task
+    that counts generates.
     """
 
     role: str
@@ -45,6 +47,7 @@ class Row:
     normalised: dict[str, float]
     mean: Interval
     retention: float | None
+    tokens: float | None
 
     def as_data(self) -> dict[str, Any]:
         """Return the row as plain data; intervals as [estimate, low, high]."""
@@ -56,6 +59,7 @@ class Row:
             "normalised": self.normalised,
             "mean": [self.mean.estimate, self.mean.low, self.mean.high],
             "retention": self.retention,
+            "tokens": self.tokens,
         }
 
 
@@ -154,10 +158,16 @@ class Summary:
         """Return the scale of a split (0 = base, 1 = specialist), None until base and parents are scored."""
         if split not in self._normalisers:
             duds, scored = self.duds(), self._scored_parents(split)
+            dropped = [companion.task for companion in self.companions() if companion.dropped]
             self._normalisers[split] = (
                 None
                 if scored is None
-                else Normaliser(self.suite, base=scored[0], parents=scored[1], duds=[d.task for d in duds])
+                else Normaliser(
+                    self.suite,
+                    base=without(scored[0], dropped),
+                    parents=scored[1],
+                    duds=[d.task for d in duds],
+                )
             )
         return self._normalisers[split]
 
@@ -169,6 +179,13 @@ class Summary:
                 return ()
             self._duds = find_duds(self.suite, base=scored[0], parents=scored[1])
         return self._duds
+
+    def companions(self) -> list[Companion]:
+        """Return how well the companions of generated answers rank the models scored before the search."""
+        first = [self.scores(named.recipe.hash, "search") for named in (*self.parents, *self.baselines)]
+        if not first or first[0] is None:
+            return []
+        return companions(self.suite, [scores for scores in first if scores is not None])
 
     def _scored_parents(self, split: Split) -> tuple[Scores, dict[str, Scores]] | None:
         """Return the scores of base and parents on a split, None until all are there."""
@@ -219,6 +236,7 @@ class Summary:
             normalised={t.task: normalised[t.task] for t in self.shown_tasks if t.counted},
             mean=normaliser.interval(scores),
             retention=normaliser.retention(scores),
+            tokens=normaliser.tokens(scores),
         )
 
     def best_baseline(self, rows: Iterable[Row]) -> Row | None:

@@ -93,14 +93,17 @@ class Asking(Strict):
     """The text or token that ends the reasoning. Only what follows it is scored."""
     filters: tuple[FilterSpec, ...] | None = None
     """Replaces the task's own `filter_list`: what is taken from an answer before it is scored."""
+    companion: Literal["auto", "off"] | None = None
+    """`auto` (the suite's default): the search also sees the likelihood of the right answer of tasks that
+    generate, which costs one forward pass more; `off`: their exact metric alone."""
     long_prompts: Literal["refuse", "cut"] | None = None
     """A prompt longer than the model's context is an error (the suite's default), or loses its start."""
 
-    @field_validator("chat_template", mode="before")
+    @field_validator("chat_template", "companion", mode="before")
     @classmethod
-    def _yaml_flags(cls, template: object) -> object:
+    def _yaml_flags(cls, value: object) -> object:
         """YAML reads `off` as false."""
-        return {"False": OFF, "True": AUTO}.get(str(template), template)
+        return {"False": OFF, "True": AUTO}.get(str(value), value)
 
     @field_validator("filters")
     @classmethod

@@ -34,7 +34,7 @@ def example(task: TaskItems, lm: LiveLM) -> RenderedItem:
     group = task.groups[0]
     if task.texts:
         return _example(task, lm, [lm.prefix_token_id], task.texts[0])
-    if task.pairs:
+    if task.pairs and not task.generates:
         right = next((index for index in task.gold[0] if 0 <= index < len(group)), 0) if task.gold else 0
         context, continuation = task.pairs[right]
         return _example(task, lm, context, continuation)

@@ -77,11 +77,19 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """A finished answer: its text, its number of tokens, and whether it ended before its length limit."""
+    """A finished answer.
+
+    text: as it is scored. ids: the new tokens, with thoughts. ended: whether before the length limit.
+    """
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     ended: bool
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that were generated."""
+        return len(self.ids)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

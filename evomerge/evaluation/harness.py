@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +24,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import gradient, prefix_trees
-from evomerge.evaluation.coherence import coherence
+from evomerge.evaluation.coherence import coherence, drift, thoughts_open
+from evomerge.evaluation.companion import with_companion
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.examples import RenderedItem, example
 from evomerge.evaluation.generation import Generated
@@ -57,9 +58,11 @@ from evomerge.evaluation.scores import (
 )
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
-from evomerge.evaluation.tasks import build, is_number
+from evomerge.evaluation.tasks import build
 
 _log = logging.getLogger(__name__)
+PROMPT_END = 64
+"""Last characters of a prompt where a chat template may begin or end the thoughts."""
 _SURE = 1e3
 """Margins, in nats, are limited to this size."""
 
@@ -135,7 +138,7 @@ class Harness:
         """
         if split not in self._items:
             whole = [
-                build_items(builder, split, self._lm)
+                with_companion(build_items(builder, split, self._lm), self._lm)
                 for builder in self._builders
                 if split in builder.documents
             ]
@@ -340,14 +343,18 @@ class Harness:
         written: task -> its generated answers. twin: a task that was scored just before from the same
         requests, if there is one.
         """
+        generated = None
+        if task.generates:
+            generated = _generated(task, written[(twin or task).name], self._lm, self._stored_text)
         if task.name not in layout.bounds:
-            if task.generates:
-                return _generated(task, written[(twin or task).name], self._lm, self._stored_text)
-            return _requested(task, self._lm, twin)
+            return generated or _requested(task, self._lm, twin)
         assert likelihoods is not None
         start, stop = layout.bounds[task.name]
         ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
         margin = likelihoods.margin[start:stop]
+        if generated is not None:
+            smooth = _probability(task, ll) if generated.smooth is None else generated.smooth
+            return replace(generated, smooth=smooth, margin=margin)
         if task.texts:
             sums = np.add.reduceat(ll, layout.windows[task.name])
             return TaskScores(task=task.name, metric=sums / [len(text) for text in task.texts])
@@ -365,8 +372,14 @@ def _answered(
     if task.gold:
         smooth, margin = _choices(task, ll)
     else:
-        smooth = np.exp(ll / [len(continuation) for _, continuation in task.pairs])
+        smooth = _probability(task, ll)
     return TaskScores(task=task.name, metric=_metric(task), smooth=smooth, margin=margin)
+
+
+def _probability(task: TaskItems, ll: Array) -> Array:
+    """Return (n,) the geometric mean probability of the answers' tokens."""
+    means: Array = np.exp(ll / [len(continuation) for _, continuation in task.pairs])
+    return means
 
 
 def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
@@ -427,9 +440,9 @@ def _generated(task: TaskItems, answers: Sequence[Generated], lm: LiveLM, stored
     if task.builder.spec.role == "coherence":
         by_item: dict[int, list[float]] = {}
         for request, answer in zip(repeated, answers, strict=True):
-            tokens = lm.tok_encode(answer.text, add_special_tokens=False)
-            by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=answer.ended))
-        metric, smooth = np.array([np.mean(values) for values in by_item.values()]), None
+            by_item.setdefault(request.doc_id, []).append(_coherence(task, request, answer, lm))
+        metric = np.array([np.mean(values) for values in by_item.values()])
+        smooth = None
     else:
         _give(repeated, [answer.text for answer in answers])
         metric = _metric(task)
@@ -458,29 +471,20 @@ def _smooth(task: TaskItems, name: str) -> Array:
     return values
 
 
-def _metric(task: TaskItems, other: str | None = None) -> Array:
-    """Return (n,) the metric of each item, from lm-eval's filters and `process_results`.
+def _coherence(task: TaskItems, request: Any, answer: Generated, lm: LiveLM) -> float:
+    """Return the coherence of one answer."""
+    end = task.builder.asked.think_end_token
+    if isinstance(end, int):
+        end = lm.tok_decode([end], skip_special_tokens=False)
+    written = request.args[0][-PROMPT_END:] + lm.tok_decode(list(answer.ids), skip_special_tokens=False)
+    return coherence(
+        lm.tok_encode(answer.text, add_special_tokens=False),
+        ended=answer.ended,
+        drifted=drift(answer.text, task.question(request.doc)),
+        thinking=thoughts_open(written, end),
+    )
 
-    other: the name of another metric of the task.
-    """
-    for group in task.groups:
-        for instance in group:
-            instance.filtered_resps = {}
-    task.task.apply_filters()
-    name, chosen = other or task.builder.metric, task.builder.filter
-    values = np.empty(len(task.groups))
-    for item, group in enumerate(task.groups):
-        results = [instance.filtered_resps[chosen] for instance in group]
-        try:
-            value = task.task.process_results(group[0].doc, results).get(name)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(
-                f"task {task.name!r}: metric {name!r} failed on item {item}: {reason}"
-            ) from error
-        if not is_number(value) or not math.isfinite(value):
-            raise ConfigError(
-                f"task {task.name!r}: metric {name!r} of item {item} is not a finite number", got=repr(value)
-            )
-        values[item] = value
-    return values
+
+def _metric(task: TaskItems, other: str | None = None) -> Array:
+    """Return (n,) the metric of each item. other: the name of another metric of the task."""
+    return np.fromiter(task.metrics(other), dtype=np.float64, count=len(task.groups))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation.likelihood import Plan, check_answer, plan
 from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates, no_room
 from evomerge.evaluation.scores import Question, Split
-from evomerge.evaluation.tasks import TaskBuilder
+from evomerge.evaluation.tasks import TaskBuilder, is_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,7 +27,8 @@ class TaskItems:
     """One task's items on one split.
 
     task: the lm-eval task of the requests. groups: for each item its requests, in item order.
-    pairs: for each request its tokens (likelihood tasks). texts: for each item its tokens (rolling tasks).
+    pairs: for each request its tokens (likelihood tasks), or those of a right answer (tasks that generate and
+    have a companion). texts: for each item its tokens (rolling tasks).
     gold: for each item the indices of its right choices (multiple choice).
     """
 
@@ -49,7 +51,8 @@ class TaskItems:
                 other.builder.spec.source == spec.source
                 and {spec.role, other.builder.spec.role} != {"skill", "coherence"}
                 and other.builder.asked.think_end_token == end
-                and (other.pairs, other.texts) == (self.pairs, self.texts)
+                and other.texts == self.texts
+                and (other.pairs == self.pairs or self.generates)
                 and _requests(other) == _requests(self)
             ):
                 return other
@@ -59,6 +62,43 @@ class TaskItems:
     def generates(self) -> bool:
         """Whether the model writes the answers."""
         return str(self.groups[0][0].request_type) == "generate_until"
+
+    def question(self, document: Any) -> str:
+        """Return what a document asks, and its right answer where it has one; without examples."""
+        texts = []
+        for part in (self.task.doc_to_text, self.task.doc_to_target):
+            with contextlib.suppress(Exception):  # a task that checks the answer alone may have no target
+                texts.append(str(part(document)))
+        return "\n".join(texts)
+
+    def metrics(self, other: str | None = None) -> Iterator[float]:
+        """Yield the metric of each item, from the requests' answers by lm-eval's filters and metrics.
+
+        other: the name of another metric of the task.
+
+        Raises:
+            ConfigError: the metric can't be computed, or is not a finite number.
+        """
+        for group in self.groups:
+            for instance in group:
+                instance.filtered_resps = {}
+        self.task.apply_filters()
+        name, chosen = other or self.builder.metric, self.builder.filter
+        for item, group in enumerate(self.groups):
+            results = [instance.filtered_resps[chosen] for instance in group]
+            try:
+                value = self.task.process_results(group[0].doc, results).get(name)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ConfigError(
+                    f"task {self.name!r}: metric {name!r} failed on item {item}: {reason}"
+                ) from error
+            if not is_number(value) or not math.isfinite(value):
+                raise ConfigError(
+                    f"task {self.name!r}: metric {name!r} of item {item} is not a finite number",
+                    got=repr(value),
+                )
+            yield float(value)
 
 
 def _requests(task: TaskItems) -> list[tuple[Any, ...]]:
@@ -149,7 +189,7 @@ def refuse_long(items: Items, lm: LiveLM) -> None:
         if task.texts or task.builder.asked.long_prompts == "cut":
             continue
         requests = [request for group in task.groups for request in group]
-        if task.pairs:
+        if task.pairs and not task.generates:
             room = lm.max_length + 1  # the last token is only predicted
             lengths = [len(context) + len(continuation) for context, continuation in task.pairs]
         else:
@@ -170,7 +210,8 @@ def refuse_long_answers(items: Items, max_length: int) -> None:
 
 
 def _too_long(task: TaskItems, request: Any, split: Split, length: int, room: int) -> ConfigError:
-    prompt, kind = ("prompt with its answer", "answer's last token") if task.pairs else ("prompt", "answer")
+    given = task.pairs and not task.generates
+    prompt, kind = ("prompt with its answer", "answer's last token") if given else ("prompt", "answer")
     return ConfigError(
         f"task {task.name!r}: item {request.doc_id} of {split} is longer than the model's context",
         expected=f"at most {room} tokens, which leaves room for the {kind}",
@@ -220,7 +261,7 @@ def _question(task: TaskItems, number: int, group: Sequence[Any], characters: in
         count = len(task.task.doc_to_choice(group[0].doc))  # later requests are those of acc_mutual_info
         choices = [str(request.args[1]) for request in group[:count]]
         right = [choices[index] for index in task.gold[number] if 0 <= index < count]
-    elif task.pairs:
+    elif task.pairs and not task.generates:
         right = [str(group[0].args[1])]
     else:
         target: Any = ()
@@ -293,7 +334,8 @@ def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int, share: i
     windows: dict[str, Any] = {}
     for number, task in enumerate(items.tasks):
         start = len(pairs)
-        if (task.pairs or task.texts) and (twin := task.twin(items.tasks[:number])) is not None:
+        twin = task.twin(items.tasks[:number]) if task.pairs or task.texts else None
+        if twin is not None and twin.pairs == task.pairs:
             bounds[task.name] = bounds[twin.name]
             windows |= {task.name: windows[twin.name]} if task.texts else {}
             continue

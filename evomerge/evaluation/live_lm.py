@@ -112,7 +112,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         self.mirror: Mirror | None = None
         self.continues: bool | None = None
         self._prompts: dict[tuple[str, int], tuple[int, ...]] = {}
-        self._ended: list[tuple[int, bool]] | None = None
+        self._ended: list[tuple[tuple[int, ...], bool]] | None = None
 
     def attach(self, model: Any) -> None:
         """Make `model` the live one, in evaluation mode."""
@@ -242,7 +242,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         return [
             Generated(
                 text=self._text(list(answer.tokens), request.stops),
-                tokens=len(answer.tokens),
+                ids=answer.tokens,
                 ended=answer.ended,
             )
             for request, answer in zip(requests, answers, strict=True)
@@ -262,10 +262,20 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         )
         return answer
 
+    def as_generated(self, instance: Any, tokens: Sequence[int]) -> str:
+        """Return the text of an answer to a request if the model generated these tokens."""
+        prompt, options = instance.args
+        limits = normalize_gen_kwargs(options, self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops = handle_stop_sequences(list(limits["until"]), eos=eos)
+        text = self._text(list(tokens[: limits["max_gen_toks"]]), stops)
+        # `pairs` moves spaces at the end of a prompt into the answer.
+        return text.removeprefix(prompt[len(prompt.rstrip()) :])
+
     def _by_transformers(self, instances: Sequence[Any], seed: int) -> list[Generated]:
         """Generate with lm-eval's loop around transformers' `generate`, or around the engine."""
         order: list[tuple[str, str]] = []  # (prompt, answer) in the order in which lm-eval decodes them
-        ends: list[tuple[int, bool]] = []
+        ends: list[tuple[tuple[int, ...], bool]] = []
         hook: Any = self.cache_hook  # type: ignore[has-type]
         size = self.batch_size_per_gpu
         if self.mirror is not None:
@@ -280,13 +290,13 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                 answers: list[str] = self.generate_until(list(instances), disable_tqdm=True)
         finally:
             self.cache_hook, self._ended = hook, None
-        by_answer: dict[tuple[str, str], list[tuple[int, bool]]] = {}
+        by_answer: dict[tuple[str, str], list[tuple[tuple[int, ...], bool]]] = {}
         for key, end in zip(order, ends, strict=True):
             by_answer.setdefault(key, []).append(end)
         found = []
         for instance, answer in zip(instances, answers, strict=True):
-            tokens, ended = by_answer[instance.args[0], answer].pop(0)
-            found.append(Generated(text=answer, tokens=tokens, ended=ended))
+            ids, ended = by_answer[instance.args[0], answer].pop(0)
+            found.append(Generated(text=answer, ids=ids, ended=ended))
         return found
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
@@ -309,7 +319,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             for row in tokens[:, context.shape[1] :].tolist():
                 ended = self.eot_token_id in row or any(s in self.tok_decode(row) for s in stop)
                 padding = self.tokenizer.pad_token_id
-                self._ended.append((sum(token != padding for token in row), ended))
+                self._ended.append((tuple(token for token in row if token != padding), ended))
         return tokens
 
     def _mirrored(

@@ -187,6 +187,7 @@ class Normaliser:
             for spec in present
             if spec.role == "coherence" and spec.counted
         ]
+        self._generated = _generated(present, base)
         total = math.fsum(spec.weight for spec in self._counted)
         self.weights = read_only([spec.weight / total for spec in self._counted])
         """(tasks,) shares of the tasks in the mean; they sum to 1, in the order of `items`."""
@@ -224,6 +225,7 @@ class Normaliser:
         moved.blocks = base.blocks
         moved._retention = [(spec, base[spec.task].mean) for spec, _ in self._retention]
         moved._coherence = [(spec, max(base[spec.task].mean, HEADROOM_FLOOR)) for spec, _ in self._coherence]
+        moved._generated = {name: _tokens(base[name]) for name in self._generated}
         moved._units = {}  # of other items
         moved._scales = {
             name: (
@@ -363,6 +365,17 @@ class Normaliser:
         shares = (spec.weight * scores[spec.task].mean / base_mean for spec, base_mean in self._coherence)
         return math.fsum(shares) / total
 
+    def tokens(self, scores: Scores) -> float | None:
+        """Return the mean number of generated tokens per item, relative to the base's on the same items.
+
+        Over the skill and coherence tasks that count and generate; None if there are none.
+        """
+        self._check(scores)
+        if not self._generated:
+            return None
+        total = math.fsum(_tokens(scores[name]) for name in self._generated)
+        return total / max(math.fsum(self._generated.values()), 1.0)
+
     def gains(self) -> dict[str, float]:
         """Return counted task -> derivative of the mean with respect to the task's mean."""
         shares = zip(self._counted, self.weights.tolist(), strict=True)
@@ -455,6 +468,18 @@ class Normaliser:
 def _mean(values: Array | None) -> float:
     assert values is not None, "a task with a smooth companion on some blocks only"
     return float(values.mean())
+
+
+def _generated(tasks: Sequence[SuiteTask], base: Scores) -> dict[str, float]:
+    """Return counted task that generates -> tokens that the base generated."""
+    counted = [spec.task for spec in tasks if spec.counted]
+    return {name: _tokens(base[name]) for name in counted if base[name].tokens is not None}
+
+
+def _tokens(scores: TaskScores) -> float:
+    """Return how many tokens were generated on all items."""
+    assert scores.tokens is not None, "a task that generates for some models only"
+    return float(scores.tokens.sum())
 
 
 def _specialist(spec: SuiteTask, parents: Mapping[str, Scores]) -> str:

@@ -21,7 +21,7 @@ from evomerge.evaluation.suite import SuiteTask
 
 _RUNS_CODE = ("custom",)
 """Filters that need a Python function, which a suite can't name."""
-_GENERATES = ("gen_kwargs", "think_end_token")
+_GENERATES = ("gen_kwargs", "think_end_token", "companion")
 """Keys of a task that say something about generated answers only."""
 _PROMPTED = ("chat_template", "system_prompt", "description", "fewshot_as_multiturn")
 """Keys of a task that only lm-eval's own way to build a prompt obeys."""

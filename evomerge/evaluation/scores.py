@@ -41,10 +41,10 @@ class TaskScores:
         token, in nats, for retention tasks).
     smooth: (n,) a continuous companion in [0, 1]: the geometric mean of the gold tokens' probabilities, or
         for multiple choice the gold choice's share of all choices' probability. None for tasks without
-        likelihoods (free generation).
+        likelihoods (text, and free generation without a companion).
     margin: (n,) the lead of the right answer in nats: over the best other token at its weakest token, or for
         multiple choice over the best wrong choice. It changes smoothly with the weights and is above 0 if
-        the answer is right. None for tasks without right answers (text) or likelihoods (generation).
+        the answer is right, but for free generation, where it is that of a right answer. None as `smooth`.
     tokens: (n,) generated tokens per item, the mean over its answers; None where nothing is generated.
     texts: for each item the generated answers; None where nothing is generated, or they are not stored.
     """

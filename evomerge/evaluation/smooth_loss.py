@@ -84,7 +84,8 @@ def smooth_loss(
 ) -> SmoothLoss:
     """Return the surrogate of minus the mean normalised score plus the price of lost retention.
 
-    Tasks whose answers have no likelihood (free generation) can't be differentiated and are left out.
+    Tasks whose answers have no likelihood (free generation without a companion) can't be differentiated
+    and are left out.
 
     Args:
         normaliser: of the split whose items are used.

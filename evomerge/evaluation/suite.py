@@ -46,7 +46,7 @@ COHERENCE = "coherence"
 
 _OWN_METRIC = {"retention": LOGLIKELIHOOD, "coherence": COHERENCE}
 
-_BEFORE = {"chat_template": OFF, "long_prompts": "cut"}
+_BEFORE = {"chat_template": OFF, "companion": OFF, "long_prompts": "cut"}
 """How models were asked before a suite could say it: runs stored then have none of these keys."""
 
 _NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
@@ -206,6 +206,7 @@ class Suite(Asking):
     tasks_dir: Path | None = None
     """Folder of lm-eval task YAMLs, relative to the suite's file. Other tasks are lm-eval's own."""
     chat_template: str | None = Field(AUTO, min_length=1)
+    companion: Literal["auto", "off"] | None = "auto"
     long_prompts: Literal["refuse", "cut"] | None = "refuse"
     tasks: tuple[SuiteTask, ...]
     """The tasks; at least one skill with `search` items and a weight above 0."""
@@ -306,13 +307,15 @@ class Suite(Asking):
         That is the suite's content without `about`, and the names and bytes of all files below `tasks_dir`,
         at any place. Built-in tasks belong to the lm-eval version, which a run records separately.
 
-        Keys that say how models are asked count where they are set. `chat_template: off` counts as not set,
-        as in runs that were stored before there was such a key; `long_prompts` changes no score.
+        Keys that say how models are asked count where they are set. `chat_template: off` and `companion: off`
+        count as not set, as in runs that were stored before there were such keys; `long_prompts` changes no
+        score.
         """
         content = self.model_dump(mode="json", exclude={"about", "tasks_dir", "tasks"})
         content = _without_unset(content)
-        if content.get("chat_template") == OFF:
-            del content["chat_template"]
+        for key in ("chat_template", "companion"):
+            if content.get(key) == OFF:
+                del content[key]
         content["tasks"] = [_without_unset(task.model_dump(mode="json")) for task in self.tasks]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         for path in self._files():

@@ -81,6 +81,8 @@ class TaskBuilder:
         set_up(task, spec, asked)
         rolling = self.output_type == "loglikelihood_rolling"  # its texts are no conversations
         self._template = None if rolling else template_of(spec.task, asked, lm.tokenizer)
+        self.templated = self._template is not None
+        """Whether a chat template separates prompt and answer."""
         for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
             if hasattr(task, name):
                 setattr(task, name, _remembered(getattr(task, name)))

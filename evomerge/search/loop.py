@@ -8,7 +8,7 @@ each ask and tell with what is stored. So an interrupted run ends in the same bi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -20,9 +20,10 @@ from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, pareto, selection
+from evomerge.search.companions import companions, without
 from evomerge.search.generations import Generations, SearchResult
 from evomerge.search.ledger import Ledger
-from evomerge.search.objective import Objective, ObjectiveSpec
+from evomerge.search.objective import Objective, ObjectiveSpec, check_tokens
 from evomerge.search.optimizers import OptimizerSpec, create
 from evomerge.search.ports import (
     CandidateScorer,
@@ -114,6 +115,7 @@ class Search:
         self._ahead, self._guard_inputs = ahead, guard
         self._parents = baselines.parents(plan.template, plan.space.sources)
         self._duds: tuple[str, ...] = ()
+        self._dropped: tuple[str, ...] = ()  # tasks whose companion is not used
         self._counted_tasks: tuple[str, ...] = ()
 
     def run(self) -> Outcome:
@@ -125,6 +127,10 @@ class Search:
         objective = self._objective(references)
         parents = self._known(objective, self._parents, "base and parents")
         hand_made = self._score_baselines(objective, parents)
+        if self._drop_companions([*parents, *hand_made]):
+            references = self._references("search")
+            objective = self._objective(references)
+            parents, hand_made = (self._again(objective, known) for known in (parents, hand_made))
         tested = self._tested(hand_made)
         self._foresee([k.named for k in tested], "test")
         if objective.count > 1:
@@ -189,7 +195,8 @@ class Search:
 
     def _scored_parents(self, split: Split) -> tuple[Scores, dict[str, Scores]]:
         scores = self._scorer.require(self._parents, split, "base and parents")
-        return scores[0], {p.name: s for p, s in zip(self._parents[1:], scores[1:], strict=True)}
+        base, *others = (without(one, self._dropped) for one in scores)
+        return base, {p.name: s for p, s in zip(self._parents[1:], others, strict=True)}
 
     def _first_references(self) -> Normaliser:
         """Return the scale of `search`; find and announce the specialists that are no better than the
@@ -202,6 +209,7 @@ class Search:
             self._observer.noted(f"note: {sentence}")
         self._duds = tuple(dud.task for dud in duds)
         references = self._references("search")
+        check_tokens(self._plan.objective, references, base)
         self._counted_tasks = references.counted
         return references
 
@@ -225,6 +233,19 @@ class Search:
             for entry, result, loss in zip(named, results, losses, strict=True)
             if isinstance(result, Scores)
         ]
+
+    def _drop_companions(self, known: Sequence[ScoredRecipe]) -> bool:
+        """Announce how well companions rank the first models; drop those that don't, and say whether any."""
+        found = companions(self._plan.suite, [k.scores for k in known])
+        for companion in found:
+            self._observer.noted(f"note: {companion.sentence}")
+        self._dropped = tuple(companion.task for companion in found if companion.dropped)
+        return bool(self._dropped)
+
+    def _again(self, objective: Objective, known: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
+        """Return scored recipes with their losses by another objective."""
+        losses = objective.scalar_losses([k.scores for k in known], [k.named.recipe for k in known])
+        return [replace(k, loss=float(loss)) for k, loss in zip(known, losses, strict=True)]
 
     def _expressed(self, named: Named) -> Genome | None:
         """Return the genome of a recipe, or of one with the same weights; None where the space has none."""
@@ -314,7 +335,7 @@ class Search:
     def _descend(self, references: Normaliser, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
         """Follow the gradient from the best scored point."""
         assert self._slopes is not None
-        (base,) = self._scorer.require(self._parents[:1], "search", "base and parents")
+        base, _ = self._scored_parents("search")
         if all(base[task].margin is None for task in references.gains()):
             raise UserError(
                 "warm_start.gradients: no task on `search` has answers with a likelihood",
@@ -351,7 +372,8 @@ class Search:
         blocks = range(self._plan.racing.blocks)
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
-        views = Views(objective, cast(list[Scores], [part[0] for part in parts]))
+        bases = [without(cast(Scores, part[0]), self._dropped) for part in parts]
+        views = Views(objective, bases)
         ledger = Ledger(views.sizes)
         for entry in (*unsearched, *starts):
             ledger.give(entry.named.recipe.hash, blocks)

@@ -27,7 +27,7 @@ FAILURE_MARGIN = 1.0
 INFEASIBLE = 1.0
 """The loss at the border of what constraints allow; see `Objective.losses`."""
 
-READY_MADE = ("mean", "retention", "coherence", "depth")
+READY_MADE = ("mean", "retention", "coherence", "depth", "tokens")
 """The objectives that are not a task's name."""
 
 Weight = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]
@@ -35,7 +35,7 @@ Least = Annotated[float, Field(ge=-100, le=100)]
 
 
 class ConstraintsSpec(Strict):
-    """Lower limits. A candidate that violates one ranks behind every candidate that does not."""
+    """Limits. A candidate that violates one ranks behind every candidate that does not."""
 
     tasks: Least | dict[str, Least] | None = None
     """Least normalised score (0 is the base, 1 the specialist) of every task of the mean; or `{task:
@@ -44,9 +44,11 @@ class ConstraintsSpec(Strict):
     """Least retention, relative to the base."""
     coherence: float | None = Field(default=None, gt=0, le=100)
     """Least coherence, relative to the base."""
+    tokens: float | None = Field(default=None, gt=0, le=100)
+    """Most generated tokens per item, relative to the base on the same items."""
 
     def __bool__(self) -> bool:
-        return self.tasks is not None or self.retention is not None or self.coherence is not None
+        return any(limit is not None for limit in (self.tasks, self.retention, self.coherence, self.tokens))
 
 
 class ObjectiveSpec(Strict):
@@ -64,10 +66,10 @@ class ObjectiveSpec(Strict):
     weights: dict[str, Weight] = Field(default={})
     """Task weights that replace the suite's, in search, selection and verdict."""
     several: tuple[str | dict[str, Weight], ...] = ()
-    """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, a task, or a weighted
-    group of tasks `{task: weight, ...}`. The prices above do not enter them."""
+    """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, `tokens`, a task, or
+    a weighted group of tasks `{task: weight, ...}`. The prices above do not enter them."""
     constraints: ConstraintsSpec = Field(default_factory=ConstraintsSpec)
-    """Lower limits that candidates must respect."""
+    """Limits that candidates must respect."""
 
     @field_validator("several")
     @classmethod
@@ -99,7 +101,7 @@ class ObjectiveSpec(Strict):
     @property
     def items_decide(self) -> bool:
         """Whether items alone make the loss, so that a model of the items can predict it."""
-        return not (self.several or self.depth)
+        return not (self.several or self.depth or self.constraints.tokens is not None)
 
     def check(self, suite: Suite) -> None:
         """Check that the suite has what the objective names.
@@ -134,6 +136,17 @@ class ObjectiveSpec(Strict):
                     expected=f"a task with `role: {role}`, search items and a weight above 0",
                     fix="add one to the suite",
                 )
+
+
+def check_tokens(spec: ObjectiveSpec, normaliser: Normaliser, base: Scores) -> None:
+    """Check that something is generated where the objective names `tokens`; raise ConfigError if not."""
+    wanted = "tokens" in spec.several or spec.constraints.tokens is not None
+    if wanted and normaliser.tokens(base) is None:
+        raise ConfigError(
+            "objective: tokens is part of it, but no task generates answers",
+            expected="a task with output_type: generate_until, search items and a weight above 0",
+            fix="add one to the suite",
+        )
 
 
 def label(objective: str | Mapping[str, float]) -> str:
@@ -218,10 +231,10 @@ class Objective:
         ):
             if least is not None and kept is not None:
                 short += max(0.0, least - kept)
-        return short
+        return short + self._excess(scores)
 
     def shortfalls(self, scores: Scores) -> dict[str, tuple[float, float]]:
-        """Return what a candidate falls short of: name -> (what it reaches, the limit)."""
+        """Return the limits that a candidate violates: name -> (what it reaches, the limit)."""
         limits, normaliser = self._spec.constraints, self._normaliser
         reached: dict[str, float | None] = {}
         limits_by_name: dict[str, float | None] = {}
@@ -229,11 +242,15 @@ class Objective:
             limits_by_name, reached = {**self._limits()}, {**normaliser.task(scores)}
         limits_by_name |= {"retention": limits.retention, "coherence": limits.coherence}
         reached |= {"retention": normaliser.retention(scores), "coherence": normaliser.coherence(scores)}
-        return {
+        violated = {
             name: (value, limit)
             for name, limit in limits_by_name.items()
             if limit is not None and (value := reached[name]) is not None and value < limit
         }
+        tokens = normaliser.tokens(scores)
+        if limits.tokens is not None and tokens is not None and tokens > limits.tokens:
+            violated["tokens"] = (tokens, limits.tokens)
+        return violated
 
     def on(self, base: Scores) -> Objective:
         """Return this objective for scores on other item blocks, of which `base` is the base's scores."""
@@ -354,7 +371,15 @@ class Objective:
             return _lost(normaliser.retention(scores))
         if objective == "coherence":
             return _lost(normaliser.coherence(scores))
+        if objective == "tokens":
+            tokens_ratio = normaliser.tokens(scores)
+            return 0.0 if tokens_ratio is None else tokens_ratio - 1.0
         return self.depth(recipe) if objective == "depth" else -tasks[objective]
+
+    def _excess(self, scores: Scores) -> float:
+        """Return by how much the generated tokens exceed their limit."""
+        most, tokens = self._spec.constraints.tokens, self._normaliser.tokens(scores)
+        return 0.0 if most is None or tokens is None else max(0.0, tokens - most)
 
     def _limits(self) -> dict[str, float]:
         tasks, duds = self._spec.constraints.tasks, self._normaliser.duds

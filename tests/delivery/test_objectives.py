@@ -251,3 +251,50 @@ def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[...,
     prepared = prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
     assert prepared.suite["demo_reverse"].weight == 2
     assert prepared.layers == 2
+
+
+@pytest.fixture(scope="module")
+def written(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """A finished run whose only counted task generates, with the length of its answers as an objective."""
+    folder = tmp_path_factory.mktemp("written")
+    suite = yaml.safe_load(write_suite(folder).read_text())
+    (task,) = (task for task in suite["tasks"] if task["metric"] == "exact_match")
+    task |= {"weight": 1, "splits": {"search": 12, "select": 8, "test": 8}}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite | {"tasks": [task]}))
+    objective = {"several": ["mean", "tokens"], "constraints": {"tokens": 0.01}}
+    changes = {"optimizer": {"name": "nsga2", "population": 4}, "budget": {"generations": 1}}
+    data = config_data(tiny_zoo, folder, objective=objective, **changes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    compose.start(RunConfig.load(folder / "config.yaml"), Silent())
+    with RunStore.read(folder / "run") as store:
+        yield store, Summary(StoredRun(store))
+
+
+def test_the_length_of_answers_is_shown(written: Opened) -> None:
+    _store, summary = written
+    front = objectives.front(summary)
+    assert front is not None
+    base = next(p for p in front.points if p.role == "base")
+    assert base.values == pytest.approx((0, 1))
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(report.terminal(summary))
+    text = console.export_text()
+    assert "% of the base's tokens" in " ".join(text.split())
+    assert re.search(r"model .* retention .* tokens", text)
+    rows = report.as_data(summary)["rows"]
+    assert rows[0]["tokens"] == pytest.approx(1)
+    sentence = objectives.constraints(summary)
+    assert sentence is not None
+    assert re.search(r"tokens \d+(\.\d)? of at most 1", sentence)
+
+
+def test_the_notes_name_the_companions(written: Opened) -> None:
+    _store, summary = written
+    (companion,) = summary.companions()
+    assert companion.exists
+    assert companion.sentence in notes(summary)
+    base = summary.scores(summary.parents[0].recipe.hash, "search")
+    assert base is not None
+    (task,) = base.tasks
+    assert task.margin is not None
+    assert companion.models == len({named.recipe.hash for named in summary.parents}) + len(summary.baselines)

@@ -217,8 +217,9 @@ class TestTwice:
         calls: list[int] = []
         model.register_forward_pre_hook(lambda *_: calls.append(1))
         norm = {"task": "norm", "of": "choice", "metric": "acc_norm"}
-        letters = {"task": "letters", "metric": "exact_match,own"}
-        raw = {"task": "raw", "of": "letters", "metric": "exact_match,raw"}
+        off = {"companion": "off"}
+        letters = {"task": "letters", "metric": "exact_match,own", **off}
+        raw = {"task": "raw", "of": "letters", "metric": "exact_match,raw", **off}
         seen = {}
         for rows in ((CHOICE, letters), (CHOICE, norm, letters, raw)):
             harness = asked(suite(tasks, *rows), tokenizer)

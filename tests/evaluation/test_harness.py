@@ -128,10 +128,6 @@ def test_margin_of_a_choice_is_its_lead_over_the_best_other(
     np.testing.assert_allclose(scores[task].margin, expected, atol=SLACK)
 
 
-def test_generation_has_no_smooth_companion(scores: Scores) -> None:
-    assert scores["write"].smooth is None
-
-
 def test_fewshot_prompts_are_lm_evals(harness: Harness, reference: dict[str, Any]) -> None:
     task = next(task for task in harness.items("test").tasks if task.name == "fewshot")
     assert [group[0].args for group in task.groups] == [s["arguments"][0] for s in reference["fewshot"]]
@@ -208,7 +204,8 @@ def test_non_finite_weights_are_an_error_in_likelihood_and_in_generation(
         broken.model.norm.weight.fill_(math.nan)
     with pytest.raises(NonFiniteScores, match="not finite"):
         harness.evaluate(broken, harness.items("select"))
-    writes = Harness(make_suite(entry("write")), tokenizer=tokenizer, batch_size=16, max_length=None)
+    alone = entry("write", companion="off")
+    writes = Harness(make_suite(alone), tokenizer=tokenizer, batch_size=16, max_length=None)
     with pytest.raises(NonFiniteScores, match="while generating"):
         writes.evaluate(broken, writes.items("select"))
 

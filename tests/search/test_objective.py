@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from evomerge.evaluation.scores import Failure, Scores, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.schema import parse
-from evomerge.search.objective import FAILURE_MARGIN, INFEASIBLE, Objective, ObjectiveSpec
+from evomerge.search.objective import FAILURE_MARGIN, INFEASIBLE, Objective, ObjectiveSpec, check_tokens
 
 SPLITS = {"search": "search", "select": "select", "test": "test"}
 SUITE = Suite.model_validate(
@@ -255,3 +257,75 @@ def test_no_infeasible_point_lies_before_the_reference(found: list[Scores]) -> N
         if objective.violation(scores) > 0:
             assert not (losses < reference).all()
     assert (of(several=["a", "b"]).losses(found) < of(several=["a", "b"]).reference_point(found)).all()
+
+
+# Generated tokens -----------------------------------------------------------------------------------------
+
+WRITTEN = Suite.model_validate(
+    {
+        "name": "written",
+        "tasks": [
+            {"task": "a", "metric": "exact_match", "specialist": "p", "splits": SPLITS},
+            {"task": "b", "metric": "acc", "specialist": "p", "splits": SPLITS},
+            {"task": "free", "role": "coherence", "splits": SPLITS},
+            {"task": "shown", "metric": "exact_match", "weight": 0, "splits": SPLITS},
+        ],
+    }
+)
+
+
+def written(a: float, tokens: Sequence[float], free: float = 10.0) -> Scores:
+    """Scores with this accuracy of `a`, its tokens by item, and the tokens of every free answer."""
+    tasks = [
+        TaskScores(task="a", metric=np.full(4, a), tokens=np.array(tokens)),
+        TaskScores(task="b", metric=np.full(4, a)),
+        TaskScores(task="free", metric=np.full(2, 0.8), tokens=np.full(2, free)),
+        TaskScores(task="shown", metric=np.zeros(4), tokens=np.full(4, 1000.0 * a)),
+    ]
+    return Scores(split="search", tasks=tuple(tasks))
+
+
+def of_written(**settings: object) -> Objective:
+    base, parent = written(0.1, [10, 30, 20, 20]), written(0.9, [40] * 4, 30)
+    normaliser = Normaliser(WRITTEN, base=base, parents={"p": parent})
+    return Objective(ObjectiveSpec.model_validate(settings), normaliser)
+
+
+def test_tokens_are_the_mean_length_relative_to_the_bases_on_the_same_items() -> None:
+    """Of tasks that generate and count: skills and coherence, not what is only reported."""
+    both = of_written(several=["mean", "tokens"])
+    assert both.names == ("mean", "tokens")
+    assert both.point(written(0.1, [10, 30, 20, 20])) == pytest.approx([0, 0])
+    assert both.point(written(0.9, [40] * 4, 30)) == pytest.approx([-1, 220 / 100 - 1])
+    assert both.point(written(0.5, [0] * 4, 0)) == pytest.approx([-0.5, -1])
+    part = both.on(written(0.1, [10, 10, 10, 10], 5))  # other items, on which the base is briefer
+    assert part.point(written(0.1, [10, 10, 10, 10], 5))[1] == pytest.approx(0)
+
+
+def test_a_limit_of_tokens() -> None:
+    limited = of_written(constraints={"tokens": 1.2})
+    long, short = written(0.9, [40] * 4, 30), written(0.5, [25] * 4, 10)
+    assert limited.violation(short) == 0
+    assert limited.shortfalls(short) == {}
+    assert limited.violation(long) == pytest.approx(2.2 - 1.2)
+    assert limited.shortfalls(long) == {"tokens": (pytest.approx(2.2), 1.2)}
+    losses = limited.losses([long, short])[:, 0]
+    assert losses[0] > INFEASIBLE > losses[1]
+
+
+def test_a_limit_of_tokens_leaves_the_search_to_the_optimizer() -> None:
+    """The surrogate predicts no lengths."""
+    assert not ObjectiveSpec.model_validate({"constraints": {"tokens": 1.2}}).items_decide
+    assert ObjectiveSpec.model_validate({"constraints": {"tasks": 0.5}}).items_decide
+
+
+@pytest.mark.parametrize("settings", [{"several": ["mean", "tokens"]}, {"constraints": {"tokens": 1.5}}])
+def test_tokens_need_a_task_that_generates(settings: dict[str, object]) -> None:
+    spec = ObjectiveSpec.model_validate(settings)
+    base = four(0, 0)
+    normaliser = Normaliser(TWO, base=base, parents={"p": four(1, 0), "q": four(0, 1)})
+    with pytest.raises(ConfigError, match="tokens is part of it, but no task generates answers"):
+        check_tokens(spec, normaliser, base)
+    check_tokens(ObjectiveSpec(), normaliser, base)
+    base = written(0.1, [10] * 4)
+    check_tokens(spec, Normaliser(WRITTEN, base=base, parents={"p": written(1, [1] * 4)}), base)

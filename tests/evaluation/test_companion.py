@@ -1,0 +1,176 @@
+"""Companions: likelihoods of right answers beside generated ones, and only where the answers are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.errors import ConfigError
+from evomerge.evaluation.harness import Harness
+from evomerge.evaluation.scores import Scores
+from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
+from evomerge.evaluation.suite import Suite
+
+from .conftest import EXACT, ITEMS, TASKS, MakeSuite, documents, entry, write_task
+
+CHAT = (
+    "{% for m in messages %}{{ m['content'] }} ; {% endfor %}"
+    + "{% if add_generation_prompt %}{{ 'x ' }}{% endif %}"
+)
+
+
+def harness_of(suite: Suite, tokenizer: Any, **options: Any) -> Harness:
+    return Harness(suite, tokenizer=tokenizer, batch_size=8, max_length=None, **options)
+
+
+def scored(suite: Suite, tokenizer: Any, model: Any) -> Scores:
+    harness = harness_of(suite, tokenizer)
+    return harness.evaluate(model, harness.items("search"))
+
+
+def folder_of(tmp_path: Path, *, docs: str = "write", **changes: Any) -> Path:
+    """Write the task `write` with changes, and `first`, which asks the same with likelihoods."""
+    for name, config in (("write", TASKS["write"] | changes), ("first", TASKS["first"])):
+        write_task(tmp_path, name, config, **{s: documents(docs, s, n) for s, n in ITEMS.items()})
+    return tmp_path
+
+
+def test_it_is_what_a_likelihood_task_of_the_same_items_has(
+    make_suite: MakeSuite, tmp_path: Path, tokenizer: Any, model: Any
+) -> None:
+    suite = make_suite(entry("write"), entry("first"), folder=folder_of(tmp_path))
+    found = scored(suite, tokenizer, model)
+    for name in ("smooth", "margin"):
+        np.testing.assert_array_equal(getattr(found["write"], name), getattr(found["first"], name))
+    assert found["write"].tokens is not None
+    assert found["write"].margin is not None
+    # An answer of one token is right exactly where the right token leads.
+    np.testing.assert_array_equal(found["write"].margin > 0, found["write"].metric == 1)
+
+
+def test_blocks_and_a_twin_that_is_only_reported(make_suite: MakeSuite, tokenizer: Any, model: Any) -> None:
+    suite = make_suite(entry("write"), entry("write") | {"task": "again", "of": "write", "weight": 0})
+    whole = scored(suite, tokenizer, model)
+    assert whole["again"].metric.tolist() == whole["write"].metric.tolist()
+    assert whole["again"].smooth is None
+    cut = harness_of(suite, tokenizer, blocks=3)
+    parts = cut.evaluate_split(model, "search")
+    assert parts["write"].smooth is not None
+    assert whole["write"].smooth is not None
+    np.testing.assert_allclose(np.sort(parts["write"].smooth), np.sort(whole["write"].smooth), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"doc_to_target": "{{ letters[0] }} {{ letters[1] }}"},  # longer than an answer may be
+        {"doc_to_target": "{{ 'a' if letters[0] == 'a' else '' }}"},  # some items have no answer
+        {"filter_list": [{"name": "f", "filter": [{"function": "regex", "regex_pattern": "(never)"}]}]},
+    ],
+    ids=["too long", "none", "filtered away"],
+)
+def test_a_gold_answer_that_is_not_right_is_no_companion(
+    make_suite: MakeSuite, tmp_path: Path, tokenizer: Any, model: Any, changes: dict[str, Any]
+) -> None:
+    suite = make_suite(entry("write"), folder=folder_of(tmp_path, **changes))
+    found = scored(suite, tokenizer, model)["write"]
+    assert found.smooth is None
+    assert found.margin is None
+
+
+@pytest.mark.parametrize(
+    "keys", [{"companion": "off"}, {"companion": False}, {"weight": 0}, {"think_end_token": "x"}]
+)
+def test_tasks_without_one(make_suite: MakeSuite, tokenizer: Any, model: Any, keys: dict[str, Any]) -> None:
+    found = scored(make_suite(entry("first"), entry("write", **keys)), tokenizer, model)
+    assert found["write"].smooth is None
+    assert found["first"].smooth is not None
+
+
+def test_coherence_tasks_have_none(make_suite: MakeSuite, tokenizer: Any, model: Any) -> None:
+    free = entry("write", role="coherence", metric="coherence")
+    assert scored(make_suite(entry("first"), free), tokenizer, model)["write"].smooth is None
+
+
+def test_a_filter_may_take_the_answer_from_the_gold_text(
+    make_suite: MakeSuite, tmp_path: Path, tokenizer: Any, model: Any
+) -> None:
+    """As in GSM8K: the gold text is a solution, of which filter and metric see the last part only."""
+    steps = [{"function": "regex", "regex_pattern": "= ([a-h])"}, {"function": "take_first"}]
+    changes = {
+        "doc_to_target": "{{ letters[1] }} = {{ letters[0] }}",
+        "generation_kwargs": {"until": ["<eos>"], "max_gen_toks": 3, "do_sample": False},
+        "filter_list": [{"name": "last", "filter": steps}],
+        "metric_list": [EXACT[0] | {"regexes_to_ignore": [".*= "]}],
+    }
+    folder = folder_of(tmp_path, **changes)
+    suite = make_suite(entry("write"), folder=folder)
+    harness = harness_of(suite, tokenizer)
+    (task,) = harness.items("search").tasks
+    assert {len(continuation) for _, continuation in task.pairs} == {3}
+    assert harness.evaluate(model, harness.items("search"))["write"].smooth is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys", "expected"),
+    [
+        ({"target_delimiter": " ; "}, {}, " ; "),
+        ({"target_delimiter": " ; "}, {"chat_template": CHAT}, ""),
+        ({"target_delimiter": " ; ", "gen_prefix": "="}, {}, " "),
+    ],
+    ids=["plain", "template", "prefix"],
+)
+def test_the_answer_follows_the_prompt_as_in_an_example(
+    make_suite: MakeSuite,
+    tmp_path: Path,
+    tokenizer: Any,
+    changes: dict[str, Any],
+    keys: dict[str, Any],
+    expected: str,
+) -> None:
+    ignoring = {"metric_list": [EXACT[0] | {"regexes_to_ignore": ["; "]}]}
+    longer = {"generation_kwargs": {"until": ["<eos>"], "max_gen_toks": 3, "do_sample": False}}
+    folder = folder_of(tmp_path, **(changes | ignoring | longer))
+    (task,) = harness_of(make_suite(entry("write", **keys), folder=folder), tokenizer).items("search").tasks
+    for (request,), (context, continuation) in zip(task.groups, task.pairs, strict=True):
+        text = request.args[0] + expected + request.doc["letters"][0]
+        assert context + continuation == tokenizer(text)["input_ids"]
+        assert context == tokenizer(request.args[0])["input_ids"]
+
+
+def test_it_has_a_gradient(make_suite: MakeSuite, tmp_path: Path, tokenizer: Any, model: Any) -> None:
+    from evomerge.evaluation.gradient import differentiable
+
+    suite = make_suite(entry("write"), entry("first"), folder=folder_of(tmp_path))
+    harness = harness_of(suite, tokenizer)
+    found = harness.evaluate(model, harness.items("search"))
+
+    def of(task: str) -> tuple[float, float]:
+        part = SmoothTask(task=task, gain=1.0, items=tuple(range(ITEMS["search"])))
+        with differentiable(model):
+            loss = harness.backward(model, "search", SmoothLoss(tasks=(part,), price=0.0, softness=1.0))
+            return loss, float(model.lm_head.weight.grad.abs().sum())
+
+    value, slope = of("write")
+    assert found["write"].margin is not None
+    assert value == pytest.approx(-np.mean(1 / (1 + np.exp(-found["write"].margin))), rel=1e-5)
+    assert slope > 0
+    assert (value, slope) == pytest.approx(of("first"))
+
+
+def test_the_key_says_something_about_generated_answers_only(make_suite: MakeSuite, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="companion is about generated answers"):
+        harness_of(make_suite(entry("first", companion="off")), tokenizer)
+
+
+def test_a_suite_without_the_key_stored_before_there_was_one_has_none(make_suite: MakeSuite) -> None:
+    suite = make_suite(entry("write"))
+    data = suite.model_dump(mode="json")
+    assert Suite.from_store(data, "store").companion == "auto"
+    del data["companion"]
+    before = Suite.from_store(data, "store")
+    assert before.companion == "off"
+    assert suite.as_stored(data).digest() == before.digest() != suite.digest()
