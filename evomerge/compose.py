@@ -174,7 +174,7 @@ def _open_store(prepared: Prepared) -> RunStore:
     try:
         files.remove_abandoned(prepared.folder)
         begun = run_facts(prepared)
-        StoredRun(store).check_same(begun)  # again, now that no other process can write
+        StoredRun(store).check_same(begun, prepared.suite)  # again, now that no other process can write
         if facts.CONFIG.get(store) != begun[facts.CONFIG]:
             facts.CONFIG.set(store, begun[facts.CONFIG])
     except BaseException:

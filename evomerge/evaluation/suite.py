@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.evaluation import task_files
 from evomerge.evaluation.asking import AUTO, OFF, Asking, with_template_text
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.files import expanded
@@ -48,7 +49,8 @@ _OWN_METRIC = {"retention": LOGLIKELIHOOD, "coherence": COHERENCE}
 _BEFORE = {"chat_template": OFF, "long_prompts": "cut"}
 """How models were asked before a suite could say it: runs stored then have none of these keys."""
 
-_NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
+_DIGEST = "2:"
+"""The start of digests over the files that the tasks use; older ones are over all files of `tasks_dir`."""
 
 
 class Splits(Strict):
@@ -264,11 +266,23 @@ class Suite(Asking):
         tasks = [task.model_dump() | {"weight": weights.get(task.task, task.weight)} for task in self.tasks]
         return parse(Suite, self.model_dump() | {"tasks": tasks}, f"suite {self.name!r} with new weights")
 
-    def digest(self) -> str:
+    def files(self) -> dict[str, Path]:
+        """Return the files that the tasks use, by name; see `evomerge.evaluation.task_files`."""
+        if self.tasks_dir is None:
+            return {}
+        return task_files.used(self.tasks_dir, [task.source for task in self.tasks])
+
+    def file_hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of each file that the tasks use; raise ConfigError where one can't be read."""
+        return task_files.hashes(self.files())
+
+    def digest(self, *, like: str = _DIGEST) -> str:
         """Return a SHA-256 over everything that determines the scores.
 
-        That is the suite's content without `about`, and the names and bytes of all files below `tasks_dir`,
+        That is the suite's content without `about`, and the names and bytes of the files that its tasks use,
         at any place. Built-in tasks belong to the lm-eval version, which a run records separately.
+
+        like: a stored digest to compare with, which may be over all files of `tasks_dir`.
 
         Keys that say how models are asked count where they are set. `chat_template: off` counts as not set,
         as in runs that were stored before there was such a key; `long_prompts` changes no score.
@@ -279,18 +293,12 @@ class Suite(Asking):
             del content["chat_template"]
         content["tasks"] = [_without_unset(task.model_dump(mode="json")) for task in self.tasks]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-        for path in self._files():
-            assert self.tasks_dir is not None
-            digest.update(f"\0{path.relative_to(self.tasks_dir).as_posix()}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
-
-    def _files(self) -> Iterable[Path]:
-        if self.tasks_dir is None:
-            return ()
-        below = (path for path in self.tasks_dir.rglob("*") if path.is_file())
-        data_files = (path for path in below if not set(_NOT_DATA) & set(path.parts))
-        return sorted(data_files, key=lambda path: path.as_posix())
+        older = not like.startswith(_DIGEST)
+        files = task_files.all_below(self.tasks_dir) if older and self.tasks_dir else self.files()
+        for name, file_hash in task_files.hashes(files).items():
+            digest.update(f"\0{name}\0".encode())
+            digest.update(bytes.fromhex(file_hash))
+        return digest.hexdigest() if older else _DIGEST + digest.hexdigest()
 
     def of(self, split: Split) -> tuple[SuiteTask, ...]:
         """Return the tasks that have items in a split, in suite order."""

@@ -108,7 +108,14 @@ CONFIG = Fact(
 )
 IDENTITY = Fact("identity", str, "prepare", "hash of all settings that change results")
 SUITE = Fact("suite", dict[str, Any], "prepare", "the suite, without the place of its task files")
-SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and its task files")
+SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and the files its tasks use")
+TASK_FILES = Fact(
+    "task_files",
+    dict[str, str],
+    "prepare",
+    "per file that the suite's tasks use, hash of its content",
+    in_digest=False,
+)
 FINGERPRINTS = Fact(
     "fingerprints",
     dict[str, str],
