@@ -29,11 +29,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation import task_files
 from evomerge.evaluation.asking import AUTO, OFF, Asking, with_template_text
+from evomerge.evaluation.own_data import METRICS, Columns
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.files import expanded
 from evomerge.schema import LARGEST_COUNT, LARGEST_FACTOR, Strict, find_preset, load_yaml, parse
@@ -45,6 +46,11 @@ COHERENCE = "coherence"
 """The one metric of coherence tasks: see `evomerge.evaluation.coherence`."""
 
 _OWN_METRIC = {"retention": LOGLIKELIHOOD, "coherence": COHERENCE}
+
+_BY_CONTENT = {split: split for split in SPLITS}
+_SCORED = "score"
+"""The metric of a scorer that returns one number."""
+_DATA_KEYS = ("prompt", "answer", "choices", "scorer")
 
 _BEFORE = {"chat_template": OFF, "long_prompts": "cut"}
 """How models were asked before a suite could say it: runs stored then have none of these keys."""
@@ -122,13 +128,26 @@ class SuiteTask(Asking):
     specialist: str | None = None
     """The source that was trained for the task. Default: the best parent."""
     splits: Splits
-    """Items for search, selection and test."""
+    """Items for search, selection and test. Of `data`: numbers, or by default a hash of the prompts."""
+    data: str | None = Field(None, min_length=1)
+    """A JSONL or CSV file, relative to the suite's file, in place of an lm-eval task."""
+    prompt: str | None = Field(None, min_length=1)
+    """The column of the prompts in `data`, or a jinja text over the columns."""
+    answer: str | None = Field(None, min_length=1)
+    """The column of the right answers in `data`, or a jinja text over the columns."""
+    choices: str | None = Field(None, min_length=1)
+    """The column of the choices in `data`: lists, or in CSV texts separated by `|`."""
+    scorer: str | None = Field(None, min_length=1)
+    """A Python function `module:function` or `file.py:function` that scores the answers to `data`."""
 
     @model_validator(mode="before")
     @classmethod
     def _own_metric(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and (metric := _OWN_METRIC.get(str(data.get("role")))):
             return {"metric": metric, **data}
+        if isinstance(data, Mapping) and isinstance(file := data.get("data"), str):
+            metric = _SCORED if data.get("scorer") else "choice" if data.get("choices") else "exact"
+            return {"task": Path(file).stem, "metric": metric, "splits": _BY_CONTENT, **data}
         return data
 
     @model_validator(mode="after")
@@ -139,9 +158,39 @@ class SuiteTask(Asking):
             )
         if self.role == "coherence" and self.metric.partition(",")[0] != COHERENCE:
             raise ValueError(f"a coherence task is measured by {COHERENCE!r}, not by {self.metric!r}")
+        self._check_data()
         if self.role != "skill" and self.specialist is not None:
             raise ValueError(f"a {self.role} task is compared with the base model; it has no specialist")
         return self
+
+    def _check_data(self) -> None:
+        keys = [key for key in _DATA_KEYS if getattr(self, key) is not None]
+        if self.data is None:
+            if keys:
+                raise ValueError(f"{keys[0]} is a key of tasks with `data`")
+            return
+        if missing := [key for key in ("prompt", "answer") if key not in keys]:
+            raise ValueError(f"a task with `data` needs {missing[0]}")
+        if self.of is not None or self.role != "skill":
+            raise ValueError("a task with `data` is a skill, without `of`")
+        if self.scorer is not None:
+            if self.choices is not None:
+                raise ValueError("a scorer reads generated answers; remove choices")
+            if not all(part.strip() for part in self.scorer.partition(":")):
+                raise ValueError("scorer: expected module:function or file.py:function")
+        elif self.metric.partition("_")[0] not in METRICS:
+            raise ValueError(f"metric: {nearest(self.metric, METRICS)}")
+        elif (self.metric == "choice") != (self.choices is not None):
+            raise ValueError("the metric choice and the key choices need each other")
+        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
+            raise ValueError("splits of a task with `data` are numbers of items, or left out")
+
+    @property
+    def columns(self) -> Columns:
+        """Where the parts of the items of `data` stand."""
+        assert self.prompt is not None
+        assert self.answer is not None
+        return Columns(prompt=self.prompt, answer=self.answer, choices=self.choices)
 
     @property
     def source(self) -> str:
@@ -175,6 +224,8 @@ class Suite(Asking):
     long_prompts: Literal["refuse", "cut"] | None = "refuse"
     tasks: tuple[SuiteTask, ...]
     """The tasks; at least one skill with `search` items and a weight above 0."""
+    _folder: Path = PrivateAttr(Path())
+    """Where `data` and `scorer` start."""
 
     @model_validator(mode="after")
     def _searchable(self) -> Suite:
@@ -229,7 +280,12 @@ class Suite(Asking):
                     for row in tasks
                 ]
                 data = {**data, "tasks": rows}
-        return parse(cls, data, where)
+        suite = parse(cls, data, where)
+        suite._folder = folder.resolve()
+        for path in suite.data_files.values():
+            if not path.is_file():
+                raise ConfigError(f"{where}: data is not a file", got=str(path))
+        return suite
 
     @classmethod
     def from_store(cls, data: Mapping[str, Any], where: str) -> Suite:
@@ -264,13 +320,29 @@ class Suite(Asking):
                 fix=nearest(unknown[0], [task.task for task in self.tasks]),
             )
         tasks = [task.model_dump() | {"weight": weights.get(task.task, task.weight)} for task in self.tasks]
-        return parse(Suite, self.model_dump() | {"tasks": tasks}, f"suite {self.name!r} with new weights")
+        where = f"suite {self.name!r} with new weights"
+        changed = parse(Suite, self.model_dump() | {"tasks": tasks}, where)
+        changed._folder = self._folder
+        return changed
 
     def files(self) -> dict[str, Path]:
         """Return the files that the tasks use, by name; see `evomerge.evaluation.task_files`."""
+        own = self.data_files | self.scorer_files
         if self.tasks_dir is None:
-            return {}
-        return task_files.used(self.tasks_dir, [task.source for task in self.tasks])
+            return own
+        names = [task.source for task in self.tasks if task.data is None]
+        return task_files.used(self.tasks_dir, names) | own
+
+    @property
+    def data_files(self) -> dict[str, Path]:
+        """The files of the tasks' own data: as written in the suite -> path."""
+        return {task.data: self._folder / expanded(task.data) for task in self.tasks if task.data is not None}
+
+    @property
+    def scorer_files(self) -> dict[str, Path]:
+        """The Python files that scorers name: as written in the suite -> path."""
+        names = [task.scorer.rpartition(":")[0] for task in self.tasks if task.scorer is not None]
+        return {name: self._folder / expanded(name) for name in names if name.endswith(".py")}
 
     def file_hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file that the tasks use; raise ConfigError where one can't be read."""
@@ -314,7 +386,7 @@ class Suite(Asking):
 
 def _without_unset(content: dict[str, Any]) -> dict[str, Any]:
     """Leave out keys of `Asking` (and `of`) that are not set, and `long_prompts`."""
-    asking = {*Asking.model_fields, "of"}
+    asking = {*Asking.model_fields, "of", "data", *_DATA_KEYS}
     return {
         key: value
         for key, value in content.items()

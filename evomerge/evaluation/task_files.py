@@ -22,6 +22,7 @@ from evomerge.schema import PythonName, load_yaml
 
 _NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
 _DATA_KEYS = ("dataset_path", "dataset_kwargs")
+_PART = 2**20
 _LONGEST_NAME = 1000
 """Characters of a text that can be the name of a file."""
 
@@ -63,7 +64,10 @@ def hashes(files: Mapping[str, Path]) -> dict[str, str]:
     for name, path in files.items():
         try:
             with open_regular(path) as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.sha256()
+                while part := file.read(_PART):
+                    digest.update(part)
+                found[name] = digest.hexdigest()
         except OSError as error:
             raise ConfigError(f"{path}: can't be read", got=error.strerror or str(error)) from None
     return found

@@ -28,6 +28,7 @@ from evomerge.errors import ConfigError, UserError, nearest
 from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.asking import Asking
 from evomerge.evaluation.live_lm import LiveLM, compiled_templates, quiet
+from evomerge.evaluation.own_tasks import own_task
 from evomerge.evaluation.permissions import (
     NOTHING,
     Permissions,
@@ -309,7 +310,11 @@ def build(suite: Suite, *, lm: LiveLM, seed: int, permissions: Permissions = NOT
 
     lm: tokenises and renders prompts. Raises ConfigError: as in `load` and TaskBuilder.
     """
-    tasks = load(suite, [spec.source for spec in suite.tasks], permissions)
+    named = [spec.source for spec in suite.tasks if spec.data is None]
+    loaded = iter(load(suite, named, permissions) if named else ())
+    tasks = [
+        next(loaded) if spec.data is None else own_task(suite, spec, permissions) for spec in suite.tasks
+    ]
     builders = []
     for spec, task in zip(suite.tasks, tasks, strict=True):
         unsafe = getattr(task, "UNSAFE_CODE", False)  # a class can say so too

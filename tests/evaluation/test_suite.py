@@ -99,7 +99,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "unknown task key",
         {"tasks": [skill(wieght=1)]},
         "unknown key 'tasks.0.wieght' (did you mean 'weight'? "
-        f"Valid: {ASKING}, task, of, metric, role, weight, specialist, splits)",
+        f"Valid: {ASKING}, task, of, metric, role, weight, specialist, splits, "
+        "data, prompt, answer, choices, scorer)",
     ),
     ("no metric", {"tasks": [skill(metric=None)]}, "missing key 'tasks.0.metric'"),
     (
