@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import own_data
 from evomerge.evaluation.live_lm import quiet
 from evomerge.evaluation.permissions import Permissions
+from evomerge.evaluation.scorers import Scorer
 from evomerge.evaluation.scores import SPLITS
 from evomerge.evaluation.suite import Suite, SuiteTask
 
@@ -43,18 +45,22 @@ def own_task(suite: Suite, spec: SuiteTask, permissions: Permissions) -> Any:
         for split, items in by_split.items()
         if items
     }
+    scorer = None
+    if spec.scorer is not None:
+        scorer = Scorer(spec.task, suite.scorer_place(spec.scorer), permissions)
     with quiet():
-        return ConfigurableTask(config=_config(spec, datasets.DatasetDict(tables), data))
+        return ConfigurableTask(config=_config(spec, datasets.DatasetDict(tables), data, scorer))
 
 
 def _document(item: own_data.OwnItem) -> dict[str, Any]:
-    document: dict[str, Any] = {"prompt": item.prompt, "answer": item.answer}
+    row = json.dumps(item.row)
+    document: dict[str, Any] = {"prompt": item.prompt, "answer": item.answer, "row": row}
     if item.choices:
         document |= {"choices": list(item.choices), "right": item.choices.index(item.answer)}
     return document
 
 
-def _config(spec: SuiteTask, dataset: Any, data: own_data.OwnData) -> dict[str, Any]:
+def _config(spec: SuiteTask, dataset: Any, data: own_data.OwnData, scorer: Scorer | None) -> dict[str, Any]:
     config: dict[str, Any] = {
         "task": spec.task,
         "custom_dataset": lambda **_: dataset,
@@ -72,7 +78,6 @@ def _config(spec: SuiteTask, dataset: Any, data: own_data.OwnData) -> dict[str, 
             "process_results": _choice,
         }
     one_line = spec.metric == "exact" and not any("\n" in item.answer.strip() for item in data.items)
-    compare = own_data.scorer(spec.metric.partition("_")[0])
     return config | {
         "output_type": "generate_until",
         "doc_to_target": "answer",
@@ -81,8 +86,16 @@ def _config(spec: SuiteTask, dataset: Any, data: own_data.OwnData) -> dict[str, 
             "do_sample": False,
             "max_gen_toks": _LONGEST,
         },
-        "process_results": lambda document, answers: compare(answers[0], document["answer"]),
+        "process_results": _generated(spec, scorer),
     }
+
+
+def _generated(spec: SuiteTask, scorer: Scorer | None) -> Callable[[Any, Any], dict[str, float]]:
+    """Return what scores a generated answer."""
+    if scorer is not None:
+        return lambda document, answers: scorer(answers[0], json.loads(document["row"]))
+    compare = own_data.scorer(spec.metric.partition("_")[0])
+    return lambda document, answers: compare(answers[0], document["answer"])
 
 
 def _choice(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:

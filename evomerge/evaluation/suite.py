@@ -282,9 +282,9 @@ class Suite(Asking):
                 data = {**data, "tasks": rows}
         suite = parse(cls, data, where)
         suite._folder = folder.resolve()
-        for path in suite.data_files.values():
-            if not path.is_file():
-                raise ConfigError(f"{where}: data is not a file", got=str(path))
+        for what, paths in (("data", suite.data_files), ("scorer", suite.scorer_files)):
+            if missing := [path for path in paths.values() if not path.is_file()]:
+                raise ConfigError(f"{where}: {what} is not a file", got=str(missing[0]))
         return suite
 
     @classmethod
@@ -340,9 +340,20 @@ class Suite(Asking):
 
     @property
     def scorer_files(self) -> dict[str, Path]:
-        """The Python files that scorers name: as written in the suite -> path."""
-        names = [task.scorer.rpartition(":")[0] for task in self.tasks if task.scorer is not None]
-        return {name: self._folder / expanded(name) for name in names if name.endswith(".py")}
+        """The Python files that scorers name, and what these import from beside them: name -> path."""
+        found: dict[str, Path] = {}
+        for scorer in (task.scorer for task in self.tasks if task.scorer is not None):
+            name = scorer.rpartition(":")[0]
+            if name.endswith(".py"):
+                path = self._folder / expanded(name)
+                found |= {name: path} | task_files.imported(path, self._folder)
+        return found
+
+    def scorer_place(self, scorer: str) -> str:
+        """Return a scorer with the whole path of its file."""
+        place, _, function = scorer.rpartition(":")
+        path = self._folder / expanded(place) if place.endswith(".py") else place
+        return f"{path}:{function}"
 
     def file_hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file that the tasks use; raise ConfigError where one can't be read."""

@@ -52,6 +52,13 @@ def used(folder: Path, tasks: Iterable[str]) -> dict[str, Path]:
     return dict(sorted(finder.files.items()))
 
 
+def imported(code: Path, folder: Path) -> dict[str, Path]:
+    """Return the files beside a Python file that it imports or names, by name relative to a folder."""
+    finder = _Finder(folder)
+    finder.add(code)
+    return {name: path for name, path in finder.files.items() if path != Path(os.path.normpath(code))}
+
+
 def all_below(folder: Path) -> dict[str, Path]:
     """Return all files below a folder: what made up the identity of runs before `used` was known."""
     below = sorted(_data_files(folder), key=lambda path: path.as_posix())
