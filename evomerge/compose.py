@@ -11,7 +11,7 @@ from evomerge import files
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
 from evomerge.prepare import Prepared, check_folder, check_time, full_hashes, prepare, run_facts
-from evomerge.running import executors, forward
+from evomerge.running import executors, forward, looks
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget
@@ -104,6 +104,7 @@ def execute(
                     ).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)
+            looks.note(prepared.suite.test_digest(), prepared.folder)
             winner = outcome.winner
             log.event("finished", reason=outcome.stopped, name=winner.name, id=winner.recipe.hash[:ID])
             return outcome

@@ -54,7 +54,7 @@ def check(config: ConfigArgument, permissions: Any = None) -> None:
     require_packages(loaded.tracking)
     prepared = prepare(loaded)
     check_folder(prepared)
-    prompts = delivery.examples(prepared)
+    prepared, prompts = delivery.examples(prepared)
     estimate = probe(prepared)
     output.say(delivery.text(prepared, estimate, prompts))
     output.data(delivery.as_data(prepared, estimate, prompts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,13 @@ _LONGEST = 1200
 """Characters of a prompt, or of an answer, that are shown; of longer ones the middle is left out."""
 
 
-def examples(prepared: Prepared) -> list[RenderedItem]:
-    """Return one item of each task as the model sees it; only configs and tokenizers are read for it."""
-    return build_harness(prepared.worker).examples()
+def examples(prepared: Prepared) -> tuple[Prepared, list[RenderedItem]]:
+    """Return one item of each task as the model sees it; only configs and tokenizers are read for it.
+
+    What is to be said about the items joins the notes of the returned config.
+    """
+    harness = build_harness(prepared.worker)
+    return replace(prepared, notes=(*prepared.notes, *harness.notes)), harness.examples()
 
 
 def as_data(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> dict[str, Any]:

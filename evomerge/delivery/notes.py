@@ -5,7 +5,7 @@ from __future__ import annotations
 from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.normalise import dud_sentences
-from evomerge.running import forward
+from evomerge.running import forward, looks
 from evomerge.running.batches import decisions
 
 
@@ -31,5 +31,10 @@ def notes(summary: Summary) -> list[str]:
         sentences.append(
             f"`test` was used for {len(winners)} winners (the budget was raised), "
             "so its p-values are optimistic"
+        )
+    if (runs := looks.runs_on_the_test_of(store.folder)) > 1:
+        sentences.append(
+            f"this `test` was looked at by {runs} runs on this machine: the best of several runs on it is "
+            "chosen by luck, too"
         )
     return sentences

@@ -52,7 +52,7 @@ _SCORED = "score"
 """The metric of a scorer that returns one number."""
 _DATA_KEYS = ("prompt", "answer", "choices", "scorer")
 
-_BEFORE = {"chat_template": OFF, "long_prompts": "cut"}
+_BEFORE = {"chat_template": OFF, "long_prompts": "cut", "near_duplicates": "keep"}
 """How models were asked before a suite could say it: runs stored then have none of these keys."""
 
 _DIGEST = "2:"
@@ -222,6 +222,9 @@ class Suite(Asking):
     """Folder of lm-eval task YAMLs, relative to the suite's file. Without it, lm-eval's own tasks."""
     chat_template: str | None = Field(AUTO, min_length=1)
     long_prompts: Literal["refuse", "cut"] | None = "refuse"
+    near_duplicates: Literal["drop", "refuse", "keep"] = "drop"
+    """What happens to `search` and `select` items that ask nearly the same as one in a later split, in any
+    task; `test` items always stay."""
     tasks: tuple[SuiteTask, ...]
     """The tasks; at least one skill with `search` items and a weight above 0."""
     _folder: Path = PrivateAttr(Path())
@@ -359,6 +362,13 @@ class Suite(Asking):
         """Return the SHA-256 of each file that the tasks use; raise ConfigError where one can't be read."""
         return task_files.hashes(self.files())
 
+    def test_digest(self) -> str:
+        """Return a SHA-256 of what `test` is: its tasks, where their items come from, and their files."""
+        tasks = sorted(
+            {f"{task.source} {task.splits.test} {task.prompt} {task.choices}" for task in self.of("test")}
+        )
+        return hashlib.sha256(json.dumps([tasks, self.file_hashes()]).encode()).hexdigest()
+
     def digest(self, *, like: str = _DIGEST) -> str:
         """Return a SHA-256 over everything that determines the scores.
 
@@ -374,6 +384,8 @@ class Suite(Asking):
         content = _without_unset(content)
         if content.get("chat_template") == OFF:
             del content["chat_template"]
+        if self.near_duplicates == "keep":  # as in runs that were stored before there was such a key
+            del content["near_duplicates"]
         content["tasks"] = [_without_unset(task.model_dump(mode="json")) for task in self.tasks]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         older = not like.startswith(_DIGEST)

@@ -25,6 +25,7 @@ import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.evaluation import contamination
 from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.asking import Asking
 from evomerge.evaluation.live_lm import LiveLM, compiled_templates, quiet
@@ -84,6 +85,27 @@ class TaskBuilder:
         self.sample: tuple[Any, ...] = ()
         """A few requests with their answers, for checks before anything is scored."""
         self.metric, self.filter = self._metric()
+        self.near_duplicates: tuple[contamination.NearDuplicate, ...] = ()
+        """Items that were left out."""
+
+    def texts(self) -> dict[Split, list[str]]:
+        """Return what each item asks, by split; see `evomerge.evaluation.contamination`."""
+        with compiled_templates():
+            return {split: list(map(self._identity, docs)) for split, docs in self.documents.items()}
+
+    def leave_out(self, items: Sequence[contamination.NearDuplicate]) -> None:
+        """Drop items of `search` and `select`; raise ConfigError where a split would lose all."""
+        self.near_duplicates = tuple(items)
+        for split in {item.split for item in items}:
+            gone = {item.index for item in items if item.split == split}
+            kept = [doc for number, doc in enumerate(self.documents[split]) if number not in gone]
+            if not kept:
+                raise ConfigError(
+                    f"task {self.spec.task!r}: all {len(gone)} {split} items are near duplicates "
+                    "of items in a later split",
+                    fix="give other items, or set near_duplicates: keep in the suite",
+                )
+            self.documents[split] = kept
 
     def requests(self, split: Split) -> Any:
         """Return a copy of the lm-eval task whose `instances` are the split's requests.
@@ -330,7 +352,23 @@ def build(suite: Suite, *, lm: LiveLM, seed: int, permissions: Permissions = NOT
             raise ConfigError(
                 f"task {spec.task!r} can't be used", got=f"{type(error).__name__}: {error}"
             ) from error
+    _leave_out_near_duplicates(suite, builders)
     return builders
+
+
+def _leave_out_near_duplicates(suite: Suite, builders: Sequence[TaskBuilder]) -> None:
+    """Drop items that ask nearly the same as one of a later split, or raise ConfigError."""
+    if suite.near_duplicates == "keep":
+        return
+    found = contamination.near_duplicates({builder.spec.task: builder.texts() for builder in builders})
+    if found and suite.near_duplicates == "refuse":
+        raise ConfigError(
+            f"suite {suite.name!r}: {len(found)} items are near duplicates of items in a later split",
+            got=f"{found[0]}: {found[0].text[:80]}",
+            fix="remove them from the data, or set near_duplicates: drop",
+        )
+    for builder in builders:
+        builder.leave_out([item for item in found if item.task == builder.spec.task])
 
 
 def load(suite: Suite, names: Sequence[str], permissions: Permissions) -> list[Any]:

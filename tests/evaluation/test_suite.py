@@ -93,7 +93,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "unknown key",
         {"taks": 1},
-        f"unknown key 'taks' (did you mean 'tasks'? Valid: {ASKING}, name, about, tasks_dir, tasks)",
+        f"unknown key 'taks' (did you mean 'tasks'? Valid: {ASKING}, name, about, tasks_dir, "
+        "near_duplicates, tasks)",
     ),
     (
         "unknown task key",
