@@ -1,7 +1,7 @@
 """Looks: how often one `test` was used, over all runs of a machine.
 
-A `test` that many runs were compared on is no longer unseen: who keeps the best of ten runs selects on it. Each
-use is a line of JSON in the user's state folder: EVOMERGE_STATE, else XDG_STATE_HOME/evomerge, else
+A `test` that many runs were compared on is no longer unseen: who keeps the best of ten runs selects on it.
+Each use is a line of JSON in the user's state folder: EVOMERGE_STATE, else XDG_STATE_HOME/evomerge, else
 ~/.local/state/evomerge. Where it can't be written or read, nothing is counted.
 """
 
