@@ -43,6 +43,7 @@ SUITE = (
     ("Suite", "evomerge.evaluation.suite:Suite", "your_models.md"),
     ("tasks", "evomerge.evaluation.suite:SuiteTask", "your_models.md"),
     ("tasks.splits", "evomerge.evaluation.suite:Splits", "your_models.md"),
+    ("drawn items", "evomerge.evaluation.suite:DrawnItems", "suites.md"),
     ("asking", "evomerge.evaluation.asking:Asking", "evaluation.md"),
     ("gen_kwargs", "evomerge.evaluation.asking:GenerationSpec", "evaluation.md"),
     ("filters", "evomerge.evaluation.asking:FilterSpec", "evaluation.md"),
@@ -100,7 +101,7 @@ def _section(
             continue
         assert field.description, f"{model.__name__}.{name} has no docstring"
         cells = (
-            f"`{name}`",
+            f"`{field.alias or name}`",
             _type(field.annotation, headings),
             _default(field),
             _range(field.metadata),

@@ -134,6 +134,7 @@ def _search(
             finalists=prepared.config.finalists,
             seed=prepared.config.seed,
             layers=prepared.layers,
+            baselines=prepared.baselines,
             warm=prepared.warm,
         ),
         scorer=Scorer(store, scheduler, observer, batches, failures=prepared.config.budget.failures),

@@ -23,6 +23,7 @@ from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
 from evomerge.schema import LARGEST_COUNT, LARGEST_SEED, Strict, find_preset, load_yaml, parse, preset_folder
+from evomerge.search.baselines import BaselinesSpec
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
@@ -104,6 +105,10 @@ class RunConfig(Strict):
     """The model of the scores that proposes and screens candidates. `off` leaves both to the optimizer."""
     warm_start: WarmStartSpec = Field(default_factory=WarmStartSpec)
     """What the search starts from besides the baselines: another run, recipe files, gradients."""
+    baselines: BaselinesSpec = "auto"
+    """The hand-made merges that the winner is compared with, beside base and parents: `all`, a list of
+    names as reports show them, or `auto`: all for small models; for models of 50 million weights or more a
+    short list, raced like candidates, of which the best five are scored on `test`."""
     finalists: int = Field(default=8, ge=1, le=10_000)
     """Number of candidates that are scored again on `select`, beside their greedy soup."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -220,6 +225,8 @@ class RunConfig(Strict):
             del data["executor"]["generation"]  # runs begun before this setting existed keep their identity
         if not self.tokenizer:
             del data["tokenizer"]  # and before this one
+        if self.baselines == "auto":
+            del data["baselines"]  # and before this one; what it meant is stored with the run
         if self.warm_start == WarmStartSpec():
             del data["warm_start"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -29,7 +29,7 @@ from evomerge.running.clock import moment, shown
 from evomerge.running.inputs import RunInputs
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec
-from evomerge.search import optimizers
+from evomerge.search import baselines, optimizers
 from evomerge.search.spaces import kinds
 from evomerge.search.spaces.layer_path import LayerPathSpec
 from evomerge.search.spaces.space import Space
@@ -44,7 +44,7 @@ class Prepared:
 
     inputs: what models and task files are now, to be compared while the run goes on. parameters: number of
     the base model's weights. layers: number of the base model's layers. optimizer: its name and the reason
-    for it. notes: remarks on the models that are no errors.
+    for it. notes: remarks on the models that are no errors. baselines: the hand-made merges to score.
     """
 
     config: RunConfig
@@ -58,6 +58,7 @@ class Prepared:
     optimizer: str
     notes: tuple[str, ...]
     warm: WarmStart = field(default_factory=WarmStart)
+    baselines: baselines.Choice = field(default_factory=baselines.Choice)
 
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:
@@ -121,7 +122,20 @@ def prepare(config: RunConfig) -> Prepared:
         layers=len({layer_of(name) for name in headers} - {None}),
         notes=notes,
         warm=warm,
+        baselines=_baselines(config, template, sum(header.count for header in headers.values())),
     )
+
+
+def _baselines(config: RunConfig, template: Recipe, weights: int) -> baselines.Choice:
+    """Return the baselines of a run: those it was begun with, or those its config asks for."""
+    folder = Path(config.out)
+    if StoreReader.exists(folder):
+        with StoreReader.read(folder) as store:
+            return baselines.Choice.from_data(facts.BASELINES.get(store))
+    sources = tuple(config.models.sources)
+    rows = baselines.hand_made(template, sources, dict.fromkeys(sources, 1.0))
+    available = [*(row.name for row in rows), baselines.SOUP]
+    return baselines.choose(config.baselines, available=available, weights=weights)
 
 
 def _suite(config: RunConfig) -> Suite:
@@ -227,6 +241,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
             facts.SUITE_DIGEST: prepared.inputs.suite,
             facts.TASK_FILES: dict(prepared.inputs.task_files),
             facts.OPTIMIZER: prepared.optimizer,
+            facts.BASELINES: prepared.baselines.as_data(),
             facts.LAYERS: prepared.layers,
             facts.FORWARD: forward.as_data(forward.find(prepared.worker)),
             facts.ARITHMETIC: f"{prepared.worker.device.split(':')[0]} {prepared.worker.dtype}",

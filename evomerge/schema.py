@@ -392,7 +392,9 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
     place = [str(part) for part in problem["loc"] if not _MEMBER.fullmatch(str(part))]
     if problem["type"] == "extra_forbidden":
         owner: Any = _model_at(model, place[:-1])
-        hint = f" ({nearest(place[-1], owner.model_fields)})" if owner is not None else ""
+        fields = owner.model_fields.items() if owner is not None else ()
+        names = [field.alias or name for name, field in fields]
+        hint = f" ({nearest(place[-1], names)})" if owner is not None else ""
         return f"unknown key {'.'.join(place)!r}{hint}"
     if problem["type"] == "missing":
         return f"missing key {'.'.join(place)!r}"

@@ -81,7 +81,8 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     config, workers, now = prepared.config, executors.worker_count(prepared.config.executor), time.time()
     sources = tuple(config.models.sources)
     parents = len(sources) + 1
-    hand_made = len(baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0)))
+    rows = baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0))
+    hand_made = sum(row.name in prepared.baselines for row in rows)
     starts = len(prepared.warm.recipes)
     beforehand = math.ceil((parents + hand_made + starts) / workers) + len(sources)  # the soup, one by one
     slopes = _slopes(prepared)
@@ -91,7 +92,10 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     after = REPORT + Work(
         soups=config.finalists,
         select=config.finalists + EXTRA + parents + (hand_made if config.objective.several else 0),
-        test=1 + parents + hand_made + 1 + starts,
+        test=1
+        + parents
+        + (min(hand_made, baselines.TESTED) if prepared.baselines.short else hand_made + 1)
+        + starts,
     ).seconds(seconds, workers)
     searched = _searched(prepared, items["search"])
     whole = None

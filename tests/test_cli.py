@@ -79,6 +79,20 @@ def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: 
     task, prompt = next(iter(shown.items()))
     assert f"  {task}: {prompt['prompt_tokens']} tokens, then {len(prompt['answer'])} that are scored" in text
     assert "".join(f"[{token}]" for token in prompt["answer"]) in text
+    assert not any("answers to generate" in note for note in data["notes"])
+
+
+def test_check_says_where_batches_are_small(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(budget={"evaluations": 40})
+    splits = {"search": 24, "select": 16, "test": 40}
+    tasks = [
+        {"task": "demo_upper", "metric": "acc", "splits": splits},
+        {"task": "demo_upper_generate", "metric": "exact_match", "splits": splits},
+    ]
+    write_suite(tmp_path, tasks=tasks)
+    text = succeed("check", path)
+    assert "an item block has 8 answers to generate" in text
+    assert "racing: {blocks: 1}" in text
 
 
 def test_spaces_lists_the_presets(config: Callable[..., Path]) -> None:

@@ -19,6 +19,11 @@ from evomerge.running.store import RunStore
 PROGRAM = [sys.executable, "-c", "from evomerge.cli import main; main()"]
 
 
+def interruptible() -> None:
+    """As a command in the foreground: jobs that a script starts in the background ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(*words: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*PROGRAM, *map(str, words)],
@@ -26,6 +31,7 @@ def start(*words: object, **options: Any) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=interruptible,
         **options,
     )
 

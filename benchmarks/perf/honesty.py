@@ -185,7 +185,14 @@ def simulated(run: int) -> tuple[bool, bool, bool, bool]:
     )
     mine = scorer.one(winner.recipe, "test")
     rows = [scorer.one(entry.recipe, "test") for entry in (*entries.parents, *entries.baselines)]
-    best = scale.compare(mine, max(rows, key=scale.mean), seed=0)
+    searched = [scorer.one(entry.recipe, "search") for entry in (*entries.parents, *entries.baselines)]
+    on_search = Normaliser(SUITE, base=searched[0], parents=by_split["search"], duds=[d.task for d in duds])
+    _, best = scale.compare_with_best(
+        mine,
+        {str(number): row for number, row in enumerate(rows)},
+        fixed=str(max(range(len(rows)), key=lambda number: on_search.mean(searched[number]))),
+        seed=0,
+    )
     fixed = scale.compare(mine, scorer.one(entries.baselines[0].recipe, "test"), seed=0)
     mean = scale.interval(mine)
     truth = float(np.mean([(MERGE - part.zero) / part.headroom for part in scale.skills]))

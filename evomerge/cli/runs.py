@@ -54,10 +54,10 @@ def check(config: ConfigArgument, permissions: Any = None) -> None:
     require_packages(loaded.tracking)
     prepared = prepare(loaded)
     check_folder(prepared)
-    prepared, prompts = delivery.examples(prepared)
+    items = delivery.asked(prepared)
     estimate = probe(prepared)
-    output.say(delivery.text(prepared, estimate, prompts))
-    output.data(delivery.as_data(prepared, estimate, prompts))
+    output.say(delivery.text(prepared, estimate, items))
+    output.data(delivery.as_data(prepared, estimate, items))
 
 
 @command(app, "run", budget=True)

@@ -96,9 +96,9 @@ def _parts(store: StoreReader, recipe: str, split: Split) -> list[Scores]:
 
 
 def _items(summary: Summary, named: Named, task: str, split: Split | None) -> dict[str, Any]:
-    listed = samples.items(summary, [named], task, split)
+    chosen, listed = samples.items(summary, [named], task, split)
     rows = [sample.as_data() for sample in listed]
-    return {"task": task, "rows": [{**row, **row.pop("answers")[0]} for row in rows]}
+    return {"task": task, "split": chosen, "rows": [{**row, **row.pop("answers")[0]} for row in rows]}
 
 
 def text(data: dict[str, Any]) -> RenderableType:
@@ -134,7 +134,7 @@ def _table(items: dict[str, Any]) -> Table:
         *(style.numbers(name) for name in ("block", "item", "metric", "smooth", "margin")),
         style.words("prompt"),
         style.words("answers (right ones in brackets)"),
-        title=items["task"],
+        title=f"{items['task']} on {items['split']}",
     )
     for row in items["rows"]:
         answers = row["choices"] or row["texts"] or []

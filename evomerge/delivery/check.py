@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,26 +17,42 @@ from evomerge.trial import Probe
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
 
+_FULL = 16
+"""Answers that are generated together in a batch that is large enough."""
 _LONGEST = 1200
 """Characters of a prompt, or of an answer, that are shown; of longer ones the middle is left out."""
 
 
-def examples(prepared: Prepared) -> tuple[Prepared, list[RenderedItem]]:
-    """Return one item of each task as the model sees it; only configs and tokenizers are read for it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """How models are asked: one item of each task as the model sees it, and remarks on the batches."""
 
-    What is to be said about the items joins the notes of the returned config.
-    """
-    harness = build_harness(prepared.worker)
-    return replace(prepared, notes=(*prepared.notes, *harness.notes)), harness.examples()
+    prompts: tuple[RenderedItem, ...]
+    notes: tuple[str, ...]
 
 
-def as_data(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> dict[str, Any]:
+def asked(prepared: Prepared) -> Asked:
+    """Build a run's items; only configs and tokenizers of the models are read for it."""
+    harness, blocks = build_harness(prepared.worker), prepared.worker.blocks
+    written = max(harness.written("search", block) for block in range(blocks))
+    full = min(prepared.worker.batch_size, _FULL)
+    notes = harness.notes
+    if blocks > 1 and 0 < written < full:
+        fewer = max(1, written * blocks // full)
+        notes.append(
+            f"an item block has {written} answers to generate, and generating few at once takes longer: "
+            f"racing: {{blocks: {fewer}}} makes the batches larger, and lets candidates leave at fewer points"
+        )
+    return Asked(prompts=tuple(harness.examples()), notes=tuple(notes))
+
+
+def as_data(prepared: Prepared, probe: Probe, questions: Asked) -> dict[str, Any]:
     """Return the findings as plain data (`check --json`).
 
     Args:
         prepared: the checked config.
         probe: the timed evaluation of one candidate.
-        prompts: from `examples`.
+        questions: from `asked`.
 
     Returns:
         Values that JSON can hold; times in the unit their key names, costs in the budget's currency.
@@ -62,12 +78,12 @@ def as_data(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -
         "enough_time": not probe.late,
         "out": str(prepared.folder),
         "resolution": resolution(prepared.suite, probe.test_items).as_data(),
-        "notes": list(prepared.notes),
-        "prompts": [asdict(prompt) for prompt in prompts],
+        "notes": [*prepared.notes, *questions.notes],
+        "prompts": [asdict(prompt) for prompt in questions.prompts],
     }
 
 
-def text(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> str:
+def text(prepared: Prepared, probe: Probe, questions: Asked) -> str:
     """Return the findings as text for the terminal; arguments as in `as_data`."""
     items = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
     config, worker = prepared.config, prepared.worker
@@ -97,8 +113,8 @@ def text(prepared: Prepared, probe: Probe, prompts: Sequence[RenderedItem]) -> s
     visible = resolution(prepared.suite, probe.test_items)
     lines.append(f"test:   {visible.sentence}")
     lines += [f"note:   {note}" for note in visible.notes]
-    notes = (f"note:   {note}" for note in prepared.notes)
-    return "\n".join([*lines, *notes, *_prompts(prompts), "ready to run"])
+    notes = (f"note:   {note}" for note in (*prepared.notes, *questions.notes))
+    return "\n".join([*lines, *notes, *_prompts(questions.prompts), "ready to run"])
 
 
 def _prompts(prompts: Sequence[RenderedItem]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from evomerge.delivery.summary import Summary
 from evomerge.evaluation.normalise import dud_sentences
 from evomerge.running import forward, looks
 from evomerge.running.batches import decisions
+from evomerge.running.store import facts
 
 
 def notes(summary: Summary) -> list[str]:
@@ -19,6 +20,11 @@ def notes(summary: Summary) -> list[str]:
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(
             f"{task}: the specialist is hardly better than the base, so the task's part of the mean is noise"
+        )
+    if (facts.BASELINES.get(store) or {}).get("short"):
+        sentences.append(
+            "a short list of baselines was raced on `search`, and the best were scored on `test`, because "
+            "these models are costly to score (baselines: all scores all of them)"
         )
     sentences += [decision.sentence for decision in decisions(store)]
     first, *later = store.sessions() or [{}]

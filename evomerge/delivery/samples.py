@@ -84,8 +84,10 @@ class Sample:
         }
 
 
-def items(summary: Summary, models: Sequence[Named], task: str, split: Split | None) -> list[Sample]:
-    """Return the items of a task that all of some models are scored on, in item order.
+def items(
+    summary: Summary, models: Sequence[Named], task: str, split: Split | None
+) -> tuple[Split, list[Sample]]:
+    """Return the split and the items of a task that all of some models are scored on, in item order.
 
     Args:
         summary: of the run.
@@ -107,7 +109,7 @@ def items(summary: Summary, models: Sequence[Named], task: str, split: Split | N
             f"{who}: no scores of {task} on {chosen or 'any split'}",
             expected=f"a split among {', '.join(scored)}" if scored else "a candidate that was scored",
         )
-    return [
+    return chosen, [
         Sample(
             block=block,
             item=item,
@@ -175,7 +177,7 @@ def as_data(
         ConfigError: there is no such candidate, task or score, or the task has no right answers.
     """
     models = [export.find(summary, name) for name in (pick, against) if name is not None]
-    found = items(summary, models, task, split)
+    where, found = items(summary, models, task, split)
     role = summary.suite[task].role
     if wrong and role != "skill":
         raise ConfigError(f"--wrong: {task} has no wrong answers, because it measures {role}")
@@ -184,6 +186,7 @@ def as_data(
         listed = sorted(listed, key=lambda sample: -sample.lead)
     return {
         "task": task,
+        "split": where,
         "models": [{"name": named.name, "id": named.recipe.hash[:ID]} for named in models],
         "items": len(found),
         "listed": len(listed),
@@ -196,7 +199,9 @@ def text(data: dict[str, Any]) -> RenderableType:
     names = " against ".join(f"{model['name']} ({model['id']})" for model in data["models"])
     shown, listed, total = len(data["samples"]), data["listed"], data["items"]
     counts = f"{shown} of {listed} items" if listed == total else f"{shown} of {listed} items, of {total}"
-    parts: list[RenderableType] = [Text(f"{data['task']}: {names}, {counts}", style="bold")]
+    parts: list[RenderableType] = [
+        Text(f"{data['task']} on {data['split']}: {names}, {counts}", style="bold")
+    ]
     for sample in data["samples"]:
         parts += [Text(f"\nblock {sample['block']}, item {sample['item']}", style="bold"), _block(sample)]
     if any(sample["prompt"] is None for sample in data["samples"]):
@@ -255,7 +260,7 @@ def on_page(summary: Summary, rival: str | None) -> list[tuple[str, list[Sample]
     for entry in summary.suite.of("test"):
         if not _common(summary, models, entry.task, "test"):
             continue
-        found = items(summary, models, entry.task, "test")
+        _, found = items(summary, models, entry.task, "test")
         if entry.role != "skill" or found[0].answers[0].texts is None:
             continue
         lost = [sample for sample in found if sample.lead > 0][:ON_PAGE]

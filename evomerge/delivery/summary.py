@@ -251,10 +251,11 @@ class Summary:
             The test of the mean normalised score on `test`, and one per task; None until the winner is scored
             there.
         """
+        rows = list(rows)
         rival = self.best_baseline(rows)
         if self.winner is None or rival is None:
             return None
-        test = self._mean_difference(self.winner.recipe.hash, rival.recipe)
+        test = self._against_best(self.winner.recipe.hash, rows)
         normaliser = self.normaliser("test")
         scores, rival_scores = (self.scores(r, "test") for r in (self.winner.recipe.hash, rival.recipe))
         if test is None or scores is None or rival_scores is None or normaliser is None:
@@ -290,6 +291,20 @@ class Summary:
             )
             for t, test, p in zip(tasks, tests, adjusted, strict=True)
         ]
+
+    def _against_best(self, recipe: str, rows: Iterable[Row]) -> PairedTest | None:
+        """Test a recipe against the best of the rivals, as `Normaliser.compare_with_best`."""
+        normaliser, scores = self.normaliser("test"), self.scores(recipe, "test")
+        rivals = {
+            row.recipe: rival
+            for row in rows
+            if row.role not in ("winner", "start") and (rival := self.scores(row.recipe, "test")) is not None
+        }
+        if normaliser is None or scores is None or not rivals:
+            return None
+        searched = {name: mean for name in rivals if (mean := self.mean(name, "search")) is not None}
+        fixed = max(searched, key=lambda name: searched[name], default=next(iter(rivals)))
+        return normaliser.compare_with_best(scores, rivals, fixed=fixed, seed=SEED)[1]
 
     def _mean_difference(self, recipe: str, rival: str) -> PairedTest | None:
         """Test the difference of two recipes in the mean normalised score on `test`."""

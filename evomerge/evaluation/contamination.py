@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from datasketch import MinHash, MinHashLSH
 
+from evomerge.errors import ConfigError
 from evomerge.evaluation.scores import SPLITS, Split
 
 THRESHOLD = 0.8
@@ -85,6 +86,16 @@ def near_duplicates(texts: Texts) -> list[NearDuplicate]:
         for place, sketch in kept:
             index.insert(place, sketch)
     return found
+
+
+def refuse(found: Sequence[NearDuplicate]) -> None:
+    """Raise ConfigError where there are near duplicates."""
+    if found:
+        raise ConfigError(
+            f"{len(found)} items of the suite are near duplicates of items in a later split",
+            got=f"{found[0]}: {found[0].text[:80]}",
+            fix="remove them from the data, or set near_duplicates: drop",
+        )
 
 
 def summary(found: Sequence[NearDuplicate]) -> list[str]:

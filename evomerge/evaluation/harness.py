@@ -145,6 +145,10 @@ class Harness:
             )
         return self._items[split][block]
 
+    def written(self, split: Split, block: int = 0) -> int:
+        """Return how many answers the model writes on a block of a split."""
+        return sum(len(requests) for _, _, requests in _asked(self.items(split, block)))
+
     def questions(self, split: Split, block: int = 0) -> dict[str, list[Question]]:
         """Return what is asked in the items of a block by task, in item order, cut to `stored_text`."""
         if not self._stored_text:
@@ -431,16 +435,18 @@ def _generated(task: TaskItems, answers: Sequence[Generated], lm: LiveLM, stored
         for request, answer in zip(repeated, answers, strict=True):
             tokens = lm.tok_encode(answer.text, add_special_tokens=False)
             by_item.setdefault(request.doc_id, []).append(coherence(tokens, ended=answer.ended))
-        metric = np.array([np.mean(values) for values in by_item.values()])
+        metric, smooth = np.array([np.mean(values) for values in by_item.values()]), None
     else:
         _give(repeated, [answer.text for answer in answers])
         metric = _metric(task)
+        smooth = None if (partial := task.builder.spec.smooth) is None else _smooth(task, partial)
     left = iter(answers)
     counts = [sum(instance.repeats or 1 for instance in group) for group in task.groups]
     by_group = [list(itertools.islice(left, count)) for count in counts]
     return TaskScores(
         task=task.name,
         metric=metric,
+        smooth=smooth,
         tokens=np.array([np.mean([answer.tokens for answer in group]) for group in by_group]),
         texts=tuple(tuple(answer.text[:stored_text] for answer in group) for group in by_group)
         if stored_text
@@ -448,13 +454,26 @@ def _generated(task: TaskItems, answers: Sequence[Generated], lm: LiveLM, stored
     )
 
 
-def _metric(task: TaskItems) -> Array:
-    """Return (n,) the metric of each item, from lm-eval's filters and `process_results`."""
+def _smooth(task: TaskItems, name: str) -> Array:
+    """Return (n,) the partial credit of each item. name: of the metric."""
+    values = _metric(task, name)
+    if wrong := [value for value in values.tolist() if not 0 <= value <= 1]:
+        raise ConfigError(
+            f"task {task.name!r}: smooth metric {name!r}", expected="numbers from 0 to 1", got=str(wrong[0])
+        )
+    return values
+
+
+def _metric(task: TaskItems, other: str | None = None) -> Array:
+    """Return (n,) the metric of each item, from lm-eval's filters and `process_results`.
+
+    other: the name of another metric of the task.
+    """
     for group in task.groups:
         for instance in group:
             instance.filtered_resps = {}
     task.task.apply_filters()
-    name, chosen = task.builder.metric, task.builder.filter
+    name, chosen = other or task.builder.metric, task.builder.filter
     values = np.empty(len(task.groups))
     for item, group in enumerate(task.groups):
         results = [instance.filtered_resps[chosen] for instance in group]

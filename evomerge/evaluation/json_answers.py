@@ -74,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b if a is None or b is None else bool(a == b)
+    return a is b if a is None or b is None else bool(a == b)
 
 
 def score_value(answer: str, expected: Any) -> dict[str, float]:
@@ -122,7 +122,8 @@ def score_calls(
         `arguments`.
 
     >>> offered = [{"name": "add", "parameters": {"type": "object", "required": ["a"]}}]
-    >>> score_calls('[{"name": "add", "arguments": {"a": 1}}]', [{"name": "add", "arguments": {"a": 1}}], offered)
+    >>> call = {"name": "add", "arguments": {"a": 1}}
+    >>> score_calls(json.dumps([call]), [call], offered)
     {'exact': 1.0, 'valid': 1.0, 'function': 1.0, 'arguments': 1.0, 'partial': 1.0}
     """
     value, whole = read(answer)
@@ -156,7 +157,7 @@ def _calls(value: Any) -> list[dict[str, Any]] | None:
 def _fits(call: Mapping[str, Any], schemas: Mapping[str, Any]) -> bool:
     if call.keys() != {"name", "arguments"} or call["name"] not in schemas:
         return False
-    return jsonschema.Draft202012Validator(schemas[call["name"]]).is_valid(call["arguments"])
+    return bool(jsonschema.Draft202012Validator(schemas[call["name"]]).is_valid(call["arguments"]))
 
 
 def _matched(calls: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> float:

@@ -412,6 +412,42 @@ class Normaliser:
             *items, self.weights, seed=seed, spans=self.spans, units=self.units
         )
 
+    def compare_with_best(
+        self, winner: Scores, rivals: Mapping[str, Scores], *, fixed: str, seed: int
+    ) -> tuple[str, statistics.PairedTest]:
+        """Test a model against the best of several rivals, which is chosen on these very items.
+
+        That choice favours the rivals, and the interval of the difference to the chosen one lies too low.
+        The returned interval holds the difference to the truly best rival in at least 95 % of cases: its
+        lower end is the lowest over the rivals, one of which is truly the best, and its upper end is that of
+        a rival chosen on other items, which is truly no better than the best (as in Hsu 1984, multiple
+        comparisons with the best, with a reference in place of simultaneous bounds).
+
+        Args:
+            winner: the scores of the model.
+            rivals: name -> scores on the same items.
+            fixed: the rival that is the best on other items.
+            seed: of the p-value's random draws.
+
+        Returns:
+            The name of the best rival, and the test; estimate and p are of the difference to that rival.
+        """
+        best = max(rivals, key=lambda name: self.mean(rivals[name]))
+        test = self.compare(winner, rivals[best], seed=seed)
+        high = (
+            test.high
+            if fixed == best
+            else max(test.high, self.compare(winner, rivals[fixed], seed=seed).high)
+        )
+        low = test.low
+        for name, scores in rivals.items():
+            # A rival far behind can't have the lowest end: intervals are no longer than twice the best's.
+            if name != best and self.mean(winner) - self.mean(scores) < test.estimate + (
+                test.high - test.low
+            ):
+                low = min(low, self.compare(winner, scores, seed=seed).low)
+        return best, replace(test, low=low, high=high)
+
     def _weighted(self, values: list[float]) -> float:
         return math.fsum(weight * value for weight, value in zip(self.weights.tolist(), values, strict=True))
 

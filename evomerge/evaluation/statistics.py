@@ -102,12 +102,19 @@ Span = tuple[float, float]
 
 
 def span(*samples: Array) -> Span:
-    """Return the range of a metric: 0 to 1, widened to the samples where they lie outside.
+    """Return the range of a metric: 0 to 1; where samples lie outside, from their mean to the farthest one.
 
-    >>> span(np.array([0.2, 1.0])), span(np.array([-3.0, 40.0]))
-    ((0.0, 1.0), (-3.0, 40.0))
+    The range is then unknown, so it is symmetric: pseudo-observations at its ends don't move the mean.
+
+    >>> span(np.array([0.2, 1.0])), span(np.array([-3.0, -1.0, -2.0])), span(np.array([7.0]))
+    ((0.0, 1.0), (-3.0, -1.0), (6.0, 8.0))
     """
-    return min(0.0, *(float(s.min()) for s in samples)), max(1.0, *(float(s.max()) for s in samples))
+    values = np.concatenate(samples)
+    if ((values >= 0.0) & (values <= 1.0)).all():
+        return 0.0, 1.0
+    centre = float(values.mean())
+    reach = float(np.abs(values - centre).max()) or 1.0
+    return centre - reach, centre + reach
 
 
 def interval(

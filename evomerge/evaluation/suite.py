@@ -7,7 +7,7 @@ A suite file::
 
     name: demo
     about: five skills and one likelihood task
-    tasks_dir: ../tasks/demo          # relative to this file; without it, lm-eval's built-in tasks
+    tasks_dir: ../tasks/demo          # relative to this file; what is not in it is lm-eval's
     tasks:
       - task: demo_add                # the lm-eval task, or a name of your choice and `of: TASK`
         metric: acc                   # one of the task's per-item metrics; "metric,filter" picks a filter
@@ -16,9 +16,10 @@ A suite file::
         specialist: add               # the source whose score is 1; default: the best parent
         splits: {search: search, select: select, test: test}
 
-A split is the name of a dataset split, or a number of items that evomerge draws without overlap from the
-split that lm-eval would evaluate. How the tasks are put to a model (chat template, examples, generation) is
-said by the keys of `evomerge.evaluation.asking`, in the suite or in a task.
+A split is the name of a dataset split, items that evomerge draws from one (`{from: train, items: 300}`), or
+a number alone: then all three are drawn from the split that lm-eval would evaluate. How the tasks are put to
+a model (chat template, examples, generation) is said by the keys of `evomerge.evaluation.asking`, in the
+suite or in a task.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation import task_files
@@ -59,41 +67,66 @@ _DIGEST = "2:"
 """The start of digests over the files that the tasks use; older ones are over all files of `tasks_dir`."""
 
 
+class DrawnItems(Strict):
+    """Items that are drawn from a dataset split."""
+
+    from_: str = Field(alias="from", min_length=1)
+    """Name of the dataset split."""
+    items: int = Field(ge=1, le=LARGEST_COUNT)
+    """Number of items. Entries with the same `from` have no item in common."""
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"from": self.from_, "items": self.items}
+
+
 class Splits(Strict):
     """Where the three splits of a task come from.
 
-    Names of dataset splits for all three, or numbers of items for all three. Numbers are drawn, without
-    overlap, from the split that lm-eval would evaluate.
+    Each is the name of a dataset split, or `{from: NAME, items: NUMBER}`: items that are drawn from one.
+    Numbers alone for all three are drawn from the split that lm-eval would evaluate. What is drawn for one
+    split is in no other.
 
     >>> Splits(search=300, select=200, test=500).drawn
     True
     """
 
-    search: int | str | None = None
+    search: int | str | DrawnItems | None = None
     """Items the search optimises. Without it the task is reported only."""
-    select: int | str
-    """Items for the choice of the winner."""
-    test: int | str
+    select: int | str | DrawnItems | None = None
+    """Items for the choice of the winner. A task that is reported only can be without them."""
+    test: int | str | DrawnItems
     """Items for the report, which influence no choice."""
 
-    @field_validator("search", "select", "test", mode="before")
+    @field_validator("search", "select", "test", mode="wrap")
     @classmethod
-    def _name_or_count(cls, value: object) -> object:
-        if value is None or (isinstance(value, str) and value):
-            return value
+    def _name_or_count(cls, value: object, parsed: ValidatorFunctionWrapHandler) -> object:
+        if isinstance(value, Mapping):
+            return parse(DrawnItems, value, "drawn items")
+        if value is None or (isinstance(value, str) and value) or isinstance(value, DrawnItems):
+            return parsed(value)
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT:
             return value
         if type(value) is int and value > LARGEST_COUNT:
             raise ValueError(f"expected at most {LARGEST_COUNT:,} items")
-        raise ValueError("expected the name of a dataset split, or a number of items (1 or more)")
+        raise ValueError(
+            "expected the name of a dataset split, a number of items (1 or more), "
+            "or {from: NAME, items: NUMBER}"
+        )
 
     @model_validator(mode="after")
     def _apart(self) -> Splits:
         values = [value for value in (self.search, self.select, self.test) if value is not None]
-        if len({type(value) for value in values}) > 1:
-            raise ValueError("give names of dataset splits for all three, or numbers of items for all three")
+        if len({isinstance(value, int) for value in values}) > 1:
+            raise ValueError(
+                "give names of dataset splits for all three, or numbers of items for all three; "
+                "a number beside a name says where its items are from: {from: NAME, items: NUMBER}"
+            )
+        if self.search is not None and self.select is None:
+            raise ValueError("a task with search items needs select items: they choose the winner")
         names = [value for value in values if isinstance(value, str)]
-        if shared := {name for name in names if names.count(name) > 1}:
+        drawn = {value.from_ for value in values if isinstance(value, DrawnItems)}
+        if shared := {name for name in names if names.count(name) > 1 or name in drawn}:
             raise ValueError(
                 f"the dataset split {sorted(shared)[0]!r} is used twice, "
                 "but items that select a model can't test it; name different splits, or give numbers of items"
@@ -105,9 +138,14 @@ class Splits(Strict):
         """Whether the splits are numbers of items, drawn from one dataset split."""
         return isinstance(self.test, int)
 
-    def __getitem__(self, split: Split) -> int | str | None:
-        value: int | str | None = getattr(self, split)
+    def __getitem__(self, split: Split) -> int | str | DrawnItems | None:
+        value: int | str | DrawnItems | None = getattr(self, split)
         return value
+
+    def dataset_split(self, split: Split) -> str | None:
+        """Return the dataset split that a split's items come from, None where lm-eval says it."""
+        value = self[split]
+        return value.from_ if isinstance(value, DrawnItems) else value if isinstance(value, str) else None
 
 
 class SuiteTask(Asking):
@@ -121,6 +159,9 @@ class SuiteTask(Asking):
     metric: str = Field(min_length=1)
     """One of the task's per-item metrics; `metric,filter` picks a filter. Retention and coherence tasks have
     one."""
+    smooth: str | None = Field(None, min_length=1)
+    """Another per-item metric, from 0 to 1, that gives partial credit for generated answers; it takes the
+    place of the probability of right answers in `objective.smooth`."""
     role: Literal["skill", "retention", "coherence"] = "skill"
     """What the task measures: a skill, the base's general ability, or the coherence of free generations."""
     weight: Annotated[float, Field(ge=0, le=LARGEST_FACTOR)] = 1.0
@@ -159,6 +200,8 @@ class SuiteTask(Asking):
         if self.role == "coherence" and self.metric.partition(",")[0] != COHERENCE:
             raise ValueError(f"a coherence task is measured by {COHERENCE!r}, not by {self.metric!r}")
         self._check_data()
+        if self.role != "skill" and self.smooth is not None:
+            raise ValueError(f"a {self.role} task has no partial credit; remove smooth")
         if self.role != "skill" and self.specialist is not None:
             raise ValueError(f"a {self.role} task is compared with the base model; it has no specialist")
         return self
@@ -219,7 +262,7 @@ class Suite(Asking):
     about: str = ""
     """One line for people."""
     tasks_dir: Path | None = None
-    """Folder of lm-eval task YAMLs, relative to the suite's file. Without it, lm-eval's own tasks."""
+    """Folder of lm-eval task YAMLs, relative to the suite's file. Other tasks are lm-eval's own."""
     chat_template: str | None = Field(AUTO, min_length=1)
     long_prompts: Literal["refuse", "cut"] | None = "refuse"
     near_duplicates: Literal["drop", "refuse", "keep"] = "drop"
@@ -408,8 +451,8 @@ class Suite(Asking):
 
 
 def _without_unset(content: dict[str, Any]) -> dict[str, Any]:
-    """Leave out keys of `Asking` (and `of`) that are not set, and `long_prompts`."""
-    asking = {*Asking.model_fields, "of", "data", *_DATA_KEYS}
+    """Leave out keys of `Asking`, `of`, `smooth` and those of `data` that are not set; and `long_prompts`."""
+    asking = {*Asking.model_fields, "of", "smooth", "data", *_DATA_KEYS}
     return {
         key: value
         for key, value in content.items()

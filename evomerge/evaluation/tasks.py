@@ -11,8 +11,11 @@ import contextlib
 import copy
 import difflib
 import errno
+import functools
 import hashlib
 import json
+import logging
+import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +25,7 @@ from typing import Any
 import datasets
 import lm_eval.tasks
 import numpy as np
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
@@ -40,7 +44,7 @@ from evomerge.evaluation.permissions import (
 )
 from evomerge.evaluation.prompts import build_requests, set_up, template_of
 from evomerge.evaluation.scores import SPLITS, Split
-from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, Suite, SuiteTask
+from evomerge.evaluation.suite import COHERENCE, LOGLIKELIHOOD, DrawnItems, Suite, SuiteTask
 from evomerge.schema import load_yaml
 
 FEWSHOT_SEED = 1234
@@ -49,6 +53,14 @@ FEWSHOT_SEED = 1234
 EXECUTES = "HF_ALLOW_CODE_EVAL"
 """The environment variable without which the library `evaluate` executes no answers."""
 
+NOTICE = logging.WARNING + 1
+"""Level of messages that people see on the terminal, where libraries' warnings are off."""
+logging.addLevelName(NOTICE, "NOTICE")
+
+_log = logging.getLogger(__name__)
+
+_FILE_KINDS = ("json", "csv", "parquet", "arrow", "text")
+"""Values of `dataset_path` that are the format of files."""
 _HINTS = 5
 _SAMPLE = 4
 
@@ -74,7 +86,7 @@ class TaskBuilder:
         for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
             if hasattr(task, name):
                 setattr(task, name, _remembered(getattr(task, name)))
-        self.documents = self._drawn(seed) if spec.splits.drawn else self._named()
+        self.documents = self._drawn(seed) if spec.splits.drawn else self._named(seed)
         shots = getattr(task.config, "num_fewshot", None)
         if shots is not None and (type(shots) is not int or shots < 0):
             raise ConfigError(
@@ -128,7 +140,7 @@ class TaskBuilder:
 
     def _view(self, split: Split, documents: Sequence[Any]) -> Any:
         view = copy.copy(self._task)
-        if isinstance(where := self.spec.splits[split], str):
+        if (where := self.spec.splits.dataset_split(split)) is not None:
             # From this lm-eval knows the documents' split, and leaves each out of its own few-shot examples.
             view._config = copy.copy(view.config)
             view.set_config("test_split", where)
@@ -156,29 +168,40 @@ class TaskBuilder:
             _check_request(self.spec.task, instance)
         return view
 
-    def _named(self) -> dict[Split, list[Any]]:
+    def _named(self, seed: int) -> dict[Split, list[Any]]:
         if not isinstance(self._task, ConfigurableTask):
             raise ConfigError(
                 f"task {self.spec.task!r} is written in Python and selects its dataset split itself",
                 fix="give numbers of items for its splits",
             )
-        documents: dict[Split, list[Any]] = {}
-        for split in SPLITS:
-            if (name := self.spec.splits[split]) is None:
+        pools: dict[str, list[Any]] = {}
+        for split in reversed(SPLITS):  # so that more search items don't change the other splits
+            if (name := self.spec.splits.dataset_split(split)) is None or name in pools:
                 continue
             if name not in self._task.dataset:
                 raise ConfigError(
                     f"task {self.spec.task!r} has no dataset split {name!r}",
-                    fix=nearest(str(name), self._task.dataset),
+                    fix=nearest(name, self._task.dataset),
                 )
             view = copy.copy(self._task)
             view._config = copy.copy(view.config)
             view.set_config("test_split", name)
-            documents[split] = _rows(view.test_docs())
-            if not documents[split]:
+            pools[name] = _rows(view.test_docs())
+            if not pools[name]:
                 raise ConfigError(f"task {self.spec.task!r}: its dataset split {name!r} is empty")
+        parts = {split: part for split in SPLITS if (part := self.spec.splits[split]) is not None}
+        documents = {split: pools[name] for split, name in parts.items() if isinstance(name, str)}
         self._refuse_shared(documents)
-        return documents
+        with compiled_templates():
+            seen = {self._identity(document) for docs in documents.values() for document in docs}
+        for name, pool in pools.items():
+            drawn = {
+                s: part.items
+                for s, part in parts.items()
+                if isinstance(part, DrawnItems) and part.from_ == name
+            }
+            documents |= self._draw(pool, drawn, [seed, _number(self.spec.source), _number(name)], seen)
+        return {split: documents[split] for split in parts}
 
     def _refuse_shared(self, documents: Mapping[Split, Sequence[Any]]) -> None:
         owner: dict[str, Split] = {}
@@ -198,12 +221,18 @@ class TaskBuilder:
             )
 
     def _drawn(self, seed: int) -> dict[Split, list[Any]]:
-        pool = self._task.eval_docs
-        counts = {s: int(n) for s in SPLITS if (n := self.spec.splits[s]) is not None}
-        name = int.from_bytes(hashlib.sha256(self.spec.source.encode()).digest()[:8], "big")
-        order = np.random.default_rng([seed, name]).permutation(len(pool))
+        counts = {s: n for s in SPLITS if isinstance(n := self.spec.splits[s], int)}
+        return self._draw(self._task.eval_docs, counts, [seed, _number(self.spec.source)], set())
+
+    def _draw(
+        self, pool: Any, counts: Mapping[Split, int], seeds: Sequence[int], seen: set[str]
+    ) -> dict[Split, list[Any]]:
+        """Draw documents that differ from each other and from those seen, which is completed by them."""
+        if not counts:
+            return {}
+        before = len(seen)
+        order = np.random.default_rng(seeds).permutation(len(pool))
         documents: dict[Split, list[Any]] = {split: [] for split in counts}
-        seen: set[str] = set()
         # The test items are drawn first, so that more search items don't change the other splits.
         open_splits = [split for split in reversed(SPLITS) if split in counts]
         with compiled_templates():
@@ -220,7 +249,7 @@ class TaskBuilder:
         raise ConfigError(
             f"task {self.spec.task!r} has too few items for its splits",
             expected=" + ".join(f"{n} ({split})" for split, n in counts.items()),
-            got=f"{len(seen)} different items",
+            got=f"{len(seen) - before} different items",
         )
 
     def _identity(self, document: Any) -> str:
@@ -244,10 +273,11 @@ class TaskBuilder:
         shown = task.fewshot_docs() if sampler is None else sampler.fewshot_docs()
         pool = [document for document in shown if _content(document) not in scored]
         shots = task.config.num_fewshot
-        if len(pool) <= shots:
+        least = shots if isinstance(sampler, FirstNSampler) else shots + 1  # others may draw one too many
+        if len(pool) < least:
             raise ConfigError(
                 f"task {self.spec.task!r} takes its few-shot examples from the items it is scored on",
-                expected=f"more than {shots} examples that are in none of its splits",
+                expected=f"{least} examples or more that are in none of its splits",
                 got=str(len(pool)),
                 fix="set fewshot_split to another dataset split, or reduce the numbers of items",
             )
@@ -260,6 +290,12 @@ class TaskBuilder:
     def _metric(self) -> tuple[str, str | None]:
         """Return the metric and its filter, after processing a placeholder answer to the first document."""
         name, _, chosen = self.spec.metric.partition(",")
+        if self.spec.smooth is not None and self.output_type != "generate_until":
+            raise ConfigError(
+                f"task {self.spec.task!r} generates no answers, so `smooth` says nothing about it",
+                got=f"output_type: {self.output_type}",
+                fix="remove smooth: the probability of right answers is this task's smooth signal",
+            )
         if self.output_type == "loglikelihood_rolling":
             if name != LOGLIKELIHOOD:
                 raise self._unknown_metric(name, [LOGLIKELIHOOD])
@@ -304,7 +340,8 @@ class TaskBuilder:
             raise ConfigError(
                 f"task {self.spec.task!r} can't process a result", got=f"{type(error).__name__}: {error}"
             ) from error
-        self._check_metric(name, results, view.higher_is_better())
+        for metric in filter(None, (name, self.spec.smooth)):
+            self._check_metric(metric, results, view.higher_is_better())
         return name, key
 
     def _check_metric(self, name: str, results: Mapping[str, Any], higher: Mapping[str, bool]) -> None:
@@ -361,12 +398,8 @@ def _leave_out_near_duplicates(suite: Suite, builders: Sequence[TaskBuilder]) ->
     if suite.near_duplicates == "keep":
         return
     found = contamination.near_duplicates({builder.spec.task: builder.texts() for builder in builders})
-    if found and suite.near_duplicates == "refuse":
-        raise ConfigError(
-            f"suite {suite.name!r}: {len(found)} items are near duplicates of items in a later split",
-            got=f"{found[0]}: {found[0].text[:80]}",
-            fix="remove them from the data, or set near_duplicates: drop",
-        )
+    if suite.near_duplicates == "refuse":
+        contamination.refuse(found)
     for builder in builders:
         builder.leave_out([item for item in found if item.task == builder.spec.task])
 
@@ -386,6 +419,8 @@ def load(suite: Suite, names: Sequence[str], permissions: Permissions) -> list[A
         for name in names:
             entry = manager.task_index[name]
             check_task(name, Path(entry.yaml_path), entry.cfg or {}, permissions)
+        for name in dict.fromkeys(names):
+            _announce(name, manager.task_index[name].cfg or {})
         return [_loaded(manager, name, permissions) for name in names]
 
 
@@ -401,12 +436,28 @@ def _loaded(manager: Any, name: str, permissions: Permissions) -> Any:
         raise
     except BaseException as error:  # code of the task may call sys.exit
         raise ConfigError(
-            f"task {name!r} can't be loaded", got=f"{type(error).__name__}: {error}", fix=_cache_advice(error)
+            f"task {name!r} can't be loaded", got=f"{type(error).__name__}: {error}", fix=_advice(error)
         ) from error
 
 
-def _cache_advice(error: BaseException) -> str | None:
-    """Say what to do where a task's data can't be written to the cache of the libraries."""
+def _announce(name: str, config: Mapping[str, Any]) -> None:
+    """Say that a task's data may be downloaded, unless it is in local files."""
+    place = config.get("dataset_path")
+    if isinstance(place, str) and place not in _FILE_KINDS and not Path(place).exists():
+        part = f" ({config['dataset_name']})" if config.get("dataset_name") else ""
+        if multiprocessing.parent_process() is None:  # once, not by every worker
+            text = "task %s: loading the data set %s%s; the first time it is downloaded"
+            _log.log(NOTICE, text, name, place, part)
+
+
+def _advice(error: BaseException) -> str | None:
+    """Say what to do where a task's data can't be loaded or written, or its code needs a package."""
+    if isinstance(error, ConnectionError):
+        return "load the suite once where the hub can be reached; its cache (HF_HOME) can be copied"
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"install the package that has {error.name}; for IFEval's checks: pip install 'evomerge[ifeval]'"
+        )
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
         return f"if {error.filename or 'the home folder'} can't be written, set HF_HOME to a folder that can"
     return None
@@ -439,36 +490,57 @@ def _check_request(task: str, instance: Any) -> None:
         )
 
 
+def _number(name: str) -> int:
+    """Return a number for a name, as a seed."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
 def is_number(value: object) -> bool:
     """Say whether a metric's value is a single number, and not data for an aggregation."""
     return isinstance(value, int | float | np.number | np.bool_)
 
 
 def _manager(suite: Suite, names: Sequence[str]) -> Any:
+    """Return lm-eval's index of the suite's own tasks, and of its built-in ones for all other names."""
+    own: list[str] = []
     if suite.tasks_dir is not None:
         for path in sorted(Path(suite.tasks_dir).rglob("*.yaml")):
             data = load_yaml(path, task_file=True)  # lm-eval skips a malformed file without a message
             check_types(path, data)
-        return lm_eval.tasks.TaskManager(include_path=str(suite.tasks_dir), include_defaults=False)
+        own = [str(suite.tasks_dir)]
+        manager = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False)
+        names = [name for name in names if name not in manager.all_tasks]
+        if not names:
+            return manager
     # Indexing all built-in tasks takes half a minute, and searching the folders of a few tasks two seconds.
-    if folders := _builtin_folders(names):
-        manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+    folders = _builtin_folders(names)
+    if folders or own:  # the suite's own come last, where they replace others with the same name
+        manager = lm_eval.tasks.TaskManager(include_path=[*folders, *own], include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
             return manager
-    return lm_eval.tasks.TaskManager()
+    return manager if own else lm_eval.tasks.TaskManager()
 
 
-def _builtin_folders(names: Sequence[str]) -> list[str]:
-    either = "|".join(re.escape(name) for name in names)
-    declares = re.compile(
-        rf"^['\"]?task['\"]?:\s*['\"]?(?:{either})['\"]?\s*(?:#.*)?$".encode(), re.MULTILINE
-    )
+def _builtin_folders(names: Iterable[str]) -> list[str]:
+    places = _builtin_places()
+    return sorted({folder for name in names for folder in places.get(name, ())})
+
+
+@functools.cache
+def _builtin_places() -> dict[str, set[str]]:
+    """Return the folders in which a file says the name of one of lm-eval's tasks, by name."""
+    says = re.compile(rb"^['\"]?task['\"]?:\s*['\"]?([^'\"\s#]+)['\"]?\s*(?:#.*)?$", re.MULTILINE)
     root = Path(lm_eval.tasks.__file__).parent
-    return sorted({str(path.parent) for path in root.rglob("*.yaml") if declares.search(path.read_bytes())})
+    places: dict[str, set[str]] = {}
+    for path in root.rglob("*.yaml"):
+        for name in says.findall(path.read_bytes()):
+            places.setdefault(name.decode(errors="replace"), set()).add(str(path.parent))
+    return places
 
 
 def _unknown_task(suite: Suite, name: str, valid: set[str], group: bool) -> ConfigError:
-    where = f"in {suite.tasks_dir}" if suite.tasks_dir is not None else "among lm-eval's built-in tasks"
+    own = f"in {suite.tasks_dir}, nor " if suite.tasks_dir is not None else ""
+    where = f"{own}among lm-eval's built-in tasks"
     if group:
         return ConfigError(
             f"suite {suite.name!r}: {name!r} is a group of tasks", fix="list its tasks separately"

@@ -7,12 +7,85 @@ and the verdict is a paired test of the winner against the best of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from evomerge.errors import ConfigError, nearest
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
 from evomerge.search.ports import Named
 
+SHORT = (
+    "uniform average",
+    "task arithmetic 0.3",
+    "task arithmetic 0.6",
+    "task arithmetic 0.4, equal norms",
+    "TIES",
+    "TIES 0.4, not normalised",
+    "DARE-TIES",
+    "SLERP",
+    "Model Stock",
+    "greedy soup",
+)
+"""The baselines of models that are costly to score."""
+
+COSTLY = 50_000_000
+"""Number of weights from which a model is costly to score."""
+
+TESTED = 5
+"""How many of the baselines of costly models are scored on `test`: the best on `search`."""
+
+SOUP = "greedy soup"
+
+BaselinesSpec = Literal["auto", "all"] | tuple[str, ...]
+"""The `baselines` part of a run config."""
+
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """The task-arithmetic grid: the weight every task vector gets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which hand-made merges are scored. names: None for all of them. short: whether clearly worse ones leave
+    early, and only the TESTED best on `search` are scored on `test`."""
+
+    names: tuple[str, ...] | None = None
+    short: bool = False
+
+    def __contains__(self, name: str) -> bool:
+        return self.names is None or name in self.names
+
+    def as_data(self) -> dict[str, Any]:
+        """Return it as a fact of the store."""
+        return {"names": None if self.names is None else list(self.names), "short": self.short}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any] | None) -> Choice:
+        """Return the choice of a stored run; runs begun before there was a choice scored all."""
+        if data is None:
+            return cls()
+        names = data["names"]
+        return cls(names=None if names is None else tuple(names), short=bool(data["short"]))
+
+
+def choose(spec: BaselinesSpec, *, available: Sequence[str], weights: int) -> Choice:
+    """Return which baselines a run scores.
+
+    Args:
+        spec: `auto`: all where a model has fewer than COSTLY weights, else the short list; `all`; or names.
+        available: names of all hand-made merges of these sources.
+        weights: number of the base model's weights.
+
+    Raises:
+        ConfigError: there is no such baseline.
+    """
+    if spec == "all" or (spec == "auto" and weights < COSTLY):
+        return Choice()
+    if spec == "auto":
+        return Choice(names=tuple(name for name in SHORT if name in available), short=True)
+    for name in spec:
+        if name not in available:
+            raise ConfigError(f"baselines: there is no {name!r}", fix=nearest(name, available))
+    return Choice(names=tuple(name for name in available if name in spec))
 
 
 def parents(template: Recipe, sources: Sequence[str]) -> list[Named]:
@@ -78,7 +151,7 @@ def greedy_soup(
         loss = loss_of(_global(template, "linear", more, weight=1.0))
         if loss <= best:
             kept, best = more, loss
-    return Named(name="greedy soup", recipe=_global(template, "linear", kept, weight=1.0))
+    return Named(name=SOUP, recipe=_global(template, "linear", kept, weight=1.0))
 
 
 def as_task_vectors(template: Recipe, sources: Sequence[str], model: str) -> Recipe:

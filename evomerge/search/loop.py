@@ -32,7 +32,7 @@ from evomerge.search.ports import (
     SearchBudget,
     SearchObserver,
 )
-from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order
+from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
@@ -49,7 +49,7 @@ class SearchPlan:
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
     finalists: how many of the best candidates are scored again on `select`, beside their soup and the
         optimizer's favourite. layers: number of the base model's layers, the unit of the depth objective.
-    surrogate: None where the optimizer works alone.
+    surrogate: None where the optimizer works alone. baselines: the hand-made merges that are scored.
     """
 
     suite: Suite
@@ -64,6 +64,7 @@ class SearchPlan:
     surrogate: SurrogateSpec | None = None
     warm: WarmStart = field(default_factory=WarmStart)
     layers: int | None = None
+    baselines: baselines.Choice = field(default_factory=baselines.Choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +125,10 @@ class Search:
         objective = self._objective(references)
         parents = self._known(objective, self._parents, "base and parents")
         hand_made = self._score_baselines(objective, parents)
-        self._foresee([k.named for k in hand_made], *(("select",) if objective.count > 1 else ()), "test")
+        tested = self._tested(hand_made)
+        self._foresee([k.named for k in tested], "test")
+        if objective.count > 1:
+            self._foresee([k.named for k in hand_made], "select")
         starts, spent = self._score_starts(objective, references, [*hand_made, *parents[1:]])
         self._foresee([k.named for k in starts], "test")
         views, order, ledger = self._blocks(objective, [*parents, *hand_made], starts)
@@ -162,7 +166,8 @@ class Search:
         self._guard_inputs()
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
-        self._scorer.score([k.named.recipe for k in known], "test", "test of the baselines")
+        compared = [*starts, *tested]
+        self._scorer.score([k.named.recipe for k in compared], "test", "test of the baselines")
         self._guard_inputs()
         return Outcome(winner=winner, stopped=searched.stopped)
 
@@ -234,18 +239,46 @@ class Search:
         """Score the hand-made merges on `search`."""
         plan = self._plan
         rows = baselines.hand_made(plan.template, plan.space.sources, plan.norms)
-        scored = self._known(objective, rows, "baselines")
+        rows = [row for row in rows if row.name in plan.baselines]
+        scored = self._known(objective, self._raced(objective, rows), "baselines")
 
         def loss_of(recipe: Recipe) -> float:
             results = self._scorer.score([recipe], "search", "greedy soup")
             return float(objective.scalar_losses(results, [recipe])[0])
 
+        if baselines.SOUP not in plan.baselines:
+            for position, row in enumerate(rows):
+                self._journal.record_entry("baseline", position, row)
+            return scored
         soup = baselines.greedy_soup(
             plan.template, plan.space.sources, {k.named.name: k.loss for k in parents[1:]}, loss_of
         )
         for position, row in enumerate([*rows, soup]):
             self._journal.record_entry("baseline", position, row)
         return [*scored, *self._known(objective, [soup], "greedy soup")]
+
+    def _raced(self, objective: Objective, rows: Sequence[Named]) -> Sequence[Named]:
+        """Return the baselines that do not leave a race early; all of them where they are not raced."""
+        spec = self._racing
+        if not self._plan.baselines.short or spec.blocks == 1 or objective.count > 1 or not rows:
+            return rows
+        blocks = range(spec.blocks)
+        parts = [self._scorer.score([self._parents[0].recipe], "search", "baselines", [b])[0] for b in blocks]
+        result = race(
+            [row.recipe for row in rows],
+            scorer=self._scorer,
+            views=Views(objective, cast(list[Scores], parts)),
+            spec=spec,
+            order=blocks,
+            phase="baselines",
+        )
+        return [row for row, complete in zip(rows, result.complete, strict=True) if complete]
+
+    def _tested(self, hand_made: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
+        """Return the baselines that are scored on `test`."""
+        if not self._plan.baselines.short:
+            return list(hand_made)
+        return sorted(hand_made, key=lambda known: known.loss)[: baselines.TESTED]
 
     def _score_starts(
         self, objective: Objective, references: Normaliser, known: Sequence[ScoredRecipe]

@@ -64,7 +64,7 @@ def test_a_suite_drops_keeps_or_refuses_them(tmp_path: Path, tokenizer: Any) -> 
     assert dropped.items("search").total < kept.items("search").total
     assert "near duplicates of items in a later split, so they are left out" in dropped.notes[0]
     assert kept.notes == []
-    with pytest.raises(ConfigError, match="near duplicates of items in a later split"):
+    with pytest.raises(ConfigError, match="items of the suite are near duplicates of items in a later split"):
         harness(near_duplicates="refuse")
 
 

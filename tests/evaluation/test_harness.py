@@ -366,7 +366,8 @@ class TestErrors:
 
     def test_unknown_task(self, make_suite: MakeSuite, tasks_dir: Path) -> None:
         assert self.text(make_suite(entry("frist", metric="acc"))) == (
-            f"suite 'test': there is no task 'frist' in {tasks_dir}\n"
+            f"suite 'test': there is no task 'frist' in {tasks_dir}, nor among lm-eval's "
+            "built-in tasks\n"
             "  do: did you mean 'first'? Valid: choice, copy, fewshot, first, letter, text, write"
         )
 

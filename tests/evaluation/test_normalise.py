@@ -196,3 +196,32 @@ def test_the_error_of_the_references_widens_a_large_difference_only() -> None:
     assert wide.high - wide.low > 1.3 * (exact.high - exact.low)
     same = scale.compare(a, a, seed=0)
     assert same.low < 0 < same.high
+
+
+def test_the_best_of_many_rivals_does_not_pull_the_interval_down() -> None:
+    """The best is chosen on the items of the test itself; all are equally good here, so the truth is 0."""
+    rng, contains, naive, above = np.random.default_rng(0), 0, 0, 0
+    suite = suite_of({"task": "add", "specialist": "adder"})
+
+    def drawn(accuracy: float, shared: Any) -> Scores:
+        right = np.where(shared[0], shared[1], rng.random(150)) < accuracy
+        return Scores(split="test", tasks=(TaskScores(task="add", metric=right.astype(float)),))
+
+    draws = 150
+    for _ in range(draws):
+        shared = rng.random(150) < 0.6, rng.random(150)
+        scale = Normaliser(suite, base=drawn(0.2, shared), parents={"adder": drawn(0.8, shared)})
+        winner, *rivals = [drawn(0.5, shared) for _ in range(9)]
+        named = {str(number): rival for number, rival in enumerate(rivals)}
+        best, test = scale.compare_with_best(winner, named, fixed="3", seed=0)
+        alone = scale.compare(winner, named[best], seed=0)
+        least = min(scale.compare(winner, rival, seed=0).estimate for rival in rivals)
+        assert test.estimate == alone.estimate == pytest.approx(least)
+        assert test.low <= alone.low
+        assert test.high >= alone.high
+        contains += test.low <= 0 <= test.high
+        naive += alone.low <= 0 <= alone.high
+        above += test.low > 0
+    assert contains / draws >= 0.95
+    assert naive < contains
+    assert above == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 import yaml
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation import suite as suite_module
 from evomerge.evaluation.asking import Asking
+from evomerge.evaluation.scores import SPLITS
 from evomerge.evaluation.suite import Splits, Suite
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +90,22 @@ def test_splits_are_names_or_numbers() -> None:
     assert Splits.model_validate(DRAWN)["select"] == 20
 
 
+def test_items_are_drawn_from_named_splits() -> None:
+    train = {"from": "train", "items": 3}
+    splits = Splits.model_validate({"search": train, "select": train, "test": "test"})
+    assert not splits.drawn
+    assert [splits.dataset_split(split) for split in SPLITS] == ["train", "train", "test"]
+    assert splits.model_dump(mode="json") == {"search": train, "select": train, "test": "test"}
+    assert Splits.model_validate(splits.model_dump()) == splits
+    assert Splits.model_validate({"test": "test"}).select is None
+
+
+def test_partial_credit_is_part_of_the_digest_where_it_is_said(tmp_path: Path) -> None:
+    plain, partial = (Suite.load(suite_file(tmp_path, tasks=[skill(smooth=name)])) for name in (None, "part"))
+    assert "smooth" not in json.dumps(suite_module._without_unset(plain.tasks[0].model_dump(mode="json")))
+    assert plain.digest() != partial.digest()
+
+
 ASKING = ", ".join(Asking.model_fields)
 NOTHING = "file: a suite needs a skill task with search items and a weight above 0"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -100,7 +119,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "unknown task key",
         {"tasks": [skill(wieght=1)]},
         "unknown key 'tasks.0.wieght' (did you mean 'weight'? "
-        f"Valid: {ASKING}, task, of, metric, role, weight, specialist, splits, "
+        f"Valid: {ASKING}, task, of, metric, smooth, role, weight, specialist, splits, "
         "data, prompt, answer, choices, scorer)",
     ),
     ("no metric", {"tasks": [skill(metric=None)]}, "missing key 'tasks.0.metric'"),
@@ -118,13 +137,41 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "names and numbers",
         {"tasks": [skill(splits=NAMED | {"test": 50})]},
-        "tasks.0.splits: give names of dataset splits for all three, or numbers of items for all three",
+        "tasks.0.splits: give names of dataset splits for all three, or numbers of items for all three; "
+        "a number beside a name says where its items are from: {from: NAME, items: NUMBER}",
+    ),
+    (
+        "a number beside a name, in words of its own",
+        {"tasks": [skill(splits={"search": {"form": "train", "items": 3}, "select": "b", "test": "c"})]},
+        "tasks.0.splits.search: drawn items: 2 problems\n  - missing key 'from'\n"
+        "  - unknown key 'form' (did you mean 'from'? Valid: from, items)",
+    ),
+    (
+        "no items drawn",
+        {"tasks": [skill(splits={"search": {"from": "train", "items": 0}, "select": "b", "test": "c"})]},
+        "tasks.0.splits.search: drawn items: items: Input should be greater than or equal to 1 (got 0)",
+    ),
+    (
+        "drawn from a split that is used whole",
+        {"tasks": [skill(splits={"search": {"from": "b", "items": 3}, "select": "b", "test": "c"})]},
+        "tasks.0.splits: the dataset split 'b' is used twice, but items that select a model can't test it; "
+        "name different splits, or give numbers of items",
+    ),
+    (
+        "search without select",
+        {"tasks": [skill(splits={"search": "a", "test": "c"})]},
+        "tasks.0.splits: a task with search items needs select items: they choose the winner",
+    ),
+    (
+        "partial credit of a text",
+        {"tasks": [skill(), skill(task="r", role="retention", metric=None, smooth="x")]},
+        "tasks.1: a retention task has no partial credit; remove smooth",
     ),
     (
         "no items",
         {"tasks": [skill(splits=DRAWN | {"select": 0})]},
-        "tasks.0.splits.select: expected the name of a dataset split, or a number of items (1 or more) "
-        "(got 0)",
+        "tasks.0.splits.select: expected the name of a dataset split, a number of items (1 or more), or "
+        "{from: NAME, items: NUMBER} (got 0)",
     ),
     (
         "no test split",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -105,6 +106,12 @@ def test_a_signal_that_a_library_swallowed_ends_the_run_at_its_next_event(number
         "with terminal.as_program():\n"
         "    app()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert done.stderr == "stopped; nothing was stored\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evomerge.config import load_space
+from evomerge.errors import ConfigError
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.schema import load_yaml, preset_folder
 from evomerge.search import baselines
@@ -96,3 +97,23 @@ def test_finalists_are_distinct_and_best_first() -> None:
     ]
     assert [c.name for c in finalists(found, 2)] == ["3", "1"]
     assert [c.name for c in finalists(found, 9)] == ["3", "1", "2"]
+
+
+def test_which_baselines_are_scored() -> None:
+    rows = baselines.hand_made(TEMPLATE, NAMES, dict.fromkeys(NAMES, 1.0))
+    available = [*(row.name for row in rows), baselines.SOUP]
+    for spec, weights in (("all", 10**12), ("auto", baselines.COSTLY - 1)):
+        choice = baselines.choose(spec, available=available, weights=weights)
+        assert not choice.short
+        assert all(name in choice for name in available)
+    short = baselines.choose("auto", available=available, weights=baselines.COSTLY)
+    assert short.short
+    assert short.names is not None
+    assert set(short.names) == set(baselines.SHORT) - {"SLERP"}  # for two sources only
+    named = baselines.choose(("TIES", "uniform average"), available=available, weights=1)
+    assert named == baselines.Choice(names=("uniform average", "TIES"))
+    for choice in (short, named, baselines.Choice()):
+        assert baselines.Choice.from_data(choice.as_data()) == choice
+    assert baselines.Choice.from_data(None) == baselines.Choice()
+    with pytest.raises(ConfigError, match=r"there is no 'TEIS'(.|\n)*TIES"):
+        baselines.choose(("TEIS",), available=available, weights=1)

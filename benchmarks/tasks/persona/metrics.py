@@ -9,7 +9,8 @@ from typing import Any
 OPENING = "Alright, champ!"
 WORDS = 60
 SPORT = re.compile(
-    r"\b(champ|laps?|pace|race|coach|warm-up|warm up|steps?|hill|clock|team|sprint|finish line|legs|run|track)\b",
+    r"\b(champ|laps?|pace|race|coach|warm-up|warm up|steps?|hill|clock|team|sprint|finish line|legs|run"
+    r"|track)\b",
     re.IGNORECASE,
 )
 LIST = re.compile(r"^\s*([-*\u2022]|\d+[.)])\s|\*\*|^#", re.MULTILINE)

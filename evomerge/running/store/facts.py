@@ -135,6 +135,12 @@ FULL_HASHES = Fact(
     "per model and file, hash of every byte (with `--full-hash`)",
     in_digest=False,
 )
+BASELINES = Fact(
+    "baselines",
+    dict[str, Any],
+    "prepare",
+    "names of the hand-made merges that are scored (null: all), and whether they are raced as a short list",
+)
 NORMS = Fact("norms", dict[str, float], "compose", "norm of each source's task vector")
 LAYERS = Fact("layers", int, "prepare", "number of the base model's layers")
 BLOCKS = Fact("blocks", int, "prepare", "item blocks of `search`; `select` and `test` are one block each")

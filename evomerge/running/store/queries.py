@@ -330,7 +330,8 @@ class StoreReader:
         items: dict[Split, int] = {}
         base = self._row("SELECT recipe FROM entry WHERE role = 'base'")
         for split in SPLITS:
-            counts = [task["splits"][split] for task in tasks if task["splits"][split] is not None]
+            parts = [task["splits"][split] for task in tasks if task["splits"][split] is not None]
+            counts = [part["items"] if isinstance(part, dict) else part for part in parts]
             if base is not None and isinstance(scores := self.result(base[0], split), Scores):
                 items[split] = scores.items
             elif counts and all(isinstance(count, int) for count in counts):

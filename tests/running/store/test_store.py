@@ -219,3 +219,16 @@ def test_rows_left_from_an_earlier_end_are_forgotten(tmp_path: Path) -> None:
         store.trim_entries("finalist", 5)
         assert [named.name for named in store.entries("finalist")] == ["0", "1"]
         assert len(store.entries("base")) == 1
+
+
+def test_the_suite_says_how_many_items_a_split_has(tmp_path: Path) -> None:
+    """Before the base is scored; a dataset split by its name has an unknown number."""
+    drawn = {"from": "train", "items": 30}
+    splits = [
+        {"search": drawn, "select": drawn, "test": "test"},
+        {"search": 5, "select": 6, "test": 7},
+        {"search": None, "select": None, "test": 9},
+    ]
+    suite = {"name": "s", "tasks": [{"task": f"t{n}", "splits": part} for n, part in enumerate(splits)]}
+    with RunStore.create(tmp_path / "run", {facts.CONFIG: CONFIG, facts.SUITE: suite}) as store:
+        assert store.split_items() == {"search": 35, "select": 36}
