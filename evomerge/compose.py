@@ -23,6 +23,7 @@ from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
+from evomerge.running.worker import item_notes
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.stored import StoredRun, config_to_resume
 
@@ -89,6 +90,10 @@ def execute(
             store.begin_session(forward.versions(), started=started)
             if hashes is not None and facts.FULL_HASHES.get(store) is None:
                 facts.FULL_HASHES.set(store, {name: dict(by_file) for name, by_file in hashes.items()})
+            if facts.ITEM_NOTES.get(store) is None:
+                facts.ITEM_NOTES.set(store, item_notes(prepared.worker))
+                for note in facts.ITEM_NOTES.require(store):
+                    log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
             if facts.NORMS.get(store) is None:
                 facts.NORMS.set(store, task_vector_norms)

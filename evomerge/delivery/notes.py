@@ -26,6 +26,7 @@ def notes(summary: Summary) -> list[str]:
             "a short list of baselines was raced on `search`, and the best were scored on `test`, because "
             "these models are costly to score (baselines: all scores all of them)"
         )
+    sentences += facts.ITEM_NOTES.get(store) or []
     sentences += [decision.sentence for decision in decisions(store)]
     first, *later = store.sessions() or [{}]
     changes = dict.fromkeys(change for versions in later if (change := forward.changes(first, versions)))

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasketch import MinHash, MinHashLSH
 
@@ -96,6 +97,21 @@ def refuse(found: Sequence[NearDuplicate]) -> None:
             got=f"{found[0]}: {found[0].text[:80]}",
             fix="remove them from the data, or set near_duplicates: drop",
         )
+
+
+def without(documents: Mapping[Split, list[Any]], items: Sequence[NearDuplicate]) -> dict[Split, list[Any]]:
+    """Return a task's documents without some items; raise ConfigError where a split would lose all."""
+    kept = dict(documents)
+    for split in {item.split for item in items}:
+        gone = {item.index for item in items if item.split == split}
+        kept[split] = [doc for number, doc in enumerate(documents[split]) if number not in gone]
+        if not kept[split]:
+            raise ConfigError(
+                f"task {items[0].task!r}: all {len(gone)} {split} items are near duplicates of items in a "
+                "later split",
+                fix="give other items, or set near_duplicates: keep in the suite",
+            )
+    return kept
 
 
 def summary(found: Sequence[NearDuplicate]) -> list[str]:

@@ -14,7 +14,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation import own_data
 from evomerge.evaluation.live_lm import quiet
 from evomerge.evaluation.permissions import Permissions
-from evomerge.evaluation.scorers import Scorer
+from evomerge.evaluation.scorers import AnswerScorer
 from evomerge.evaluation.scores import SPLITS
 from evomerge.evaluation.suite import Suite, SuiteTask
 
@@ -47,7 +47,7 @@ def own_task(suite: Suite, spec: SuiteTask, permissions: Permissions) -> Any:
     }
     scorer = None
     if spec.scorer is not None:
-        scorer = Scorer(spec.task, suite.scorer_place(spec.scorer), permissions)
+        scorer = AnswerScorer(spec.task, suite.scorer_place(spec.scorer), permissions)
     with quiet():
         return ConfigurableTask(config=_config(spec, datasets.DatasetDict(tables), data, scorer))
 
@@ -60,7 +60,9 @@ def _document(item: own_data.OwnItem) -> dict[str, Any]:
     return document
 
 
-def _config(spec: SuiteTask, dataset: Any, data: own_data.OwnData, scorer: Scorer | None) -> dict[str, Any]:
+def _config(
+    spec: SuiteTask, dataset: Any, data: own_data.OwnData, scorer: AnswerScorer | None
+) -> dict[str, Any]:
     config: dict[str, Any] = {
         "task": spec.task,
         "custom_dataset": lambda **_: dataset,
@@ -90,7 +92,7 @@ def _config(spec: SuiteTask, dataset: Any, data: own_data.OwnData, scorer: Score
     }
 
 
-def _generated(spec: SuiteTask, scorer: Scorer | None) -> Callable[[Any, Any], dict[str, float]]:
+def _generated(spec: SuiteTask, scorer: AnswerScorer | None) -> Callable[[Any, Any], dict[str, float]]:
     """Return what scores a generated answer."""
     if scorer is not None:
         return lambda document, answers: scorer(answers[0], json.loads(document["row"]))

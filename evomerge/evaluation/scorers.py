@@ -33,7 +33,7 @@ SCORE = "score"
 """The name of the metric, where the function returns one number."""
 
 
-class Scorer:
+class AnswerScorer:
     """Score answers with a user's function.
 
     Args:

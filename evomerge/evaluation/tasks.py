@@ -108,16 +108,7 @@ class TaskBuilder:
     def leave_out(self, items: Sequence[contamination.NearDuplicate]) -> None:
         """Drop items of `search` and `select`; raise ConfigError where a split would lose all."""
         self.near_duplicates = tuple(items)
-        for split in {item.split for item in items}:
-            gone = {item.index for item in items if item.split == split}
-            kept = [doc for number, doc in enumerate(self.documents[split]) if number not in gone]
-            if not kept:
-                raise ConfigError(
-                    f"task {self.spec.task!r}: all {len(gone)} {split} items are near duplicates "
-                    "of items in a later split",
-                    fix="give other items, or set near_duplicates: keep in the suite",
-                )
-            self.documents[split] = kept
+        self.documents = contamination.without(self.documents, items)
 
     def requests(self, split: Split) -> Any:
         """Return a copy of the lm-eval task whose `instances` are the split's requests.

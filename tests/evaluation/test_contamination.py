@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.contamination import near_duplicates, summary
+from evomerge.evaluation.contamination import near_duplicates, summary, without
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.suite import Suite
 
@@ -73,3 +73,11 @@ def test_a_run_stored_before_keeps_its_items() -> None:
     assert demo.near_duplicates == "drop"
     assert demo.as_stored({}).near_duplicates == "keep"
     assert demo.as_stored(demo.model_dump()).near_duplicates == "drop"
+
+
+def test_a_split_of_near_duplicates_alone_is_refused() -> None:
+    texts: Any = {"a": {"search": [text(1), text(2)], "test": [text(1), text(2)]}}
+    found = near_duplicates(texts)
+    assert without({"search": ["x", "y"], "test": ["z"]}, found[:1]) == {"search": ["y"], "test": ["z"]}
+    with pytest.raises(ConfigError, match="all 2 search items are near duplicates"):
+        without({"search": ["x", "y"], "test": ["z"]}, found)

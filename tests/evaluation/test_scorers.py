@@ -12,7 +12,7 @@ import pytest
 from evomerge.errors import ConfigError
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.permissions import NOTHING, Permissions
-from evomerge.evaluation.scorers import Scorer
+from evomerge.evaluation.scorers import AnswerScorer
 from evomerge.evaluation.suite import Suite
 
 DOCS = Path(__file__).parents[2] / "docs" / "your_data.md"
@@ -25,9 +25,9 @@ def code_file(folder: Path, code: str) -> str:
 
 
 def scored(folder: Path, body: str, **options: Any) -> dict[str, float]:
-    return Scorer("t", code_file(folder, f"def score(answer, item):\n    {body}\n"), TRUSTED, **options)(
-        "x y", {"n": 2}
-    )
+    return AnswerScorer(
+        "t", code_file(folder, f"def score(answer, item):\n    {body}\n"), TRUSTED, **options
+    )("x y", {"n": 2})
 
 
 def test_what_a_scorer_may_return(tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_what_is_an_error(tmp_path: Path, body: str, message: str) -> None:
 
 def test_a_call_that_hangs_is_ended_and_the_next_one_works(tmp_path: Path) -> None:
     code = "def score(answer, item):\n    while answer == 'hang':\n        pass\n    return 1\n"
-    scorer = Scorer("t", code_file(tmp_path, code), TRUSTED, seconds=0.5)
+    scorer = AnswerScorer("t", code_file(tmp_path, code), TRUSTED, seconds=0.5)
     with pytest.raises(ValueError, match=r"took more than 0\.5 seconds"):
         scorer("hang", {})
-    assert Scorer("t", code_file(tmp_path, code), TRUSTED)("go on", {}) == {"score": 1.0}
+    assert AnswerScorer("t", code_file(tmp_path, code), TRUSTED)("go on", {}) == {"score": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_a_call_that_hangs_is_ended_and_the_next_one_works(tmp_path: Path) -> No
 )
 def test_code_that_cannot_be_loaded(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(ConfigError, match="can't be loaded") as caught:
-        Scorer("t", code_file(tmp_path, code), TRUSTED)("", {})
+        AnswerScorer("t", code_file(tmp_path, code), TRUSTED)("", {})
     assert message in str(caught.value.got)
 
 
 def test_a_scorer_runs_only_with_permission(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="would run Python code"):
-        Scorer("t", code_file(tmp_path, "open('ran', 'w')"), NOTHING)
+        AnswerScorer("t", code_file(tmp_path, "open('ran', 'w')"), NOTHING)
 
 
 def suite(folder: Path, code: str, **entry: Any) -> Suite:

@@ -178,6 +178,13 @@ WEIGHTS = FactFamily(
     "type and SHA-256 of the merged weights that were scored on `test`, which an export must equal",
 )
 SPENT = Fact("spent", list[int], "running.store", "last told generation, and the items scored by then")
+ITEM_NOTES = Fact(
+    "item_notes",
+    list[str],
+    "compose",
+    "which items were left out as near duplicates, one sentence for each task and split",
+    in_digest=False,
+)
 STOPPED = Fact("stopped", str, "compose", "why the search ended; null while it goes on")
 STOP = Fact(
     "stop",
