@@ -24,14 +24,14 @@ _LONGEST = 1200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AskedItems:
+class Questions:
     """How models are asked: one item of each task as the model sees it, and remarks on the batches."""
 
     prompts: tuple[RenderedItem, ...]
     notes: tuple[str, ...]
 
 
-def asked(prepared: Prepared) -> AskedItems:
+def asked(prepared: Prepared) -> Questions:
     """Build a run's items; only configs and tokenizers of the models are read for it."""
     harness, blocks = build_harness(prepared.worker), prepared.worker.blocks
     written = max(harness.written("search", block) for block in range(blocks))
@@ -43,10 +43,10 @@ def asked(prepared: Prepared) -> AskedItems:
             f"an item block has {written} answers to generate, and generating few at once takes longer: "
             f"racing: {{blocks: {fewer}}} makes the batches larger, and lets candidates leave at fewer points"
         )
-    return AskedItems(prompts=tuple(harness.examples()), notes=tuple(notes))
+    return Questions(prompts=tuple(harness.examples()), notes=tuple(notes))
 
 
-def as_data(prepared: Prepared, probe: Probe, questions: AskedItems) -> dict[str, Any]:
+def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str, Any]:
     """Return the findings as plain data (`check --json`).
 
     Args:
@@ -83,7 +83,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: AskedItems) -> dict[str
     }
 
 
-def text(prepared: Prepared, probe: Probe, questions: AskedItems) -> str:
+def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
     """Return the findings as text for the terminal; arguments as in `as_data`."""
     items = ", ".join(f"{probe.items[s]} items in {probe.seconds[s]:.2f} s on {s}" for s in probe.items)
     config, worker = prepared.config, prepared.worker
