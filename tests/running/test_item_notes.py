@@ -10,9 +10,13 @@ import yaml
 
 from evomerge import compose
 from evomerge.config import RunConfig
+from evomerge.delivery import check
 from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
+from evomerge.prepare import prepare
+from evomerge.running import looks
+from evomerge.running.worker import item_notes
 from evomerge.stored import StoredRun
 
 
@@ -31,3 +35,7 @@ def test_log_and_report_name_the_number(config: Callable[..., Path], tmp_path: P
     assert "search items are near duplicates of items in a later split" in sentence
     logs = "".join(file.read_text() for file in (tmp_path / "run").glob("*log*") if file.is_file())
     assert sentence in logs
+    assert looks.runs_on_the_test_of(tmp_path / "run") == 1
+    harness_notes = item_notes(prepare(RunConfig.load(path)).worker)
+    assert sentence in harness_notes
+    assert sentence in check.asked(prepare(RunConfig.load(path))).notes

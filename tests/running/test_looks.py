@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from evomerge.delivery import single
 from evomerge.delivery.notes import notes
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.suite import Suite
 from evomerge.running import looks
 from evomerge.stored import StoredRun
+from tests.conftest import write_suite
 
 
 @pytest.fixture
@@ -59,3 +62,12 @@ def test_what_a_test_is() -> None:
     demo = Suite.load("demo")
     assert demo.test_digest() == demo.weighted({"demo_add": 2}).test_digest()
     assert demo.test_digest() != Suite.load("persona").test_digest()
+
+
+def test_evaluate_on_test_counts_and_on_select_does_not(state: Path, tiny_zoo: Path, tmp_path: Path) -> None:
+    suite = str(write_suite(tmp_path, generate=False))
+    single.evaluate(str(tiny_zoo / "base"), suite, "select")
+    assert not (state / "test_looks.jsonl").exists()
+    single.evaluate(str(tiny_zoo / "base"), suite, "test")
+    (line,) = (state / "test_looks.jsonl").read_text().splitlines()
+    assert json.loads(line)["test"] == Suite.load(suite).test_digest()
