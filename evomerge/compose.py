@@ -11,7 +11,7 @@ from evomerge import files
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
 from evomerge.prepare import Prepared, check_folder, check_time, full_hashes, prepare, run_facts
-from evomerge.running import executors, forward
+from evomerge.running import executors, forward, looks
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget
@@ -23,6 +23,7 @@ from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
+from evomerge.running.worker import item_notes
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.stored import StoredRun, config_to_resume
 
@@ -89,6 +90,10 @@ def execute(
             store.begin_session(forward.versions(), started=started)
             if hashes is not None and facts.FULL_HASHES.get(store) is None:
                 facts.FULL_HASHES.set(store, {name: dict(by_file) for name, by_file in hashes.items()})
+            if facts.ITEM_NOTES.get(store) is None:
+                facts.ITEM_NOTES.set(store, item_notes(prepared.worker))
+                for note in facts.ITEM_NOTES.require(store):
+                    log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
             if facts.NORMS.get(store) is None:
                 facts.NORMS.set(store, task_vector_norms)
@@ -104,6 +109,7 @@ def execute(
                     ).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)
+            looks.note(prepared.suite.test_digest(), prepared.folder)
             winner = outcome.winner
             log.event("finished", reason=outcome.stopped, name=winner.name, id=winner.recipe.hash[:ID])
             return outcome
@@ -175,7 +181,7 @@ def _open_store(prepared: Prepared) -> RunStore:
     try:
         files.remove_abandoned(prepared.folder)
         begun = run_facts(prepared)
-        StoredRun(store).check_same(begun)  # again, now that no other process can write
+        StoredRun(store).check_same(begun, prepared.suite)  # again, now that no other process can write
         if facts.CONFIG.get(store) != begun[facts.CONFIG]:
             facts.CONFIG.set(store, begun[facts.CONFIG])
     except BaseException:

@@ -108,6 +108,7 @@ def prepare(config: RunConfig) -> Prepared:
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         files={name: model_files.facts(source) for name, source in sources.items()},
         suite=suite.digest(),
+        task_files=suite.file_hashes(),
     )
     return Prepared(
         config=config,
@@ -238,6 +239,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
             facts.BLOCKS: prepared.worker.blocks,
             facts.SUITE: prepared.suite.model_dump(mode="json", exclude={"tasks_dir"}),
             facts.SUITE_DIGEST: prepared.inputs.suite,
+            facts.TASK_FILES: dict(prepared.inputs.task_files),
             facts.OPTIMIZER: prepared.optimizer,
             facts.BASELINES: prepared.baselines.as_data(),
             facts.LAYERS: prepared.layers,
@@ -253,7 +255,7 @@ def check_folder(prepared: Prepared) -> None:
     StoreReader.refuse_held(folder)
     if StoreReader.exists(folder):
         with StoreReader.read(folder) as store:
-            StoredRun(store).check_same(run_facts(prepared))
+            StoredRun(store).check_same(run_facts(prepared), prepared.suite)
         return
     if folder.is_dir():
         others = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith(".run.sqlite")]

@@ -21,7 +21,7 @@ from evomerge.merging.sources import model_files
 from evomerge.merging.sources.opening import open_sources
 from evomerge.running import forward
 from evomerge.running.budget import replaced
-from evomerge.running.inputs import RunInputs, changed_models
+from evomerge.running.inputs import RunInputs, changed_models, refuse_changed_suite
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.store.file import FILE
 from evomerge.schema import parse
@@ -78,7 +78,7 @@ class StoredRun:
 
     # -- is this the run that was begun? ------------------------------------------------------------
 
-    def check_same(self, begun: facts.Values) -> None:
+    def check_same(self, begun: facts.Values, suite: Suite) -> None:
         """Refuse to continue the run where its config, models, tasks, lm-eval or device differ from this."""
         self.refuse_older()
         self._refuse_other_lm_eval()
@@ -91,15 +91,15 @@ class StoredRun:
                 + shlex.quote(str(self.folder)),
             )
         self.refuse_changed(begun)
-        checks = ((facts.SUITE_DIGEST, "the suite or its task files"), (facts.ARITHMETIC, "device or dtype"))
-        for fact, what in checks:
-            if fact.get(self.store) != begun[fact]:
-                raise StoreError(
-                    f"{self.folder}: {what} changed since the run began, so scores would not be comparable",
-                    expected=str(fact.get(self.store)),
-                    got=str(begun[fact]),
-                    fix="restore what was there, or start a new run in another folder",
-                )
+        self.refuse_other_tasks(suite)
+        if (before := facts.ARITHMETIC.get(self.store)) != begun[facts.ARITHMETIC]:
+            raise StoreError(
+                f"{self.folder}: device or dtype changed since the run began, "
+                "so scores would not be comparable",
+                expected=str(before),
+                got=str(begun[facts.ARITHMETIC]),
+                fix="restore what was there, or start a new run in another folder",
+            )
         forward.check_same(self.store, forward.Forward(**begun[facts.FORWARD]))
 
     def check_models(self) -> None:
@@ -123,14 +123,13 @@ class StoredRun:
 
     def refuse_other_tasks(self, suite: Suite) -> None:
         """Refuse a suite with other tasks or task files than the run's; raise StoreError."""
-        before, now = facts.SUITE_DIGEST.require(self.store), suite.digest()
-        if before != now:
-            raise StoreError(
-                f"{self.folder}: the suite or its task files changed since the run began",
-                expected=before,
-                got=now,
-                fix="restore what was there, or give another suite",
-            )
+        before = RunInputs(
+            fingerprints={},
+            files={},
+            suite=facts.SUITE_DIGEST.require(self.store),
+            task_files=facts.TASK_FILES.get(self.store) or {},
+        )
+        refuse_changed_suite(suite, before, where=f"{self.folder}: ", error=StoreError)
 
     def refuse_changed(self, present: facts.Values) -> None:
         """Refuse models that are not those of the run, by the facts FINGERPRINTS and MODEL_FILES."""

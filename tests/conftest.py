@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
+os.environ["EVOMERGE_STATE"] = tempfile.mkdtemp(prefix="evomerge-state-")
 os.environ["OMP_NUM_THREADS"] = "1"  # test processes share the cores
 
 import hypothesis

@@ -29,6 +29,8 @@ zoo = typer.Typer(help="The demo models: a small base and its specialists.", no_
 app.add_typer(zoo, name="zoo")
 spaces = typer.Typer(help="The search-space presets, and the genes of one.")
 app.add_typer(spaces, name="spaces")
+suite = typer.Typer(help="What models are scored on: a suite of your own data.", no_args_is_help=True)
+app.add_typer(suite, name="suite")
 
 
 def _version(asked: bool) -> None:

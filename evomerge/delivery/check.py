@@ -36,7 +36,7 @@ def asked(prepared: Prepared) -> Questions:
     harness, blocks = build_harness(prepared.worker), prepared.worker.blocks
     written = max(harness.written("search", block) for block in range(blocks))
     full = min(prepared.worker.batch_size, _FULL)
-    notes = []
+    notes = harness.notes
     if blocks > 1 and 0 < written < full:
         fewer = max(1, written * blocks // full)
         notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.normalise import dud_sentences
-from evomerge.running import forward
+from evomerge.running import forward, looks
 from evomerge.running.batches import decisions
 from evomerge.running.store import facts
 
@@ -27,6 +27,7 @@ def notes(summary: Summary) -> list[str]:
             "a short list of baselines was raced on `search`, and the best were scored on `test`, because "
             "these models are costly to score (baselines: all scores all of them)"
         )
+    sentences += facts.ITEM_NOTES.get(store) or []
     sentences += [decision.sentence for decision in decisions(store)]
     first, *later = store.sessions() or [{}]
     changes = dict.fromkeys(change for versions in later if (change := forward.changes(first, versions)))
@@ -38,5 +39,10 @@ def notes(summary: Summary) -> list[str]:
         sentences.append(
             f"`test` was used for {len(winners)} winners (the budget was raised), "
             "so its p-values are optimistic"
+        )
+    if (runs := looks.runs_on_the_test_of(store.folder)) > 1:
+        sentences.append(
+            f"this `test` was looked at by {runs} runs on this machine: the best of several runs on it is "
+            "chosen by luck, too"
         )
     return sentences

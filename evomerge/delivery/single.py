@@ -17,7 +17,7 @@ from evomerge.evaluation.scores import Failure, Scores, TaskScores, named_split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
-from evomerge.running import executors
+from evomerge.running import executors, looks
 from evomerge.running.batches import sizes_in_force
 from evomerge.running.store import facts
 from evomerge.running.worker import Job, Worker, WorkerSpec
@@ -99,6 +99,8 @@ def evaluate(
     if isinstance(outcome, Failure):
         raise UserError(f"{location}: could not be scored: {outcome.reason}")
     assert isinstance(outcome, Scores)
+    if split == "test":
+        looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
     tasks = [_row(scores, suite[scores.task].metric) for scores in outcome]
     return {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
 

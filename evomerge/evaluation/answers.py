@@ -75,24 +75,16 @@ class IsolatedMetrics:
         folder = tempfile.TemporaryDirectory(
             prefix="evomerge-answers-", dir=temporary_parent(), ignore_cleanup_errors=True
         )
-        kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        path = os.pathsep.join(place for place in sys.path if place)
         server = subprocess.Popen(
             [sys.executable, "-P", "-m", "evomerge.evaluation.answer_server", folder.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder.name,
-            env={
-                **kept,
-                **_SET,
-                "PYTHONPATH": path,
-                "TMPDIR": folder.name,
-                "HF_METRICS_CACHE": str(Path(folder.name) / "metrics"),
-            },
+            env=environment(folder.name) | {"HF_METRICS_CACHE": str(Path(folder.name) / "metrics")},
             start_new_session=True,  # Ctrl-C is the worker's to handle
         )
-        weakref.finalize(self, _stop, server, folder)
+        weakref.finalize(self, stop, server, folder)
         reply: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             reply = _asked(server, self._job) or {}
@@ -113,7 +105,14 @@ def _asked(server: subprocess.Popen[bytes], message: object) -> Any:
     return json.loads(server.stdout.readline())
 
 
-def _stop(server: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+def environment(folder: str) -> dict[str, str]:
+    """Return the environment of a server: none of the worker's variables that could hold secrets."""
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    path = os.pathsep.join(place for place in sys.path if place)
+    return {**kept, **_SET, "PYTHONPATH": path, "TMPDIR": folder}
+
+
+def stop(server: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
     """End a server that is idle."""
     server.kill()
     for pipe in (server.stdin, server.stdout):

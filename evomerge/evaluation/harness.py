@@ -23,7 +23,7 @@ import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation import gradient, prefix_trees
+from evomerge.evaluation import contamination, gradient, prefix_trees
 from evomerge.evaluation.coherence import coherence, drift, thoughts_open
 from evomerge.evaluation.companion import with_companion
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
@@ -200,6 +200,12 @@ class Harness:
             for task in self.items(split).tasks:
                 first.setdefault(task.name, task)
         return [example(first[spec.task], self._lm) for spec in self.suite.tasks]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know about the items: which were left out as near duplicates."""
+        found = [item for builder in self._builders for item in builder.near_duplicates]
+        return contamination.summary(found)
 
     def mirror(self, engine: Engine, *, tolerance: float) -> None:
         """Make an engine generate instead of the live model from now on.

@@ -26,14 +26,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidatorFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.evaluation import task_files
 from evomerge.evaluation.asking import AUTO, OFF, Asking, with_template_text
+from evomerge.evaluation.own_data import METRICS, Columns
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.files import expanded
 from evomerge.schema import LARGEST_COUNT, LARGEST_FACTOR, Strict, find_preset, load_yaml, parse
@@ -46,10 +55,16 @@ COHERENCE = "coherence"
 
 _OWN_METRIC = {"retention": LOGLIKELIHOOD, "coherence": COHERENCE}
 
-_BEFORE = {"chat_template": OFF, "companion": OFF, "long_prompts": "cut"}
+_BY_CONTENT = {split: split for split in SPLITS}
+_SCORED = "score"
+"""The metric of a scorer that returns one number."""
+_DATA_KEYS = ("prompt", "answer", "choices", "scorer")
+
+_BEFORE = {"chat_template": OFF, "companion": OFF, "long_prompts": "cut", "near_duplicates": "keep"}
 """How models were asked before a suite could say it: runs stored then have none of these keys."""
 
-_NOT_DATA = ("__pycache__", ".ipynb_checkpoints")
+_DIGEST = "2:"
+"""The start of digests over the files that the tasks use; older ones are over all files of `tasks_dir`."""
 
 
 class DrawnItems(Strict):
@@ -154,13 +169,26 @@ class SuiteTask(Asking):
     specialist: str | None = None
     """The source that was trained for the task. Default: the best parent."""
     splits: Splits
-    """Items for search, selection and test."""
+    """Items for search, selection and test. Of `data`: numbers, or by default a hash of the prompts."""
+    data: str | None = Field(None, min_length=1)
+    """A JSONL or CSV file, relative to the suite's file, in place of an lm-eval task."""
+    prompt: str | None = Field(None, min_length=1)
+    """The column of the prompts in `data`, or a jinja text over the columns."""
+    answer: str | None = Field(None, min_length=1)
+    """The column of the right answers in `data`, or a jinja text over the columns."""
+    choices: str | None = Field(None, min_length=1)
+    """The column of the choices in `data`: lists, or in CSV texts separated by `|`."""
+    scorer: str | None = Field(None, min_length=1)
+    """A Python function `module:function` or `file.py:function` that scores the answers to `data`."""
 
     @model_validator(mode="before")
     @classmethod
     def _own_metric(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and (metric := _OWN_METRIC.get(str(data.get("role")))):
             return {"metric": metric, **data}
+        if isinstance(data, Mapping) and isinstance(file := data.get("data"), str):
+            metric = _SCORED if data.get("scorer") else "choice" if data.get("choices") else "exact"
+            return {"task": Path(file).stem, "metric": metric, "splits": _BY_CONTENT, **data}
         return data
 
     @model_validator(mode="after")
@@ -171,11 +199,41 @@ class SuiteTask(Asking):
             )
         if self.role == "coherence" and self.metric.partition(",")[0] != COHERENCE:
             raise ValueError(f"a coherence task is measured by {COHERENCE!r}, not by {self.metric!r}")
+        self._check_data()
         if self.role != "skill" and self.smooth is not None:
             raise ValueError(f"a {self.role} task has no partial credit; remove smooth")
         if self.role != "skill" and self.specialist is not None:
             raise ValueError(f"a {self.role} task is compared with the base model; it has no specialist")
         return self
+
+    def _check_data(self) -> None:
+        keys = [key for key in _DATA_KEYS if getattr(self, key) is not None]
+        if self.data is None:
+            if keys:
+                raise ValueError(f"{keys[0]} is a key of tasks with `data`")
+            return
+        if missing := [key for key in ("prompt", "answer") if key not in keys]:
+            raise ValueError(f"a task with `data` needs {missing[0]}")
+        if self.of is not None or self.role != "skill":
+            raise ValueError("a task with `data` is a skill, without `of`")
+        if self.scorer is not None:
+            if self.choices is not None:
+                raise ValueError("a scorer reads generated answers; remove choices")
+            if not all(part.strip() for part in self.scorer.partition(":")):
+                raise ValueError("scorer: expected module:function or file.py:function")
+        elif self.metric.partition("_")[0] not in METRICS:
+            raise ValueError(f"metric: {nearest(self.metric, METRICS)}")
+        elif (self.metric == "choice") != (self.choices is not None):
+            raise ValueError("the metric choice and the key choices need each other")
+        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
+            raise ValueError("splits of a task with `data` are numbers of items, or left out")
+
+    @property
+    def columns(self) -> Columns:
+        """Where the parts of the items of `data` stand."""
+        assert self.prompt is not None
+        assert self.answer is not None
+        return Columns(prompt=self.prompt, answer=self.answer, choices=self.choices)
 
     @property
     def source(self) -> str:
@@ -208,8 +266,13 @@ class Suite(Asking):
     chat_template: str | None = Field(AUTO, min_length=1)
     companion: Literal["auto", "off"] | None = "auto"
     long_prompts: Literal["refuse", "cut"] | None = "refuse"
+    near_duplicates: Literal["drop", "refuse", "keep"] = "drop"
+    """What happens to `search` and `select` items that ask nearly the same as one in a later split, in any
+    task; `test` items always stay."""
     tasks: tuple[SuiteTask, ...]
     """The tasks; at least one skill with `search` items and a weight above 0."""
+    _folder: Path = PrivateAttr(Path())
+    """Where `data` and `scorer` start."""
 
     @model_validator(mode="after")
     def _searchable(self) -> Suite:
@@ -264,7 +327,12 @@ class Suite(Asking):
                     for row in tasks
                 ]
                 data = {**data, "tasks": rows}
-        return parse(cls, data, where)
+        suite = parse(cls, data, where)
+        suite._folder = folder.resolve()
+        for what, paths in (("data", suite.data_files), ("scorer", suite.scorer_files)):
+            if missing := [path for path in paths.values() if not path.is_file()]:
+                raise ConfigError(f"{where}: {what} is not a file", got=str(missing[0]))
+        return suite
 
     @classmethod
     def from_store(cls, data: Mapping[str, Any], where: str) -> Suite:
@@ -299,13 +367,59 @@ class Suite(Asking):
                 fix=nearest(unknown[0], [task.task for task in self.tasks]),
             )
         tasks = [task.model_dump() | {"weight": weights.get(task.task, task.weight)} for task in self.tasks]
-        return parse(Suite, self.model_dump() | {"tasks": tasks}, f"suite {self.name!r} with new weights")
+        where = f"suite {self.name!r} with new weights"
+        changed = parse(Suite, self.model_dump() | {"tasks": tasks}, where)
+        changed._folder = self._folder
+        return changed
 
-    def digest(self) -> str:
+    def files(self) -> dict[str, Path]:
+        """Return the files that the tasks use, by name; see `evomerge.evaluation.task_files`."""
+        own = self.data_files | self.scorer_files
+        if self.tasks_dir is None:
+            return own
+        names = [task.source for task in self.tasks if task.data is None]
+        return task_files.used(self.tasks_dir, names) | own
+
+    @property
+    def data_files(self) -> dict[str, Path]:
+        """The files of the tasks' own data: as written in the suite -> path."""
+        return {task.data: self._folder / expanded(task.data) for task in self.tasks if task.data is not None}
+
+    @property
+    def scorer_files(self) -> dict[str, Path]:
+        """The Python files that scorers name, and what these import from beside them: name -> path."""
+        found: dict[str, Path] = {}
+        for scorer in (task.scorer for task in self.tasks if task.scorer is not None):
+            name = scorer.rpartition(":")[0]
+            if name.endswith(".py"):
+                path = self._folder / expanded(name)
+                found |= {name: path} | task_files.imported(path, self._folder)
+        return found
+
+    def scorer_place(self, scorer: str) -> str:
+        """Return a scorer with the whole path of its file."""
+        place, _, function = scorer.rpartition(":")
+        path = self._folder / expanded(place) if place.endswith(".py") else place
+        return f"{path}:{function}"
+
+    def file_hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of each file that the tasks use; raise ConfigError where one can't be read."""
+        return task_files.hashes(self.files())
+
+    def test_digest(self) -> str:
+        """Return a SHA-256 of what `test` is: its tasks, where their items come from, and their files."""
+        tasks = sorted(
+            {f"{task.source} {task.splits.test} {task.prompt} {task.choices}" for task in self.of("test")}
+        )
+        return hashlib.sha256(json.dumps([tasks, self.file_hashes()]).encode()).hexdigest()
+
+    def digest(self, *, like: str = _DIGEST) -> str:
         """Return a SHA-256 over everything that determines the scores.
 
-        That is the suite's content without `about`, and the names and bytes of all files below `tasks_dir`,
+        That is the suite's content without `about`, and the names and bytes of the files that its tasks use,
         at any place. Built-in tasks belong to the lm-eval version, which a run records separately.
+
+        like: a stored digest to compare with, which may be over all files of `tasks_dir`.
 
         Keys that say how models are asked count where they are set. `chat_template: off` and `companion: off`
         count as not set, as in runs that were stored before there were such keys; `long_prompts` changes no
@@ -316,20 +430,16 @@ class Suite(Asking):
         for key in ("chat_template", "companion"):
             if content.get(key) == OFF:
                 del content[key]
+        if self.near_duplicates == "keep":  # likewise
+            del content["near_duplicates"]
         content["tasks"] = [_without_unset(task.model_dump(mode="json")) for task in self.tasks]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-        for path in self._files():
-            assert self.tasks_dir is not None
-            digest.update(f"\0{path.relative_to(self.tasks_dir).as_posix()}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
-
-    def _files(self) -> Iterable[Path]:
-        if self.tasks_dir is None:
-            return ()
-        below = (path for path in self.tasks_dir.rglob("*") if path.is_file())
-        data_files = (path for path in below if not set(_NOT_DATA) & set(path.parts))
-        return sorted(data_files, key=lambda path: path.as_posix())
+        older = not like.startswith(_DIGEST)
+        files = task_files.all_below(self.tasks_dir) if older and self.tasks_dir else self.files()
+        for name, file_hash in task_files.hashes(files).items():
+            digest.update(f"\0{name}\0".encode())
+            digest.update(bytes.fromhex(file_hash))
+        return digest.hexdigest() if older else _DIGEST + digest.hexdigest()
 
     def of(self, split: Split) -> tuple[SuiteTask, ...]:
         """Return the tasks that have items in a split, in suite order."""
@@ -344,8 +454,8 @@ class Suite(Asking):
 
 
 def _without_unset(content: dict[str, Any]) -> dict[str, Any]:
-    """Leave out keys of `Asking` (and `of`, `smooth`) that are not set, and `long_prompts`."""
-    asking = {*Asking.model_fields, "of", "smooth"}
+    """Leave out keys of `Asking`, `of`, `smooth` and those of `data` that are not set; and `long_prompts`."""
+    asking = {*Asking.model_fields, "of", "smooth", "data", *_DATA_KEYS}
     return {
         key: value
         for key, value in content.items()

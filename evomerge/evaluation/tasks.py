@@ -29,9 +29,11 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
+from evomerge.evaluation import contamination
 from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.asking import Asking
 from evomerge.evaluation.live_lm import LiveLM, compiled_templates, quiet
+from evomerge.evaluation.own_tasks import own_task
 from evomerge.evaluation.permissions import (
     NOTHING,
     Permissions,
@@ -97,6 +99,18 @@ class TaskBuilder:
         self.sample: tuple[Any, ...] = ()
         """A few requests with their answers, for checks before anything is scored."""
         self.metric, self.filter = self._metric()
+        self.near_duplicates: tuple[contamination.NearDuplicate, ...] = ()
+        """Items that were left out."""
+
+    def texts(self) -> dict[Split, list[str]]:
+        """Return what each item asks, by split; see `evomerge.evaluation.contamination`."""
+        with compiled_templates():
+            return {split: list(map(self._identity, docs)) for split, docs in self.documents.items()}
+
+    def leave_out(self, items: Sequence[contamination.NearDuplicate]) -> None:
+        """Drop items of `search` and `select`; raise ConfigError where a split would lose all."""
+        self.near_duplicates = tuple(items)
+        self.documents = contamination.without(self.documents, items)
 
     def requests(self, split: Split) -> Any:
         """Return a copy of the lm-eval task whose `instances` are the split's requests.
@@ -348,7 +362,11 @@ def build(suite: Suite, *, lm: LiveLM, seed: int, permissions: Permissions = NOT
 
     lm: tokenises and renders prompts. Raises ConfigError: as in `load` and TaskBuilder.
     """
-    tasks = load(suite, [spec.source for spec in suite.tasks], permissions)
+    named = [spec.source for spec in suite.tasks if spec.data is None]
+    loaded = iter(load(suite, named, permissions) if named else ())
+    tasks = [
+        next(loaded) if spec.data is None else own_task(suite, spec, permissions) for spec in suite.tasks
+    ]
     builders = []
     for spec, task in zip(suite.tasks, tasks, strict=True):
         unsafe = getattr(task, "UNSAFE_CODE", False)  # a class can say so too
@@ -364,7 +382,19 @@ def build(suite: Suite, *, lm: LiveLM, seed: int, permissions: Permissions = NOT
             raise ConfigError(
                 f"task {spec.task!r} can't be used", got=f"{type(error).__name__}: {error}"
             ) from error
+    _leave_out_near_duplicates(suite, builders)
     return builders
+
+
+def _leave_out_near_duplicates(suite: Suite, builders: Sequence[TaskBuilder]) -> None:
+    """Drop items that ask nearly the same as one of a later split, or raise ConfigError."""
+    if suite.near_duplicates == "keep":
+        return
+    found = contamination.near_duplicates({builder.spec.task: builder.texts() for builder in builders})
+    if suite.near_duplicates == "refuse":
+        contamination.refuse(found)
+    for builder in builders:
+        builder.leave_out([item for item in found if item.task == builder.spec.task])
 
 
 def load(suite: Suite, names: Sequence[str], permissions: Permissions) -> list[Any]:

@@ -8,9 +8,10 @@ score comes from other inputs than the run's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from evomerge.errors import ConfigError, ModelError
+from evomerge.errors import ConfigError, ModelError, UserError
+from evomerge.evaluation import task_files
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.sources import model_files
 from evomerge.merging.sources.opening import open_sources
@@ -22,11 +23,13 @@ class RunInputs:
 
     fingerprints: model -> hash of its config, headers, sizes and sampled weights. files: model -> facts about
     its files, which tell what changed; may lack models. suite: digest of the suite and its task files.
+    task_files: file that the suite's tasks use -> hash of its content, which tells what changed.
     """
 
     fingerprints: Mapping[str, str]
     files: Mapping[str, model_files.Facts]
     suite: str = ""
+    task_files: task_files.Hashes = field(default_factory=dict)
 
 
 def changed_models(before: RunInputs, now: RunInputs) -> str:
@@ -38,6 +41,26 @@ def changed_models(before: RunInputs, now: RunInputs) -> str:
         if differences or before.fingerprints.get(name) != fingerprint:
             changed.append(f"{name}: {', '.join(differences) or 'config, headers, sizes or weights'}")
     return "; ".join(changed)
+
+
+def refuse_changed_suite(
+    suite: Suite, before: RunInputs, *, where: str = "", error: type[UserError] = ConfigError
+) -> None:
+    """Raise an error where a suite or the files that its tasks use are not those of a run's inputs.
+
+    where: the run's folder, for the message. error: its class.
+    """
+    if not before.suite or before.suite == (digest := suite.digest(like=before.suite)):
+        return
+    changed = task_files.changes(before.task_files, suite.file_hashes()) if before.task_files else ""
+    if not changed and before.task_files:
+        changed = "keys of the suite's file (no file of its tasks)"
+    raise error(
+        f"{where}the suite or its task files changed since the run began, so scores would not be comparable",
+        expected=None if changed else before.suite,
+        got=changed or digest,
+        fix="restore what was there and resume, or start a new run in another folder",
+    )
 
 
 class InputGuard:
@@ -65,13 +88,7 @@ class InputGuard:
             ConfigError: the suite or its task files changed.
         """
         self._compare_models()
-        if (digest := self._suite.digest()) != self._inputs.suite:
-            raise ConfigError(
-                "the suite or its task files changed since the run began, so scores would not be comparable",
-                expected=self._inputs.suite,
-                got=digest,
-                fix="restore what was there and resume, or start a new run in another folder",
-            )
+        refuse_changed_suite(self._suite, self._inputs)
 
     def check(self) -> None:
         """Compare the models if a size, time or inode of their files changed since the last comparison.

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
@@ -143,18 +143,22 @@ def build_harness(spec: WorkerSpec) -> Harness:
     """
     import torch
 
-    from evomerge.evaluation.harness import Harness
     from evomerge.merging.live.stacked_models import build
-    from evomerge.merging.recipe import tokenizer_of
-    from evomerge.merging.sources.opening import open_sources
-    from evomerge.merging.sources.vocabulary import open_tokenizer
 
-    sources = open_sources(spec.models, spec.base, tokenizer=spec.tokenizer)
-    vocabulary = tokenizer_of(spec.tokenizer, spec.base, spec.models)
-    source = sources[vocabulary if vocabulary in sources else spec.base]
-    harness = Harness(
+    tokenizer, source = _tokenizer(spec)
+    harness = _harness(spec, tokenizer)
+    with torch.device("meta"):  # a model without weights
+        config = build(source, source.config, spec.dtype, spec.attention).config
+    harness.prepare(config)
+    return harness
+
+
+def _harness(spec: WorkerSpec, tokenizer: Any) -> Harness:
+    from evomerge.evaluation.harness import Harness
+
+    return Harness(
         spec.suite,
-        tokenizer=open_tokenizer(source),
+        tokenizer=tokenizer,
         batch_size=spec.batch_size,
         max_length=spec.max_length,
         blocks=spec.blocks,
@@ -162,10 +166,23 @@ def build_harness(spec: WorkerSpec) -> Harness:
         permissions=spec.permissions,
         stored_text=spec.stored_text,
     )
-    with torch.device("meta"):  # a model without weights
-        config = build(source, source.config, spec.dtype, spec.attention).config
-    harness.prepare(config)
-    return harness
+
+
+def item_notes(spec: WorkerSpec) -> list[str]:
+    """Return what a reader should know about the items; only configs and tokenizers are read for it."""
+    return _harness(spec, _tokenizer(spec)[0]).notes
+
+
+def _tokenizer(spec: WorkerSpec) -> tuple[Any, Any]:
+    """Return the tokenizer that the models share, and the source that it is from."""
+    from evomerge.merging.recipe import tokenizer_of
+    from evomerge.merging.sources.opening import open_sources
+    from evomerge.merging.sources.vocabulary import open_tokenizer
+
+    sources = open_sources(spec.models, spec.base, tokenizer=spec.tokenizer)
+    vocabulary = tokenizer_of(spec.tokenizer, spec.base, spec.models)
+    source = sources[vocabulary if vocabulary in sources else spec.base]
+    return open_tokenizer(source), source
 
 
 class Worker:

@@ -29,7 +29,7 @@ def suite_file(folder: Path, **changes: Any) -> Path:
     """Write a suite beside a folder of tasks, and return its path."""
     tasks = folder / "tasks"
     tasks.mkdir(parents=True, exist_ok=True)
-    (tasks / "t.yaml").write_text("task: t\n")
+    (tasks / "t.yaml").write_text("task: t\ndataset_kwargs: {data_files: '*.jsonl'}\n")
     (tasks / "t.jsonl").write_text('{"x": 1}\n')
     data = {"name": "s", "tasks_dir": "tasks", "tasks": [skill()]} | changes
     path = folder / "s.yaml"
@@ -112,13 +112,15 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "unknown key",
         {"taks": 1},
-        f"unknown key 'taks' (did you mean 'tasks'? Valid: {ASKING}, name, about, tasks_dir, tasks)",
+        f"unknown key 'taks' (did you mean 'tasks'? Valid: {ASKING}, name, about, tasks_dir, "
+        "near_duplicates, tasks)",
     ),
     (
         "unknown task key",
         {"tasks": [skill(wieght=1)]},
         "unknown key 'tasks.0.wieght' (did you mean 'weight'? "
-        f"Valid: {ASKING}, task, of, metric, smooth, role, weight, specialist, splits)",
+        f"Valid: {ASKING}, task, of, metric, smooth, role, weight, specialist, splits, "
+        "data, prompt, answer, choices, scorer)",
     ),
     ("no metric", {"tasks": [skill(metric=None)]}, "missing key 'tasks.0.metric'"),
     (
@@ -242,7 +244,7 @@ def test_an_unknown_suite_names_the_packaged_ones() -> None:
 CHANGES: list[tuple[str, Callable[[Path], object]]] = [
     ("a data file", lambda folder: (folder / "tasks" / "t.jsonl").write_text('{"x": 2}\n')),
     ("a task", lambda folder: (folder / "tasks" / "t.yaml").write_text("task: t \n")),
-    ("a new file", lambda folder: (folder / "tasks" / "u.yaml").write_text("task: u\n")),
+    ("a new data file", lambda folder: (folder / "tasks" / "u.jsonl").write_text("{}\n")),
     ("a file's name", lambda folder: (folder / "tasks" / "t.jsonl").rename(folder / "tasks" / "u.jsonl")),
     ("a weight", lambda folder: suite_file(folder, tasks=[skill(weight=2)])),
     ("a split", lambda folder: suite_file(folder, tasks=[skill(splits=DRAWN)])),

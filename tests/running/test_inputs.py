@@ -13,7 +13,7 @@ import yaml
 from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
-from evomerge.errors import ConfigError, ModelError
+from evomerge.errors import ConfigError, ModelError, StoreError
 from evomerge.prepare import prepare
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.store import RunStore, facts
@@ -167,3 +167,29 @@ def test_no_winner_is_declared_over_changed_tasks(phase: str, own: Path, tmp_pat
     with RunStore.read(tmp_path / "run") as store:
         assert facts.STOPPED.get(store) is None
         assert bool(store.entries("winner")) == (phase == "test")
+
+
+def test_a_new_file_beside_the_tasks_does_not_lock_a_run_and_a_changed_one_is_named(
+    own: Path, tmp_path: Path
+) -> None:
+    compose.start(RunConfig.load(own), Silent())
+    (tmp_path / "tasks" / "new.yaml").write_text("task: new\n")
+    compose.start(RunConfig.load(own), Silent())
+    path = next((tmp_path / "tasks").rglob("demo_reverse.test.jsonl"))
+    path.write_text(path.read_text() + path.read_text().splitlines()[0].replace("a", "b") + "\n")
+    with pytest.raises(StoreError) as caught:
+        compose.start(RunConfig.load(own), Silent())
+    assert "the suite or its task files changed since the run began" in caught.value.what
+    assert caught.value.got == "data/demo_reverse.test.jsonl (other contents)"
+
+
+def test_a_run_stored_with_a_digest_of_all_files_goes_on(own: Path, tmp_path: Path) -> None:
+    compose.start(RunConfig.load(own), Silent())
+    suite = prepare(RunConfig.load(own)).suite
+    with RunStore.open(tmp_path / "run") as store:
+        facts.SUITE_DIGEST.set(store, suite.digest(like=""))
+        facts.TASK_FILES.set(store, None)
+    compose.start(RunConfig.load(own), Silent())
+    (tmp_path / "tasks" / "new.yaml").write_text("task: new\n")
+    with pytest.raises(StoreError, match="task files changed since the run began"):
+        compose.start(RunConfig.load(own), Silent())

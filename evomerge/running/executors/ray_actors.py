@@ -421,6 +421,7 @@ def _check_paths(spec: WorkerSpec, node: str) -> None:
     """Raise ModelError for models and tasks that lie on the driver's machine, but not here."""
     places = [part for location in spec.models.values() for part in location.split("+")]
     places += [str(spec.suite.tasks_dir)] if spec.suite.tasks_dir else []
+    places += [str(path) for path in (spec.suite.data_files | spec.suite.scorer_files).values()]
     missing = [place for place in places if Path(place).is_absolute() and not Path(place).exists()]
     if missing:
         raise ModelError(

@@ -108,7 +108,14 @@ CONFIG = Fact(
 )
 IDENTITY = Fact("identity", str, "prepare", "hash of all settings that change results")
 SUITE = Fact("suite", dict[str, Any], "prepare", "the suite, without the place of its task files")
-SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and its task files")
+SUITE_DIGEST = Fact("suite_digest", str, "prepare", "hash of the suite and the files its tasks use")
+TASK_FILES = Fact(
+    "task_files",
+    dict[str, str],
+    "prepare",
+    "per file that the suite's tasks use, hash of its content",
+    in_digest=False,
+)
 FINGERPRINTS = Fact(
     "fingerprints",
     dict[str, str],
@@ -171,6 +178,13 @@ WEIGHTS = FactFamily(
     "type and SHA-256 of the merged weights that were scored on `test`, which an export must equal",
 )
 SPENT = Fact("spent", list[int], "running.store", "last told generation, and the items scored by then")
+ITEM_NOTES = Fact(
+    "item_notes",
+    list[str],
+    "compose",
+    "which items were left out as near duplicates, one sentence for each task and split",
+    in_digest=False,
+)
 STOPPED = Fact("stopped", str, "compose", "why the search ended; null while it goes on")
 STOP = Fact(
     "stop",

@@ -91,5 +91,15 @@ def test_facts_outside_the_digest_do_not_change_it(tmp_path: Path) -> None:
         assert store.digest() == before
         facts.STOPPED.set(store, "budget used")
         assert store.digest() != before
-    outside = ["clock", "config", "forward", "full_hashes", "migrated", "stop", "store_id"]
+    outside = [
+        "clock",
+        "config",
+        "forward",
+        "full_hashes",
+        "item_notes",
+        "migrated",
+        "stop",
+        "store_id",
+        "task_files",
+    ]
     assert facts.outside_digest() == outside
