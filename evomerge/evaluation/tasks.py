@@ -11,13 +11,11 @@ import contextlib
 import copy
 import difflib
 import errno
-import functools
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
-from evomerge.evaluation import contamination
+from evomerge.evaluation import builtin_tasks, contamination
 from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.asking import Asking
 from evomerge.evaluation.live_lm import LiveLM, compiled_templates, quiet
@@ -506,29 +504,17 @@ def _manager(suite: Suite, names: Sequence[str]) -> Any:
         if not names:
             return manager
     # Indexing all built-in tasks takes half a minute, and searching the folders of a few tasks two seconds.
-    folders = _builtin_folders(names)
+    folders = builtin_tasks.folders(names)
     if folders or own:  # the suite's own come last, where they replace others with the same name
         manager = lm_eval.tasks.TaskManager(include_path=[*folders, *own], include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
             return manager
-    return manager if own else lm_eval.tasks.TaskManager()
-
-
-def _builtin_folders(names: Iterable[str]) -> list[str]:
-    places = _builtin_places()
-    return sorted({folder for name in names for folder in places.get(name, ())})
-
-
-@functools.cache
-def _builtin_places() -> dict[str, set[str]]:
-    """Return the folders in which a file says the name of one of lm-eval's tasks, by name."""
-    says = re.compile(rb"^['\"]?task['\"]?:\s*['\"]?([^'\"\s#]+)['\"]?\s*(?:#.*)?$", re.MULTILINE)
-    root = Path(lm_eval.tasks.__file__).parent
-    places: dict[str, set[str]] = {}
-    for path in root.rglob("*.yaml"):
-        for name in says.findall(path.read_bytes()):
-            places.setdefault(name.decode(errors="replace"), set()).add(str(path.parent))
-    return places
+    if own:
+        return manager
+    for name in names:
+        if not builtin_tasks.mentioned(name):
+            raise _unknown_task(suite, name, set(builtin_tasks.places()), False)
+    return lm_eval.tasks.TaskManager()
 
 
 def _unknown_task(suite: Suite, name: str, valid: set[str], group: bool) -> ConfigError:

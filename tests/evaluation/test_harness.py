@@ -21,10 +21,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation import builtin_tasks
+from evomerge.evaluation import tasks as tasks_module
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.scores import NonFiniteScores, Scores
 from evomerge.evaluation.suite import Suite
-from evomerge.evaluation.tasks import _builtin_folders
 from tests.rounding import of_log_likelihoods
 
 from .conftest import (
@@ -489,7 +490,7 @@ def test_few_seconds_are_spent_outside_the_model(make_suite: MakeSuite, tmp_path
 
 
 def test_builtin_tasks_are_found_without_indexing_all_of_them() -> None:
-    folders = _builtin_folders(["arc_easy", "mmlu_abstract_algebra"])
+    folders = builtin_tasks.folders(["arc_easy", "mmlu_abstract_algebra"])
     assert [Path(folder).parts[-2:] for folder in folders] == [("tasks", "arc"), ("mmlu", "default")]
 
 
@@ -531,3 +532,24 @@ def test_a_model_that_ignores_positions_is_scored_row_by_row(
         assert mine.smooth is not None
         assert other.smooth is not None
         np.testing.assert_allclose(mine.smooth, other.smooth, atol=1e-5)
+
+
+def test_a_name_that_no_file_holds_is_refused_without_indexing_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The index of all tasks takes seconds."""
+    suite = Suite.model_validate(
+        {
+            "name": "s",
+            "tasks": [{"task": "arc_eazy", "metric": "acc", "splits": {"search": 1, "select": 1, "test": 1}}],
+        }
+    )
+    made: list[Any] = []
+    original = tasks_module.lm_eval.tasks.TaskManager
+    monkeypatch.setattr(
+        tasks_module.lm_eval.tasks, "TaskManager", lambda *a, **k: made.append(k) or original(*a, **k)
+    )
+    with pytest.raises(ConfigError, match=r"no task 'arc_eazy'(.|\n)*arc_easy"):
+        tasks_module.build(suite, lm=None, seed=0)
+    assert all(options.get("include_defaults") is False for options in made)
+    assert builtin_tasks.mentioned("anli")  # a group
