@@ -248,7 +248,10 @@ def test_the_engine_is_part_of_the_identity_and_the_default_changes_none(
     named = RunConfig.load(config(executor={**_executor(plain), "generation": "transformers"}))
     other = RunConfig.load(config(executor={**_executor(plain), "generation": "vllm"}))
     assert plain.identity() == named.identity() != other.identity()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: object() if name == "vllm" else found(name, *more)
+    )
     assert prepare(other).worker.generation == "vllm"
     for changes in (
         {"space": "layer_path", "optimizer": {}},

@@ -26,6 +26,7 @@ KINDS = {
     "record finalist",
     "record winner",
     "fact norms",
+    "fact item_notes",
     "fact gradient",
     "fact clock",
     "fact spent",
