@@ -99,6 +99,7 @@ def test_the_first_signal_counts(
     assert semaphores() <= before
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_that_is_swept_while_workers_start_is_a_message(
     working: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -95,7 +95,9 @@ def values(builder: TaskBuilder, answer: Any, item: int = 0) -> dict[str, Any]:
     return dict(view.process_results(instances[0].doc, results))
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "code")) for name in SUITES]
+)
 def test_splits_are_disjoint(name: str, built: dict[str, list[TaskBuilder]]) -> None:
     for task, builder in builders(name, built).items():
         sets = {

@@ -55,6 +55,7 @@ def code(config: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.mark.slow
 def test_a_run_executes_answers_only_with_permission(code: Callable[..., Path], tmp_path: Path) -> None:
     path = code(executor={"name": "local", "workers": 1, "threads": 1, "batch_size": 32})
     run = tmp_path / "run"

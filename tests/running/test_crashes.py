@@ -82,11 +82,13 @@ def test_the_driver_killed_at_every_kind_of_event(quick_config: Callable[..., Pa
     assert found["whole"]["failures"]
 
 
+@pytest.mark.slow
 def test_the_driver_killed_where_there_is_a_front(quick_config: Callable[..., Path], tmp_path: Path) -> None:
     path = quick_config(objective={"several": ["mean", "retention"]}, optimizer={"population": 8})
     struck(path, tmp_path, "chain", "front", "tell", "scores select")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [pytest.param("workers", marks=pytest.mark.slow), "both"])
 def test_worker_processes_killed(quick_config: Callable[..., Path], tmp_path: Path, mode: str) -> None:
     kinds = ("fact gradient", "scores search", "scores test")

@@ -218,6 +218,7 @@ def killed_at(folder: Path, step: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_migration_killed_at_any_step_leaves_the_old_store_or_the_new(tmp_path: Path) -> None:
     old = OLD[0].read_bytes()
     (tmp_path / "count").mkdir()
