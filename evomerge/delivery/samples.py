@@ -101,7 +101,8 @@ def items(
     tasks = [entry.task for entry in summary.suite.tasks]
     if task not in tasks:
         raise ConfigError(f"no task {task!r} in this run", fix=nearest(task, tasks))
-    scored = [name for name in SPLITS if _common(summary, models, task, name)]
+    blocks = {name: _common(summary, models, task, name) for name in ((split,) if split else SPLITS)}
+    scored = [name for name, parts in blocks.items() if parts]
     chosen = split or (scored[-1] if scored else None)
     if chosen is None or chosen not in scored:
         who = " and ".join(named.recipe.hash[:ID] for named in models)
@@ -118,7 +119,7 @@ def items(
                 _answer(named.name, scores, task, item) for named, scores in zip(models, parts, strict=True)
             ),
         )
-        for block, parts in _common(summary, models, task, chosen)
+        for block, parts in blocks[chosen]
         for questions in (summary.store.questions(chosen, block).get(task, []),)
         for item in range(len(parts[0][task].metric))
     ]

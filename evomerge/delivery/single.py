@@ -85,7 +85,8 @@ def evaluate(
         if stored is not None and suite_name is None:
             suite = suite.as_stored(facts.SUITE.require(stored.store))
             stored.refuse_other_tasks(suite)
-        worker = _worker(location, suite, spec, permissions)
+        recipe = Recipe.copy_of(location, dtype=_stored_dtype(location))
+        worker = _worker(recipe, suite, spec, permissions)
         if stored is not None and config is not None:
             blocks = facts.BLOCKS.get(stored.store) or 1
             worker = replace(worker, blocks=blocks, block_seed=config.seed)
@@ -93,7 +94,6 @@ def evaluate(
             sizes = sizes_in_force(stored.store, spec.batch_size, split, recipe_blocks)
         else:
             recipe_blocks, sizes = worker.blocks_of(split), {}
-    recipe = Recipe.copy_of(location, dtype=_stored_dtype(location))
     job = Job(recipe=recipe, split=split, blocks=recipe_blocks, batch_sizes=sizes)
     outcome = Worker(worker).run(job).outcome
     if isinstance(outcome, Failure):
@@ -106,11 +106,11 @@ def evaluate(
 
 
 def _worker(
-    location: str, suite: Suite, spec: executors.ExecutorSpec, permissions: Permissions
+    recipe: Recipe, suite: Suite, spec: executors.ExecutorSpec, permissions: Permissions
 ) -> WorkerSpec:
     device, dtype, threads = executors.resolve(spec)
     return WorkerSpec(
-        models=Recipe.copy_of(location, dtype=_stored_dtype(location)).models,
+        models=recipe.models,
         base="model",
         suite=suite,
         batch_size=spec.batch_size,

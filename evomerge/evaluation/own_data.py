@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -62,7 +63,10 @@ class OwnItem:
     def split(self) -> Split:
         """The split that the hash of the prompt gives."""
         position = int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:8], "big") / 2**64
-        return "search" if position < 0.5 else "select" if position < 0.7 else "test"
+        for split, end in zip(SHARES, itertools.accumulate(SHARES.values()), strict=True):
+            if position < end:
+                return split
+        return SPLITS[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
