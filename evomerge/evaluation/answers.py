@@ -72,19 +72,7 @@ class IsolatedMetrics:
 
     def _started(self) -> subprocess.Popen[bytes]:
         """Start a server and wait until it has loaded the task."""
-        folder = tempfile.TemporaryDirectory(
-            prefix="evomerge-answers-", dir=temporary_parent(), ignore_cleanup_errors=True
-        )
-        server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "evomerge.evaluation.answer_server", folder.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder.name,
-            env=environment(folder.name) | {"HF_METRICS_CACHE": str(Path(folder.name) / "metrics")},
-            start_new_session=True,  # Ctrl-C is the worker's to handle
-        )
-        weakref.finalize(self, stop, server, folder)
+        server = launch("evomerge.evaluation.answer_server", self)
         reply: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             reply = _asked(server, self._job) or {}
@@ -105,14 +93,38 @@ def _asked(server: subprocess.Popen[bytes], message: object) -> Any:
     return json.loads(server.stdout.readline())
 
 
-def environment(folder: str) -> dict[str, str]:
+def launch(module: str, owner: object) -> subprocess.Popen[bytes]:
+    """Start a module as a server that ends with its owner; its argument is a folder of its own."""
+    folder = tempfile.TemporaryDirectory(
+        prefix="evomerge-answers-", dir=temporary_parent(), ignore_cleanup_errors=True
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-P", "-m", module, folder.name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=folder.name,
+        env=_environment(folder.name),
+        start_new_session=True,  # Ctrl-C is the worker's to handle
+    )
+    weakref.finalize(owner, _stop, server, folder)
+    return server
+
+
+def _environment(folder: str) -> dict[str, str]:
     """Return the environment of a server: none of the worker's variables that could hold secrets."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     path = os.pathsep.join(place for place in sys.path if place)
-    return {**kept, **_SET, "PYTHONPATH": path, "TMPDIR": folder}
+    return {
+        **kept,
+        **_SET,
+        "PYTHONPATH": path,
+        "TMPDIR": folder,
+        "HF_METRICS_CACHE": str(Path(folder) / "metrics"),
+    }
 
 
-def stop(server: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
+def _stop(server: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
     """End a server that is idle."""
     server.kill()
     for pipe in (server.stdin, server.stdout):

@@ -12,18 +12,14 @@ import math
 import os
 import select
 import subprocess
-import sys
-import tempfile
 import time
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation.answers import environment, stop
+from evomerge.evaluation.answers import launch
 from evomerge.evaluation.permissions import Permissions
-from evomerge.files import temporary_parent
 
 SECONDS = 10.0
 """What one call may take."""
@@ -100,19 +96,7 @@ class AnswerScorer:
             raise ValueError(f"the scorer {self._name} {reason}") from None
 
     def _started(self) -> subprocess.Popen[bytes]:
-        folder = tempfile.TemporaryDirectory(
-            prefix="evomerge-scorer-", dir=temporary_parent(), ignore_cleanup_errors=True
-        )
-        server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "evomerge.evaluation.scorer_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder.name,
-            env=environment(folder.name),
-            start_new_session=True,  # Ctrl-C is the worker's to handle
-        )
-        weakref.finalize(self, stop, server, folder)
+        server = launch("evomerge.evaluation.scorer_server", self)
         reply: dict[str, Any] = {}
         with contextlib.suppress(ValueError):
             reply = self._asked(server, self._code, START_SECONDS)
