@@ -30,6 +30,7 @@ RUN_CONFIG = (
     ("optimizer", "evomerge.search.optimizers:OptimizerSpec", "search.md"),
     ("objective", "evomerge.search.objective:ObjectiveSpec", "objectives.md"),
     ("objective.constraints", "evomerge.search.objective:ConstraintsSpec", "objectives.md"),
+    ("verdict", "evomerge.config:VerdictSpec", "verdicts.md"),
     ("budget", "evomerge.running.budget:BudgetSpec", "budgets.md"),
     ("budget.cost", "evomerge.running.budget:CostSpec", "budgets.md"),
     ("executor", "evomerge.running.executors:ExecutorSpec", "executors.md"),

@@ -82,6 +82,14 @@ class TrackerSpec(Strict):
         return self
 
 
+class VerdictSpec(Strict):
+    """What a winner must keep for a green verdict; it changes no search."""
+
+    kept: float = Field(default=0.5, ge=0, le=1)
+    """Least share of the specialist's gain over the base on every task of the mean: 0 is the base, 1 the
+    specialist. A task that is significantly below it turns the verdict amber."""
+
+
 class RunConfig(Strict):
     """A run, as written in its YAML file."""
 
@@ -95,6 +103,8 @@ class RunConfig(Strict):
     """The search algorithm."""
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
     """What the search minimises."""
+    verdict: VerdictSpec = Field(default_factory=VerdictSpec)
+    """What the report calls a loss."""
     budget: BudgetSpec
     """When the search ends."""
     executor: ExecutorSpec = Field(default_factory=ExecutorSpec)
@@ -212,11 +222,11 @@ class RunConfig(Strict):
     def identity(self) -> str:
         """Return a hash of everything that changes results: two configs with it share a run folder.
 
-        Budget, workers, timeout, trackers, permissions and places on the disk don't count: they may change on
-        resume.
+        Budget, verdict, workers, timeout, trackers, permissions and places on the disk don't count: they may
+        change on resume.
         """
         data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
-        for name in ("budget", "out", "suite", "tracking", "stored_text"):
+        for name in ("budget", "out", "suite", "tracking", "stored_text", "verdict"):
             del data[name]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
         for name in ("name", "workers", "threads", "timeout", "low_memory", "address", "resources"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.config import VerdictSpec
 from evomerge.delivery.style import percent, short_task
 from evomerge.delivery.verdict import TaskResult, Verdict
 from evomerge.evaluation import statistics
@@ -143,6 +144,12 @@ class Summary:
         """The run's objective, as its config has it."""
         stored = facts.CONFIG.require(self.store)["objective"]
         return parse(ObjectiveSpec, stored, f"{self.store.folder}: stored objective")
+
+    @property
+    def kept_share(self) -> float:
+        """The least share of a specialist's gain that a task should keep; older runs have the default."""
+        stored = facts.CONFIG.require(self.store).get("verdict", {})
+        return parse(VerdictSpec, stored, f"{self.store.folder}: stored verdict").kept
 
     @property
     def named(self) -> list[Named]:
@@ -284,6 +291,7 @@ class Summary:
             items=sum(map(len, normaliser.items(scores))),
             tasks=tuple(self._task_results(scores, rival_scores, normaliser)),
             scaled=not set(normaliser.counted) & set(normaliser.duds),
+            share=self.kept_share,
             constraints=self.objective.constraints,
             counted=normaliser.counted,
         )
@@ -294,6 +302,7 @@ class Summary:
         tests = [statistics.paired_items(*pair, seed=SEED) for pair in pairs]
         adjusted = statistics.holm([test.p for test in tests])
         scaled = {t.task for t in tasks if t.task not in normaliser.duds}
+        below = self._below_share(winner, normaliser)
         return [
             TaskResult(
                 task=t.task,
@@ -304,11 +313,19 @@ class Summary:
                 adjusted=p,
                 kept=kept[t.task] if t.task in scaled and t.counted else None,
                 held=held[t.task] if t.task in scaled else None,
+                p_kept=below.get(t.task),
                 limited=t.task in scaled and t.splits["search"] is not None,
                 counted=t.counted,
             )
             for t, test, p in zip(tasks, tests, adjusted, strict=True)
         ]
+
+    def _below_share(self, winner: Scores, normaliser: Normaliser) -> dict[str, float]:
+        """Return counted task -> p, after Holm's correction, that the winner keeps the demanded share."""
+        base = self.scores(self.parents[0].recipe.hash, "test")
+        assert base is not None, "a scale without the base's scores"
+        chances = normaliser.p_kept(winner, base=base, share=self.kept_share)
+        return dict(zip(chances, statistics.holm(list(chances.values())), strict=True))
 
     def _against_best(self, recipe: str, rows: Iterable[Row]) -> PairedTest | None:
         """Test a recipe against the best of the rivals, as `Normaliser.compare_with_best`."""

@@ -1,8 +1,8 @@
 """The verdict: did the search help, on which tasks, what did it lose, and which config would forbid the loss.
 
 Green only where the mean is better than the best baseline's and no task pays for it. Amber where a task is
-significantly worse than the best baseline has it, or below KEPT_SHARE of its specialist. Red where the
-search did not help.
+significantly worse than the best baseline has it, or keeps significantly less of its specialist's gain than
+the config's `verdict.kept`. Red where the search did not help.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from evomerge.evaluation import statistics
 from evomerge.evaluation.statistics import PairedTest
 from evomerge.evaluation.suite import Suite
 from evomerge.search.objective import ConstraintsSpec
-
-KEPT_SHARE = 0.5
-"""The least share of a specialist's gain over the base that every task of a green winner keeps."""
 
 SIGNIFICANT = 0.05
 """Adjusted p up to which a task counts as better or worse."""
@@ -44,7 +41,8 @@ class TaskResult:
 
     task, name: in full, and as tables show it. winner, rival: mean raw scores. test: of their difference.
     adjusted: its p after Holm's correction over the tasks. kept, held: normalised scores of winner and rival,
-    None where the task has no scale or does not count. limited: whether a constraint can name the task.
+    None where the task has no scale or does not count. p_kept: one-sided, that the winner keeps the demanded
+    share, after Holm's correction; None as `kept`. limited: whether a constraint can name the task.
     counted: whether it has a weight in the mean; others can only be lost, not won.
     """
 
@@ -56,6 +54,7 @@ class TaskResult:
     adjusted: float
     kept: float | None
     held: float | None
+    p_kept: float | None
     limited: bool
     counted: bool = True
 
@@ -71,8 +70,8 @@ class TaskResult:
 
     @property
     def short(self) -> bool:
-        """Whether the winner keeps less than KEPT_SHARE of what the specialist gained over the base."""
-        return self.kept is not None and self.kept < KEPT_SHARE
+        """Whether the winner keeps significantly less of the specialist's gain than demanded."""
+        return self.p_kept is not None and self.p_kept <= SIGNIFICANT
 
     def as_data(self) -> dict[str, Any]:
         """Return it as plain data: raw scores, differences in points of raw score."""
@@ -87,6 +86,7 @@ class TaskResult:
             "p": self.test.p,
             "p_holm": self.adjusted,
             "kept": self.kept,
+            "p_kept": self.p_kept,
         }
 
 
@@ -95,7 +95,8 @@ class Verdict:
     """The paired test of the winner against the best baseline, on `test`, and what it hides.
 
     items: how many items the test compares. scaled: whether any task of the mean has a specialist better than
-    the base. constraints: those of the run. counted: the tasks that a constraint for all tasks means.
+    the base. share: the least share of a specialist's gain that a task should keep. constraints: those of the
+    run. counted: the tasks that a constraint for all tasks means.
     """
 
     rival: str
@@ -103,6 +104,7 @@ class Verdict:
     items: int
     tasks: tuple[TaskResult, ...]
     scaled: bool
+    share: float
     constraints: ConstraintsSpec
     counted: tuple[str, ...]
 
@@ -150,7 +152,7 @@ class Verdict:
             return None
         tasks = [f"{t.name} {percent(t.kept, 0)} %" for t in self.short]
         return (
-            f"kept less than {percent(KEPT_SHARE, 0)} % of what the specialist gained over the base: "
+            f"kept less than {percent(self.share, 0)} % of what the specialist gained over the base: "
             + _listed(tasks)
         )
 
@@ -159,13 +161,13 @@ class Verdict:
         """The config line that forbids the losses; None without a loss that constraints can forbid.
 
         A task that got worse must score what the best baseline has (rounded down), one that only keeps too
-        little KEPT_SHARE. What the run's constraints demanded stays.
+        little the demanded share. What the run's constraints demanded stays.
         """
         before = self.constraints.tasks
         limits = dict(before) if isinstance(before, Mapping) else dict.fromkeys(self.counted, before or 0.0)
         if before is None:
             limits = {}
-        wanted = {t.task: KEPT_SHARE for t in self.short if t.limited}
+        wanted = {t.task: self.share for t in self.short if t.limited}
         wanted |= {
             t.task: math.floor(100 * t.held) / 100 for t in self.lost if t.limited and t.held is not None
         }
@@ -199,7 +201,7 @@ class Verdict:
             "better": [t.task for t in self.tasks if t.better],
             "worse": [t.task for t in self.lost],
             "below_share": [t.task for t in self.short],
-            "share": KEPT_SHARE,
+            "share": self.share,
             "forbidding": self.forbidding,
             "tasks": [t.as_data() for t in self.tasks],
         }

@@ -312,6 +312,25 @@ class Normaliser:
         self._check(scores)
         return {name: scale(scores[name].mean) for name, (scale, _) in self._scales.items()}
 
+    def p_kept(self, scores: Scores, *, base: Scores, share: float) -> dict[str, float]:
+        """Return counted task -> one-sided p of keeping a share of the specialist's gain over the base.
+
+        Small where the data show that less is kept. All three models are compared on the same items, so the
+        sampling error of base and specialist is part of the test.
+        """
+        self._check(scores)
+        chances = {}
+        for name in (name for name in self.counted if name not in self.duds):
+            low, high = self._spans[name]
+            demanded = share * self._scales[name][0].headroom * self._units[name]
+            chances[name] = statistics.p_below(
+                [scores[name].metric - base[name].metric - demanded],
+                [1.0],
+                0.0,
+                spans=[(low - high, high - low)],
+            )
+        return chances
+
     def mean(self, scores: Scores) -> float:
         """Return the weighted mean of the normalised means of the skill tasks that count."""
         tasks = self.task(scores)

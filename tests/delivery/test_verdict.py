@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,14 @@ import yaml
 
 from evomerge.config import RunConfig
 from evomerge.delivery.style import plus_minus, points
-from evomerge.delivery.verdict import KEPT_SHARE, STYLES, TaskResult, Verdict, resolution
+from evomerge.delivery.summary import Summary
+from evomerge.delivery.verdict import STYLES, TaskResult, Verdict, resolution
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import Suite
+from evomerge.running.store import facts
+from evomerge.running.store.store import RunStore
 from evomerge.search.objective import ConstraintsSpec
+from evomerge.stored import StoredRun
 
 
 def task(name: str, winner: float, rival: float, **changes: Any) -> TaskResult:
@@ -27,6 +33,7 @@ def task(name: str, winner: float, rival: float, **changes: Any) -> TaskResult:
         "adjusted": 0.004,
         "kept": winner,
         "held": rival,
+        "p_kept": 1.0,
         "limited": True,
     }
     return TaskResult(**fields | changes)
@@ -39,6 +46,7 @@ def verdict(*tasks: TaskResult, low: float = 0.1, **changes: Any) -> Verdict:
         "items": 100,
         "tasks": tasks,
         "scaled": True,
+        "share": 0.5,
         "constraints": ConstraintsSpec(),
         "counted": tuple(t.task for t in tasks),
     }
@@ -64,7 +72,9 @@ def test_green_only_where_nothing_is_lost_and_every_specialist_is_kept() -> None
     assert verdict(*BETTER).level == "green"
     assert verdict(*BETTER).losses == []
     assert verdict(*BETTER, LOST).level == "amber"
-    low = task("low", 0.4, 0.38, adjusted=0.6)  # not worse than the baseline, but most of the skill is gone
+    low = task(
+        "low", 0.4, 0.38, adjusted=0.6, p_kept=0.01
+    )  # not worse than the baseline, but most of the skill is gone
     assert verdict(*BETTER, low).level == "amber"
     assert verdict(*BETTER, low).warning is not None
     assert verdict(*BETTER, scaled=False).level == "amber"
@@ -108,9 +118,15 @@ def test_the_forbidding_line_is_a_config_and_keeps_earlier_constraints(
 
 
 def test_a_task_that_keeps_too_little_is_limited_to_the_stated_share() -> None:
-    found = verdict(task("low", 0.4, 0.38, adjusted=0.6))
-    assert found.forbidding == f"objective: {{constraints: {{tasks: {{s_low: {KEPT_SHARE}}}}}}}"
-    assert found.warning == "kept less than 50 % of what the specialist gained over the base: low 40 %"
+    found = verdict(task("low", 0.4, 0.38, adjusted=0.6, p_kept=0.05), share=0.6)
+    assert found.forbidding == "objective: {constraints: {tasks: {s_low: 0.6}}}"
+    assert found.warning == "kept less than 60 % of what the specialist gained over the base: low 40 %"
+
+
+def test_a_share_that_is_missed_within_error_is_no_loss() -> None:
+    found = verdict(*BETTER, task("low", 0.4, 0.38, adjusted=0.6, p_kept=0.2))
+    assert found.level == "green"
+    assert found.losses == []
 
 
 def test_what_no_constraint_can_name_is_left_out_of_the_line() -> None:
@@ -155,3 +171,25 @@ def test_the_planned_difference_is_found_as_often_as_planned() -> None:
     draws = rng.choice([-1.0, 0.0, 1.0], size=(400, n), p=chances)
     found = np.mean([interval([draw], [1.0], spans=[(-1.0, 1.0)]).low > 0 for draw in draws])
     assert 0.74 <= found <= 0.86
+
+
+def test_the_share_is_the_config_s_and_older_runs_have_the_default(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    identities, shares = set(), []
+    for changes in ({"verdict": {"kept": 1.0}}, {}):
+        with RunStore.open(folder) as store:
+            stored = facts.CONFIG.require(store)
+            stored.pop("verdict")
+            facts.CONFIG.set(store, stored | changes)
+        with StoredRun.read(folder) as run:
+            summary = Summary(run)
+            found = summary.verdict(summary.rows())
+            assert found is not None
+            shares.append(found.as_data()["share"])
+            identities.add(run.config().identity())
+            assert all(t.p_kept is not None for t in found.tasks if t.kept is not None)
+    assert shares == [1.0, 0.5]
+    assert len(identities) == 1

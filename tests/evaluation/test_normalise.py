@@ -225,3 +225,25 @@ def test_the_best_of_many_rivals_does_not_pull_the_interval_down() -> None:
     assert contains / draws >= 0.95
     assert naive < contains
     assert above == 0
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "share", "below"),
+    [(40, 200, 0.5, True), (130, 200, 0.5, False), (130, 200, 0.8, True), (9, 20, 0.5, False)],
+)
+def test_a_share_of_the_specialist_is_missed_where_the_items_show_it(
+    right: int, items: int, share: float, below: bool
+) -> None:
+    suite = suite_of({"task": "add"})
+    base, specialist = answers(add=(0, items)), answers(add=(items, items))
+    scale = Normaliser(suite, base=base, parents={"p": specialist})
+    p = scale.p_kept(answers(add=(right, items)), base=base, share=share)
+    assert (p["add"] <= 0.05) == below
+
+
+def test_the_specialist_keeps_its_own_share_and_duds_have_none() -> None:
+    suite, base = suite_of({"task": "add"}, {"task": "sort"}), answers(add=(20, 100), sort=(20, 100))
+    specialist = answers(add=(80, 100), sort=(20, 100))
+    scale = Normaliser(suite, base=base, parents={"p": specialist}, duds=["sort"])
+    assert scale.p_kept(specialist, base=base, share=1.0).keys() == {"add"}
+    assert scale.p_kept(specialist, base=base, share=1.0)["add"] > 0.4
