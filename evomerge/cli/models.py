@@ -17,12 +17,14 @@ from evomerge.cli.options import (
     FolderArgument,
     FormArgument,
     FormOption,
+    GateOption,
     KeepRestOption,
     LabelsOption,
     ModelArgument,
     ModelsOption,
     RankOption,
 )
+from evomerge.cli.reports import show_gate
 from evomerge.cli.terminal import (
     command,
     output,
@@ -169,21 +171,26 @@ def evaluate(
         int | None,
         typer.Option(min=8, max=2**24, help="Longest input in tokens; default: RUN's, or the model's."),
     ] = None,
+    gate: GateOption = None,
     permissions: Any = None,
 ) -> None:
-    """Score one model on a suite."""
+    """Score one model on a suite, with --gate against the rules for the winner of a run."""
     from evomerge.delivery import single
+    from evomerge.delivery.gate import GateRules
 
-    data = single.evaluate(
+    done = single.evaluate(
         model,
         suite,
         split,
         settings=single.Settings(batch_size=batch_size, dtype=dtype, device=device, max_length=max_length),
         run=run,
         permissions=permissions,
+        rules=None if gate is None else GateRules.load(gate),
     )
-    output.say(single.table(data))
-    output.data(data)
+    output.say(single.table(done.data))
+    output.data(done.data)
+    if done.gate is not None:
+        show_gate(done.gate, done.data["suite"])
 
 
 @command(zoo, "build")

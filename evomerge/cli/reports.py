@@ -14,6 +14,7 @@ from evomerge.errors import ConfigError, DiskError, UserError
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
+    from evomerge.delivery.gate import RuleResult
 
 GATE_FAILED = 1
 """The exit code of a failed gate; mistakes have 2."""
@@ -42,8 +43,7 @@ def show_report(folder: Path, rules_file: Path | None = None) -> None:
         else:
             output.say(f"report: {relative(page)}")
     if results is not None:
-        output.say(gate.table(results, summary.suite.name))
-        _exit_unless(gate.passed(results))
+        show_gate(results, summary.suite.name)
 
 
 def show_comparison(folders: Sequence[Path], rules_file: Path | None = None) -> None:
@@ -66,12 +66,15 @@ def show_comparison(folders: Sequence[Path], rules_file: Path | None = None) -> 
     gated = {} if results is None else {"gate": gate.as_data(results)}
     output.data(comparison.as_data() | gated)
     if results is not None:
-        output.say(gate.table(results, comparison.suite))
-        _exit_unless(gate.passed(results))
+        show_gate(results, comparison.suite)
 
 
-def _exit_unless(passed: bool) -> None:
-    if not passed:
+def show_gate(results: list[RuleResult], suite: str) -> None:
+    """Print a gate's results, and exit where a rule is violated."""
+    from evomerge.delivery import gate
+
+    output.say(gate.table(results, suite))
+    if not gate.passed(results):
         raise typer.Exit(GATE_FAILED)
 
 

@@ -111,31 +111,45 @@ class Limit:
         return statistics.p_below(self.samples, self.weights, self.limit, spans=self.spans)
 
 
-def check(rules: GateRules, summary: Summary, *, reference: Summary | None = None) -> list[RuleResult]:
+def refuse_unknown(rules: GateRules, summary: Summary) -> None:
+    """Raise ConfigError where the run has no tested winner, or nothing that a rule names."""
+    if summary.winner is None or summary.scores(summary.winner.recipe.hash, "test") is None:
+        raise ConfigError(
+            f"{summary.store.folder}: no winner scored on `test` to check",
+            fix="finish the run, then check it",
+        )
+    names = [*(task.task for task in summary.shown_tasks), EVERY, "mean"]
+    for name in rules.max_loss:
+        if name not in names:
+            raise ConfigError(f"gate: max_loss: no task {name!r} on `test`", fix=nearest(name, names))
+    scale = summary.normaliser("test")
+    if rules.min_retention is not None and (scale is None or not scale.retained):
+        raise ConfigError(
+            f"gate: min_retention: no task of suite {summary.suite.name!r} measures retention on `test`",
+            fix="remove the rule, or add a task with `role: retention` to the suite",
+        )
+
+
+def check(
+    rules: GateRules, summary: Summary, *, model: Scores | None = None, reference: Summary | None = None
+) -> list[RuleResult]:
     """Test a run's winner against the rules, on `test`.
 
     Args:
         rules: of the gate file.
         summary: of the run.
+        model: scores of another model on the run's `test` items, which is tested instead of the winner.
         reference: of the run whose winner is the reference instead of `against`; on the same items.
 
     Raises:
-        ConfigError: the run has no tested winner, or nothing that a rule names.
+        ConfigError: as `refuse_unknown`.
     """
+    refuse_unknown(rules, summary)
     rows = summary.rows()
-    winner = next((row for row in rows if row.role == "winner"), None)
-    scores = None if winner is None else summary.scores(winner.recipe, "test")
-    if winner is None or scores is None:
-        raise ConfigError(
-            f"{summary.store.folder}: no winner scored on `test` to check",
-            fix="finish the run, then check it",
-        )
+    assert summary.winner is not None
+    scores = summary.scores(summary.winner.recipe.hash, "test") if model is None else model
+    assert scores is not None
     tasks = [task.task for task in summary.shown_tasks]
-    for name in rules.max_loss:
-        if name not in (*tasks, EVERY, "mean"):
-            raise ConfigError(
-                f"gate: max_loss: no task {name!r} on `test`", fix=nearest(name, [*tasks, EVERY, "mean"])
-            )
     tests = [
         _task_loss(task, limit, scores, _rival(task, rules, summary, rows, reference))
         for task in tasks
@@ -229,11 +243,6 @@ def _retention(rules: GateRules, summary: Summary, winner: Scores) -> list[Limit
         return []
     assert scale is not None
     assert base is not None
-    if not scale.retained:
-        raise ConfigError(
-            f"gate: min_retention: no task of suite {summary.suite.name!r} measures retention on `test`",
-            fix="remove the rule, or add a task with `role: retention` to the suite",
-        )
     samples = []
     for part in scale.retained:
         lost = winner[part.task].metric - base[part.task].metric

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from evomerge.delivery import style
-from evomerge.delivery.summary import raw_interval
+from evomerge.delivery import gate, style
+from evomerge.delivery.gate import GateRules, RuleResult
+from evomerge.delivery.summary import Summary, raw_interval
 from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Scores, TaskScores, named_split
@@ -44,6 +45,14 @@ class Settings:
         return parse(executors.ExecutorSpec, spec.model_dump() | one | chosen, "options")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A model's scores as plain data, and the results of a gate's rules; None without a gate."""
+
+    data: dict[str, Any]
+    gate: list[RuleResult] | None
+
+
 def evaluate(
     location: str,
     suite_name: str | None,
@@ -52,7 +61,8 @@ def evaluate(
     settings: Settings = Settings(),
     run: Path | None = None,
     permissions: Permissions = NOTHING,
-) -> dict[str, Any]:
+    rules: GateRules | None = None,
+) -> Evaluation:
     """Score a model as it is stored.
 
     Args:
@@ -63,12 +73,14 @@ def evaluate(
         run: a run folder whose suite, settings and batches are used, so that an exported winner gets the
             stored scores.
         permissions: which code of the suite's tasks may run.
+        rules: of a gate, which the model must keep in place of the run's winner.
 
     Returns:
-        Plain data: per task the mean raw score in the metric's unit, its 95 % interval and the item count.
+        Per task the mean raw score in the metric's unit, its 95 % interval and the item count.
 
     Raises:
-        ConfigError: there is no such suite or split, or the run's task files changed.
+        ConfigError: there is no such suite or split, the run's task files changed, or the gate has nothing to
+            compare with.
         UserError: the model can't be scored.
     """
     split = named_split(split_name)
@@ -76,6 +88,8 @@ def evaluate(
         raise ConfigError(
             "no suite to score on", fix="give --suite SUITE, or --run RUN to score as a run does"
         )
+    if rules is not None:
+        _refuse_gate(rules, run, suite_name, split)
     stored = None if run is None else StoredRun.read(run)
     with contextlib.nullcontext() if stored is None else stored:
         config = None if stored is None else stored.config()
@@ -102,7 +116,24 @@ def evaluate(
     if split == "test":
         looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
     tasks = [_row(scores, suite[scores.task].metric) for scores in outcome]
-    return {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
+    data: dict[str, Any] = {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
+    if rules is None or run is None:
+        return Evaluation(data=data, gate=None)
+    with StoredRun.read(run) as finished:
+        results = gate.check(rules, Summary(finished), model=outcome)
+    return Evaluation(data=data | {"gate": gate.as_data(results)}, gate=results)
+
+
+def _refuse_gate(rules: GateRules, run: Path | None, suite_name: str | None, split: str) -> None:
+    """Raise ConfigError where a gate can't be checked, before the model is scored."""
+    if run is None or suite_name is not None or split != "test":
+        raise ConfigError(
+            "evaluate --gate: a gate compares a model with those of a finished run, on its `test` items",
+            expected="evomerge evaluate MODEL --run RUN --gate FILE",
+            got="no --run" if run is None else "--suite" if suite_name is not None else f"--split {split}",
+        )
+    with StoredRun.read(run) as stored:
+        gate.refuse_unknown(rules, Summary(stored))
 
 
 def _worker(

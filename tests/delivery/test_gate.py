@@ -93,3 +93,38 @@ def test_the_exit_code_is_the_gate_s(finished_run: Path, tmp_path: Path) -> None
     done = invoke(app, ["report", str(finished_run), "--gate", str(wrong)])
     assert done.exit_code == 2
     assert "demo_upper" in done.stderr
+
+
+def test_any_model_is_checked_in_place_of_the_winner(
+    finished_run: Path, tiny_zoo: Path, tmp_path: Path
+) -> None:
+    invoke = CliRunner().invoke
+    words = ["evaluate", str(tiny_zoo / "base"), "--run", str(finished_run)]
+    keeping = rules(tmp_path, "max_loss: {any: 0, mean: 0}\nagainst: base")
+    done = invoke(app, [*words, "--gate", str(keeping), "--json"])
+    assert done.exit_code == 0, done.output
+    assert all(rule["measured"] == 0 for rule in json.loads(done.stdout)["gate"]["rules"])
+    failing = rules(tmp_path, "min_points: 900")
+    done = invoke(app, [*words, "--gate", str(failing)])
+    assert done.exit_code == 1, done.output
+    assert "gate: FAILED" in done.output
+
+
+def test_a_gate_that_cannot_be_checked_is_refused_before_the_model_is_opened(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    invoke = CliRunner().invoke
+    good, wrong = rules(tmp_path, "max_loss: {any: 2}"), tmp_path / "wrong.yaml"
+    wrong.write_text("max_loss: {demo_uper: 2}")
+    run = ["--run", str(finished_run)]
+    for words, message in (
+        ([], "no suite to score on"),
+        (["--suite", "demo"], "no --run"),
+        ([*run, "--suite", "demo"], "got: --suite"),
+        ([*run, "--split", "select"], "--split select"),
+        ([*run, "--gate", str(wrong)], "demo_upper"),
+    ):
+        gated = words if "--gate" in words else [*words, "--gate", str(good)]
+        done = invoke(app, ["evaluate", "no/such/model", *gated])
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr
