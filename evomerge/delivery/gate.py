@@ -1,8 +1,8 @@
 """Gate: rules that a run's winner must pass, as a YAML file and an exit code for CI.
 
 A rule fails where the data show that it is violated: by a one-sided test at the file's confidence, corrected
-for the number of tests (Holm). So a gate stops a winner that violates nothing in at most 5 % of cases,
-whatever the number of rules; what it lets pass is not proven harmless.
+for the number of rules that are not clearly kept (Holm). So a gate stops a winner that violates nothing in at
+most 5 % of cases, whatever the number of rules; what it lets pass is not proven harmless.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def check(
 
 
 def verdicts(tests: list[Limit], confidence: float) -> list[RuleResult]:
-    """Return the rules' results: p-values corrected for their number."""
-    adjusted = statistics.holm([test.p for test in tests])
+    """Return the rules' results: p-values corrected for the number of rules that are in doubt."""
+    adjusted = statistics.holm_of_doubtful([test.p for test in tests])
     return [
         RuleResult(rule=test.rule, measured=test.measured, limit=test.limit, p=p, passed=p > 1 - confidence)
         for test, p in zip(tests, adjusted, strict=True)

@@ -46,6 +46,10 @@ LEVEL = 0.95
 ONE_SIDED = 1.645
 """Standard errors above which 5 % of a normal distribution lie."""
 
+CLEAR = 0.9
+"""One-sided p-value above which a claim is clearly false. A smaller number finds less where all claims are in
+doubt, a larger one where few are."""
+
 CORRELATION = 0.5
 """Of two models' right answers, item by item, where a test is planned; merges of the same parents have about
 this."""
@@ -319,6 +323,27 @@ def holm(p: Sequence[float]) -> list[float]:
     for rank, index in enumerate(np.argsort(p, kind="stable").tolist()):
         largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
         adjusted[index] = largest
+    return adjusted
+
+
+def holm_of_doubtful(p: Sequence[float]) -> list[float]:
+    """Return one-sided p-values, adjusted for the number of claims that the data leave open.
+
+    What the data clearly deny (p above CLEAR) needs no correction: its adjusted p-value is 1. The others are
+    divided by CLEAR, the probability of being among them, and adjusted by Holm's method. The probability of a
+    false claim stays below 5 % where tests are independent and one-sided (Zhao, Small & Su 2019, JASA 114,
+    conditional p-values), and in simulations where they are positively dependent. With a single claim nothing
+    changes.
+
+    >>> holm_of_doubtful([0.009, 0.95, 0.97])
+    [0.01, 1.0, 1.0]
+    """
+    if len(p) < 2:
+        return list(p)
+    doubtful = [index for index, value in enumerate(p) if value <= CLEAR]
+    adjusted = [1.0] * len(p)
+    for index, value in zip(doubtful, holm([p[index] / CLEAR for index in doubtful]), strict=True):
+        adjusted[index] = value
     return adjusted
 
 

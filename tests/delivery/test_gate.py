@@ -23,8 +23,9 @@ def rules(folder: Path, text: str) -> Path:
     return path
 
 
-def drawn(rng: np.random.Generator, lost: float, tasks: int = 5) -> bool:
-    chances = [[(0.08 + drop) / 2, 0.92, (0.08 - drop) / 2] for drop in (lost, *[0.0] * (tasks - 1))]
+def drawn(rng: np.random.Generator, lost: float, gained: float = 0.0, differ: float = 0.08) -> bool:
+    drops = (lost, *[-gained] * 4)
+    chances = [[(differ + drop) / 2, 1 - differ, (differ - drop) / 2] for drop in drops]
     limits = [
         Limit(
             rule="max_loss",
@@ -42,6 +43,12 @@ def test_a_planted_loss_of_5_points_is_found_and_none_is_not() -> None:
     rng = np.random.default_rng(0)
     assert np.mean([not drawn(rng, 0.05) for _ in range(200)]) >= 0.9
     assert np.mean([not drawn(rng, 0.0) for _ in range(400)]) <= 0.07
+
+
+def test_rules_that_are_clearly_kept_make_no_other_loss_harder_to_find() -> None:
+    rng = np.random.default_rng(0)
+    assert np.mean([not drawn(rng, 0.05, gained=0.05, differ=0.1) for _ in range(200)]) >= 0.93
+    assert np.mean([not drawn(rng, 0.0, gained=0.05, differ=0.1) for _ in range(400)]) <= 0.07
 
 
 @pytest.mark.parametrize(
