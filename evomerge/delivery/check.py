@@ -69,6 +69,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "starts": [start.name for start in prepared.warm.recipes],
         "gradient_steps": prepared.warm.gradients.steps if prepared.warm.gradients else 0,
         "suite": prepared.suite.name,
+        "groups": {name: list(tasks) for name, tasks in prepared.suite.groups.items()},
         "items": probe.items,
         "seconds_per_candidate": probe.seconds,
         "workers": probe.workers,
@@ -95,6 +96,10 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
         f"search: {prepared.optimizer}",
         f"        {_search_settings(prepared)}",
         f"suite:  {prepared.suite.name}; one candidate takes {items}",
+        *(
+            f"        {name} stands for {len(tasks)} tasks: {', '.join(tasks)}"
+            for name, tasks in prepared.suite.groups.items()
+        ),
         f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
         f"out:    {prepared.folder}",
     ]

@@ -335,7 +335,7 @@ def holm_of_doubtful(p: Sequence[float]) -> list[float]:
     conditional p-values), and in simulations where they are positively dependent. With a single claim nothing
     changes.
 
-    >>> holm_of_doubtful([0.009, 0.95, 0.97])
+    >>> [round(p, 3) for p in holm_of_doubtful([0.009, 0.95, 0.97])]
     [0.01, 1.0, 1.0]
     """
     if len(p) < 2:

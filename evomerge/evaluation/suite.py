@@ -40,7 +40,7 @@ from pydantic import (
 )
 
 from evomerge.errors import ConfigError, nearest
-from evomerge.evaluation import task_files
+from evomerge.evaluation import task_files, task_groups
 from evomerge.evaluation.asking import AUTO, OFF, Asking, with_template_text
 from evomerge.evaluation.own_data import METRICS, Columns
 from evomerge.evaluation.scores import SPLITS, Split
@@ -152,7 +152,8 @@ class SuiteTask(Asking):
     """One task of a suite, which can also have all keys of [asking](#asking)."""
 
     task: str = Field(min_length=1)
-    """The lm-eval task; or any name, where `of` says which task it is."""
+    """The lm-eval task; or any name, where `of` says which task it is. A group or tag of tasks stands for one
+    such entry per task."""
     of: str | None = Field(None, min_length=1)
     """The lm-eval task, where `task` is a name of your choice: a task can stand twice, with two metrics or
     asked in two ways. What is asked in the same way is computed once."""
@@ -273,6 +274,8 @@ class Suite(Asking):
     """The tasks; at least one skill with `search` items and a weight above 0."""
     _folder: Path = PrivateAttr(Path())
     """Where `data` and `scorer` start."""
+    _groups: task_groups.Groups = PrivateAttr({})
+    """The groups that the file names, with their tasks."""
 
     @model_validator(mode="after")
     def _searchable(self) -> Suite:
@@ -309,6 +312,7 @@ class Suite(Asking):
 
         folder: where `tasks_dir` starts. where: the file's name in messages.
         """
+        groups: task_groups.Groups = {}
         location = data.get("tasks_dir") if isinstance(data, Mapping) else None
         if isinstance(location, str):
             location = (folder / expanded(location)).resolve()
@@ -326,9 +330,11 @@ class Suite(Asking):
                     with_template_text(row, folder, where) if isinstance(row, Mapping) else row
                     for row in tasks
                 ]
+                own = location if isinstance(location, Path) else None
+                rows, groups = task_groups.expanded(rows, own, where, keys=Asking.model_fields)
                 data = {**data, "tasks": rows}
         suite = parse(cls, data, where)
-        suite._folder = folder.resolve()
+        suite._folder, suite._groups = folder.resolve(), groups
         for what, paths in (("data", suite.data_files), ("scorer", suite.scorer_files)):
             if missing := [path for path in paths.values() if not path.is_file()]:
                 raise ConfigError(f"{where}: {what} is not a file", got=str(missing[0]))
@@ -369,7 +375,7 @@ class Suite(Asking):
         tasks = [task.model_dump() | {"weight": weights.get(task.task, task.weight)} for task in self.tasks]
         where = f"suite {self.name!r} with new weights"
         changed = parse(Suite, self.model_dump() | {"tasks": tasks}, where)
-        changed._folder = self._folder
+        changed._folder, changed._groups = self._folder, self._groups
         return changed
 
     def files(self) -> dict[str, Path]:
@@ -379,6 +385,11 @@ class Suite(Asking):
             return own
         names = [task.source for task in self.tasks if task.data is None]
         return task_files.used(self.tasks_dir, names) | own
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The groups and tags of lm-eval that the suite's file names: name -> the tasks they stand for."""
+        return dict(self._groups)
 
     @property
     def data_files(self) -> dict[str, Path]:

@@ -522,7 +522,9 @@ def _unknown_task(suite: Suite, name: str, valid: set[str], group: bool) -> Conf
     where = f"{own}among lm-eval's built-in tasks"
     if group:
         return ConfigError(
-            f"suite {suite.name!r}: {name!r} is a group of tasks", fix="list its tasks separately"
+            f"suite {suite.name!r}: {name!r} is a group of tasks",
+            expected="the name of one task in `of`",
+            fix="write `task: GROUP` without `of`, or list its tasks separately",
         )
     close = difflib.get_close_matches(name, sorted(valid), n=_HINTS)
     hint = nearest(name, sorted(valid)) if suite.tasks_dir is not None else f"nearest: {', '.join(close)}"

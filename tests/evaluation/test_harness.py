@@ -435,9 +435,12 @@ class TestErrors:
     def test_a_group_is_not_a_task(self, make_suite: MakeSuite, tmp_path: Path) -> None:
         write_task(tmp_path, "first", TASKS["first"], test=documents("first", "test", 5))
         (tmp_path / "both.yaml").write_text("group: both\ntask:\n  - first\n")
-        assert self.text(make_suite(entry("both", metric="acc"), folder=tmp_path)) == (
-            "suite 'test': 'both' is a group of tasks\n  do: list its tasks separately"
+        assert self.text(make_suite(entry("both", of="both", metric="acc"), folder=tmp_path)) == (
+            "suite 'test': 'both' is a group of tasks\n  expected: the name of one task in `of`\n"
+            "  do: write `task: GROUP` without `of`, or list its tasks separately"
         )
+        grouped = make_suite(entry("both", metric="exact_match", splits=DRAWN), folder=tmp_path)
+        assert [task.task for task in grouped.tasks] == ["first"]
 
     def test_batch_size(self, make_suite: MakeSuite) -> None:
         assert self.text(make_suite(entry("first")), batch_size=0) == (
