@@ -203,9 +203,10 @@ class Harness:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know about the items: which were left out as near duplicates."""
+        """What a reader should know about the items: near duplicates that were left out, repeated ids."""
         found = [item for builder in self._builders for item in builder.near_duplicates]
-        return contamination.summary(found)
+        repeated = [note for builder in self._builders for note in builder.notes]
+        return [*contamination.summary(found), *repeated]
 
     def mirror(self, engine: Engine, *, tolerance: float) -> None:
         """Make an engine generate instead of the live model from now on.

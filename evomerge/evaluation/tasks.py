@@ -27,7 +27,7 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 
 from evomerge.errors import ConfigError, UserError, nearest
-from evomerge.evaluation import builtin_tasks, contamination
+from evomerge.evaluation import builtin_tasks, contamination, task_data
 from evomerge.evaluation.answers import IsolatedMetrics
 from evomerge.evaluation.asking import Asking
 from evomerge.evaluation.live_lm import LiveLM, compiled_templates, quiet
@@ -104,6 +104,14 @@ class TaskBuilder:
         """Return what each item asks, by split; see `evomerge.evaluation.contamination`."""
         with compiled_templates():
             return {split: list(map(self._identity, docs)) for split, docs in self.documents.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the items' ids."""
+        parts: dict[str, list[Any]] = {}
+        for split, docs in self.documents.items():
+            parts.setdefault(str(self.spec.splits.dataset_split(split)), []).extend(docs)
+        return task_data.repeated_ids(self.spec.task, parts)
 
     def leave_out(self, items: Sequence[contamination.NearDuplicate]) -> None:
         """Drop items of `search` and `select`; raise ConfigError where a split would lose all."""
@@ -536,7 +544,9 @@ def _load(manager: Any, name: str) -> Any:
     options = (entry.cfg or {}).get("dataset_kwargs") or {}
     overrides: dict[str, Any] = {}
     if entry.yaml_path is not None and "data_files" in options:
-        files = _absolute(options["data_files"], Path(entry.yaml_path).resolve().parent)
+        folder = Path(entry.yaml_path).resolve().parent
+        task_data.refuse_empty(entry.cfg.get("dataset_path"), options["data_files"], folder)
+        files = _absolute(options["data_files"], folder)
         overrides = {"dataset_kwargs": {**options, "data_files": files}}
     # lm-eval loads a named task with some keys replaced as a member of a group.
     group = {"group": f"evomerge_{name}", "task": [{"task": name, **overrides}]}

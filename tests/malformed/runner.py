@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.malformed import models, others, texts
+from tests.malformed import models, others, own, texts
 from tests.malformed.workspace import Case, limit_memory, write_valid
 
 HANG = 60
@@ -43,6 +43,9 @@ KINDS = (
     others.data,
     others.store,
     others.cli,
+    own.own,
+    own.entries,
+    own.gates,
 )
 
 
@@ -178,7 +181,7 @@ def _listing(folder: Path) -> set[str]:
     return {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if not path.name.endswith((".lock", "-shm", "-wal"))
+        if not path.name.endswith((".lock", "-shm", "-wal")) and "__pycache__" not in path.parts
     }
 
 
