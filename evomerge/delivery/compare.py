@@ -24,6 +24,7 @@ from evomerge.errors import StoreError
 from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Array, Scores
 from evomerge.evaluation.statistics import PairedTest
+from evomerge.evaluation.suite import comparable
 from evomerge.running.store import facts
 from evomerge.stored import StoredRun
 
@@ -121,19 +122,29 @@ def opened(folders: Sequence[Path]) -> Iterator[list[Summary]]:
 
 
 def _refuse_other_items(first: Summary, second: Summary) -> None:
-    digests = [facts.SUITE_DIGEST.get(summary.store) for summary in (first, second)]
+    digests = [str(facts.SUITE_DIGEST.get(summary.store)) for summary in (first, second)]
     shapes = [
         {task.task: len(task.metric) for task in scores} if scores else None
         for summary in (first, second)
         for scores in (summary.scores(summary.parents[0].recipe.hash, "test"),)
     ]
-    if digests[0] != digests[1] or shapes[0] != shapes[1]:
+    same = digests[0] == digests[1]
+    if not comparable(*digests):  # one run is older
+        same = _tested(first) == _tested(second) is not None
+    if not same or shapes[0] != shapes[1]:
         raise StoreError(
             f"{second.store.folder}: scored on other `test` items than {first.store.folder}",
-            expected=f"suite {first.suite.name} ({str(digests[0])[:12]})",
-            got=f"suite {second.suite.name} ({str(digests[1])[:12]})",
+            expected=f"suite {first.suite.name} ({digests[0][:12]})",
+            got=f"suite {second.suite.name} ({digests[1][:12]})",
             fix="compare runs with the same suite and task files",
         )
+
+
+def _tested(summary: Summary) -> object | None:
+    """Return what the `test` items ask and how answers are measured; None where a run does not store it."""
+    questions = summary.store.questions("test", 0)
+    metrics = [(task.task, task.metric, task.weight) for task in summary.suite.of("test")]
+    return (questions, metrics) if questions else None
 
 
 def compare(summaries: Sequence[Summary]) -> Comparison:

@@ -464,6 +464,11 @@ class Suite(Asking):
         raise KeyError(task)
 
 
+def comparable(digest: str, other: str) -> bool:
+    """Whether two stored digests of suites are over the same kind of files, so that they can be equal."""
+    return digest.startswith(_DIGEST) == other.startswith(_DIGEST)
+
+
 def _without_unset(content: dict[str, Any]) -> dict[str, Any]:
     """Leave out keys of `Asking`, `of`, `smooth` and those of `data` that are not set; and `long_prompts`."""
     asking = {*Asking.model_fields, "of", "smooth", "data", *_DATA_KEYS}

@@ -73,7 +73,7 @@ def test_two_configs_are_compared_per_task_with_holm(finished_run: Path, tmp_pat
 def test_runs_on_other_items_are_refused(finished_run: Path, tmp_path: Path) -> None:
     second = other(finished_run, tmp_path / "second")
     with RunStore.open(second) as store:
-        facts.SUITE_DIGEST.set(store, "0" * 64)
+        facts.SUITE_DIGEST.set(store, "2:" + "0" * 64)
     with pytest.raises(StoreError, match="other `test` items"), compare.opened([finished_run, second]):
         pass
     with pytest.raises(StoreError, match="named twice"), compare.opened([finished_run, finished_run]):
@@ -131,3 +131,30 @@ def test_nothing_can_help_where_sources_are_the_base_with_noise(
     report = CliRunner().invoke(app, ["report", str(tmp_path / "run")]).output
     assert "no specialist is shown to be better than the base" in " ".join(report.split())
     assert "search did not help" in report
+
+
+def test_an_older_run_is_compared_where_it_stores_the_same_test_items(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    older = other(finished_run, tmp_path / "older", seed=1)
+    with RunStore.open(older) as store:
+        facts.SUITE_DIGEST.set(store, "a" * 64)  # over all files of tasks_dir
+    for order in ([finished_run, older], [older, finished_run]):
+        with compare.opened(order) as summaries:
+            assert len(compare.compare(summaries).configs) == 1
+    with RunStore.open(older) as store:
+        stored = facts.SUITE.require(store)
+        stored["tasks"][0]["weight"] = 3.0
+        facts.SUITE.set(store, stored)
+    with (
+        pytest.raises(StoreError, match="scored on other `test` items"),
+        compare.opened([finished_run, older]),
+    ):
+        pass
+    with RunStore.open(older) as store:
+        facts.SUITE_DIGEST.set(store, "2:" + "a" * 64)
+    with (
+        pytest.raises(StoreError, match="scored on other `test` items"),
+        compare.opened([finished_run, older]),
+    ):
+        pass
