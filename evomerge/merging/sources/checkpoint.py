@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from evomerge.errors import ModelError
 from evomerge.files import expanded
-from evomerge.merging.recipe import LAYERS, layer_of
+from evomerge.merging.modules import decoders, file_name, layer_of, next_layers
+from evomerge.merging.recipe import LAYERS
 from evomerge.merging.sources.arrays import WeightArray, to_tensor
-from evomerge.merging.sources.model_config import read_config
+from evomerge.merging.sources.model_config import COUNTS, read_config, text_part
 from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
 from evomerge.schema import load_json
 
@@ -35,8 +36,6 @@ DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
 """Buffers in old files that the model computes itself; they are not weights."""
 MASKS = ("attn.bias", "attention.bias")
 """Causal masks of old GPT-2 and GPT-NeoX files, which have four dimensions, unlike biases."""
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Keys of a config.json that hold the number of layers."""
 READ_BY_TRANSFORMERS = (
     "generation_config.json",
     "tokenizer_config.json",
@@ -53,12 +52,14 @@ class TensorNames:
     """A model's tensor names, sorted: the number of layers, the names inside a layer, and the rest.
 
     modules: distinct names inside the layers, e.g. `self_attn.q_proj.weight`, in the model's order.
-    outside: full names of the tensors outside the layers.
+    outside: full names of the tensors outside the layers. decoders: starts of the names of lists of layers;
+    a model with several has no single order of layers, and they can't be stacked.
     """
 
     num_layers: int
     modules: tuple[str, ...]
     outside: tuple[str, ...]
+    decoders: tuple[str, ...]
 
     @classmethod
     def of(cls, names: tuple[str, ...]) -> TensorNames:
@@ -68,7 +69,12 @@ class TensorNames:
             name.partition(f".{layer}.")[2] for name in names if (layer := layer_of(name)) is not None
         )
         outside = tuple(name for name in names if layer_of(name) is None)
-        return cls(num_layers=max(layers, default=-1) + 1, modules=tuple(modules), outside=outside)
+        return cls(
+            num_layers=max(layers, default=-1) + 1,
+            modules=tuple(modules),
+            outside=outside,
+            decoders=decoders(names),
+        )
 
 
 class Checkpoint:
@@ -104,12 +110,25 @@ class Checkpoint:
                     )
                 stored[name] = headers[name]
                 self._files[name] = path
-        self._stored = stored
+        self._stored = self._renamed(stored)
+        stored = self._stored
         weights = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
         self.headers: Mapping[str, Header] = {
             name: stored[name] for name in sorted(weights, key=natural_order)
         }
         self._check_layers()
+
+    def _renamed(self, stored: dict[str, Header]) -> dict[str, Header]:
+        """Return the headers, with layers that predict further tokens under names of their own."""
+        text = text_part(self.config)
+        count = next((text[key] for key in COUNTS if text.get(key)), None)
+        if count is None:
+            return stored
+        names = next_layers(stored, count)
+        if not text.get("num_nextn_predict_layers") and not any("eh_proj" in name for name in names):
+            return stored
+        self._files = {names.get(name, name): path for name, path in self._files.items()}
+        return {names.get(name, name): header for name, header in stored.items()}
 
     def _check_layers(self) -> None:
         """Raise ModelError for a layer number beyond all models, or a config that announces more layers."""
@@ -121,13 +140,15 @@ class Checkpoint:
                 f"{self.location}: tensor {last!r} is of layer {self.num_layers - 1}",
                 expected=f"at most {LAYERS} layers",
             )
-        text = self.config.get("text_config") or self.config
+        text = text_part(self.config)
         for key in COUNTS:
             if (text.get(key) or 0) > self.num_layers:
                 raise ModelError(
                     f"{self.folder / 'config.json'}: {key} is {text[key]}",
                     expected=f"{self.num_layers}, the number of layers in the model's files",
-                    fix="download or copy the model again",
+                    fix="download or copy the model again"
+                    if self.num_layers
+                    else "evomerge finds layers by names like `layers.0.`; this model has none",
                 )
 
     @classmethod
@@ -186,7 +207,8 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config, headers, file sizes and samples of the files, which is fast to compute."""
-        headers = [(name, header.shape, header.dtype) for name, header in self.headers.items()]
+        named = {file_name(name, self.num_layers): header for name, header in self.headers.items()}
+        headers = [(name, named[name].shape, named[name].dtype) for name in sorted(named, key=natural_order)]
         files = {path.name: sample_hash(path) for path in set(self._files.values())}
         text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

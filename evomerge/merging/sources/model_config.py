@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomerge.errors import ModelError
 from evomerge.merging.recipe import LAYERS
 from evomerge.schema import load_json, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Width = Annotated[int, Field(ge=1, le=2**24)]
 """A number of elements, heads or rows; the widest models have less than 2 ** 20."""
@@ -47,6 +51,43 @@ class ModelConfig(BaseModel):
     text_config: ModelConfig | None = None
 
 
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Keys under which configs of models with several modules hold the text decoder's config."""
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Keys of a config.json that hold the number of layers."""
+
+
+def text_path(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys that lead to the text decoder's part of a config; () is the whole.
+
+    >>> text_path({"model_type": "gemma3", "text_config": {"num_hidden_layers": 26}})
+    ('text_config',)
+    """
+    for key in TEXT_PARTS:
+        if isinstance(part := config.get(key), Mapping) and part:
+            return (key, *text_path(part))
+    return ()
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the text decoder's part of a config, or the whole."""
+    for key in text_path(config):
+        config = config[key]
+    return config
+
+
+def with_text_part(config: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with another part for the text decoder.
+
+    >>> with_text_part({"model_type": "llava", "text_config": {"vocab_size": 1}}, {"vocab_size": 2})
+    {'model_type': 'llava', 'text_config': {'vocab_size': 2}}
+    """
+    path = text_path(config)
+    if not path:
+        return dict(part)
+    return {**config, path[0]: with_text_part(config[path[0]], part)}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return a config.json as plain data, or raise ModelError that lists every wrong entry.
 
@@ -55,3 +96,21 @@ def read_config(path: Path) -> dict[str, Any]:
     data = load_json(path, infinity=True)
     parse(ModelConfig, data, str(path), error=ModelError)
     return data
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return the automatic class of transformers that builds a model which answers in text.
+
+    That is the one with the architecture that the config names. Models with a vision or audio tower can have
+    a class for their text decoder alone, which has other weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    fitting = [auto for auto in autos if type(config) in auto._model_mapping]
+    named = set(config.architectures or ())
+    for auto in fitting:
+        built = auto._model_mapping[type(config)]
+        if named & {c.__name__ for c in (built if isinstance(built, tuple) else (built,))}:
+            return auto
+    return fitting[0] if fitting else AutoModelForCausalLM
