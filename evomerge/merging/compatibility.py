@@ -15,6 +15,7 @@ from evomerge.merging.sources.checkpoint import HEADS
 from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.untied import Untied
 from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensors.application import apply, arguments
@@ -120,7 +121,7 @@ def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tup
         _check_tensors(*pair, stacked)
         _check_vocabulary(*pair)
         _check_shapes(*pair, stacked)
-        notes += [source.note] if isinstance(source, Aligned) else []
+        notes += [source.note] if isinstance(source, Aligned | Untied) else []
         notes += [
             f"{key} differs: {name} has {config[key]!r}, {pattern_name} {pattern_config[key]!r}"
             for config in [_entries(source)]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError
-from evomerge.merging.modules import layer_of, shifted
+from evomerge.merging.modules import decoders, layer_of, shifted
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.checkpoint import natural_order
 from evomerge.merging.sources.model_config import COUNTS, text_part, with_text_part
@@ -41,11 +41,11 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
     if not recipe.stacked:
         return dict(pattern.headers)
     for model, opened in sources.items():
-        if len(opened.layout.decoders) > 1:
+        if len(starts := decoders(opened.headers)) > 1:
             raise ModelError(
                 f"the layers of {model!r} can't be stacked or shifted",
                 expected="one list of layers in its text decoder",
-                got=", ".join(opened.layout.decoders),
+                got=", ".join(starts),
             )
     count = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
     names = output_names(recipe, {name: source.headers for name, source in sources.items()}, count)

@@ -12,14 +12,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.files import expanded
-from evomerge.merging.modules import decoders, file_name, layer_of, next_layers
+from evomerge.merging.modules import TEXT, file_name, layer_of, module_of, next_layers
 from evomerge.merging.recipe import LAYERS
 from evomerge.merging.sources.arrays import WeightArray, to_tensor
-from evomerge.merging.sources.model_config import COUNTS, read_config, text_part
+from evomerge.merging.sources.model_config import (
+    COUNTS,
+    read_config,
+    text_part,
+    tied_by_default,
+    with_text_part,
+)
 from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
 from evomerge.schema import load_json
 
@@ -32,6 +38,14 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Endings of the names of output projections, which a tied model shares with its embeddings."""
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+"""Endings of the names of token embeddings, which a tied model's head shares."""
 DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
 """Buffers in old files that the model computes itself; they are not weights."""
 MASKS = ("attn.bias", "attention.bias")
@@ -52,14 +66,12 @@ class TensorNames:
     """A model's tensor names, sorted: the number of layers, the names inside a layer, and the rest.
 
     modules: distinct names inside the layers, e.g. `self_attn.q_proj.weight`, in the model's order.
-    outside: full names of the tensors outside the layers. decoders: starts of the names of lists of layers;
-    a model with several has no single order of layers, and they can't be stacked.
+    outside: full names of the tensors outside the layers.
     """
 
     num_layers: int
     modules: tuple[str, ...]
     outside: tuple[str, ...]
-    decoders: tuple[str, ...]
 
     @classmethod
     def of(cls, names: tuple[str, ...]) -> TensorNames:
@@ -69,12 +81,7 @@ class TensorNames:
             name.partition(f".{layer}.")[2] for name in names if (layer := layer_of(name)) is not None
         )
         outside = tuple(name for name in names if layer_of(name) is None)
-        return cls(
-            num_layers=max(layers, default=-1) + 1,
-            modules=tuple(modules),
-            outside=outside,
-            decoders=decoders(names),
-        )
+        return cls(num_layers=max(layers, default=-1) + 1, modules=tuple(modules), outside=outside)
 
 
 class Checkpoint:
@@ -91,7 +98,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, location: str) -> None:
         self.folder, self.location = folder, location
-        self.config = read_config(folder / "config.json")
+        self.config = self._raw_config = read_config(folder / "config.json")
         for name in READ_BY_TRANSFORMERS:
             if (folder / name).exists():
                 load_json(folder / name)  # refuses a damaged file now
@@ -117,6 +124,9 @@ class Checkpoint:
             name: stored[name] for name in sorted(weights, key=natural_order)
         }
         self._check_layers()
+        if not self.tied and self._raw_config.get("tie_word_embeddings") is not False:
+            heads = any(name.endswith(HEADS) for name in self.headers)
+            self.config = with_tying(self.config, tied=False) if heads else self.config
 
     def _renamed(self, stored: dict[str, Header]) -> dict[str, Header]:
         """Return the headers, with layers that predict further tokens under names of their own."""
@@ -168,14 +178,32 @@ class Checkpoint:
             )
         return cls(folder, location)
 
-    @property
-    def tied(self) -> bool:
-        """Whether the output projection is the embedding matrix, according to the config."""
-        return bool(self.config.get("tie_word_embeddings", not self._has_head))
-
     @functools.cached_property
-    def _has_head(self) -> bool:
-        return any(name.endswith(HEADS) for name in self._stored)
+    def tied(self) -> bool:
+        """Whether the output projection is the embedding matrix.
+
+        As in transformers, it is if the config, or the default of its class, says so, unless the files hold
+        both with different elements.
+        """
+        said = self._raw_config.get("tie_word_embeddings")
+        heads = [name for name in self._stored if name.endswith(HEADS) and module_of(name) == TEXT]
+        if said is False or not heads:
+            return said is not False
+        embeddings = [name for name in self._stored if is_embedding(name) and module_of(name) == TEXT]
+        if not embeddings:
+            return bool(said)
+        same = self._same_elements(heads[0], embeddings[0])
+        return same and (tied_by_default(self._raw_config) if said is None else True)
+
+    def _same_elements(self, name: str, other: str) -> bool:
+        header, other_header = self._stored[name], self._stored[other]
+        if (header.shape, header.dtype) != (other_header.shape, other_header.dtype):
+            return False
+        ours, theirs = (self.array(n).reshape(-1) for n in (name, other))
+        step = 2**22
+        return all(
+            bool((ours[i : i + step] == theirs[i : i + step]).all()) for i in range(0, len(ours), step)
+        )
 
     def _is_derived(self, name: str) -> bool:
         mask = name.endswith(MASKS) and len(self._stored[name].shape) == 4
@@ -210,7 +238,7 @@ class Checkpoint:
         named = {file_name(name, self.num_layers): header for name, header in self.headers.items()}
         headers = [(name, named[name].shape, named[name].dtype) for name in sorted(named, key=natural_order)]
         files = {path.name: sample_hash(path) for path in set(self._files.values())}
-        text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
+        text = json.dumps([self._raw_config, headers, sorted(files.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def array(self, name: str, *, mapped: bool = True) -> WeightArray:
@@ -267,6 +295,23 @@ def _read(path: Path, offset: int, size: int) -> WeightArray:
     except OSError as error:
         raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
     return data
+
+
+def is_embedding(name: str) -> bool:
+    """Say whether a tensor is the matrix of token embeddings, by its name.
+
+    >>> is_embedding("model.embed_tokens.weight"), is_embedding("transformer.wpe.weight")
+    (True, False)
+    """
+    return name.endswith(EMBEDDINGS)
+
+
+def with_tying(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Return a config that says whether head and embeddings are tied, wherever it speaks of that."""
+    part = text_part(config)
+    if part is not config and "tie_word_embeddings" in part:
+        config = with_text_part(config, {**part, "tie_word_embeddings": tied})
+    return {**config, "tie_word_embeddings": tied}
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:

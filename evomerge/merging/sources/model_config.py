@@ -114,3 +114,12 @@ def model_class(config: PreTrainedConfig) -> Any:
         if named & {c.__name__ for c in (built if isinstance(built, tuple) else (built,))}:
             return auto
     return fitting[0] if fitting else AutoModelForCausalLM
+
+
+def tied_by_default(config: Mapping[str, Any]) -> bool:
+    """Return whether a model is tied whose config.json does not say so: the default of its config's class."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return False
+    return bool(getattr(CONFIG_MAPPING[config["model_type"]](), "tie_word_embeddings", False))
