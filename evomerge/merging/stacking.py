@@ -3,9 +3,8 @@
 A group's layers may be other layers of its sources (`shift`), and a recipe may have more or fewer layers
 than its sources (`num_layers`). Tensor names and the config's lists say which layers there are.
 
-Not covered: configs that compute a layer's kind from its index (`first_k_dense_replace`,
-`sliding_window_pattern` and the like). If such a config also has a list of kinds, as configs saved by
-transformers do, the list is remapped, and transformers follows it.
+A list of kinds that the config leaves to its class is written out. Not covered: kinds that transformers
+computes from a layer's number alone (`first_k_dense_replace`); a stack that breaks them is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.modules import decoders, layer_of, shifted
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.checkpoint import natural_order
-from evomerge.merging.sources.model_config import COUNTS, text_part, with_text_part
+from evomerge.merging.sources.model_config import COUNTS, completed, text_part, with_text_part
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 
@@ -118,6 +117,7 @@ def stacked_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, A
             group = recipe.group_for(name)
             origins[layer] = (group.sources[0], layer + group.shifts[0])
     taken = [origins[layer] for layer in sorted(origins)]
+    config = completed(config)
     text = text_part(config)
     if not any(key in text for key in COUNTS):
         raise ModelError(
@@ -125,7 +125,7 @@ def stacked_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, A
             expected=" or ".join(COUNTS),
             fix="layers of such a model can't be stacked or shifted",
         )
-    parts = {name: text_part(source.config) for name, source in sources.items()}
+    parts = {name: text_part(completed(source.config)) for name, source in sources.items()}
     return with_text_part(config, _remapped(text, parts, taken))
 
 

@@ -326,3 +326,27 @@ def test_layers_for_further_tokens_are_merged_and_stay_the_last(tmp_path: Path) 
 )
 def test_names_say_module_and_layer(name: str, module: str, layer: int | None) -> None:
     assert (modules.module_of(name), modules.layer_of(name)) == (module, layer)
+
+
+def test_kinds_of_layers_that_the_class_computes_move_with_their_layers(tmp_path: Path) -> None:
+    """Published Gemma 2 configs have no list of kinds: every second layer has a sliding window."""
+    text = TEXT | {"head_dim": 8, "sliding_window": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**text)).save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    kinds_of_layers = config.pop("layer_types")
+    path.write_text(json.dumps(config))
+    stack = Recipe(
+        models={"a": str(tmp_path / "a")},
+        groups=(
+            TensorGroup(method="passthrough", sources=("a",), layers=(0, 1, 2), shift=(1,)),
+            TensorGroup(method="passthrough", sources=("a",), layers=OUTSIDE),
+        ),
+        num_layers=3,
+        dtype="float32",
+    )
+    scored_is_exported(stack, tmp_path / "out")
+    made = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert made.layer_types == kinds_of_layers[1:]

@@ -64,9 +64,14 @@ def text_path(config: Mapping[str, Any]) -> tuple[str, ...]:
     ('text_config',)
     """
     for key in TEXT_PARTS:
-        if isinstance(part := config.get(key), Mapping) and part:
+        part = config.get(key)
+        if isinstance(part, Mapping) and part and (_counts(part) or not _counts(config)):
             return (key, *text_path(part))
     return ()
+
+
+def _counts(config: Mapping[str, Any]) -> bool:
+    return any(key in config for key in COUNTS)
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -96,6 +101,29 @@ def read_config(path: Path) -> dict[str, Any]:
     data = load_json(path, infinity=True)
     parse(ModelConfig, data, str(path), error=ModelError)
     return data
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose text decoder says its number of layers and the kind of each.
+
+    Configs may leave both to their class, which computes kinds from the layers' numbers, e.g. every second
+    one with a sliding window. Configs of unknown classes stay as they are.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return dict(config)
+    whole = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    text, full = text_part(config), whole.get_text_config(decoder=True).to_dict()
+    count = next((full[key] for key in COUNTS if full.get(key)), None)
+    added = {
+        key: value
+        for key, value in full.items()
+        if key not in text
+        and ((key in COUNTS and not _counts(text)) or (isinstance(value, list) and len(value) == count))
+        and not key.startswith("_")
+    }
+    return with_text_part(config, {**text, **added})
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Heads that are tied, stored though tied, or tied beside untied ones: the scored model is the exported one."""
+"""Heads that are tied, stored though tied, or tied beside untied ones: what is scored is exported."""
 
 from __future__ import annotations
 
