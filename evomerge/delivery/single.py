@@ -88,8 +88,7 @@ def evaluate(
         raise ConfigError(
             "no suite to score on", fix="give --suite SUITE, or --run RUN to score as a run does"
         )
-    if rules is not None:
-        _refuse_gate(rules, run, suite_name, split)
+    _refuse_gate(rules, run, suite_name, split)
     stored = None if run is None else StoredRun.read(run)
     with contextlib.nullcontext() if stored is None else stored:
         config = None if stored is None else stored.config()
@@ -117,15 +116,21 @@ def evaluate(
         looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
     tasks = [_row(scores, suite[scores.task].metric) for scores in outcome]
     data: dict[str, Any] = {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
-    if rules is None or run is None:
-        return Evaluation(data=data, gate=None)
+    return Evaluation(data=data, gate=None) if rules is None else _gated(data, rules, run, outcome)
+
+
+def _gated(data: dict[str, Any], rules: GateRules, run: Path | None, scores: Scores) -> Evaluation:
+    """Check a model's scores on `test` against the rules for a run's winner."""
+    assert run is not None, "_refuse_gate wants a run"
     with StoredRun.read(run) as finished:
-        results = gate.check(rules, Summary(finished), model=outcome)
+        results = gate.check(rules, Summary(finished), model=scores)
     return Evaluation(data=data | {"gate": gate.as_data(results)}, gate=results)
 
 
-def _refuse_gate(rules: GateRules, run: Path | None, suite_name: str | None, split: str) -> None:
+def _refuse_gate(rules: GateRules | None, run: Path | None, suite_name: str | None, split: str) -> None:
     """Raise ConfigError where a gate can't be checked, before the model is scored."""
+    if rules is None:
+        return
     if run is None or suite_name is not None or split != "test":
         raise ConfigError(
             "evaluate --gate: a gate compares a model with those of a finished run, on its `test` items",
