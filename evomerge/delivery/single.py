@@ -79,15 +79,13 @@ def evaluate(
         Per task the mean raw score in the metric's unit, its 95 % interval and the item count.
 
     Raises:
-        ConfigError: there is no such suite or split, the run's task files changed, or the gate has nothing to
-            compare with.
+        ConfigError: no such suite or split, the run's task files changed, or the gate has no reference.
         UserError: the model can't be scored.
     """
     split = named_split(split_name)
     if suite_name is None and run is None:
-        raise ConfigError(
-            "no suite to score on", fix="give --suite SUITE, or --run RUN to score as a run does"
-        )
+        fix = "give --suite SUITE, or --run RUN to score as a run does"
+        raise ConfigError("no suite to score on", fix=fix)
     _refuse_gate(rules, run, suite_name, split)
     stored = None if run is None else StoredRun.read(run)
     with contextlib.nullcontext() if stored is None else stored:
@@ -114,14 +112,18 @@ def evaluate(
     assert isinstance(outcome, Scores)
     if split == "test":
         looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
-    tasks = [_row(scores, suite[scores.task].metric) for scores in outcome]
-    data: dict[str, Any] = {"model": location, "suite": suite.name, "split": split, "tasks": tasks}
-    return Evaluation(data=data, gate=None) if rules is None else _gated(data, rules, run, outcome)
+    return _gated(_as_data(location, suite, outcome), rules, run, outcome)
 
 
-def _gated(data: dict[str, Any], rules: GateRules, run: Path | None, scores: Scores) -> Evaluation:
-    """Check a model's scores on `test` against the rules for a run's winner."""
-    assert run is not None, "_refuse_gate wants a run"
+def _as_data(location: str, suite: Suite, scores: Scores) -> dict[str, Any]:
+    tasks = [_row(task, suite[task.task].metric) for task in scores]
+    return {"model": location, "suite": suite.name, "split": scores.split, "tasks": tasks}
+
+
+def _gated(data: dict[str, Any], rules: GateRules | None, run: Path | None, scores: Scores) -> Evaluation:
+    """Check a model's scores on `test` against the rules for a run's winner, if there are any."""
+    if rules is None or run is None:
+        return Evaluation(data=data, gate=None)
     with StoredRun.read(run) as finished:
         results = gate.check(rules, Summary(finished), model=scores)
     return Evaluation(data=data | {"gate": gate.as_data(results)}, gate=results)
