@@ -484,7 +484,7 @@ def _write_weights(
     inputs = FileInputs(sources)
     with ShardWriter(path, _headers(plan, stored, base, recipe.dtype, layers)) as writer:
         for name, (_, made) in plan.factors.items():
-            up, down = (checked(factor, name) for factor in made())
+            up, down = (checked(factor, name, recipe, inputs) for factor in made())
             for key, factor in zip(
                 _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
             ):
