@@ -30,6 +30,7 @@ from evomerge.merging.sources.checkpoint import (
     Checkpoint,
     TensorNames,
     is_embedding,
+    read_vocabulary,
     sample_hash,
 )
 from evomerge.merging.sources.tensorfile import Header, read_header
@@ -98,9 +99,14 @@ class AdaptedCheckpoint:
     def num_layers(self) -> int:
         return self.base.num_layers
 
-    @property
+    @functools.cached_property
     def vocabulary(self) -> Mapping[str, int] | None:
-        return self.base.vocabulary
+        """The base's tokens, or those of the adapter's own tokenizer.json that have a row."""
+        own, theirs = read_vocabulary(self.adapter), self.base.vocabulary
+        if own is None:
+            return theirs
+        rows = next((header.shape[0] for name, header in self.headers.items() if is_embedding(name)), 0)
+        return {t: row for t, row in own.items() if row < rows or (theirs or {}).get(t) == row}
 
     @functools.cached_property
     def fingerprint(self) -> str:
