@@ -87,12 +87,12 @@ class WorkerSpec:
     """Everything a worker needs to know, picklable.
 
     models, base, tokenizer, chat_template: as in a Recipe. dtype: the type of the forward pass ("float32",
-    "bfloat16"); weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass,
-    unless a job says otherwise; part of a run's identity because it changes the last bits of scores.
-    max_length: in tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
-    what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
-    which code of the tasks may run. inputs: what models and task files were when the run began, None where
-    they are not compared. stored_text: as in Harness.
+    "bfloat16"); weights are rounded to the recipe's own dtype before. batch_size: requests per forward
+    pass, unless a job says otherwise; part of a run's identity because it changes the last bits of scores.
+    max_length: in tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in
+    Harness. generation: what continues prompts, the live model ("transformers") or an engine beside it
+    ("vllm"). permissions: which code of the tasks may run. inputs: what models and task files were when the
+    run began, None where they are not compared. stored_text: as in Harness.
     """
 
     models: Mapping[str, str]

@@ -125,6 +125,12 @@ def beside(source: Source) -> Beside:
     return Beside(files=files, left_out=tuple(left_out))
 
 
+def tokenizer_files(source: Source) -> Beside:
+    """Return the files of a model's tokenizer and chat templates."""
+    files = {name: path for name, path in beside(source).files.items() if is_tokenizers(name)}
+    return Beside(files=files, left_out=())
+
+
 def _listed(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, and in place of folders that are left out themselves."""
     for path in sorted(folder.iterdir()):

@@ -207,11 +207,13 @@ def notes(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
         found.append(f"tokens that end answers differ: {who}; the merge has {' '.join(kept) or 'none'}{_HOW}")
     settings = {name: _plain(chat.generation) for name, chat in chats.items()}
     ours = _plain(result.generation)
-    if any(theirs.items() - ours.items() for theirs in settings.values()):
-        who = _each(
-            {name: ", ".join(f"{k} {v}" for k, v in s.items()) or "none" for name, s in settings.items()}
-        )
-        found.append(f"generation settings differ: {who}; the merge has those of {pattern}{_HOW}")
+    keys = {key for theirs in settings.values() for key in theirs if theirs[key] != ours.get(key)}
+    if keys:
+        shown = {
+            name: ", ".join(f"{key} {value}" for key, value in theirs.items() if key in keys) or "none"
+            for name, theirs in settings.items()
+        }
+        found.append(f"generation settings differ: {_each(shown)}; the merge has those of {pattern}{_HOW}")
     return tuple(found)
 
 

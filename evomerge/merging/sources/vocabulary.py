@@ -36,7 +36,7 @@ from evomerge.errors import ModelError
 from evomerge.files import passing_folder, temporary_parent
 from evomerge.merging.modules import TEXT, layer_of, module_of
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
-from evomerge.merging.sources.beside import beside, folders_of, is_tokenizers, tokenizer_folder
+from evomerge.merging.sources.beside import folders_of, tokenizer_files, tokenizer_folder
 from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
 from evomerge.merging.sources.model_config import text_part, with_text_part
 from evomerge.merging.sources.source import Source
@@ -336,10 +336,9 @@ def _whole_folder(source: Source) -> Iterator[Path]:
         yield source.folder
         return
     with passing_folder(temporary_parent(), "evomerge-tokenizer") as folder:
-        for name, path in beside(source).files.items():
-            if is_tokenizers(name):
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / name)
+        for name, path in tokenizer_files(source).files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
         (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
         yield folder
 
