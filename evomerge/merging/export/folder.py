@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 OF_VERSION_5 = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "TokenizersBackendFast")
 """Classes of tokenizers that transformers has from version 5 on."""
+OF_THIS_MACHINE = ("is_local", "local_files_only")
+"""Entries of a tokenizer_config.json that say how the tokenizer was opened before it was written."""
 BOTH_KNOW = "PreTrainedTokenizerFast"
 
 
@@ -61,6 +63,8 @@ def _set_class(folder: Path, own: object) -> None:
         return
     data = load_json(path)
     before = dict(data)
+    for key in OF_THIS_MACHINE:
+        data.pop(key, None)
     if data.get("tokenizer_class") in OF_VERSION_5 and (folder / "tokenizer.json").is_file():
         known = isinstance(own, str) and own not in OF_VERSION_5
         data["tokenizer_class"] = own if known else BOTH_KNOW
