@@ -71,7 +71,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         {"base": [], "chat": ["<|im_start|>", "<|im_end|>"], "tuned": []}.items(), start=1
     ):
         words = [*WORDS, *added]
-        model = perturb(llama(vocab_size=len(words), rope_parameters=ROPE), seed, 0.3)
+        changes = {"vocab_size": len(words), "rope_parameters": ROPE, "tie_word_embeddings": False}
+        model = perturb(llama(**changes), seed, 0.8)
         save(model, place / name, words)
         made[name] = str(place / name)
     tokenizer = Path(made["chat"]) / "tokenizer_config.json"
