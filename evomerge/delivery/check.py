@@ -160,7 +160,10 @@ def _search_settings(prepared: Prepared) -> str:
         scoring = f"{blocks} item blocks, {early}"
     surrogate = "off"
     if config.surrogate != "off":
-        reason = "several objectives" if config.objective.several else "the objective charges for depth"
+        objective = config.objective
+        reason = "several objectives" if objective.several else "the objective charges for depth"
+        if not objective.several and not objective.depth:
+            reason = "the objective limits tokens"
         surrogate = "on" if _uses_surrogate(prepared) else f"off ({reason})"
     starts = ["baselines"]
     if warm.recipes:

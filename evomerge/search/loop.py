@@ -216,7 +216,13 @@ class Search:
     def _references(self, split: Split) -> Normaliser:
         """Score base and parents, the references of the normalisation."""
         base, parents = self._scored_parents(split)
-        return Normaliser(self._plan.suite, base=base, parents=parents, duds=self._duds)
+        return Normaliser(
+            self._plan.suite,
+            base=base,
+            parents=parents,
+            duds=self._duds,
+            tokens_of=self._plan.objective.tokens_of,
+        )
 
     def _objective(self, references: Normaliser) -> Objective:
         return Objective(self._plan.objective, references, layers=self._plan.layers)

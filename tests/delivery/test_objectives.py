@@ -261,7 +261,8 @@ def written(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (task,) = (task for task in suite["tasks"] if task["metric"] == "exact_match")
     task |= {"weight": 1, "splits": {"search": 12, "select": 8, "test": 8}}
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite | {"tasks": [task]}))
-    objective = {"several": ["mean", "tokens"], "constraints": {"tokens": 0.01}}
+    parent = next(iter(config_data(tiny_zoo, folder)["models"]["sources"]))
+    objective = {"several": ["mean", "tokens"], "tokens_of": parent, "constraints": {"tokens": 0.01}}
     changes = {"optimizer": {"name": "nsga2", "population": 4}, "budget": {"generations": 1}}
     data = config_data(tiny_zoo, folder, objective=objective, **changes)
     (folder / "config.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
@@ -270,22 +271,33 @@ def written(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield store, Summary(StoredRun(store))
 
 
-def test_the_length_of_answers_is_shown(written: Opened) -> None:
+def test_the_length_of_answers_is_shown(written: Opened, tmp_path: Path) -> None:
     _store, summary = written
     front = objectives.front(summary)
     assert front is not None
-    base = next(p for p in front.points if p.role == "base")
-    assert base.values == pytest.approx((0, 1))
+    name = summary.objective.tokens_of
+    parent = next(p for p in front.points if p.name == name)
+    assert parent.values[1] == pytest.approx(1)
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(report.terminal(summary))
     text = console.export_text()
-    assert "% of the base's tokens" in " ".join(text.split())
+    assert f"100 = specialists; tokens: % of {name}'s tokens" in " ".join(text.split())
+    assert front.axes[1] == f"tokens, % of {name}'s tokens"
+    page = report.write_html(summary, tmp_path / "page.html").read_text()
+    assert f"in % of {name}&#39;s tokens." in page
     assert re.search(r"model .* retention .* tokens", text)
     rows = report.as_data(summary)["rows"]
-    assert rows[0]["tokens"] == pytest.approx(1)
+    assert rows[1]["name"] == name
+    assert rows[1]["tokens"] == pytest.approx(1)
+    assert summary.winner is not None
+    model_card = card(summary, summary.winner)
+    assert "| mean | retention | tokens |\n|---|" in model_card
+    assert f"Tokens: mean length of generated answers, in % of {name}'s tokens.\n" in model_card
+    line = next(line for line in model_card.splitlines() if line.startswith(f"| {name} |") and "[" in line)
+    assert line.endswith(" | 100.0 |")
     sentence = objectives.constraints(summary)
     assert sentence is not None
-    assert re.search(r"tokens \d+(\.\d)? of at most 1", sentence)
+    assert re.search(rf"tokens \d+(\.\d)? of at most 1 % of {name}'s tokens", sentence)
 
 
 def test_the_notes_name_the_companions(written: Opened) -> None:
