@@ -98,10 +98,7 @@ def execute(
                 for note in facts.ITEM_NOTES.require(store):
                     log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
-            if facts.NORMS.get(store) is None:
-                facts.NORMS.set(store, task_vector_norms)
-            if answers and facts.ANSWERS.get(store) is None:
-                facts.ANSWERS.set(store, dict(answers))
+            _keep(task_vector_norms, answers, prepared, store, shown)
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
@@ -190,6 +187,22 @@ def _answers(prepared: Prepared) -> own_answers.Answers:
     _, *sources = baselines.parents(prepared.template, prepared.space.sources)
     recipes = {named.name: named.recipe for named in sources}
     return own_answers.generate(prepared.worker, prepared.config.executor, recipes)
+
+
+def _keep(
+    task_vector_norms: Mapping[str, float],
+    answers: own_answers.Answers,
+    prepared: Prepared,
+    store: RunStore,
+    observer: Observer,
+) -> None:
+    """Store what was measured before the first evaluation, unless an earlier session did."""
+    if facts.NORMS.get(store) is None:
+        facts.NORMS.set(store, dict(task_vector_norms))
+    if answers and facts.ANSWERS.get(store) is None:
+        facts.ANSWERS.set(store, dict(answers))
+        for sentence in own_answers.sentences(prepared.suite, answers):
+            observer.noted(f"note: {sentence}")
 
 
 def _open_store(prepared: Prepared) -> RunStore:

@@ -32,6 +32,16 @@ def followed(suite: Suite) -> dict[str, str]:
     }
 
 
+def sentences(suite: Suite, answers: Answers) -> list[str]:
+    """Return how many answers each companion follows, one sentence per task."""
+    specialist_of = followed(suite)
+    return [
+        f"{task}: {len(row) - row.count(None)} of the {len(row)} answers of the specialist "
+        f"({specialist_of[task]}) on `search` are right; the companion follows these, else the gold answer"
+        for task, row in answers.items()
+    ]
+
+
 def generate(spec: WorkerSpec, executor: ExecutorSpec, sources: Mapping[str, Recipe]) -> Answers:
     """Let the specialists answer all `search` items; return their right answers.
 

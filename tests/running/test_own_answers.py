@@ -12,7 +12,9 @@ import yaml
 
 from evomerge import compose
 from evomerge.config import RunConfig
+from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
+from evomerge.delivery.summary import Summary
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, TaskScores
 from evomerge.evaluation.suite import Suite
@@ -21,6 +23,7 @@ from evomerge.running import own_answers
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job, Result, WorkerSpec
+from evomerge.stored import StoredRun
 from tests.conftest import config_data, write_suite
 
 SPLITS = {"search": "a", "select": "b", "test": "c"}
@@ -113,8 +116,13 @@ def test_a_run_keeps_the_answers(tiny_zoo: Path, tmp_path: Path, monkeypatch: py
     compose.start(RunConfig.load(tmp_path / "config.yaml"), Silent())
     with RunStore.read(tmp_path / "run") as store:
         answers, digest = facts.ANSWERS.require(store), store.digest()
+        said = notes(Summary(StoredRun(store)))
     (row,) = answers.values()
     assert len(row) == 12
+    right = len(row) - row.count(None)
+    assert any(
+        f"{right} of the 12 answers of the specialist (upper) on `search` are right" in s for s in said
+    )
     monkeypatch.setattr(own_answers, "generate", None)
     compose.resume(tmp_path / "run", Silent())
     with RunStore.read(tmp_path / "run") as store:
