@@ -56,7 +56,8 @@ def write_suite(folder: Path, companion: str, gold: str) -> Path:
         generating = yaml.safe_load((TASKS / "demo_upper_generate.yaml").read_text())
         config |= {"task": f"write_{skill}", "doc_to_target": gold}
         config |= {key: generating[key] for key in ("output_type", "target_delimiter", "metric_list")}
-        config["metric_list"] = [config["metric_list"][0] | {"regexes_to_ignore": ["= "]}]
+        if gold != GOLD:
+            config["metric_list"] = [config["metric_list"][0] | {"regexes_to_ignore": ["= "]}]
         config["generation_kwargs"] = generating["generation_kwargs"] | {"max_gen_toks": LONGEST}
         (folder / f"write_{skill}.yaml").write_text(yaml.safe_dump(config))
         for split in config["dataset_kwargs"]["data_files"].values():
@@ -223,7 +224,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/bench-generation"))
     parser.add_argument("--only", choices=("pycma", "ours"), help="run one method, with --evaluations")
     parser.add_argument("--companion", choices=("auto", "off", "specialist"), default="auto")
-    parser.add_argument("--gold", default=GOLD, help="text of a right answer; the metric ignores '= '")
+    parser.add_argument(
+        "--gold", default=GOLD, help="another text of a right answer; the metric then ignores '= '"
+    )
     options = parser.parse_args()
     settings = {"companion": options.companion, "gold": options.gold}
     options.results.mkdir(parents=True, exist_ok=True)
