@@ -11,6 +11,7 @@ from evomerge.delivery.verdict import resolution
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.running.worker import build_harness
+from evomerge.search.objective import check_tokens
 from evomerge.text import one_line, printable
 from evomerge.trial import Probe
 
@@ -32,8 +33,14 @@ class Questions:
 
 
 def asked(prepared: Prepared) -> Questions:
-    """Build a run's items; only configs and tokenizers of the models are read for it."""
+    """Build a run's items; only configs and tokenizers of the models are read for it.
+
+    Raises ConfigError where the objective names `tokens` and no task that counts generates answers.
+    """
     harness, blocks = build_harness(prepared.worker), prepared.worker.blocks
+    tasks = harness.items("search").tasks
+    generates = any(task.generates and task.builder.spec.counted for task in tasks)
+    check_tokens(prepared.config.objective, generates=generates)
     written = max(harness.written("search", block) for block in range(blocks))
     full = min(prepared.worker.batch_size, _FULL)
     notes = harness.notes

@@ -209,7 +209,7 @@ class Search:
             self._observer.noted(f"note: {sentence}")
         self._duds = tuple(dud.task for dud in duds)
         references = self._references("search")
-        check_tokens(self._plan.objective, references, base)
+        check_tokens(self._plan.objective, generates=references.tokens(base) is not None)
         self._counted_tasks = references.counted
         return references
 

@@ -147,10 +147,13 @@ class ObjectiveSpec(Strict):
                 )
 
 
-def check_tokens(spec: ObjectiveSpec, normaliser: Normaliser, base: Scores) -> None:
-    """Check that something is generated where the objective names `tokens`; raise ConfigError if not."""
+def check_tokens(spec: ObjectiveSpec, *, generates: bool) -> None:
+    """Check that something is generated where the objective names `tokens`; raise ConfigError if not.
+
+    generates: whether a task that counts does.
+    """
     wanted = "tokens" in spec.several or spec.constraints.tokens is not None or spec.tokens_of != "base"
-    if wanted and normaliser.tokens(base) is None:
+    if wanted and not generates:
         raise ConfigError(
             "objective: tokens is part of it, but no task generates answers",
             expected="a task with output_type: generate_until, search items and a weight above 0",

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from evomerge import compose
 from evomerge.config import RunConfig
-from evomerge.delivery import export, objectives, report, status
+from evomerge.delivery import check, export, objectives, report, status
 from evomerge.delivery.card import card
 from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
@@ -29,6 +29,7 @@ from evomerge.prepare import prepare
 from evomerge.running.store import RunStore, facts
 from evomerge.search import pareto
 from evomerge.stored import StoredRun
+from evomerge.trial import Probe
 from tests.conftest import config_data, write_suite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -246,11 +247,47 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
 def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="coherence is part of it, but no task"):
         prepare(RunConfig.load(config(objective={"several": ["mean", "coherence"]})))
+    with pytest.raises(ConfigError, match="tokens_of: no model is called 'uper'"):
+        prepare(RunConfig.load(config(objective={"constraints": {"tokens": 1}, "tokens_of": "uper"})))
     with pytest.raises(ConfigError, match="has no task 'demo_revers', whose weight was set"):
         prepare(RunConfig.load(config(objective={"weights": {"demo_revers": 2}})))
     prepared = prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
     assert prepared.suite["demo_reverse"].weight == 2
     assert prepared.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        ({"constraints": {"tokens": 1.1}}, "off (the objective limits tokens)"),
+        ({"depth": 0.1, "constraints": {"tokens": 1.1}}, "off (the objective charges for depth)"),
+        ({"constraints": {"tasks": 0.5}}, "on"),
+    ],
+)
+def test_check_says_why_there_is_no_surrogate(
+    config: Callable[..., Path], objective: dict[str, Any], reason: str
+) -> None:
+    prepared = prepare(RunConfig.load(config(objective=objective)))
+    probe = Probe(
+        items={},
+        test_items={"demo_reverse": 10, "demo_upper": 10},
+        seconds={},
+        workers=1,
+        seconds_before=0,
+        seconds_after=0,
+        estimate=None,
+        ends=None,
+        cost=None,
+        late=False,
+    )
+    found = check.text(prepared, probe, check.Questions(prompts=(), notes=()))
+    assert f"surrogate {reason}; starts" in found
+
+
+def test_check_refuses_tokens_where_nothing_is_generated(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(objective={"constraints": {"tokens": 1.1}})  # the task that generates has no weight
+    with pytest.raises(ConfigError, match="tokens is part of it, but no task generates answers"):
+        check.asked(prepare(RunConfig.load(path)))
 
 
 @pytest.fixture(scope="module")
