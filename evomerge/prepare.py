@@ -80,7 +80,7 @@ def prepare(config: RunConfig) -> Prepared:
     from evomerge.merging.sources.opening import open_sources
 
     suite = _suite(config).weighted(config.objective.weights)
-    config.objective.check(suite)
+    config.objective.check(suite, config.models.sources)
     sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
     headers = sources[BASE].headers
     template = Recipe(

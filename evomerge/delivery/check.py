@@ -11,6 +11,7 @@ from evomerge.delivery.verdict import resolution
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.running.worker import build_harness
+from evomerge.search.objective import check_tokens
 from evomerge.text import one_line, printable
 from evomerge.trial import Probe
 
@@ -32,8 +33,14 @@ class Questions:
 
 
 def asked(prepared: Prepared) -> Questions:
-    """Build a run's items; only configs and tokenizers of the models are read for it."""
+    """Build a run's items; only configs and tokenizers of the models are read for it.
+
+    Raises ConfigError where the objective names `tokens` and no task that counts generates answers.
+    """
     harness, blocks = build_harness(prepared.worker), prepared.worker.blocks
+    tasks = harness.items("search").tasks
+    generates = any(task.generates and task.builder.spec.counted for task in tasks)
+    check_tokens(prepared.config.objective, generates=generates)
     written = max(harness.written("search", block) for block in range(blocks))
     full = min(prepared.worker.batch_size, _FULL)
     notes = harness.notes
@@ -165,7 +172,10 @@ def _search_settings(prepared: Prepared) -> str:
         scoring = f"{blocks} item blocks, {early}"
     surrogate = "off"
     if config.surrogate != "off":
-        reason = "several objectives" if config.objective.several else "the objective charges for depth"
+        objective = config.objective
+        reason = "several objectives" if objective.several else "the objective charges for depth"
+        if not objective.several and not objective.depth:
+            reason = "the objective limits tokens"
         surrogate = "on" if _uses_surrogate(prepared) else f"off ({reason})"
     starts = ["baselines"]
     if warm.recipes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ from evomerge.evaluation.scores import (
 )
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
-from evomerge.evaluation.tasks import build
+from evomerge.evaluation.tasks import TaskBuilder, build
 
 _log = logging.getLogger(__name__)
 PROMPT_END = 64
@@ -82,6 +83,7 @@ class Harness:
         block_seed: of the random assignment of items to blocks.
         permissions: which code of the tasks may run.
         stored_text: how many characters of a generated answer or a prompt are returned; 0 returns none.
+        answers: task -> for each `search` item the right answer that its companion follows, None for gold.
 
     Attributes:
         forward_seconds: seconds spent inside the model during the last evaluation.
@@ -103,13 +105,14 @@ class Harness:
         block_seed: int = 0,
         permissions: Permissions = NOTHING,
         stored_text: int = 0,
+        answers: Mapping[str, Sequence[str | None]] = types.MappingProxyType({}),
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
         self.suite = suite
         self.batch_size = batch_size
         self.forward_seconds = 0.0
-        self._seed, self._stored_text = seed, stored_text
+        self._seed, self._stored_text, self._answers = seed, stored_text, answers
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, lm=self._lm, seed=seed, permissions=permissions)
         for builder in self._builders:
@@ -138,7 +141,7 @@ class Harness:
         """
         if split not in self._items:
             whole = [
-                with_companion(build_items(builder, split, self._lm), self._lm)
+                with_companion(build_items(builder, split, self._lm), self._lm, self._own(builder, split))
                 for builder in self._builders
                 if split in builder.documents
             ]
@@ -147,6 +150,9 @@ class Harness:
                 for number, tasks in enumerate(cut_into_blocks(whole, self.blocks(split), self._block_seed))
             )
         return self._items[split][block]
+
+    def _own(self, builder: TaskBuilder, split: Split) -> Sequence[str | None]:
+        return self._answers.get(builder.spec.task, ()) if split == "search" else ()
 
     def written(self, split: Split, block: int = 0) -> int:
         """Return how many answers the model writes on a block of a split."""

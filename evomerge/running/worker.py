@@ -92,7 +92,7 @@ class WorkerSpec:
     tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
     what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
     which code of the tasks may run. inputs: what models and task files were when the run began, None where
-    they are not compared. stored_text: as in Harness.
+    they are not compared. stored_text, answers: as in Harness.
     """
 
     models: Mapping[str, str]
@@ -112,6 +112,7 @@ class WorkerSpec:
     permissions: Permissions = NOTHING
     inputs: RunInputs | None = None
     stored_text: int = 0
+    answers: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
     def guard(self) -> InputGuard | None:
         """Return what compares models and task files with `inputs`, None without any."""
@@ -165,6 +166,7 @@ def _harness(spec: WorkerSpec, tokenizer: Any) -> Harness:
         block_seed=spec.block_seed,
         permissions=spec.permissions,
         stored_text=spec.stored_text,
+        answers=spec.answers,
     )
 
 

@@ -209,14 +209,20 @@ class Search:
             self._observer.noted(f"note: {sentence}")
         self._duds = tuple(dud.task for dud in duds)
         references = self._references("search")
-        check_tokens(self._plan.objective, references, base)
+        check_tokens(self._plan.objective, generates=references.tokens(base) is not None)
         self._counted_tasks = references.counted
         return references
 
     def _references(self, split: Split) -> Normaliser:
         """Score base and parents, the references of the normalisation."""
         base, parents = self._scored_parents(split)
-        return Normaliser(self._plan.suite, base=base, parents=parents, duds=self._duds)
+        return Normaliser(
+            self._plan.suite,
+            base=base,
+            parents=parents,
+            duds=self._duds,
+            tokens_of=self._plan.objective.tokens_of,
+        )
 
     def _objective(self, references: Normaliser) -> Objective:
         return Objective(self._plan.objective, references, layers=self._plan.layers)
