@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
 from evomerge.running.inputs import RunInputs
 from evomerge.running.store import BASE, StoreReader, facts
-from evomerge.running.worker import WorkerSpec
+from evomerge.running.worker import WorkerSpec, counted
 from evomerge.search import baselines, optimizers
+from evomerge.search.racing import RacingSpec, automatic_blocks
 from evomerge.search.spaces import kinds
 from evomerge.search.spaces.layer_path import LayerPathSpec
 from evomerge.search.spaces.space import Space
@@ -110,12 +111,14 @@ def prepare(config: RunConfig) -> Prepared:
         suite=suite.digest(),
         task_files=suite.file_hashes(),
     )
+    worker = _worker(config, suite, inputs)
+    racing = _racing(config, worker)
     return Prepared(
-        config=config,
+        config=config.model_copy(update={"racing": racing}),
         suite=suite,
         space=space,
         template=template,
-        worker=_worker(config, suite, inputs),
+        worker=replace(worker, blocks=racing.count),
         inputs=inputs,
         parameters=sum(header.count for header in headers.values()),
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
@@ -151,8 +154,23 @@ def _suite(config: RunConfig) -> Suite:
     return suite
 
 
+def _racing(config: RunConfig, worker: WorkerSpec) -> RacingSpec:
+    """Return the config's racing with a number of blocks: a run keeps the one it was begun with."""
+    if config.racing.blocks != "auto":
+        return config.racing
+    if StoreReader.exists(Path(config.out)):
+        with (
+            contextlib.suppress(StoreError),  # opening the run for work raises the same error with its reason
+            StoreReader.read(Path(config.out)) as store,
+        ):
+            return config.racing.decided(facts.BLOCKS.get(store) or 1)
+    answers, items = counted(worker)
+    blocks = automatic_blocks(answers=answers, items=items, batch_size=worker.batch_size)
+    return config.racing.decided(blocks)
+
+
 def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
-    """Return what workers need to score this run's candidates."""
+    """Return what workers need to score this run's candidates, with all items in one block."""
     device, dtype, threads = executors.resolve(config.executor)
     if config.executor.threads is None:  # a run keeps the number it was begun with
         threads = forward.kept_threads(Path(config.out)) or threads
@@ -168,7 +186,6 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         max_length=config.executor.max_length,
         attention=config.executor.attention,
         low_memory=config.executor.low_memory,
-        blocks=config.racing.blocks,
         block_seed=config.seed,
         generation=config.executor.generation,
         permissions=config.permissions,

@@ -152,6 +152,11 @@ class Harness:
         """Return how many answers the model writes on a block of a split."""
         return sum(len(requests) for _, _, requests in _asked(self.items(split, block)))
 
+    @property
+    def fewest(self) -> int:
+        """The number of `search` items of the smallest task that has any."""
+        return min(len(task.groups) for task in self._whole("search").tasks)
+
     def questions(self, split: Split, block: int = 0) -> dict[str, list[Question]]:
         """Return what is asked in the items of a block by task, in item order, cut to `stored_text`."""
         if not self._stored_text:

@@ -173,6 +173,15 @@ def item_notes(spec: WorkerSpec) -> list[str]:
     return _harness(spec, _tokenizer(spec)[0]).notes
 
 
+def counted(spec: WorkerSpec) -> tuple[int, int]:
+    """Return how many answers models write on `search`, and the number of items of its smallest task.
+
+    Only configs and tokenizers of the models are read for it.
+    """
+    harness = _harness(replace(spec, blocks=1), _tokenizer(spec)[0])
+    return harness.written("search"), harness.fewest
+
+
 def _tokenizer(spec: WorkerSpec) -> tuple[Any, Any]:
     """Return the tokenizer that the models share, and the source that it is from."""
     from evomerge.merging.recipe import tokenizer_of
