@@ -21,6 +21,7 @@ from evomerge.config import PERMISSIONS, RunConfig
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
 from evomerge.merging.tensors import kernels
@@ -118,7 +119,7 @@ def prepare(config: RunConfig) -> Prepared:
         suite=suite,
         space=space,
         template=template,
-        worker=replace(worker, blocks=racing.count),
+        worker=replace(worker, blocks=racing.count, sharing=_sharing(config)),
         inputs=inputs,
         parameters=sum(header.count for header in headers.values()),
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
@@ -167,6 +168,17 @@ def _racing(config: RunConfig, worker: WorkerSpec) -> RacingSpec:
     answers, items = counted(worker)
     blocks = automatic_blocks(answers=answers, items=items, batch_size=worker.batch_size)
     return config.racing.decided(blocks)
+
+
+def _sharing(config: RunConfig) -> Sharing | None:
+    """Return whether requests share rows in a stored run; None in a new one, whose first worker decides."""
+    if StoreReader.exists(Path(config.out)):
+        with (
+            contextlib.suppress(StoreError),  # as above
+            StoreReader.read(Path(config.out)) as store,
+        ):
+            return Sharing.of_run(facts.SHARING.get(store))
+    return None
 
 
 def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:

@@ -11,6 +11,7 @@ import pytest
 
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, StoreError
+from evomerge.evaluation.sharing import Sharing
 from evomerge.prepare import check_folder, prepare, run_facts
 from evomerge.running.store import RunStore, facts
 from evomerge.stored import StoredRun, config_to_resume, environment_note
@@ -128,3 +129,22 @@ def test_a_run_without_a_number_of_blocks_has_as_many_as_give_full_batches(
     prepared = prepare(RunConfig.load(path))
     assert prepared.config.racing.blocks == prepared.worker.blocks == run_facts(prepared)[facts.BLOCKS]
     assert prepared.worker.blocks == blocks
+
+
+def test_a_run_shares_rows_as_it_began(config: Callable[..., Path]) -> None:
+    """Runs from before shared rows have no such fact, and go on without them."""
+    from evomerge import compose
+    from evomerge.delivery.progress import Silent
+
+    loaded = RunConfig.load(config(budget={"generations": 1}, racing="off"))
+    assert prepare(loaded).worker.sharing is None
+    compose.start(loaded, Silent())
+    with RunStore.open(Path(loaded.out)) as store:
+        sharing = Sharing.of_run(facts.SHARING.require(store))
+        assert sharing.generated
+        digest = store.digest()
+    assert prepare(loaded).worker.sharing == sharing
+    with RunStore.open(Path(loaded.out)) as store:
+        facts.SHARING.set(store, None)
+        assert store.digest() == digest
+    assert prepare(loaded).worker.sharing == Sharing(scored=False, generated=False)

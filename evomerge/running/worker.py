@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
@@ -92,7 +93,7 @@ class WorkerSpec:
     tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
     what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
     which code of the tasks may run. inputs: what models and task files were when the run began, None where
-    they are not compared. stored_text: as in Harness.
+    they are not compared. stored_text, sharing: as in Harness; a run's first worker decides on `sharing`.
     """
 
     models: Mapping[str, str]
@@ -112,6 +113,7 @@ class WorkerSpec:
     permissions: Permissions = NOTHING
     inputs: RunInputs | None = None
     stored_text: int = 0
+    sharing: Sharing | None = None
 
     def guard(self) -> InputGuard | None:
         """Return what compares models and task files with `inputs`, None without any."""
@@ -165,6 +167,7 @@ def _harness(spec: WorkerSpec, tokenizer: Any) -> Harness:
         block_seed=spec.block_seed,
         permissions=spec.permissions,
         stored_text=spec.stored_text,
+        sharing=spec.sharing,
     )
 
 
@@ -197,7 +200,8 @@ def _tokenizer(spec: WorkerSpec) -> tuple[Any, Any]:
 class Worker:
     """Scores recipes one after the other. Building one loads the models and prepares all items.
 
-    Raises UserError where models or suite can't be used, or are not those the run began with.
+    sharing: whether requests share rows. Raises UserError where models or suite can't be used, or are not
+    those the run began with.
     """
 
     _guard: InputGuard | None = None
@@ -227,6 +231,7 @@ class Worker:
         with contextlib.suppress(NonFiniteError):  # then every candidate says so
             self._load(spec.base_alone())
         self._harness.try_out(self._bench.model)
+        self.sharing: Sharing | None = self._harness.sharing
         self._guard = spec.guard()
         if self._guard is not None:
             self._guard.compare()
