@@ -141,6 +141,8 @@ def compare(task: str, folder: Path, model: Any, tokenizer: Any, options: argpar
     suite = Suite.from_mapping(
         {
             "name": "speed",
+            "chat_template": "off",  # the prompts have it, and lm-eval applies none unless told
+            "companion": "off",  # lm-eval has none
             "tasks_dir": str(folder),
             "tasks": [{"task": task, "metric": metric, "splits": SPLITS}],
         },
