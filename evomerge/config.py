@@ -46,6 +46,9 @@ class ModelsSpec(Strict):
     """The model that task vectors are measured from."""
     sources: dict[str, str]
     """Name -> location of each fine-tune or adapter. The names appear in every table; `base` is reserved."""
+    other_modules: Literal["copy", "merge", "search"] = "copy"
+    """What becomes of modules beside the text decoder, such as a vision tower: a copy of the base's, the mean
+    of the sources', or part of the search, like embeddings. Every merge of the run does the same."""
 
     @field_validator("sources")
     @classmethod

@@ -11,19 +11,21 @@ import contextlib
 import importlib.util
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evomerge.config import PERMISSIONS, RunConfig
+from evomerge.config import PERMISSIONS, ModelsSpec, RunConfig
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
-from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
+from evomerge.merging import modules
+from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
@@ -82,6 +84,7 @@ def prepare(config: RunConfig) -> Prepared:
     suite = _suite(config).weighted(config.objective.weights)
     config.objective.check(suite)
     sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+    headers = sources[BASE].headers
     template = Recipe(
         models=config.locations,
         groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
@@ -89,10 +92,11 @@ def prepare(config: RunConfig) -> Prepared:
         dtype=config.dtype,
         tokenizer=config.tokenizer,
         seed=config.seed,
+        kept=_kept(config.models, tuple(headers)),
     )
-    notes = (*check(template, sources), *kernels.notes(), *sandbox.notes(config.permissions))
+    notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
+    notes += tuple(sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
-    headers = sources[BASE].headers
     assert not isinstance(config.space, str)
     space = kinds.apply(
         config.space,
@@ -123,11 +127,39 @@ def prepare(config: RunConfig) -> Prepared:
         inputs=inputs,
         parameters=sum(header.count for header in headers.values()),
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
-        layers=len({layer_of(name) for name in headers} - {None}),
+        layers=sources[BASE].num_layers,
         notes=notes,
         warm=warm,
         baselines=_baselines(config, template, sum(header.count for header in headers.values())),
     )
+
+
+def _kept(models: ModelsSpec, tensors: tuple[str, ...]) -> tuple[TensorGroup, ...]:
+    """Return the groups of the modules beside the text decoder that are not searched."""
+    if models.other_modules == "search":
+        return ()
+    copied = models.other_modules == "copy"
+    return tuple(
+        TensorGroup(
+            method="linear",
+            sources=(BASE,) if copied else tuple(models.sources),
+            layers=OUTSIDE,
+            match=modules.prefixes(tensors, module),
+        )
+        for module in modules.beside_text(tensors)
+    )
+
+
+def _module_notes(models: ModelsSpec, tensors: Iterable[str]) -> Iterator[str]:
+    """Say what becomes of the modules beside the text decoder."""
+    counts = modules.counts(tensors)
+    words = {"copy": "copied from the base", "merge": "averaged over the sources", "search": "searched"}
+    others = [f"{name} ({n} tensors)" for name, n in counts.items() if name != modules.TEXT]
+    if others:
+        yield (
+            f"{', '.join(others)}: {words[models.other_modules]} in every merge (models.other_modules); "
+            "layers are those of the text decoder"
+        )
 
 
 def _baselines(config: RunConfig, template: Recipe, weights: int) -> baselines.Choice:

@@ -13,6 +13,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging.export.adapter import AdapterReport
 from evomerge.merging.recipe import Recipe
+from evomerge.merging.sources.model_config import model_class
 from evomerge.running.store import StoreReader
 from evomerge.running.worker import Job, Worker, WorkerSpec
 from evomerge.search.ports import Named
@@ -68,12 +69,13 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None
         base: the folder of the model that the adapter belongs to.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from evomerge.evaluation.harness import Harness
 
     torch.set_num_threads(worker.threads)
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(base or folder)
+    model: torch.nn.Module = model_class(config).from_pretrained(
         base or folder, dtype=getattr(torch, worker.dtype), attn_implementation=worker.attention
     )
     if base is not None:

@@ -8,11 +8,14 @@ from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
-from evomerge.merging.recipe import Recipe, TensorGroup, layer_of
+from evomerge.merging.modules import layer_of
+from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources import fisher_files
-from evomerge.merging.sources.checkpoint import COUNTS, HEADS
+from evomerge.merging.sources.checkpoint import HEADS
+from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.untied import Untied
 from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensors.application import apply, arguments
@@ -110,6 +113,7 @@ def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tup
     """
     pattern_name, pattern = next(iter(sources.items()))
     notes: list[str] = []
+    pattern_config = _entries(pattern)
     for name, source in sources.items():
         pair = (name, source, pattern_name, pattern)
         _check_types(name, source)
@@ -117,17 +121,25 @@ def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tup
         _check_tensors(*pair, stacked)
         _check_vocabulary(*pair)
         _check_shapes(*pair, stacked)
-        notes += [source.note] if isinstance(source, Aligned) else []
+        notes += [source.note] if isinstance(source, Aligned | Untied) else []
         notes += [
-            f"{key} differs: {name} has {source.config[key]!r}, {pattern_name} {pattern.config[key]!r}"
+            f"{key} differs: {name} has {config[key]!r}, {pattern_name} {pattern_config[key]!r}"
+            for config in [_entries(source)]
             for key in NOTED
-            if key in source.config and key in pattern.config and source.config[key] != pattern.config[key]
+            if key in config and key in pattern_config and config[key] != pattern_config[key]
         ]
     types = {name: "/".join(sorted({h.dtype for h in s.headers.values()})) for name, s in sources.items()}
     if len(set(types.values())) > 1:
         shown = ", ".join(f"{name} {dtype}" for name, dtype in types.items())
         notes.append(f"stored types differ ({shown}); merging computes in float32")
     return tuple(notes)
+
+
+def _entries(source: Source) -> dict[str, Any]:
+    """Return the entries of a config, those of the text decoder's part before others of the same key."""
+    return {**source.config, **text_part(source.config)} | {
+        key: source.config[key] for key in ("architectures", "model_type") if key in source.config
+    }
 
 
 def _check_types(name: str, source: Source) -> None:
@@ -148,7 +160,7 @@ def _check_types(name: str, source: Source) -> None:
 
 
 def _check_architecture(name: str, source: Source, pattern_name: str, pattern: Source, stacked: bool) -> None:
-    config, pattern_config = source.config, pattern.config
+    config, pattern_config = _entries(source), _entries(pattern)
     keys = [k for k in SAME if k in config and k in pattern_config and not (stacked and k in COUNTS)]
     if config.get("architectures") and pattern_config.get("architectures"):
         keys.insert(0, "architectures")

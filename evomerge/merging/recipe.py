@@ -15,10 +15,8 @@ parameters. Recipes are immutable, comparable, written as YAML, and hashed canon
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -29,6 +27,7 @@ import yaml
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Method
+from evomerge.merging.modules import layer_of, shifted
 from evomerge.schema import LARGEST_SEED, parse_yaml
 
 FORMAT = 1
@@ -42,19 +41,6 @@ UNION, BASE = "union", "base"
 """Values of `tokenizer` besides model names: the tokens of all models, and the base's vocabulary."""
 
 Setting = float | int | bool | tuple[float | int | bool, ...]
-
-
-@functools.cache
-def layer_of(tensor: str) -> int | None:
-    """Return the index of the layer a tensor belongs to, or None outside the layers.
-
-    Layers are found by name, not by a table of architectures: the first number between dots.
-
-    >>> layer_of("model.layers.11.mlp.down_proj.weight"), layer_of("model.norm.weight")
-    (11, None)
-    """
-    match = re.search(r"\.(\d{1,9})\.", tensor)
-    return int(match.group(1)) if match else None
 
 
 def tokenizer_of(tokenizer: str, base: str | None, models: Iterable[str]) -> str:
@@ -81,16 +67,6 @@ def tokenizer_of(tokenizer: str, base: str | None, models: Iterable[str]) -> str
         f"tokenizer names an unknown model {tokenizer!r}",
         fix=nearest(tokenizer, tuple(dict.fromkeys((*models, BASE, UNION)))),
     )
-
-
-def shifted(tensor: str, shift: int) -> str:
-    """Return the name of the same tensor `shift` layers later; names outside the layers stay.
-
-    >>> shifted("model.layers.3.mlp.up_proj.weight", -2)
-    'model.layers.1.mlp.up_proj.weight'
-    """
-    layer = layer_of(tensor)
-    return tensor if not shift or layer is None else tensor.replace(f".{layer}.", f".{layer + shift}.", 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +292,8 @@ class Recipe:
     num_layers: int | None = None
     fisher: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
+    kept: tuple[TensorGroup, ...] = field(default=(), compare=False, repr=False)
+    """Groups that `with_groups` puts before the new ones. Only the template of a run has any."""
     asked: bool = field(default=False, init=False, compare=False, repr=False)
     """Whether `tokenizer` was set, as it is in every written recipe. Not part of the identity: it decides
     which models are refused, and no merged bits."""
@@ -369,7 +347,7 @@ class Recipe:
         )
 
     def with_groups(self, groups: Iterable[TensorGroup], *, num_layers: int | None = None) -> Recipe:
-        """Return a recipe of the same models, base, dtype, tokenizer and seed with other groups.
+        """Return a recipe of the same models, base, dtype, tokenizer and seed with other groups after `kept`.
 
         Args:
             groups: the new tensor groups, in order of precedence.
@@ -386,7 +364,7 @@ class Recipe:
         >>> copy.with_groups([half]).dtype
         'float32'
         """
-        groups = tuple(groups)
+        groups = (*self.kept, *groups)
         uses_fisher = any(methods.get(group.method).fisher for group in groups)
         return Recipe(
             models=self.models,

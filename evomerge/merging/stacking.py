@@ -3,9 +3,8 @@
 A group's layers may be other layers of its sources (`shift`), and a recipe may have more or fewer layers
 than its sources (`num_layers`). Tensor names and the config's lists say which layers there are.
 
-Not covered: configs that compute a layer's kind from its index (`first_k_dense_replace`,
-`sliding_window_pattern` and the like). If such a config also has a list of kinds, as configs saved by
-transformers do, the list is remapped, and transformers follows it.
+A list of kinds that the config leaves to its class is written out. Not covered: kinds that transformers
+computes from a layer's number alone (`first_k_dense_replace`); a stack that breaks them is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError
-from evomerge.merging.recipe import Recipe, TensorGroup, layer_of, shifted
-from evomerge.merging.sources.checkpoint import COUNTS, natural_order
+from evomerge.merging.modules import decoders, layer_of, shifted
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.sources.checkpoint import natural_order
+from evomerge.merging.sources.model_config import COUNTS, completed, text_part, with_text_part
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 
@@ -38,6 +39,13 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
     pattern = sources[recipe.pattern]
     if not recipe.stacked:
         return dict(pattern.headers)
+    for model, opened in sources.items():
+        if len(starts := decoders(opened.headers)) > 1:
+            raise ModelError(
+                f"the layers of {model!r} can't be stacked or shifted",
+                expected="one list of layers in its text decoder",
+                got=", ".join(starts),
+            )
     count = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
     names = output_names(recipe, {name: source.headers for name, source in sources.items()}, count)
     headers = {}
@@ -96,8 +104,8 @@ def stacked_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, A
     """Return the config.json of the result: that of the tokenizer's model, with its layers remapped.
 
     The number of layers becomes the recipe's. A list with one entry per layer takes each entry from the
-    first source of the group that makes the layer's first tensor, and so do lists of layer indices. The keys
-    are read from `text_config` if it holds the number of layers, else from the top level.
+    first source of the group that makes the layer's first tensor, and so do lists of layer indices. These are
+    entries of the text decoder's part of the config.
     """
     config = dict(sources[recipe.pattern].config)
     if not recipe.stacked:
@@ -109,17 +117,16 @@ def stacked_config(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, A
             group = recipe.group_for(name)
             origins[layer] = (group.sources[0], layer + group.shifts[0])
     taken = [origins[layer] for layer in sorted(origins)]
-    text = config.get("text_config")
-    if isinstance(text, dict) and any(key in text for key in COUNTS):
-        nested = {name: source.config.get("text_config") or {} for name, source in sources.items()}
-        return config | {"text_config": _remapped(text, nested, taken)}
-    if not any(key in config for key in COUNTS):
+    config = completed(config)
+    text = text_part(config)
+    if not any(key in text for key in COUNTS):
         raise ModelError(
             f"{sources[recipe.pattern].location}: config.json does not say how many layers the model has",
             expected=" or ".join(COUNTS),
             fix="layers of such a model can't be stacked or shifted",
         )
-    return _remapped(config, {name: source.config for name, source in sources.items()}, taken)
+    parts = {name: text_part(completed(source.config)) for name, source in sources.items()}
+    return with_text_part(config, _remapped(text, parts, taken))
 
 
 def _remapped(

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from evomerge.errors import ConfigError
 from evomerge.merging import mergekit, methods
 from evomerge.merging.methods.selection import boundary
+from evomerge.merging.modules import layer_of
 from evomerge.merging.reading import read_recipe
-from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, TensorGroup, layer_of
+from evomerge.merging.recipe import DTYPES, OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors.kernels import Operand
 from evomerge.merging.tensors.merge_tensor import merge_array
 from evomerge.search.spaces.layer_path import LayerPathSpace, LayerPathSpec

@@ -15,7 +15,8 @@ from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.export.writer import write
 from evomerge.merging.live import workbench
 from evomerge.merging.live.workbench import Workbench
-from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of, shifted
+from evomerge.merging.modules import layer_of, shifted
+from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.stacking import output_headers, stacked_config

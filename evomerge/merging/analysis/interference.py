@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging.compatibility import check_models
-from evomerge.merging.recipe import layer_of
+from evomerge.merging.modules import layer_of
 from evomerge.merging.sources.arrays import to_tensor, widened
 from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.sources.source import Source

@@ -35,6 +35,7 @@ from evomerge.merging.sources import model_files
 from evomerge.merging.sources.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
 from evomerge.merging.sources.arrays import of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
+from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.opening import open_source, open_used
 from evomerge.merging.sources.source import Source, same_base
 from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
@@ -404,13 +405,13 @@ def _report(plan: _Plan, exact: bool, base: str) -> AdapterReport:
 def _layers(base: Checkpoint) -> _Layers:
     """Return the live model's modules, from a model without weights: their classes are those peft adapts."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
 
     try:
         config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: Any = model_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers computes with the config before it checks it
         raise ModelError(
             f"{base.location}: transformers can't build this model", got=" ".join(str(error).split())[:300]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import DiskError
 from evomerge.files import drafted_folder
 from evomerge.merging.compatibility import check, with_fingerprints
+from evomerge.merging.modules import file_name
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources import model_files
 from evomerge.merging.sources.arrays import WeightArray
@@ -93,11 +94,12 @@ def write(
     _return_memory()
     pattern = sources[recipe.pattern]
     shards = plan_shards(output_headers(recipe, sources), recipe.dtype, max_shard_bytes)
+    depth = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
     extended = isinstance(pattern, Aligned) and pattern.additions
     tokenizer = open_tokenizer(pattern) if extended else None  # before the weights, because it may raise
     check_space(out, shards)
     with drafted_folder(out) as folder:
-        _write_weights(recipe, FileInputs(sources), shards, folder)
+        _write_weights(recipe, FileInputs(sources), shards, folder, depth)
         model_files.refuse_changed(read)
         merged = with_fingerprints(recipe, sources)
         _write_rest(merged, pattern, tokenizer, stacked_config(recipe, sources), folder)
@@ -139,16 +141,18 @@ def plan_shards(
 
 
 def _write_weights(
-    recipe: Recipe, inputs: Inputs, shards: Mapping[str, Mapping[str, Header]], folder: Path
+    recipe: Recipe, inputs: Inputs, shards: Mapping[str, Mapping[str, Header]], folder: Path, num_layers: int
 ) -> None:
+    """Write the weight files. num_layers: of the result; layers that predict further tokens follow them."""
     merged = _in_order(recipe, inputs, [named for headers in shards.values() for named in headers.items()])
     for file, headers in shards.items():
-        with ShardWriter(folder / file, headers) as writer:
-            for name in headers:
+        names = {file_name(name, num_layers): header for name, header in headers.items()}
+        with ShardWriter(folder / file, names) as writer:
+            for name in names:
                 writer.add(name, next(merged))
     if len(shards) > 1:
         size = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
-        where = {name: file for file, headers in shards.items() for name in headers}
+        where = {file_name(name, num_layers): file for file, headers in shards.items() for name in headers}
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 

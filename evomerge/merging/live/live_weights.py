@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
+from evomerge.merging.modules import NEXT_LAYERS
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.tensors.merge_tensor import Storage
 
@@ -143,10 +145,12 @@ class _Group:
 
 
 def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str) -> dict[str, Storage]:
-    """Return tensor name -> its place in the live model, for every tensor of a checkpoint.
+    """Return tensor name -> its place in the live model, for every tensor of a checkpoint that it uses.
 
-    location: the checkpoint's name in messages. Raises ModelError unless every tensor has its own place and
-    every weight of the live model is covered.
+    Layers that predict further tokens have no place, nor do tensors that transformers ignores for this class.
+
+    location: the checkpoint's name in messages. Raises ModelError unless every other tensor has its own place
+    and every weight of the live model is covered.
     """
     live = {name: tensor.data for name, tensor in model.state_dict().items()}
     groups, extra = _groups(model, headers, live)
@@ -172,6 +176,10 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
         places |= {name: part.of(parameters) for (name, _), part in zip(group.members, parts, strict=True)}
         reached.update(names)
     missing = [name for name in live if name not in reached]
+    ignored = [re.compile(key) for key in model._keys_to_ignore_on_load_unexpected or ()]
+    extra = [
+        name for name in extra if NEXT_LAYERS not in name and not any(key.search(name) for key in ignored)
+    ]
     if missing or extra:
         raise ModelError(
             f"{location}: its tensors are not those of {type(model).__name__}",
@@ -179,7 +187,7 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
             got=_some(extra) or "no tensors for them",
             fix="save the model again with a current transformers version",
         )
-    return {name: places[name] for name in headers}
+    return {name: places[name] for name in headers if name in places}
 
 
 def _groups(

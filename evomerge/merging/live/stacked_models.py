@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import ConfigError, DiskError, ModelError
 from evomerge.files import passing_folder, temporary_parent
 from evomerge.merging.live.live_weights import Spread, locate
-from evomerge.merging.recipe import Recipe, TensorGroup, shifted
+from evomerge.merging.modules import shifted
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.source import Source
 from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensors.merge_tensor import Storage
@@ -169,7 +171,7 @@ class Rewiring:
             group = recipe.group_for(name)
             source, shift = group.sources[0], group.shifts[0]
             source_tensor = shifted(name, shift)
-            for owner in self._hold(source).owners[source_tensor]:
+            for owner in self._hold(source).owners.get(source_tensor, ()):
                 part = _Part(name=name, source=source, source_tensor=source_tensor, owner=owner, group=group)
                 parts_by_live.setdefault(shifted(owner, -shift), []).append(part)
         for live, parts in parts_by_live.items():
@@ -278,7 +280,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
     """Build a model from a config without reading or initialising weights, which are loaded later."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
     from transformers.initialization import no_init_weights
 
     if attention is not None and not attention.isidentifier():  # transformers would fetch code from the hub
@@ -288,7 +290,7 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
             (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: Any = model_class(config).from_config(
                 config,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,

@@ -23,16 +23,18 @@ from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.live.live_weights import address, gradient_at, locate, weights_at
 from evomerge.merging.live.stacked_models import Rewiring, build
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
+from evomerge.merging.sources.arrays import to_tensor
 from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
 from evomerge.merging.stacking import output_headers
 from evomerge.merging.tensors.derivatives import Derivatives, added, tensor_derivatives
 from evomerge.merging.tensors.digest import exact_dtype, weights_digest
 from evomerge.merging.tensors.inputs import WarmInputs
-from evomerge.merging.tensors.merge_tensor import Storage, merge_tensor
+from evomerge.merging.tensors.merge_tensor import Storage, merge_array, merge_tensor
 from evomerge.merging.tensors.threads import pool, threads
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -202,9 +204,16 @@ class Workbench:
             headers = output_headers(recipe, self.sources)
             places = locate(self.model, headers, self.sources[self._pattern].location)
         readers = {
-            name: functools.partial(weights_at, place, headers[name].shape) for name, place in places.items()
+            name: functools.partial(weights_at, places[name], header.shape)
+            if name in places
+            else functools.partial(self._unused, recipe, name)
+            for name, header in headers.items()
         }
         return weights_digest(readers, exact_dtype(recipe.dtype, self._compute_dtype))
+
+    def _unused(self, recipe: Recipe, name: str) -> Tensor:
+        """Return a merged tensor that the forward pass doesn't use, so that the live model lacks it."""
+        return to_tensor(merge_array(recipe, name, self._inputs))
 
     def derivatives(self, recipe: Recipe) -> list[Derivatives]:
         """Return the loss's derivatives with respect to every group's parameters, after a backward pass.

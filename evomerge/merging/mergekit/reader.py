@@ -1,6 +1,6 @@
 """Read mergekit YAML as a recipe.
 
-Covered, for the methods that evomerge has: `models`, `slices` or one module; slices that stack, skip, repeat
+Covered, for the methods that evomerge has: `models`, `slices` or `modules`; slices that stack, skip, repeat
 and shift layers; parameters as numbers, gradients over the layers, or ordered filters, looked up in the
 source, its slice, its module and the whole file, in this order; `base_model` per slice, with a `layer_range`;
 `dtype` and `out_dtype`; `path+adapter`. `slices.py` turns slices into tensor groups.
@@ -26,6 +26,7 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
 from evomerge.merging.methods import Method
+from evomerge.merging.modules import TEXT, beside_text, module_of
 from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
 from evomerge.schema import parse_yaml
 
@@ -56,6 +57,8 @@ NEUTRAL = {
 """Parameters that are accepted only at the value that changes nothing; other values are errors."""
 OURS = ("chained_slerp", "fisher")
 """Methods that mergekit does not have."""
+TEXT_NAMES = ("default", "language_model", "text_model", "model")
+"""Other names of the text decoder among `modules`."""
 COPYING = ("slerp", "arcee_fusion")
 """Methods with which mergekit copies the only source of a slice."""
 Conditions = Mapping[str, tuple[Condition, ...]]
@@ -104,26 +107,29 @@ def from_data(
     method = methods.get(str(data["merge_method"]))
     if method.name in OURS:
         raise ConfigError(f"mergekit file: mergekit has no method {method.name}", fix="write a recipe.yaml")
-    slices = placed(_slices(data, method))
+    by_name = {name: placed(slices) for name, slices in _slices(data, method).items()}
+    every = [part for slices in by_name.values() for part in slices]
     base = _base(data, "mergekit file")
     tokenizer = _tokenizer(data)
-    used = [location for part in slices for location in (part.made.base, *part.made.sources)]
+    used = [location for part in every for location in (part.made.base, *part.made.sources)]
     if tokenizer == "base":
-        tokenizer = base or slices[0].made.sources[0]
+        tokenizer = base or every[0].made.sources[0]
     named = (base, *used, tokenizer)
     locations = list(dict.fromkeys(location for location in named if location and location != UNION))
     names = _names(locations)
     places = {location: resolved(location, root) for location in locations}
     headers = Headers(places, tensors, base)
+    parts = _by_module(by_name, headers, locations[0])
+    slices = parts[TEXT]
     pattern_location = locations[0] if tokenizer is None or tokenizer == UNION else tokenizer
     num_layers = _num_layers(slices, headers, pattern_location)
     pattern = tokenizer or base
-    if any(methods.get(part.made.method).uses_base(base) and part.made.base is None for part in slices):
+    if any(methods.get(part.made.method).uses_base(base) and part.made.base is None for part in every):
         base = None  # groups without a base then have none, and the others name their own
     return Recipe(
         models={names[location]: place for location, place in places.items()},
         base=names[base] if base else None,
-        groups=groups(slices, names, base, headers),
+        groups=groups(parts, names, base, headers),
         dtype=_dtype(data, headers, locations[0]),
         tokenizer=names.get(pattern, UNION) if pattern and (tokenizer or base is None) else "",
         seed=seed,
@@ -149,8 +155,43 @@ def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str
     return num_layers
 
 
-def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
-    """Return `models`, `slices` or `modules` as slices whose shifts are still the sources' first layers."""
+def _by_module(
+    by_name: Mapping[str, Sequence[Slice]], headers: Headers, location: str
+) -> dict[str, Sequence[Slice]]:
+    """Return module -> slices, from the names in the file; "" (a file without modules) is the text decoder.
+
+    mergekit calls modules as its definition of an architecture does, or, without a definition, by the start
+    of their layers' names, and `default` the rest.
+    """
+    if len(by_name) == 1 and "" in by_name:
+        return {TEXT: by_name[""]}
+    tensors = headers.names(location)
+    there = (TEXT, *beside_text(tensors))
+    if len(by_name) == len(there) == 1:
+        return {TEXT: next(iter(by_name.values()))}
+    found: dict[str, Sequence[Slice]] = {}
+    for name, slices in by_name.items():
+        inside = next((module_of(tensor) for tensor in tensors if tensor.startswith(f"{name}.")), None)
+        module = name if name in there else TEXT if name in TEXT_NAMES else inside
+        if module is None or module in found:
+            raise ConfigError(
+                f"mergekit file: modules.{name} is "
+                + ("no module of the model" if module is None else f"{module}, as another entry is"),
+                fix=nearest(name, there),
+            )
+        found[module] = slices
+    if missing := [module for module in there if module not in found]:
+        raise ConfigError(
+            "mergekit file: modules does not say how every module is made",
+            expected=", ".join(there),
+            got=f"nothing for {', '.join(missing)}",
+            fix=f"add {missing[0]}, e.g. with the base as its only model",
+        )
+    return found
+
+
+def _slices(data: Mapping[str, Any], method: Method) -> dict[str, list[Slice]]:
+    """Return module ("" without modules) -> slices whose shifts are still the sources' first layers."""
     keys = [key for key in ("models", "slices", "modules") if data.get(key)]
     if len(keys) != 1:
         raise ConfigError(
@@ -159,18 +200,28 @@ def _slices(data: Mapping[str, Any], method: Method) -> list[Slice]:
             got=", ".join(keys) or "none of them",
         )
     levels = [_parameters(data, method, "parameters")]
-    content, where = data, ""
-    if keys == ["modules"]:
-        if not isinstance(data["modules"], Mapping) or len(data["modules"]) != 1:
-            raise ConfigError("mergekit file: modules", expected="one module", got=str(data["modules"])[:80])
-        name, content = next(iter(data["modules"].items()))
+    if keys != ["modules"]:
+        return {"": _module(data, _base(data, "mergekit file"), method, levels, "")}
+    if not isinstance(data["modules"], Mapping):
+        raise ConfigError(
+            "mergekit file: modules", expected="module: models or slices", got=str(data["modules"])[:80]
+        )
+    parts = {}
+    for name, module in data["modules"].items():
         where = f"modules.{name}."
-        content = _checked(content, ("models", "slices", "parameters"), f"mergekit file: modules.{name}")
-        levels.insert(0, _parameters(content, method, f"{where}parameters"))
-    base = _base(data, "mergekit file")
+        content = _checked(module, ("models", "slices", "parameters"), f"mergekit file: modules.{name}")
+        inner = [_parameters(content, method, f"{where}parameters"), *levels]
+        parts[str(name)] = _module(content, _base(data, "mergekit file"), method, inner, where)
+    return parts
+
+
+def _module(
+    content: Mapping[str, Any], base: str | None, method: Method, levels: Sequence[Conditions], where: str
+) -> list[Slice]:
+    """Return the slices of a module, or of the whole file. where: the module's place with a dot, or ""."""
     if content.get("models"):
         entries = _list(content["models"], f"{where}models")
-        return [_slice(entries, base, method, levels, f"{where}models", ranged=False)]
+        return [_slice(entries, base, method, levels, f"{where}models", ranged=False, alone=bool(where))]
     slices = []
     for index, entry in enumerate(_list(content.get("slices"), f"{where}slices")):
         place = f"{where}slices[{index}]"
@@ -190,7 +241,10 @@ def _slice(
     where: str,
     *,
     ranged: bool,
+    alone: bool = False,
 ) -> Slice:
+    """Return one slice. ranged: whether its sources have a layer_range. alone: whether mergekit copies the
+    only model of a list."""
     valid = ("model", "parameters", *(("layer_range",) if ranged else ()))
     entries, lengths = [], []
     for index, source in enumerate(listed):
@@ -210,7 +264,7 @@ def _slice(
             expected="layer_ranges of the same length",
             got=", ".join(ranges),
         )
-    if ranged and _copies_its_source(method, entries, base):
+    if (ranged or alone) and _copies_its_source(method, entries, base):
         made = Made(method="passthrough", sources=(entries[0].model,), shift=(entries[0].start,), base=None)
         return Slice(length=lengths[0], made=made, conditions={"scale": (((None, (1.0,)),),)})
     made, entries = _roles(method, entries, base, levels, where, ranged=ranged)

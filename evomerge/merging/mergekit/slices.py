@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, ModelError
 from evomerge.merging import methods
-from evomerge.merging.recipe import OUTSIDE, Setting, TensorGroup, layer_of, shifted
+from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, own_layer, prefix_of, shifted
+from evomerge.merging.recipe import OUTSIDE, Setting, TensorGroup
 from evomerge.merging.sources.checkpoint import HEADS, TensorNames
 from evomerge.merging.sources.opening import open_source
 from evomerge.merging.sources.source import Source
@@ -24,6 +25,7 @@ EMBEDDINGS = ("embed", "wte", "wpe")
 """Parts of the names of tensors before the first layer, which are the first slice's."""
 STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+T = TypeVar("T")
 Condition = tuple[str | None, tuple[Any, ...]]
 """A filter (None: always) and its value: one number, or a gradient over the slice's layers."""
 FilterRule = tuple[tuple[str, ...], tuple[tuple[str, Setting], ...]]
@@ -85,6 +87,13 @@ class Headers:
         """Return the names of a model's tensors."""
         return tuple(self._source(location).headers) if self._tensors is None else self._tensors
 
+    def names_if_known(self, location: str) -> tuple[str, ...]:
+        """Return the same, or () if the model is not on this machine; merging checks the names again."""
+        try:
+            return self.names(location)
+        except ModelError:
+            return ()
+
     def layout(self, location: str) -> TensorNames:
         """Return how a model's tensors are named."""
         key = location if self._tensors is None else ""
@@ -103,13 +112,22 @@ def is_before_layers(name: str) -> bool:
 
 
 def groups(
-    slices: Sequence[Slice], names: Mapping[str, str], base: str | None, headers: Headers
+    parts: Mapping[str, Sequence[Slice]], names: Mapping[str, str], base: str | None, headers: Headers
 ) -> tuple[TensorGroup, ...]:
     """Return the tensor groups of slices.
 
-    names: location -> name in the recipe. base: location of the recipe's base; groups with another base
-    name it.
+    parts: module -> its slices. Missing modules are made like the text decoder's first slice. names: location
+    -> name in the recipe. base: location of the recipe's base; groups with another base name it.
     """
+    text = parts[TEXT]
+    places: list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]] = []
+    if len(parts) > 1 or len(text) > 1 or text[0].length is not None or not text[0].uniform:
+        first = replace(text[0], start=0, length=None, made=text[0].made.outside())
+        tensors = headers.names_if_known(text[0].made.sources[0])
+        for module in beside_text(tensors):
+            own = [name for name in tensors if module_of(name) == module]
+            places += _module_places(parts.get(module, [first]), module, own)
+    places += _places(text, headers)
     return tuple(
         TensorGroup(
             method=made.method,
@@ -121,9 +139,79 @@ def groups(
             base=names[made.base] if made.base is not None and made.base != base else None,
             base_shift=made.base_shift,
         )
-        for layers, made, rules in _places(slices, headers)
+        for layers, made, rules in places
         for match, parameters in rules
     )
+
+
+def _module_places(
+    slices: Sequence[Slice], module: str, tensors: Sequence[str]
+) -> list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]]:
+    """Return (outside the text decoder's layers, sources, rules) of a module beside the text decoder.
+
+    Positions of gradients count the module's own layers.
+    """
+    last = {place[0]: 0 for name in tensors if (place := own_layer(name))}
+    for name in tensors:
+        if place := own_layer(name):
+            last[place[0]] = max(last[place[0]], place[1])
+    settings: dict[str, tuple[Made, tuple[tuple[str, Setting], ...]]] = {}
+    for name in tensors:
+        start, layer = own_layer(name) or ("", 0)
+        part = _slice_at(slices, layer if start else None, is_before_layers(name), module)
+        first, count = part.start, part.length or last.get(start, 0) + 1
+        position = 0.0 if not start else (layer - first) / (count - 1) if count > 1 else 1.0
+        settings[name] = (part.made.outside(), _resolve(part, position, name))
+    return [(OUTSIDE, made, [(match, rule)]) for match, (made, rule) in compressed(settings)]
+
+
+def _slice_at(slices: Sequence[Slice], layer: int | None, before: bool, module: str) -> Slice:
+    """Return the slice that makes a layer of a module (None: outside its layers). Raises ConfigError."""
+    if any(part.made != part.made.outside() for part in slices):
+        raise ConfigError(
+            f"mergekit file: the layers of {module} can be merged, but not moved, repeated or left out",
+            expected="layer_ranges that follow each other, the same for all sources",
+        )
+    if layer is None:
+        return slices[0] if before else slices[-1]
+    for part in slices:
+        if part.length is None or part.start <= layer < part.start + part.length:
+            return part
+    raise ConfigError(f"mergekit file: no slice of {module} makes its layer {layer}")
+
+
+def compressed(values: Mapping[str, T]) -> list[tuple[tuple[str, ...], T]]:
+    """Return (parts of tensor names, value) so that every tensor of a module has its value.
+
+    A part is the start of the module's names if all its tensors have one value, the start of a layer's names
+    if its tensors have, else a full name.
+
+    >>> compressed({"visual.blocks.0.a": 1, "visual.blocks.0.b": 1, "visual.blocks.1.a": 2})
+    [(('visual.blocks.0.',), 1), (('visual.blocks.1.',), 2)]
+    """
+
+    def distinct(found: Iterable[T]) -> list[T]:
+        seen: list[T] = []
+        for value in found:
+            if value not in seen:
+                seen.append(value)
+        return seen
+
+    if len(distinct(values.values())) == 1:
+        starts = tuple(dict.fromkeys(map(prefix_of, values)))
+        return [(starts, next(iter(values.values())))]
+    by_layer: dict[str, list[str]] = {}
+    for name in values:
+        place = own_layer(name)
+        by_layer.setdefault(name if place is None else f"{place[0]}{place[1]}.", []).append(name)
+    parts: list[tuple[str, T]] = []
+    for start, members in by_layer.items():
+        one = len(distinct(values[name] for name in members)) == 1
+        parts += [(start, values[members[0]])] if one else [(name, values[name]) for name in members]
+    return [
+        (tuple(part for part, own in parts if own == value), value)
+        for value in distinct(value for _, value in parts)
+    ]
 
 
 def _places(
@@ -150,7 +238,7 @@ def _places(
     )
     if first != last:
         outside = headers.layout(slices[0].made.sources[0]).outside
-        names = [name for name in outside if is_before_layers(name)]
+        names = [name for name in outside if is_before_layers(name) and module_of(name) == TEXT]
         places.append((OUTSIDE, first[0], _exact_rules(slices[0], 0.0, names)))
     return [*places, (OUTSIDE, *last)]
 

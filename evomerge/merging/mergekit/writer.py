@@ -17,8 +17,9 @@ import yaml
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.mergekit import reader
-from evomerge.merging.mergekit.slices import is_before_layers
-from evomerge.merging.recipe import Recipe, Setting, TensorGroup, layer_of, shifted
+from evomerge.merging.mergekit.slices import compressed, is_before_layers
+from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, shifted
+from evomerge.merging.recipe import Recipe, Setting, TensorGroup
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.stacking import output_names
 
@@ -57,7 +58,15 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
     whole_model = len(recipe.groups) == 1 and recipe.groups[0].layers is None and not recipe.groups[0].match
     if not whole_model or recipe.stacked:
         names, source_names = _names(original, tensors)
-        data |= {"slices": _slices(recipe, method, names, data.get("base_model"))}
+        decoder = [name for name in names if module_of(name) == TEXT]
+        parts: dict[str, Any] = {"slices": _slices(recipe, method, decoder, data.get("base_model"))}
+        if others := beside_text(names):
+            written = {TEXT: parts}
+            for module in others:
+                inside = [name for name in names if module_of(name) == module]
+                written[module] = _module(recipe, method, inside)
+            parts = {"modules": written}
+        data |= parts
         if method == "slerp" and any(group.copied_source is not None for group in recipe.groups):
             data["parameters"] = {"t": 0.0}  # mergekit requires one even where it copies
     else:
@@ -109,6 +118,21 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
     # evomerge merges in float32 and mergekit in `dtype`, so both types are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
+
+
+def _module(recipe: Recipe, method: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return the entry of a module beside the text decoder, whose layers are never moved."""
+    branches: list[Branch] = [
+        (part, group)
+        for parts, group in compressed({name: recipe.group_for(name) for name in names})
+        for part in parts
+    ]
+    if len({id(group) for _, group in branches}) == 1:
+        branches = [(None, branches[0][1])]
+    entry: dict[str, Any] = {"models": _models(recipe, method, branches)}
+    if branches[0][1].method == method and (shared := _shared(branches)):
+        entry["parameters"] = shared
+    return entry
 
 
 def _slices(

@@ -24,7 +24,14 @@ from evomerge.errors import ConfigError, ModelError
 from evomerge.files import expanded
 from evomerge.merging.sources.adapter_config import UNMERGEABLE, AdapterConfig, Scales, refuse_unsupported
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
-from evomerge.merging.sources.checkpoint import ARRAY_TYPES, HEADS, Checkpoint, TensorNames, sample_hash
+from evomerge.merging.sources.checkpoint import (
+    ARRAY_TYPES,
+    HEADS,
+    Checkpoint,
+    TensorNames,
+    is_embedding,
+    sample_hash,
+)
 from evomerge.merging.sources.tensorfile import Header, read_header
 
 if TYPE_CHECKING:
@@ -35,14 +42,6 @@ PREFIX = "base_model.model."
 PAIRS = (("A.weight", "B.weight"), ("embedding_A", "embedding_B"))
 """Endings of the factors' names in the file, after `lora_`: of layers and of embeddings."""
 BIAS = "B.bias"
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-)
-"""Endings of the names of token embeddings, which a tied model's head shares."""
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Model types whose layers are stored (in, out), which the shape of square weights doesn't show."""
 
@@ -170,15 +169,6 @@ class AdaptedCheckpoint:
                 del self.replaced[heads[0]]
                 return
         raise _taken_apart(self.location, *adapted, *heads, *embeddings)
-
-
-def is_embedding(name: str) -> bool:
-    """Say whether a tensor is the matrix of token embeddings, by its name.
-
-    >>> is_embedding("model.embed_tokens.weight"), is_embedding("transformer.wpe.weight")
-    (True, False)
-    """
-    return name.endswith(EMBEDDINGS)
 
 
 def split_location(location: str) -> tuple[str, str | None]:

@@ -12,13 +12,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.files import expanded
-from evomerge.merging.recipe import LAYERS, layer_of
+from evomerge.merging.modules import TEXT, file_name, layer_of, module_of, next_layers
+from evomerge.merging.recipe import LAYERS
 from evomerge.merging.sources.arrays import WeightArray, to_tensor
-from evomerge.merging.sources.model_config import read_config
+from evomerge.merging.sources.model_config import (
+    COUNTS,
+    read_config,
+    text_part,
+    tied_by_default,
+    with_text_part,
+)
 from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
 from evomerge.schema import load_json
 
@@ -31,12 +38,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Endings of the names of output projections, which a tied model shares with its embeddings."""
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+"""Endings of the names of token embeddings, which a tied model's head shares."""
 DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
 """Buffers in old files that the model computes itself; they are not weights."""
 MASKS = ("attn.bias", "attention.bias")
 """Causal masks of old GPT-2 and GPT-NeoX files, which have four dimensions, unlike biases."""
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Keys of a config.json that hold the number of layers."""
 READ_BY_TRANSFORMERS = (
     "generation_config.json",
     "tokenizer_config.json",
@@ -85,7 +98,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, location: str) -> None:
         self.folder, self.location = folder, location
-        self.config = read_config(folder / "config.json")
+        self.config = self._raw_config = read_config(folder / "config.json")
         for name in READ_BY_TRANSFORMERS:
             if (folder / name).exists():
                 load_json(folder / name)  # refuses a damaged file now
@@ -104,12 +117,28 @@ class Checkpoint:
                     )
                 stored[name] = headers[name]
                 self._files[name] = path
-        self._stored = stored
+        self._stored = self._renamed(stored)
+        stored = self._stored
         weights = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
         self.headers: Mapping[str, Header] = {
             name: stored[name] for name in sorted(weights, key=natural_order)
         }
         self._check_layers()
+        if not self.tied and self._raw_config.get("tie_word_embeddings") is not False:
+            heads = any(name.endswith(HEADS) for name in self.headers)
+            self.config = with_tying(self.config, tied=False) if heads else self.config
+
+    def _renamed(self, stored: dict[str, Header]) -> dict[str, Header]:
+        """Return the headers, with layers that predict further tokens under names of their own."""
+        text = text_part(self.config)
+        count = next((text[key] for key in COUNTS if text.get(key)), None)
+        if count is None:
+            return stored
+        names = next_layers(stored, count)
+        if not text.get("num_nextn_predict_layers") and not any("eh_proj" in name for name in names):
+            return stored
+        self._files = {names.get(name, name): path for name, path in self._files.items()}
+        return {names.get(name, name): header for name, header in stored.items()}
 
     def _check_layers(self) -> None:
         """Raise ModelError for a layer number beyond all models, or a config that announces more layers."""
@@ -121,13 +150,15 @@ class Checkpoint:
                 f"{self.location}: tensor {last!r} is of layer {self.num_layers - 1}",
                 expected=f"at most {LAYERS} layers",
             )
-        text = self.config.get("text_config") or self.config
+        text = text_part(self.config)
         for key in COUNTS:
             if (text.get(key) or 0) > self.num_layers:
                 raise ModelError(
                     f"{self.folder / 'config.json'}: {key} is {text[key]}",
                     expected=f"{self.num_layers}, the number of layers in the model's files",
-                    fix="download or copy the model again",
+                    fix="download or copy the model again"
+                    if self.num_layers
+                    else "evomerge finds layers by names like `layers.0.`; this model has none",
                 )
 
     @classmethod
@@ -147,14 +178,32 @@ class Checkpoint:
             )
         return cls(folder, location)
 
-    @property
-    def tied(self) -> bool:
-        """Whether the output projection is the embedding matrix, according to the config."""
-        return bool(self.config.get("tie_word_embeddings", not self._has_head))
-
     @functools.cached_property
-    def _has_head(self) -> bool:
-        return any(name.endswith(HEADS) for name in self._stored)
+    def tied(self) -> bool:
+        """Whether the output projection is the embedding matrix.
+
+        As in transformers, it is if the config, or the default of its class, says so, unless the files hold
+        both with different elements.
+        """
+        said = self._raw_config.get("tie_word_embeddings")
+        heads = [name for name in self._stored if name.endswith(HEADS) and module_of(name) == TEXT]
+        if said is False or not heads:
+            return said is not False
+        embeddings = [name for name in self._stored if is_embedding(name) and module_of(name) == TEXT]
+        if not embeddings:
+            return bool(said)
+        same = self._same_elements(heads[0], embeddings[0])
+        return same and (tied_by_default(self._raw_config) if said is None else True)
+
+    def _same_elements(self, name: str, other: str) -> bool:
+        header, other_header = self._stored[name], self._stored[other]
+        if (header.shape, header.dtype) != (other_header.shape, other_header.dtype):
+            return False
+        ours, theirs = (self.array(n).reshape(-1) for n in (name, other))
+        step = 2**22
+        return all(
+            bool((ours[i : i + step] == theirs[i : i + step]).all()) for i in range(0, len(ours), step)
+        )
 
     def _is_derived(self, name: str) -> bool:
         mask = name.endswith(MASKS) and len(self._stored[name].shape) == 4
@@ -186,9 +235,10 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config, headers, file sizes and samples of the files, which is fast to compute."""
-        headers = [(name, header.shape, header.dtype) for name, header in self.headers.items()]
+        named = {file_name(name, self.num_layers): header for name, header in self.headers.items()}
+        headers = [(name, named[name].shape, named[name].dtype) for name in sorted(named, key=natural_order)]
         files = {path.name: sample_hash(path) for path in set(self._files.values())}
-        text = json.dumps([self.config, headers, sorted(files.items())], sort_keys=True)
+        text = json.dumps([self._raw_config, headers, sorted(files.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def array(self, name: str, *, mapped: bool = True) -> WeightArray:
@@ -245,6 +295,23 @@ def _read(path: Path, offset: int, size: int) -> WeightArray:
     except OSError as error:
         raise ModelError(f"{path}: can't be read", got=error.strerror or str(error)) from None
     return data
+
+
+def is_embedding(name: str) -> bool:
+    """Say whether a tensor is the matrix of token embeddings, by its name.
+
+    >>> is_embedding("model.embed_tokens.weight"), is_embedding("transformer.wpe.weight")
+    (True, False)
+    """
+    return name.endswith(EMBEDDINGS)
+
+
+def with_tying(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Return a config that says whether head and embeddings are tied, wherever it speaks of that."""
+    part = text_part(config)
+    if part is not config and "tie_word_embeddings" in part:
+        config = with_text_part(config, {**part, "tie_word_embeddings": tied})
+    return {**config, "tie_word_embeddings": tied}
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -16,6 +16,7 @@ from evomerge.merging.sources import adapter
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.checkpoint import Checkpoint, sample_hash
 from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.untied import Untied
 from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.schema import load_json
 
@@ -33,7 +34,7 @@ def files_of(source: Source) -> dict[str, Path]:
 
     An adapter's files come after those of its base model.
     """
-    if isinstance(source, Aligned):
+    if isinstance(source, Aligned | Untied):
         return files_of(source.source)
     if isinstance(source, AdaptedCheckpoint):
         adapter_files = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)

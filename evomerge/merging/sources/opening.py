@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
+from evomerge.errors import ModelError
 from evomerge.files import expanded
 from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.sources.adapter import is_adapter, open_adapter, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.untied import untie
 from evomerge.merging.sources.vocabulary import align, differ
 
 
@@ -48,7 +51,7 @@ def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str 
     at = {location: open_source(location, base=below) for location in dict.fromkeys(models.values())}
     opened = {name: at[location] for name, location in models.items()}
     chosen = tokenizer_of(tokenizer, base, models)
-    return align(opened, tokenizer=chosen, base=base, asked=bool(tokenizer))
+    return align(untie(opened), tokenizer=chosen, base=base, asked=bool(tokenizer))
 
 
 def open_used(recipe: Recipe) -> dict[str, Source]:
@@ -61,10 +64,23 @@ def open_used(recipe: Recipe) -> dict[str, Source]:
     at = {
         place: open_source(place, base=below) for place in dict.fromkeys(map(recipe.models.__getitem__, used))
     }
-    opened = {name: at[recipe.models[name]] for name in used}
+    opened = _untied_like_all(recipe, {name: at[recipe.models[name]] for name in used}, below)
     if recipe.tokenizer == recipe.pattern and not differ(opened, recipe.pattern):
         return opened
     # Models that are not merged may still provide rows that others lack, so all are opened.
     every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
-    aligned = align(every, tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
+    aligned = align(untie(every), tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
     return {name: aligned[name] for name in used}
+
+
+def _untied_like_all(recipe: Recipe, opened: dict[str, Source], below: str | None) -> dict[str, Source]:
+    """Return the opened models, untied if any of the recipe's models is, so that all its merges have a head.
+
+    Models that are neither read nor on this machine don't count.
+    """
+    every = dict(opened)
+    for name in recipe.models.keys() - opened.keys():
+        with contextlib.suppress(ModelError):
+            every[name] = open_source(recipe.models[name], base=below)
+    untied = untie(every)
+    return {name: untied[name] for name in opened}

@@ -71,7 +71,7 @@ def task_vector(
     origin = origin or functools.partial(base.tensor, name)
     if isinstance(base, AdaptedCheckpoint):
         return source.tensor(name) - origin()
-    same = same_base(source, base)
+    same = same_base(source, base) and not hasattr(source, "source")  # a wrapper may hold an adapter
     if not isinstance(source, AdaptedCheckpoint):
         return None if same else source.tensor(name) - origin()
     if name in source.replaced:

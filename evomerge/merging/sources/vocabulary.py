@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.errors import ModelError
-from evomerge.merging.recipe import layer_of
+from evomerge.merging.modules import TEXT, layer_of, module_of
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
+from evomerge.merging.sources.model_config import text_part, with_text_part
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.schema import load_json
@@ -97,13 +98,13 @@ def row_tensors(source: Source) -> tuple[str, ...]:
         name: header.shape[0]
         for name, header in source.headers.items()
         if layer_of(name) is None
+        and module_of(name) == TEXT
         and (
             (name.endswith(_HEAD_PARTS) and header.shape)
             or (len(header.shape) == 2 and _EMBEDDING.search(name) and not _NO_TOKENS.search(name))
         )
     }
-    config = source.config.get("text_config") or source.config
-    declared = config.get("vocab_size", source.config.get("vocab_size"))
+    declared = text_part(source.config).get("vocab_size", source.config.get("vocab_size"))
     count = declared if declared in row_counts.values() else next(iter(row_counts.values()), None)
     return tuple(name for name, rows in row_counts.items() if rows == count)
 
@@ -297,12 +298,8 @@ class Aligned:
 
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """Return a model's config with another number of embedding rows."""
-    changed = dict(config)
-    if isinstance(changed.get("text_config"), dict):
-        changed["text_config"] = changed["text_config"] | {"vocab_size": rows}
-    if "vocab_size" in changed or "text_config" not in changed:
-        changed["vocab_size"] = rows
-    return changed
+    changed = with_text_part(config, {**text_part(config), "vocab_size": rows})
+    return changed | ({"vocab_size": rows} if "vocab_size" in changed else {})
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -24,7 +24,8 @@ from evomerge.merging import methods
 from evomerge.merging.methods.blend import GUARD, Blend, Statistics, keep
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import BLOCK
-from evomerge.merging.recipe import Recipe, TensorGroup, shifted
+from evomerge.merging.modules import shifted
+from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.arrays import WeightArray, of_tensor, to_tensor, widened
 from evomerge.merging.tensors.application import arguments
 from evomerge.merging.tensors.inputs import Inputs

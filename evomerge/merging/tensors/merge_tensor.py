@@ -18,7 +18,8 @@ from evomerge.merging.methods.blend import Blend, run
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
-from evomerge.merging.recipe import Recipe, TensorGroup, shifted
+from evomerge.merging.modules import shifted
+from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.arrays import DTYPES, WeightArray, is_finite, of_tensor, to_tensor, widened
 from evomerge.merging.tensors import kernels
 from evomerge.merging.tensors.application import arguments

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evomerge.errors import ConfigError
-from evomerge.merging.recipe import OUTSIDE, TensorGroup, layer_of
+from evomerge.merging.modules import layer_of
+from evomerge.merging.recipe import OUTSIDE, TensorGroup
 from evomerge.search.spaces.preset import SpaceSpec
 
 

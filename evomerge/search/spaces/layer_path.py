@@ -20,7 +20,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from evomerge.errors import ConfigError
-from evomerge.merging.recipe import LAYERS, OUTSIDE, Recipe, TensorGroup, layer_of, shifted
+from evomerge.merging.modules import layer_of, shifted
+from evomerge.merging.recipe import LAYERS, OUTSIDE, Recipe, TensorGroup
 from evomerge.schema import Strict
 from evomerge.search.spaces.space import Coordinate, Genome, check_dimension
 
@@ -130,7 +131,11 @@ class LayerPathSpace:
         assert template.base is not None
         self.models = (*self.sources, template.base) if spec.base else self.sources
         self._template = template
-        self._outside = [name for name in tensors[template.base] if layer_of(name) is None]
+        self._outside = [
+            name
+            for name in tensors[template.base]
+            if layer_of(name) is None and not any(group.matches(name) for group in template.kept)
+        ]
         self._layers = {model: _by_layer(tensors[model]) for model in (*self.models, template.base)}
         self.num_layers = len(self._layers[template.base])
         self._check_models()
@@ -191,6 +196,8 @@ class LayerPathSpace:
         Of all ways to lay the path into slots it is the one whose layers lie nearest to their slots'
         places, and of those the one that uses the earliest slots.
         """
+        if recipe.groups[: len(self._template.kept)] != self._template.kept:
+            return None  # the modules that this run keeps are made in another way
         steps, outer = self._read(recipe), self._read_outside(recipe)
         slots = None if steps is None else self._laid(steps)
         if steps is None or slots is None or outer not in self.models:

@@ -67,7 +67,7 @@ class SearchSpace:
         check_methods(spec, template, self.sources)
         self.notes = redundancies(spec, resolved)
         self._fixed = resolved.fixed
-        places = cut(spec, tensors)
+        places = cut(spec, [t for t in tensors if not any(group.matches(t) for group in template.kept)])
         choices = [entry for entry in (resolved.method, resolved.switch) if entry is not None]
         layout = GeneLayout([*choices, *resolved.varied], self.sources, places)
         check_dimension(f"search space {spec.name}", len(layout.genes), "let more layers share a group")
@@ -110,6 +110,8 @@ class SearchSpace:
         """
         if recipe.stacked or any(group.base is not None for group in recipe.groups):
             return None
+        if recipe.groups[: len(self._template.kept)] != self._template.kept:
+            return None  # the modules that this run keeps are made in another way
         if recipe.used_fishers() and recipe.fisher != self._template.fisher:
             return None
         table: list[Choice | None] = [None] * self._table_size
@@ -174,7 +176,7 @@ class SearchSpace:
 
     def _groups_of(self, recipe: Recipe) -> list[tuple[TensorGroup, ...]]:
         """Return the groups that make the tensors of each cell."""
-        groups, places = recipe.groups, [cell.place for cell in self._cells]
+        groups, places = recipe.groups[len(self._template.kept) :], [cell.place for cell in self._cells]
         if [(g.layers, g.match) for g in groups] == [(p.layers, p.match) for p in places]:
             return [(group,) for group in groups]
         groups_by_cell = []

@@ -19,7 +19,8 @@ from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.analysis import interference
 from evomerge.merging.analysis.interference import Tally, kind_of, measure, tally
 from evomerge.merging.export.writer import write
-from evomerge.merging.recipe import Recipe, layer_of
+from evomerge.merging.modules import layer_of
+from evomerge.merging.recipe import Recipe
 from tests.merging.conftest import llama, save
 
 quick = settings(max_examples=60, deadline=None)

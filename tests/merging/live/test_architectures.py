@@ -22,7 +22,8 @@ from evomerge.merging.export.writer import write
 from evomerge.merging.live import live_weights
 from evomerge.merging.live.live_weights import Spread
 from evomerge.merging.live.workbench import Workbench
-from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of
+from evomerge.merging.modules import layer_of
+from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.vocabulary import row_tensors
 from evomerge.merging.tensors.digest import folder_digest

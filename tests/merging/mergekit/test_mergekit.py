@@ -17,7 +17,8 @@ from torch import Tensor
 from evomerge.errors import ConfigError
 from evomerge.merging import mergekit, methods
 from evomerge.merging.mergekit.reader import OURS
-from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup, layer_of, shifted
+from evomerge.merging.modules import layer_of, shifted
+from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
 from evomerge.merging.stacking import output_headers, output_names
