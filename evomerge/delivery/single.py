@@ -15,6 +15,7 @@ from evomerge.delivery.summary import Summary, raw_interval
 from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Scores, TaskScores, named_split
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
@@ -100,7 +101,8 @@ def evaluate(
         worker = _worker(recipe, suite, spec, permissions)
         if stored is not None and config is not None:
             blocks = facts.BLOCKS.get(stored.store) or 1
-            worker = replace(worker, blocks=blocks, block_seed=config.seed)
+            sharing = Sharing.of_run(facts.SHARING.get(stored.store))
+            worker = replace(worker, blocks=blocks, block_seed=config.seed, sharing=sharing)
             recipe_blocks = worker.blocks_of(split)
             sizes = sizes_in_force(stored.store, spec.batch_size, split, recipe_blocks)
         else:
