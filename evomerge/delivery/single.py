@@ -108,13 +108,18 @@ def evaluate(
         else:
             recipe_blocks, sizes = worker.blocks_of(split), {}
     job = Job(recipe=recipe, split=split, blocks=recipe_blocks, batch_sizes=sizes)
+    scores = _scored(location, worker, job)
+    if split == "test":
+        looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
+    return _gated(_as_data(location, suite, scores), rules, run, scores)
+
+
+def _scored(location: str, worker: WorkerSpec, job: Job) -> Scores:
     outcome = Worker(worker).run(job).outcome
     if isinstance(outcome, Failure):
         raise UserError(f"{location}: could not be scored: {outcome.reason}")
     assert isinstance(outcome, Scores)
-    if split == "test":
-        looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
-    return _gated(_as_data(location, suite, outcome), rules, run, outcome)
+    return outcome
 
 
 def _as_data(location: str, suite: Suite, scores: Scores) -> dict[str, Any]:
