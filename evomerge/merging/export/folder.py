@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.beside import Beside, beside, is_tokenizers
 from evomerge.merging.sources.chat import Chat, chosen, notes
-from evomerge.merging.sources.model_config import text_path
+from evomerge.merging.sources.model_config import text_part, text_path, with_text_part
 from evomerge.merging.sources.opening import with_chat_models
 from evomerge.merging.sources.source import Source
 from evomerge.schema import load_json
@@ -103,7 +103,11 @@ def _readable(config: Mapping[str, Any], dtype: str, text: tuple[str, ...]) -> d
 def with_ends(config: dict[str, Any], asking: Chat | None) -> dict[str, Any]:
     """Return a config whose end tokens are those of the generation settings, if these were chosen."""
     ends = None if asking is None or asking.generation is None else asking.generation.get("eos_token_id")
-    return config | ({"eos_token_id": ends} if ends is not None and "eos_token_id" in config else {})
+    if ends is None:
+        return config
+    text = {**text_part(config)}
+    config = with_text_part(config, text | ({"eos_token_id": ends} if "eos_token_id" in text else {}))
+    return config | ({"eos_token_id": ends} if "eos_token_id" in config else {})
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -133,7 +133,12 @@ def tokenizer_files(source: Source) -> Beside:
 
 def _listed(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, and in place of folders that are left out themselves."""
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
+        yield folder  # which is then named as left out
+        return
+    for path in paths:
         if path.is_dir() and not path.is_symlink() and not _matches(path.name, (*WRITTEN, *LEFT_OUT)):
             yield from _listed(path)
         else:

@@ -127,7 +127,17 @@ def open_tokenizer(choice: str, pattern: str, sources: Mapping[str, Source]) -> 
 
 
 def read_templates(folder: Path) -> dict[str, str]:
-    """Return name -> jinja text of a folder's templates, as transformers reads them. Raises ModelError."""
+    """Return name -> jinja text of a folder's templates: the tokenizer's, else the processor's.
+
+    Raises ModelError for damaged files.
+    """
+    found, legacy = _of_tokenizer(folder), folder / "chat_template.json"
+    text = load_json(legacy).get("chat_template") if not found and legacy.is_file() else None
+    return {DEFAULT: text} if isinstance(text, str) else found
+
+
+def _of_tokenizer(folder: Path) -> dict[str, str]:
+    """Return name -> jinja text of a folder's templates, as transformers' tokenizers read them."""
     files = {DEFAULT: folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     found = {name: _text(path) for name, path in files.items() if path.is_file()}
@@ -149,7 +159,7 @@ def write(chat: Chat, folder: Path) -> None:
     settings = load_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
     if chat.generation is not None and settings != chat.generation:
         (folder / GENERATION).write_text(json.dumps(chat.generation, indent=2) + "\n", encoding="utf-8")
-    if read_templates(folder) == chat.templates:
+    if _of_tokenizer(folder) == chat.templates:
         return
     more = folder / "additional_chat_templates"
     for path in (folder / "chat_template.jinja", *more.glob("*.jinja")):

@@ -174,8 +174,12 @@ def test_a_class_of_both_versions_stays(tmp_path: Path) -> None:
 
 
 def test_parts_of_a_config_name_the_type_and_the_rotation_twice() -> None:
-    from evomerge.merging.export.folder import readable
+    from evomerge.merging.export.folder import readable, with_ends
+    from evomerge.merging.sources.chat import Chat
 
+    asking = Chat(templates={}, generation={"eos_token_id": [2, 7]})
+    ended = with_ends({"text_config": {"num_hidden_layers": 2, "eos_token_id": 2}}, asking)
+    assert ended == {"text_config": {"num_hidden_layers": 2, "eos_token_id": [2, 7]}}
     rope = {"rope_type": "default", "rope_theta": 5e5}
     config = {
         "text_config": {"num_hidden_layers": 2, "rope_parameters": rope},

@@ -107,6 +107,17 @@ def test_a_chosen_template_replaces_every_form_of_the_old_one(chats: dict[str, s
         assert same_as_live(bare, tmp_path / f"bare {tokenizer}")[0].chat_template is None
 
 
+def test_a_processors_template_counts_where_the_tokenizer_has_none(
+    chats: dict[str, str], tmp_path: Path
+) -> None:
+    change(Path(chats["base"]) / "chat_template.json", chat_template="processor {{ messages }}")
+    for choice, template in {"": None, "base": "processor {{ messages }}", "a": CHAT}.items():
+        out = tmp_path / f"out {choice}"
+        assert same_as_live(recipe_of(chats, chat_template=choice), out)[0].chat_template == template
+        written = json.loads((out / "chat_template.json").read_text())["chat_template"]
+        assert written == (CHAT if choice == "a" else "processor {{ messages }}")
+
+
 def test_auto_takes_the_first_of_equally_common_ones(chats: dict[str, str], tmp_path: Path) -> None:
     two = {name: chats[name] for name in ("base", "a", "b")}
     assert same_as_live(recipe_of(two, chat_template="auto"), tmp_path / "out")[0].chat_template == CHAT
