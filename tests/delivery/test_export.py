@@ -185,7 +185,9 @@ def test_a_chosen_template_is_scored_as_exported(
     """Template and end tokens are of one source, and change what is asked and where answers end."""
     chat = tmp_path / "chat"
     shutil.copytree(tiny_zoo / "upper", chat)
-    (chat / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] | reverse }} {% endfor %}"
+    )
     settings = json.loads((chat / "generation_config.json").read_text())
     ends = [settings["eos_token_id"], AutoTokenizer.from_pretrained(chat)("a").input_ids[-1]]
     (chat / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
