@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import re
 import signal
 import tempfile
@@ -32,7 +33,7 @@ from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.modules import beside_text
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.checkpoint import Checkpoint
-from evomerge.merging.sources.model_config import model_class
+from evomerge.merging.sources.model_config import COUNTS, model_class, text_part
 from evomerge.merging.tensors.digest import folder_digest
 
 IDS = torch.arange(3, 13)[None]
@@ -93,11 +94,13 @@ TOWER: dict[str, Any] = {
     "vocab_size": 64,
 }
 """The same of a tower for images or sound."""
-LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4}
+LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
 SECTIONS = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
 SPECIAL: dict[str, dict[str, Any]] = {
-    "deepseek_v3": LATENT,
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "axk1", "axk2", "kimi_k25", "dots3_note_text"), LATENT),
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": LATENT,
     "youtu": LATENT,
     "glm_moe_dsa": LATENT | {"qk_rope_head_dim": 8, "index_head_dim": 16},
@@ -204,6 +207,9 @@ def tried(family: str, folder: Path) -> Result:
             for seed, name in enumerate(("base", "a", "b")):
                 model = build(family, seed)
                 model.save_pretrained(folder / name)
+            again = type(model).from_pretrained(folder / "b", dtype=torch.float32).eval()
+            if not torch.allclose(logits(model), logits(again), rtol=1e-5, atol=1e-6):
+                raise ValueError("transformers loads other weights than it saved")
     except Exception as error:  # whatever a config or a model raises
         return Result(family=family, outcome="not built", note=_short(error))
     models = {name: str(folder / name) for name in ("base", "a", "b")}
@@ -267,9 +273,9 @@ def _left(bench: Workbench, made: Checkpoint) -> Iterator[str]:
 
 
 def model_config_layers(folder: Path) -> int | None:
-    """Return the number of layers that transformers reads from a config, if it says one."""
-    config = transformers.AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
-    return getattr(config, "num_hidden_layers", None)
+    """Return the number of layers that config.json says, if it does."""
+    text = text_part(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return next((text[key] for key in COUNTS if text.get(key)), None)
 
 
 @contextmanager
@@ -297,14 +303,14 @@ PAGE = """\
 # Model families
 
 Tiny random models of every family that answers in text, of transformers {version}: a base and two models near
-it, merged by `linear`, `task_arithmetic` and `ties`. *Merged* means: no tensor is left out or unmerged; the live,
-the written and the loaded model have the same weights in every bit and the same logits; layers are counted as
-the config counts them. (Logits are compared to 1e-5: in a few families, such as Mamba, the products of so small
-matrices depend on the address of an intermediate result.) This page is written by
+it, merged by `linear`, `task_arithmetic` and `ties`. *Merged* means: no tensor is left out or unmerged; the
+live, the written and the loaded model have the same weights in every bit and the same logits; and layers are
+counted as the config counts them. Logits are compared to 1e-5, because in a few families, such as Mamba, the
+products of so small matrices depend on the address of an intermediate result. This page is written by
 `python -m tests.merging.families --write docs/families.md`.
 
-{merged} families merge, {refused} are refused, {differs} differ somewhere. {missed} could not be built as tiny
-models (their configs need sizes of their own, or a package is missing), which says nothing about them.
+{merged} families merge, {refused} are refused, {differs} differ somewhere. {missed} could not be built as
+tiny models (their configs need sizes of their own, or a package is missing), which says nothing about them.
 
 | family | class | result | modules beside the text decoder |
 |---|---|---|---|"""
@@ -313,10 +319,8 @@ models (their configs need sizes of their own, or a package is missing), which s
 def table(results: list[Result]) -> str:
     """Return the page docs/families.md."""
     counts = {o: sum(r.outcome == o for r in results) for o in ("merged", "refused", "differs", "not built")}
-    head = PAGE.format(
-        version=transformers.__version__, **{k.replace(" ", "_"): v for k, v in counts.items()}
-    )
-    lines = head.splitlines()
+    missed = counts.pop("not built")
+    lines = PAGE.format(version=transformers.__version__, missed=missed, **counts).splitlines()
     order = {"merged": 0, "differs": 1, "refused": 2}
     for r in sorted(results, key=lambda r: (order.get(r.outcome, 3), r.family)):
         if r.outcome != "not built":
