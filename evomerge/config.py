@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from evomerge.errors import ConfigError
 from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
+from evomerge.merging.sources.hub import split_id
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
@@ -40,7 +41,8 @@ DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 
 
 class ModelsSpec(Strict):
-    """The models: each a folder, a Hugging Face hub id, or `path+adapter` for a LoRA on a model."""
+    """The models: each a folder, a Hugging Face hub id (`org/name` or `org/name@revision`), or
+    `path+adapter` for a LoRA on a model."""
 
     base: str
     """The model that task vectors are measured from."""
@@ -295,6 +297,6 @@ def _resolve_part(part: str, folder: Path) -> str:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
     path = expanded(part)
     beside = folder / path
-    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or part.count("/") != 1:
+    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or split_id(part) is None:
         return str(beside.resolve())
     return part

@@ -19,7 +19,7 @@ from evomerge.merging.modules import file_name
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources import model_files
 from evomerge.merging.sources.arrays import WeightArray
-from evomerge.merging.sources.checkpoint import INDEX, SINGLE
+from evomerge.merging.sources.hub import INDEX, SINGLE
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter

@@ -28,6 +28,7 @@ from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, ch
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import TEXT, beside_text, module_of
 from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
+from evomerge.merging.sources.hub import is_local, split_id
 from evomerge.schema import parse_yaml
 
 KEYS = (
@@ -116,8 +117,8 @@ def from_data(
         tokenizer = base or every[0].made.sources[0]
     named = (base, *used, tokenizer)
     locations = list(dict.fromkeys(location for location in named if location and location != UNION))
-    names = _names(locations)
     places = {location: resolved(location, root) for location in locations}
+    names = _names(places)
     headers = Headers(places, tensors, base)
     parts = _by_module(by_name, headers, locations[0])
     slices = parts[TEXT]
@@ -409,13 +410,18 @@ def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
     return bounds[0], bounds[1]  # type: ignore[index]
 
 
-def _names(locations: Iterable[str]) -> dict[str, str]:
-    """Return location -> a short name: its last part, with a number if it is taken or is `union`."""
+def _names(places: Mapping[str, str]) -> dict[str, str]:
+    """Return location -> a short name: its last part, with a number if it is taken or is `union`.
+
+    places: location -> the same where it exists on the disk. A hub id's revision is no part of its name.
+    """
     names: dict[str, str] = {}
     taken = {UNION}
     numbers: dict[str, int] = {}
-    for location in dict.fromkeys(locations):
-        stem = Path(location.rpartition("+")[2]).name or location
+    for location, place in places.items():
+        last = location.rpartition("+")[2]
+        found = None if is_local(place.rpartition("+")[2]) else split_id(last)
+        stem = Path(found[0] if found else last).name or location
         name, number = stem, numbers.get(stem, 2)
         while name in taken:
             name, number = f"{stem}-{number}", number + 1

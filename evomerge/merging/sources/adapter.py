@@ -32,6 +32,7 @@ from evomerge.merging.sources.checkpoint import (
     is_embedding,
     sample_hash,
 )
+from evomerge.merging.sources.hub import split_id
 from evomerge.merging.sources.tensorfile import Header, read_header
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def _own_base(folder: Path, location: str, fallback: str | None) -> str:
                     return str(path)
     if fallback is not None:
         return fallback
-    if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and named[0] != ".":
+    if isinstance(named, str) and split_id(named) is not None:
         return named
     raise ModelError(
         f"{location}: the adapter's base model can't be found",

@@ -10,6 +10,7 @@ from evomerge.files import expanded
 from evomerge.merging.recipe import Recipe, tokenizer_of
 from evomerge.merging.sources.adapter import is_adapter, open_adapter, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
+from evomerge.merging.sources.hub import folder_of, split_id
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.untied import untie
 from evomerge.merging.sources.vocabulary import align, differ
@@ -19,7 +20,7 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     """Open a model; only its JSON files and headers are read.
 
     Args:
-        location: a model folder, hub id, `path+adapter`, or adapter folder.
+        location: a model folder, a hub id (with `@revision`), an adapter, or `model+adapter`.
         base: location of the model to which an adapter folder is applied, if the base that its config names
             can't be found.
 
@@ -28,10 +29,12 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     """
     model, adapter = split_location(location)
     if adapter is not None:
-        return open_adapter(Checkpoint.open(model), expanded(adapter), location)
-    if is_adapter(expanded(location)):
-        return open_adapter(None, expanded(location), location, fallback=base)
-    return Checkpoint.open(location)
+        folder = folder_of(adapter) if split_id(adapter) else expanded(adapter)
+        return open_adapter(Checkpoint.open(model), folder, location)
+    folder = folder_of(location)
+    if is_adapter(folder):
+        return open_adapter(None, folder, location, fallback=base)
+    return Checkpoint.within(folder, location)
 
 
 def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str = "") -> dict[str, Source]:
