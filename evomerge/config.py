@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
 from evomerge.merging.sources.hub import split_id
@@ -51,6 +51,9 @@ class ModelsSpec(Strict):
     other_modules: Literal["copy", "merge", "search"] = "copy"
     """What becomes of modules beside the text decoder, such as a vision tower: a copy of the base's, the mean
     of the sources', or part of the search, like embeddings. Every merge of the run does the same."""
+    hub: dict[str, str] = Field(default_factory=dict)
+    """Name (`base` or a source's) -> hub id of a local folder's model. Model cards and exported recipes name
+    it in place of the folder."""
 
     @field_validator("sources")
     @classmethod
@@ -60,6 +63,17 @@ class ModelsSpec(Strict):
         if BASE in sources:
             raise ValueError(f"{BASE!r} is the name of the base model; call the source something else")
         return sources
+
+    @model_validator(mode="after")
+    def _on_hub(self) -> ModelsSpec:
+        for name, place in self.hub.items():
+            if name != BASE and name not in self.sources:
+                raise ValueError(f"hub: no model {name!r}; {nearest(name, (BASE, *self.sources))}")
+            if split_id(place) is None:
+                raise ValueError(
+                    f"hub: {name}: {place!r} is no hub id; expected org/name or org/name@revision"
+                )
+        return self
 
 
 class TrackerSpec(Strict):

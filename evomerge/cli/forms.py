@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,12 @@ def say_adapter(
             {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
         ]
     output.data(data)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Say what the user should know of what was written."""
+    for note in notes:
+        output.say(f"note: {note}")
 
 
 def say_file(out: Path, recipe: str) -> None:

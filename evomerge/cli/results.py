@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file
+from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file, say_notes
 from evomerge.cli.groups import app
 from evomerge.cli.options import (
     FormArgument,
@@ -155,6 +155,7 @@ def export(
             )
             output.say(comparison(made))
             say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
+            say_notes(made.notes)
             return
         if form != "model":
             written = delivery.export_text(summary, out, pick=pick, form=form)
@@ -164,6 +165,7 @@ def export(
     output.say(f"exported {done.pick.name} to {relative(done.folder)}{COMPARED[done.equal]}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
+    say_notes(done.notes)
     output.data(
         {
             "folder": str(done.folder),

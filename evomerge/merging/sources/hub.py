@@ -57,7 +57,7 @@ def known_id(location: str) -> str | None:
     """
     if not is_local(location) and split_id(location) is not None:
         return location
-    parts = expanded(location).parts
+    parts = expanded(location).resolve().parts
     for i, part in enumerate(parts):
         if match := _CACHED.fullmatch(part):
             commit = parts[i + 2 : i + 3] if parts[i + 1 : i + 2] == ("snapshots",) else ()
