@@ -54,7 +54,7 @@ def merge(
     from evomerge.merging.tensors import kernels
 
     check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
-    recipe = read_recipe(file)
+    recipe = read_recipe(file, say=lambda note: output.say(f"note: {note}"))
     if form == "adapter":
         from evomerge.merging.export.adapter import write_adapter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from evomerge.errors import ConfigError
@@ -11,12 +12,13 @@ from evomerge.merging.recipe import Recipe
 from evomerge.schema import load_yaml
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def read_recipe(path: str | Path, *, say: Callable[[str], None] = lambda _: None) -> Recipe:
     """Return the recipe of a recipe.yaml or of a mergekit YAML, which has the key `merge_method`.
 
     Args:
         path: the file. Relative model paths in it start at its folder if they exist there, else at the
             current folder.
+        say: called with each note for the user, e.g. on keys that are ignored.
 
     Raises:
         ConfigError: the file is missing or not valid; the message names it.
@@ -25,7 +27,7 @@ def read_recipe(path: str | Path) -> Recipe:
     data = load_yaml(path)
     try:
         if "merge_method" in data:
-            return reader.from_data(data, root=path.parent)
+            return reader.from_data(data, root=path.parent, say=say)
         recipe = Recipe.from_data(data)
     except ConfigError as error:
         raise ConfigError(

@@ -210,7 +210,10 @@ class TensorGroup:
         data["sources"] = list(self.sources)
         distinct = len(set(self.sources)) == len(self.sources)
         shown: dict[str, Any] = {}
+        declared = methods.get(self.method).parameters
         for name, value in self.parameters.items():
+            if declared[name].omitted and value == declared[name].default:
+                continue
             if isinstance(value, tuple):
                 shown[name] = dict(zip(self.sources, value, strict=True)) if distinct else list(value)
             else:

@@ -6,16 +6,17 @@ source, its slice, its module and the whole file, in this order; `base_model` pe
 `dtype` and `out_dtype`; `path+adapter`. `slices.py` turns slices into tensor groups.
 
 Deviations from mergekit: merging computes in float32 for every `dtype` (the result is stored in `out_dtype`,
-else `dtype`, else the stored type, as in mergekit); DARE rescales by 1/density; misspelt keys are errors; a
-model that appears twice in a slice stays two sources; a base that slices do not list is read at the layers
-of their sources; `weight` may be left out; the final norm and the head are made of all sources of the last
-slice (mergekit takes no more sources than the first slice has).
+else `dtype`, else the stored type, as in mergekit); DARE rescales by 1/density; misspelt keys are errors, and
+keys that mergekit ignores are noted (see `ignored`); a model that appears twice in a slice stays two sources;
+a base that slices do not list is read at the layers of their sources; `weight` may be left out; the final
+norm and the head are made of all sources of the last slice (mergekit takes no more sources than the first
+slice has).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import yaml
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
+from evomerge.merging.mergekit.ignored import ENTRIES, without_ignored
 from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import TEXT, beside_text, module_of
@@ -31,31 +33,6 @@ from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
 from evomerge.merging.sources.hub import is_local, split_id
 from evomerge.schema import parse_yaml
 
-KEYS = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-)
-UNUSED = {"task_arithmetic": ("density", "rescale")}
-"""Parameters that mergekit accepts for a method without using them."""
-NEVER_USED = "int8_mask"
-"""A parameter that saves mergekit memory and changes no result."""
-NEUTRAL = {
-    "ties": {"rescale": False},
-    "breadcrumbs": {"rescale": False},
-    "breadcrumbs_ties": {"rescale": False},
-    "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
-    "multislerp": {"normalize_weights": True},
-}
-"""Parameters that are accepted only at the value that changes nothing; other values are errors."""
 OURS = ("chained_slerp", "fisher")
 """Methods that mergekit does not have."""
 TEXT_NAMES = ("default", "language_model", "text_model", "model")
@@ -99,13 +76,23 @@ def read(
 
 
 def from_data(
-    data: object, *, root: str | Path | None = None, seed: int = 0, tensors: Iterable[str] | None = None
+    data: object,
+    *,
+    root: str | Path | None = None,
+    seed: int = 0,
+    tensors: Iterable[str] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Recipe:
-    """Return the same as `read`, from parsed YAML."""
-    data = _checked(data, KEYS, "mergekit file")
+    """Return the same as `read`, from parsed YAML. say: called with each note for the user."""
+    data = _mapping(data, "mergekit file")
     if "merge_method" not in data:
+        _checked(data, ENTRIES["file"], "mergekit file")
         raise ConfigError("mergekit file: missing key 'merge_method'")
     method = methods.get(str(data["merge_method"]))
+    data, ignored = without_ignored(data, method)
+    for note in ignored:
+        say(note)
+    _checked(data, ENTRIES["file"], "mergekit file")
     if method.name in OURS:
         raise ConfigError(f"mergekit file: mergekit has no method {method.name}", fix="write a recipe.yaml")
     by_name = {name: placed(slices) for name, slices in _slices(data, method).items()}
@@ -143,6 +130,8 @@ def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str
     if slices[0].length is None:
         return None
     num_layers = slices[-1].start + (slices[-1].length or 0)
+    if num_layers == 0:
+        raise ConfigError("mergekit file: no layers in any slice", expected="a slice with layers")
     if num_layers > LAYERS:
         raise ConfigError(
             "mergekit file: too many layers", expected=f"at most {LAYERS} in all slices", got=str(num_layers)
@@ -210,7 +199,7 @@ def _slices(data: Mapping[str, Any], method: Method) -> dict[str, list[Slice]]:
     parts = {}
     for name, module in data["modules"].items():
         where = f"modules.{name}."
-        content = _checked(module, ("models", "slices", "parameters"), f"mergekit file: modules.{name}")
+        content = _checked(module, ENTRIES["module"], f"mergekit file: modules.{name}")
         inner = [_parameters(content, method, f"{where}parameters"), *levels]
         parts[str(name)] = _module(content, _base(data, "mergekit file"), method, inner, where)
     return parts
@@ -226,7 +215,7 @@ def _module(
     slices = []
     for index, entry in enumerate(_list(content.get("slices"), f"{where}slices")):
         place = f"{where}slices[{index}]"
-        part = _checked(entry, ("sources", "parameters", "base_model"), f"mergekit file: {place}")
+        part = _checked(entry, ENTRIES["slice"], f"mergekit file: {place}")
         entries = _list(part.get("sources"), f"{place}.sources")
         slice_base = _base(part, f"mergekit file: {place}") or base
         inner = [_parameters(part, method, f"{place}.parameters"), *levels]
@@ -246,13 +235,13 @@ def _slice(
 ) -> Slice:
     """Return one slice. ranged: whether its sources have a layer_range. alone: whether mergekit copies the
     only model of a list."""
-    valid = ("model", "parameters", *(("layer_range",) if ranged else ()))
+    valid = ENTRIES["source" if ranged else "model"]
     entries, lengths = [], []
     for index, source in enumerate(listed):
         place = f"{where}[{index}]"
         entry = _checked(source, valid, f"mergekit file: {place}")
         model = _location(entry.get("model"), f"mergekit file: {place}: model")
-        parameters = _parameters(entry, method, f"{place}.parameters", source=True)
+        parameters = _parameters(entry, method, f"{place}.parameters")
         start, end = _layer_range(entry, place) if ranged else (0, None)
         entries.append(_Entry(model=model, parameters=parameters, start=start))
         lengths.append(None if end is None else end - start)
@@ -344,23 +333,12 @@ def _roles(
     return made, entries
 
 
-def _parameters(
-    data: Mapping[str, Any], method: Method, where: str, *, source: bool = False
-) -> dict[str, tuple[Condition, ...]]:
+def _parameters(data: Mapping[str, Any], method: Method, where: str) -> dict[str, tuple[Condition, ...]]:
     """Return parameter -> ordered conditions of one level of the file."""
     conditions: dict[str, tuple[Condition, ...]] = {}
     where = f"mergekit file: {where}"
     for name, setting in _mapping(data.get("parameters"), where).items():
-        neutral = NEUTRAL.get(method.name, {})
-        unused = name == NEVER_USED or name in UNUSED.get(method.name, ())
-        if unused or (name in neutral and setting == neutral[name]):
-            continue
         declared = method.parameter(str(name), where)
-        if source and not declared.per_source:
-            raise ConfigError(
-                f"{where}: {name} is a parameter of the whole merge, not of one source",
-                fix="move it out of the source, to the parameters of the slice or the file",
-            )
         conditions[name] = _conditions(setting, f"{where}.{name}")
         if declared.kind == "flag":  # mergekit takes 0 and 1 as well
             conditions[name] = tuple(
@@ -401,10 +379,10 @@ def _number(value: object) -> object:
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
     bounds = entry.get("layer_range")
     whole = isinstance(bounds, list) and len(bounds) == 2 and all(type(v) is int for v in bounds)
-    if not whole or not 0 <= bounds[0] < bounds[1] <= LAYERS:  # type: ignore[index]
+    if not whole or not 0 <= bounds[0] <= bounds[1] <= LAYERS:  # type: ignore[index]
         raise ConfigError(
             f"mergekit file: {where}: layer_range",
-            expected=f"[first, end] with 0 <= first < end <= {LAYERS}",
+            expected=f"[first, end] with 0 <= first <= end <= {LAYERS}",
             got=repr(bounds)[:80],
         )
     return bounds[0], bounds[1]  # type: ignore[index]
@@ -449,7 +427,9 @@ def _location(location: object, where: str) -> str:
         parts = _checked(location, ("model", "lora"), where)
         return "+".join(_location(parts[key], where) for key in ("model", "lora") if parts.get(key))
     if isinstance(location, dict) and "path" in location:
-        return _location(_checked(location, ("path",), where)["path"], where)
+        parts = _checked(location, ("path", "revision"), where)
+        place, revision = _location(parts["path"], where), parts.get("revision")
+        return place if revision is None else f"{place}@{_location(revision, f'{where}: revision')}"
     if not isinstance(location, str) or not location:
         raise ConfigError(where, expected="a path or hub id", got=repr(location)[:80])
     return location

@@ -18,6 +18,7 @@ from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.mergekit import reader
 from evomerge.merging.mergekit.slices import compressed, is_before_layers
+from evomerge.merging.methods import Parameter
 from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, shifted
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
 from evomerge.merging.sources.opening import open_used
@@ -242,8 +243,14 @@ def _shared(branches: Sequence[Branch]) -> dict[str, Any]:
     return {
         p.name: _setting([(part, group.parameters[p.name]) for part, group in branches])
         for p in declared
-        if not p.per_source
+        if not p.per_source and not _left_out(p, branches)
     }
+
+
+def _left_out(parameter: Parameter, branches: Sequence[Branch]) -> bool:
+    """Say whether a parameter has its default in all branches and is left out of recipes then."""
+    values = {group.parameters[parameter.name] for _, group in branches}
+    return parameter.omitted and values == {parameter.default}
 
 
 def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:

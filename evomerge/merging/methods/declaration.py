@@ -27,7 +27,8 @@ class Parameter:
     """One parameter of a method.
 
     `per_source` parameters have one value per source (weights, densities); the others one per group.
-    Bounds are inclusive.
+    Bounds are inclusive. omitted: recipes leave the parameter out at its default, so that those written
+    before it existed keep their hashes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Parameter:
     high: float = float("inf")
     kind: Literal["real", "integer", "flag"] = "real"
     per_source: bool = False
+    omitted: bool = False
 
     def check(self, value: object, where: str) -> Value:
         """Return the value in its canonical type, or raise ConfigError naming `where`."""
