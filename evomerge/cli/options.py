@@ -55,6 +55,14 @@ KeepRestOption = Annotated[
         "--keep-rest", help="With --as adapter: store tensors that a LoRA can't express as a whole."
     ),
 ]
+ShardSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="With --as model: the largest weight file, like 5GB or 500MB; default: 5GB.",
+    ),
+]
 ModelsOption = Annotated[
     Path | None,
     typer.Option("--models", metavar="CONFIG", help="Count the genes for the models of a run config."),

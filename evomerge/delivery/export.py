@@ -49,7 +49,14 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-def export(summary: Summary, out: Path, *, pick: str = "winner", accept_difference: bool = False) -> Exported:
+def export(
+    summary: Summary,
+    out: Path,
+    *,
+    pick: str = "winner",
+    accept_difference: bool = False,
+    max_shard_bytes: int | None = None,
+) -> Exported:
     """Write one recipe of a run as a Hugging Face model folder.
 
     What was written is compared with the digest of the weights that were scored on `test`.
@@ -60,6 +67,7 @@ def export(summary: Summary, out: Path, *, pick: str = "winner", accept_differen
         pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
             of the report, or the start of a recipe hash.
         accept_difference: write weights that differ from the scored ones; the model card says so.
+        max_shard_bytes: the largest size of one weight file; None means that of `writer.write`.
 
     Raises:
         ConfigError: no recipe of the run is called so.
@@ -86,7 +94,8 @@ def export(summary: Summary, out: Path, *, pick: str = "winner", accept_differen
         extra["README.md"] = card(summary, chosen, models, equal=equal[0])
         return extra | _recipe_file(folder, models)
 
-    writer.write(chosen.recipe, out, finish=finish)
+    largest = max_shard_bytes or writer.MAX_SHARD_BYTES
+    writer.write(chosen.recipe, out, finish=finish, max_shard_bytes=largest)
     notes = _licence_notes(chosen.recipe, models)
     return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit, equal=equal[0], notes=notes)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from evomerge.errors import ConfigError
 from evomerge.merging.mergekit import reader
 from evomerge.merging.recipe import Recipe
-from evomerge.schema import load_yaml
+from evomerge.schema import load_yaml_documents
 
 
 def read_recipe(path: str | Path, *, say: Callable[[str], None] = lambda _: None) -> Recipe:
@@ -24,7 +24,15 @@ def read_recipe(path: str | Path, *, say: Callable[[str], None] = lambda _: None
         ConfigError: the file is missing or not valid; the message names it.
     """
     path = Path(path)
-    data = load_yaml(path)
+    documents = load_yaml_documents(path)
+    if len(documents) > 1:
+        raise ConfigError(
+            f"{path}: several merges in one file",
+            expected="one YAML document",
+            got=f"{len(documents)}, separated by ---",
+            fix="`evomerge merge` makes a model of several; elsewhere give each a file of its own",
+        )
+    data = documents[0]
     try:
         if "merge_method" in data:
             return reader.from_data(data, root=path.parent, say=say)

@@ -84,18 +84,7 @@ def from_data(
     say: Callable[[str], None] = lambda _: None,
 ) -> Recipe:
     """Return the same as `read`, from parsed YAML. say: called with each note for the user."""
-    data = _mapping(data, "mergekit file")
-    if "merge_method" not in data:
-        _checked(data, ENTRIES["file"], "mergekit file")
-        raise ConfigError("mergekit file: missing key 'merge_method'")
-    method = methods.get(str(data["merge_method"]))
-    data, ignored = without_ignored(data, method)
-    for note in ignored:
-        say(note)
-    _checked(data, ENTRIES["file"], "mergekit file")
-    if method.name in OURS:
-        raise ConfigError(f"mergekit file: mergekit has no method {method.name}", fix="write a recipe.yaml")
-    by_name = {name: placed(slices) for name, slices in _slices(data, method).items()}
+    data, by_name = _checked_data(data, say)
     every = [part for slices in by_name.values() for part in slices]
     base = _base(data, "mergekit file")
     tokenizer = _tokenizer(data)
@@ -123,6 +112,31 @@ def from_data(
         seed=seed,
         num_layers=num_layers,
     )
+
+
+def check(data: object) -> None:
+    """Raise ConfigError for what is wrong in parsed YAML, as far as the models are not needed to see it."""
+    checked, _ = _checked_data(data, lambda _: None)
+    _tokenizer(checked)
+    _check_dtypes(checked)
+
+
+def _checked_data(
+    data: object, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Sequence[Slice]]]:
+    """Return a file's data without ignored keys, and module -> slices."""
+    data = _mapping(data, "mergekit file")
+    if "merge_method" not in data:
+        _checked(data, ENTRIES["file"], "mergekit file")
+        raise ConfigError("mergekit file: missing key 'merge_method'")
+    method = methods.get(str(data["merge_method"]))
+    data, ignored = without_ignored(data, method)
+    for note in ignored:
+        say(note)
+    _checked(data, ENTRIES["file"], "mergekit file")
+    if method.name in OURS:
+        raise ConfigError(f"mergekit file: mergekit has no method {method.name}", fix="write a recipe.yaml")
+    return data, {name: placed(slices) for name, slices in _slices(data, method).items()}
 
 
 def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str) -> int | None:
@@ -435,10 +449,14 @@ def _location(location: object, where: str) -> str:
     return location
 
 
-def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
+def _check_dtypes(data: Mapping[str, Any]) -> None:
     for key in ("dtype", "out_dtype"):
         if data.get(key) is not None and data[key] not in DTYPES:
             raise ConfigError(f"mergekit file: {key}: {data[key]!r}", fix=nearest(str(data[key]), DTYPES))
+
+
+def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
+    _check_dtypes(data)
     dtype = data.get("out_dtype") or data.get("dtype")
     return str(dtype) if dtype else headers.dtype(location)
 
