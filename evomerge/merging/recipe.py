@@ -419,10 +419,14 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """The canonical identity: SHA-256 over everything that changes the merged bits, 64 hex digits.
+        """The canonical identity within a run: SHA-256 over what changes the merged bits, 64 hex digits.
 
         Locations don't count (a moved folder stays the same recipe), nor does the seed where no method
-        draws at random. Parameters count with their defaults filled in.
+        draws at random. Parameters count with their defaults filled in. Models count by their names, which a
+        run ties to their files by its fingerprints. Between runs and files a hash alone says nothing: two
+        recipes are the same merge if their hashes and the fingerprints of their used models are equal. So
+        `running.warm_start` first gives models with equal files equal names, and `delivery.compare` compares
+        the runs' fingerprints.
         """
         if self._hash:
             return self._hash
