@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evomerge import files
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
+from evomerge.evaluation.sharing import Sharing
 from evomerge.prepare import Prepared, check_folder, check_time, full_hashes, prepare, run_facts
-from evomerge.running import executors, forward, looks
+from evomerge.running import executors, forward, looks, own_answers
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget
@@ -24,6 +26,7 @@ from evomerge.running.scorer import Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
 from evomerge.running.worker import item_notes
+from evomerge.search import baselines
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.stored import StoredRun, config_to_resume
 
@@ -67,10 +70,11 @@ def execute(
     workers = executors.worker_count(prepared.config.executor)
     guard = prepared.worker.guard()
     assert guard is not None
-    executor = executors.build(prepared.config.executor, prepared.worker)
+    answers = _answers(prepared)
+    executor = executors.build(prepared.config.executor, replace(prepared.worker, answers=answers))
     try:
         task_vector_norms = norms(prepared)
-        with _open_store(prepared) as store, RunLog(prepared.folder) as log:
+        with _open_store(prepared, executor.sharing) as store, RunLog(prepared.folder) as log:
             shown = Observers(log, observer)
             store.report_to(shown)
             log.session(forward.versions(), workers=workers)
@@ -95,8 +99,7 @@ def execute(
                 for note in facts.ITEM_NOTES.require(store):
                     log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
-            if facts.NORMS.get(store) is None:
-                facts.NORMS.set(store, task_vector_norms)
+            _keep(task_vector_norms, answers, prepared, store, shown)
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
@@ -174,9 +177,39 @@ def norms(prepared: Prepared) -> dict[str, float]:
     return measured
 
 
-def _open_store(prepared: Prepared) -> RunStore:
+def _answers(prepared: Prepared) -> own_answers.Answers:
+    """Return the answers that companions follow, from the store or generated; {} where none are wanted."""
+    if not own_answers.followed(prepared.suite):
+        return {}
+    if StoreReader.exists(prepared.folder):
+        with StoreReader.read(prepared.folder) as store:
+            if (stored := facts.ANSWERS.get(store)) is not None:
+                return stored
+    _, *sources = baselines.parents(prepared.template, prepared.space.sources)
+    recipes = {named.name: named.recipe for named in sources}
+    return own_answers.generate(prepared.worker, prepared.config.executor, recipes)
+
+
+def _keep(
+    task_vector_norms: Mapping[str, float],
+    answers: own_answers.Answers,
+    prepared: Prepared,
+    store: RunStore,
+    observer: Observer,
+) -> None:
+    """Store what was measured before the first evaluation, unless an earlier session did."""
+    if facts.NORMS.get(store) is None:
+        facts.NORMS.set(store, dict(task_vector_norms))
+    if answers and facts.ANSWERS.get(store) is None:
+        facts.ANSWERS.set(store, dict(answers))
+        for sentence in own_answers.sentences(prepared.suite, answers):
+            observer.noted(f"note: {sentence}")
+
+
+def _open_store(prepared: Prepared, sharing: Sharing | None) -> RunStore:
     if not StoreReader.exists(prepared.folder):
-        return RunStore.create(prepared.folder, run_facts(prepared))
+        decided = {} if sharing is None else {facts.SHARING: sharing.as_data()}
+        return RunStore.create(prepared.folder, run_facts(prepared) | decided)
     store = RunStore.open(prepared.folder)
     try:
         files.remove_abandoned(prepared.folder)

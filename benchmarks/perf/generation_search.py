@@ -7,7 +7,8 @@ pycma sees the exact metric of every `search` item of every candidate, starts fr
 and keeps the candidate with the best score. Ours is the demo's default config with a fraction of the
 evaluations: companions, surrogate, item blocks, selection on `select`. Base, parents and hand-made merges are
 scored for both and not counted. All other tokens are, those of `select` too, but for `test`, on which both
-picks are judged. Results stay in runs/bench-generation, so the command can be interrupted and repeated.
+picks are judged. Results stay in runs/bench-generation, so the command can be interrupted and repeated;
+another --companion or --gold needs another --results.
 """
 
 from __future__ import annotations
@@ -42,18 +43,21 @@ from evomerge.search import baselines
 SKILLS = ("add", "reverse", "translate", "upper", "sort")
 TASKS = Path(__file__).parents[1] / "tasks" / "demo"
 LONGEST = 12
+GOLD = "{{answer}}"
 STEP = 50
 
 
-def write_suite(folder: Path) -> Path:
+def write_suite(folder: Path, companion: str, gold: str) -> Path:
     """Write the demo's skills as generation tasks, with their suite; return the suite's file."""
     (folder / "data").mkdir(parents=True)
     rows = []
     for skill in SKILLS:
         config = yaml.safe_load((TASKS / f"demo_{skill}.yaml").read_text())
         generating = yaml.safe_load((TASKS / "demo_upper_generate.yaml").read_text())
-        config |= {"task": f"write_{skill}", "doc_to_target": "{{answer}}"}
+        config |= {"task": f"write_{skill}", "doc_to_target": gold}
         config |= {key: generating[key] for key in ("output_type", "target_delimiter", "metric_list")}
+        if gold != GOLD:
+            config["metric_list"] = [config["metric_list"][0] | {"regexes_to_ignore": ["= "]}]
         config["generation_kwargs"] = generating["generation_kwargs"] | {"max_gen_toks": LONGEST}
         (folder / f"write_{skill}.yaml").write_text(yaml.safe_dump(config))
         for split in config["dataset_kwargs"]["data_files"].values():
@@ -63,7 +67,9 @@ def write_suite(folder: Path) -> Path:
             {"task": f"write_{skill}", "metric": "exact_match", "specialist": skill, "splits": splits}
         )
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump({"name": "written", "tasks_dir": ".", "tasks": rows}))
+    path.write_text(
+        yaml.safe_dump({"name": "written", "companion": companion, "tasks_dir": ".", "tasks": rows})
+    )
     return path
 
 
@@ -75,6 +81,7 @@ class Counting:
 
     def __init__(self, executor: executors.Executor, free: set[str], path: Path) -> None:
         self._executor, self._free, self._path = executor, free, path
+        self.sharing = executor.sharing
         self._known: dict[Any, Result] = pickle.loads(path.read_bytes()) if path.exists() else {}
         self.tokens = 0.0
 
@@ -93,6 +100,11 @@ class Counting:
                 self.tokens += sum(float(t.tokens.sum()) for t in result.outcome if t.tokens is not None)
             yield result
 
+    def around(self, executor: executors.Executor) -> Counting:
+        """Count what another executor scores from now on."""
+        self._executor = executor
+        return self
+
     def close(self) -> None:
         """Close the executor inside."""
         self._executor.close()
@@ -101,10 +113,20 @@ class Counting:
 class Bench:
     """The demo's models on the written suite, with what a run and its judge need."""
 
-    def __init__(self, seed: int, evaluations: int, folder: Path, results: Path, *, alone: bool) -> None:
+    def __init__(
+        self,
+        seed: int,
+        evaluations: int,
+        folder: Path,
+        results: Path,
+        *,
+        alone: bool,
+        companion: str = "auto",
+        gold: str = GOLD,
+    ) -> None:
         config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(folder / "run"), evaluations=evaluations)
         changes: dict[str, Any] = {
-            "suite": str(write_suite(folder / "suite")),
+            "suite": str(write_suite(folder / "suite", companion, gold)),
             "executor": config.executor.model_copy(update={"name": "inline", "threads": 1}),
         }
         if alone:
@@ -164,7 +186,8 @@ def pycma(bench: Bench, seed: int, evaluations: int) -> list[tuple[float, Recipe
 
 def ours(bench: Bench) -> list[tuple[float, Recipe]]:
     """Return the winner of a whole run, and the tokens of the run."""
-    built, executors.build = executors.build, lambda *_: bench.executor  # type: ignore[assignment]
+    built = executors.build
+    executors.build = lambda spec, worker: bench.executor.around(built(spec, worker))
     try:
         winner = compose.execute(bench.prepared, Silent()).winner.recipe
         return [(bench.executor.tokens, winner)]
@@ -172,7 +195,7 @@ def ours(bench: Bench) -> list[tuple[float, Recipe]]:
         executors.build = built
 
 
-def run_one(method: str, seed: int, evaluations: int, results: Path) -> dict[str, Any]:
+def run_one(method: str, seed: int, evaluations: int, results: Path, **settings: str) -> dict[str, Any]:
     """Run a method with a seed, or read its earlier result."""
     path = results / f"{method}-{evaluations}-{seed}.json"
     if path.exists():
@@ -180,7 +203,7 @@ def run_one(method: str, seed: int, evaluations: int, results: Path) -> dict[str
         return found
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(seed, evaluations, Path(folder), results, alone=method == "pycma")
+        bench = Bench(seed, evaluations, Path(folder), results, alone=method == "pycma", **settings)
         picks = pycma(bench, seed, evaluations) if method == "pycma" else ours(bench)
         normaliser = bench.normaliser("test")
         course = [(tokens, normaliser.mean(bench.score(pick, "test"))) for tokens, pick in picks]
@@ -201,17 +224,27 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.15, help="of these evaluations, for ours")
     parser.add_argument("--results", type=Path, default=Path("runs/bench-generation"))
     parser.add_argument("--only", choices=("pycma", "ours"), help="run one method, with --evaluations")
+    parser.add_argument("--companion", choices=("auto", "off", "specialist"), default="auto")
+    parser.add_argument(
+        "--gold", default=GOLD, help="another text of a right answer; the metric then ignores '= '"
+    )
     options = parser.parse_args()
+    settings = {"companion": options.companion, "gold": options.gold}
     options.results.mkdir(parents=True, exist_ok=True)
     if options.only:
         for seed in map(int, options.seeds.split(",")):
-            print(seed, run_one(options.only, seed, options.evaluations, options.results), flush=True)
+            print(
+                seed,
+                run_one(options.only, seed, options.evaluations, options.results, **settings),
+                flush=True,
+            )
         return
     print("| seed | pycma: test | tokens | ours: test | tokens | share of the tokens |")
     print("|---|---|---|---|---|---|")
     for seed in map(int, options.seeds.split(",")):
-        rival = run_one("pycma", seed, options.evaluations, options.results)
-        own = run_one("ours", seed, round(options.fraction * options.evaluations), options.results)
+        rival = run_one("pycma", seed, options.evaluations, options.results, **settings)
+        count = round(options.fraction * options.evaluations)
+        own = run_one("ours", seed, count, options.results, **settings)
         print(
             f"| {seed} | {100 * rival['test']:.1f} | {rival['tokens']:,.0f} | {100 * own['test']:.1f} "
             f"| {own['tokens']:,.0f} | {own['tokens'] / rival['tokens']:.3f} |",

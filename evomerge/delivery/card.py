@@ -71,6 +71,8 @@ def card(
         kept=kept_sentence(summary.shares(rows)),
         constraints=objectives.constraints(summary),
         front=front,
+        generates=any(row.tokens is not None for row in shown),
+        lengths=objectives.lengths(summary),
         point=next((point for point in points if point.recipe == recipe.hash), None),
         suite=summary.suite,
         seed=facts.CONFIG.require(store)["seed"],

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from evomerge.delivery.course import Convergence
 from evomerge.delivery.guidance import Guidance, consecutive
-from evomerge.delivery.objectives import Front, Point, axis
+from evomerge.delivery.objectives import Front, Point
 from evomerge.delivery.style import (
     ACCENT,
     GREY,
@@ -164,7 +164,7 @@ def front_figure(front: Front) -> go.Figure | None:
     """Draw the front on `select`: two objectives as a scatter plot, more as all pairs."""
     if not front.searched:
         return None
-    labels = [axis(name) for name in front.objectives]
+    labels = front.axes
     figure = go.Figure()
     if len(labels) > 2:
         for name, points, marker in _point_groups(front):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.normalise import dud_sentences
-from evomerge.running import forward, looks
+from evomerge.running import forward, looks, own_answers
 from evomerge.running.batches import decisions
 from evomerge.running.store import facts
 
@@ -17,6 +17,7 @@ def notes(summary: Summary) -> list[str]:
     sentences = objectives.notes(summary)
     skills = [task.task for task in summary.suite.of("search") if task.role == "skill" and task.counted]
     sentences += dud_sentences(summary.duds(), skills)
+    sentences += own_answers.sentences(summary.suite, facts.ANSWERS.get(store) or {})
     sentences += [companion.sentence for companion in summary.companions()]
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(

@@ -45,11 +45,13 @@ class Point:
 class Front:
     """The Pareto front of a run with several objectives.
 
-    generations: the front on `search` after each generation. points: on `select`, candidates first, by the
-    first objective; empty until they are scored there.
+    axes: labels of the objectives' values times 100. generations: the front on `search` after each
+    generation. points: on `select`, candidates first, by the first objective; empty until they are scored
+    there.
     """
 
     objectives: tuple[str, ...]
+    axes: tuple[str, ...]
     generations: tuple[StoredFront, ...]
     points: tuple[Point, ...]
 
@@ -90,15 +92,21 @@ class Front:
         }
 
 
-def axis(objective: str) -> str:
+def _axis(objective: str, summary: Summary) -> str:
     """Return the label of an objective's values times 100: its name and unit."""
     unit = {
         "retention": "% of the base",
         "coherence": "% of the base",
         "depth": "% of the base's layers",
-        "tokens": "% of the base's tokens",
+        "tokens": lengths(summary),
     }
     return f"{objective}, {unit.get(objective, 'points')}"
+
+
+def lengths(summary: Summary) -> str:
+    """Return the unit of generated tokens in a run."""
+    model = summary.objective.tokens_of
+    return f"% of {'the base' if model == 'base' else model}'s tokens"
 
 
 def front(summary: Summary) -> Front | None:
@@ -123,7 +131,12 @@ def front(summary: Summary) -> Front | None:
         for role, named in others:
             for _, scores in _scored(summary, [named], "select"):
                 points.append(_point(role, named, objective, scores, False))
-    return Front(objectives=spec.names, generations=tuple(store.fronts()), points=tuple(points))
+    return Front(
+        objectives=spec.names,
+        axes=tuple(_axis(name, summary) for name in spec.names),
+        generations=tuple(store.fronts()),
+        points=tuple(points),
+    )
 
 
 def notes(summary: Summary) -> list[str]:
@@ -156,7 +169,7 @@ def constraints(summary: Summary) -> str | None:
             "no finalist meets the constraints on select; the winner violates them least: "
             if none
             else "the winner does not meet the constraints on select: "
-        ) + _listed(shortfalls)
+        ) + _listed(shortfalls, summary)
     else:
         text = "the winner meets the constraints on select"
     tested = summary.scores(summary.winner.recipe.hash, "test")
@@ -164,7 +177,7 @@ def constraints(summary: Summary) -> str | None:
         return text
     missed = on_test.shortfalls(tested)
     if missed:
-        return f"{text}; it does not meet them on test: {_listed(missed)}"
+        return f"{text}; it does not meet them on test: {_listed(missed, summary)}"
     return f"{text}; it meets them on test" if shortfalls else f"{text} and on test"
 
 
@@ -260,9 +273,9 @@ def _named_values(summary: Summary, scores: Scores) -> dict[str, float]:
     return {**normaliser.task(scores), **{name: v for name, v in others.items() if v is not None}}
 
 
-def _listed(shortfalls: Mapping[str, tuple[float, float]]) -> str:
-    of = {"tokens": "of at most"}
-    return ", ".join(
-        f"{name} {percent(value)} {of.get(name, 'of')} {100 * limit:g}"
-        for name, (value, limit) in shortfalls.items()
-    )
+def _listed(shortfalls: Mapping[str, tuple[float, float]], summary: Summary) -> str:
+    texts = []
+    for name, (value, limit) in shortfalls.items():
+        of, unit = ("of at most", f" {lengths(summary)}") if name == "tokens" else ("of", "")
+        texts.append(f"{name} {percent(value)} {of} {100 * limit:g}{unit}")
+    return ", ".join(texts)

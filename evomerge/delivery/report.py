@@ -82,7 +82,8 @@ def _comparison(summary: Summary, rows: Sequence[Row], width: int) -> Table:
         style.numbers("mean"),
         style.numbers("retention"),
         *([style.numbers("tokens")] if generates else []),
-        title="scores on `test`, % with 95 % intervals; mean: 0 = base, 100 = specialists",
+        title="scores on `test`, % with 95 % intervals; mean: 0 = base, 100 = specialists"
+        + (f"; tokens: {objectives.lengths(summary)}" if generates else ""),
         caption=None
         if best is None
         else "* best baseline: the highest mean on `test` among base, parents and baselines",
@@ -107,7 +108,7 @@ def _front(front: Front) -> Table:
     table = style.table(
         style.words("candidate"),
         style.words("recipe"),
-        *(style.numbers(objectives.axis(name), wrap=True) for name in front.objectives),
+        *(style.numbers(axis, wrap=True) for axis in front.axes),
         title="Pareto front on `select`",
         caption="* winner (knee); - dominated on `select`. To export another: evomerge export --pick RECIPE",
     )
@@ -201,7 +202,7 @@ def write_html(summary: Summary, out: Path) -> Path:
         evaluations=course.evaluations(),
         surrogate=surrogate,
         front=front,
-        axes=[objectives.axis(name) for name in front.objectives] if front else [],
+        lengths=objectives.lengths(summary),
         failures=store.failures(),
         tasks=[(task.task, short_task(task.task, summary.suite.name)) for task in summary.shown_tasks],
         config=json.dumps(facts.CONFIG.require(store), indent=2),

@@ -37,8 +37,8 @@ class Row:
 
     tasks: task -> mean raw metric with its 95 % interval, in suite order. normalised: task -> the same on the
     scale 0 = base, 1 = specialist, for tasks with a weight. mean: weighted mean of those. retention: ratio to
-    the base, None without a retention task. tokens: generated tokens, ratio to the base, None where no task
-    that counts generates.
+    the base, None without a retention task. tokens: generated tokens, ratio to the objective's `tokens_of`
+    (the base unless it says otherwise), None where no task that counts generates.
     """
 
     role: str
@@ -174,6 +174,7 @@ class Summary:
                     base=without(scored[0], dropped),
                     parents=scored[1],
                     duds=[d.task for d in duds],
+                    tokens_of=self.objective.tokens_of,
                 )
             )
         return self._normalisers[split]

@@ -1,13 +1,15 @@
 """Companions of generated answers: the likelihood of a right answer, without generating a token.
 
-The right answer is the gold target, written as in a few-shot example. It counts only if the task's own
-filters and metric find it right, for every item of a split; otherwise the task has no companion there. A
-companion moves with the weights where the exact metric stands still, and costs one forward pass.
+The right answer is the gold target, written as in a few-shot example, or an answer that the specialist gave.
+It counts only if the task's own filters and metric find it right, for every item of a split; otherwise the
+task has no companion there. A companion moves with the weights where the exact metric stands still, and costs
+one forward pass.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,16 +25,22 @@ from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates
 _log = logging.getLogger(__name__)
 
 
-def with_companion(task: TaskItems, lm: LiveLM) -> TaskItems:
+def with_companion(task: TaskItems, lm: LiveLM, answers: Sequence[str | None] = ()) -> TaskItems:
     """Return a task's items with the pairs of their right answers; as they are where there are none.
 
     Only tasks that count in the mean have a companion, and only where models answer without reasoning.
+
+    answers: for each item the answer to follow, None for the gold target; () for gold targets alone, which
+        also serve where one of the answers is not right when it is written again.
     """
     if not _wanted(task):
         return task
     with compiled_templates():
-        targets = [_target(task, group[0].doc) for group in task.groups]
-    for delimited in (True, False) if all(targets) else ():
+        gold = [_target(task, group[0].doc) for group in task.groups]
+    own = [answer or target for answer, target in zip(answers, gold, strict=True)] if answers else gold
+    for targets, delimited in itertools.product((own, gold) if own != gold else (gold,), (True, False)):
+        if not all(targets):
+            continue
         requests = [
             SimpleNamespace(args=(group[0].args[0], _written(task, group[0], str(target), delimited)))
             for group, target in zip(task.groups, targets, strict=True)
@@ -40,7 +48,7 @@ def with_companion(task: TaskItems, lm: LiveLM) -> TaskItems:
         pairs = lm.pairs(requests)
         if all(continuation for _, continuation in pairs) and _right(task, pairs, lm):
             return replace(task, pairs=tuple(pairs))
-    _log.info("task %r has no companion: a gold answer is not right by its metric", task.name)
+    _log.info("task %r has no companion: a right answer is not right by its metric", task.name)
     return task
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -56,9 +57,10 @@ from evomerge.evaluation.scores import (
     TaskScores,
     joined,
 )
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
-from evomerge.evaluation.tasks import build
+from evomerge.evaluation.tasks import TaskBuilder, build
 
 _log = logging.getLogger(__name__)
 PROMPT_END = 64
@@ -82,6 +84,8 @@ class Harness:
         block_seed: of the random assignment of items to blocks.
         permissions: which code of the tasks may run.
         stored_text: how many characters of a generated answer or a prompt are returned; 0 returns none.
+        answers: task -> for each `search` item the right answer that its companion follows, None for gold.
+        sharing: whether requests share rows; None finds it out with the first model, best in `try_out`.
 
     Attributes:
         forward_seconds: seconds spent inside the model during the last evaluation.
@@ -103,13 +107,15 @@ class Harness:
         block_seed: int = 0,
         permissions: Permissions = NOTHING,
         stored_text: int = 0,
+        answers: Mapping[str, Sequence[str | None]] = types.MappingProxyType({}),
+        sharing: Sharing | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
         self.suite = suite
         self.batch_size = batch_size
         self.forward_seconds = 0.0
-        self._seed, self._stored_text = seed, stored_text
+        self._seed, self._stored_text, self._answers = seed, stored_text, answers
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, lm=self._lm, seed=seed, permissions=permissions)
         for builder in self._builders:
@@ -118,7 +124,9 @@ class Harness:
         for builder in self._builders:
             refuse_few(builder, blocks)
         self._items: dict[Split, tuple[Items, ...]] = {}
-        self._shares: bool | None = None  # whether models take prefix trees; None: not tried yet
+        # Whether models take prefix trees; None: not tried yet.
+        self._shares = None if sharing is None else sharing.scored
+        self._lm.continues = None if sharing is None else sharing.generated
 
     def blocks(self, split: Split) -> int:
         """Return the number of item blocks of a split."""
@@ -138,7 +146,7 @@ class Harness:
         """
         if split not in self._items:
             whole = [
-                with_companion(build_items(builder, split, self._lm), self._lm)
+                with_companion(build_items(builder, split, self._lm), self._lm, self._own(builder, split))
                 for builder in self._builders
                 if split in builder.documents
             ]
@@ -148,9 +156,17 @@ class Harness:
             )
         return self._items[split][block]
 
+    def _own(self, builder: TaskBuilder, split: Split) -> Sequence[str | None]:
+        return self._answers.get(builder.spec.task, ()) if split == "search" else ()
+
     def written(self, split: Split, block: int = 0) -> int:
         """Return how many answers the model writes on a block of a split."""
         return sum(len(requests) for _, _, requests in _asked(self.items(split, block)))
+
+    @property
+    def fewest(self) -> int:
+        """The number of `search` items of the smallest task that has any."""
+        return min(len(task.groups) for task in self._whole("search").tasks)
 
     def questions(self, split: Split, block: int = 0) -> dict[str, list[Question]]:
         """Return what is asked in the items of a block by task, in item order, cut to `stored_text`."""
@@ -174,8 +190,15 @@ class Harness:
         finally:
             self._lm.detach()
 
+    @property
+    def sharing(self) -> Sharing:
+        """Whether requests share rows, after `try_out`."""
+        return Sharing(scored=bool(self._shares), generated=bool(self._lm.continues))
+
     def try_out(self, model: Any) -> None:
-        """Find out what the model can't do (see `prefix_trees`); it is done without from then on.
+        """Find out what the model can't do (see `prefix_trees`), where it is not known.
+
+        It is done without from then on, and so is what no request of the suite needs.
 
         model: with the weights of the base, so that the decision holds whatever weights are scored.
         """
@@ -190,6 +213,7 @@ class Harness:
                     except NonFiniteScores:
                         self._shares = self._lm.continues = False
                         self._layout(items, self._lm.max_length, self.batch_size)
+            self._shares, self._lm.continues = bool(self._shares), bool(self._lm.continues)
         finally:
             self._lm.detach()
 

@@ -141,6 +141,7 @@ class Normaliser:
         parents: name -> scores of the models whose best, or the named specialist, is 1 on the scale.
         duds: tasks that are left out of the mean, see `find_duds`; their scores are raw, relative to the
             base. Where that leaves no task, all of them count, raw.
+        tokens_of: the parent whose answers have length 1, or the base.
 
     Attributes:
         split, blocks: of the scores that can be normalised.
@@ -167,6 +168,7 @@ class Normaliser:
         base: Scores,
         parents: Mapping[str, Scores],
         duds: Collection[str] = (),
+        tokens_of: str = "base",
     ) -> None:
         assert parents, "no parent to compare with"
         places = {(scores.split, scores.blocks) for scores in (base, *parents.values())}
@@ -188,6 +190,8 @@ class Normaliser:
             if spec.role == "coherence" and spec.counted
         ]
         self._generated = _generated(present, base)
+        unit = _generated(present, parents.get(tokens_of, base))
+        self._length = _total(unit) / _total(self._generated)
         total = math.fsum(spec.weight for spec in self._counted)
         self.weights = read_only([spec.weight / total for spec in self._counted])
         """(tasks,) shares of the tasks in the mean; they sum to 1, in the order of `items`."""
@@ -385,15 +389,16 @@ class Normaliser:
         return math.fsum(shares) / total
 
     def tokens(self, scores: Scores) -> float | None:
-        """Return the mean number of generated tokens per item, relative to the base's on the same items.
+        """Return the mean number of generated tokens per item, relative to the base's or a parent's.
 
-        Over the skill and coherence tasks that count and generate; None if there are none.
+        Over the skill and coherence tasks that count and generate; None if there are none. Relative to the
+        base on the same items, times how that relates to the parent on all items.
         """
         self._check(scores)
         if not self._generated:
             return None
         total = math.fsum(_tokens(scores[name]) for name in self._generated)
-        return total / max(math.fsum(self._generated.values()), 1.0)
+        return total / _total(self._generated) / self._length
 
     def gains(self) -> dict[str, float]:
         """Return counted task -> derivative of the mean with respect to the task's mean."""
@@ -493,6 +498,11 @@ def _generated(tasks: Sequence[SuiteTask], base: Scores) -> dict[str, float]:
     """Return counted task that generates -> tokens that the base generated."""
     counted = [spec.task for spec in tasks if spec.counted]
     return {name: _tokens(base[name]) for name in counted if base[name].tokens is not None}
+
+
+def _total(generated: Mapping[str, float]) -> float:
+    """Return the sum of tokens, at least 1, because it divides."""
+    return max(math.fsum(generated.values()), 1.0)
 
 
 def _tokens(scores: TaskScores) -> float:

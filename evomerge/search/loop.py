@@ -209,14 +209,20 @@ class Search:
             self._observer.noted(f"note: {sentence}")
         self._duds = tuple(dud.task for dud in duds)
         references = self._references("search")
-        check_tokens(self._plan.objective, references, base)
+        check_tokens(self._plan.objective, generates=references.tokens(base) is not None)
         self._counted_tasks = references.counted
         return references
 
     def _references(self, split: Split) -> Normaliser:
         """Score base and parents, the references of the normalisation."""
         base, parents = self._scored_parents(split)
-        return Normaliser(self._plan.suite, base=base, parents=parents, duds=self._duds)
+        return Normaliser(
+            self._plan.suite,
+            base=base,
+            parents=parents,
+            duds=self._duds,
+            tokens_of=self._plan.objective.tokens_of,
+        )
 
     def _objective(self, references: Normaliser) -> Objective:
         return Objective(self._plan.objective, references, layers=self._plan.layers)
@@ -281,9 +287,9 @@ class Search:
     def _raced(self, objective: Objective, rows: Sequence[Named]) -> Sequence[Named]:
         """Return the baselines that do not leave a race early; all of them where they are not raced."""
         spec = self._racing
-        if not self._plan.baselines.short or spec.blocks == 1 or objective.count > 1 or not rows:
+        if not self._plan.baselines.short or spec.count == 1 or objective.count > 1 or not rows:
             return rows
-        blocks = range(spec.blocks)
+        blocks = range(spec.count)
         parts = [self._scorer.score([self._parents[0].recipe], "search", "baselines", [b])[0] for b in blocks]
         result = race(
             [row.recipe for row in rows],
@@ -369,7 +375,7 @@ class Search:
 
         Recipes scored before the first generation are read from the store and cost nothing.
         """
-        blocks = range(self._plan.racing.blocks)
+        blocks = range(self._plan.racing.count)
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
         bases = [without(cast(Scores, part[0]), self._dropped) for part in parts]

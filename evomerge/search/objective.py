@@ -7,7 +7,7 @@ one to the other. What can only be lost (retention, coherence) starts at 0; at 1
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -45,7 +45,7 @@ class ConstraintsSpec(Strict):
     coherence: float | None = Field(default=None, gt=0, le=100)
     """Least coherence, relative to the base."""
     tokens: float | None = Field(default=None, gt=0, le=100)
-    """Most generated tokens per item, relative to the base on the same items."""
+    """Most generated tokens per item, relative to the model of `tokens_of`."""
 
     def __bool__(self) -> bool:
         return any(limit is not None for limit in (self.tasks, self.retention, self.coherence, self.tokens))
@@ -68,6 +68,8 @@ class ObjectiveSpec(Strict):
     several: tuple[str | dict[str, Weight], ...] = ()
     """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, `tokens`, a task, or
     a weighted group of tasks `{task: weight, ...}`. The prices above do not enter them."""
+    tokens_of: str = "base"
+    """The model whose answers have length 1 in `tokens`: `base` or a source."""
     constraints: ConstraintsSpec = Field(default_factory=ConstraintsSpec)
     """Limits that candidates must respect."""
 
@@ -103,12 +105,19 @@ class ObjectiveSpec(Strict):
         """Whether items alone make the loss, so that a model of the items can predict it."""
         return not (self.several or self.depth or self.constraints.tokens is not None)
 
-    def check(self, suite: Suite) -> None:
-        """Check that the suite has what the objective names.
+    def check(self, suite: Suite, sources: Collection[str]) -> None:
+        """Check that suite and sources have what the objective names.
 
         Raises:
-            ConfigError: a task is unknown or has no search items, or no task measures what is wanted.
+            ConfigError: a task is unknown or has no search items, no task measures what is wanted, or
+                `tokens_of` is neither the base nor a source.
         """
+        models = ("base", *sources)
+        if self.tokens_of not in models:
+            raise ConfigError(
+                f"objective: tokens_of: no model is called {self.tokens_of!r}",
+                fix=nearest(self.tokens_of, models),
+            )
         skills = [task.task for task in suite.of("search") if task.role == "skill"]
         named = [task for each in self.several for task in ([each] if isinstance(each, str) else each)]
         limits = self.constraints
@@ -138,10 +147,13 @@ class ObjectiveSpec(Strict):
                 )
 
 
-def check_tokens(spec: ObjectiveSpec, normaliser: Normaliser, base: Scores) -> None:
-    """Check that something is generated where the objective names `tokens`; raise ConfigError if not."""
-    wanted = "tokens" in spec.several or spec.constraints.tokens is not None
-    if wanted and normaliser.tokens(base) is None:
+def check_tokens(spec: ObjectiveSpec, *, generates: bool) -> None:
+    """Check that something is generated where the objective names `tokens`; raise ConfigError if not.
+
+    generates: whether a task that counts does.
+    """
+    wanted = "tokens" in spec.several or spec.constraints.tokens is not None or spec.tokens_of != "base"
+    if wanted and not generates:
         raise ConfigError(
             "objective: tokens is part of it, but no task generates answers",
             expected="a task with output_type: generate_until, search items and a weight above 0",

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from evomerge import compose
 from evomerge.config import RunConfig
-from evomerge.delivery import export, objectives, report, status
+from evomerge.delivery import check, export, objectives, report, status
 from evomerge.delivery.card import card
 from evomerge.delivery.notes import notes
 from evomerge.delivery.progress import Silent
@@ -29,6 +29,7 @@ from evomerge.prepare import prepare
 from evomerge.running.store import RunStore, facts
 from evomerge.search import pareto
 from evomerge.stored import StoredRun
+from evomerge.trial import Probe
 from tests.conftest import config_data, write_suite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -246,11 +247,47 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
 def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="coherence is part of it, but no task"):
         prepare(RunConfig.load(config(objective={"several": ["mean", "coherence"]})))
+    with pytest.raises(ConfigError, match="tokens_of: no model is called 'uper'"):
+        prepare(RunConfig.load(config(objective={"constraints": {"tokens": 1}, "tokens_of": "uper"})))
     with pytest.raises(ConfigError, match="has no task 'demo_revers', whose weight was set"):
         prepare(RunConfig.load(config(objective={"weights": {"demo_revers": 2}})))
     prepared = prepare(RunConfig.load(config(objective={"weights": {"demo_reverse": 2}})))
     assert prepared.suite["demo_reverse"].weight == 2
     assert prepared.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "reason"),
+    [
+        ({"constraints": {"tokens": 1.1}}, "off (the objective limits tokens)"),
+        ({"depth": 0.1, "constraints": {"tokens": 1.1}}, "off (the objective charges for depth)"),
+        ({"constraints": {"tasks": 0.5}}, "on"),
+    ],
+)
+def test_check_says_why_there_is_no_surrogate(
+    config: Callable[..., Path], objective: dict[str, Any], reason: str
+) -> None:
+    prepared = prepare(RunConfig.load(config(objective=objective)))
+    probe = Probe(
+        items={},
+        test_items={"demo_reverse": 10, "demo_upper": 10},
+        seconds={},
+        workers=1,
+        seconds_before=0,
+        seconds_after=0,
+        estimate=None,
+        ends=None,
+        cost=None,
+        late=False,
+    )
+    found = check.text(prepared, probe, check.Questions(prompts=(), notes=()))
+    assert f"surrogate {reason}; starts" in found
+
+
+def test_check_refuses_tokens_where_nothing_is_generated(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(objective={"constraints": {"tokens": 1.1}})  # the task that generates has no weight
+    with pytest.raises(ConfigError, match="tokens is part of it, but no task generates answers"):
+        check.asked(prepare(RunConfig.load(path)))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +298,8 @@ def written(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (task,) = (task for task in suite["tasks"] if task["metric"] == "exact_match")
     task |= {"weight": 1, "splits": {"search": 12, "select": 8, "test": 8}}
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite | {"tasks": [task]}))
-    objective = {"several": ["mean", "tokens"], "constraints": {"tokens": 0.01}}
+    parent = next(iter(config_data(tiny_zoo, folder)["models"]["sources"]))
+    objective = {"several": ["mean", "tokens"], "tokens_of": parent, "constraints": {"tokens": 0.01}}
     changes = {"optimizer": {"name": "nsga2", "population": 4}, "budget": {"generations": 1}}
     data = config_data(tiny_zoo, folder, objective=objective, **changes)
     (folder / "config.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
@@ -270,22 +308,33 @@ def written(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield store, Summary(StoredRun(store))
 
 
-def test_the_length_of_answers_is_shown(written: Opened) -> None:
+def test_the_length_of_answers_is_shown(written: Opened, tmp_path: Path) -> None:
     _store, summary = written
     front = objectives.front(summary)
     assert front is not None
-    base = next(p for p in front.points if p.role == "base")
-    assert base.values == pytest.approx((0, 1))
+    name = summary.objective.tokens_of
+    parent = next(p for p in front.points if p.name == name)
+    assert parent.values[1] == pytest.approx(1)
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(report.terminal(summary))
     text = console.export_text()
-    assert "% of the base's tokens" in " ".join(text.split())
+    assert f"100 = specialists; tokens: % of {name}'s tokens" in " ".join(text.split())
+    assert front.axes[1] == f"tokens, % of {name}'s tokens"
+    page = report.write_html(summary, tmp_path / "page.html").read_text()
+    assert f"in % of {name}&#39;s tokens." in page
     assert re.search(r"model .* retention .* tokens", text)
     rows = report.as_data(summary)["rows"]
-    assert rows[0]["tokens"] == pytest.approx(1)
+    assert rows[1]["name"] == name
+    assert rows[1]["tokens"] == pytest.approx(1)
+    assert summary.winner is not None
+    model_card = card(summary, summary.winner)
+    assert "| mean | retention | tokens |\n|---|" in model_card
+    assert f"Tokens: mean length of generated answers, in % of {name}'s tokens.\n" in model_card
+    line = next(line for line in model_card.splitlines() if line.startswith(f"| {name} |") and "[" in line)
+    assert line.endswith(" | 100.0 |")
     sentence = objectives.constraints(summary)
     assert sentence is not None
-    assert re.search(r"tokens \d+(\.\d)? of at most 1", sentence)
+    assert re.search(rf"tokens \d+(\.\d)? of at most 1 % of {name}'s tokens", sentence)
 
 
 def test_the_notes_name_the_companions(written: Opened) -> None:

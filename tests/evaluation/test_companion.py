@@ -114,6 +114,62 @@ def test_a_filter_may_take_the_answer_from_the_gold_text(
     assert harness.evaluate(model, harness.items("search"))["write"].smooth is not None
 
 
+SEVERAL_RIGHT: dict[str, Any] = {
+    "generation_kwargs": {"until": ["<eos>"], "max_gen_toks": 3, "do_sample": False},
+    "metric_list": [EXACT[0] | {"regexes_to_ignore": ["; "]}],
+}
+"""Changes of a task so that an answer is also right after a semicolon."""
+
+
+def followed(harness: Harness, tokenizer: Any) -> dict[str, str]:
+    """Return prompt -> the answer whose likelihood is taken, over all blocks of `search`."""
+    tasks = [harness.items("search", block).tasks[0] for block in range(harness.blocks("search"))]
+    return {
+        group[0].args[0]: tokenizer.decode(continuation)
+        for task in tasks
+        for group, (_, continuation) in zip(task.groups, task.pairs, strict=True)
+    }
+
+
+def test_it_follows_answers_that_were_given(make_suite: MakeSuite, tmp_path: Path, tokenizer: Any) -> None:
+    suite = make_suite(entry("write"), folder=folder_of(tmp_path, **SEVERAL_RIGHT))
+    (task,) = harness_of(suite, tokenizer).items("search").tasks
+    gold = [group[0].doc["letters"][0] for group in task.groups]
+    answers = [f"; {letter}" if item % 2 else None for item, letter in enumerate(gold)]
+    expected = {
+        group[0].args[0]: answer or letter
+        for group, answer, letter in zip(task.groups, answers, gold, strict=True)
+    }
+    for blocks in (1, 3):
+        harness = harness_of(suite, tokenizer, blocks=blocks, answers={"write": answers})
+        assert followed(harness, tokenizer) == expected
+        (selected,) = harness.items("select").tasks
+        assert {len(continuation) for _, continuation in selected.pairs} == {1}  # gold
+
+
+def test_an_answer_that_is_not_right_leaves_the_gold_targets(
+    make_suite: MakeSuite, tmp_path: Path, tokenizer: Any
+) -> None:
+    suite = make_suite(entry("write"), folder=folder_of(tmp_path, **SEVERAL_RIGHT))
+    answers = ["; ; ; a", *[None] * (ITEMS["search"] - 1)]  # too long: its end would not be generated
+    answered = followed(harness_of(suite, tokenizer, answers={"write": answers}), tokenizer)
+    assert answered == followed(harness_of(suite, tokenizer), tokenizer)
+
+
+def test_answers_serve_where_a_gold_text_is_not_right(
+    make_suite: MakeSuite, tmp_path: Path, tokenizer: Any, model: Any
+) -> None:
+    """As where the gold text is longer than an answer may be."""
+    longer = {"doc_to_target": "{{ '; ; ; ; ' + letters[0] }}"}
+    suite = make_suite(entry("write"), folder=folder_of(tmp_path, **(SEVERAL_RIGHT | longer)))
+    harness = harness_of(suite, tokenizer)
+    (task,) = harness.items("search").tasks
+    assert not task.pairs
+    answers = {"write": [group[0].doc["letters"][0] for group in task.groups]}
+    harness = harness_of(suite, tokenizer, answers=answers)
+    assert harness.evaluate(model, harness.items("search"))["write"].margin is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "keys", "expected"),
     [
@@ -174,3 +230,11 @@ def test_a_suite_without_the_key_stored_before_there_was_one_has_none(make_suite
     before = Suite.from_store(data, "store")
     assert before.companion == "off"
     assert suite.as_stored(data).digest() == before.digest() != suite.digest()
+
+
+def test_the_specialist_whose_answers_are_followed_must_be_named(make_suite: MakeSuite) -> None:
+    with pytest.raises(ConfigError, match="`companion: specialist`, but it names no `specialist`"):
+        make_suite(entry("write", companion="specialist"))
+    suite = make_suite(entry("write"), entry("write") | {"task": "b", "of": "write", "specialist": "p"})
+    of_all = suite.model_copy(update={"companion": "specialist"})
+    assert of_all.asking("b").companion == "specialist"

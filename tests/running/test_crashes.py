@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.conftest import write_suite
 
@@ -86,6 +87,17 @@ def test_the_driver_killed_at_every_kind_of_event(quick_config: Callable[..., Pa
 def test_the_driver_killed_where_there_is_a_front(quick_config: Callable[..., Path], tmp_path: Path) -> None:
     path = quick_config(objective={"several": ["mean", "retention"]}, optimizer={"population": 8})
     struck(path, tmp_path, "chain", "front", "tell", "scores select")
+
+
+@pytest.mark.slow
+def test_the_driver_killed_where_specialists_answer(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(budget={"generations": 2})
+    suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
+    (task,) = (task for task in suite["tasks"] if task["metric"] == "exact_match")
+    task |= {"weight": 1, "specialist": "upper", "splits": {"search": 12, "select": 8, "test": 8}}
+    answering = {"companion": "specialist", "tasks": [task]}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite | answering))
+    struck(path, tmp_path, "chain", "create", "fact norms", "fact answers", "scores search")
 
 
 @pytest.mark.slow

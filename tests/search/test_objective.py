@@ -162,7 +162,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
 @pytest.mark.parametrize(("settings", "message"), WRONG)
 def test_what_the_suite_does_not_have_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ObjectiveSpec.model_validate(settings).check(TWO)
+        ObjectiveSpec.model_validate(settings).check(TWO, ["p"])
 
 
 @pytest.mark.parametrize("role", ["retention", "coherence"])
@@ -170,8 +170,8 @@ def test_what_nothing_measures_is_refused(role: str) -> None:
     bare = Suite.model_validate({"name": "bare", "tasks": [task.model_dump() for task in TWO.tasks[:2]]})
     for settings in ({"several": ["mean", role]}, {"constraints": {role: 0.9}}):
         with pytest.raises(ConfigError, match=f"{role} is part of it, but no task"):
-            ObjectiveSpec.model_validate(settings).check(bare)
-        ObjectiveSpec.model_validate(settings).check(TWO)
+            ObjectiveSpec.model_validate(settings).check(bare, ["p"])
+        ObjectiveSpec.model_validate(settings).check(TWO, ["p"])
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,10 @@ def written(a: float, tokens: Sequence[float], free: float = 10.0) -> Scores:
 
 
 def of_written(**settings: object) -> Objective:
+    spec = ObjectiveSpec.model_validate(settings)
     base, parent = written(0.1, [10, 30, 20, 20]), written(0.9, [40] * 4, 30)
-    normaliser = Normaliser(WRITTEN, base=base, parents={"p": parent})
-    return Objective(ObjectiveSpec.model_validate(settings), normaliser)
+    normaliser = Normaliser(WRITTEN, base=base, parents={"p": parent}, tokens_of=spec.tokens_of)
+    return Objective(spec, normaliser)
 
 
 def test_tokens_are_the_mean_length_relative_to_the_bases_on_the_same_items() -> None:
@@ -300,6 +301,28 @@ def test_tokens_are_the_mean_length_relative_to_the_bases_on_the_same_items() ->
     assert both.point(written(0.5, [0] * 4, 0)) == pytest.approx([-0.5, -1])
     part = both.on(written(0.1, [10, 10, 10, 10], 5))  # other items, on which the base is briefer
     assert part.point(written(0.1, [10, 10, 10, 10], 5))[1] == pytest.approx(0)
+
+
+def test_tokens_relative_to_a_parent() -> None:
+    both = of_written(several=["mean", "tokens"], tokens_of="p", constraints={"tokens": 0.5})
+    base, parent = written(0.1, [10, 30, 20, 20]), written(0.9, [40] * 4, 30)
+    assert both.point(parent) == pytest.approx([-1, 0])
+    assert both.point(base) == pytest.approx([0, 100 / 220 - 1])
+    assert both.violation(base) == 0
+    assert both.violation(parent) == pytest.approx(0.5)
+    part = both.on(written(0.1, [10, 10, 10, 10], 5))  # the unit stays
+    assert part.point(written(0.1, [22, 22, 22, 22], 11))[1] == pytest.approx(0)
+    silent = Normaliser(
+        WRITTEN, base=base, parents={"p": written(0.9, [0] * 4, 0)}, tokens_of="p"
+    )  # no division by zero
+    assert silent.tokens(base) == pytest.approx(100)
+
+
+def test_the_model_whose_answers_have_length_1_must_be_there() -> None:
+    spec = ObjectiveSpec.model_validate({"several": ["mean", "tokens"], "tokens_of": "shrot"})
+    with pytest.raises(ConfigError, match=r"tokens_of: no model is called 'shrot'[\s\S]*short"):
+        spec.check(TWO, ["short", "long"])
+    spec.model_copy(update={"tokens_of": "base"}).check(TWO, ["short"])
 
 
 def test_a_limit_of_tokens() -> None:
@@ -319,13 +342,13 @@ def test_a_limit_of_tokens_leaves_the_search_to_the_optimizer() -> None:
     assert ObjectiveSpec.model_validate({"constraints": {"tasks": 0.5}}).items_decide
 
 
-@pytest.mark.parametrize("settings", [{"several": ["mean", "tokens"]}, {"constraints": {"tokens": 1.5}}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"several": ["mean", "tokens"]}, {"constraints": {"tokens": 1.5}}, {"tokens_of": "p"}],
+)
 def test_tokens_need_a_task_that_generates(settings: dict[str, object]) -> None:
     spec = ObjectiveSpec.model_validate(settings)
-    base = four(0, 0)
-    normaliser = Normaliser(TWO, base=base, parents={"p": four(1, 0), "q": four(0, 1)})
     with pytest.raises(ConfigError, match="tokens is part of it, but no task generates answers"):
-        check_tokens(spec, normaliser, base)
-    check_tokens(ObjectiveSpec(), normaliser, base)
-    base = written(0.1, [10] * 4)
-    check_tokens(spec, Normaliser(WRITTEN, base=base, parents={"p": written(1, [1] * 4)}), base)
+        check_tokens(spec, generates=False)
+    check_tokens(ObjectiveSpec(), generates=False)
+    check_tokens(spec, generates=True)

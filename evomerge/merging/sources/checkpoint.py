@@ -372,7 +372,7 @@ def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | N
             f"{location}: pickled weights are not read, because they can run code",
             expected="safetensors files",
             got=", ".join(pickled[:3]),
-            fix="convert the model: load it with transformers and save_pretrained it again",
+            fix=f"write them as safetensors: evomerge import {location} OUT",
         )
     if files:
         raise ModelError(

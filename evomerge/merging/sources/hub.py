@@ -111,6 +111,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
         where = index.get("weight_map")
         shards = [str(shard) for shard in where.values()] if isinstance(where, dict) else ()
     wanted = needed(files, shards)
+    if not any(file.endswith(".safetensors") for file in wanted):
+        weights = [f for f in files if f.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
+        raise ModelError(
+            f"{name}: the hub has no weights of it that can be read",
+            expected=f"{SINGLE}, or shards with {INDEX}",
+            got=", ".join(weights[:4]) + (" ..." if len(weights) > 4 else "") or "no weights",
+            fix="download it and make a folder of it: evomerge import FOLDER OUT",
+        )
     cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=info.sha) for file in wanted]
     if cached and all(isinstance(path, str) for path in cached):
         top = next(path for path, file in zip(cached, wanted, strict=True) if "/" not in file)

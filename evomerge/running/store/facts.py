@@ -142,8 +142,22 @@ BASELINES = Fact(
     "names of the hand-made merges that are scored (null: all), and whether they are raced as a short list",
 )
 NORMS = Fact("norms", dict[str, float], "compose", "norm of each source's task vector")
+ANSWERS = Fact(
+    "answers",
+    dict[str, list[str | None]],
+    "compose",
+    "per task with `companion: specialist`, the specialist's right answers on `search`",
+)
 LAYERS = Fact("layers", int, "prepare", "number of the base model's layers")
 BLOCKS = Fact("blocks", int, "prepare", "item blocks of `search`; `select` and `test` are one block each")
+SHARING = Fact(
+    "sharing",
+    dict[str, bool],
+    "compose",
+    "whether requests that begin alike share a row, when scored and when generated; the first worker decided "
+    "it on the base",
+    in_digest=False,
+)
 OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
 ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
 FORWARD = Fact(

@@ -17,7 +17,7 @@ from evomerge.errors import ModelError
 from evomerge.merging.export import writer
 from evomerge.merging.mergekit import read
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.hub import known_id, split_id
+from evomerge.merging.sources.hub import SINGLE, known_id, split_id
 from evomerge.merging.sources.opening import open_source
 
 COMMIT = "0123abc"
@@ -113,6 +113,24 @@ def test_of_shards_those_in_the_index_are_downloaded(
     assert {file for file in downloaded(hub) if file.endswith(".safetensors")} == shards
     assert {revision for _, revision, _ in hub.asked} == {"v1"}
     assert opened.location == "org/model@v1"
+
+
+@pytest.mark.parametrize("files", [("pytorch_model.bin",), ("a.safetensors", "b.safetensors"), ()])
+def test_a_repository_without_weights_says_what_it_has(
+    files: tuple[str, ...], hub: FakeHub, models: Mapping[str, str], tmp_path: Path
+) -> None:
+    root = hub.repositories["org/model"] = tmp_path / "repository"
+    root.mkdir()
+    shutil.copy(Path(models["base"]) / "config.json", root)
+    for file in files:
+        (root / file).write_bytes(b"much")
+    with pytest.raises(ModelError) as caught:
+        open_source("org/model")
+    assert f"org/model: the hub has no weights of it that can be read\n  expected: {SINGLE}" in str(
+        caught.value
+    )
+    assert ", ".join(files) in str(caught.value)
+    assert hub.asked == []
 
 
 def test_a_model_in_the_cache_is_read_without_the_hub(

@@ -1,0 +1,129 @@
+"""The specialists' own right answers: whose, of which tasks, the same in every session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from evomerge import compose
+from evomerge.config import RunConfig
+from evomerge.delivery.notes import notes
+from evomerge.delivery.progress import Silent
+from evomerge.delivery.summary import Summary
+from evomerge.errors import UserError
+from evomerge.evaluation.scores import Failure, Scores, TaskScores
+from evomerge.evaluation.suite import Suite
+from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.running import own_answers
+from evomerge.running.executors import ExecutorSpec
+from evomerge.running.store import RunStore, facts
+from evomerge.running.worker import Job, Result, WorkerSpec
+from evomerge.stored import StoredRun
+from tests.conftest import config_data, write_suite
+
+SPLITS = {"search": "a", "select": "b", "test": "c"}
+
+
+def suite_of(companion: str = "specialist") -> Suite:
+    tasks: list[dict[str, Any]] = [
+        {"task": "a", "specialist": "p"},
+        {"task": "b", "specialist": "q"},
+        {"task": "plain", "specialist": "q"},
+        {"task": "gold"},
+        {"task": "off", "specialist": "q", "companion": "off"},
+    ]
+    tasks = [{"metric": "exact_match", "splits": SPLITS} | task for task in tasks]
+    return Suite.model_validate({"name": "s", "companion": companion, "tasks": tasks})
+
+
+def recipe(name: str) -> Recipe:
+    group = TensorGroup(method="linear", sources=(name,), parameters={"weight": 1.0})
+    return Recipe(models={"base": "b", "p": "p", "q": "q"}, base="base", groups=(group,), dtype="float32")
+
+
+class Writing:
+    """An executor that answers with the name of the model; right on items of an even number."""
+
+    def __init__(self, spec: WorkerSpec, outcome: Failure | None = None) -> None:
+        assert spec.blocks == 1
+        assert spec.stored_text > 4000
+        self.outcome, self.closed = outcome, False
+        self.asked: list[str] = []
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+        for job in reversed(jobs):  # as they complete
+            (name,) = job.recipe.groups[0].sources
+            self.asked.append(name)
+            metric = np.array([1.0, 0.0, 1.0])
+            texts = ((f"{name} 0",), (f"{name} 1",), (f"{name} 2",))
+            rows = [TaskScores(task=t, metric=metric, texts=texts) for t in ("a", "b", "gold", "off")]
+            rows.append(TaskScores(task="plain", metric=metric))
+            yield Result(job=job, outcome=self.outcome or Scores(split="search", tasks=tuple(rows)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def generated(monkeypatch: pytest.MonkeyPatch, outcome: Failure | None = None) -> tuple[Any, Writing]:
+    suite = suite_of()
+    spec = WorkerSpec(
+        models={}, base="base", suite=suite, batch_size=1, dtype="float32", device="cpu", threads=1, blocks=4
+    )
+    built: list[Writing] = []
+
+    def build(_: ExecutorSpec, worker: WorkerSpec) -> Writing:
+        built.append(Writing(worker, outcome))
+        return built[0]
+
+    monkeypatch.setattr(own_answers, "build", build)
+    try:
+        found = own_answers.generate(spec, ExecutorSpec(), {name: recipe(name) for name in ("p", "q")})
+    finally:
+        assert built[0].closed
+    return found, built[0]
+
+
+def test_right_answers_of_the_tasks_specialists(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, executor = generated(monkeypatch)
+    assert found == {"a": ["p 0", None, "p 2"], "b": ["q 0", None, "q 2"]}
+    assert sorted(executor.asked) == ["p", "q"]
+
+
+def test_a_specialist_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="q could not answer the items of search: broken"):
+        generated(monkeypatch, Failure(kind="error", reason="broken"))
+
+
+def test_nobody_answers_unless_a_suite_asks_for_it() -> None:
+    assert own_answers.followed(suite_of()) == {"a": "p", "b": "q", "plain": "q"}
+    assert own_answers.followed(suite_of("auto")) == {}
+
+
+def test_a_run_keeps_the_answers(tiny_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a second session generates none, and ends alike."""
+    suite = yaml.safe_load(write_suite(tmp_path).read_text())
+    (task,) = (task for task in suite["tasks"] if task["metric"] == "exact_match")
+    keys = {"weight": 1, "specialist": "upper", "companion": "specialist"}
+    task |= keys | {"splits": {"search": 12, "select": 8, "test": 8}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite | {"tasks": [task]}))
+    data = config_data(tiny_zoo, tmp_path, budget={"generations": 1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(data))
+    compose.start(RunConfig.load(tmp_path / "config.yaml"), Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        answers, digest = facts.ANSWERS.require(store), store.digest()
+        said = notes(Summary(StoredRun(store)))
+    (row,) = answers.values()
+    assert len(row) == 12
+    right = len(row) - row.count(None)
+    assert any(
+        f"{right} of the 12 answers of the specialist (upper) on `search` are right" in s for s in said
+    )
+    monkeypatch.setattr(own_answers, "generate", None)
+    compose.resume(tmp_path / "run", Silent())
+    with RunStore.read(tmp_path / "run") as store:
+        assert store.digest() == digest
