@@ -277,6 +277,7 @@ class Recipe:
             Embedding rows are matched by token. Models with different tokens need this to be set.
         seed: of the random masks of DARE-like methods.
         num_layers: of the result; None means as many as its sources have.
+        pad_rows: the number of embedding rows is rounded up to a multiple of it; 0 leaves it as it is.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
         fingerprints: name -> fingerprint of a model's files, for some or all models. A merge refuses models
@@ -293,6 +294,7 @@ class Recipe:
     tokenizer: str = ""
     seed: int = 0
     num_layers: int | None = None
+    pad_rows: int = 0
     fisher: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
     kept: tuple[TensorGroup, ...] = field(default=(), compare=False, repr=False)
@@ -377,6 +379,7 @@ class Recipe:
             tokenizer=self.tokenizer,
             seed=self.seed,
             num_layers=num_layers,
+            pad_rows=self.pad_rows,
             fisher=self.fisher if uses_fisher else {},
         )
 
@@ -466,6 +469,8 @@ class Recipe:
         data |= {"tokenizer": self.tokenizer, "dtype": self.dtype, "seed": self.seed}
         if self.num_layers is not None:
             data["num_layers"] = self.num_layers
+        if self.pad_rows:
+            data["pad_rows"] = self.pad_rows
         if self.fisher:
             data["fisher"] = dict(self.fisher)
         if self.fingerprints:
@@ -481,7 +486,7 @@ class Recipe:
             ConfigError: unknown keys (the error names the nearest valid one), or values that don't fit.
         """
         data = _mapping(data, "recipe")
-        settings = ("base", "tokenizer", "dtype", "seed", "num_layers", "fisher", "fingerprints")
+        settings = ("base", "tokenizer", "dtype", "seed", "num_layers", "pad_rows", "fisher", "fingerprints")
         valid = ("format", "models", *settings, "groups")
         _check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
@@ -492,6 +497,9 @@ class Recipe:
         layers = data.get("num_layers")
         if layers is not None and _whole(layers, "recipe: num_layers") < 1:
             raise ConfigError("recipe: num_layers", expected="a whole number >= 1", got=repr(layers))
+        pad = _whole(data.get("pad_rows", 0), "recipe: pad_rows", 2**20)
+        if pad < 0:
+            raise ConfigError("recipe: pad_rows", expected="a whole number >= 0", got=repr(pad))
         groups = data["groups"]
         if not isinstance(groups, list):
             raise ConfigError("recipe: groups", expected="a list", got=type(groups).__name__)
@@ -502,6 +510,7 @@ class Recipe:
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
+            pad_rows=pad,
             fisher=_locations(data.get("fisher"), "recipe: fisher"),
             fingerprints=_locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(

@@ -216,6 +216,7 @@ def _made_here(recipe: Recipe, template: Recipe) -> Recipe:
         dtype=template.dtype,
         tokenizer=template.tokenizer,
         seed=template.seed,
+        pad_rows=0,
         fingerprints={},
     )
 

@@ -33,6 +33,7 @@ from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
 from evomerge.merging.sources.hub import is_local, split_id
 from evomerge.schema import parse_yaml
 
+TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 OURS = ("chained_slerp", "fisher")
 """Methods that mergekit does not have."""
 TEXT_NAMES = ("default", "language_model", "text_model", "model")
@@ -111,6 +112,7 @@ def from_data(
         tokenizer=names.get(pattern, UNION) if pattern and (tokenizer or base is None) else "",
         seed=seed,
         num_layers=num_layers,
+        pad_rows=_pad_rows(data),
     )
 
 
@@ -118,6 +120,7 @@ def check(data: object) -> None:
     """Raise ConfigError for what is wrong in parsed YAML, as far as the models are not needed to see it."""
     checked, _ = _checked_data(data, lambda _: None)
     _tokenizer(checked)
+    _pad_rows(checked)
     _check_dtypes(checked)
 
 
@@ -470,12 +473,31 @@ def _tokenizer(data: Mapping[str, Any]) -> str | None:
         )
     source = data.get("tokenizer_source")
     if data.get("tokenizer") is not None:
-        source = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
+        tokenizer = _checked(data["tokenizer"], TOKENIZER, "mergekit file: tokenizer")
+        if tokenizer.get("tokens"):
+            raise ConfigError(
+                "mergekit file: tokenizer.tokens is not supported: rows of single tokens can't be chosen",
+                fix="leave it out: a token that a model lacks gets the base's row, else the mean of all",
+            )
+        source = tokenizer.get("source")
     if source is not None and not isinstance(source, str):
         raise ConfigError(
             "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(source)
         )
     return source
+
+
+def _pad_rows(data: Mapping[str, Any]) -> int:
+    """Return the multiple to which embedding rows are padded, 0 without one."""
+    tokenizer = data.get("tokenizer")
+    pad = tokenizer.get("pad_to_multiple_of") if isinstance(tokenizer, Mapping) else None
+    if pad is not None and (type(pad) is not int or not 1 <= pad <= 2**20):
+        raise ConfigError(
+            "mergekit file: tokenizer.pad_to_multiple_of",
+            expected="a whole number from 1 to 1048576",
+            got=repr(pad)[:80],
+        )
+    return pad or 0
 
 
 def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:

@@ -117,6 +117,9 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
         data["tokenizer_source"] = recipe.tokenizer
     elif recipe.models[recipe.tokenizer] != default:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
+    if recipe.pad_rows:
+        source = data.pop("tokenizer_source", default)
+        data["tokenizer"] = {"source": source, "pad_to_multiple_of": recipe.pad_rows}
     # evomerge merges in float32 and mergekit in `dtype`, so both types are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
 

@@ -125,7 +125,7 @@ def differ(sources: Mapping[str, Source], pattern: str) -> bool:
 
 
 def align(
-    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool
+    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool, pad_rows: int = 0
 ) -> dict[str, Source]:
     """Return the models with their embedding rows in the order of one vocabulary.
 
@@ -136,6 +136,7 @@ def align(
         base: the name of the base model.
         asked: whether the user set `tokenizer`. If not, only models that differ in padding alone are
             aligned. Others stay unchanged, and `compatibility.check` refuses them.
+        pad_rows: round the number of rows up to a multiple of this; new rows are zeros. 0: don't.
 
     Raises:
         ModelError: rows can't be matched: a model without tokenizer.json has another number of rows,
@@ -151,7 +152,13 @@ def align(
             expected=f"tokens for the rows of {pattern} ({first.location})",
             fix=f"put the tokenizer.json {pattern} was trained with into its folder",
         )
-    if unlike or not names or first.vocabulary is None or not differ(sources, pattern):
+    if pad_rows and (not names or first.vocabulary is None):
+        lacking = "tokenizer.json" if names else "embeddings"
+        raise ModelError(
+            f"model {pattern!r} has no {lacking}, so its rows can't be padded",
+            fix="leave pad_rows (mergekit: pad_to_multiple_of) out",
+        )
+    if unlike or not names or first.vocabulary is None or not (pad_rows or differ(sources, pattern)):
         return dict(sources)
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
     if not same and not asked:
@@ -159,6 +166,8 @@ def align(
     rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
     target = _target(rows[pattern], additions)
+    if pad_rows:
+        target = Rows(tokens=target.tokens, count=-(-target.count // pad_rows) * pad_rows)
     _check_tables(sources, names)
     if additions:
         _check_ids(first, target, additions)

@@ -396,7 +396,10 @@ PLAIN = {"merge_method": "ties", "base_model": "m/base", "dtype": "float32", "mo
         ({"dtype": "int8"}, "dtype: 'int8'"),
         ({"chat_template": "chatml"}, "chat_template is not supported"),
         ({"tokenizer_source": 3}, "tokenizer_source\n  expected: base, union, or a model"),
-        ({"tokenizer": {"source": "base", "tokens": {}}}, "tokenizer: unknown key 'tokens'"),
+        ({"tokenizer": {"source": "base", "tokns": {}}}, "tokenizer: unknown key 'tokns'"),
+        ({"tokenizer": {"tokens": {"a": {}}}}, "tokenizer.tokens is not supported"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of\n  expected: a whole"),
+        ({"tokenizer": {"pad_to_multiple_of": "8"}}, "tokenizer.pad_to_multiple_of\n  expected: a whole"),
         ({"base_model": None}, "ties works on task vectors and needs a base model"),
     ],
 )
