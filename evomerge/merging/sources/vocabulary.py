@@ -152,12 +152,7 @@ def align(
             expected=f"tokens for the rows of {pattern} ({first.location})",
             fix=f"put the tokenizer.json {pattern} was trained with into its folder",
         )
-    if pad_rows and (not names or first.vocabulary is None):
-        lacking = "tokenizer.json" if names else "embeddings"
-        raise ModelError(
-            f"model {pattern!r} has no {lacking}, so its rows can't be padded",
-            fix="leave pad_rows (mergekit: pad_to_multiple_of) out",
-        )
+    _check_padding(pad_rows, pattern, first, names)
     if unlike or not names or first.vocabulary is None or not (pad_rows or differ(sources, pattern)):
         return dict(sources)
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
@@ -165,9 +160,7 @@ def align(
         return dict(sources)
     rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
-    target = _target(rows[pattern], additions)
-    if pad_rows:
-        target = Rows(tokens=target.tokens, count=-(-target.count // pad_rows) * pad_rows)
+    target = _padded(_target(rows[pattern], additions), pad_rows)
     _check_tables(sources, names)
     if additions:
         _check_ids(first, target, additions)
@@ -385,6 +378,21 @@ def _target(pattern: Rows, additions: Sequence[Mapping[str, Any]]) -> Rows:
     new = {str(token["content"]): start + index for index, token in enumerate(additions)}
     count = max(pattern.count, start + len(new)) if new else pattern.count
     return Rows(tokens={**pattern.tokens, **new}, count=count)
+
+
+def _padded(rows: Rows, multiple: int) -> Rows:
+    """Return rows whose number is rounded up to a multiple; 0 leaves them as they are."""
+    return Rows(tokens=rows.tokens, count=-(-rows.count // multiple) * multiple) if multiple else rows
+
+
+def _check_padding(multiple: int, name: str, pattern: Source, tensors: Sequence[str]) -> None:
+    """Raise ModelError for a model whose rows can't be padded."""
+    if multiple and (not tensors or pattern.vocabulary is None):
+        lacking = "tokenizer.json" if tensors else "embeddings"
+        raise ModelError(
+            f"model {name!r} has no {lacking}, so its rows can't be padded",
+            fix="leave pad_rows (mergekit: pad_to_multiple_of) out",
+        )
 
 
 def _added(additions: Sequence[Mapping[str, Any]]) -> list[Any]:
