@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ EMBEDDINGS = (
     "tok_embeddings.weight",
 )
 """Endings of the names of token embeddings, which a tied model's head shares."""
+_EMBEDS = re.compile(r"embed|wte")
 DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
 """Buffers in old files that the model computes itself; they are not weights."""
 MASKS = ("attn.bias", "attention.bias")
@@ -185,10 +187,15 @@ class Checkpoint:
         heads = [name for name in self._stored if name.endswith(HEADS) and module_of(name) == TEXT]
         if said is False or not heads:
             return said is not False
-        embeddings = [name for name in self._stored if is_embedding(name) and module_of(name) == TEXT]
+        shape = self._stored[heads[0]].shape
+        embeddings = [
+            name
+            for name, header in self._stored.items()
+            if header.shape == shape and name not in heads and layer_of(name) is None and _EMBEDS.search(name)
+        ]
         if not embeddings:
             return bool(said)
-        same = self._same_elements(heads[0], embeddings[0])
+        same = any(self._same_elements(heads[0], name) for name in embeddings)
         return same and (tied_by_default(self._raw_config) if said is None else True)
 
     def _same_elements(self, name: str, other: str) -> bool:
