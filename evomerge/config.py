@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
 from evomerge.merging.chat_templates import with_text
+from evomerge.merging.sources.hub import split_id
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
@@ -41,7 +42,8 @@ DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 
 
 class ModelsSpec(Strict):
-    """The models: each a folder, a Hugging Face hub id, or `path+adapter` for a LoRA on a model."""
+    """The models: each a folder, a Hugging Face hub id (`org/name` or `org/name@revision`), or
+    `path+adapter` for a LoRA on a model."""
 
     base: str
     """The model that task vectors are measured from."""
@@ -50,6 +52,9 @@ class ModelsSpec(Strict):
     other_modules: Literal["copy", "merge", "search"] = "copy"
     """What becomes of modules beside the text decoder, such as a vision tower: a copy of the base's, the mean
     of the sources', or part of the search, like embeddings. Every merge of the run does the same."""
+    hub: dict[str, str] = Field(default_factory=dict)
+    """Name (`base` or a source's) -> hub id of a local folder's model. Model cards and exported recipes name
+    it in place of the folder."""
 
     @field_validator("sources")
     @classmethod
@@ -59,6 +64,17 @@ class ModelsSpec(Strict):
         if BASE in sources:
             raise ValueError(f"{BASE!r} is the name of the base model; call the source something else")
         return sources
+
+    @model_validator(mode="after")
+    def _on_hub(self) -> ModelsSpec:
+        for name, place in self.hub.items():
+            if name != BASE and name not in self.sources:
+                raise ValueError(f"hub: no model {name!r}; {nearest(name, (BASE, *self.sources))}")
+            if split_id(place) is None:
+                raise ValueError(
+                    f"hub: {name}: {place!r} is no hub id; expected org/name or org/name@revision"
+                )
+        return self
 
 
 class TrackerSpec(Strict):
@@ -303,6 +319,6 @@ def _resolve_part(part: str, folder: Path) -> str:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
     path = expanded(part)
     beside = folder / path
-    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or part.count("/") != 1:
+    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or split_id(part) is None:
         return str(beside.resolve())
     return part

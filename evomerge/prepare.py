@@ -106,17 +106,19 @@ def prepare(config: RunConfig) -> Prepared:
         tensors={name: tuple(source.headers) for name, source in sources.items()},
     )
     optimizer_of(config, space)
-    warm = warm_start.resolve(config.warm_start, space=space, template=template, folder=Path(config.out))
-    for start in warm.recipes:
-        check(start.recipe, sources)
-    _check_gradients(warm, space)
-    _check_engine(config)
     inputs = RunInputs(
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         files={name: model_files.facts(source) for name, source in sources.items()},
         suite=suite.digest(),
         task_files=suite.file_hashes(),
     )
+    warm = warm_start.resolve(
+        config.warm_start, space=space, template=template, folder=Path(config.out), inputs=inputs
+    )
+    for start in warm.recipes:
+        check(start.recipe, sources)
+    _check_gradients(warm, space)
+    _check_engine(config)
     worker = _worker(config, suite, inputs)
     racing = _racing(config, worker)
     return Prepared(

@@ -25,7 +25,7 @@ class ScoredAdapter:
     """An adapter that was written, with its scores on `test` and those of the whole merge.
 
     folder: where it is. pick: the recipe it was made from. keep_rest: whether it stores in full what a LoRA
-    can't represent.
+    can't represent. notes: for the user.
     """
 
     folder: Path
@@ -34,6 +34,7 @@ class ScoredAdapter:
     keep_rest: bool
     merge: Scores
     adapter: Scores
+    notes: tuple[str, ...] = ()
 
     def arguments(self) -> str:
         """Return the options of `evomerge merge` that make this adapter."""

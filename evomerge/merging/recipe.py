@@ -211,7 +211,10 @@ class TensorGroup:
         data["sources"] = list(self.sources)
         distinct = len(set(self.sources)) == len(self.sources)
         shown: dict[str, Any] = {}
+        declared = methods.get(self.method).parameters
         for name, value in self.parameters.items():
+            if declared[name].omitted and value == declared[name].default:
+                continue
             if isinstance(value, tuple):
                 shown[name] = dict(zip(self.sources, value, strict=True)) if distinct else list(value)
             else:
@@ -277,6 +280,7 @@ class Recipe:
             template's name, or jinja text; see `chat_templates`.
         seed: of the random masks of DARE-like methods.
         num_layers: of the result; None means as many as its sources have.
+        pad_rows: the number of embedding rows is rounded up to a multiple of it; 0 leaves it as it is.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
         fingerprints: name -> fingerprint of a model's files, for some or all models. A merge refuses models
@@ -294,6 +298,7 @@ class Recipe:
     chat_template: str = ""
     seed: int = 0
     num_layers: int | None = None
+    pad_rows: int = 0
     fisher: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
     kept: tuple[TensorGroup, ...] = field(default=(), compare=False, repr=False)
@@ -381,6 +386,7 @@ class Recipe:
             chat_template=self.chat_template,
             seed=self.seed,
             num_layers=num_layers,
+            pad_rows=self.pad_rows,
             fisher=self.fisher if uses_fisher else {},
         )
 
@@ -423,10 +429,14 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """The canonical identity: SHA-256 over everything that changes the merged bits, 64 hex digits.
+        """The canonical identity within a run: SHA-256 over what changes the merged bits, 64 hex digits.
 
         Locations don't count (a moved folder stays the same recipe), nor does the seed where no method
-        draws at random. Parameters count with their defaults filled in.
+        draws at random. Parameters count with their defaults filled in. Models count by their names, which a
+        run ties to their files by its fingerprints. Between runs and files a hash alone says nothing: two
+        recipes are the same merge if their hashes and the fingerprints of their used models are equal. So
+        `running.warm_start` first gives models with equal files equal names, and `delivery.compare` compares
+        the runs' fingerprints.
         """
         if self._hash:
             return self._hash
@@ -468,6 +478,8 @@ class Recipe:
         data |= {"dtype": self.dtype, "seed": self.seed}
         if self.num_layers is not None:
             data["num_layers"] = self.num_layers
+        if self.pad_rows:
+            data["pad_rows"] = self.pad_rows
         if self.fisher:
             data["fisher"] = dict(self.fisher)
         if self.fingerprints:
@@ -490,6 +502,7 @@ class Recipe:
             "dtype",
             "seed",
             "num_layers",
+            "pad_rows",
             "fisher",
             "fingerprints",
         )
@@ -503,6 +516,9 @@ class Recipe:
         layers = data.get("num_layers")
         if layers is not None and _whole(layers, "recipe: num_layers") < 1:
             raise ConfigError("recipe: num_layers", expected="a whole number >= 1", got=repr(layers))
+        pad = _whole(data.get("pad_rows", 0), "recipe: pad_rows", 2**20)
+        if pad < 0:
+            raise ConfigError("recipe: pad_rows", expected="a whole number >= 0", got=repr(pad))
         groups = data["groups"]
         if not isinstance(groups, list):
             raise ConfigError("recipe: groups", expected="a list", got=type(groups).__name__)
@@ -514,6 +530,7 @@ class Recipe:
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
+            pad_rows=pad,
             fisher=_locations(data.get("fisher"), "recipe: fisher"),
             fingerprints=_locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(

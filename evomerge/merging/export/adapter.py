@@ -188,6 +188,10 @@ def write_adapter(
 def _check_request(recipe: Recipe, rank: int | None) -> None:
     if rank is not None and rank < 1:
         raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
+    if recipe.pad_rows:
+        raise ConfigError(
+            "this merge pads embedding rows, which an adapter can't do", fix="write a whole model"
+        )
     if recipe.stacked:
         raise ConfigError(
             "this merge moves layers to other places, which an adapter can't do",

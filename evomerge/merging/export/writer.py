@@ -21,7 +21,7 @@ from evomerge.merging.sources import chat, model_files
 from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.beside import Beside, beside
 from evomerge.merging.sources.chat import Chat
-from evomerge.merging.sources.checkpoint import INDEX, SINGLE
+from evomerge.merging.sources.hub import INDEX, SINGLE
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter

@@ -33,6 +33,7 @@ from evomerge.merging.sources.checkpoint import (
     read_vocabulary,
     sample_hash,
 )
+from evomerge.merging.sources.hub import split_id
 from evomerge.merging.sources.live_names import LiveNames
 from evomerge.merging.sources.model_config import with_rows
 from evomerge.merging.sources.tensorfile import Header, read_header
@@ -332,7 +333,7 @@ def _own_base(folder: Path, location: str, fallback: str | None) -> str:
                     return str(path)
     if fallback is not None:
         return fallback
-    if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and named[0] != ".":
+    if isinstance(named, str) and split_id(named) is not None:
         return named
     raise ModelError(
         f"{location}: the adapter's base model can't be found",

@@ -129,7 +129,7 @@ def differ(sources: Mapping[str, Source], pattern: str) -> bool:
 
 
 def align(
-    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool
+    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool, pad_rows: int = 0
 ) -> dict[str, Source]:
     """Return the models with their embedding rows in the order of one vocabulary.
 
@@ -140,6 +140,7 @@ def align(
         base: the name of the base model.
         asked: whether the user set `tokenizer`. If not, only models that differ in padding alone are
             aligned. Others stay unchanged, and `compatibility.check` refuses them.
+        pad_rows: round the number of rows up to a multiple of this; new rows are zeros. 0: don't.
 
     Raises:
         ModelError: rows can't be matched: a model without tokenizer.json has another number of rows,
@@ -155,14 +156,15 @@ def align(
             expected=f"tokens for the rows of {pattern} ({first.location})",
             fix=f"put the tokenizer.json {pattern} was trained with into its folder",
         )
-    if unlike or not names or first.vocabulary is None or not differ(sources, pattern):
+    _check_padding(pad_rows, pattern, first, names)
+    if unlike or not names or first.vocabulary is None or not (pad_rows or differ(sources, pattern)):
         return dict(sources)
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
     if not same and not asked:
         return dict(sources)
     rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
-    target = _target(rows[pattern], additions)
+    target = _padded(_target(rows[pattern], additions), pad_rows)
     _check_tables(sources, names)
     if additions:
         _check_ids(first, target, additions)
@@ -389,6 +391,21 @@ def _target(pattern: Rows, additions: Sequence[Mapping[str, Any]]) -> Rows:
     new = {str(token["content"]): start + index for index, token in enumerate(additions)}
     count = max(pattern.count, start + len(new)) if new else pattern.count
     return Rows(tokens={**pattern.tokens, **new}, count=count)
+
+
+def _padded(rows: Rows, multiple: int) -> Rows:
+    """Return rows whose number is rounded up to a multiple; 0 leaves them as they are."""
+    return Rows(tokens=rows.tokens, count=-(-rows.count // multiple) * multiple) if multiple else rows
+
+
+def _check_padding(multiple: int, name: str, pattern: Source, tensors: Sequence[str]) -> None:
+    """Raise ModelError for a model whose rows can't be padded."""
+    if multiple and (not tensors or pattern.vocabulary is None):
+        lacking = "tokenizer.json" if tensors else "embeddings"
+        raise ModelError(
+            f"model {name!r} has no {lacking}, so its rows can't be padded",
+            fix="leave pad_rows (mergekit: pad_to_multiple_of) out",
+        )
 
 
 def _added(additions: Sequence[Mapping[str, Any]]) -> list[Any]:
