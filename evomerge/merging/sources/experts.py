@@ -7,7 +7,8 @@ similarities: the assignment problem, Kuhn 1955), and wraps the model in a `Matc
 The router's rows move with the experts, so the model computes what it did.
 
 Experts are found by name: tensors `....experts.N....`, and tensors whose first axis is the experts, below
-`....experts.` or beside a router. Where routing is limited to groups of experts (`n_group`), experts stay in their group.
+`....experts.` or beside a router. Where routing is limited to groups of experts (`n_group`), experts stay in
+their group.
 """
 
 from __future__ import annotations
