@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from evomerge.errors import ConfigError
 from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
+from evomerge.merging.chat_templates import with_text
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
@@ -128,6 +129,10 @@ class RunConfig(Strict):
     """Type of the exported weights. Candidates are rounded to it before they are scored."""
     tokenizer: str = ""
     """Where vocabularies differ, the vocabulary of the merged model: `base`, `union`, or a source's name."""
+    chat_template: str = ""
+    """The chat template of the merged model, with which candidates are asked, too: `base` or a source's name
+    (with its end tokens and generation settings), `auto` (the most common one among the models), `alpaca`,
+    `chatml`, `llama3`, `mistral`, or a jinja file. Default: as the model that gives the tokenizer."""
     trust_tasks: bool = False
     """Allow the Python code that the suite's task files name to run. Not stored with the run."""
     allow_code_execution: bool = False
@@ -202,6 +207,7 @@ class RunConfig(Strict):
                 ),
                 "space": load_space(config.space, beside=folder),
                 "suite": resolve_suite(config.suite, folder),
+                "chat_template": with_text(config.chat_template, folder, config.locations),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
                 "out": str(expanded(config.out).absolute()),
             }
@@ -238,6 +244,8 @@ class RunConfig(Strict):
             del data["executor"]["generation"]  # runs begun before this setting existed keep their identity
         if not self.tokenizer:
             del data["tokenizer"]  # and before this one
+        if not self.chat_template:
+            del data["chat_template"]  # and before this one
         if self.baselines == "auto":
             del data["baselines"]  # and before this one; what it meant is stored with the run
         if self.warm_start == WarmStartSpec():

@@ -78,7 +78,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
     from evomerge.merging.compatibility import check
-    from evomerge.merging.sources import model_files
+    from evomerge.merging.sources import chat, model_files
     from evomerge.merging.sources.opening import open_sources
 
     suite = _suite(config).weighted(config.objective.weights)
@@ -91,11 +91,12 @@ def prepare(config: RunConfig) -> Prepared:
         base=BASE,
         dtype=config.dtype,
         tokenizer=config.tokenizer,
+        chat_template=config.chat_template,
         seed=config.seed,
         kept=_kept(config.models, tuple(headers)),
     )
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
-    notes += tuple(sandbox.notes(config.permissions))
+    notes += (*chat.notes(template, sources), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     assert not isinstance(config.space, str)
     space = kinds.apply(
@@ -222,6 +223,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         models=config.locations,
         base=BASE,
         tokenizer=config.tokenizer,
+        chat_template=config.chat_template,
         suite=suite,
         batch_size=config.executor.batch_size,
         dtype=dtype,
@@ -266,6 +268,12 @@ def _check_engine(config: RunConfig) -> None:
         raise ConfigError(
             "executor.generation: vllm is not installed",
             fix="pip install 'evomerge[vllm]', or set executor.generation: transformers",
+        )
+    if config.chat_template not in ("", BASE):
+        raise ConfigError(
+            "executor.generation: vllm ends answers as the base does",
+            got="another chat_template",
+            fix="set executor.generation: transformers",
         )
     if isinstance(config.space, LayerPathSpec) or config.tokenizer not in ("", BASE):
         raise ConfigError(

@@ -49,6 +49,7 @@ def merge(
     from evomerge.merging import mergekit
     from evomerge.merging.compatibility import check
     from evomerge.merging.export import writer
+    from evomerge.merging.export.folder import folder_notes
     from evomerge.merging.reading import read_recipe
     from evomerge.merging.sources.opening import open_used
     from evomerge.merging.tensors import kernels
@@ -68,7 +69,7 @@ def merge(
         say_file(out, recipe.hash)
         return
     sources = open_used(recipe)
-    for note in (*check(recipe, sources), *kernels.notes()):
+    for note in (*check(recipe, sources), *folder_notes(recipe, sources), *kernels.notes()):
         output.say(f"note: {note}")
     writer.write(recipe, out, sources=sources)
     output.say(f"wrote {relative(out)} (recipe {recipe.hash[:12]})")

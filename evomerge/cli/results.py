@@ -162,6 +162,8 @@ def export(
             return
         done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
     output.say(f"exported {done.pick.name} to {relative(done.folder)}{COMPARED[done.equal]}")
+    for note in done.notes:
+        output.say(f"note: {note}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
     output.data(

@@ -21,6 +21,7 @@ from evomerge.merging import mergekit
 from evomerge.merging.compatibility import with_fingerprints
 from evomerge.merging.export import writer
 from evomerge.merging.export.adapter import AdapterReport, write_adapter
+from evomerge.merging.export.folder import folder_notes
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.opening import open_source, open_used
 from evomerge.merging.tensors.digest import folder_digest
@@ -35,7 +36,8 @@ from evomerge.search.ports import Named
 class Exported:
     """A model folder that was written, and its recipe.
 
-    no_mergekit: why there is no mergekit YAML in it; None if there is. equal: whether its weights are those
+    no_mergekit: why there is no mergekit YAML in it; None if there is. notes: on the files beside the
+    weights. equal: whether its weights are those
     that the run scored on `test`, in every bit; None for a recipe that was not scored there.
     """
 
@@ -43,6 +45,7 @@ class Exported:
     pick: Named
     no_mergekit: str | None
     equal: bool | None
+    notes: tuple[str, ...] = ()
 
 
 def export(summary: Summary, out: Path, *, pick: str = "winner", accept_difference: bool = False) -> Exported:
@@ -80,8 +83,10 @@ def export(summary: Summary, out: Path, *, pick: str = "winner", accept_differen
             raise _other_weights(summary.store, chosen)
         return {"README.md": card(summary, chosen, equal=equal[0]), **extra}
 
-    writer.write(chosen.recipe, out, finish=finish)
-    return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit, equal=equal[0])
+    sources = open_used(chosen.recipe)
+    notes = folder_notes(chosen.recipe, sources)
+    writer.write(chosen.recipe, out, sources=sources, finish=finish)
+    return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit, equal=equal[0], notes=notes)
 
 
 def _equal(store: StoreReader, recipe: Recipe, folder: Path) -> bool | None:

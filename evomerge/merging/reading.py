@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from evomerge.errors import ConfigError
+from evomerge.merging.chat_templates import with_text
 from evomerge.merging.mergekit import reader
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import load_yaml
@@ -26,6 +27,11 @@ def read_recipe(path: str | Path) -> Recipe:
     try:
         if "merge_method" in data:
             return reader.from_data(data, root=path.parent)
+        template, models = data.get("chat_template"), data.get("models")
+        if isinstance(template, str):
+            data["chat_template"] = with_text(
+                template, path.parent, models if isinstance(models, dict) else ()
+            )
         recipe = Recipe.from_data(data)
     except ConfigError as error:
         raise ConfigError(

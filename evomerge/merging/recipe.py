@@ -26,6 +26,7 @@ import yaml
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
+from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.schema import LARGEST_SEED, parse_yaml
@@ -272,6 +273,8 @@ class Recipe:
         tokenizer: the model whose tokenizer, config and special tokens the result gets, or `base`, or
             `union` (the base's tokens, then all others). Default: the base, without a base the first model.
             Embedding rows are matched by token. Models with different tokens need this to be set.
+        chat_template: "" (that of the tokenizer's model), a model's name, `base`, `auto`, a built-in
+            template's name, or jinja text; see `chat_templates`.
         seed: of the random masks of DARE-like methods.
         num_layers: of the result; None means as many as its sources have.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
@@ -288,6 +291,7 @@ class Recipe:
     base: str | None = None
     dtype: str = "bfloat16"
     tokenizer: str = ""
+    chat_template: str = ""
     seed: int = 0
     num_layers: int | None = None
     fisher: Mapping[str, str] = field(default_factory=dict)
@@ -322,6 +326,8 @@ class Recipe:
         self._check_names("fisher", self.fisher)
         self._check_names("fingerprints", self.fingerprints)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
+        template = chosen_template(self.chat_template, self.base, self.models)
+        object.__setattr__(self, "chat_template", template)
         for group in self.groups:
             if methods.get(group.method).needs_base and self.base_of(group) is None:
                 raise ConfigError(
@@ -372,6 +378,7 @@ class Recipe:
             base=self.base,
             dtype=self.dtype,
             tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
             seed=self.seed,
             num_layers=num_layers,
             fisher=self.fisher if uses_fisher else {},
@@ -456,7 +463,9 @@ class Recipe:
         data: dict[str, Any] = {"format": FORMAT, "models": dict(self.models)}
         if self.base is not None:
             data["base"] = self.base
-        data |= {"tokenizer": self.tokenizer, "dtype": self.dtype, "seed": self.seed}
+        data |= {"tokenizer": self.tokenizer}
+        data |= {"chat_template": self.chat_template} if self.chat_template else {}
+        data |= {"dtype": self.dtype, "seed": self.seed}
         if self.num_layers is not None:
             data["num_layers"] = self.num_layers
         if self.fisher:
@@ -474,7 +483,16 @@ class Recipe:
             ConfigError: unknown keys (the error names the nearest valid one), or values that don't fit.
         """
         data = _mapping(data, "recipe")
-        settings = ("base", "tokenizer", "dtype", "seed", "num_layers", "fisher", "fingerprints")
+        settings = (
+            "base",
+            "tokenizer",
+            "chat_template",
+            "dtype",
+            "seed",
+            "num_layers",
+            "fisher",
+            "fingerprints",
+        )
         valid = ("format", "models", *settings, "groups")
         _check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
@@ -492,6 +510,7 @@ class Recipe:
             models=_locations(data["models"], "recipe: models"),
             base=_optional_name(data.get("base"), "recipe: base"),
             tokenizer=_optional_name(data.get("tokenizer"), "recipe: tokenizer") or "",
+            chat_template=_optional_name(data.get("chat_template"), "recipe: chat_template") or "",
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,

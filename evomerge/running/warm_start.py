@@ -134,19 +134,21 @@ def over(recipe: Recipe, template: Recipe, where: str) -> Recipe:
             fisher=fisher,
             fingerprints={},
             tokenizer=template.tokenizer,
+            chat_template=template.chat_template,
         ),
         template,
     )
 
 
 def _made_here(recipe: Recipe, template: Recipe) -> Recipe:
-    """Return a recipe with this run's models, dtype, tokenizer and seed."""
+    """Return a recipe with this run's models, dtype, tokenizer, chat template and seed."""
     return dataclasses.replace(
         recipe,
         models=dict(template.models),
         base=template.base,
         dtype=template.dtype,
         tokenizer=template.tokenizer,
+        chat_template=template.chat_template,
         seed=template.seed,
         fingerprints={},
     )

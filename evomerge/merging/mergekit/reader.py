@@ -24,6 +24,7 @@ import yaml
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
+from evomerge.merging.chat_templates import with_text
 from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import TEXT, beside_text, module_of
@@ -124,6 +125,7 @@ def from_data(
     pattern_location = locations[0] if tokenizer is None or tokenizer == UNION else tokenizer
     num_layers = _num_layers(slices, headers, pattern_location)
     pattern = tokenizer or base
+    chat_template = _chat_template(data, names, base, root)
     if any(methods.get(part.made.method).uses_base(base) and part.made.base is None for part in every):
         base = None  # groups without a base then have none, and the others name their own
     return Recipe(
@@ -132,6 +134,7 @@ def from_data(
         groups=groups(parts, names, base, headers),
         dtype=_dtype(data, headers, locations[0]),
         tokenizer=names.get(pattern, UNION) if pattern and (tokenizer or base is None) else "",
+        chat_template=chat_template,
         seed=seed,
         num_layers=num_layers,
     )
@@ -459,11 +462,6 @@ def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
 
 def _tokenizer(data: Mapping[str, Any]) -> str | None:
     """Return `base`, `union` or the location of the tokenizer's model; None if the file has no such key."""
-    if data.get("chat_template") not in (None, "auto"):
-        raise ConfigError(
-            "mergekit file: chat_template is not supported",
-            fix="leave it out, and set the template in the merged model's tokenizer",
-        )
     source = data.get("tokenizer_source")
     if data.get("tokenizer") is not None:
         source = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
@@ -472,6 +470,24 @@ def _tokenizer(data: Mapping[str, Any]) -> str | None:
             "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(source)
         )
     return source
+
+
+def _chat_template(
+    data: Mapping[str, Any], names: Mapping[str, str], base: str | None, root: str | Path | None
+) -> str:
+    """Return a recipe's `chat_template`; models are named by location or by name."""
+    choice = data.get("chat_template")
+    if choice is not None and not isinstance(choice, str):
+        raise ConfigError(
+            "mergekit file: chat_template",
+            expected="base, a model, auto, a built-in template or a .jinja file",
+            got=repr(choice)[:80],
+        )
+    if not choice or choice in names:
+        return names.get(choice or "", "")
+    if choice == "base" and base is not None:
+        return names[base]
+    return with_text(choice, Path(root or "."), names.values())
 
 
 def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from evomerge.merging.mergekit import reader
 from evomerge.merging.mergekit.slices import compressed, is_before_layers
 from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, shifted
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
-from evomerge.merging.sources.opening import open_used
+from evomerge.merging.sources.chat import chat_of
+from evomerge.merging.sources.opening import open_used, with_chat_models
 from evomerge.merging.stacking import output_names
 
 Branch = tuple[str | None, TensorGroup]
@@ -116,8 +117,17 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
         data["tokenizer_source"] = recipe.tokenizer
     elif recipe.models[recipe.tokenizer] != default:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
+    if template := _chat_template(recipe):
+        data["chat_template"] = template
     # evomerge merges in float32 and mergekit in `dtype`, so both types are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
+
+
+def _chat_template(recipe: Recipe) -> str | None:
+    """Return mergekit's `chat_template`; of a model the default template's text, as it names no models."""
+    if recipe.chat_template not in recipe.models:
+        return recipe.chat_template or None
+    return chat_of(with_chat_models(recipe, {})[recipe.chat_template]).templates.get("default")
 
 
 def _module(recipe: Recipe, method: str, names: Sequence[str]) -> dict[str, Any]:

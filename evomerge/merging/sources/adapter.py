@@ -151,9 +151,12 @@ class AdaptedCheckpoint:
 
     @functools.cached_property
     def vocabulary(self) -> Mapping[str, int] | None:
-        """The base's, or that of the adapter's folder where it added rows."""
-        own = read_vocabulary(self.adapter) if self.headers is not self.base.headers else None
-        return self.base.vocabulary if own is None else own
+        """The base's tokens, or those of the adapter's own tokenizer.json that have a row."""
+        own, theirs = read_vocabulary(self.adapter), self.base.vocabulary
+        if own is None:
+            return theirs
+        rows = next((header.shape[0] for name, header in self.headers.items() if is_embedding(name)), 0)
+        return {t: row for t, row in own.items() if row < rows or (theirs or {}).get(t) == row}
 
     @functools.cached_property
     def fingerprint(self) -> str:

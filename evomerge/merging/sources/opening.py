@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from evomerge.errors import ModelError
 from evomerge.files import expanded
 from evomerge.merging.recipe import Recipe, tokenizer_of
+from evomerge.merging.sources import chat
 from evomerge.merging.sources.adapter import is_adapter, open_adapter, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.source import Source
@@ -71,6 +72,17 @@ def open_used(recipe: Recipe) -> dict[str, Source]:
     every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
     aligned = align(untie(every), tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
     return {name: aligned[name] for name in used}
+
+
+def with_chat_models(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Return opened models and those among which the recipe's `chat_template` chooses, in its order."""
+    below = recipe.models[recipe.base] if recipe.base is not None else None
+    wanted = chat.needed(recipe)
+    return {
+        name: sources[name] if name in sources else open_source(place, base=below)
+        for name, place in recipe.models.items()
+        if name in sources or name in wanted
+    }
 
 
 def _untied_like_all(recipe: Recipe, opened: dict[str, Source], below: str | None) -> dict[str, Source]:

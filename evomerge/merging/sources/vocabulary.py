@@ -19,11 +19,13 @@ tokenizers without tokenizer.json, whose models must have the rows of the model 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +33,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.errors import ModelError
+from evomerge.files import passing_folder, temporary_parent
 from evomerge.merging.modules import TEXT, layer_of, module_of
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
+from evomerge.merging.sources.beside import folders_of, tokenizer_files, tokenizer_folder
 from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
 from evomerge.merging.sources.model_config import text_part, with_rows
 from evomerge.merging.sources.source import Source
@@ -301,9 +305,10 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False
-        )
+        with _whole_folder(source) as folder:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers library (in Rust) is no Exception
@@ -316,6 +321,20 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         if tokenizer.convert_tokens_to_ids(texts) != [source.vocabulary[text] for text in texts]:
             raise _no_union(source)
     return tokenizer  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _whole_folder(source: Source) -> Iterator[Path]:
+    """Yield a folder with a model's config and tokenizer; an adapter's own files replace the model's."""
+    if len(folders_of(source)) == 1:
+        yield source.folder
+        return
+    with passing_folder(temporary_parent(), "evomerge-tokenizer") as folder:
+        for name, path in tokenizer_files(source).files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+        yield folder
 
 
 def _same_tokens(tokens: Mapping[str, int] | None, others: Mapping[str, int] | None) -> bool:
@@ -346,7 +365,7 @@ def _additions(sources: Mapping[str, Source], pattern: str) -> tuple[dict[str, A
         new = {token: row for token, row in (source.vocabulary or {}).items() if token not in have}
         if not new:
             continue
-        flags = _flags(source.folder)
+        flags = _flags(tokenizer_folder(source))
         plain = {"special": False, "normalized": True}
         additions += [
             {"content": token, **flags.get(token, plain)} for token in sorted(new, key=lambda t: new[t])
@@ -383,7 +402,7 @@ def _check_ids(pattern: Source, target: Rows, additions: Sequence[Mapping[str, A
     from tokenizers import Tokenizer
 
     assert target.tokens is not None
-    tokenizer = Tokenizer.from_file(str(pattern.folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder(pattern) / "tokenizer.json"))
     tokenizer.add_tokens(_added(additions))
     if any(tokenizer.token_to_id(t["content"]) != target.tokens[t["content"]] for t in additions):
         raise _no_union(pattern)

@@ -19,7 +19,7 @@ from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.modules import shifted
-from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.arrays import DTYPES, WeightArray, is_finite, of_tensor, to_tensor, widened
 from evomerge.merging.tensors import kernels
 from evomerge.merging.tensors.application import arguments
@@ -112,7 +112,7 @@ def merge_array(
             out[...] = merged if out.dtype == merged.dtype else widened(merged)
             merged = out
     if not finite:
-        raise _not_finite(tensor, recipe.dtype, group)
+        raise _not_finite(tensor, recipe, inputs)
     return merged
 
 
@@ -174,21 +174,40 @@ def _space(out: Storage | None, dtype: str) -> WeightArray | None:
     return None
 
 
-def checked(merged: Tensor, tensor: str) -> Tensor:
-    """Return a tensor as it is, or raise NonFiniteWeights naming it."""
-    if not is_finite(of_tensor(merged)):
-        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), None)
-    return merged
+def checked(weights: Tensor, tensor: str, recipe: Recipe, inputs: Inputs) -> Tensor:
+    """Return weights from which an output tensor is made as they are, or raise NonFiniteWeights."""
+    if not is_finite(of_tensor(weights)):
+        raise _not_finite(tensor, recipe, inputs)
+    return weights
 
 
-def _not_finite(tensor: str, dtype: str, group: TensorGroup | None) -> NonFiniteWeights:
-    made = "" if group is None else f" made by group {group.label()!r} ({group.method})"
+def _not_finite(tensor: str, recipe: Recipe, inputs: Inputs) -> NonFiniteWeights:
+    group = recipe.group_for(tensor)
+    made = f"NaN or infinite elements made by group {group.label()!r} ({group.method})"
+    faults = _faults(tensor, recipe, inputs)
     return NonFiniteWeights(
         f"the merged tensor {tensor!r} is not finite",
-        expected=f"finite {dtype} numbers",
-        got=f"NaN or infinite elements{made}",
-        fix="use smaller weights or lambda, and check that the sources themselves are finite",
+        expected=f"finite {recipe.dtype} numbers",
+        got="; ".join((made, *faults)) if faults else f"{made} of finite sources",
+        fix="restore these files, or leave the model out" if faults else "use smaller weights or lambda",
     )
+
+
+def _faults(tensor: str, recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Say which inputs of a tensor are not finite themselves, and in how many elements."""
+    group = recipe.group_for(tensor)
+    base, reads = recipe.base_of(group), list(group.reads(tensor))
+    below = [] if base is None else [(base, shifted(tensor, group.base_shift))]
+    arrays = {
+        f"model {source!r} ({recipe.models[source]})": (name, inputs.operand(source, name, None).data)
+        for source, name in below + reads
+    }
+    wrong = {place: int((~numpy.isfinite(widened(data))).sum()) for place, (_, data) in arrays.items()}
+    return [
+        f"{place}: {wrong[place]} of {data.size} elements of {name!r} are NaN or infinite"
+        for place, (name, data) in arrays.items()
+        if wrong[place]
+    ]
 
 
 class StoredStatistics:
