@@ -295,7 +295,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def _short(error: BaseException) -> str:
-    text = re.sub(r"/\S*/base", "base", " ".join(str(error).split()))[:140]
+    text = re.sub(r"/\S*/base", "base", " ".join(str(error).split()))[:200]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 

@@ -112,8 +112,30 @@ def merge_array(
             out[...] = merged if out.dtype == merged.dtype else widened(merged)
             merged = out
     if not finite:
-        raise _not_finite(tensor, recipe, inputs)
+        same = _shared(tensor, recipe, inputs)
+        if same is None:
+            raise _not_finite(tensor, recipe, inputs)
+        merged[...] = same if same.dtype == merged.dtype else widened(same)
     return merged
+
+
+def _shared(tensor: str, recipe: Recipe, inputs: Inputs) -> WeightArray | None:
+    """Return the numbers that all inputs of a tensor have in common, in the recipe's dtype.
+
+    Models can hold infinite numbers, such as the bounds of activations, whose sums and differences are NaN.
+    None if the inputs differ, hold NaN, or have finite numbers that are infinite in the recipe's dtype.
+    """
+    import torch
+
+    group = recipe.group_for(tensor)
+    base, reads = recipe.base_of(group), list(group.reads(tensor))
+    below = [] if base is None else [(base, shifted(tensor, group.base_shift))]
+    arrays = [widened(inputs.operand(source, name, None).data) for source, name in below + reads]
+    first = arrays[0]
+    if numpy.isnan(first).any() or not all(numpy.array_equal(first, other) for other in arrays[1:]):
+        return None
+    rounded = of_tensor(to_tensor(first).to(getattr(torch, recipe.dtype)))
+    return None if (numpy.isfinite(first) & ~numpy.isfinite(widened(rounded))).any() else rounded
 
 
 def _in_torch(
