@@ -29,12 +29,20 @@ from evomerge.merging import methods
 from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import layer_of, shifted
+from evomerge.merging.recipe_data import (
+    LAYERS,
+    check_keys,
+    locations,
+    mapping,
+    optional_name,
+    shifts,
+    strings,
+    whole,
+)
 from evomerge.schema import LARGEST_SEED, parse_yaml
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
-LAYERS = 10_000
-"""Most layers of a model; work is done layer by layer, so a misread number would take hours."""
 OUTSIDE: tuple[int, ...] = ()
 """The `layers` of a group of the tensors outside all layers: embeddings, final norm, head."""
 
@@ -233,12 +241,12 @@ class TensorGroup:
     @classmethod
     def _from_data(cls, data: Mapping[str, Any], where: str) -> TensorGroup:
         valid = ("method", "sources", "parameters", "layers", "match", "shift", "base", "base_shift")
-        _check_keys(data, valid, required=("method", "sources"), where=where)
-        sources = tuple(_strings(data["sources"], f"{where}: sources"))
+        check_keys(data, valid, required=("method", "sources"), where=where)
+        sources = tuple(strings(data["sources"], f"{where}: sources"))
         parameters: dict[str, Setting] = {}
-        for name, value in _mapping(data.get("parameters"), f"{where}: parameters").items():
+        for name, value in mapping(data.get("parameters"), f"{where}: parameters").items():
             if isinstance(value, Mapping):
-                _check_keys(value, sources, required=sources, where=f"{where}: parameters: {name}")
+                check_keys(value, sources, required=sources, where=f"{where}: parameters: {name}")
                 parameters[name] = tuple(value[source] for source in sources)
             else:
                 parameters[name] = tuple(value) if isinstance(value, list) else value
@@ -257,10 +265,10 @@ class TensorGroup:
             sources=sources,
             parameters=parameters,
             layers=None if layers is None else tuple(sorted(set(layers))),
-            match=tuple(_strings([] if data.get("match") is None else data["match"], f"{where}: match")),
-            shift=_shifts(data.get("shift"), sources, where),
-            base=_optional_name(data.get("base"), f"{where}: base"),
-            base_shift=_whole(data.get("base_shift", 0), f"{where}: base_shift"),
+            match=tuple(strings([] if data.get("match") is None else data["match"], f"{where}: match")),
+            shift=shifts(data.get("shift"), sources, where),
+            base=optional_name(data.get("base"), f"{where}: base"),
+            base_shift=whole(data.get("base_shift", 0), f"{where}: base_shift"),
         )
 
 
@@ -494,7 +502,7 @@ class Recipe:
         Raises:
             ConfigError: unknown keys (the error names the nearest valid one), or values that don't fit.
         """
-        data = _mapping(data, "recipe")
+        data = mapping(data, "recipe")
         settings = (
             "base",
             "tokenizer",
@@ -507,34 +515,34 @@ class Recipe:
             "fingerprints",
         )
         valid = ("format", "models", *settings, "groups")
-        _check_keys(data, valid, required=("models", "groups"), where="recipe")
+        check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
             raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
         seed = data.get("seed", 0)
-        if _whole(seed, "recipe: seed", LARGEST_SEED) < 0:
+        if whole(seed, "recipe: seed", LARGEST_SEED) < 0:
             raise ConfigError("recipe: seed", expected="a whole number >= 0", got=repr(seed))
         layers = data.get("num_layers")
-        if layers is not None and _whole(layers, "recipe: num_layers") < 1:
+        if layers is not None and whole(layers, "recipe: num_layers") < 1:
             raise ConfigError("recipe: num_layers", expected="a whole number >= 1", got=repr(layers))
-        pad = _whole(data.get("pad_rows", 0), "recipe: pad_rows", 2**20)
+        pad = whole(data.get("pad_rows", 0), "recipe: pad_rows", 2**20)
         if pad < 0:
             raise ConfigError("recipe: pad_rows", expected="a whole number >= 0", got=repr(pad))
         groups = data["groups"]
         if not isinstance(groups, list):
             raise ConfigError("recipe: groups", expected="a list", got=type(groups).__name__)
         return cls(
-            models=_locations(data["models"], "recipe: models"),
-            base=_optional_name(data.get("base"), "recipe: base"),
-            tokenizer=_optional_name(data.get("tokenizer"), "recipe: tokenizer") or "",
-            chat_template=_optional_name(data.get("chat_template"), "recipe: chat_template") or "",
+            models=locations(data["models"], "recipe: models"),
+            base=optional_name(data.get("base"), "recipe: base"),
+            tokenizer=optional_name(data.get("tokenizer"), "recipe: tokenizer") or "",
+            chat_template=optional_name(data.get("chat_template"), "recipe: chat_template") or "",
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
             pad_rows=pad,
-            fisher=_locations(data.get("fisher"), "recipe: fisher"),
-            fingerprints=_locations(data.get("fingerprints"), "recipe: fingerprints"),
+            fisher=locations(data.get("fisher"), "recipe: fisher"),
+            fingerprints=locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(
-                TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
+                TensorGroup._from_data(mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)
             ),
         )
@@ -553,62 +561,3 @@ class Recipe:
 
     def __reduce__(self) -> tuple[object, ...]:  # mapping proxies don't pickle; plain data does
         return Recipe.from_data, (self.to_data(),)
-
-
-def _check_keys(
-    data: Mapping[str, Any], valid: Sequence[str], *, required: Sequence[str], where: str
-) -> None:
-    for key in data:
-        if key not in valid:
-            raise ConfigError(f"{where}: unknown key {key!r}", fix=nearest(str(key), valid))
-    for key in required:
-        if key not in data:
-            raise ConfigError(f"{where}: missing key {key!r}")
-
-
-def _mapping(data: object, where: str) -> Mapping[str, Any]:
-    if data is None:
-        return {}
-    if not isinstance(data, Mapping):
-        raise ConfigError(where, expected="a mapping", got=type(data).__name__)
-    return data
-
-
-def _optional_name(value: object, where: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(where, expected="the name of a model", got=repr(value))
-    return value
-
-
-def _whole(value: object, where: str, limit: int = LAYERS) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > limit:
-        raise ConfigError(where, expected=f"a whole number of at most {limit}", got=repr(value)[:80])
-    return value
-
-
-def _shifts(data: object, sources: Sequence[str], where: str) -> tuple[int, ...]:
-    """Return one shift per source; a mapping may leave out sources that are not shifted."""
-    where = f"{where}: shift"
-    if isinstance(data, Mapping):
-        _check_keys(data, sources, required=(), where=where)
-        if len(set(sources)) < len(sources):
-            raise ConfigError(where, expected="a list, because a source appears twice", got="a mapping")
-        return tuple(_whole(data.get(source, 0), where) for source in sources)
-    if data is not None and not isinstance(data, list):
-        raise ConfigError(where, expected="source: whole number, or a list of whole numbers", got=repr(data))
-    return tuple(_whole(value, where) for value in data or ())
-
-
-def _locations(data: object, where: str) -> dict[str, str]:
-    locations = _mapping(data, where)
-    for name, place in locations.items():
-        if not name or not isinstance(place, str) or not place:
-            raise ConfigError(f"{where}: {name!r}", expected="a name and a location (text)", got=repr(place))
-    return {str(name): place for name, place in locations.items()}
-
-
-def _strings(data: object, where: str) -> list[str]:
-    values = [data] if isinstance(data, str) else data
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise ConfigError(where, expected="a name or a list of names", got=repr(data))
-    return values

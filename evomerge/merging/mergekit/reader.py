@@ -30,7 +30,8 @@ from evomerge.merging.mergekit.ignored import ENTRIES, without_ignored
 from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import TEXT, beside_text, module_of
-from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
+from evomerge.merging.recipe import DTYPES, UNION, Recipe
+from evomerge.merging.recipe_data import LAYERS
 from evomerge.merging.sources.hub import is_local, split_id
 from evomerge.schema import parse_yaml
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.modules import TEXT, file_name, layer_of, module_of, next_layers
-from evomerge.merging.recipe import LAYERS
+from evomerge.merging.recipe_data import LAYERS
 from evomerge.merging.sources.arrays import WeightArray, to_tensor
 from evomerge.merging.sources.hub import INDEX, SINGLE, folder_of
 from evomerge.merging.sources.model_config import (
