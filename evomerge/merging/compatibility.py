@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy
+
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.modules import layer_of
@@ -124,6 +126,7 @@ def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tup
         _check_vocabulary(*pair)
         _check_shapes(*pair, stacked)
         notes += _tokenizer_notes(*pair)
+        notes += _copied_notes(*pair)
         notes += [source.note] if isinstance(source, Aligned | Untied) else []
         notes += [
             f"{key} differs: {name} has {config[key]!r}, {pattern_name} {pattern_config[key]!r}"
@@ -159,6 +162,7 @@ def _check_types(name: str, source: Source) -> None:
                 f"model {name!r}: tensor {tensor!r} has a type that can't be merged",
                 expected=", ".join(FLOATS),
                 got=header.dtype,
+                fix=f"write it as float weights: evomerge import {source.location} OUT",
             )
 
 
@@ -256,6 +260,23 @@ def _tokenizer_notes(name: str, source: Source, pattern_name: str, pattern: Sour
     return [
         f"tokens can't be compared: {name} has {files[0]}, {pattern_name} {files[1]}; the merge takes "
         "embedding rows as they are"
+    ]
+
+
+def _copied_notes(name: str, source: Source, pattern_name: str, pattern: Source) -> list[str]:
+    """Say where two models have other whole numbers, which a merge takes from one of them."""
+    if source is pattern:
+        return []
+    differing = [
+        tensor
+        for tensor in pattern.copied
+        if tensor not in source.copied or not numpy.array_equal(source.array(tensor), pattern.array(tensor))
+    ]
+    if not differing:
+        return []
+    return [
+        f"whole numbers differ between {name} and {pattern_name}, in {_some(differing)}; they are copied "
+        f"from one model, here {pattern_name}, and not merged"
     ]
 
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from evomerge.errors import ConfigError, ModelError
 from evomerge.files import drafted_folder
 from evomerge.merging import methods
@@ -39,7 +41,7 @@ from evomerge.merging.sources.beside import tokenizer_files
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
 from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.opening import open_source, open_used
-from evomerge.merging.sources.source import Source, same_base
+from evomerge.merging.sources.source import Source, copied_place, same_base
 from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
 from evomerge.merging.tensors.application import apply
 from evomerge.merging.tensors.inputs import FileInputs
@@ -169,6 +171,7 @@ def write_adapter(
     location, below = _base(recipe, opened, base)
     layers = _layers(below)
     plan, exact = _plan(recipe, opened, below, layers, rank, keep_rest)
+    plan.lost += _other_numbers(recipe, opened, below)
     report = _report(plan, exact, location)
     stored = _whole_modules(plan.whole, below, layers)
     writer.check_space(out, {WEIGHTS: _headers(plan, stored, below, recipe.dtype, layers)})
@@ -198,6 +201,16 @@ def _check_request(recipe: Recipe, rank: int | None) -> None:
             expected="a recipe without num_layers, shift and base_shift",
             fix="write a whole model",
         )
+
+
+def _other_numbers(recipe: Recipe, sources: Mapping[str, Source], base: Checkpoint) -> list[str]:
+    """Return the whole numbers of a merge that are not the base's, since an adapter holds weights only."""
+    places = {name: copied_place(recipe, name, sources) for name in base.copied}
+    return [
+        name
+        for name, place in places.items()
+        if place is not None and not numpy.array_equal(sources[place[0]].array(place[1]), base.array(name))
+    ]
 
 
 def _plan(

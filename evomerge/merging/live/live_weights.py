@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.modules import NEXT_LAYERS
-from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.tensorfile import COPIED, Header
 from evomerge.merging.tensors.merge_tensor import Storage
 
 if TYPE_CHECKING:
@@ -178,7 +178,11 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
     missing = [name for name in live if name not in reached]
     ignored = [re.compile(key) for key in model._keys_to_ignore_on_load_unexpected or ()]
     extra = [
-        name for name in extra if NEXT_LAYERS not in name and not any(key.search(name) for key in ignored)
+        name
+        for name in extra
+        if NEXT_LAYERS not in name
+        and headers[name].dtype not in COPIED  # numbers that transformers computes, as positions are
+        and not any(key.search(name) for key in ignored)
     ]
     if missing or extra:
         raise ModelError(

@@ -89,7 +89,8 @@ class Workbench:
         self.sources = open_sources(models, base, tokenizer=tokenizer)
         pattern = {self._pattern: self.sources[self._pattern]}
         self.notes = check_models(pattern | self.sources)
-        self._headers = self.sources[self._pattern].headers
+        chosen = self.sources[self._pattern]
+        self._headers = {**chosen.headers, **chosen.copied}
         self._inputs = WarmInputs(self.sources, low_memory=low_memory)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
@@ -247,6 +248,8 @@ class Workbench:
         # Tied weights that are stored twice lie in one place, and its gradient counts once.
         owners = {address(place): name for name, place in self._targets.items()}
         for name in sorted(owners.values()):
+            if name in self.sources[self._pattern].copied:
+                continue
             gradient = gradient_at(self._targets[name], live).view(self._headers[name].shape).numpy()
             of_tensor = tensor_derivatives(recipe, name, gradient, self._inputs)
             if of_tensor is not None:

@@ -25,7 +25,6 @@ from evomerge.files import expanded
 from evomerge.merging.sources.adapter_config import UNMERGEABLE, AdapterConfig, Scales, refuse_unsupported
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import (
-    ARRAY_TYPES,
     HEADS,
     Checkpoint,
     TensorNames,
@@ -36,7 +35,7 @@ from evomerge.merging.sources.checkpoint import (
 from evomerge.merging.sources.hub import split_id
 from evomerge.merging.sources.live_names import LiveNames
 from evomerge.merging.sources.model_config import with_rows
-from evomerge.merging.sources.tensorfile import Header, read_header
+from evomerge.merging.sources.tensorfile import ARRAY_TYPES, Header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +97,7 @@ class AdaptedCheckpoint:
     def __init__(self, base: Checkpoint, folder: Path, location: str) -> None:
         self.base, self.adapter, self.location = base, folder, location
         self.folder, self.config, self.headers = base.folder, base.config, base.headers
+        self.copied = base.copied
         config, self._settings = AdapterConfig.read(folder / CONFIG)
         self._factors: dict[str, Tensor] = {}
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}

@@ -170,7 +170,7 @@ class Matched:
         orders: Mapping[str, NDArray[np.int64]],
     ) -> None:
         self.source, self.location, self.folder = source, source.location, source.folder
-        self.config, self.headers = source.config, source.headers
+        self.config, self.headers, self.copied = source.config, source.headers, source.copied
         moved = sum(int((order != np.arange(len(order))).sum()) for order in orders.values())
         self.note = f"experts matched by their weights: {moved} of {name} move, in {len(orders)} layers"
         self._renamed: dict[str, str] = {}

@@ -217,6 +217,20 @@ class Table:
             self._add_means(result, np.flatnonzero(lacking), tensor)
         return result
 
+    def gather_copied(self, model: str, tensor: str) -> WeightArray:
+        """Return whole numbers with the target's rows; a row that a model lacks is another model's."""
+        order = dict.fromkeys((model, *((self.base,) if self.base else ()), *self.sources))
+        own = self.sources[model].array(tensor)
+        result = np.zeros((self.target.count, *own.shape[1:]), dtype=own.dtype)
+        lacking = np.ones(self.target.count, dtype=bool)
+        for name in order:
+            header = self.sources[name].copied.get(tensor)
+            if header is not None and header.shape == (self.rows[name].count, *own.shape[1:]):
+                places = np.flatnonzero(lacking & (self.maps[name] != LACKS))
+                result[places] = self.sources[name].array(tensor)[self.maps[name][places]]
+                lacking[places] = False
+        return result
+
     def _add_means(self, result: Tensor, places: NDArray[np.int64], tensor: str) -> None:
         """Fill rows with the mean over the models that have them; rows that no model has stay zero."""
         import torch
@@ -268,6 +282,17 @@ class Aligned:
             else header
             for tensor, header in source.headers.items()
         }
+        self._by_token = frozenset(
+            tensor
+            for tensor, header in source.copied.items()
+            if header.shape and header.shape[0] == table.rows[name].count
+        )
+        self.copied: Mapping[str, Header] = {
+            tensor: Header(shape=(table.target.count, *header.shape[1:]), dtype=header.dtype)
+            if tensor in self._by_token
+            else header
+            for tensor, header in source.copied.items()
+        }
 
     @property
     def tied(self) -> bool:
@@ -292,6 +317,8 @@ class Aligned:
 
     def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return the tensor in float32 if its rows move, else as the original source does."""
+        if name in self._by_token:
+            return self._table.gather_copied(self.name, name)
         moved = name in self._table.tensors
         return of_tensor(self.tensor(name)) if moved else self.source.array(name, mapped=mapped)
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy
 
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
+from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources import fisher_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import WeightArray, computable, of_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
-from evomerge.merging.sources.source import Source, task_vector
+from evomerge.merging.sources.source import Source, copied_place, task_vector
 from evomerge.merging.tensors.kernels import Operand
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class Inputs(Protocol):
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         """Return a source's tensor in float32 or bfloat16, marked if `base` is still to be subtracted."""
+        ...
+
+    def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
+        """Return what an output tensor is a copy of, see `copied_place`; None for a merged tensor."""
         ...
 
     def fisher(self, file: str, tensor: str) -> Tensor:
@@ -56,6 +61,9 @@ class FileInputs:
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=False)
+
+    def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
+        return _copied(self._sources, recipe, tensor)
 
     def fisher(self, file: str, tensor: str) -> Tensor:
         return fisher_files.tensor(file, tensor)
@@ -95,6 +103,9 @@ class WarmInputs:
             self._mapped[place] = operand  # a view of the file: keeping it costs nothing
         return operand
 
+    def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
+        return _copied(self._sources, recipe, tensor)
+
     def fisher(self, file: str, tensor: str) -> Tensor:
         return fisher_files.tensor(file, tensor)
 
@@ -109,6 +120,11 @@ class WarmInputs:
         if place not in self._spectra:
             self._spectra[place] = Spectrum(magnitudes())
         return self._spectra[place].boundary(rank)
+
+
+def _copied(sources: Mapping[str, Source], recipe: Recipe, tensor: str) -> WeightArray | None:
+    place = copied_place(recipe, tensor, sources) if any(s.copied for s in sources.values()) else None
+    return None if place is None else sources[place[0]].array(place[1])
 
 
 def _operand(
