@@ -31,12 +31,14 @@ from evomerge.merging.methods import Method
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.merging.recipe_data import (
     LAYERS,
+    TokenRow,
     check_keys,
     locations,
     mapping,
     optional_name,
     shifts,
     strings,
+    token_rows,
     whole,
 )
 from evomerge.schema import LARGEST_SEED, parse_yaml
@@ -289,6 +291,8 @@ class Recipe:
         seed: of the random masks of DARE-like methods.
         num_layers: of the result; None means as many as its sources have.
         pad_rows: the number of embedding rows is rounded up to a multiple of it; 0 leaves it as it is.
+        tokens: token -> where its embedding row comes from, see `TokenRow`; for models that lack the token,
+            or for all of them.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
         fingerprints: name -> fingerprint of a model's files, for some or all models. A merge refuses models
@@ -307,6 +311,7 @@ class Recipe:
     seed: int = 0
     num_layers: int | None = None
     pad_rows: int = 0
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
     fisher: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
     kept: tuple[TensorGroup, ...] = field(default=(), compare=False, repr=False)
@@ -327,6 +332,7 @@ class Recipe:
         if not self.groups:
             raise ConfigError("recipe: no groups")
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
+        object.__setattr__(self, "tokens", MappingProxyType(dict(self.tokens)))
         object.__setattr__(self, "fisher", MappingProxyType(dict(self.fisher)))
         object.__setattr__(self, "fingerprints", MappingProxyType(dict(self.fingerprints)))
         object.__setattr__(self, "asked", bool(self.tokenizer))
@@ -336,6 +342,7 @@ class Recipe:
         for group in self.groups:
             if not self.models.keys() >= {*group.sources, group.base or group.sources[0]}:
                 self._check_names(f"group {group.label()!r}", [*group.sources, group.base])
+        self._check_names("tokens", [row.model for row in self.tokens.values()])
         self._check_names("fisher", self.fisher)
         self._check_names("fingerprints", self.fingerprints)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
@@ -395,6 +402,7 @@ class Recipe:
             seed=self.seed,
             num_layers=num_layers,
             pad_rows=self.pad_rows,
+            tokens=self.tokens,
             fisher=self.fisher if uses_fisher else {},
         )
 
@@ -488,6 +496,8 @@ class Recipe:
             data["num_layers"] = self.num_layers
         if self.pad_rows:
             data["pad_rows"] = self.pad_rows
+        if self.tokens:
+            data["tokens"] = {token: row.as_data() for token, row in self.tokens.items()}
         if self.fisher:
             data["fisher"] = dict(self.fisher)
         if self.fingerprints:
@@ -511,6 +521,7 @@ class Recipe:
             "seed",
             "num_layers",
             "pad_rows",
+            "tokens",
             "fisher",
             "fingerprints",
         )
@@ -539,6 +550,7 @@ class Recipe:
             seed=seed,
             num_layers=layers,
             pad_rows=pad,
+            tokens=token_rows(data.get("tokens"), "recipe: tokens"),
             fisher=locations(data.get("fisher"), "recipe: fisher"),
             fingerprints=locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(

@@ -203,6 +203,7 @@ def _renamed(recipe: Recipe, names: Mapping[str, str], template: Recipe) -> Reci
         base=BASE,
         fisher={names[name]: file for name, file in recipe.fisher.items() if name in names},
         fingerprints={},
+        tokens={},
         tokenizer=template.tokenizer,
         chat_template=template.chat_template,
     )
@@ -219,6 +220,7 @@ def _made_here(recipe: Recipe, template: Recipe) -> Recipe:
         chat_template=template.chat_template,
         seed=template.seed,
         pad_rows=0,
+        tokens={},
         fingerprints={},
     )
 

@@ -191,9 +191,9 @@ def write_adapter(
 def _check_request(recipe: Recipe, rank: int | None) -> None:
     if rank is not None and rank < 1:
         raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
-    if recipe.pad_rows:
+    if recipe.pad_rows or recipe.tokens:
         raise ConfigError(
-            "this merge pads embedding rows, which an adapter can't do", fix="write a whole model"
+            "this merge pads or chooses embedding rows, which an adapter can't do", fix="write a whole model"
         )
     if recipe.stacked:
         raise ConfigError(

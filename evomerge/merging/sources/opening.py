@@ -69,7 +69,8 @@ def open_used(recipe: Recipe) -> dict[str, Source]:
         place: open_source(place, base=below) for place in dict.fromkeys(map(recipe.models.__getitem__, used))
     }
     opened = _untied_like_all(recipe, {name: at[recipe.models[name]] for name in used}, below)
-    if recipe.tokenizer == recipe.pattern and not recipe.pad_rows and not differ(opened, recipe.pattern):
+    moved = recipe.tokenizer != recipe.pattern or recipe.pad_rows or recipe.tokens
+    if not moved and not differ(opened, recipe.pattern):
         return opened
     # Models that are not merged may still provide rows that others lack, so all are opened.
     every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
@@ -79,6 +80,7 @@ def open_used(recipe: Recipe) -> dict[str, Source]:
         base=recipe.base,
         asked=recipe.asked,
         pad_rows=recipe.pad_rows,
+        tokens=recipe.tokens,
     )
     return {name: aligned[name] for name in used}
 
