@@ -158,15 +158,13 @@ def align(
     pattern = tokenizer if tokenizer in sources else base or next(iter(sources))
     first = sources[pattern]
     names = row_tensors(first)
-    unlike = any(row_tensors(source) != names for source in sources.values())  # refused by `check`
+    unlike = any(row_tensors(source) != names for source in sources.values())  # `check` refuses them
     if pattern != tokenizer and first.vocabulary is None and any(s.vocabulary for s in sources.values()):
         raise _no_tokens(pattern, first)
     _check_padding(pad_rows or len(tokens), pattern, first, names)
     moved = pad_rows or tokens or differ(sources, pattern)
-    if unlike or not names or first.vocabulary is None or not moved:
-        return dict(sources)
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
-    if not same and not asked:
+    if unlike or not names or first.vocabulary is None or not moved or not (same or asked):
         return dict(sources)
     rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
@@ -185,9 +183,9 @@ def align(
     )
     forced = any(row.force for row in tokens.values())
     return {
-        name: source
-        if rows[name].tokens == target.tokens and rows[name].count == target.count and not forced
-        else Aligned(name, source, table, additions if name == pattern else ())
+        name: Aligned(name, source, table, additions if name == pattern else ())
+        if forced or rows[name] != target
+        else source
         for name, source in sources.items()
     }
 
