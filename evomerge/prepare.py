@@ -83,18 +83,9 @@ def prepare(config: RunConfig) -> Prepared:
 
     suite = _suite(config).weighted(config.objective.weights)
     config.objective.check(suite, config.models.sources)
-    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer, experts=config.models.experts)
     headers = sources[BASE].headers
-    template = Recipe(
-        models=config.locations,
-        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
-        base=BASE,
-        dtype=config.dtype,
-        tokenizer=config.tokenizer,
-        chat_template=config.chat_template,
-        seed=config.seed,
-        kept=_kept(config.models, tuple(headers)),
-    )
+    template = _template(config, tuple(headers))
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
     notes += (*chat.notes(template, sources), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
@@ -134,6 +125,21 @@ def prepare(config: RunConfig) -> Prepared:
         notes=notes,
         warm=warm,
         baselines=_baselines(config, template, sum(header.count for header in headers.values())),
+    )
+
+
+def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
+    """Return the recipe whose settings every candidate has."""
+    return Recipe(
+        models=config.locations,
+        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
+        base=BASE,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        experts=config.models.experts,
+        chat_template=config.chat_template,
+        seed=config.seed,
+        kept=_kept(config.models, tensors),
     )
 
 
@@ -225,6 +231,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         models=config.locations,
         base=BASE,
         tokenizer=config.tokenizer,
+        experts=config.models.experts,
         chat_template=config.chat_template,
         suite=suite,
         batch_size=config.executor.batch_size,
@@ -358,5 +365,5 @@ def full_hashes(config: RunConfig) -> dict[str, dict[str, str]]:
     from evomerge.merging.sources import model_files
     from evomerge.merging.sources.opening import open_sources
 
-    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer, experts=config.models.experts)
     return {name: model_files.full_hashes(source) for name, source in sources.items()}

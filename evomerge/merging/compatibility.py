@@ -15,6 +15,7 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources import fisher_files
 from evomerge.merging.sources.beside import unwrapped
 from evomerge.merging.sources.checkpoint import HEADS
+from evomerge.merging.sources.experts import Matched
 from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.pieces import KINDS, other_tokens
 from evomerge.merging.sources.source import Source
@@ -60,6 +61,12 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     check_fingerprints(recipe, {name: sources[name] for name in names})
     notes = check_models({name: sources[name] for name in names}, stacked=recipe.stacked)
     _check_groups(recipe, sources)
+    if any(isinstance(sources[name], Matched) for name in recipe.used_fishers()):
+        raise ConfigError(
+            "recipe: method fisher can't merge models whose experts are matched",
+            expected="experts in one order, because Fisher files keep their model's order",
+            fix="use another method, or `experts: stored`",
+        )
     if any(isinstance(sources[name], Aligned) for name in recipe.used_fishers()):
         raise ConfigError(
             "recipe: method fisher can't merge models whose embedding rows are matched by token",
@@ -127,7 +134,7 @@ def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tup
         _check_shapes(*pair, stacked)
         notes += _tokenizer_notes(*pair)
         notes += _copied_notes(*pair)
-        notes += [source.note] if isinstance(source, Aligned | Untied) else []
+        notes += _wrapper_notes(source)
         notes += [
             f"{key} differs: {name} has {config[key]!r}, {pattern_name} {pattern_config[key]!r}"
             for config in [_entries(source)]
@@ -261,6 +268,15 @@ def _tokenizer_notes(name: str, source: Source, pattern_name: str, pattern: Sour
         f"tokens can't be compared: {name} has {files[0]}, {pattern_name} {files[1]}; the merge takes "
         "embedding rows as they are"
     ]
+
+
+def _wrapper_notes(source: Source | None) -> list[str]:
+    """Return what is said of a model with other rows, another order of experts, or a head of its own."""
+    notes = []
+    while isinstance(source, Aligned | Matched | Untied):
+        notes.append(source.note)
+        source = source.source
+    return notes
 
 
 def _copied_notes(name: str, source: Source, pattern_name: str, pattern: Source) -> list[str]:

@@ -51,6 +51,9 @@ OUTSIDE: tuple[int, ...] = ()
 UNION, BASE = "union", "base"
 """Values of `tokenizer` besides model names: the tokens of all models, and the base's vocabulary."""
 
+EXPERTS = STORED, MATCHED = "stored", "matched"
+"""Orders of the experts of a mixture: as in the files, or as they are most like the base's."""
+
 Setting = float | int | bool | tuple[float | int | bool, ...]
 
 
@@ -293,6 +296,8 @@ class Recipe:
         pad_rows: the number of embedding rows is rounded up to a multiple of it; 0 leaves it as it is.
         tokens: token -> where its embedding row comes from, see `TokenRow`; for models that lack the token,
             or for all of them.
+        experts: `stored`, or `matched`: experts of a mixture stand in the order in which they are most like
+            the base's (without a base: the first model's), see `sources.experts`.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
         fingerprints: name -> fingerprint of a model's files, for some or all models. A merge refuses models
@@ -312,6 +317,7 @@ class Recipe:
     num_layers: int | None = None
     pad_rows: int = 0
     tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    experts: str = STORED
     fisher: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
     kept: tuple[TensorGroup, ...] = field(default=(), compare=False, repr=False)
@@ -338,6 +344,8 @@ class Recipe:
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
             raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(str(self.dtype), DTYPES))
+        if self.experts not in EXPERTS:
+            raise ConfigError(f"recipe: experts: {self.experts!r}", fix=nearest(str(self.experts), EXPERTS))
         self._check_names("base", [self.base])
         for group in self.groups:
             if not self.models.keys() >= {*group.sources, group.base or group.sources[0]}:
@@ -403,6 +411,7 @@ class Recipe:
             num_layers=num_layers,
             pad_rows=self.pad_rows,
             tokens=self.tokens,
+            experts=self.experts,
             fisher=self.fisher if uses_fisher else {},
         )
 
@@ -498,6 +507,8 @@ class Recipe:
             data["pad_rows"] = self.pad_rows
         if self.tokens:
             data["tokens"] = {token: row.as_data() for token, row in self.tokens.items()}
+        if self.experts != STORED:
+            data["experts"] = self.experts
         if self.fisher:
             data["fisher"] = dict(self.fisher)
         if self.fingerprints:
@@ -522,6 +533,7 @@ class Recipe:
             "num_layers",
             "pad_rows",
             "tokens",
+            "experts",
             "fisher",
             "fingerprints",
         )
@@ -551,6 +563,7 @@ class Recipe:
             num_layers=layers,
             pad_rows=pad,
             tokens=token_rows(data.get("tokens"), "recipe: tokens"),
+            experts=data.get("experts", STORED),
             fisher=locations(data.get("fisher"), "recipe: fisher"),
             fingerprints=locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(

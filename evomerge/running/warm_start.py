@@ -205,6 +205,7 @@ def _renamed(recipe: Recipe, names: Mapping[str, str], template: Recipe) -> Reci
         fingerprints={},
         tokens={},
         tokenizer=template.tokenizer,
+        experts=template.experts,
         chat_template=template.chat_template,
     )
 
@@ -217,6 +218,7 @@ def _made_here(recipe: Recipe, template: Recipe) -> Recipe:
         base=template.base,
         dtype=template.dtype,
         tokenizer=template.tokenizer,
+        experts=template.experts,
         chat_template=template.chat_template,
         seed=template.seed,
         pad_rows=0,

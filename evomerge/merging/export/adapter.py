@@ -39,6 +39,7 @@ from evomerge.merging.sources.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedChe
 from evomerge.merging.sources.arrays import of_tensor
 from evomerge.merging.sources.beside import tokenizer_files
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
+from evomerge.merging.sources.experts import Matched
 from evomerge.merging.sources.hub import known_id
 from evomerge.merging.sources.live_names import LiveNames
 from evomerge.merging.sources.model_config import model_class
@@ -326,7 +327,7 @@ def _exact(
         terms: list[Term] = []
         for share, source_name in zip(shares, group.sources, strict=True):
             source = sources[source_name]
-            if not same_base(source, base):
+            if not same_base(source, base) or isinstance(source, Matched):
                 return None, f"source {source_name!r}, which is not an adapter on {base.location}"
             if share and isinstance(source, AdaptedCheckpoint) and name in source.computed:
                 return None, f"the change of {name!r} by {source_name!r}, which is no low-rank update"

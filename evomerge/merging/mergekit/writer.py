@@ -20,7 +20,7 @@ from evomerge.merging.mergekit import reader
 from evomerge.merging.mergekit.slices import compressed, is_before_layers
 from evomerge.merging.methods import Parameter
 from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, shifted
-from evomerge.merging.recipe import Recipe, Setting, TensorGroup
+from evomerge.merging.recipe import STORED, Recipe, Setting, TensorGroup
 from evomerge.merging.recipe_data import TokenRow
 from evomerge.merging.sources.chat import chat_of
 from evomerge.merging.sources.opening import open_used, with_chat_models
@@ -54,6 +54,8 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
         raise _inexpressible("one merge method per file", f"methods {', '.join(sorted(used))}")
     if missing := used & set(reader.OURS):
         raise _inexpressible("a method that mergekit has", ", ".join(sorted(missing)))
+    if recipe.experts != STORED:
+        raise _inexpressible("experts in the order of the files", f"experts: {recipe.experts}")
     (method,) = used
     data = _head(recipe, method)
     names: tuple[str, ...] = ()

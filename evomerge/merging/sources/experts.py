@@ -112,6 +112,8 @@ def _orders(
     for start, experts in layers.items():
         if any(tensor not in source.headers for tensor in _names(experts)):
             continue  # refused by `compatibility.check`
+        if any(name.startswith(start.removesuffix("experts")) for name in reference.copied):
+            continue  # a table of expert numbers chooses there, which stays as it is
         ours, theirs = (_directions(model, experts) for model in (source, reference))
         likeness = theirs @ ours.T
         if groups > 1:
