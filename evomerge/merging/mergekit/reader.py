@@ -57,6 +57,8 @@ NEUTRAL = {
 """Parameters that are accepted only at the value that changes nothing; other values are errors."""
 OURS = ("chained_slerp", "fisher")
 """Methods that mergekit does not have."""
+UNWEIGHTED = ("ram", "ramplus_tl")
+"""Methods to which mergekit gives no weights and no `lambda`: only values of 1 can be written."""
 TEXT_NAMES = ("default", "language_model", "text_model", "model")
 """Other names of the text decoder among `modules`."""
 COPYING = ("slerp", "arcee_fusion")

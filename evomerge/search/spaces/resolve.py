@@ -129,8 +129,9 @@ def check_methods(spec: SpaceSpec, template: Recipe, sources: Sequence[str]) -> 
 def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
     """Return in which ways different recipes of the space are one model, as sentences.
 
-    Weights of a method that normalises count only in proportion; so do those of methods without a
-    `normalize` flag, all of which take shares. Where nothing is normalised, `lambda` is a factor of them.
+    Weights of a method that normalises count only in proportion; so do those of methods on whole models
+    without a `normalize` flag, all of which take shares. Where nothing is normalised, `lambda` is a factor
+    of them.
     """
     vary = {(name, entry.parameter): entry for entry in resolved.varied for name in entry.methods}
     notes_of: dict[str, list[str]] = {}
@@ -139,7 +140,9 @@ def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
         if (name, "weight") not in vary:
             continue
         flag = declared.parameters.get("normalize")
-        shares = flag is None or bool(resolved.fixed[name].get("normalize", flag.default))
+        shares = declared.inputs != "task_vectors"
+        if flag is not None:
+            shares = bool(resolved.fixed[name].get("normalize", flag.default))
         if (name, "normalize") in vary:
             notes_of.setdefault("where normalize is true, weights count only in proportion", []).append(name)
         elif shares:

@@ -38,7 +38,7 @@ def one(models: dict[str, str], method: str, **changes: Any) -> Recipe:
     declared = methods.get(method)
     sources = changes.pop("sources", SOURCES[: declared.max_sources])
     uneven: dict[str, Any] = DENSE | WEIGHTED | {"t": 0.3, "select_topk": 0.6, "filter_wise": True}
-    uneven |= {"gamma": 0.1, "epsilon": 0.2, "scale": 0.9}
+    uneven |= {"gamma": 0.1, "epsilon": 0.2 if method.startswith("della") else 0.01, "scale": 0.9}
     parameters = {k: v for k, v in uneven.items() if k in declared.parameters}
     if "weight" in parameters and declared.parameters["weight"].low == 0.0:
         parameters["weight"] = tuple(map(abs, WEIGHTED["weight"]))[: len(sources)]
