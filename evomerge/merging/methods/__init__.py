@@ -10,6 +10,7 @@ from evomerge.merging.methods import (  # noqa: F401  (importing registers them)
     reinforced,
     selective,
     sparse,
+    spectral,
     spherical,
     task_vectors,
 )

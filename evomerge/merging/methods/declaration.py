@@ -69,6 +69,8 @@ class Method:
         ("models"), their differences from the base ("task_vectors"), or "either": differences if the recipe
         has a base, else weights.
     fisher: whether the function also takes the Fisher tensors of its sources.
+    matrices: whether the function treats the weight matrices of layers in a way of its own. It then also
+        takes `inside`: whether the tensor lies in a layer of the text decoder, as embeddings do not.
     blend: returns the method as a `Blend`, or None if it is not one with these parameters.
     by_rows: rows (the last dimension) are merged independently, so a large tensor may be passed some rows at
         a time; a random method then also takes `first`, the index of their first element in the tensor.
@@ -87,6 +89,7 @@ class Method:
     max_sources: int | None
     random: bool
     fisher: bool
+    matrices: bool
     ordered: bool
     parameters: Mapping[str, Parameter]
 
@@ -134,6 +137,7 @@ def method(
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
     fisher: bool = False,
+    matrices: bool = False,
     blend: Callable[..., Blend | None] | None = None,
     by_rows: bool = False,
     ordered: bool = False,
@@ -142,8 +146,8 @@ def method(
 
     It is called as `function(base, tensors, **parameters)`. Per-source parameters are tuples in source order,
     and `lambda` is passed as `lambda_`. Random methods also get `keys`, one per source (see `draws`), and
-    fisher methods `fishers`, one tensor per source. `blend` returns the same merge as data. The first line of
-    the docstring becomes the summary.
+    fisher methods `fishers`, one tensor per source, and `matrices` methods `inside`. `blend` returns the same
+    merge as data. The first line of the docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,6 +165,7 @@ def method(
             max_sources=sources[1],
             random=random,
             fisher=fisher,
+            matrices=matrices,
             ordered=ordered,
             parameters={p.name: p for p in parameters},
         )

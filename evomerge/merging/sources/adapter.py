@@ -15,13 +15,14 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.files import expanded
+from evomerge.merging.methods.reduction import one_thread
 from evomerge.merging.sources.adapter_config import UNMERGEABLE, AdapterConfig, Scales, refuse_unsupported
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import (
@@ -126,7 +127,7 @@ class AdaptedCheckpoint:
             return None
         if factors.down is None:
             return self._factor(factors.up) * factors.scale
-        with _one_thread():
+        with one_thread():
             product: Tensor = self._factor(factors.up) @ self._factor(factors.down)
         return (product.T.contiguous() if factors.transposed else product) * factors.scale
 
@@ -367,19 +368,3 @@ def _check_shapes(location: str, target: str, shape: tuple[int, ...], down: Head
             expected=f"B (out, r) and A (r, in) for a weight of shape {list(shape)}",
             got=f"B {list(up.shape)}, A {list(down.shape)}",
         )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Multiply matrices on one thread, because splitting a product among threads may change its bits."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

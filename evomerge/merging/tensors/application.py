@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.merging import methods
 from evomerge.merging.methods.draws import keys
+from evomerge.merging.modules import layer_of
 from evomerge.merging.recipe import TensorGroup
 
 if TYPE_CHECKING:
@@ -46,4 +47,6 @@ def arguments(group: TensorGroup, *, seed: int, tensor: str) -> dict[str, Any]:
     }
     if methods.get(group.method).random:
         named["keys"] = keys(seed, tensor, group.sources)
+    if methods.get(group.method).matrices:
+        named["inside"] = layer_of(tensor) is not None
     return named
