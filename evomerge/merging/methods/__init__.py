@@ -7,6 +7,7 @@ be checked against the declarations without it.
 from evomerge.merging.methods import (  # noqa: F401  (importing registers them)
     averaging,
     fisher,
+    regression,
     reinforced,
     selective,
     sparse,
