@@ -91,6 +91,8 @@ def prepare(config: RunConfig) -> Prepared:
         tokenizer=config.tokenizer,
         seed=config.seed,
         kept=_kept(config.models, tuple(headers)),
+        fisher=config.models.fisher,
+        gram=config.models.gram,
     )
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
     notes += tuple(sandbox.notes(config.permissions))

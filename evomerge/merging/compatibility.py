@@ -8,9 +8,10 @@ from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.modules import layer_of
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.sources import fisher_files
+from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.checkpoint import HEADS
 from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.source import Source
@@ -56,15 +57,15 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     check_fingerprints(recipe, {name: sources[name] for name in names})
     notes = check_models({name: sources[name] for name in names}, stacked=recipe.stacked)
     _check_groups(recipe, sources)
-    if any(isinstance(sources[name], Aligned) for name in recipe.used_fishers()):
+    if any(isinstance(sources[name], Aligned) for name in recipe.used_files("fisher")):
         raise ConfigError(
             "recipe: method fisher can't merge models whose embedding rows are matched by token",
             expected="sources with the same vocabulary, because Fisher files keep their model's rows",
             got="sources with different vocabularies",
             fix="use another method, or merge models that share a tokenizer",
         )
-    prints = {name: sources[name].fingerprint for name in recipe.used_fishers()}
-    fisher_files.check(recipe, sources[recipe.pattern].headers, prints)
+    prints = {name: sources[name].fingerprint for kind in FILES for name in recipe.used_files(kind)}
+    measured_files.check(recipe, sources[recipe.pattern].headers, prints)
     return notes
 
 
@@ -278,7 +279,7 @@ def _try(group: TensorGroup) -> None:
     import torch
 
     ones = [torch.ones(1) for _ in group.sources]
-    apply(group, torch.ones(1), ones, seed=0, tensor="", fishers=ones)
+    apply(group, torch.ones(1), ones, seed=0, tensor="", files=ones)
 
 
 class _Ones:

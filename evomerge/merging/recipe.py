@@ -27,6 +27,7 @@ import yaml
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Method
+from evomerge.merging.methods.declaration import FILES, FileKind
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.schema import LARGEST_SEED, parse_yaml
 
@@ -276,6 +277,7 @@ class Recipe:
         num_layers: of the result; None means as many as its sources have.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
+        gram: name -> file with the Gram matrices of a model's inputs, likewise, for `regmean`.
         fingerprints: name -> fingerprint of a model's files, for some or all models. A merge refuses models
             whose files have another one. Not part of the hash, nor of equality.
 
@@ -291,6 +293,7 @@ class Recipe:
     seed: int = 0
     num_layers: int | None = None
     fisher: Mapping[str, str] = field(default_factory=dict)
+    gram: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
     kept: tuple[TensorGroup, ...] = field(default=(), compare=False, repr=False)
     """Groups that `with_groups` puts before the new ones. Only the template of a run has any."""
@@ -310,7 +313,9 @@ class Recipe:
         if not self.groups:
             raise ConfigError("recipe: no groups")
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
-        object.__setattr__(self, "fisher", MappingProxyType(dict(self.fisher)))
+        for kind in FILES:
+            object.__setattr__(self, kind, MappingProxyType(dict(self.files(kind))))
+            self._check_names(kind, self.files(kind))
         object.__setattr__(self, "fingerprints", MappingProxyType(dict(self.fingerprints)))
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
@@ -319,7 +324,6 @@ class Recipe:
         for group in self.groups:
             if not self.models.keys() >= {*group.sources, group.base or group.sources[0]}:
                 self._check_names(f"group {group.label()!r}", [*group.sources, group.base])
-        self._check_names("fisher", self.fisher)
         self._check_names("fingerprints", self.fingerprints)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
         for group in self.groups:
@@ -328,14 +332,14 @@ class Recipe:
                     f"recipe: {group.method} works on task vectors and needs a base model",
                     fix="set `base`",
                 )
-        bare = [name for name in self.used_fishers() if name not in self.fisher]
-        if bare:
-            raise ConfigError(
-                "recipe: method fisher needs the Fisher information of its sources",
-                expected="one file per source: `fisher: {name: file}`",
-                got=f"none for {', '.join(bare)}",
-                fix=f"evomerge fisher {self.models[bare[0]]} TEXT OUT",
-            )
+        for kind, what in FILES.items():
+            if bare := [name for name in self.used_files(kind) if name not in self.files(kind)]:
+                raise ConfigError(
+                    f"recipe: a method needs the {what} of its sources",
+                    expected=f"one file per source: `{kind}: {{name: file}}`",
+                    got=f"none for {', '.join(bare)}",
+                    fix=f"evomerge {kind} {self.models[bare[0]]} TEXT OUT",
+                )
 
     @classmethod
     def copy_of(cls, location: str, *, dtype: str) -> Recipe:
@@ -354,7 +358,7 @@ class Recipe:
             num_layers: of the new result; None means as many as its sources have.
 
         Returns:
-            The new recipe. It names the Fisher files only if one of its groups uses them.
+            The new recipe. It names measured files only if one of its groups uses that kind.
 
         Raises:
             ConfigError: a group names an unknown model, or needs a base or a Fisher file that is missing.
@@ -365,7 +369,7 @@ class Recipe:
         'float32'
         """
         groups = (*self.kept, *groups)
-        uses_fisher = any(methods.get(group.method).fisher for group in groups)
+        used = {methods.get(group.method).file for group in groups}
         return Recipe(
             models=self.models,
             groups=groups,
@@ -374,7 +378,8 @@ class Recipe:
             tokenizer=self.tokenizer,
             seed=self.seed,
             num_layers=num_layers,
-            fisher=self.fisher if uses_fisher else {},
+            fisher=self.fisher if "fisher" in used else {},
+            gram=self.gram if "gram" in used else {},
         )
 
     def group_for(self, tensor: str) -> TensorGroup:
@@ -428,8 +433,9 @@ class Recipe:
         data.pop("fingerprints", None)
         if not any(methods.get(group.method).random for group in self.groups):
             del data["seed"]
-        if not self.used_fishers():
-            data.pop("fisher", None)
+        for kind in FILES:
+            if not self.used_files(kind):
+                data.pop(kind, None)
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
         object.__setattr__(self, "_hash", hashlib.sha256(canonical.encode()).hexdigest())
         return self._hash
@@ -446,9 +452,13 @@ class Recipe:
         first = [self.base] if self.base in used else []
         return tuple(first + [name for name in self.models if name in used and name != self.base])
 
-    def used_fishers(self) -> tuple[str, ...]:
-        """Return the names of the models whose Fisher file is read, in the order of `models`."""
-        used = {source for g in self.groups if methods.get(g.method).fisher for source in g.sources}
+    def files(self, kind: FileKind) -> Mapping[str, str]:
+        """Return name -> file of what was measured of a model, of one kind."""
+        return self.fisher if kind == "fisher" else self.gram
+
+    def used_files(self, kind: FileKind) -> tuple[str, ...]:
+        """Return the names of the models whose file of a kind is read, in the order of `models`."""
+        used = {source for g in self.groups if methods.get(g.method).file == kind for source in g.sources}
         return tuple(name for name in self.models if name in used)
 
     def to_data(self) -> dict[str, Any]:
@@ -459,8 +469,7 @@ class Recipe:
         data |= {"tokenizer": self.tokenizer, "dtype": self.dtype, "seed": self.seed}
         if self.num_layers is not None:
             data["num_layers"] = self.num_layers
-        if self.fisher:
-            data["fisher"] = dict(self.fisher)
+        data |= {kind: dict(self.files(kind)) for kind in FILES if self.files(kind)}
         if self.fingerprints:
             data["fingerprints"] = dict(self.fingerprints)
         data["groups"] = [group._as_data() for group in self.groups]
@@ -474,7 +483,7 @@ class Recipe:
             ConfigError: unknown keys (the error names the nearest valid one), or values that don't fit.
         """
         data = _mapping(data, "recipe")
-        settings = ("base", "tokenizer", "dtype", "seed", "num_layers", "fisher", "fingerprints")
+        settings = ("base", "tokenizer", "dtype", "seed", "num_layers", *FILES, "fingerprints")
         valid = ("format", "models", *settings, "groups")
         _check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
@@ -496,6 +505,7 @@ class Recipe:
             seed=seed,
             num_layers=layers,
             fisher=_locations(data.get("fisher"), "recipe: fisher"),
+            gram=_locations(data.get("gram"), "recipe: gram"),
             fingerprints=_locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(
                 TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.running.store import BASE, StoreReader, facts
@@ -124,14 +125,17 @@ def over(recipe: Recipe, template: Recipe, where: str) -> Recipe:
         dataclasses.replace(group, sources=tuple(names[source] for source in group.sources), base=None)
         for group in recipe.groups
     )
-    fisher = {names[name]: file for name, file in recipe.fisher.items() if name in names}
+    measured: dict[str, Any] = {
+        kind: {names[name]: file for name, file in recipe.files(kind).items() if name in names}
+        for kind in FILES
+    }
     return _made_here(
         dataclasses.replace(
             recipe,
             models=dict(template.models),
             groups=groups,
             base=BASE,
-            fisher=fisher,
+            **measured,
             fingerprints={},
             tokenizer=template.tokenizer,
         ),

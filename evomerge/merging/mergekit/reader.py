@@ -55,7 +55,7 @@ NEUTRAL = {
     "multislerp": {"normalize_weights": True},
 }
 """Parameters that are accepted only at the value that changes nothing; other values are errors."""
-OURS = ("chained_slerp", "fisher", "iso_c", "iso_cts", "tsv", "wudi")
+OURS = ("chained_slerp", "fisher", "iso_c", "iso_cts", "regmean", "tsv", "wudi")
 """Methods that mergekit does not have."""
 UNWEIGHTED = ("ram", "ramplus_tl")
 """Methods to which mergekit gives no weights and no `lambda`: only values of 1 can be written."""

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Value = float | int | bool
 Kind = Literal["models", "task_vectors", "either"]
+FileKind = Literal["fisher", "gram"]
+FILES: dict[FileKind, str] = {"fisher": "Fisher information", "gram": "Gram matrices"}
+"""Kinds of files with what was measured of a model, in words; their names are those of the commands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,8 @@ class Method:
     inputs: what the function's second argument holds, one tensor per source: the sources' weights
         ("models"), their differences from the base ("task_vectors"), or "either": differences if the recipe
         has a base, else weights.
-    fisher: whether the function also takes the Fisher tensors of its sources.
+    file: what the function also takes of its sources, as `fishers` or `grams`: a tensor (or None) per source,
+        from a file of that kind.
     matrices: whether the function treats the weight matrices of layers in a way of its own. It then also
         takes `inside`: whether the tensor lies in a layer of the text decoder, as embeddings do not.
     blend: returns the method as a `Blend`, or None if it is not one with these parameters.
@@ -88,7 +92,7 @@ class Method:
     min_sources: int
     max_sources: int | None
     random: bool
-    fisher: bool
+    file: FileKind | None
     matrices: bool
     ordered: bool
     parameters: Mapping[str, Parameter]
@@ -136,7 +140,7 @@ def method(
     needs_base: bool | None = None,
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
-    fisher: bool = False,
+    file: FileKind | None = None,
     matrices: bool = False,
     blend: Callable[..., Blend | None] | None = None,
     by_rows: bool = False,
@@ -146,8 +150,8 @@ def method(
 
     It is called as `function(base, tensors, **parameters)`. Per-source parameters are tuples in source order,
     and `lambda` is passed as `lambda_`. Random methods also get `keys`, one per source (see `draws`), and
-    fisher methods `fishers`, one tensor per source, and `matrices` methods `inside`. `blend` returns the same
-    merge as data. The first line of the docstring becomes the summary.
+    methods with a `file` get `fishers` or `grams`, one tensor per source, and `matrices` methods `inside`.
+    `blend` returns the same merge as data. The first line of the docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +168,7 @@ def method(
             min_sources=sources[0],
             max_sources=sources[1],
             random=random,
-            fisher=fisher,
+            file=file,
             matrices=matrices,
             ordered=ordered,
             parameters={p.name: p for p in parameters},
@@ -239,7 +243,8 @@ def markdown() -> str:
             f"Works on {needs}; {count}"
             f"{'; needs a base' if declared.needs_base else ''}"
             f"{'; draws masks from the recipe seed' if declared.random else ''}"
-            f"{'; needs a Fisher file per source' if declared.fisher else ''}. Paper: {declared.paper}.",
+            f"{f'; needs a {declared.file.title()} file per source' if declared.file else ''}. "
+            f"Paper: {declared.paper}.",
         ]
         if declared.parameters:
             lines += ["", "| parameter | one per | default | range | meaning |", "|---|---|---|---|---|"]

@@ -21,12 +21,12 @@ def apply(
     *,
     seed: int,
     tensor: str,
-    fishers: Sequence[Tensor] = (),
+    files: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Return the group's method applied to float32 tensors, one per source; they are not modified.
 
     seed, tensor: the recipe's seed and the output tensor's name, from which random methods draw.
-    fishers: one tensor per source, for methods that need them.
+    files: what was measured of each source, for methods that need it.
 
     >>> import torch
     >>> half = TensorGroup(method="linear", sources=("a", "b"))
@@ -35,8 +35,8 @@ def apply(
     """
     function = methods.get(group.method).function
     settings = arguments(group, seed=seed, tensor=tensor)
-    if methods.get(group.method).fisher:
-        settings["fishers"] = fishers
+    if kind := methods.get(group.method).file:
+        settings[f"{kind}s"] = files
     return function(base, tensors, **settings)
 
 

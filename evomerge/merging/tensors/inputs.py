@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy
 
+from evomerge.merging.methods.declaration import FileKind
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
-from evomerge.merging.sources import fisher_files
+from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import WeightArray, computable, of_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
@@ -32,8 +33,8 @@ class Inputs(Protocol):
         """Return a source's tensor in float32 or bfloat16, marked if `base` is still to be subtracted."""
         ...
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        """Return a tensor of a Fisher file, in float32."""
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        """Return a tensor of a file of what was measured of a model, in float32."""
         ...
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
@@ -57,8 +58,8 @@ class FileInputs:
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=False)
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher_files.tensor(file, tensor)
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        return measured_files.tensor(kind, file, tensor)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
@@ -95,8 +96,8 @@ class WarmInputs:
             self._mapped[place] = operand  # a view of the file: keeping it costs nothing
         return operand
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher_files.tensor(file, tensor)
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        return measured_files.tensor(kind, file, tensor)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         if places not in self._grams:

@@ -80,8 +80,9 @@ def merge_array(
     operands = [inputs.operand(*read, subtracted) for read in reads]
     origin = None if base is None else inputs.operand(base, at_base, None)
     settings = arguments(group, seed=recipe.seed, tensor=tensor)
-    if method.fisher:
-        settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
+    if kind := method.file:
+        files = recipe.files(kind)
+        settings[f"{kind}s"] = [inputs.measured(kind, files[source], name) for source, name in reads]
     measure = StoredStatistics(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
     finite = None

@@ -43,8 +43,8 @@ def one(models: dict[str, str], method: str, **changes: Any) -> Recipe:
     if "weight" in parameters and declared.parameters["weight"].low == 0.0:
         parameters["weight"] = tuple(map(abs, WEIGHTED["weight"]))[: len(sources)]
     group = TensorGroup(method=method, sources=sources, parameters=changes.pop("parameters", parameters))
-    if declared.fisher:
-        changes["fisher"] = {name: f"{models[name]}.fisher.safetensors" for name in sources}
+    if kind := declared.file:
+        changes[kind] = {name: f"{models[name]}.{kind}.safetensors" for name in sources}
     return Recipe(models=models, base="base", groups=(group,), **changes)
 
 

@@ -145,7 +145,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
 def test_methods_mergekit_does_not_have_are_refused_both_ways() -> None:
     for method in OURS:
         group = TensorGroup(method=method, sources=("a", "b"))
-        recipe = Recipe(models=MODELS, base="base", groups=(group,), fisher={"a": "a.st", "b": "b.st"})
+        files = {"a": "a.st", "b": "b.st"}
+        recipe = Recipe(models=MODELS, base="base", groups=(group,), fisher=files, gram=files)
         with pytest.raises(
             ConfigError, match=f"can't be written as mergekit YAML[^$]*{method}[^$]*recipe.yaml"
         ):

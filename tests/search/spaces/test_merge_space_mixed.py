@@ -46,6 +46,7 @@ def space(
         groups=(TensorGroup(method="linear", sources=sources),),
         base=base,
         fisher={name: f"{name}.fisher" for name in fisher},
+        gram={name: f"{name}.gram" for name in fisher},
     )
     data: dict[str, Any] = {"name": "s", "about": "", **spec}
     return SearchSpace(parse(SpaceSpec, data, "s.yaml"), template=template, sources=sources, tensors=TENSORS)
@@ -503,8 +504,8 @@ def test_the_notes_on_weights_are_true(name: str, normalize: bool | None) -> Non
         settings_ |= fixed | {"weight": (0.3 * factor, 0.6 * factor)}
         if declared.random:
             settings_["keys"] = [1, 2]
-        if declared.fisher:
-            settings_["fishers"] = [t.abs() for t in tensors]
+        if declared.file:
+            settings_[f"{declared.file}s"] = [t.square() + 9 * torch.eye(8) for t in tensors]
         if declared.matrices:
             settings_["inside"] = True
         results.append(declared.function(base, tensors, **settings_))
