@@ -23,7 +23,7 @@ from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.suite import Suite
-from evomerge.merging import modules
+from evomerge.merging import methods, modules
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
@@ -95,6 +95,8 @@ def prepare(config: RunConfig) -> Prepared:
         gram=config.models.gram,
     )
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
+    for group in _measured(template):
+        check(template.with_groups([group]), sources)
     notes += tuple(sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     assert not isinstance(config.space, str)
@@ -130,6 +132,14 @@ def prepare(config: RunConfig) -> Prepared:
         warm=warm,
         baselines=_baselines(config, template, sum(header.count for header in headers.values())),
     )
+
+
+def _measured(template: Recipe) -> Iterator[TensorGroup]:
+    """Yield a group that reads each file of Fisher information or Gram matrices, to check that they fit."""
+    for name in methods.names():
+        kind = methods.get(name).file
+        if kind is not None and (files := template.files(kind)):
+            yield TensorGroup(method=name, sources=tuple(files))
 
 
 def _kept(models: ModelsSpec, tensors: tuple[str, ...]) -> tuple[TensorGroup, ...]:
