@@ -33,7 +33,9 @@ from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec
 from evomerge.search import baselines, optimizers
 from evomerge.search.spaces import kinds
+from evomerge.search.spaces.kinds import AnySpec
 from evomerge.search.spaces.layer_path import LayerPathSpec
+from evomerge.search.spaces.preset import SpaceSpec
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart
 from evomerge.stored import StoredRun
@@ -94,12 +96,12 @@ def prepare(config: RunConfig) -> Prepared:
         fisher=config.models.fisher,
         gram=config.models.gram,
     )
+    assert not isinstance(config.space, str)
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
-    for group in _measured(template):
+    for group in _particular(template, config.space):
         check(template.with_groups([group]), sources)
     notes += tuple(sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
-    assert not isinstance(config.space, str)
     space = kinds.apply(
         config.space,
         template=template,
@@ -134,12 +136,15 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _measured(template: Recipe) -> Iterator[TensorGroup]:
-    """Yield a group that reads each file of Fisher information or Gram matrices, to check that they fit."""
+def _particular(template: Recipe, space: AnySpec) -> Iterator[TensorGroup]:
+    """Yield groups of the methods that need files or adapters, to check that the sources have them."""
+    chosen = space.method.choices if isinstance(space, SpaceSpec) else ()
     for name in methods.names():
-        kind = methods.get(name).file
-        if kind is not None and (files := template.files(kind)):
+        method = methods.get(name)
+        if method.file is not None and (files := template.files(method.file)):
             yield TensorGroup(method=name, sources=tuple(files))
+        if method.factored and name in chosen:
+            yield TensorGroup(method=name, sources=template.groups[0].sources)
 
 
 def _kept(models: ModelsSpec, tensors: tuple[str, ...]) -> tuple[TensorGroup, ...]:

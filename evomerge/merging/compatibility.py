@@ -12,9 +12,10 @@ from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.modules import layer_of
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources import measured_files
+from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.checkpoint import HEADS
 from evomerge.merging.sources.model_config import COUNTS, text_part
-from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.source import Source, same_base
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.sources.untied import Untied
 from evomerge.merging.sources.vocabulary import Aligned
@@ -245,6 +246,8 @@ def _check_groups(recipe: Recipe, sources: Mapping[str, Source]) -> None:
         recipe.group_for(tensor)
     for group in recipe.groups:
         _check_reach(group, pattern, headers)
+        if methods.get(group.method).factored:
+            _check_adapters(recipe, group, sources)
         _try(group)
     stacked_config(recipe, sources)
 
@@ -267,6 +270,33 @@ def _check_reach(group: TensorGroup, pattern: Source, headers: Mapping[str, Head
         raise ConfigError(
             f"recipe: group {group.label()!r} matches no tensor",
             fix=nearest(group.match[0], (*pattern.layout.modules, *pattern.layout.outside)),
+        )
+
+
+def _check_adapters(recipe: Recipe, group: TensorGroup, sources: Mapping[str, Source]) -> None:
+    """Refuse sources of a method on low-rank updates that are not LoRA adapters on its base."""
+    base = recipe.base_of(group)
+    assert base is not None  # a recipe without the base it needs is refused
+    for name in group.sources:
+        source = sources[name]
+        if not isinstance(source, AdaptedCheckpoint) or not same_base(source, sources[base]):
+            raise ConfigError(
+                f"recipe: {group.method} merges LoRA adapters on the base, and {name!r} is none",
+                expected=f"{sources[base].location}+ADAPTER",
+                got=source.location,
+                fix="use another method, such as ties",
+            )
+    if isinstance(sources[base], AdaptedCheckpoint):
+        raise ConfigError(
+            f"recipe: {group.method} needs a whole model as its base",
+            got=sources[base].location,
+            fix="use another method, such as ties",
+        )
+    if any(shift != group.base_shift for shift in group.shifts):
+        raise ConfigError(
+            f"recipe: {group.method} adds updates to the layers that they were made for",
+            expected=f"the shift of the base, {group.base_shift}, for all sources",
+            got=", ".join(map(str, group.shifts)),
         )
 
 

@@ -86,9 +86,9 @@ def test_files_that_do_not_fit_are_refused_before_the_run(
     config: Callable[..., Path], models: dict[str, Any], tmp_path: Path
 ) -> None:
     def refused(error: type[Exception], message: str, **changes: Any) -> None:
+        path = config(space=SPACE, optimizer={"name": "random"}, models={**models, **changes})
         with pytest.raises(error, match=message):
-            changed = {**models, **changes}
-            prepare(RunConfig.load(config(space=SPACE, optimizer={"name": "random"}, models=changed)))
+            prepare(RunConfig.load(path))
 
     refused(ConfigError, "none of the sources", gram={"absent": "x"})
     refused(ModelError, "no such Gram file", gram={**models["gram"], "upper": "absent.st"})

@@ -55,8 +55,8 @@ NEUTRAL = {
     "multislerp": {"normalize_weights": True},
 }
 """Parameters that are accepted only at the value that changes nothing; other values are errors."""
-OURS = ("chained_slerp", "fisher", "iso_c", "iso_cts", "regmean", "tsv", "wudi")
-"""Methods that mergekit does not have."""
+OURS = ("chained_slerp", "core_space", "fisher", "iso_c", "iso_cts", "regmean", "tsv", "wudi")
+"""Methods that mergekit does not have, or not in this form."""
 UNWEIGHTED = ("ram", "ramplus_tl")
 """Methods to which mergekit gives no weights and no `lambda`: only values of 1 can be written."""
 TEXT_NAMES = ("default", "language_model", "text_model", "model")

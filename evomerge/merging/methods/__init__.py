@@ -6,6 +6,7 @@ be checked against the declarations without it.
 
 from evomerge.merging.methods import (  # noqa: F401  (importing registers them)
     averaging,
+    core_space,
     fisher,
     regression,
     reinforced,

@@ -75,6 +75,8 @@ class Method:
         from a file of that kind.
     matrices: whether the function treats the weight matrices of layers in a way of its own. It then also
         takes `inside`: whether the tensor lies in a layer of the text decoder, as embeddings do not.
+    factored: whether all sources must be LoRA adapters on the base. For a tensor to which they add low-rank
+        updates, the function gets no tensors, but `updates`: (B, A) or None per source.
     blend: returns the method as a `Blend`, or None if it is not one with these parameters.
     by_rows: rows (the last dimension) are merged independently, so a large tensor may be passed some rows at
         a time; a random method then also takes `first`, the index of their first element in the tensor.
@@ -94,6 +96,7 @@ class Method:
     random: bool
     file: FileKind | None
     matrices: bool
+    factored: bool
     ordered: bool
     parameters: Mapping[str, Parameter]
 
@@ -142,6 +145,7 @@ def method(
     random: bool = False,
     file: FileKind | None = None,
     matrices: bool = False,
+    factored: bool = False,
     blend: Callable[..., Blend | None] | None = None,
     by_rows: bool = False,
     ordered: bool = False,
@@ -170,6 +174,7 @@ def method(
             random=random,
             file=file,
             matrices=matrices,
+            factored=factored,
             ordered=ordered,
             parameters={p.name: p for p in parameters},
         )
@@ -243,6 +248,7 @@ def markdown() -> str:
             f"Works on {needs}; {count}"
             f"{'; needs a base' if declared.needs_base else ''}"
             f"{'; draws masks from the recipe seed' if declared.random else ''}"
+            f"{'; all must be LoRA adapters on the base' if declared.factored else ''}"
             f"{f'; needs a {declared.file.title()} file per source' if declared.file else ''}. "
             f"Paper: {declared.paper}.",
         ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy
 
+from evomerge.merging.methods.core_space import LowRankUpdate
 from evomerge.merging.methods.declaration import FileKind
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
 from evomerge.merging.sources import measured_files
@@ -37,6 +38,10 @@ class Inputs(Protocol):
         """Return a tensor of a file of what was measured of a model, in float32."""
         ...
 
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        """Return the factors of adapters at some places; None if one stores its tensor whole, or a bias."""
+        ...
+
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         """Return the inner products of all pairs of the tensors (or differences) at some places."""
         ...
@@ -60,6 +65,9 @@ class FileInputs:
 
     def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
         return measured_files.tensor(kind, file, tensor)
+
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        return _updates(self._sources, places)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
@@ -99,6 +107,9 @@ class WarmInputs:
     def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
         return measured_files.tensor(kind, file, tensor)
 
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        return _updates(self._sources, places)
+
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         if places not in self._grams:
             self._grams[places] = compute()
@@ -110,6 +121,24 @@ class WarmInputs:
         if place not in self._spectra:
             self._spectra[place] = Spectrum(magnitudes())
         return self._spectra[place].boundary(rank)
+
+
+def _updates(
+    sources: Mapping[str, Source], places: tuple[TensorKey, ...]
+) -> list[LowRankUpdate | None] | None:
+    found: list[LowRankUpdate | None] = []
+    for name, tensor in places:
+        adapter = sources[name]
+        assert isinstance(adapter, AdaptedCheckpoint), name  # `compatibility` refuses all others
+        update = adapter.updates.get(tensor)
+        if tensor in adapter.replaced or (update is not None and update.down is None):
+            return None
+        if update is None:
+            found.append(None)
+            continue
+        up, down = adapter.factors(tensor)
+        found.append((down.T, up.T) if update.transposed else (up, down))
+    return found
 
 
 def _operand(
