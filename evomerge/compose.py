@@ -11,6 +11,7 @@ from typing import Any
 from evomerge import files
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
+from evomerge.evaluation.sharing import Sharing
 from evomerge.prepare import Prepared, check_folder, check_time, full_hashes, prepare, run_facts
 from evomerge.running import executors, forward, looks, own_answers
 from evomerge.running.batches import Batches, begun_again
@@ -73,7 +74,7 @@ def execute(
     executor = executors.build(prepared.config.executor, replace(prepared.worker, answers=answers))
     try:
         task_vector_norms = norms(prepared)
-        with _open_store(prepared) as store, RunLog(prepared.folder) as log:
+        with _open_store(prepared, executor.sharing) as store, RunLog(prepared.folder) as log:
             shown = Observers(log, observer)
             store.report_to(shown)
             log.session(forward.versions(), workers=workers)
@@ -205,9 +206,10 @@ def _keep(
             observer.noted(f"note: {sentence}")
 
 
-def _open_store(prepared: Prepared) -> RunStore:
+def _open_store(prepared: Prepared, sharing: Sharing | None) -> RunStore:
     if not StoreReader.exists(prepared.folder):
-        return RunStore.create(prepared.folder, run_facts(prepared))
+        decided = {} if sharing is None else {facts.SHARING: sharing.as_data()}
+        return RunStore.create(prepared.folder, run_facts(prepared) | decided)
     store = RunStore.open(prepared.folder)
     try:
         files.remove_abandoned(prepared.folder)

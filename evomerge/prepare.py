@@ -12,7 +12,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from evomerge.config import PERMISSIONS, ModelsSpec, RunConfig
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import methods, modules
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
@@ -30,8 +31,9 @@ from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
 from evomerge.running.inputs import RunInputs
 from evomerge.running.store import BASE, StoreReader, facts
-from evomerge.running.worker import WorkerSpec
+from evomerge.running.worker import WorkerSpec, counted
 from evomerge.search import baselines, optimizers
+from evomerge.search.racing import RacingSpec, automatic_blocks
 from evomerge.search.spaces import kinds
 from evomerge.search.spaces.kinds import AnySpec
 from evomerge.search.spaces.layer_path import LayerPathSpec
@@ -98,8 +100,6 @@ def prepare(config: RunConfig) -> Prepared:
     )
     assert not isinstance(config.space, str)
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
-    for group in _particular(template, config.space):
-        check(template.with_groups([group]), sources)
     notes += tuple(sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     space = kinds.apply(
@@ -110,8 +110,8 @@ def prepare(config: RunConfig) -> Prepared:
     )
     optimizer_of(config, space)
     warm = warm_start.resolve(config.warm_start, space=space, template=template, folder=Path(config.out))
-    for start in warm.recipes:
-        check(start.recipe, sources)
+    for recipe in (*(start.recipe for start in warm.recipes), *_particular(template, config.space)):
+        check(recipe, sources)
     _check_gradients(warm, space)
     _check_engine(config)
     inputs = RunInputs(
@@ -120,12 +120,14 @@ def prepare(config: RunConfig) -> Prepared:
         suite=suite.digest(),
         task_files=suite.file_hashes(),
     )
+    worker = _worker(config, suite, inputs)
+    racing = _racing(config, worker)
     return Prepared(
-        config=config,
+        config=config.model_copy(update={"racing": racing}),
         suite=suite,
         space=space,
         template=template,
-        worker=_worker(config, suite, inputs),
+        worker=replace(worker, blocks=racing.count, sharing=_sharing(config)),
         inputs=inputs,
         parameters=sum(header.count for header in headers.values()),
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
@@ -136,15 +138,15 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _particular(template: Recipe, space: AnySpec) -> Iterator[TensorGroup]:
-    """Yield groups of the methods that need files or adapters, to check that the sources have them."""
+def _particular(template: Recipe, space: AnySpec) -> Iterator[Recipe]:
+    """Yield recipes of the methods that need files or adapters, to check that the sources have them."""
     chosen = space.method.choices if isinstance(space, SpaceSpec) else ()
     for name in methods.names():
         method = methods.get(name)
         if method.file is not None and (files := template.files(method.file)):
-            yield TensorGroup(method=name, sources=tuple(files))
+            yield template.with_groups([TensorGroup(method=name, sources=tuple(files))])
         if method.factored and name in chosen:
-            yield TensorGroup(method=name, sources=template.groups[0].sources)
+            yield template.with_groups([TensorGroup(method=name, sources=template.groups[0].sources)])
 
 
 def _kept(models: ModelsSpec, tensors: tuple[str, ...]) -> tuple[TensorGroup, ...]:
@@ -200,8 +202,34 @@ def _suite(config: RunConfig) -> Suite:
     return suite
 
 
+def _racing(config: RunConfig, worker: WorkerSpec) -> RacingSpec:
+    """Return the config's racing with a number of blocks: a run keeps the one it was begun with."""
+    if config.racing.blocks != "auto":
+        return config.racing
+    if StoreReader.exists(Path(config.out)):
+        with (
+            contextlib.suppress(StoreError),  # opening the run for work raises the same error with its reason
+            StoreReader.read(Path(config.out)) as store,
+        ):
+            return config.racing.decided(facts.BLOCKS.get(store) or 1)
+    answers, items = counted(worker)
+    blocks = automatic_blocks(answers=answers, items=items, batch_size=worker.batch_size)
+    return config.racing.decided(blocks)
+
+
+def _sharing(config: RunConfig) -> Sharing | None:
+    """Return whether requests share rows in a stored run; None in a new one, whose first worker decides."""
+    if StoreReader.exists(Path(config.out)):
+        with (
+            contextlib.suppress(StoreError),  # as above
+            StoreReader.read(Path(config.out)) as store,
+        ):
+            return Sharing.of_run(facts.SHARING.get(store))
+    return None
+
+
 def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
-    """Return what workers need to score this run's candidates."""
+    """Return what workers need to score this run's candidates, with all items in one block."""
     device, dtype, threads = executors.resolve(config.executor)
     if config.executor.threads is None:  # a run keeps the number it was begun with
         threads = forward.kept_threads(Path(config.out)) or threads
@@ -217,7 +245,6 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         max_length=config.executor.max_length,
         attention=config.executor.attention,
         low_memory=config.executor.low_memory,
-        blocks=config.racing.blocks,
         block_seed=config.seed,
         generation=config.executor.generation,
         permissions=config.permissions,

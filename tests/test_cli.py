@@ -23,7 +23,7 @@ from tests.conftest import write_suite
 
 NAMES = ["check", "run", "resume", "migrate", "doctor", "demo"]
 NAMES += ["status", "show", "samples", "report", "compare", "export", "predict"]
-NAMES += ["merge", "analyze", "fisher", "gram", "evaluate", "zoo", "spaces", "suite"]
+NAMES += ["merge", "import", "analyze", "fisher", "gram", "evaluate", "zoo", "spaces", "suite"]
 
 
 @pytest.fixture(autouse=True)
@@ -452,6 +452,9 @@ def test_mistakes_in_the_config(
     [
         ({"racing": {"block": 3}}, "unknown key 'racing.block' (did you mean 'blocks'?"),
         ({"racing": {"blocks": 3, "blocks_min": 4}}, "blocks_min must not exceed the 3 blocks"),
+        ({"racing": {"blocks_min": 9}}, "blocks_min must not exceed the 8 blocks"),
+        ({"racing": {"blocks": "many"}}, "racing.blocks: expected auto, or a whole number from 1 to 64"),
+        ({"racing": {"blocks": 65}}, "racing.blocks: expected auto, or a whole number from 1 to 64"),
         ({"racing": {"blocks": 64}}, "or set racing.blocks to 24"),
         ({"surrogate": {"share": 2}}, "config.yaml: surrogate.share: Input should be less than"),
         ({"surrogate": {"oversampel": 3}}, "unknown key 'surrogate.oversampel' (did you mean 'oversample'?"),

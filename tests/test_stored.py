@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, StoreError
-from evomerge.prepare import check_folder, prepare
+from evomerge.evaluation.sharing import Sharing
+from evomerge.prepare import check_folder, prepare, run_facts
 from evomerge.running.store import RunStore, facts
 from evomerge.stored import StoredRun, config_to_resume, environment_note
+from tests.conftest import write_suite
 
 
 def test_config_and_suite_come_from_the_store_alone(finished_run: Path) -> None:
@@ -84,3 +88,63 @@ def test_a_run_from_before_chat_templates_goes_on_without_one(
         prepared = prepare(run.config())
     assert (prepared.suite.chat_template, prepared.suite.long_prompts) == ("off", "cut")
     assert prepared.worker.suite.chat_template == "off"
+
+
+def test_a_run_keeps_the_blocks_it_was_begun_with(finished_run: Path) -> None:
+    """`blocks: auto` in the config file of a stored run means that run's own number."""
+    with StoredRun.read(finished_run) as run:
+        stored = run.config()
+    racing = stored.racing.model_copy(update={"blocks": "auto"})
+    again = prepare(stored.model_copy(update={"racing": racing}))
+    assert (again.config.racing.blocks, again.worker.blocks) == (3, 3)
+    check_folder(again)
+
+
+@pytest.mark.parametrize(
+    ("answers", "items", "racing", "blocks"),
+    [
+        (0, 24, {"error": 0.5}, 8),
+        (0, 5, {"error": 0.5}, 5),
+        (20, 24, {"error": 0.5}, 1),
+        (20, 24, {"blocks_min": 2}, 2),
+        (20, 24, {"blocks": 6}, 6),
+        (40, 24, "on", 2),
+    ],
+)
+def test_a_run_without_a_number_of_blocks_has_as_many_as_give_full_batches(
+    config: Callable[..., Path],
+    tmp_path: Path,
+    answers: int,
+    items: int,
+    racing: Any,
+    blocks: int,
+) -> None:
+    path = config(racing=racing)
+    few = {"select": 2, "test": 2}
+    tasks = [{"task": "demo_upper", "metric": "acc", "splits": {**few, "search": items}}]
+    if answers:
+        splits = {**few, "search": answers}
+        tasks.append({"task": "demo_upper_generate", "metric": "exact_match", "splits": splits})
+    write_suite(tmp_path, tasks=tasks)
+    prepared = prepare(RunConfig.load(path))
+    assert prepared.config.racing.blocks == prepared.worker.blocks == run_facts(prepared)[facts.BLOCKS]
+    assert prepared.worker.blocks == blocks
+
+
+def test_a_run_shares_rows_as_it_began(config: Callable[..., Path]) -> None:
+    """Runs from before shared rows have no such fact, and go on without them."""
+    from evomerge import compose
+    from evomerge.delivery.progress import Silent
+
+    loaded = RunConfig.load(config(budget={"generations": 1}, racing="off"))
+    assert prepare(loaded).worker.sharing is None
+    compose.start(loaded, Silent())
+    with RunStore.open(Path(loaded.out)) as store:
+        sharing = Sharing.of_run(facts.SHARING.require(store))
+        assert sharing.generated
+        digest = store.digest()
+    assert prepare(loaded).worker.sharing == sharing
+    with RunStore.open(Path(loaded.out)) as store:
+        facts.SHARING.set(store, None)
+        assert store.digest() == digest
+    assert prepare(loaded).worker.sharing == Sharing(scored=False, generated=False)

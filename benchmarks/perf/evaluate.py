@@ -5,7 +5,8 @@
 MODEL: a folder with a chat model, e.g. SmolLM2-135M-Instruct. Tasks of five shapes are written to a temporary
 folder: multiple choice without examples and with five of them, four choices of several words each; short
 answers and mixed ones (from a word to a story) to questions in a chat template; generation after examples.
-Each is scored by `lm_eval.simple_evaluate` and by our harness, in turns; both numbers are medians of the
+Each is scored by our harness, and by `lm_eval.simple_evaluate` at the same batch size and at its default,
+one row (what `lm_eval --model hf` does unless told otherwise), in turns; the numbers are medians of the
 process's CPU seconds. The harness has its items prepared, as in a search, where every candidate meets them;
 simple_evaluate prepares them each time, which the column "prepares" shows (its CPU seconds with a model that
 answers at once). "beyond forward" is the part of our time outside the model. "equal" counts items with the
@@ -140,6 +141,8 @@ def compare(task: str, folder: Path, model: Any, tokenizer: Any, options: argpar
     suite = Suite.from_mapping(
         {
             "name": "speed",
+            "chat_template": "off",  # the prompts have it, and lm-eval applies none unless told
+            "companion": "off",  # lm-eval has none
             "tasks_dir": str(folder),
             "tasks": [{"task": task, "metric": metric, "splits": SPLITS}],
         },
@@ -147,12 +150,12 @@ def compare(task: str, folder: Path, model: Any, tokenizer: Any, options: argpar
         where="speed",
     )
     harness = Harness(suite, tokenizer=tokenizer, batch_size=options.batch_size, max_length=None)
-    with torch.no_grad():
-        harness.prepare(model)
+    harness.prepare(model.config)
+    harness.try_out(model)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
 
-    def theirs(kind: type[HFLM]) -> Any:
-        lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+    def theirs(kind: type[HFLM], batch_size: int) -> Any:
+        lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         with quiet():
             return lm_eval.simple_evaluate(
                 lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=True
@@ -160,6 +163,7 @@ def compare(task: str, folder: Path, model: Any, tokenizer: Any, options: argpar
 
     mine: list[float] = []
     rival: list[float] = []
+    default: list[float] = []
     beyond: list[float] = []
     for _ in range(options.rounds):
         start = time.perf_counter()
@@ -167,14 +171,17 @@ def compare(task: str, folder: Path, model: Any, tokenizer: Any, options: argpar
         wall = time.perf_counter() - start
         mine.append(seconds)
         beyond.append((wall - harness.forward_seconds) / wall)
-        seconds, results = timed(lambda: theirs(HFLM))
+        seconds, results = timed(lambda: theirs(HFLM, options.batch_size))
         rival.append(seconds)
-    prepares, _ = timed(lambda: theirs(Silent))
+        seconds, _ = timed(lambda: theirs(HFLM, 1))
+        default.append(seconds)
+    prepares, _ = timed(lambda: theirs(Silent, options.batch_size))
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     equal = int((np.array([sample[metric] for sample in samples]) == scores[task].metric).sum())
-    ours, lm_evals = statistics.median(mine), statistics.median(rival)
+    ours, same, alone = (statistics.median(seconds) for seconds in (mine, rival, default))
     print(
-        f"| {task} | {ours:.2f} | {lm_evals:.2f} | {lm_evals / ours:.1f} | {prepares:.2f} "
+        f"| {task} | {ours:.2f} | {same:.2f} | {same / ours:.1f} | {alone:.2f} | {alone / ours:.1f} "
+        f"| {prepares:.2f} "
         f"| {100 * statistics.median(beyond):.1f} % | {equal} of {len(samples)} |",
         flush=True,
     )
@@ -193,8 +200,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    print("| task | ours, CPU s | simple_evaluate | times faster | prepares | beyond forward | equal |")
-    print("|---|---|---|---|---|---|---|")
+    size = options.batch_size
+    print(
+        f"| task | ours, CPU s, batch {size} | simple_evaluate, batch {size} | times faster "
+        "| simple_evaluate, batch 1 | times faster | prepares | beyond forward | equal |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder, options.items, tokenizer)

@@ -81,6 +81,7 @@ class Counting:
 
     def __init__(self, executor: executors.Executor, free: set[str], path: Path) -> None:
         self._executor, self._free, self._path = executor, free, path
+        self.sharing = executor.sharing
         self._known: dict[Any, Result] = pickle.loads(path.read_bytes()) if path.exists() else {}
         self.tokens = 0.0
 

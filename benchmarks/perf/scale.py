@@ -88,6 +88,8 @@ def workers(evaluations: int) -> float:
 class Merger:
     """A worker that only merges: the live model and the sources of a real one, without tasks."""
 
+    sharing = None
+
     def __init__(self, spec: WorkerSpec, name: str) -> None:
         from evomerge.merging.live.workbench import Workbench
 

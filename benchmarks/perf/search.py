@@ -59,6 +59,7 @@ class Remembered:
 
     def __init__(self, executor: executors.Executor, path: Path, shared: set[str]) -> None:
         self._executor, self._path, self._shared = executor, path, shared
+        self.sharing = executor.sharing
         self._known: dict[Any, Result] = pickle.loads(path.read_bytes()) if path.exists() else {}
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Result]:

@@ -75,6 +75,26 @@ def merge(
     output.data({"folder": str(out), "recipe": recipe.hash})
 
 
+@command(app, "import")
+def import_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the written weights. [default: bfloat16, or as stored]")
+    ] = None,
+) -> None:
+    """Write a quantised, pickled or GGUF model as a folder that can be merged."""
+    from evomerge.merging.importing.folder import import_model
+    from evomerge.merging.recipe import DTYPES
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r}", expected=", ".join(DTYPES), fix=nearest(dtype, DTYPES))
+    done = import_model(model, out, dtype=dtype)
+    how = "tensor by tensor" if done.streamed else "by transformers"
+    output.say(f"wrote {relative(out)}: {done.form} weights as {done.dtype}, {how}")
+    output.data({"folder": str(out), "form": done.form, "dtype": done.dtype, "streamed": done.streamed})
+
+
 @command(app, "analyze")
 def analyze(
     config: Annotated[

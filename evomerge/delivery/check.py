@@ -12,14 +12,13 @@ from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.running.worker import build_harness
 from evomerge.search.objective import check_tokens
+from evomerge.search.racing import FULL, full_blocks
 from evomerge.text import one_line, printable
 from evomerge.trial import Probe
 
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
 
-_FULL = 16
-"""Answers that are generated together in a batch that is large enough."""
 _LONGEST = 1200
 """Characters of a prompt, or of an answer, that are shown; of longer ones the middle is left out."""
 
@@ -41,11 +40,11 @@ def asked(prepared: Prepared) -> Questions:
     tasks = harness.items("search").tasks
     generates = any(task.generates and task.builder.spec.counted for task in tasks)
     check_tokens(prepared.config.objective, generates=generates)
-    written = max(harness.written("search", block) for block in range(blocks))
-    full = min(prepared.worker.batch_size, _FULL)
+    answers = [harness.written("search", block) for block in range(blocks)]
+    written, batch_size = max(answers), prepared.worker.batch_size
     notes = harness.notes
-    if blocks > 1 and 0 < written < full:
-        fewer = max(1, written * blocks // full)
+    if blocks > 1 and 0 < written < min(batch_size, FULL):
+        fewer = full_blocks(sum(answers), batch_size)
         notes.append(
             f"an item block has {written} answers to generate, and generating few at once takes longer: "
             f"racing: {{blocks: {fewer}}} makes the batches larger, and lets candidates leave at fewer points"
@@ -70,7 +69,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "space": prepared.space.spec.name,
         "dimension": prepared.space.dimension,
         "optimizer": prepared.optimizer,
-        "blocks": prepared.config.racing.blocks,
+        "blocks": prepared.config.racing.count,
         "racing": _races(prepared),
         "surrogate": _uses_surrogate(prepared),
         "starts": [start.name for start in prepared.warm.recipes],
@@ -155,7 +154,7 @@ def _cut(text: str) -> str:
 
 def _races(prepared: Prepared) -> bool:
     config = prepared.config
-    return config.racing.blocks > 1 and config.racing.keep < 1 and config.objective.mean_decides
+    return config.racing.count > 1 and config.racing.keep < 1 and config.objective.mean_decides
 
 
 def _uses_surrogate(prepared: Prepared) -> bool:
@@ -165,7 +164,7 @@ def _uses_surrogate(prepared: Prepared) -> bool:
 def _search_settings(prepared: Prepared) -> str:
     """Return racing, surrogate and starting points in one line."""
     config, warm = prepared.config, prepared.warm
-    blocks = config.racing.blocks
+    blocks = config.racing.count
     scoring = "every candidate is scored on all items"
     if blocks > 1:
         early = "clearly worse candidates stop early" if _races(prepared) else "no candidate stops early"

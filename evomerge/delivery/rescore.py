@@ -93,6 +93,7 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None
         block_seed=worker.block_seed,
         permissions=worker.permissions,
         stored_text=worker.stored_text,
+        sharing=worker.sharing,
     )
     return harness.evaluate_split(model.to(worker.device), split)
 

@@ -15,6 +15,7 @@ from evomerge.delivery.summary import Summary, raw_interval
 from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Scores, TaskScores, named_split
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
@@ -100,19 +101,25 @@ def evaluate(
         worker = _worker(recipe, suite, spec, permissions)
         if stored is not None and config is not None:
             blocks = facts.BLOCKS.get(stored.store) or 1
-            worker = replace(worker, blocks=blocks, block_seed=config.seed)
+            sharing = Sharing.of_run(facts.SHARING.get(stored.store))
+            worker = replace(worker, blocks=blocks, block_seed=config.seed, sharing=sharing)
             recipe_blocks = worker.blocks_of(split)
             sizes = sizes_in_force(stored.store, spec.batch_size, split, recipe_blocks)
         else:
             recipe_blocks, sizes = worker.blocks_of(split), {}
     job = Job(recipe=recipe, split=split, blocks=recipe_blocks, batch_sizes=sizes)
+    scores = _scored(location, worker, job)
+    if split == "test":
+        looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
+    return _gated(_as_data(location, suite, scores), rules, run, scores)
+
+
+def _scored(location: str, worker: WorkerSpec, job: Job) -> Scores:
     outcome = Worker(worker).run(job).outcome
     if isinstance(outcome, Failure):
         raise UserError(f"{location}: could not be scored: {outcome.reason}")
     assert isinstance(outcome, Scores)
-    if split == "test":
-        looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
-    return _gated(_as_data(location, suite, outcome), rules, run, outcome)
+    return outcome
 
 
 def _as_data(location: str, suite: Suite, scores: Scores) -> dict[str, Any]:

@@ -57,6 +57,7 @@ from evomerge.evaluation.scores import (
     TaskScores,
     joined,
 )
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import TaskBuilder, build
@@ -84,6 +85,7 @@ class Harness:
         permissions: which code of the tasks may run.
         stored_text: how many characters of a generated answer or a prompt are returned; 0 returns none.
         answers: task -> for each `search` item the right answer that its companion follows, None for gold.
+        sharing: whether requests share rows; None finds it out with the first model, best in `try_out`.
 
     Attributes:
         forward_seconds: seconds spent inside the model during the last evaluation.
@@ -106,6 +108,7 @@ class Harness:
         permissions: Permissions = NOTHING,
         stored_text: int = 0,
         answers: Mapping[str, Sequence[str | None]] = types.MappingProxyType({}),
+        sharing: Sharing | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
@@ -121,7 +124,9 @@ class Harness:
         for builder in self._builders:
             refuse_few(builder, blocks)
         self._items: dict[Split, tuple[Items, ...]] = {}
-        self._shares: bool | None = None  # whether models take prefix trees; None: not tried yet
+        # Whether models take prefix trees; None: not tried yet.
+        self._shares = None if sharing is None else sharing.scored
+        self._lm.continues = None if sharing is None else sharing.generated
 
     def blocks(self, split: Split) -> int:
         """Return the number of item blocks of a split."""
@@ -158,6 +163,11 @@ class Harness:
         """Return how many answers the model writes on a block of a split."""
         return sum(len(requests) for _, _, requests in _asked(self.items(split, block)))
 
+    @property
+    def fewest(self) -> int:
+        """The number of `search` items of the smallest task that has any."""
+        return min(len(task.groups) for task in self._whole("search").tasks)
+
     def questions(self, split: Split, block: int = 0) -> dict[str, list[Question]]:
         """Return what is asked in the items of a block by task, in item order, cut to `stored_text`."""
         if not self._stored_text:
@@ -180,8 +190,15 @@ class Harness:
         finally:
             self._lm.detach()
 
+    @property
+    def sharing(self) -> Sharing:
+        """Whether requests share rows, after `try_out`."""
+        return Sharing(scored=bool(self._shares), generated=bool(self._lm.continues))
+
     def try_out(self, model: Any) -> None:
-        """Find out what the model can't do (see `prefix_trees`); it is done without from then on.
+        """Find out what the model can't do (see `prefix_trees`), where it is not known.
+
+        It is done without from then on, and so is what no request of the suite needs.
 
         model: with the weights of the base, so that the decision holds whatever weights are scored.
         """
@@ -196,6 +213,7 @@ class Harness:
                     except NonFiniteScores:
                         self._shares = self._lm.continues = False
                         self._layout(items, self._lm.max_length, self.batch_size)
+            self._shares, self._lm.continues = bool(self._shares), bool(self._lm.continues)
         finally:
             self._lm.detach()
 

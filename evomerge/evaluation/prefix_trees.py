@@ -24,8 +24,13 @@ ROW = 512
 
 A tree itself may grow to three times its longest sequence, because a cut repeats the prefix.
 """
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Type of the forward pass -> mean difference, in nats per token, up to which two passes are the same."""
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.09}
+"""Type of the forward pass -> mean difference, in nats per token, up to which two passes are the same.
+
+In bfloat16, that is about twice the difference of two plain passes (padded or not, other attention): 0.035
+to 0.057 for SmolLM2-135M. Its shared rows differ by 0.036 to 0.043, and by 0.37 or more without the mask or
+the positions. In float32 they differ by 0.000003.
+"""
 
 _COMPARED = 8
 """Last tokens of a sequence at which two passes are compared."""

@@ -150,7 +150,7 @@ def _check_types(name: str, source: Source) -> None:
             f"model {name!r} is quantised and can't be merged",
             expected="float weights",
             got=str(source.config["quantization_config"])[:100],
-            fix="use the original weights",
+            fix=f"write it as float weights: evomerge import {source.location} OUT",
         )
     for tensor, header in source.headers.items():
         if header.dtype not in FLOATS:

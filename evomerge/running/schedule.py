@@ -23,6 +23,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from evomerge.evaluation.scores import Failure, Scores, Split, joined
+from evomerge.evaluation.sharing import Sharing
 from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches
 from evomerge.running.executors.contract import AnyJob, Executor, key_of
@@ -99,6 +100,11 @@ class Scheduler:
         """Keys of spare jobs handed out."""
         self._adopted: dict[Hashable, _Pending] = {}
         """Pending jobs that are in progress as spare ones."""
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """That of the other executor."""
+        return self._executor.sharing
 
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes."""

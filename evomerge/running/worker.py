@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
@@ -92,7 +93,8 @@ class WorkerSpec:
     tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
     what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
     which code of the tasks may run. inputs: what models and task files were when the run began, None where
-    they are not compared. stored_text, answers: as in Harness.
+    they are not compared. stored_text, answers, sharing: as in Harness; a run's first worker decides on
+    `sharing`.
     """
 
     models: Mapping[str, str]
@@ -113,6 +115,7 @@ class WorkerSpec:
     inputs: RunInputs | None = None
     stored_text: int = 0
     answers: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    sharing: Sharing | None = None
 
     def guard(self) -> InputGuard | None:
         """Return what compares models and task files with `inputs`, None without any."""
@@ -167,12 +170,22 @@ def _harness(spec: WorkerSpec, tokenizer: Any) -> Harness:
         permissions=spec.permissions,
         stored_text=spec.stored_text,
         answers=spec.answers,
+        sharing=spec.sharing,
     )
 
 
 def item_notes(spec: WorkerSpec) -> list[str]:
     """Return what a reader should know about the items; only configs and tokenizers are read for it."""
     return _harness(spec, _tokenizer(spec)[0]).notes
+
+
+def counted(spec: WorkerSpec) -> tuple[int, int]:
+    """Return how many answers models write on `search`, and the number of items of its smallest task.
+
+    Only configs and tokenizers of the models are read for it.
+    """
+    harness = _harness(replace(spec, blocks=1), _tokenizer(spec)[0])
+    return harness.written("search"), harness.fewest
 
 
 def _tokenizer(spec: WorkerSpec) -> tuple[Any, Any]:
@@ -190,7 +203,8 @@ def _tokenizer(spec: WorkerSpec) -> tuple[Any, Any]:
 class Worker:
     """Scores recipes one after the other. Building one loads the models and prepares all items.
 
-    Raises UserError where models or suite can't be used, or are not those the run began with.
+    sharing: whether requests share rows. Raises UserError where models or suite can't be used, or are not
+    those the run began with.
     """
 
     _guard: InputGuard | None = None
@@ -220,6 +234,7 @@ class Worker:
         with contextlib.suppress(NonFiniteError):  # then every candidate says so
             self._load(spec.base_alone())
         self._harness.try_out(self._bench.model)
+        self.sharing: Sharing | None = self._harness.sharing
         self._guard = spec.guard()
         if self._guard is not None:
             self._guard.compare()

@@ -287,9 +287,9 @@ class Search:
     def _raced(self, objective: Objective, rows: Sequence[Named]) -> Sequence[Named]:
         """Return the baselines that do not leave a race early; all of them where they are not raced."""
         spec = self._racing
-        if not self._plan.baselines.short or spec.blocks == 1 or objective.count > 1 or not rows:
+        if not self._plan.baselines.short or spec.count == 1 or objective.count > 1 or not rows:
             return rows
-        blocks = range(spec.blocks)
+        blocks = range(spec.count)
         parts = [self._scorer.score([self._parents[0].recipe], "search", "baselines", [b])[0] for b in blocks]
         result = race(
             [row.recipe for row in rows],
@@ -375,7 +375,7 @@ class Search:
 
         Recipes scored before the first generation are read from the store and cost nothing.
         """
-        blocks = range(self._plan.racing.blocks)
+        blocks = range(self._plan.racing.count)
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
         bases = [without(cast(Scores, part[0]), self._dropped) for part in parts]

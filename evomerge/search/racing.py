@@ -31,11 +31,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evomerge.evaluation.scores import Failure, Scores, joined
 from evomerge.merging.recipe import Recipe
@@ -46,14 +47,21 @@ from evomerge.search.ports import CandidateScorer
 PRIOR = 2.0
 """Weight, in items, of the mean over the tasks in each task's variance."""
 
+MOST_BLOCKS = 8
+"""Item blocks of `blocks: auto` where nothing asks for fewer."""
+FULL = 16
+"""Answers that are generated together in a batch that is large enough."""
+
 _ROUNDING = 1e-9  # losses closer than this are equal
 
 
 class RacingSpec(Strict):
     """The `racing` part of a run config; `racing: off` scores every candidate on all items at once."""
 
-    blocks: int = Field(default=8, ge=1, le=64)
-    """Item blocks that the `search` items are cut into."""
+    blocks: int | Literal["auto"] = "auto"
+    """Item blocks, 1 to 64, that the `search` items are cut into. `auto`: 8; fewer where a block would have
+    less than 16 answers (or less than a batch) to generate, or a task has fewer items; at least
+    `blocks_min`."""
     blocks_min: int = Field(default=1, ge=1, le=64)
     """Item blocks that are scored before the first comparison; at most `blocks`."""
     keep: float = Field(default=0.25, gt=0, le=1)
@@ -61,14 +69,58 @@ class RacingSpec(Strict):
     error: float = Field(default=0.1, gt=0, lt=1)
     """Highest probability, per generation, that one of those best candidates stops early."""
 
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _number(cls, blocks: object) -> object:
+        whole = isinstance(blocks, int) and not isinstance(blocks, bool)
+        if blocks != "auto" and not (whole and blocks in range(1, 65)):
+            raise ValueError("expected auto, or a whole number from 1 to 64")
+        return blocks
+
     @model_validator(mode="after")
     def _ordered(self) -> RacingSpec:
-        if self.blocks_min > self.blocks:
-            raise ValueError(f"blocks_min must not exceed the {self.blocks} blocks")
+        most = MOST_BLOCKS if self.blocks == "auto" else self.blocks
+        if self.blocks_min > most:
+            raise ValueError(f"blocks_min must not exceed the {most} blocks")
         return self
+
+    @property
+    def count(self) -> int:
+        """The number of item blocks, once it is decided."""
+        assert isinstance(self.blocks, int), "the number of item blocks is not decided yet"
+        return self.blocks
+
+    def decided(self, blocks: int) -> RacingSpec:
+        """Return the spec with this number of blocks in place of `auto`, but not below `blocks_min`."""
+        return self.model_copy(update={"blocks": max(blocks, self.blocks_min)})
 
 
 NO_RACING = RacingSpec(blocks=1)
+
+
+def full_blocks(answers: int, batch_size: int) -> int:
+    """Return how many blocks can have enough answers to generate for a full batch each; at least 1.
+
+    >>> full_blocks(100, batch_size=64), full_blocks(12, batch_size=64), full_blocks(12, batch_size=4)
+    (6, 1, 3)
+    """
+    return max(1, answers // min(batch_size, FULL))
+
+
+def automatic_blocks(*, answers: int, items: int, batch_size: int) -> int:
+    """Return the number of item blocks of `blocks: auto`.
+
+    answers: how many a model writes on all `search` items. items: of the smallest task.
+
+    >>> automatic_blocks(answers=0, items=200, batch_size=64)
+    8
+    >>> automatic_blocks(answers=40, items=20, batch_size=64)
+    2
+    >>> automatic_blocks(answers=0, items=5, batch_size=64)
+    5
+    """
+    most = min(MOST_BLOCKS, items)
+    return min(most, full_blocks(answers, batch_size)) if answers else most
 
 
 class Views:

@@ -25,6 +25,7 @@ from evomerge.evaluation import builtin_tasks
 from evomerge.evaluation import tasks as tasks_module
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.scores import NonFiniteScores, Scores
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from tests.rounding import of_log_likelihoods
 
@@ -515,9 +516,9 @@ def test_a_model_that_ignores_positions_is_scored_row_by_row(
     long = TASKS["choice"] | {"doc_to_text": "a b c d e f g h a b c d e f g h {{ prompt[:1] }} ="}
     write_task(tmp_path, "long", long, **docs)
 
-    def harness() -> Harness:
+    def harness(decided: Sharing | None = None) -> Harness:
         suite = make_suite(entry("long", metric="acc"), folder=tmp_path)
-        return Harness(suite, tokenizer=new_tokenizer(), batch_size=8, max_length=None)
+        return Harness(suite, tokenizer=new_tokenizer(), batch_size=8, max_length=None, sharing=decided)
 
     plain, deaf = new_model(), Deaf(new_model().config).eval()
     deaf.load_state_dict(plain.state_dict())
@@ -527,6 +528,12 @@ def test_a_model_that_ignores_positions_is_scored_row_by_row(
         assert not caplog.messages
         falling_back.try_out(deaf)
     assert caplog.messages == ["the model scores shared prefixes differently: every request has its own row"]
+    assert sharing.sharing == Sharing(scored=True, generated=False)  # nothing is generated here
+    assert falling_back.sharing == Sharing(scored=False, generated=False)
+    told, scored = harness(falling_back.sharing), falling_back.evaluate(plain, falling_back.items("test"))
+    told.try_out(plain)
+    assert told.sharing == falling_back.sharing
+    assert told.evaluate(plain, told.items("test")).same_as(scored)
     for mine, other in zip(
         sharing.evaluate(plain, sharing.items("test")),
         falling_back.evaluate(deaf, falling_back.items("test")),

@@ -40,6 +40,8 @@ class Obedient:
     The name of the worker in its timings is the number of its process.
     """
 
+    sharing = None
+
     def __init__(self, spec: WorkerSpec, name: str) -> None:
         if spec.device == "broken":
             raise UserError("no such device")

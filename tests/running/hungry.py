@@ -62,6 +62,8 @@ class Small:
 class Hungry:
     """Scores weights by their distance from TARGET; raises torch's error where a batch does not fit."""
 
+    sharing = None
+
     def __init__(self, small: Small, _spec: WorkerSpec, _name: str) -> None:
         self._small = small
 

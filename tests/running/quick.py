@@ -31,6 +31,8 @@ class Formula:
     EVOMERGE_TEST_NAP: seconds a job takes.
     """
 
+    sharing = None
+
     def __init__(self, spec: WorkerSpec, name: str = "inline") -> None:
         self._spec, self.name = spec, name
         self._nap = float(os.environ.get("EVOMERGE_TEST_NAP", "0"))
@@ -70,6 +72,8 @@ class Formula:
 
 class InProcess:
     """An executor of one formula in this process."""
+
+    sharing = None
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = Formula(spec)

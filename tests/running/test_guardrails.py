@@ -165,6 +165,8 @@ def test_a_worker_begins_nothing_after_the_deadline() -> None:
 class Punctual:
     """A real worker's attitude in a process of its own."""
 
+    sharing = None
+
     def __init__(self, spec: object, name: str) -> None:
         self._worker = worker(Fails(ValueError(), 0))
 

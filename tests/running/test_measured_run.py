@@ -95,3 +95,14 @@ def test_files_that_do_not_fit_are_refused_before_the_run(
     refused(ModelError, "of another model", fisher={**models["fisher"], "upper": "reverse.fisher.st"})
     refused(ConfigError, "none for reverse", fisher={"upper": "upper.fisher.st"})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_space_of_adapters_refuses_whole_models_before_the_run(
+    config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="merges LoRA adapters on the base, and 'upper' is none"):
+        prepare(RunConfig.load(config(space="core_space_layers")))
+    assert not (tmp_path / "run").exists()
+    lora = f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"
+    models = {"base": str(tiny_zoo / "base"), "sources": {"upper": lora, "reverse": lora}}
+    assert prepare(RunConfig.load(config(space="core_space_layers", models=models))).space.dimension

@@ -283,6 +283,8 @@ def _exact(
             source = sources[source_name]
             if not same_base(source, base):
                 return None, f"source {source_name!r}, which is not an adapter on {base.location}"
+            if share and isinstance(source, AdaptedCheckpoint) and name in source.computed:
+                return None, f"the change of {name!r} by {source_name!r}, which is no low-rank update"
             if share and isinstance(source, AdaptedCheckpoint) and name in (source.updates | source.replaced):
                 terms.append((share, source))
         if terms and name.rpartition(".")[0] not in names:

@@ -153,7 +153,7 @@ def _write_weights(
     if len(shards) > 1:
         size = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
         where = {file_name(name, num_layers): file for file, headers in shards.items() for name in headers}
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
 def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Header]]) -> Iterator[WeightArray]:
@@ -189,11 +189,11 @@ def _write_rest(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
-    _write_json(folder / "config.json", config | {"dtype": recipe.dtype})
+    write_json(folder / "config.json", config | {"dtype": recipe.dtype})
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -44,16 +44,25 @@ BARE = frozenset(
         "modules_to_save",
         "bias",
         "lora_bias",
+        "use_dora",
+        "trainable_token_indices",
+        "corda_config",
+        "loftq_config",
+        "lora_ga_config",
     }
 )
 """Keys of an adapter config that are supported here, or do not change what the adapter computes."""
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base's weights: the adapter then does not fit the original base."""
+COMPUTED = ("pissa", "olora")
+"""Those of them whose change can be computed again from the base."""
+CONVERT = "save it with peft's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
 UNMERGEABLE = "merge the adapter into its base with peft (merge_and_unload) and give that folder"
 PATIENCE = 0.5
 """Seconds that all patterns of an adapter may take; a nested repetition could take years."""
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
+Token = Annotated[int, Field(ge=0, le=2**31)]
 Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
 """Published adapters have less than 10,000."""
 
@@ -72,6 +81,14 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, Alpha] | None = None
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str | None = None
+    use_dora: bool | None = None
+    trainable_token_indices: list[Token] | dict[str, list[Token]] | None = None
+
+    @property
+    def start(self) -> str | None:
+        """`pissa` or `olora` if the base was changed in that way before training."""
+        given = self.init_lora_weights
+        return given.lower() if isinstance(given, str) and given.lower() in COMPUTED else None
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -102,16 +119,18 @@ def refuse_unsupported(config: AdapterConfig, data: Mapping[str, Any], location:
         if key not in BARE and value:
             raise ModelError(
                 f"{location}: the adapter uses {key}, which is not supported",
-                expected="plain LoRA (alpha, rsLoRA, rank and alpha patterns, modules_to_save, bias)",
+                expected="LoRA or DoRA (alpha, rsLoRA, rank and alpha patterns, modules_to_save, bias)",
                 got=f"{key}: {json.dumps(value)[:80]}",
                 fix=UNMERGEABLE,
             )
     start = config.init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
+    if config.start is None and isinstance(start, str) and start.lower().startswith(BASE_CHANGING):
         raise ModelError(
             f"{location}: init_lora_weights: {start} changed the base, so the adapter fits other weights",
-            fix=UNMERGEABLE,
+            fix=f"{CONVERT}, or {UNMERGEABLE}",
         )
+    if config.use_dora and config.start is not None:
+        raise ModelError(f"{location}: the adapter uses DoRA and {start} together", fix=UNMERGEABLE)
 
 
 class Scales:

@@ -376,7 +376,7 @@ def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | N
             f"{location}: pickled weights are not read, because they can run code",
             expected="safetensors files",
             got=", ".join(pickled[:3]),
-            fix="convert the model: load it with transformers and save_pretrained it again",
+            fix=f"write them as safetensors: evomerge import {location} OUT",
         )
     raise ModelError(f"{location}: no weights in the folder", expected=SINGLE, got=_listing(folder))
 

@@ -103,6 +103,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return data
 
 
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a model's config with another number of embedding rows."""
+    changed = with_text_part(config, {**text_part(config), "vocab_size": rows})
+    return changed | ({"vocab_size": rows} if "vocab_size" in changed else {})
+
+
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config whose text decoder says its number of layers and the kind of each.
 

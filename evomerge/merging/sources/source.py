@@ -74,7 +74,7 @@ def task_vector(
     same = same_base(source, base) and not hasattr(source, "source")  # a wrapper may hold an adapter
     if not isinstance(source, AdaptedCheckpoint):
         return None if same else source.tensor(name) - origin()
-    if name in source.replaced:
+    if name in source.replaced or name in source.computed:
         return source.tensor(name) - origin()
     update = source.update(name)
     if same:

@@ -34,7 +34,7 @@ from evomerge.errors import ModelError
 from evomerge.merging.modules import TEXT, layer_of, module_of
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
-from evomerge.merging.sources.model_config import text_part, with_text_part
+from evomerge.merging.sources.model_config import text_part, with_rows
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.schema import load_json
@@ -294,12 +294,6 @@ class Aligned:
         return (
             self._table.gather(self.name, name) if name in self._table.tensors else self.source.tensor(name)
         )
-
-
-def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Return a model's config with another number of embedding rows."""
-    changed = with_text_part(config, {**text_part(config), "vocab_size": rows})
-    return changed | ({"vocab_size": rows} if "vocab_size" in changed else {})
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -39,7 +39,7 @@ class Inputs(Protocol):
         ...
 
     def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
-        """Return the factors of adapters at some places; None if one stores its tensor whole, or a bias."""
+        """Return the factors of adapters at some places; None if a change is no low-rank update."""
         ...
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
@@ -131,7 +131,8 @@ def _updates(
         adapter = sources[name]
         assert isinstance(adapter, AdaptedCheckpoint), name  # `compatibility` refuses all others
         update = adapter.updates.get(tensor)
-        if tensor in adapter.replaced or (update is not None and update.down is None):
+        whole = tensor in adapter.replaced or tensor in adapter.computed
+        if whole or (update is not None and update.down is None):
             return None
         if update is None:
             found.append(None)

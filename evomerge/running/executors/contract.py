@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from evomerge.evaluation.sharing import Sharing
 from evomerge.running.worker import GradientJob, Job, Result, WorkerSpec
 
 AnyJob = Job | GradientJob
 
 
 class Runs(Protocol):
-    """What an executor needs of the worker it builds."""
+    """What an executor needs of the worker it builds.
+
+    sharing: what the worker decided, if it was not told; the executor tells the others.
+    """
+
+    sharing: Sharing | None
 
     def run(self, job: Any) -> Result:
         """Run a job; raise UserError where no worker can run one now, because the run's inputs changed."""
@@ -24,6 +30,11 @@ BuildWorker = Callable[[WorkerSpec, str], Runs]
 
 class Executor(Protocol):
     """Runs jobs. Results come in any order."""
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """Whether requests share rows, which the first worker decided; None where no worker says."""
+        ...
 
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes.

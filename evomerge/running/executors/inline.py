@@ -15,6 +15,7 @@ class Inline:
 
     def __init__(self, spec: WorkerSpec, *, worker: BuildWorker = Worker) -> None:
         self._worker = worker(spec, "inline")
+        self.sharing = self._worker.sharing
 
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from multiprocessing import connection, forkserver, get_context, resource_tracke
 from multiprocessing.process import BaseProcess
 
 from evomerge.errors import UserError
+from evomerge.evaluation.sharing import Sharing
 from evomerge.running import sockets
 from evomerge.running.executors.contract import AnyJob, BuildWorker
 from evomerge.running.executors.devices import placed
@@ -67,6 +69,10 @@ class Processes:
         finally:
             theirs.close()
         return ProcessHandle(process=process, pipe=ours)
+
+    def share(self, sharing: Sharing) -> None:
+        """Tell the processes still to come what the first decided."""
+        self._spec = dataclasses.replace(self._spec, sharing=sharing)
 
     def give(self, worker: ProcessHandle, job: AnyJob) -> None:
         """Send a job."""
@@ -158,7 +164,7 @@ def _exit(process: BaseProcess) -> str:
 
 
 def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connection.Connection) -> None:
-    """The worker process: say ready, then answer jobs until the driver's end of the pipe closes."""
+    """The worker process: say what it decided, then answer jobs until the driver's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_in_order_on_sigterm()
     with contextlib.suppress(EOFError, ConnectionError):  # the driver is gone
@@ -167,7 +173,7 @@ def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connect
         except Exception as error:
             pipe.send(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
             return
-        pipe.send(True)
+        pipe.send(worker.sharing or True)
         while True:
             job = pipe.recv()
             try:

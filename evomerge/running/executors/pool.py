@@ -17,6 +17,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure
+from evomerge.evaluation.sharing import Sharing
 from evomerge.running.executors.contract import AnyJob, Orders, key_of
 from evomerge.running.worker import Result
 
@@ -36,9 +37,9 @@ class Died:
     kind: Literal["crash", "out_of_memory"] = "crash"
 
 
-Message = Literal[True] | UserError | str | Result | Died
-"""What is heard of a worker: that it is ready, why it can't be (a mistake of the user's, or what else), a
-result, or its death."""
+Message = Literal[True] | Sharing | UserError | str | Result | Died
+"""What is heard of a worker: that it is ready, or what it decided then; why it can't be (a mistake of the
+user's, or what else), a result, or its death."""
 
 
 class WorkerBackend(Protocol[H]):
@@ -51,6 +52,10 @@ class WorkerBackend(Protocol[H]):
 
     def start(self, name: str, seat: int) -> H:
         """Start a worker and return at once. seat: the index of its place, from 0."""
+        ...
+
+    def share(self, sharing: Sharing) -> None:
+        """Tell the workers still to come what the first decided."""
         ...
 
     def give(self, worker: H, job: AnyJob) -> None:
@@ -109,6 +114,7 @@ class Pool(Generic[H]):
 
     def __init__(self, backend: WorkerBackend[H], *, workers: int, timeout: float) -> None:
         self.workers = workers
+        self.sharing: Sharing | None = None
         self._backend, self._timeout = backend, timeout
         self._patience = max(timeout, START_SECONDS)
         self._started = 0
@@ -206,6 +212,9 @@ class Pool(Generic[H]):
             raise UserError(f"a worker could not start: {message}", fix="try it alone: evomerge check CONFIG")
         else:
             member.ready = True
+            if self.sharing is None and isinstance(message, Sharing):
+                self.sharing = message
+                self._backend.share(message)
 
     def _start(self) -> None:
         taken = {member.seat for member in self._members}

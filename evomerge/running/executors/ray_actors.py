@@ -16,6 +16,7 @@ Nodes should be of one kind: processors of different kinds give scores that diff
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import math
@@ -32,6 +33,7 @@ import tenacity
 
 from evomerge import __version__
 from evomerge.errors import ClusterError, ConfigError, ModelError, UserError
+from evomerge.evaluation.sharing import Sharing
 from evomerge.running.executors.contract import AnyJob, BuildWorker
 from evomerge.running.executors.devices import cores
 from evomerge.running.executors.pool import Died, Message, Pool
@@ -65,7 +67,7 @@ class Actor:
     """Lives in a process of Ray's and holds a worker."""
 
     def begin(self, build_worker: BuildWorker, spec: WorkerSpec, name: str, version: str) -> Message:
-        """Build the worker; return True, or why it can't be used."""
+        """Build the worker; return what it decided or True, or why it can't be used."""
         node = socket.gethostname()
         if version != __version__:
             return UserError(
@@ -81,7 +83,7 @@ class Actor:
             return error
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        return True
+        return self._worker.sharing or True
 
     def run(self, job: AnyJob) -> Result | UserError:
         """Do a job; return an error where no worker could do it now."""
@@ -124,6 +126,10 @@ class Actors:
         return ActorHandle(
             actor=actor, answer=actor.begin.remote(self._worker, self._spec, name, __version__)
         )
+
+    def share(self, sharing: Sharing) -> None:
+        """Tell the actors still to come what the first decided."""
+        self._spec = dataclasses.replace(self._spec, sharing=sharing)
 
     def give(self, worker: ActorHandle, job: AnyJob) -> None:
         """Send a job."""

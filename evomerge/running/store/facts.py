@@ -150,6 +150,14 @@ ANSWERS = Fact(
 )
 LAYERS = Fact("layers", int, "prepare", "number of the base model's layers")
 BLOCKS = Fact("blocks", int, "prepare", "item blocks of `search`; `select` and `test` are one block each")
+SHARING = Fact(
+    "sharing",
+    dict[str, bool],
+    "compose",
+    "whether requests that begin alike share a row, when scored and when generated; the first worker decided "
+    "it on the base",
+    in_digest=False,
+)
 OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
 ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
 FORWARD = Fact(

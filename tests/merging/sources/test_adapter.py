@@ -85,6 +85,24 @@ TRAINED: dict[str, tuple[str, dict[str, object]]] = {
     "layers stored transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "their flag forgotten": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": False}),
     "a flag that does not fit": ("tied", {"fan_in_fan_out": True}),
+    "DoRA": ("untied", {"use_dora": True, "use_rslora": True}),
+    "DoRA of transposed layers": (
+        "gpt2",
+        {"use_dora": True, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
+    "DoRA of embeddings": ("untied", {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    "PiSSA": ("untied", {"init_lora_weights": "pissa"}),
+    "PiSSA of transposed layers": (
+        "gpt2",
+        {"init_lora_weights": "pissa", "target_modules": ["c_attn"], "fan_in_fan_out": True},
+    ),
+    "OLoRA": ("untied", {"init_lora_weights": "olora", "use_rslora": True}),
+    "tokens": ("untied", {"trainable_token_indices": [1, 5]}),
+    "tokens of tied embeddings": ("tied", {"trainable_token_indices": [7]}),
+    "tokens of embeddings and head": (
+        "untied",
+        {"trainable_token_indices": {"embed_tokens": [2, 3], "lm_head": [3, 4]}},
+    ),
 }
 
 
@@ -222,10 +240,11 @@ def test_a_plus_sign_in_a_folder_name_is_not_an_adapter(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "the adapter uses use_dora, which is not supported"),
+        ({"use_dora": True}, "config and file differ about DoRA"),
         ({"modules_to_save": ["norm"]}, "lacks a tensor of its modules_to_save"),
         ({"modules_to_save": ["lm_head"]}, "expected: 'lm_head.weight' stored whole, for 'lm_head'"),
-        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, "config and file differ about trained tokens"),
+        ({"init_lora_weights": "corda"}, "corda changed the base"),
         ({"target_parameters": ["w"]}, "uses target_parameters"),
         ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
         ({"brand_new_option": 3}, "uses brand_new_option"),

@@ -94,7 +94,7 @@ def test_fingerprints_follow_content_not_place(models: dict[str, str], folder: P
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
             "pickled weights are not read, because they can run code\n  expected: safetensors files\n"
-            "  got: pytorch_model.bin\n  do: convert the model",
+            "  got: pytorch_model.bin\n  do: write them as safetensors: evomerge import",
         ),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: holds no vocabulary"),
     ],

@@ -23,13 +23,14 @@ from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.errors import UserError
-from evomerge.evaluation.scores import Failure, Scores
+from evomerge.evaluation.scores import SPLITS, Failure, Scores
+from evomerge.evaluation.sharing import Sharing
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import Executor, Inline, LocalProcesses
 from evomerge.running.executors.pool import Died
 from evomerge.running.executors.ray_actors import Actors, RayActors
 from evomerge.running.store import RunStore, Timing
-from evomerge.running.worker import Job, Result
+from evomerge.running.worker import Job, Result, WorkerSpec
 from tests.conftest import config_data, write_suite
 from tests.running.fakes import (
     CRASH,
@@ -486,3 +487,28 @@ def test_a_run_whose_workers_are_killed_in_the_middle_ends_in_the_same_bits(
     with RunStore.read(unbroken) as plain, RunStore.read(folder) as store:
         assert store.failures() == []
         assert store.digest() == plain.digest()
+
+
+class Deciding(Obedient):
+    """Decides like nobody else, unless it was told."""
+
+    def __init__(self, spec: WorkerSpec, name: str) -> None:
+        super().__init__(spec, name)
+        self.told = spec.sharing
+        self.sharing = spec.sharing or Sharing(scored=name in ("0", "inline"), generated=True)
+
+    def run(self, job: Job) -> Result:
+        return dataclasses.replace(super().run(job), weights=repr((self.told, self.sharing)))
+
+
+def test_the_first_worker_decides_for_all_of_them(tmp_path: Path) -> None:
+    first = Sharing(scored=True, generated=True)
+    assert Inline(spec("cpu"), worker=Deciding).sharing == first
+    pool = LocalProcesses(spec("cpu"), workers=2, timeout=60, worker=Deciding)
+    try:
+        assert pool.sharing == first
+        jobs = [Job(recipe=recipe(MEET, str(tmp_path)), split=split) for split in SPLITS[:2]]
+        results = list(pool.run(jobs))  # they wait for each other
+    finally:
+        pool.close()
+    assert {result.weights for result in results} == {repr((None, first)), repr((first, first))}

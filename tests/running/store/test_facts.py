@@ -69,6 +69,7 @@ def test_the_values_of_a_finished_run_have_the_declared_types(finished_run: Path
         "warm_start",
         "stop",
         "migrated",
+        "sharing",
         "gradient RECIPE LOSS",
         "weights RECIPE",
     }
@@ -99,6 +100,7 @@ def test_facts_outside_the_digest_do_not_change_it(tmp_path: Path) -> None:
         "full_hashes",
         "item_notes",
         "migrated",
+        "sharing",
         "stop",
         "store_id",
         "task_files",

@@ -1,0 +1,1 @@
+"""Turns what a merge can't read (quantised, pickled and GGUF models) into an ordinary safetensors folder."""
