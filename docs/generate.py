@@ -96,7 +96,8 @@ def _section(
     yield from ("", f"{_about(model)} Explained in [{page}]({page}).", "")
     yield "| key | type | default | range | meaning |"
     yield "|---|---|---|---|---|"
-    inherited = Asking.model_fields if model is not Asking else ()  # they have a section of their own
+    of_asking = model is not Asking and model.model_fields.keys() >= Asking.model_fields.keys()
+    inherited = Asking.model_fields if of_asking else ()  # they have a section of their own
     for name, field in model.model_fields.items():
         if name in inherited:
             continue

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
+from evomerge.merging.chat_templates import with_text
 from evomerge.merging.methods.declaration import FILES
+from evomerge.merging.sources.hub import split_id
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.store import BASE
@@ -41,7 +43,8 @@ DEMO_CONFIG = Path(__file__).parent / "zoo" / "demo.yaml"
 
 
 class ModelsSpec(Strict):
-    """The models: each a folder, a Hugging Face hub id, or `path+adapter` for a LoRA on a model."""
+    """The models: each a folder, a Hugging Face hub id (`org/name` or `org/name@revision`), or
+    `path+adapter` for a LoRA on a model."""
 
     base: str
     """The model that task vectors are measured from."""
@@ -55,6 +58,9 @@ class ModelsSpec(Strict):
     files must stay as they are during a run."""
     gram: dict[str, str] = Field(default_factory=dict)
     """Source -> file of its Gram matrices (`evomerge gram`), for spaces with the method `regmean`."""
+    hub: dict[str, str] = Field(default_factory=dict)
+    """Name (`base` or a source's) -> hub id of a local folder's model. Model cards and exported recipes name
+    it in place of the folder."""
 
     @field_validator("sources")
     @classmethod
@@ -71,6 +77,17 @@ class ModelsSpec(Strict):
             for name in getattr(self, kind):
                 if name not in self.sources:
                     raise ValueError(f"{kind} names {name!r}, which is none of the sources")
+        return self
+
+    @model_validator(mode="after")
+    def _on_hub(self) -> ModelsSpec:
+        for name, place in self.hub.items():
+            if name != BASE and name not in self.sources:
+                raise ValueError(f"hub: no model {name!r}; {nearest(name, (BASE, *self.sources))}")
+            if split_id(place) is None:
+                raise ValueError(
+                    f"hub: {name}: {place!r} is no hub id; expected org/name or org/name@revision"
+                )
         return self
 
 
@@ -142,6 +159,10 @@ class RunConfig(Strict):
     """Type of the exported weights. Candidates are rounded to it before they are scored."""
     tokenizer: str = ""
     """Where vocabularies differ, the vocabulary of the merged model: `base`, `union`, or a source's name."""
+    chat_template: str = ""
+    """The chat template of the merged model, with which candidates are asked, too: `base` or a source's name
+    (with its end tokens and generation settings), `auto` (the most common one among the models), `alpaca`,
+    `chatml`, `llama3`, `mistral`, or a jinja file. Default: as the model that gives the tokenizer."""
     trust_tasks: bool = False
     """Allow the Python code that the suite's task files name to run. Not stored with the run."""
     allow_code_execution: bool = False
@@ -221,6 +242,7 @@ class RunConfig(Strict):
                 ),
                 "space": load_space(config.space, beside=folder),
                 "suite": resolve_suite(config.suite, folder),
+                "chat_template": with_text(config.chat_template, folder, config.locations),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
                 "out": str(expanded(config.out).absolute()),
             }
@@ -260,6 +282,8 @@ class RunConfig(Strict):
             del data["executor"]["generation"]  # runs begun before this setting existed keep their identity
         if not self.tokenizer:
             del data["tokenizer"]  # and before this one
+        if not self.chat_template:
+            del data["chat_template"]  # and before this one
         if self.baselines == "auto":
             del data["baselines"]  # and before this one; what it meant is stored with the run
         if self.warm_start == WarmStartSpec():
@@ -317,6 +341,6 @@ def _resolve_part(part: str, folder: Path) -> str:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
     path = expanded(part)
     beside = folder / path
-    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or part.count("/") != 1:
+    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or split_id(part) is None:
         return str(beside.resolve())
     return part

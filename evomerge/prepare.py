@@ -80,27 +80,17 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
     from evomerge.merging.compatibility import check
-    from evomerge.merging.sources import model_files
+    from evomerge.merging.sources import chat, model_files
     from evomerge.merging.sources.opening import open_sources
 
     suite = _suite(config).weighted(config.objective.weights)
     config.objective.check(suite, config.models.sources)
     sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
     headers = sources[BASE].headers
-    template = Recipe(
-        models=config.locations,
-        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
-        base=BASE,
-        dtype=config.dtype,
-        tokenizer=config.tokenizer,
-        seed=config.seed,
-        kept=_kept(config.models, tuple(headers)),
-        fisher=config.models.fisher,
-        gram=config.models.gram,
-    )
+    template = _template(config, tuple(headers))
     assert not isinstance(config.space, str)
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
-    notes += tuple(sandbox.notes(config.permissions))
+    notes += (*chat.notes(template, sources), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     space = kinds.apply(
         config.space,
@@ -109,17 +99,19 @@ def prepare(config: RunConfig) -> Prepared:
         tensors={name: tuple(source.headers) for name, source in sources.items()},
     )
     optimizer_of(config, space)
-    warm = warm_start.resolve(config.warm_start, space=space, template=template, folder=Path(config.out))
-    for recipe in (*(start.recipe for start in warm.recipes), *_particular(template, config.space)):
-        check(recipe, sources)
-    _check_gradients(warm, space)
-    _check_engine(config)
     inputs = RunInputs(
         fingerprints={name: source.fingerprint for name, source in sources.items()},
         files={name: model_files.facts(source) for name, source in sources.items()},
         suite=suite.digest(),
         task_files=suite.file_hashes(),
     )
+    warm = warm_start.resolve(
+        config.warm_start, space=space, template=template, folder=Path(config.out), inputs=inputs
+    )
+    for recipe in (*(start.recipe for start in warm.recipes), *_particular(template, config.space)):
+        check(recipe, sources)
+    _check_gradients(warm, space)
+    _check_engine(config)
     worker = _worker(config, suite, inputs)
     racing = _racing(config, worker)
     return Prepared(
@@ -135,6 +127,22 @@ def prepare(config: RunConfig) -> Prepared:
         notes=notes,
         warm=warm,
         baselines=_baselines(config, template, sum(header.count for header in headers.values())),
+    )
+
+
+def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
+    """Return the recipe of which all others have models, dtype, tokenizer, template and seed."""
+    return Recipe(
+        models=config.locations,
+        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
+        base=BASE,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        chat_template=config.chat_template,
+        seed=config.seed,
+        kept=_kept(config.models, tensors),
+        fisher=config.models.fisher,
+        gram=config.models.gram,
     )
 
 
@@ -237,6 +245,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         models=config.locations,
         base=BASE,
         tokenizer=config.tokenizer,
+        chat_template=config.chat_template,
         suite=suite,
         batch_size=config.executor.batch_size,
         dtype=dtype,
@@ -281,6 +290,12 @@ def _check_engine(config: RunConfig) -> None:
         raise ConfigError(
             "executor.generation: vllm is not installed",
             fix="pip install 'evomerge[vllm]', or set executor.generation: transformers",
+        )
+    if config.chat_template not in ("", BASE):
+        raise ConfigError(
+            "executor.generation: vllm ends answers as the base does",
+            got="another chat_template",
+            fix="set executor.generation: transformers",
         )
     if isinstance(config.space, LayerPathSpec) or config.tokenizer not in ("", BASE):
         raise ConfigError(

@@ -7,10 +7,11 @@ at once.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -231,8 +232,44 @@ def load_yaml(path: Path, *, task_file: bool = False) -> dict[str, Any]:
 
     task_file: as in `parse_yaml`.
     """
+    return _mapping_of(_loaded(path, functools.partial(parse_yaml, task_file=task_file)), str(path))
+
+
+def load_yaml_documents(path: Path) -> list[dict[str, Any]]:
+    """Read a YAML file of one or several mappings with `---` between them; raise ConfigError. Empty ones are
+    left out."""
+    documents = [data for data in _loaded(path, _parse_documents) if data is not None]
+    return [_mapping_of(data, str(path)) for data in documents or [None]]
+
+
+def _parse_documents(text: str) -> list[Any]:
+    """Read several YAML documents, as `parse_yaml` does one."""
     try:
-        data = parse_yaml(read_regular(path, LARGEST_FILE).decode(), task_file=task_file)
+        events = list(yaml.parse(text, Loader=_YamlLoader))
+    except yaml.YAMLError:
+        return [parse_yaml(text)]  # which says what is wrong
+    marks = [event.start_mark for event in events if isinstance(event, yaml.DocumentStartEvent)]
+    starts = [mark.index for mark in marks if mark is not None]
+    if len(starts) < 2:
+        return [parse_yaml(text)]
+    ends = [*starts[1:], len(text)]
+    lines = [text.count("\n", 0, start) for start in starts]  # so that messages name the file's lines
+    return [
+        parse_yaml("\n" * line + text[start:end])
+        for line, start, end in zip(lines, starts, ends, strict=True)
+    ]
+
+
+def _mapping_of(data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: not a mapping", expected="keys and values", got=type(data).__name__)
+    return data
+
+
+def _loaded(path: Path, parse: Callable[[str], Any]) -> Any:
+    """Return what a parser makes of a file's text, or raise ConfigError."""
+    try:
+        return parse(read_regular(path, LARGEST_FILE).decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
@@ -241,9 +278,6 @@ def load_yaml(path: Path, *, task_file: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 text", got=str(error)) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML", got=" ".join(str(error).split())) from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: not a mapping", expected="keys and values", got=type(data).__name__)
-    return data
 
 
 LARGEST_JSON = 16_000_000

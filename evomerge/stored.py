@@ -233,7 +233,7 @@ def _relocate(data: dict[str, Any], models: Mapping[str, str], suite: str | None
         if name not in places:
             raise ConfigError(f"--model {name}={place}: no such model", fix=nearest(name, places))
         places[name] = resolve_location(place, Path.cwd())
-    data["models"] |= {"base": places.pop(BASE), "sources": places}
+    data["models"] = {**data["models"], "base": places.pop(BASE), "sources": places}
     if suite is not None:
         data["suite"] = resolve_suite(suite, Path.cwd())
 

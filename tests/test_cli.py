@@ -287,6 +287,26 @@ def test_evaluate_takes_the_settings_of_a_run(finished_run: Path, tmp_path: Path
     assert text == pytest.approx(scored["demo_text"], abs=0.1)
 
 
+def test_weight_files_have_the_size_asked_for(tiny_zoo: Path, finished_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stages.yaml"
+    path.write_text(
+        f"{{name: half, merge_method: linear, normalize: 1, models: [{{model: {tiny_zoo / 'upper'}}}]}}\n"
+        "---\n"
+        f"{{merge_method: linear, models: [{{model: half}}, {{model: {tiny_zoo / 'base'}}}]}}\n"
+    )
+    text = succeed("merge", path, tmp_path / "out", "--shard-size", "100kB")
+    assert "note: stage half" in text
+    assert "note: `normalize` has no effect" in text
+    succeed("export", finished_run, tmp_path / "winner", "--shard-size", "100 KB")
+    for name in ("out", "winner"):
+        files = [f.stat().st_size for f in (tmp_path / name).glob("model-*.safetensors")]
+        assert len(files) > 1
+    words = ("merge", path, tmp_path / "x")
+    assert "is for models" in refuse(*words, "--as", "mergekit", "--shard-size", "5GB", folder=tmp_path)
+    for size in ("5", "GB", "1e3MB", "-1GB", "0GB"):
+        assert "not a size of files" in refuse(*words, f"--shard-size={size}", folder=tmp_path)
+
+
 def test_a_stack_of_layers_is_merged_and_scored(tiny_zoo: Path, tmp_path: Path) -> None:
     """The result is an ordinary model with more layers than its sources."""
     slices = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,9 @@ COMPARED = {
 """What is said of an exported folder, by `Exported.equal`."""
 
 
-def check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool) -> None:
+def check_form(
+    form: str, valid: tuple[str, ...], rank: int | None, keep_rest: bool, shard_size: str | None = None
+) -> None:
     """Raise ConfigError for an unknown form, or for options that are another form's."""
     if form not in valid:
         raise ConfigError(f"--as {form}: no such form", fix=nearest(form, valid))
@@ -30,6 +34,8 @@ def check_form(form: str, valid: tuple[str, ...], rank: int | None, keep_rest: b
                 got=f"--as {form}",
                 fix=f"leave {option} out, or add --as adapter",
             )
+    if shard_size is not None and form != "model":
+        raise ConfigError("--shard-size is for models", got=f"--as {form}", fix="leave --shard-size out")
 
 
 def say_adapter(
@@ -53,6 +59,33 @@ def say_adapter(
             {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
         ]
     output.data(data)
+
+
+def shard_bytes(size: str | None) -> int | None:
+    """Return the bytes of a size such as `5GB` (10^9 bytes each) or `5GiB` (2^30); None for None.
+
+    Raises:
+        ConfigError: it is no size, or below one kilobyte.
+
+    >>> shard_bytes("5GB"), shard_bytes("1.5 mib")
+    (5000000000, 1572864)
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt])(i?)b\s*", size, re.IGNORECASE)
+    power = "kmgt".index(match[2].lower()) + 1 if match else 0
+    bytes_ = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if bytes_ < 1_000:
+        raise ConfigError(
+            f"--shard-size {size}: not a size of files", expected="at least 1KB, like 5GB, 500MB or 2GiB"
+        )
+    return bytes_
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Say what the user should know of what was written."""
+    for note in notes:
+        output.say(f"note: {note}")
 
 
 def say_file(out: Path, recipe: str) -> None:

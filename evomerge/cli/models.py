@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evomerge.cli.forms import check_form, say_adapter, say_file
+from evomerge.cli.forms import check_form, say_adapter, say_file, shard_bytes
 from evomerge.cli.groups import app, spaces, zoo
 from evomerge.cli.options import (
     DrawsOption,
@@ -23,6 +23,7 @@ from evomerge.cli.options import (
     ModelArgument,
     ModelsOption,
     RankOption,
+    ShardSizeOption,
 )
 from evomerge.cli.reports import show_gate
 from evomerge.cli.terminal import (
@@ -44,17 +45,29 @@ def merge(
     form: FormOption = "model",
     rank: RankOption = None,
     keep_rest: KeepRestOption = False,
+    shard_size: ShardSizeOption = None,
 ) -> None:
     """Merge by a recipe or a mergekit YAML: write a model, a LoRA adapter, or mergekit YAML."""
     from evomerge.merging import mergekit
     from evomerge.merging.compatibility import check
     from evomerge.merging.export import writer
+    from evomerge.merging.export.folder import folder_notes
     from evomerge.merging.reading import read_recipe
     from evomerge.merging.sources.opening import open_used
+    from evomerge.merging.stages import merge_stages, read_stages
     from evomerge.merging.tensors import kernels
 
-    check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest)
-    recipe = read_recipe(file)
+    def say(note: str) -> None:
+        output.say(f"note: {note}")
+
+    check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest, shard_size)
+    largest = shard_bytes(shard_size) or writer.MAX_SHARD_BYTES
+    if form == "model" and len(stages := read_stages(file)) > 1:
+        recipe = merge_stages(stages, out, root=file.parent, max_shard_bytes=largest, say=say)
+        output.say(f"wrote {relative(out)} (recipe {recipe.hash[:12]})")
+        output.data({"folder": str(out), "recipe": recipe.hash})
+        return
+    recipe = read_recipe(file, say=say)
     if form == "adapter":
         from evomerge.merging.export.adapter import write_adapter
 
@@ -68,9 +81,9 @@ def merge(
         say_file(out, recipe.hash)
         return
     sources = open_used(recipe)
-    for note in (*check(recipe, sources), *kernels.notes()):
-        output.say(f"note: {note}")
-    writer.write(recipe, out, sources=sources)
+    for note in (*check(recipe, sources), *folder_notes(recipe, sources), *kernels.notes()):
+        say(note)
+    writer.write(recipe, out, sources=sources, max_shard_bytes=largest)
     output.say(f"wrote {relative(out)} (recipe {recipe.hash[:12]})")
     output.data({"folder": str(out), "recipe": recipe.hash})
 

@@ -29,7 +29,9 @@ GateOption = Annotated[
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A run config (YAML).")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or path+adapter.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a hub id (org/name@revision), or path+adapter.")
+]
 FolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 FormArgument = Annotated[
     Path, typer.Argument(metavar="OUT", help="The folder to write; for YAML forms, the file.")
@@ -51,6 +53,14 @@ KeepRestOption = Annotated[
     bool,
     typer.Option(
         "--keep-rest", help="With --as adapter: store tensors that a LoRA can't express as a whole."
+    ),
+]
+ShardSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard-size",
+        metavar="SIZE",
+        help="With --as model: the largest weight file, like 5GB or 500MB; default: 5GB.",
     ),
 ]
 ModelsOption = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file
+from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file, say_notes, shard_bytes
 from evomerge.cli.groups import app
 from evomerge.cli.options import (
     FormArgument,
@@ -19,6 +19,7 @@ from evomerge.cli.options import (
     KeepRestOption,
     RankOption,
     RunArgument,
+    ShardSizeOption,
     SplitOption,
 )
 from evomerge.cli.reports import show_comparison, show_report
@@ -135,6 +136,7 @@ def export(
     form: FormOption = "model",
     rank: RankOption = None,
     keep_rest: KeepRestOption = False,
+    shard_size: ShardSizeOption = None,
     accept_difference: Annotated[
         bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
     ] = False,
@@ -146,7 +148,8 @@ def export(
     from evomerge.delivery.summary import Summary
     from evomerge.stored import StoredRun
 
-    check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest)
+    check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest, shard_size)
+    largest = shard_bytes(shard_size)
     with StoredRun.read(run) as stored:
         summary = Summary(stored)
         if form == "adapter":
@@ -155,15 +158,21 @@ def export(
             )
             output.say(comparison(made))
             say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
+            say_notes(made.notes)
             return
         if form != "model":
             written = delivery.export_text(summary, out, pick=pick, form=form)
             say_file(out, written.recipe.hash)
             return
-        done = delivery.export(summary, out, pick=pick, accept_difference=accept_difference)
+        done = delivery.export(
+            summary, out, pick=pick, accept_difference=accept_difference, max_shard_bytes=largest
+        )
     output.say(f"exported {done.pick.name} to {relative(done.folder)}{COMPARED[done.equal]}")
+    for note in done.notes:
+        output.say(f"note: {note}")
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
+    say_notes(done.notes)
     output.data(
         {
             "folder": str(done.folder),

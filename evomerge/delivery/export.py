@@ -7,11 +7,13 @@ merge, so it is loaded back and scored before it is written under its name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.delivery import objectives
 from evomerge.delivery.card import card
+from evomerge.delivery.origins import Origin, licence, origins, published, with_published
 from evomerge.delivery.rescore import ScoredAdapter, rescore, scores_on_test
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, DiskError, StoreError, nearest
@@ -21,6 +23,7 @@ from evomerge.merging import mergekit
 from evomerge.merging.compatibility import with_fingerprints
 from evomerge.merging.export import writer
 from evomerge.merging.export.adapter import AdapterReport, write_adapter
+from evomerge.merging.export.folder import folder_notes
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.opening import open_source, open_used
 from evomerge.merging.tensors.digest import folder_digest
@@ -36,16 +39,25 @@ class Exported:
     """A model folder that was written, and its recipe.
 
     no_mergekit: why there is no mergekit YAML in it; None if there is. equal: whether its weights are those
-    that the run scored on `test`, in every bit; None for a recipe that was not scored there.
+    that the run scored on `test`, in every bit; None for a recipe that was not scored there. notes: on
+    licences and the files beside the weights.
     """
 
     folder: Path
     pick: Named
     no_mergekit: str | None
     equal: bool | None
+    notes: tuple[str, ...] = ()
 
 
-def export(summary: Summary, out: Path, *, pick: str = "winner", accept_difference: bool = False) -> Exported:
+def export(
+    summary: Summary,
+    out: Path,
+    *,
+    pick: str = "winner",
+    accept_difference: bool = False,
+    max_shard_bytes: int | None = None,
+) -> Exported:
     """Write one recipe of a run as a Hugging Face model folder.
 
     What was written is compared with the digest of the weights that were scored on `test`.
@@ -56,6 +68,7 @@ def export(summary: Summary, out: Path, *, pick: str = "winner", accept_differen
         pick: "winner", "best-baseline", "knee", "best:TASK", "weights:TASK=0.7,OTHER=0.3", the name of a row
             of the report, or the start of a recipe hash.
         accept_difference: write weights that differ from the scored ones; the model card says so.
+        max_shard_bytes: the largest size of one weight file; None means that of `writer.write`.
 
     Raises:
         ConfigError: no recipe of the run is called so.
@@ -66,10 +79,11 @@ def export(summary: Summary, out: Path, *, pick: str = "winner", accept_differen
     """
     chosen = find(summary, pick)
     summary.run.check_models()
+    models = _origins(summary, chosen.recipe)
     extra: dict[str, str] = {}
     no_mergekit = None
     try:
-        extra["mergekit.yaml"] = mergekit.write(chosen.recipe)
+        extra["mergekit.yaml"] = with_published(mergekit.write(chosen.recipe), models.values())
     except ConfigError as error:
         no_mergekit = error.what
     equal: list[bool | None] = []
@@ -78,10 +92,29 @@ def export(summary: Summary, out: Path, *, pick: str = "winner", accept_differen
         equal.append(_equal(summary.store, chosen.recipe, folder))
         if equal[0] is False and not accept_difference:
             raise _other_weights(summary.store, chosen)
-        return {"README.md": card(summary, chosen, equal=equal[0]), **extra}
+        extra["README.md"] = card(summary, chosen, models, equal=equal[0])
+        return extra | _recipe_file(folder, models)
 
-    writer.write(chosen.recipe, out, finish=finish)
-    return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit, equal=equal[0])
+    sources = open_used(chosen.recipe)
+    notes = (*folder_notes(chosen.recipe, sources), *_licence_notes(chosen.recipe, models))
+    largest = max_shard_bytes or writer.MAX_SHARD_BYTES
+    writer.write(chosen.recipe, out, sources=sources, finish=finish, max_shard_bytes=largest)
+    return Exported(folder=out, pick=chosen, no_mergekit=no_mergekit, equal=equal[0], notes=notes)
+
+
+def _origins(summary: Summary, recipe: Recipe) -> dict[str, Origin]:
+    return origins(recipe, summary.run.config().models.hub)
+
+
+def _licence_notes(recipe: Recipe, models: Mapping[str, Origin]) -> tuple[str, ...]:
+    _, note = licence(models[name] for name in recipe.used_models())
+    return () if note is None else (note,)
+
+
+def _recipe_file(folder: Path, models: Mapping[str, Origin]) -> dict[str, str]:
+    """Return the recipe.yaml of an exported folder, with hub ids where they are known."""
+    recipe = Recipe.from_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    return {"recipe.yaml": published(recipe, models).to_yaml()}
 
 
 def _equal(store: StoreReader, recipe: Recipe, folder: Path) -> bool | None:
@@ -138,6 +171,7 @@ def export_adapter(
     prepared = prepare(summary.run.config().permitting(permissions))
     summary.run.refuse_changed(prepared.model_facts)
     worker = scoring_alike(prepared.worker, summary.store, "test")
+    models = _origins(summary, chosen.recipe)
     scored: list[ScoredAdapter] = []
 
     def finish(folder: Path, report: AdapterReport) -> dict[str, str]:
@@ -151,9 +185,11 @@ def export_adapter(
                 keep_rest=keep_rest,
                 merge=merge,
                 adapter=adapter,
+                notes=_licence_notes(chosen.recipe, models),
             )
         )
-        return {"README.md": card(summary, chosen, adapter=scored[0])}
+        text = card(summary, chosen, models, adapter=scored[0])
+        return {"README.md": text, **_recipe_file(folder, models)}
 
     write_adapter(chosen.recipe, out, rank=rank, keep_rest=keep_rest, finish=finish)
     return scored[0]
@@ -173,10 +209,12 @@ def export_text(summary: Summary, out: Path, *, pick: str = "winner", form: str 
     """
     chosen = find(summary, pick)
     summary.run.check_models()
+    models = _origins(summary, chosen.recipe)
     if form == "mergekit":
-        write_text(out, mergekit.write(chosen.recipe))
+        write_text(out, with_published(mergekit.write(chosen.recipe), models.values()))
     else:
-        write_text(out, with_fingerprints(chosen.recipe, open_used(chosen.recipe)).to_yaml())
+        recipe = with_fingerprints(chosen.recipe, open_used(chosen.recipe))
+        write_text(out, published(recipe, models).to_yaml())
     return chosen
 
 

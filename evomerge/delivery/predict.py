@@ -45,14 +45,14 @@ class Prediction:
     blocks: int
 
 
-def find(store: StoreReader, template: Recipe, name: str) -> Recipe:
+def find(store: StoreReader, prepared: Prepared, name: str) -> Recipe:
     """Return the recipe of a file or of the start of a hash, over the run's models.
 
     Raises:
         ConfigError: it is neither, or its models are not the run's.
     """
     if Path(name).is_file():
-        return warm_start.over(read_recipe(name), template, name)
+        return warm_start.over(read_recipe(name), prepared.template, name, prepared.inputs)
     if len(name) >= 6 and set(name) <= set("0123456789abcdef"):
         return store.recipe(name)
     raise ConfigError(
@@ -87,7 +87,7 @@ def predict(summary: Summary, prepared: Prepared, name: str) -> Prediction:
             fix=f"continue the run: evomerge resume {store.folder}",
         )
     examples = scored(summary, course, prepared)
-    recipe, genome = _encoded(name, prepared, course, examples, find(store, prepared.template, name))
+    recipe, genome = _encoded(name, prepared, course, examples, find(store, prepared, name))
     forecast = prediction.predict_score(
         genome,
         [e for e in examples if e.recipe != recipe.hash and e.genome.tobytes() != genome.tobytes()],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -24,7 +25,7 @@ class ScoredAdapter:
     """An adapter that was written, with its scores on `test` and those of the whole merge.
 
     folder: where it is. pick: the recipe it was made from. keep_rest: whether it stores in full what a LoRA
-    can't represent.
+    can't represent. notes: for the user.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class ScoredAdapter:
     keep_rest: bool
     merge: Scores
     adapter: Scores
+    notes: tuple[str, ...] = ()
 
     def arguments(self) -> str:
         """Return the options of `evomerge merge` that make this adapter."""
@@ -69,24 +71,28 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None
         base: the folder of the model that the adapter belongs to.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from evomerge.evaluation.harness import Harness
 
     torch.set_num_threads(worker.threads)
     config = AutoConfig.from_pretrained(base or folder)
-    model: torch.nn.Module = model_class(config).from_pretrained(
+    model: Any = model_class(config).from_pretrained(
         base or folder, dtype=getattr(torch, worker.dtype), attn_implementation=worker.attention
     )
     if base is not None:
         from peft import PeftModel
 
+        if (folder / "generation_config.json").is_file():  # of a recipe with a `chat_template`
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft calls functions that transformers deprecates
             model = PeftModel.from_pretrained(model, str(folder))
     harness = Harness(
         worker.suite,
-        tokenizer=AutoTokenizer.from_pretrained(base or folder),
+        tokenizer=AutoTokenizer.from_pretrained(
+            folder if base is None or (folder / "tokenizer_config.json").is_file() else base
+        ),
         batch_size=worker.batch_size,
         max_length=worker.max_length,
         blocks=worker.blocks,

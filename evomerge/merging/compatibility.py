@@ -13,8 +13,10 @@ from evomerge.merging.modules import layer_of
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
+from evomerge.merging.sources.beside import unwrapped
 from evomerge.merging.sources.checkpoint import HEADS
 from evomerge.merging.sources.model_config import COUNTS, text_part
+from evomerge.merging.sources.pieces import KINDS, other_tokens
 from evomerge.merging.sources.source import Source, same_base
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.sources.untied import Untied
@@ -123,6 +125,7 @@ def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tup
         _check_tensors(*pair, stacked)
         _check_vocabulary(*pair)
         _check_shapes(*pair, stacked)
+        notes += _tokenizer_notes(*pair)
         notes += [source.note] if isinstance(source, Aligned | Untied) else []
         notes += [
             f"{key} differs: {name} has {config[key]!r}, {pattern_name} {pattern_config[key]!r}"
@@ -219,7 +222,16 @@ def _check_shapes(name: str, source: Source, pattern_name: str, pattern: Source,
 
 
 def _check_vocabulary(name: str, source: Source, pattern_name: str, pattern: Source) -> None:
-    rows, pattern_rows = source.vocabulary, pattern.vocabulary
+    pair = source.vocabulary, pattern.vocabulary
+    fix = "set the result's vocabulary: `tokenizer: base`, `tokenizer: union` or a model's name"
+    if unwrapped(source).vocabulary is None or unwrapped(pattern).vocabulary is None:
+        theirs, ours = other_tokens(source), other_tokens(pattern)
+        kind = next((kind for kind in KINDS if kind in theirs and kind in ours), None)
+        if kind is None:
+            return  # `_tokenizer_notes` says so
+        pair = theirs[kind][1], ours[kind][1]
+        fix = "save both models' tokenizers as tokenizer.json (with transformers), then set `tokenizer`"
+    rows, pattern_rows = pair
     if rows is None or pattern_rows is None or rows == pattern_rows:
         return
     differing = [token for token in pattern_rows if rows.get(token) != pattern_rows[token]]
@@ -232,8 +244,26 @@ def _check_vocabulary(name: str, source: Source, pattern_name: str, pattern: Sou
         f"models {name!r} and {pattern_name!r} have different vocabularies",
         expected="the same token for every row of the embeddings",
         got=f"{len(differing)} tokens differ: {shown}",
-        fix="set the result's vocabulary: `tokenizer: base`, `tokenizer: union` or a model's name",
+        fix=fix,
     )
+
+
+def _tokenizer_notes(name: str, source: Source, pattern_name: str, pattern: Source) -> list[str]:
+    """Say that two models' tokens can't be compared, where their tokenizers are of different kinds."""
+    if unwrapped(source).vocabulary is not None and unwrapped(pattern).vocabulary is not None:
+        return []
+    files = [_tokenizer_files(model) for model in (source, pattern)]
+    if not all(files) or other_tokens(source).keys() & other_tokens(pattern).keys():
+        return []
+    return [
+        f"tokens can't be compared: {name} has {files[0]}, {pattern_name} {files[1]}; the merge takes "
+        "embedding rows as they are"
+    ]
+
+
+def _tokenizer_files(source: Source) -> str:
+    known = ["tokenizer.json"] if unwrapped(source).vocabulary is not None else []
+    return ", ".join([*known, *(file for file, _ in other_tokens(source).values())])
 
 
 def _check_groups(recipe: Recipe, sources: Mapping[str, Source]) -> None:

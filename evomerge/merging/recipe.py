@@ -26,15 +26,24 @@ import yaml
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
+from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.methods import Method
 from evomerge.merging.methods.declaration import FILES, FileKind
 from evomerge.merging.modules import layer_of, shifted
+from evomerge.merging.recipe_data import (
+    LAYERS,
+    check_keys,
+    locations,
+    mapping,
+    optional_name,
+    shifts,
+    strings,
+    whole,
+)
 from evomerge.schema import LARGEST_SEED, parse_yaml
 
 FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
-LAYERS = 10_000
-"""Most layers of a model; work is done layer by layer, so a misread number would take hours."""
 OUTSIDE: tuple[int, ...] = ()
 """The `layers` of a group of the tensors outside all layers: embeddings, final norm, head."""
 
@@ -211,7 +220,10 @@ class TensorGroup:
         data["sources"] = list(self.sources)
         distinct = len(set(self.sources)) == len(self.sources)
         shown: dict[str, Any] = {}
+        declared = methods.get(self.method).parameters
         for name, value in self.parameters.items():
+            if declared[name].omitted and value == declared[name].default:
+                continue
             if isinstance(value, tuple):
                 shown[name] = dict(zip(self.sources, value, strict=True)) if distinct else list(value)
             else:
@@ -230,12 +242,12 @@ class TensorGroup:
     @classmethod
     def _from_data(cls, data: Mapping[str, Any], where: str) -> TensorGroup:
         valid = ("method", "sources", "parameters", "layers", "match", "shift", "base", "base_shift")
-        _check_keys(data, valid, required=("method", "sources"), where=where)
-        sources = tuple(_strings(data["sources"], f"{where}: sources"))
+        check_keys(data, valid, required=("method", "sources"), where=where)
+        sources = tuple(strings(data["sources"], f"{where}: sources"))
         parameters: dict[str, Setting] = {}
-        for name, value in _mapping(data.get("parameters"), f"{where}: parameters").items():
+        for name, value in mapping(data.get("parameters"), f"{where}: parameters").items():
             if isinstance(value, Mapping):
-                _check_keys(value, sources, required=sources, where=f"{where}: parameters: {name}")
+                check_keys(value, sources, required=sources, where=f"{where}: parameters: {name}")
                 parameters[name] = tuple(value[source] for source in sources)
             else:
                 parameters[name] = tuple(value) if isinstance(value, list) else value
@@ -254,10 +266,10 @@ class TensorGroup:
             sources=sources,
             parameters=parameters,
             layers=None if layers is None else tuple(sorted(set(layers))),
-            match=tuple(_strings([] if data.get("match") is None else data["match"], f"{where}: match")),
-            shift=_shifts(data.get("shift"), sources, where),
-            base=_optional_name(data.get("base"), f"{where}: base"),
-            base_shift=_whole(data.get("base_shift", 0), f"{where}: base_shift"),
+            match=tuple(strings([] if data.get("match") is None else data["match"], f"{where}: match")),
+            shift=shifts(data.get("shift"), sources, where),
+            base=optional_name(data.get("base"), f"{where}: base"),
+            base_shift=whole(data.get("base_shift", 0), f"{where}: base_shift"),
         )
 
 
@@ -273,8 +285,11 @@ class Recipe:
         tokenizer: the model whose tokenizer, config and special tokens the result gets, or `base`, or
             `union` (the base's tokens, then all others). Default: the base, without a base the first model.
             Embedding rows are matched by token. Models with different tokens need this to be set.
+        chat_template: "" (that of the tokenizer's model), a model's name, `base`, `auto`, a built-in
+            template's name, or jinja text; see `chat_templates`.
         seed: of the random masks of DARE-like methods.
         num_layers: of the result; None means as many as its sources have.
+        pad_rows: the number of embedding rows is rounded up to a multiple of it; 0 leaves it as it is.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
         gram: name -> file with the Gram matrices of a model's inputs, likewise, for `regmean`.
@@ -290,8 +305,10 @@ class Recipe:
     base: str | None = None
     dtype: str = "bfloat16"
     tokenizer: str = ""
+    chat_template: str = ""
     seed: int = 0
     num_layers: int | None = None
+    pad_rows: int = 0
     fisher: Mapping[str, str] = field(default_factory=dict)
     gram: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -326,6 +343,8 @@ class Recipe:
                 self._check_names(f"group {group.label()!r}", [*group.sources, group.base])
         self._check_names("fingerprints", self.fingerprints)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
+        template = chosen_template(self.chat_template, self.base, self.models)
+        object.__setattr__(self, "chat_template", template)
         for group in self.groups:
             if methods.get(group.method).needs_base and self.base_of(group) is None:
                 raise ConfigError(
@@ -376,8 +395,10 @@ class Recipe:
             base=self.base,
             dtype=self.dtype,
             tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
             seed=self.seed,
             num_layers=num_layers,
+            pad_rows=self.pad_rows,
             fisher=self.fisher if "fisher" in used else {},
             gram=self.gram if "gram" in used else {},
         )
@@ -421,10 +442,14 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """The canonical identity: SHA-256 over everything that changes the merged bits, 64 hex digits.
+        """The canonical identity within a run: SHA-256 over what changes the merged bits, 64 hex digits.
 
         Locations don't count (a moved folder stays the same recipe), nor does the seed where no method
-        draws at random. Parameters count with their defaults filled in.
+        draws at random. Parameters count with their defaults filled in. Models count by their names, which a
+        run ties to their files by its fingerprints. Between runs and files a hash alone says nothing: two
+        recipes are the same merge if their hashes and the fingerprints of their used models are equal. So
+        `running.warm_start` first gives models with equal files equal names, and `delivery.compare` compares
+        the runs' fingerprints.
         """
         if self._hash:
             return self._hash
@@ -466,9 +491,13 @@ class Recipe:
         data: dict[str, Any] = {"format": FORMAT, "models": dict(self.models)}
         if self.base is not None:
             data["base"] = self.base
-        data |= {"tokenizer": self.tokenizer, "dtype": self.dtype, "seed": self.seed}
+        data |= {"tokenizer": self.tokenizer}
+        data |= {"chat_template": self.chat_template} if self.chat_template else {}
+        data |= {"dtype": self.dtype, "seed": self.seed}
         if self.num_layers is not None:
             data["num_layers"] = self.num_layers
+        if self.pad_rows:
+            data["pad_rows"] = self.pad_rows
         data |= {kind: dict(self.files(kind)) for kind in FILES if self.files(kind)}
         if self.fingerprints:
             data["fingerprints"] = dict(self.fingerprints)
@@ -482,33 +511,48 @@ class Recipe:
         Raises:
             ConfigError: unknown keys (the error names the nearest valid one), or values that don't fit.
         """
-        data = _mapping(data, "recipe")
-        settings = ("base", "tokenizer", "dtype", "seed", "num_layers", *FILES, "fingerprints")
+        data = mapping(data, "recipe")
+        settings = (
+            "base",
+            "tokenizer",
+            "chat_template",
+            "dtype",
+            "seed",
+            "num_layers",
+            "pad_rows",
+            *FILES,
+            "fingerprints",
+        )
         valid = ("format", "models", *settings, "groups")
-        _check_keys(data, valid, required=("models", "groups"), where="recipe")
+        check_keys(data, valid, required=("models", "groups"), where="recipe")
         if data.get("format", FORMAT) != FORMAT:
             raise ConfigError("recipe: format", expected=str(FORMAT), got=repr(data["format"]))
         seed = data.get("seed", 0)
-        if _whole(seed, "recipe: seed", LARGEST_SEED) < 0:
+        if whole(seed, "recipe: seed", LARGEST_SEED) < 0:
             raise ConfigError("recipe: seed", expected="a whole number >= 0", got=repr(seed))
         layers = data.get("num_layers")
-        if layers is not None and _whole(layers, "recipe: num_layers") < 1:
+        if layers is not None and whole(layers, "recipe: num_layers") < 1:
             raise ConfigError("recipe: num_layers", expected="a whole number >= 1", got=repr(layers))
+        pad = whole(data.get("pad_rows", 0), "recipe: pad_rows", 2**20)
+        if pad < 0:
+            raise ConfigError("recipe: pad_rows", expected="a whole number >= 0", got=repr(pad))
         groups = data["groups"]
         if not isinstance(groups, list):
             raise ConfigError("recipe: groups", expected="a list", got=type(groups).__name__)
         return cls(
-            models=_locations(data["models"], "recipe: models"),
-            base=_optional_name(data.get("base"), "recipe: base"),
-            tokenizer=_optional_name(data.get("tokenizer"), "recipe: tokenizer") or "",
+            models=locations(data["models"], "recipe: models"),
+            base=optional_name(data.get("base"), "recipe: base"),
+            tokenizer=optional_name(data.get("tokenizer"), "recipe: tokenizer") or "",
+            chat_template=optional_name(data.get("chat_template"), "recipe: chat_template") or "",
             dtype=data.get("dtype", "bfloat16"),
             seed=seed,
             num_layers=layers,
-            fisher=_locations(data.get("fisher"), "recipe: fisher"),
-            gram=_locations(data.get("gram"), "recipe: gram"),
-            fingerprints=_locations(data.get("fingerprints"), "recipe: fingerprints"),
+            pad_rows=pad,
+            fisher=locations(data.get("fisher"), "recipe: fisher"),
+            gram=locations(data.get("gram"), "recipe: gram"),
+            fingerprints=locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(
-                TensorGroup._from_data(_mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
+                TensorGroup._from_data(mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")
                 for i, g in enumerate(groups)
             ),
         )
@@ -527,62 +571,3 @@ class Recipe:
 
     def __reduce__(self) -> tuple[object, ...]:  # mapping proxies don't pickle; plain data does
         return Recipe.from_data, (self.to_data(),)
-
-
-def _check_keys(
-    data: Mapping[str, Any], valid: Sequence[str], *, required: Sequence[str], where: str
-) -> None:
-    for key in data:
-        if key not in valid:
-            raise ConfigError(f"{where}: unknown key {key!r}", fix=nearest(str(key), valid))
-    for key in required:
-        if key not in data:
-            raise ConfigError(f"{where}: missing key {key!r}")
-
-
-def _mapping(data: object, where: str) -> Mapping[str, Any]:
-    if data is None:
-        return {}
-    if not isinstance(data, Mapping):
-        raise ConfigError(where, expected="a mapping", got=type(data).__name__)
-    return data
-
-
-def _optional_name(value: object, where: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(where, expected="the name of a model", got=repr(value))
-    return value
-
-
-def _whole(value: object, where: str, limit: int = LAYERS) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > limit:
-        raise ConfigError(where, expected=f"a whole number of at most {limit}", got=repr(value)[:80])
-    return value
-
-
-def _shifts(data: object, sources: Sequence[str], where: str) -> tuple[int, ...]:
-    """Return one shift per source; a mapping may leave out sources that are not shifted."""
-    where = f"{where}: shift"
-    if isinstance(data, Mapping):
-        _check_keys(data, sources, required=(), where=where)
-        if len(set(sources)) < len(sources):
-            raise ConfigError(where, expected="a list, because a source appears twice", got="a mapping")
-        return tuple(_whole(data.get(source, 0), where) for source in sources)
-    if data is not None and not isinstance(data, list):
-        raise ConfigError(where, expected="source: whole number, or a list of whole numbers", got=repr(data))
-    return tuple(_whole(value, where) for value in data or ())
-
-
-def _locations(data: object, where: str) -> dict[str, str]:
-    locations = _mapping(data, where)
-    for name, place in locations.items():
-        if not name or not isinstance(place, str) or not place:
-            raise ConfigError(f"{where}: {name!r}", expected="a name and a location (text)", got=repr(place))
-    return {str(name): place for name, place in locations.items()}
-
-
-def _strings(data: object, where: str) -> list[str]:
-    values = [data] if isinstance(data, str) else data
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise ConfigError(where, expected="a name or a list of names", got=repr(data))
-    return values

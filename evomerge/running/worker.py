@@ -87,14 +87,14 @@ class Result:
 class WorkerSpec:
     """Everything a worker needs to know, picklable.
 
-    models, base, tokenizer: as in a Recipe. dtype: the type of the forward pass ("float32", "bfloat16");
-    weights are rounded to the recipe's own dtype before. batch_size: requests per forward pass, unless a job
-    says otherwise; part of a run's identity because it changes the last bits of scores. max_length: in
-    tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in Harness. generation:
-    what continues prompts, the live model ("transformers") or an engine beside it ("vllm"). permissions:
-    which code of the tasks may run. inputs: what models and task files were when the run began, None where
-    they are not compared. stored_text, answers, sharing: as in Harness; a run's first worker decides on
-    `sharing`.
+    models, base, tokenizer, chat_template: as in a Recipe. dtype: the type of the forward pass ("float32",
+    "bfloat16"); weights are rounded to the recipe's own dtype before. batch_size: requests per forward
+    pass, unless a job says otherwise; part of a run's identity because it changes the last bits of scores.
+    max_length: in tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in
+    Harness. generation: what continues prompts, the live model ("transformers") or an engine beside it
+    ("vllm"). permissions: which code of the tasks may run. inputs: what models and task files were when the
+    run began, None where they are not compared. stored_text, answers,
+    sharing: as in Harness; a run's first worker decides on `sharing`.
     """
 
     models: Mapping[str, str]
@@ -108,6 +108,7 @@ class WorkerSpec:
     attention: str | None = None
     low_memory: bool = False
     tokenizer: str = ""
+    chat_template: str = ""
     blocks: int = 1
     block_seed: int = 0
     generation: str = "transformers"
@@ -133,6 +134,7 @@ class WorkerSpec:
             groups=(TensorGroup(method="linear", sources=(self.base,), parameters={"weight": 1.0}),),
             dtype=self.dtype,
             tokenizer=tokenizer_of(self.tokenizer, self.base, self.models),
+            chat_template=self.chat_template,
         )
 
     def blocks_of(self, split: Split) -> tuple[int, ...]:
@@ -190,14 +192,12 @@ def counted(spec: WorkerSpec) -> tuple[int, int]:
 
 def _tokenizer(spec: WorkerSpec) -> tuple[Any, Any]:
     """Return the tokenizer that the models share, and the source that it is from."""
-    from evomerge.merging.recipe import tokenizer_of
+    from evomerge.merging.sources import chat
     from evomerge.merging.sources.opening import open_sources
-    from evomerge.merging.sources.vocabulary import open_tokenizer
 
     sources = open_sources(spec.models, spec.base, tokenizer=spec.tokenizer)
-    vocabulary = tokenizer_of(spec.tokenizer, spec.base, spec.models)
-    source = sources[vocabulary if vocabulary in sources else spec.base]
-    return open_tokenizer(source), source
+    recipe = spec.base_alone()
+    return chat.open_tokenizer(recipe.chat_template, recipe.pattern, sources), sources[recipe.pattern]
 
 
 class Worker:
@@ -222,6 +222,7 @@ class Worker:
             spec.models,
             spec.base,
             tokenizer=spec.tokenizer,
+            chat_template=spec.chat_template,
             device=spec.device,
             compute_dtype=spec.dtype,
             attn_implementation=spec.attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,6 @@ def test_the_model_card_says_what_must_be_said(opened: Summary, exported: delive
     text = (exported.folder / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "transformers"
-    assert len(front["base_model"]) == 3
     verdict = opened.verdict(opened.rows())
     assert verdict is not None
     assert verdict.sentence in text
@@ -122,7 +122,7 @@ def test_an_adapter_is_scored_before_it_gets_its_name(opened: Summary, tmp_path:
 
     text = (tmp_path / "small" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert (front["library_name"], front["base_model"]) == ("peft", done.report.base)
+    assert front["library_name"] == "peft"
     assert f"{done.report.summary()}. It was loaded with peft" in text
     assert "evomerge merge recipe.yaml OUT --as adapter --rank 4\n" in text
     assert "It approximates the merge" in text
@@ -176,6 +176,47 @@ def test_a_run_without_a_winner_says_so(opened: Summary, tmp_path: Path) -> None
     unfinished.winner = None
     with pytest.raises(StoreError, match="no winner yet"):
         delivery.export(unfinished, tmp_path / "out")
+
+
+def test_a_chosen_template_is_scored_as_exported(
+    tiny_zoo: Path, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Template and end tokens are of one source, and change what is asked and where answers end."""
+    chat = tmp_path / "chat"
+    shutil.copytree(tiny_zoo / "upper", chat)
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] | reverse }} {% endfor %}"
+    )
+    settings = json.loads((chat / "generation_config.json").read_text())
+    ends = [settings["eos_token_id"], AutoTokenizer.from_pretrained(chat)("a").input_ids[-1]]
+    (chat / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
+    changes = {
+        "models": {
+            "base": str(tiny_zoo / "base"),
+            "sources": {"upper": str(chat), "reverse": str(tiny_zoo / "reverse")},
+        },
+        "budget": {"generations": 1},
+        "finalists": 2,
+    }
+    plain = prepare(RunConfig.load(config(**changes)))
+    assert [note.partition(":")[0] for note in plain.notes if "chat_template" in note] == [
+        "chat templates differ",
+        "tokens that end answers differ",
+    ]
+    run = RunConfig.load(config(**changes, chat_template="upper"))
+    assert not [note for note in prepare(run).notes if "chat_template" in note]
+    assert run.identity() != plain.config.identity()
+    compose.start(run, Silent())
+    store = RunStore.read(tmp_path / "run")
+    summary = Summary(StoredRun(store))
+    out = delivery.export(summary, tmp_path / "model")
+    stored = store.result(out.pick.recipe.hash, "test")
+    assert isinstance(stored, Scores)
+    worker = prepare(StoredRun(store).config()).worker
+    assert rescore(out.folder, worker, "test").same_as(stored)
+    exported = AutoModelForCausalLM.from_pretrained(out.folder)
+    assert exported.generation_config.eos_token_id == ends
+    assert not rescore(chat, worker, "test").same_as(rescore(tiny_zoo / "upper", worker, "test"))
 
 
 def test_a_source_with_tokens_of_its_own_is_scored_as_exported(

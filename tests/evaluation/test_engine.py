@@ -261,6 +261,10 @@ def test_the_engine_is_part_of_the_identity_and_the_default_changes_none(
         with pytest.raises(ConfigError, match="one model of the base's layers and vocabulary"):
             prepare(wrong)
 
+    asked = RunConfig.load(config(executor={"generation": "vllm"}, chat_template="chatml"))
+    with pytest.raises(ConfigError, match="vllm ends answers as the base does"):
+        prepare(asked)
+
 
 def _executor(config: RunConfig) -> dict[str, Any]:
     return {"name": "inline", "threads": 1, "batch_size": config.executor.batch_size}

@@ -29,11 +29,13 @@ from evomerge.files import drafted_folder
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, with_fingerprints
 from evomerge.merging.export import writer
+from evomerge.merging.export.folder import asked, copy_beside
 from evomerge.merging.methods.reduction import norm
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.sources import model_files
+from evomerge.merging.sources import chat, model_files
 from evomerge.merging.sources.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedCheckpoint
 from evomerge.merging.sources.arrays import of_tensor
+from evomerge.merging.sources.beside import tokenizer_files
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
 from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.opening import open_source, open_used
@@ -163,6 +165,7 @@ def write_adapter(
     opened = dict(open_used(recipe) if sources is None else sources)
     read = model_files.stats(opened.values())
     check(recipe, opened)
+    asking = asked(recipe, opened)
     location, below = _base(recipe, opened, base)
     layers = _layers(below)
     plan, exact = _plan(recipe, opened, below, layers, rank, keep_rest)
@@ -173,6 +176,9 @@ def write_adapter(
         _write_weights(folder / WEIGHTS, plan, stored, recipe, opened, below, layers)
         model_files.refuse_changed(read)
         _write_config(folder, plan, stored, report, layers, below)
+        if asking is not None:
+            copy_beside(tokenizer_files(opened[recipe.pattern]), folder, None)
+            chat.write(asking, folder)
         (folder / "recipe.yaml").write_text(with_fingerprints(recipe, opened).to_yaml(), encoding="utf-8")
         for name, text in (finish(folder, report) if finish else {}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -182,6 +188,10 @@ def write_adapter(
 def _check_request(recipe: Recipe, rank: int | None) -> None:
     if rank is not None and rank < 1:
         raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
+    if recipe.pad_rows:
+        raise ConfigError(
+            "this merge pads embedding rows, which an adapter can't do", fix="write a whole model"
+        )
     if recipe.stacked:
         raise ConfigError(
             "this merge moves layers to other places, which an adapter can't do",
@@ -486,7 +496,7 @@ def _write_weights(
     inputs = FileInputs(sources)
     with ShardWriter(path, _headers(plan, stored, base, recipe.dtype, layers)) as writer:
         for name, (_, made) in plan.factors.items():
-            up, down = (checked(factor, name) for factor in made())
+            up, down = (checked(factor, name, recipe, inputs) for factor in made())
             for key, factor in zip(
                 _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
             ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import DiskError
 from evomerge.files import drafted_folder
 from evomerge.merging.compatibility import check, with_fingerprints
+from evomerge.merging.export.folder import asked, copy_beside, readable, with_ends, write_json
 from evomerge.merging.modules import file_name
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources import model_files
+from evomerge.merging.sources import chat, model_files
 from evomerge.merging.sources.arrays import WeightArray
-from evomerge.merging.sources.checkpoint import INDEX, SINGLE
+from evomerge.merging.sources.beside import Beside, beside
+from evomerge.merging.sources.chat import Chat
+from evomerge.merging.sources.hub import INDEX, SINGLE
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter
@@ -39,20 +41,6 @@ MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
 """mallopt's parameter (malloc.h) for the size from which blocks are mapped separately, and that size."""
 DISK_MARGIN = 64_000_000
 """Bytes needed beside the weights: tokenizer, config, and the file system's metadata."""
-COPIED = (
-    "generation_config.json",  # the only one that is not the tokenizer's
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def write(
@@ -95,14 +83,17 @@ def write(
     pattern = sources[recipe.pattern]
     shards = plan_shards(output_headers(recipe, sources), recipe.dtype, max_shard_bytes)
     depth = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
+    asking = asked(recipe, sources)  # before the weights, because it may raise, as what follows
+    taken = beside(pattern)
     extended = isinstance(pattern, Aligned) and pattern.additions
-    tokenizer = open_tokenizer(pattern) if extended else None  # before the weights, because it may raise
-    check_space(out, shards)
+    tokenizer = open_tokenizer(pattern) if extended else None
+    check_space(out, shards, taken.size)
     with drafted_folder(out) as folder:
         _write_weights(recipe, FileInputs(sources), shards, folder, depth)
         model_files.refuse_changed(read)
         merged = with_fingerprints(recipe, sources)
-        _write_rest(merged, pattern, tokenizer, stacked_config(recipe, sources), folder)
+        config = readable(stacked_config(recipe, sources), recipe.dtype)
+        _write_rest(merged, taken, tokenizer, asking, config, folder)
         for name, text in (finish(folder) if finish else {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
@@ -178,23 +169,17 @@ def _in_order(recipe: Recipe, inputs: Inputs, tensors: Sequence[tuple[str, Heade
 
 def _write_rest(
     recipe: Recipe,
-    pattern: Source,
+    taken: Beside,
     tokenizer: PreTrainedTokenizerBase | None,
+    asking: Chat | None,
     config: dict[str, Any],
     folder: Path,
 ) -> None:
-    for name in COPIED if tokenizer is None else COPIED[:1]:
-        if (pattern.folder / name).is_file():
-            shutil.copyfile(pattern.folder / name, folder / name)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    config.pop("torch_dtype", None)  # the older name of `dtype`; both at once would contradict each other
-    write_json(folder / "config.json", config | {"dtype": recipe.dtype})
+    copy_beside(taken, folder, tokenizer)
+    if asking is not None:
+        chat.write(asking, folder)
+    write_json(folder / "config.json", with_ends(config, asking))
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _return_memory() -> None:
@@ -210,10 +195,13 @@ def _existing_parent(out: Path) -> Path:
     return parent
 
 
-def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]]) -> None:
-    """Raise DiskError if there is no room for some files; shards: file name -> headers."""
+def check_space(out: Path, shards: Mapping[str, Mapping[str, Header]], beside: int = 0) -> None:
+    """Raise DiskError if there is no room for some files.
+
+    shards: file name -> headers. beside: bytes of files that are copied.
+    """
     parent = _existing_parent(out)
-    needed = sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
+    needed = beside + sum(h.count * ITEM_SIZES[h.dtype] for shard in shards.values() for h in shard.values())
     free = shutil.disk_usage(parent).free
     if free < needed + DISK_MARGIN:
         raise DiskError(

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.files import drafted_folder, expanded
-from evomerge.merging.export.writer import MAX_SHARD_BYTES, check_space, new_folder, plan_shards, write_json
+from evomerge.merging.export.folder import write_json
+from evomerge.merging.export.writer import MAX_SHARD_BYTES, check_space, new_folder, plan_shards
 from evomerge.merging.importing import packed, pickled, whole
 from evomerge.merging.sources.arrays import is_finite, of_tensor
-from evomerge.merging.sources.checkpoint import INDEX, SINGLE, Checkpoint
+from evomerge.merging.sources.checkpoint import Checkpoint
+from evomerge.merging.sources.hub import INDEX, SINGLE
 from evomerge.merging.sources.model_config import read_config
 from evomerge.merging.sources.tensorfile import NAMES, Header, ShardWriter, read_header
 from evomerge.schema import load_json

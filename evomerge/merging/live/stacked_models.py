@@ -127,9 +127,11 @@ class Rewiring:
         device: str,
         compute_dtype: str,
         attn_implementation: str | None,
+        generation: Mapping[str, Any] | None,
         merge: Merge,
     ) -> None:
         self._sources, self._pattern, self._merge = sources, sources[pattern], merge
+        self._generation = generation
         self._device, self._dtype, self._attention = device, compute_dtype, attn_implementation
         self._held: dict[str, _Held] = {}
         self._frames: dict[str, _Frame] = {}
@@ -201,7 +203,7 @@ class Rewiring:
         name = json.dumps(config, sort_keys=True)
         frame = self._frames.pop(name, None)
         if frame is None:
-            model = build(self._pattern, config, self._dtype, self._attention)
+            model = build(self._pattern, config, self._dtype, self._attention, self._generation)
             frame = _Frame(model=model, slots=_state(model))
             if set(frame.slots) != set(parts_by_live):
                 differing = sorted(set(frame.slots) ^ set(parts_by_live))
@@ -277,8 +279,17 @@ class Rewiring:
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
-def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | None) -> PreTrainedModel:
-    """Build a model from a config without reading or initialising weights, which are loaded later."""
+def build(
+    source: Source,
+    data: Mapping[str, Any],
+    dtype: str,
+    attention: str | None,
+    generation: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Build a model from a config without reading or initialising weights, which are loaded later.
+
+    generation: the content of its generation_config.json; None leaves what follows from the config.
+    """
     import torch
     from transformers import AutoConfig, GenerationConfig
     from transformers.initialization import no_init_weights
@@ -289,6 +300,9 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
         with passing_folder(temporary_parent(), "evomerge-model") as folder:
             (folder / "config.json").write_text(json.dumps(data), encoding="utf-8")
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if generation is not None:
+                (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+                settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
         with no_init_weights():
             model: Any = model_class(config).from_config(
                 config,
@@ -296,8 +310,8 @@ def build(source: Source, data: Mapping[str, Any], dtype: str, attention: str | 
                 attn_implementation=attention,
                 trust_remote_code=False,
             )
-        if (source.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+        if generation is not None:
+            model.generation_config = settings
     except Exception as error:  # transformers computes with the config before it checks it
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise DiskError(

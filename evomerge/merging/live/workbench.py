@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
+from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.live.live_weights import address, gradient_at, locate, weights_at
 from evomerge.merging.live.stacked_models import Rewiring, build
 from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
+from evomerge.merging.sources import chat
 from evomerge.merging.sources.arrays import to_tensor
 from evomerge.merging.sources.opening import open_sources
-from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
+from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.stacking import output_headers
 from evomerge.merging.tensors.derivatives import Derivatives, added, tensor_derivatives
 from evomerge.merging.tensors.digest import exact_dtype, weights_digest
@@ -49,7 +51,7 @@ class Workbench:
     Args:
         models: name -> location, as in a Recipe.
         base: the name of the base model, if there is one.
-        tokenizer: as in a Recipe.
+        tokenizer, chat_template: as in a Recipe.
         device: of the live model, e.g. "cuda". It changes no weights.
         compute_dtype: the type of the live model's forward pass. It changes no weights.
         attn_implementation: transformers' name of an attention; None lets it choose.
@@ -72,6 +74,7 @@ class Workbench:
         base: str | None = None,
         *,
         tokenizer: str = "",
+        chat_template: str = "",
         device: str = "cpu",
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
@@ -82,6 +85,7 @@ class Workbench:
         self.base = base
         self._compute_dtype = compute_dtype
         self._vocabulary = tokenizer_of(tokenizer, base, models)
+        self._choice = chosen_template(chat_template, base, models)
         self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
         self.sources = open_sources(models, base, tokenizer=tokenizer)
         pattern = {self._pattern: self.sources[self._pattern]}
@@ -91,7 +95,11 @@ class Workbench:
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
         pattern_source = self.sources[self._pattern]
-        self._plain = build(pattern_source, pattern_source.config, compute_dtype, attn_implementation)
+        asked = chat.chosen(self._choice, self._pattern, self.sources)
+        generation = chat.chat_of(pattern_source).generation if asked is None else asked.generation
+        self._plain = build(
+            pattern_source, pattern_source.config, compute_dtype, attn_implementation, generation
+        )
         self._plain.to(device)  # type: ignore[arg-type]
         self._targets = locate(self._plain, self._headers, pattern_source.location)
         self._rewiring = Rewiring(
@@ -100,6 +108,7 @@ class Workbench:
             device=device,
             compute_dtype=compute_dtype,
             attn_implementation=attn_implementation,
+            generation=generation,
             merge=self._merge,
         )
         self.model: PreTrainedModel = self._plain
@@ -109,7 +118,7 @@ class Workbench:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the recipes use, opened on first use."""
         if self._tokenizer is None:
-            self._tokenizer = open_tokenizer(self.sources[self._pattern])
+            self._tokenizer = chat.open_tokenizer(self._choice, self._pattern, self.sources)
         return self._tokenizer
 
     @property
@@ -138,6 +147,11 @@ class Workbench:
                 expected=self._vocabulary,
                 got=recipe.tokenizer,
                 fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
+            )
+        if recipe.chat_template != self._choice:
+            raise ConfigError(
+                "workbench: the recipe's chat_template is not the workbench's",
+                fix="open the workbench with the recipe's chat_template",
             )
         rows_differ = any(isinstance(source, Aligned) for source in self.sources.values())
         if rows_differ and (tuple(recipe.models), recipe.base) != (tuple(self.sources), self.base):

@@ -6,16 +6,17 @@ source, its slice, its module and the whole file, in this order; `base_model` pe
 `dtype` and `out_dtype`; `path+adapter`. `slices.py` turns slices into tensor groups.
 
 Deviations from mergekit: merging computes in float32 for every `dtype` (the result is stored in `out_dtype`,
-else `dtype`, else the stored type, as in mergekit); DARE rescales by 1/density; misspelt keys are errors; a
-model that appears twice in a slice stays two sources; a base that slices do not list is read at the layers
-of their sources; `weight` may be left out; the final norm and the head are made of all sources of the last
-slice (mergekit takes no more sources than the first slice has).
+else `dtype`, else the stored type, as in mergekit); DARE rescales by 1/density; misspelt keys are errors, and
+keys that mergekit ignores are noted (see `ignored`); a model that appears twice in a slice stays two sources;
+a base that slices do not list is read at the layers of their sources; `weight` may be left out; the final
+norm and the head are made of all sources of the last slice (mergekit takes no more sources than the first
+slice has).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,37 +25,17 @@ import yaml
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
+from evomerge.merging.chat_templates import with_text
+from evomerge.merging.mergekit.ignored import ENTRIES, without_ignored
 from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import TEXT, beside_text, module_of
-from evomerge.merging.recipe import DTYPES, LAYERS, UNION, Recipe
+from evomerge.merging.recipe import DTYPES, UNION, Recipe
+from evomerge.merging.recipe_data import LAYERS
+from evomerge.merging.sources.hub import is_local, split_id
 from evomerge.schema import parse_yaml
 
-KEYS = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-)
-UNUSED = {"task_arithmetic": ("density", "rescale")}
-"""Parameters that mergekit accepts for a method without using them."""
-NEVER_USED = "int8_mask"
-"""A parameter that saves mergekit memory and changes no result."""
-NEUTRAL = {
-    "ties": {"rescale": False},
-    "breadcrumbs": {"rescale": False},
-    "breadcrumbs_ties": {"rescale": False},
-    "nuslerp": {"nuslerp_flatten": True, "nuslerp_row_wise": False},
-    "multislerp": {"normalize_weights": True},
-}
-"""Parameters that are accepted only at the value that changes nothing; other values are errors."""
+TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 OURS = ("chained_slerp", "core_space", "fisher", "iso_c", "iso_cts", "regmean", "tsv", "wudi")
 """Methods that mergekit does not have, or not in this form."""
 UNWEIGHTED = ("ram", "ramplus_tl")
@@ -100,16 +81,15 @@ def read(
 
 
 def from_data(
-    data: object, *, root: str | Path | None = None, seed: int = 0, tensors: Iterable[str] | None = None
+    data: object,
+    *,
+    root: str | Path | None = None,
+    seed: int = 0,
+    tensors: Iterable[str] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Recipe:
-    """Return the same as `read`, from parsed YAML."""
-    data = _checked(data, KEYS, "mergekit file")
-    if "merge_method" not in data:
-        raise ConfigError("mergekit file: missing key 'merge_method'")
-    method = methods.get(str(data["merge_method"]))
-    if method.name in OURS:
-        raise ConfigError(f"mergekit file: mergekit has no method {method.name}", fix="write a recipe.yaml")
-    by_name = {name: placed(slices) for name, slices in _slices(data, method).items()}
+    """Return the same as `read`, from parsed YAML. say: called with each note for the user."""
+    data, by_name = _checked_data(data, say)
     every = [part for slices in by_name.values() for part in slices]
     base = _base(data, "mergekit file")
     tokenizer = _tokenizer(data)
@@ -118,14 +98,15 @@ def from_data(
         tokenizer = base or every[0].made.sources[0]
     named = (base, *used, tokenizer)
     locations = list(dict.fromkeys(location for location in named if location and location != UNION))
-    names = _names(locations)
     places = {location: resolved(location, root) for location in locations}
+    names = _names(places)
     headers = Headers(places, tensors, base)
     parts = _by_module(by_name, headers, locations[0])
     slices = parts[TEXT]
     pattern_location = locations[0] if tokenizer is None or tokenizer == UNION else tokenizer
     num_layers = _num_layers(slices, headers, pattern_location)
     pattern = tokenizer or base
+    chat_template = _chat_template(data, names, base, root)
     if any(methods.get(part.made.method).uses_base(base) and part.made.base is None for part in every):
         base = None  # groups without a base then have none, and the others name their own
     return Recipe(
@@ -134,9 +115,37 @@ def from_data(
         groups=groups(parts, names, base, headers),
         dtype=_dtype(data, headers, locations[0]),
         tokenizer=names.get(pattern, UNION) if pattern and (tokenizer or base is None) else "",
+        chat_template=chat_template,
         seed=seed,
         num_layers=num_layers,
+        pad_rows=_pad_rows(data),
     )
+
+
+def check(data: object) -> None:
+    """Raise ConfigError for what is wrong in parsed YAML, as far as the models are not needed to see it."""
+    checked, _ = _checked_data(data, lambda _: None)
+    _tokenizer(checked)
+    _pad_rows(checked)
+    _check_dtypes(checked)
+
+
+def _checked_data(
+    data: object, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Sequence[Slice]]]:
+    """Return a file's data without ignored keys, and module -> slices."""
+    data = _mapping(data, "mergekit file")
+    if "merge_method" not in data:
+        _checked(data, ENTRIES["file"], "mergekit file")
+        raise ConfigError("mergekit file: missing key 'merge_method'")
+    method = methods.get(str(data["merge_method"]))
+    data, ignored = without_ignored(data, method)
+    for note in ignored:
+        say(note)
+    _checked(data, ENTRIES["file"], "mergekit file")
+    if method.name in OURS:
+        raise ConfigError(f"mergekit file: mergekit has no method {method.name}", fix="write a recipe.yaml")
+    return data, {name: placed(slices) for name, slices in _slices(data, method).items()}
 
 
 def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str) -> int | None:
@@ -144,6 +153,8 @@ def _num_layers(slices: Sequence[Slice], headers: Headers, pattern_location: str
     if slices[0].length is None:
         return None
     num_layers = slices[-1].start + (slices[-1].length or 0)
+    if num_layers == 0:
+        raise ConfigError("mergekit file: no layers in any slice", expected="a slice with layers")
     if num_layers > LAYERS:
         raise ConfigError(
             "mergekit file: too many layers", expected=f"at most {LAYERS} in all slices", got=str(num_layers)
@@ -211,7 +222,7 @@ def _slices(data: Mapping[str, Any], method: Method) -> dict[str, list[Slice]]:
     parts = {}
     for name, module in data["modules"].items():
         where = f"modules.{name}."
-        content = _checked(module, ("models", "slices", "parameters"), f"mergekit file: modules.{name}")
+        content = _checked(module, ENTRIES["module"], f"mergekit file: modules.{name}")
         inner = [_parameters(content, method, f"{where}parameters"), *levels]
         parts[str(name)] = _module(content, _base(data, "mergekit file"), method, inner, where)
     return parts
@@ -227,7 +238,7 @@ def _module(
     slices = []
     for index, entry in enumerate(_list(content.get("slices"), f"{where}slices")):
         place = f"{where}slices[{index}]"
-        part = _checked(entry, ("sources", "parameters", "base_model"), f"mergekit file: {place}")
+        part = _checked(entry, ENTRIES["slice"], f"mergekit file: {place}")
         entries = _list(part.get("sources"), f"{place}.sources")
         slice_base = _base(part, f"mergekit file: {place}") or base
         inner = [_parameters(part, method, f"{place}.parameters"), *levels]
@@ -247,13 +258,13 @@ def _slice(
 ) -> Slice:
     """Return one slice. ranged: whether its sources have a layer_range. alone: whether mergekit copies the
     only model of a list."""
-    valid = ("model", "parameters", *(("layer_range",) if ranged else ()))
+    valid = ENTRIES["source" if ranged else "model"]
     entries, lengths = [], []
     for index, source in enumerate(listed):
         place = f"{where}[{index}]"
         entry = _checked(source, valid, f"mergekit file: {place}")
         model = _location(entry.get("model"), f"mergekit file: {place}: model")
-        parameters = _parameters(entry, method, f"{place}.parameters", source=True)
+        parameters = _parameters(entry, method, f"{place}.parameters")
         start, end = _layer_range(entry, place) if ranged else (0, None)
         entries.append(_Entry(model=model, parameters=parameters, start=start))
         lengths.append(None if end is None else end - start)
@@ -345,23 +356,12 @@ def _roles(
     return made, entries
 
 
-def _parameters(
-    data: Mapping[str, Any], method: Method, where: str, *, source: bool = False
-) -> dict[str, tuple[Condition, ...]]:
+def _parameters(data: Mapping[str, Any], method: Method, where: str) -> dict[str, tuple[Condition, ...]]:
     """Return parameter -> ordered conditions of one level of the file."""
     conditions: dict[str, tuple[Condition, ...]] = {}
     where = f"mergekit file: {where}"
     for name, setting in _mapping(data.get("parameters"), where).items():
-        neutral = NEUTRAL.get(method.name, {})
-        unused = name == NEVER_USED or name in UNUSED.get(method.name, ())
-        if unused or (name in neutral and setting == neutral[name]):
-            continue
         declared = method.parameter(str(name), where)
-        if source and not declared.per_source:
-            raise ConfigError(
-                f"{where}: {name} is a parameter of the whole merge, not of one source",
-                fix="move it out of the source, to the parameters of the slice or the file",
-            )
         conditions[name] = _conditions(setting, f"{where}.{name}")
         if declared.kind == "flag":  # mergekit takes 0 and 1 as well
             conditions[name] = tuple(
@@ -402,22 +402,27 @@ def _number(value: object) -> object:
 def _layer_range(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
     bounds = entry.get("layer_range")
     whole = isinstance(bounds, list) and len(bounds) == 2 and all(type(v) is int for v in bounds)
-    if not whole or not 0 <= bounds[0] < bounds[1] <= LAYERS:  # type: ignore[index]
+    if not whole or not 0 <= bounds[0] <= bounds[1] <= LAYERS:  # type: ignore[index]
         raise ConfigError(
             f"mergekit file: {where}: layer_range",
-            expected=f"[first, end] with 0 <= first < end <= {LAYERS}",
+            expected=f"[first, end] with 0 <= first <= end <= {LAYERS}",
             got=repr(bounds)[:80],
         )
     return bounds[0], bounds[1]  # type: ignore[index]
 
 
-def _names(locations: Iterable[str]) -> dict[str, str]:
-    """Return location -> a short name: its last part, with a number if it is taken or is `union`."""
+def _names(places: Mapping[str, str]) -> dict[str, str]:
+    """Return location -> a short name: its last part, with a number if it is taken or is `union`.
+
+    places: location -> the same where it exists on the disk. A hub id's revision is no part of its name.
+    """
     names: dict[str, str] = {}
     taken = {UNION}
     numbers: dict[str, int] = {}
-    for location in dict.fromkeys(locations):
-        stem = Path(location.rpartition("+")[2]).name or location
+    for location, place in places.items():
+        last = location.rpartition("+")[2]
+        found = None if is_local(place.rpartition("+")[2]) else split_id(last)
+        stem = Path(found[0] if found else last).name or location
         name, number = stem, numbers.get(stem, 2)
         while name in taken:
             name, number = f"{stem}-{number}", number + 1
@@ -445,35 +450,73 @@ def _location(location: object, where: str) -> str:
         parts = _checked(location, ("model", "lora"), where)
         return "+".join(_location(parts[key], where) for key in ("model", "lora") if parts.get(key))
     if isinstance(location, dict) and "path" in location:
-        return _location(_checked(location, ("path",), where)["path"], where)
+        parts = _checked(location, ("path", "revision"), where)
+        place, revision = _location(parts["path"], where), parts.get("revision")
+        return place if revision is None else f"{place}@{_location(revision, f'{where}: revision')}"
     if not isinstance(location, str) or not location:
         raise ConfigError(where, expected="a path or hub id", got=repr(location)[:80])
     return location
 
 
-def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
+def _check_dtypes(data: Mapping[str, Any]) -> None:
     for key in ("dtype", "out_dtype"):
         if data.get(key) is not None and data[key] not in DTYPES:
             raise ConfigError(f"mergekit file: {key}: {data[key]!r}", fix=nearest(str(data[key]), DTYPES))
+
+
+def _dtype(data: Mapping[str, Any], headers: Headers, location: str) -> str:
+    _check_dtypes(data)
     dtype = data.get("out_dtype") or data.get("dtype")
     return str(dtype) if dtype else headers.dtype(location)
 
 
 def _tokenizer(data: Mapping[str, Any]) -> str | None:
     """Return `base`, `union` or the location of the tokenizer's model; None if the file has no such key."""
-    if data.get("chat_template") not in (None, "auto"):
-        raise ConfigError(
-            "mergekit file: chat_template is not supported",
-            fix="leave it out, and set the template in the merged model's tokenizer",
-        )
     source = data.get("tokenizer_source")
     if data.get("tokenizer") is not None:
-        source = _checked(data["tokenizer"], ("source",), "mergekit file: tokenizer").get("source")
+        tokenizer = _checked(data["tokenizer"], TOKENIZER, "mergekit file: tokenizer")
+        if tokenizer.get("tokens"):
+            raise ConfigError(
+                "mergekit file: tokenizer.tokens is not supported: rows of single tokens can't be chosen",
+                fix="leave it out: a token that a model lacks gets the base's row, else the mean of all",
+            )
+        source = tokenizer.get("source")
     if source is not None and not isinstance(source, str):
         raise ConfigError(
             "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(source)
         )
     return source
+
+
+def _chat_template(
+    data: Mapping[str, Any], names: Mapping[str, str], base: str | None, root: str | Path | None
+) -> str:
+    """Return a recipe's `chat_template`; models are named by location or by name."""
+    choice = data.get("chat_template")
+    if choice is not None and not isinstance(choice, str):
+        raise ConfigError(
+            "mergekit file: chat_template",
+            expected="base, a model, auto, a built-in template or a .jinja file",
+            got=repr(choice)[:80],
+        )
+    if not choice or choice in names:
+        return names.get(choice or "", "")
+    if choice == "base" and base is not None:
+        return names[base]
+    return with_text(choice, Path(root or "."), names.values())
+
+
+def _pad_rows(data: Mapping[str, Any]) -> int:
+    """Return the multiple to which embedding rows are padded, 0 without one."""
+    tokenizer = data.get("tokenizer")
+    pad = tokenizer.get("pad_to_multiple_of") if isinstance(tokenizer, Mapping) else None
+    if pad is not None and (type(pad) is not int or not 1 <= pad <= 2**20):
+        raise ConfigError(
+            "mergekit file: tokenizer.pad_to_multiple_of",
+            expected="a whole number from 1 to 1048576",
+            got=repr(pad)[:80],
+        )
+    return pad or 0
 
 
 def _checked(data: object, valid: Sequence[str], where: str) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.mergekit import reader
 from evomerge.merging.mergekit.slices import compressed, is_before_layers
+from evomerge.merging.methods import Parameter
 from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, shifted
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
-from evomerge.merging.sources.opening import open_used
+from evomerge.merging.sources.chat import chat_of
+from evomerge.merging.sources.opening import open_used, with_chat_models
 from evomerge.merging.stacking import output_names
 
 Branch = tuple[str | None, TensorGroup]
@@ -127,8 +129,20 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
         data["tokenizer_source"] = recipe.tokenizer
     elif recipe.models[recipe.tokenizer] != default:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
+    if template := _chat_template(recipe):
+        data["chat_template"] = template
+    if recipe.pad_rows:
+        source = data.pop("tokenizer_source", default)
+        data["tokenizer"] = {"source": source, "pad_to_multiple_of": recipe.pad_rows}
     # evomerge merges in float32 and mergekit in `dtype`, so both types are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
+
+
+def _chat_template(recipe: Recipe) -> str | None:
+    """Return mergekit's `chat_template`; of a model the default template's text, as it names no models."""
+    if recipe.chat_template not in recipe.models:
+        return recipe.chat_template or None
+    return chat_of(with_chat_models(recipe, {})[recipe.chat_template]).templates.get("default")
 
 
 def _module(recipe: Recipe, method: str, names: Sequence[str]) -> dict[str, Any]:
@@ -253,8 +267,14 @@ def _shared(branches: Sequence[Branch]) -> dict[str, Any]:
     return {
         p.name: _setting([(part, group.parameters[p.name]) for part, group in branches])
         for p in declared
-        if not p.per_source
+        if not p.per_source and not _left_out(p, branches)
     }
+
+
+def _left_out(parameter: Parameter, branches: Sequence[Branch]) -> bool:
+    """Say whether a parameter has its default in all branches and is left out of recipes then."""
+    values = {group.parameters[parameter.name] for _, group in branches}
+    return parameter.omitted and values == {parameter.default}
 
 
 def _setting(values: Sequence[tuple[str | None, Setting]]) -> Any:

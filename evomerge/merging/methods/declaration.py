@@ -30,7 +30,8 @@ class Parameter:
     """One parameter of a method.
 
     `per_source` parameters have one value per source (weights, densities); the others one per group.
-    Bounds are inclusive.
+    Bounds are inclusive. omitted: recipes leave the parameter out at its default, so that those written
+    before it existed keep their hashes.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Parameter:
     high: float = float("inf")
     kind: Literal["real", "integer", "flag"] = "real"
     per_source: bool = False
+    omitted: bool = False
 
     def check(self, value: object, where: str) -> Value:
         """Return the value in its canonical type, or raise ConfigError naming `where`."""
@@ -78,6 +80,7 @@ class Method:
     factored: whether all sources must be LoRA adapters on the base. For a tensor to which they add low-rank
         updates, the function gets no tensors, but `updates`: (B, A) or None per source.
     blend: returns the method as a `Blend`, or None if it is not one with these parameters.
+    deviations: paragraphs that say where the function deviates from its paper, or from mergekit.
     by_rows: rows (the last dimension) are merged independently, so a large tensor may be passed some rows at
         a time; a random method then also takes `first`, the index of their first element in the tensor.
     ordered: whether the order of the sources changes the merge.
@@ -88,6 +91,7 @@ class Method:
     blend: Callable[..., Blend | None] | None
     by_rows: bool
     summary: str
+    deviations: tuple[str, ...]
     paper: str
     inputs: Kind
     needs_base: bool
@@ -166,6 +170,7 @@ def method(
             blend=blend,
             by_rows=by_rows,
             summary=(function.__doc__ or "").strip().splitlines()[0],
+            deviations=_deviations(function.__doc__ or ""),
             paper=paper,
             inputs=inputs,
             needs_base=inputs == "task_vectors" if needs_base is None else needs_base,
@@ -201,6 +206,16 @@ def blended(
         return method(name, *parameters, blend=blend, **declaration)(function)
 
     return register
+
+
+def _deviations(docstring: str) -> tuple[str, ...]:
+    """Return the paragraphs of a docstring that say where a method deviates from its paper or mergekit.
+
+    >>> _deviations("Average.\\n\\n    Deviation: of\\n    two.\\n")
+    ('Deviation: of two.',)
+    """
+    paragraphs = (" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
+    return tuple(paragraph for paragraph in paragraphs if paragraph.startswith("Deviation"))
 
 
 def names() -> tuple[str, ...]:
@@ -259,4 +274,5 @@ def markdown() -> str:
             default = str(p.default).lower() if p.kind == "flag" else f"{p.default:g}"
             owner = "source" if p.per_source else "group"
             lines.append(f"| `{p.name}` | {owner} | {default} | {span} | {p.help} |")
+        lines += [line for paragraph in declared.deviations for line in ("", paragraph)]
     return "\n".join(lines) + "\n"

@@ -1,22 +1,29 @@
 """Methods on the sphere: slerp, chained_slerp, nuslerp, multislerp, karcher.
 
 The result of each method is a linear combination of its inputs whose coefficients depend only on lengths and
-angles. Those come from one Gram matrix in float64, so only the last sum reads the tensors again.
+angles. Those come from one Gram matrix in float64, so only the last sum reads the tensors again. nuslerp can
+also take the vectors of a matrix one by one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from evomerge.merging.methods.averaging import WEIGHT_LIMIT
-from evomerge.merging.methods.blend import Blend, Statistics
-from evomerge.merging.methods.declaration import Parameter, blended
-from evomerge.merging.methods.reduction import SHORTEST, cosines
+from evomerge.merging.methods.blend import Blend, Statistics, TensorStatistics, run
+from evomerge.merging.methods.declaration import Parameter, blended, method
+from evomerge.merging.methods.reduction import SHORTEST, as_rows, cosines, row_cosines
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEARLY_PARALLEL = 0.9995
 """Cosine beyond which slerp interpolates linearly: the angle's sine is too small to divide by."""
 SMALLEST_SINE = 1e-8
+SMALLEST_SUM = 1e-6
+"""Size of a sum of weights of both signs below which they cancel."""
 SHORTEST_LENGTH = 1e-30
 """Length at or below which a tensor counts as zeros, relative to the longest length if that is above 1. The
 coefficient that such a tensor's direction needs is too large for float32."""
@@ -94,33 +101,96 @@ def chained_slerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
     return Blend(weights=tuple(point))
 
 
-@blended(
-    "nuslerp",
-    SHARE,
-    paper="Shoemake 1985, Animating rotation with quaternion curves; mergekit's nuslerp",
-    inputs="either",
-    sources=(2, 2),
-)
-def nuslerp(tensors: Statistics, *, weight: tuple[float, ...]) -> Blend:
-    """Interpolate along the arc by relative weights; between task vectors where there is a base.
-
-    slerp with t = w2 / (w1 + w2); weights that are all 0 count as equal. With a base, `tensors` are task
-    vectors and the base is added to the result.
-
-    Deviations from mergekit: weights are never negative, and nearly opposite tensors (cosine below
-    -0.9995) are interpolated along the straight line, because the arc's coefficients grow like 1 / sine.
-
-    >>> import torch
-    >>> nuslerp(torch.ones(2), [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], weight=(1.0, 1.0))
-    tensor([1.7071, 1.7071])
-    """
-    first, second = _shares(weight)
+def _arcs(
+    tensors: Statistics,
+    *,
+    weight: tuple[float, ...],
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+) -> Blend | None:
+    """Return the blend of nuslerp of whole tensors, or None with an arc for each row or column."""
+    if not nuslerp_flatten:
+        return None
+    first, second = _signed_shares(weight)
     cos = cosines(tensors.gram())[0][1]
     angle = math.acos(cos)
     sine = math.sin(angle)
     if cos >= -NEARLY_PARALLEL and sine >= SMALLEST_SINE:
         first, second = math.sin(first * angle) / sine, math.sin(second * angle) / sine
     return Blend(weights=(first, second))
+
+
+@method(
+    "nuslerp",
+    Parameter(
+        name="weight",
+        default=1.0,
+        low=-WEIGHT_LIMIT,
+        high=WEIGHT_LIMIT,
+        per_source=True,
+        help="share of each model",
+    ),
+    Parameter(
+        name="nuslerp_flatten",
+        default=True,
+        kind="flag",
+        omitted=True,
+        help="one arc for the whole tensor; else one for each vector of a matrix",
+    ),
+    Parameter(
+        name="nuslerp_row_wise",
+        default=False,
+        kind="flag",
+        omitted=True,
+        help="without nuslerp_flatten: vectors along the first dimension of a matrix, else along its last",
+    ),
+    paper="Shoemake 1985, Animating rotation with quaternion curves; mergekit's nuslerp",
+    inputs="either",
+    sources=(2, 2),
+    blend=_arcs,
+)
+def nuslerp(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+) -> Tensor:
+    """Interpolate along the arc by relative weights; between task vectors where there is a base.
+
+    slerp with t = w2 / (w1 + w2); a negative weight goes beyond the other end of the arc. Weights that are
+    all 0, or of two signs with a sum below 1e-6, count as equal. With a base, `tensors` are task vectors and
+    the base is added to the result. Without `nuslerp_flatten`, each vector of a matrix has an angle of its
+    own: as in mergekit, those along its first dimension with `nuslerp_row_wise`, else along its last. Tensors
+    of one dimension are one vector.
+
+    Deviation from mergekit: nearly opposite tensors (cosine below -0.9995) are interpolated along the
+    straight line, because the arc's coefficients grow like 1 / sine.
+
+    >>> import torch
+    >>> nuslerp(torch.ones(2), [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], weight=(1.0, 1.0))
+    tensor([1.7071, 1.7071])
+    """
+    import torch
+
+    shape = tensors[0].shape
+    if nuslerp_flatten or len(shape) < 2:
+        blend = _arcs(TensorStatistics(tensors), weight=weight)
+        assert blend is not None
+        return run(blend, base, tensors)
+    along = 0 if nuslerp_row_wise else -1
+    turned = [tensor.transpose(along, -1) for tensor in tensors]
+    cos = row_cosines(turned)
+    angle = torch.arccos(cos)
+    sine = torch.sin(angle)
+    on_arc = (cos >= -NEARLY_PARALLEL) & (sine >= SMALLEST_SINE)
+    mix = torch.zeros_like(as_rows(turned[0]))
+    for tensor, share in zip(turned, _signed_shares(weight), strict=True):
+        arc = torch.sin(share * angle) / torch.where(on_arc, sine, 1.0)
+        mix += as_rows(tensor) * torch.where(on_arc, arc, share).to(mix.dtype)[:, None]
+    result = mix.view(turned[0].shape).transpose(along, -1).contiguous()
+    return result if base is None else result.add_(base)
 
 
 @blended(
@@ -221,6 +291,16 @@ def _shares(weight: Sequence[float]) -> tuple[float, ...]:
     """Return the weights divided by their sum; equal ones where all are 0."""
     total = math.fsum(weight)
     return tuple(w / total for w in weight) if total > 0.0 else (1.0 / len(weight),) * len(weight)
+
+
+def _signed_shares(weight: Sequence[float]) -> tuple[float, ...]:
+    """Return the weights divided by their sum; equal ones where they are all 0 or cancel."""
+    total = math.fsum(weight)
+    if min(weight) >= 0.0:
+        return _shares(weight)
+    return (
+        tuple(w / total for w in weight) if abs(total) >= SMALLEST_SUM else (1.0 / len(weight),) * len(weight)
+    )
 
 
 def _angles(products: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:

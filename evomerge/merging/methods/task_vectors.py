@@ -97,6 +97,12 @@ def ties(
     took part, guarded as `blend` says. With weights of one sign the guard never acts and
     no element exceeds lambda times the largest task vector element there.
 
+    Deviations from mergekit: with `dtype: bfloat16` it casts the models on load and computes in that type, so
+    task vectors and sums are rounded; here both are float32, and only the result is rounded. Differences of
+    bfloat16 models have few distinct magnitudes, so many are equal where they are trimmed: mergekit keeps
+    those that torch's topk returns, here the lowest indices are kept. The paper says neither, and float32
+    is closer to its formula.
+
     >>> import torch
     >>> vectors = [torch.tensor([4.0, -1.0]), torch.tensor([2.0, 3.0])]
     >>> ties(torch.zeros(2), vectors, weight=(1.0, 1.0), density=(1.0, 1.0))

@@ -34,6 +34,7 @@ from evomerge.merging.sources.checkpoint import (
     read_vocabulary,
     sample_hash,
 )
+from evomerge.merging.sources.hub import split_id
 from evomerge.merging.sources.live_names import LiveNames
 from evomerge.merging.sources.model_config import with_rows
 from evomerge.merging.sources.tensorfile import Header, read_header
@@ -152,9 +153,12 @@ class AdaptedCheckpoint:
 
     @functools.cached_property
     def vocabulary(self) -> Mapping[str, int] | None:
-        """The base's, or that of the adapter's folder where it added rows."""
-        own = read_vocabulary(self.adapter) if self.headers is not self.base.headers else None
-        return self.base.vocabulary if own is None else own
+        """The base's tokens, or those of the adapter's own tokenizer.json that have a row."""
+        own, theirs = read_vocabulary(self.adapter), self.base.vocabulary
+        if own is None:
+            return theirs
+        rows = next((header.shape[0] for name, header in self.headers.items() if is_embedding(name)), 0)
+        return {t: row for t, row in own.items() if row < rows or (theirs or {}).get(t) == row}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -330,7 +334,7 @@ def _own_base(folder: Path, location: str, fallback: str | None) -> str:
                     return str(path)
     if fallback is not None:
         return fallback
-    if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) and named[0] != ".":
+    if isinstance(named, str) and split_id(named) is not None:
         return named
     raise ModelError(
         f"{location}: the adapter's base model can't be found",

@@ -1,7 +1,7 @@
 """A model folder in safetensors: its facts without reading weights, and its tensors on demand.
 
-Covers local folders and hub ids, single files and shards, tied and untied heads. Not covered: pickled
-weights (refused, because they can run code), quantised weights and remote code.
+Covers local folders and hub ids (see `hub`), single files and shards, tied and untied heads. Not covered:
+pickled weights (refused, because they can run code), quantised weights and remote code.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
-from evomerge.files import expanded
 from evomerge.merging.modules import TEXT, file_name, layer_of, module_of, next_layers
-from evomerge.merging.recipe import LAYERS
+from evomerge.merging.recipe_data import LAYERS
 from evomerge.merging.sources.arrays import WeightArray, to_tensor
+from evomerge.merging.sources.hub import INDEX, SINGLE, folder_of
 from evomerge.merging.sources.model_config import (
     COUNTS,
     read_config,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 ARRAY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
 """The types a merge can read: safetensors' code -> numpy's name."""
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Endings of the names of output projections, which a tied model shares with its embeddings."""
 EMBEDDINGS = (
@@ -46,6 +45,7 @@ EMBEDDINGS = (
     "tok_embeddings.weight",
 )
 """Endings of the names of token embeddings, which a tied model's head shares."""
+_EMBEDS = re.compile(r"embed|wte")
 DERIVED = ("rotary_emb.inv_freq", ".masked_bias", "attn.bias_mask")
 """Buffers in old files that the model computes itself; they are not weights."""
 MASKS = ("attn.bias", "attention.bias")
@@ -58,7 +58,6 @@ READ_BY_TRANSFORMERS = (
 )
 LARGEST_TOKENIZER = 64_000_000
 """Bytes of a tokenizer.json; that of 262,000 tokens and their merges has 33 million."""
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,13 +162,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, location: str) -> Checkpoint:
-        """Open a folder or a hub id (`organisation/name`). Raises ModelError.
+        """Open a folder or a hub id (`org/name`, `org/name@revision`). Raises ModelError."""
+        return cls.within(folder_of(location), location)
 
-        From a hub repository only safetensors, JSON and tokenizer files are downloaded.
-        """
-        folder = expanded(location)
-        if not folder.is_dir():
-            folder = _from_hub(location)
+    @classmethod
+    def within(cls, folder: Path, location: str) -> Checkpoint:
+        """Open the folder of a location, or raise ModelError."""
         if not (folder / "config.json").exists():
             raise ModelError(
                 f"{location}: no config.json in the folder",
@@ -189,10 +187,15 @@ class Checkpoint:
         heads = [name for name in self._stored if name.endswith(HEADS) and module_of(name) == TEXT]
         if said is False or not heads:
             return said is not False
-        embeddings = [name for name in self._stored if is_embedding(name) and module_of(name) == TEXT]
+        shape = self._stored[heads[0]].shape
+        embeddings = [
+            name
+            for name, header in self._stored.items()
+            if header.shape == shape and name not in heads and layer_of(name) is None and _EMBEDS.search(name)
+        ]
         if not embeddings:
             return bool(said)
-        same = self._same_elements(heads[0], embeddings[0])
+        same = any(self._same_elements(heads[0], name) for name in embeddings)
         return same and (tied_by_default(self._raw_config) if said is None else True)
 
     def _same_elements(self, name: str, other: str) -> bool:
@@ -378,6 +381,13 @@ def _weight_files(folder: Path, location: str) -> list[tuple[Path, list[str] | N
             got=", ".join(pickled[:3]),
             fix=f"write them as safetensors: evomerge import {location} OUT",
         )
+    if files:
+        raise ModelError(
+            f"{location}: several weight files and no index that says which tensors to take from each",
+            expected=f"{INDEX} beside them, or one file {SINGLE}",
+            got=", ".join(path.name for path in files[:3]) + (" ..." if len(files) > 3 else ""),
+            fix="download or copy the index, too",
+        )
     raise ModelError(f"{location}: no weights in the folder", expected=SINGLE, got=_listing(folder))
 
 
@@ -404,28 +414,6 @@ def _indexed_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
                 f"{folder}: the index names a missing file", expected=shard, fix="download or copy the file"
             )
     return [(folder / shard, names) for shard, names in sorted(shards.items())]
-
-
-def _from_hub(location: str) -> Path:
-    missing = ModelError(
-        f"{location}: no such model folder", fix="check the path, or give a Hugging Face hub id (owner/name)"
-    )
-    parts = location.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise missing
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(location, allow_patterns=list(HUB_FILES)))
-    except HFValidationError:
-        raise missing from None
-    except Exception as error:  # the hub client raises errors of its own, of requests and of the OS
-        raise ModelError(
-            f"{location}: neither a local folder nor available from the Hugging Face hub",
-            got=" ".join(str(error).split())[:300] or type(error).__name__,
-            fix="check the spelling and the network, or download the model and give its folder",
-        ) from None
 
 
 def _listing(folder: Path) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomerge.errors import ModelError
-from evomerge.merging.recipe import LAYERS
+from evomerge.merging.recipe_data import LAYERS
 from evomerge.schema import load_json, parse
 
 if TYPE_CHECKING:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from evomerge.errors import ModelError
 from evomerge.files import expanded
 from evomerge.merging.recipe import Recipe, tokenizer_of
+from evomerge.merging.sources import chat
 from evomerge.merging.sources.adapter import is_adapter, open_adapter, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
+from evomerge.merging.sources.hub import folder_of, split_id
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.untied import untie
 from evomerge.merging.sources.vocabulary import align, differ
@@ -19,7 +21,7 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     """Open a model; only its JSON files and headers are read.
 
     Args:
-        location: a model folder, hub id, `path+adapter`, or adapter folder.
+        location: a model folder, a hub id (with `@revision`), an adapter, or `model+adapter`.
         base: location of the model to which an adapter folder is applied, if the base that its config names
             can't be found.
 
@@ -28,10 +30,12 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     """
     model, adapter = split_location(location)
     if adapter is not None:
-        return open_adapter(Checkpoint.open(model), expanded(adapter), location)
-    if is_adapter(expanded(location)):
-        return open_adapter(None, expanded(location), location, fallback=base)
-    return Checkpoint.open(location)
+        folder = folder_of(adapter) if split_id(adapter) else expanded(adapter)
+        return open_adapter(Checkpoint.open(model), folder, location)
+    folder = folder_of(location)
+    if is_adapter(folder):
+        return open_adapter(None, folder, location, fallback=base)
+    return Checkpoint.within(folder, location)
 
 
 def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str = "") -> dict[str, Source]:
@@ -65,12 +69,29 @@ def open_used(recipe: Recipe) -> dict[str, Source]:
         place: open_source(place, base=below) for place in dict.fromkeys(map(recipe.models.__getitem__, used))
     }
     opened = _untied_like_all(recipe, {name: at[recipe.models[name]] for name in used}, below)
-    if recipe.tokenizer == recipe.pattern and not differ(opened, recipe.pattern):
+    if recipe.tokenizer == recipe.pattern and not recipe.pad_rows and not differ(opened, recipe.pattern):
         return opened
     # Models that are not merged may still provide rows that others lack, so all are opened.
     every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
-    aligned = align(untie(every), tokenizer=recipe.tokenizer, base=recipe.base, asked=recipe.asked)
+    aligned = align(
+        untie(every),
+        tokenizer=recipe.tokenizer,
+        base=recipe.base,
+        asked=recipe.asked,
+        pad_rows=recipe.pad_rows,
+    )
     return {name: aligned[name] for name in used}
+
+
+def with_chat_models(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Return opened models and those among which the recipe's `chat_template` chooses, in its order."""
+    below = recipe.models[recipe.base] if recipe.base is not None else None
+    wanted = chat.needed(recipe)
+    return {
+        name: sources[name] if name in sources else open_source(place, base=below)
+        for name, place in recipe.models.items()
+        if name in sources or name in wanted
+    }
 
 
 def _untied_like_all(recipe: Recipe, opened: dict[str, Source], below: str | None) -> dict[str, Source]:

@@ -19,11 +19,13 @@ tokenizers without tokenizer.json, whose models must have the rows of the model 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +33,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.errors import ModelError
+from evomerge.files import passing_folder, temporary_parent
 from evomerge.merging.modules import TEXT, layer_of, module_of
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
+from evomerge.merging.sources.beside import folders_of, tokenizer_files, tokenizer_folder
 from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
 from evomerge.merging.sources.model_config import text_part, with_rows
 from evomerge.merging.sources.source import Source
@@ -125,7 +129,7 @@ def differ(sources: Mapping[str, Source], pattern: str) -> bool:
 
 
 def align(
-    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool
+    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool, pad_rows: int = 0
 ) -> dict[str, Source]:
     """Return the models with their embedding rows in the order of one vocabulary.
 
@@ -136,6 +140,7 @@ def align(
         base: the name of the base model.
         asked: whether the user set `tokenizer`. If not, only models that differ in padding alone are
             aligned. Others stay unchanged, and `compatibility.check` refuses them.
+        pad_rows: round the number of rows up to a multiple of this; new rows are zeros. 0: don't.
 
     Raises:
         ModelError: rows can't be matched: a model without tokenizer.json has another number of rows,
@@ -151,14 +156,15 @@ def align(
             expected=f"tokens for the rows of {pattern} ({first.location})",
             fix=f"put the tokenizer.json {pattern} was trained with into its folder",
         )
-    if unlike or not names or first.vocabulary is None or not differ(sources, pattern):
+    _check_padding(pad_rows, pattern, first, names)
+    if unlike or not names or first.vocabulary is None or not (pad_rows or differ(sources, pattern)):
         return dict(sources)
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
     if not same and not asked:
         return dict(sources)
     rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
-    target = _target(rows[pattern], additions)
+    target = _padded(_target(rows[pattern], additions), pad_rows)
     _check_tables(sources, names)
     if additions:
         _check_ids(first, target, additions)
@@ -301,9 +307,10 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False
-        )
+        with _whole_folder(source) as folder:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers library (in Rust) is no Exception
@@ -316,6 +323,20 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         if tokenizer.convert_tokens_to_ids(texts) != [source.vocabulary[text] for text in texts]:
             raise _no_union(source)
     return tokenizer  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _whole_folder(source: Source) -> Iterator[Path]:
+    """Yield a folder with a model's config and tokenizer; an adapter's own files replace the model's."""
+    if len(folders_of(source)) == 1:
+        yield source.folder
+        return
+    with passing_folder(temporary_parent(), "evomerge-tokenizer") as folder:
+        for name, path in tokenizer_files(source).files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+        yield folder
 
 
 def _same_tokens(tokens: Mapping[str, int] | None, others: Mapping[str, int] | None) -> bool:
@@ -346,7 +367,7 @@ def _additions(sources: Mapping[str, Source], pattern: str) -> tuple[dict[str, A
         new = {token: row for token, row in (source.vocabulary or {}).items() if token not in have}
         if not new:
             continue
-        flags = _flags(source.folder)
+        flags = _flags(tokenizer_folder(source))
         plain = {"special": False, "normalized": True}
         additions += [
             {"content": token, **flags.get(token, plain)} for token in sorted(new, key=lambda t: new[t])
@@ -372,6 +393,21 @@ def _target(pattern: Rows, additions: Sequence[Mapping[str, Any]]) -> Rows:
     return Rows(tokens={**pattern.tokens, **new}, count=count)
 
 
+def _padded(rows: Rows, multiple: int) -> Rows:
+    """Return rows whose number is rounded up to a multiple; 0 leaves them as they are."""
+    return Rows(tokens=rows.tokens, count=-(-rows.count // multiple) * multiple) if multiple else rows
+
+
+def _check_padding(multiple: int, name: str, pattern: Source, tensors: Sequence[str]) -> None:
+    """Raise ModelError for a model whose rows can't be padded."""
+    if multiple and (not tensors or pattern.vocabulary is None):
+        lacking = "tokenizer.json" if tensors else "embeddings"
+        raise ModelError(
+            f"model {name!r} has no {lacking}, so its rows can't be padded",
+            fix="leave pad_rows (mergekit: pad_to_multiple_of) out",
+        )
+
+
 def _added(additions: Sequence[Mapping[str, Any]]) -> list[Any]:
     from tokenizers import AddedToken
 
@@ -383,7 +419,7 @@ def _check_ids(pattern: Source, target: Rows, additions: Sequence[Mapping[str, A
     from tokenizers import Tokenizer
 
     assert target.tokens is not None
-    tokenizer = Tokenizer.from_file(str(pattern.folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder(pattern) / "tokenizer.json"))
     tokenizer.add_tokens(_added(additions))
     if any(tokenizer.token_to_id(t["content"]) != target.tokens[t["content"]] for t in additions):
         raise _no_union(pattern)

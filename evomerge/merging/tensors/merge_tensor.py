@@ -19,7 +19,7 @@ from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import gram
 from evomerge.merging.methods.selection import EVERYTHING, NOTHING, Boundary
 from evomerge.merging.modules import shifted
-from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.arrays import DTYPES, WeightArray, is_finite, of_tensor, to_tensor, widened
 from evomerge.merging.tensors import kernels
 from evomerge.merging.tensors.application import arguments
@@ -83,7 +83,7 @@ def merge_array(
     if base is not None and updates is not None:
         full = to_tensor(widened(inputs.operand(base, at_base, None).data))
         moved = method.function(full, (), updates=updates, **settings)
-        return _finished(of_tensor(moved.to(_type(recipe.dtype))), out, tensor, recipe.dtype, group)
+        return _finished(of_tensor(moved.to(_type(recipe.dtype))), out, tensor, recipe, inputs)
     operands = [inputs.operand(*read, subtracted) for read in reads]
     origin = None if base is None else inputs.operand(base, at_base, None)
     if kind := method.file:
@@ -114,14 +114,17 @@ def merge_array(
         bases = [] if origin is None else [origin.data]
         del origin, measure
         merged = _in_torch(method, plan, bases, operands, settings, recipe.dtype)
-        return _finished(merged, out, tensor, recipe.dtype, group)
+        return _finished(merged, out, tensor, recipe, inputs)
     if not finite:
-        raise _not_finite(tensor, recipe.dtype, group)
+        same = _shared(tensor, recipe, inputs)
+        if same is None:
+            raise _not_finite(tensor, recipe, inputs)
+        merged[...] = same if same.dtype == merged.dtype else widened(same)
     return merged
 
 
 def _finished(
-    merged: WeightArray, out: WeightArray | None, tensor: str, dtype: str, group: TensorGroup
+    merged: WeightArray, out: WeightArray | None, tensor: str, recipe: Recipe, inputs: Inputs
 ) -> WeightArray:
     """Return merged weights, also in the place where they go, or raise NonFiniteWeights."""
     finite = is_finite(merged)
@@ -129,7 +132,10 @@ def _finished(
         out[...] = merged if out.dtype == merged.dtype else widened(merged)
         merged = out
     if not finite:
-        raise _not_finite(tensor, dtype, group)
+        same = _shared(tensor, recipe, inputs)
+        if same is None:
+            raise _not_finite(tensor, recipe, inputs)
+        merged[...] = same if same.dtype == merged.dtype else widened(same)
     return merged
 
 
@@ -138,6 +144,25 @@ def _type(dtype: str) -> torch.dtype:
 
     found: torch.dtype = getattr(torch, dtype)
     return found
+
+
+def _shared(tensor: str, recipe: Recipe, inputs: Inputs) -> WeightArray | None:
+    """Return the numbers that all inputs of a tensor have in common, in the recipe's dtype.
+
+    Models can hold infinite numbers, such as the bounds of activations, whose sums and differences are NaN.
+    None if the inputs differ, hold NaN, or have finite numbers that are infinite in the recipe's dtype.
+    """
+    import torch
+
+    group = recipe.group_for(tensor)
+    base, reads = recipe.base_of(group), list(group.reads(tensor))
+    below = [] if base is None else [(base, shifted(tensor, group.base_shift))]
+    arrays = [widened(inputs.operand(source, name, None).data) for source, name in below + reads]
+    first = arrays[0]
+    if numpy.isnan(first).any() or not all(numpy.array_equal(first, other) for other in arrays[1:]):
+        return None
+    rounded = of_tensor(to_tensor(first).to(getattr(torch, recipe.dtype)))
+    return None if (numpy.isfinite(first) & ~numpy.isfinite(widened(rounded))).any() else rounded
 
 
 def _in_torch(
@@ -196,21 +221,40 @@ def _space(out: Storage | None, dtype: str) -> WeightArray | None:
     return None
 
 
-def checked(merged: Tensor, tensor: str) -> Tensor:
-    """Return a tensor as it is, or raise NonFiniteWeights naming it."""
-    if not is_finite(of_tensor(merged)):
-        raise _not_finite(tensor, str(merged.dtype).removeprefix("torch."), None)
-    return merged
+def checked(weights: Tensor, tensor: str, recipe: Recipe, inputs: Inputs) -> Tensor:
+    """Return weights from which an output tensor is made as they are, or raise NonFiniteWeights."""
+    if not is_finite(of_tensor(weights)):
+        raise _not_finite(tensor, recipe, inputs)
+    return weights
 
 
-def _not_finite(tensor: str, dtype: str, group: TensorGroup | None) -> NonFiniteWeights:
-    made = "" if group is None else f" made by group {group.label()!r} ({group.method})"
+def _not_finite(tensor: str, recipe: Recipe, inputs: Inputs) -> NonFiniteWeights:
+    group = recipe.group_for(tensor)
+    made = f"NaN or infinite elements made by group {group.label()!r} ({group.method})"
+    faults = _faults(tensor, recipe, inputs)
     return NonFiniteWeights(
         f"the merged tensor {tensor!r} is not finite",
-        expected=f"finite {dtype} numbers",
-        got=f"NaN or infinite elements{made}",
-        fix="use smaller weights or lambda, and check that the sources themselves are finite",
+        expected=f"finite {recipe.dtype} numbers",
+        got="; ".join((made, *faults)) if faults else f"{made} of finite sources",
+        fix="restore these files, or leave the model out" if faults else "use smaller weights or lambda",
     )
+
+
+def _faults(tensor: str, recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Say which inputs of a tensor are not finite themselves, and in how many elements."""
+    group = recipe.group_for(tensor)
+    base, reads = recipe.base_of(group), list(group.reads(tensor))
+    below = [] if base is None else [(base, shifted(tensor, group.base_shift))]
+    arrays = {
+        f"model {source!r} ({recipe.models[source]})": (name, inputs.operand(source, name, None).data)
+        for source, name in below + reads
+    }
+    wrong = {place: int((~numpy.isfinite(widened(data))).sum()) for place, (_, data) in arrays.items()}
+    return [
+        f"{place}: {wrong[place]} of {data.size} elements of {name!r} are NaN or infinite"
+        for place, (name, data) in arrays.items()
+        if wrong[place]
+    ]
 
 
 class StoredStatistics:

@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 
 from evomerge.errors import ConfigError
 from evomerge.merging.modules import layer_of, shifted
-from evomerge.merging.recipe import LAYERS, OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.recipe_data import LAYERS
 from evomerge.schema import Strict
 from evomerge.search.spaces.space import Coordinate, Genome, check_dimension
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from evomerge.merging.methods.declaration import Value
-from evomerge.merging.recipe import LAYERS
+from evomerge.merging.recipe_data import LAYERS
 from evomerge.schema import LARGEST_FACTOR, Strict
 from evomerge.search.spaces.curve import CurveKind
 

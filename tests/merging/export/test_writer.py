@@ -38,10 +38,17 @@ def one(models: dict[str, str], method: str, **changes: Any) -> Recipe:
     declared = methods.get(method)
     sources = changes.pop("sources", SOURCES[: declared.max_sources])
     uneven: dict[str, Any] = DENSE | WEIGHTED | {"t": 0.3, "select_topk": 0.6, "filter_wise": True}
-    uneven |= {"gamma": 0.1, "epsilon": 0.2 if method.startswith("della") else 0.01, "scale": 0.9}
+    uneven |= {
+        "gamma": 0.1,
+        "epsilon": 0.2 if method.startswith("della") else 0.01,
+        "scale": 0.9,
+        "nuslerp_flatten": False,
+    }
     parameters = {k: v for k, v in uneven.items() if k in declared.parameters}
-    if "weight" in parameters and declared.parameters["weight"].low == 0.0:
-        parameters["weight"] = tuple(map(abs, WEIGHTED["weight"]))[: len(sources)]
+    if "weight" in parameters:
+        uneven_weights = WEIGHTED["weight"][: len(sources)]
+        positive = declared.parameters["weight"].low == 0.0
+        parameters["weight"] = tuple(map(abs, uneven_weights)) if positive else uneven_weights
     group = TensorGroup(method=method, sources=sources, parameters=changes.pop("parameters", parameters))
     if kind := declared.file:
         changes[kind] = {name: f"{models[name]}.{kind}.safetensors" for name in sources}
@@ -120,7 +127,7 @@ def test_export_is_a_complete_model_folder(models: dict[str, str], tmp_path: Pat
     out = write(recipe, tmp_path / "deep" / "out")
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "float16"
-    assert "torch_dtype" not in config
+    assert config["torch_dtype"] == "float16"  # the name that transformers 4 reads
     assert Recipe.from_yaml((out / "recipe.yaml").read_text()) == recipe
     assert AutoTokenizer.from_pretrained(out)("w1 w2").input_ids == [5, 6]
     assert (out / "generation_config.json").is_file()
@@ -234,6 +241,50 @@ def test_weights_that_are_not_finite_are_refused(models: dict[str, str], tmp_pat
     assert str(again) == str(caught.value)
     bench.load(one(models, "linear"))
     assert all(parameter.isfinite().all() for parameter in bench.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize(
+    ("method", "broken"), [("linear", "b"), ("ties", "b"), ("slerp", "b"), ("ties", "base")]
+)
+def test_a_source_that_is_not_finite_is_named(
+    method: str, broken: str, dtype: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(models[broken], tmp_path / "broken")
+    file, tensor = tmp_path / "broken" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file)
+    weights[tensor][0, :2] = float("nan")
+    weights[tensor][3, 0] = float("-inf")
+    save_file(weights, file, {"format": "pt"})
+    own = models | {broken: str(tmp_path / "broken")}
+    with pytest.raises(NonFiniteWeights) as caught:
+        write(one(own, method, dtype=dtype), tmp_path / "out")
+    assert caught.value.what == f"the merged tensor {tensor!r} is not finite"
+    place = f"model {broken!r} ({tmp_path / 'broken'})"
+    assert f"{place}: 3 of 384 elements of {tensor!r} are NaN or infinite" in str(caught.value)
+    assert str(caught.value).count("elements of") == 1
+
+
+def test_an_adapter_that_is_not_finite_is_named(
+    models: dict[str, str], adapters: dict[str, str], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from evomerge.merging.export.adapter import write_adapter
+
+    shutil.copytree(adapters["plain"], tmp_path / "broken")
+    file = tmp_path / "broken" / "adapter_model.safetensors"
+    factors = load_file(file)
+    first = next(name for name in factors if "lora_A" in name)
+    factors[first][0, 0] = float("inf")
+    save_file(factors, file)
+    own = {"base": models["base"], "tuned": f"{models['base']}+{tmp_path / 'broken'}"}
+    recipe = one(own, "task_arithmetic", sources=("tuned",), parameters={})
+    for form in (write, write_adapter):
+        with pytest.raises(NonFiniteWeights, match=r"model 'tuned' .* elements of .* are NaN or infinite"):
+            form(recipe, tmp_path / "out")
 
 
 def test_a_parent_that_is_a_file_is_a_clear_error(models: dict[str, str], tmp_path: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.merging.export import writer
+from evomerge.merging.export.writer import write
 from evomerge.merging.live import workbench
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.opening import open_source
+from evomerge.merging.tensors.digest import folder_digest
+from evomerge.merging.tensors.merge_tensor import NonFiniteWeights
 from tests.merging.conftest import llama, save
 
 
@@ -168,3 +173,31 @@ def test_adapters_are_loaded_as_they_are_written_and_cost_their_factors(
     bench = Workbench(places, "base", low_memory=True)
     bench.load(recipe)
     assert bench.nbytes == 0
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_infinite_numbers_that_all_models_share_are_kept(
+    method: str, dtype: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    """Models may hold bounds of activations that are infinite; sums and differences of them are NaN."""
+    name, folders = "model.norm.weight", {}
+    for model in ("base", "a", "b"):
+        folders[model] = str(shutil.copytree(models[model], tmp_path / model))
+        path = tmp_path / model / "model.safetensors"
+        tensors = load_file(path)
+        tensors[name] = torch.tensor([float("inf"), -float("inf"), 1.0, 0.5] * 4, dtype=torch.bfloat16)
+        save_file(tensors, path, metadata={"format": "pt"})
+    recipe = Recipe(
+        models=folders, base="base", groups=(TensorGroup(method=method, sources=("a", "b")),), dtype=dtype
+    )
+    bench = Workbench(folders, "base")
+    bench.load(recipe)
+    out = write(recipe, tmp_path / "out")
+    assert bench.digest(recipe) == folder_digest(out, dtype)
+    assert torch.equal(load_file(out / "model.safetensors")[name].float(), tensors[name].float())
+    tensors[name] = tensors[name].clone()
+    tensors[name][0] = 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteWeights):
+        write(recipe, tmp_path / "other")

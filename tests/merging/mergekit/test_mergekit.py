@@ -403,14 +403,14 @@ PLAIN = {"merge_method": "ties", "base_model": "m/base", "dtype": "float32", "mo
         ({"parameters": {"density": "half"}}, "density\n  expected: a number, a list of numbers, or filters"),
         ({"parameters": {"density": [{"filtr": "x", "value": 1}]}}, "unknown key 'filtr'"),
         ({"parameters": {"density": [{"filter": "x"}]}}, "a filter without value"),
-        (
-            {"models": [{"model": "m/a", "parameters": {"lambda": 2}}]},
-            "lambda is a parameter of the whole merge",
-        ),
         ({"dtype": "int8"}, "dtype: 'int8'"),
-        ({"chat_template": "chatml"}, "chat_template is not supported"),
+        ({"chat_template": 7}, "mergekit file: chat_template\n  expected: base, a model"),
+        ({"chat_template": "chatlm"}, "chat_template: 'chatlm' is no model"),
         ({"tokenizer_source": 3}, "tokenizer_source\n  expected: base, union, or a model"),
-        ({"tokenizer": {"source": "base", "tokens": {}}}, "tokenizer: unknown key 'tokens'"),
+        ({"tokenizer": {"source": "base", "tokns": {}}}, "tokenizer: unknown key 'tokns'"),
+        ({"tokenizer": {"tokens": {"a": {}}}}, "tokenizer.tokens is not supported"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of\n  expected: a whole"),
+        ({"tokenizer": {"pad_to_multiple_of": "8"}}, "tokenizer.pad_to_multiple_of\n  expected: a whole"),
         ({"base_model": None}, "ties works on task vectors and needs a base model"),
     ],
 )
@@ -523,6 +523,16 @@ def test_embeddings_are_the_first_slices_norm_and_head_the_last_ones(
     assert again.groups == recipe.groups
 
 
+def test_a_slice_without_layers_still_gives_embeddings_or_head() -> None:
+    text = slices([("a", 0, 0)], [("b", 0, 2)], [("c", 1, 1)], [("b", 2, 4)], [("a", 4, 4)])
+    recipe = read(text, tensors=TENSORS)
+    assert recipe.num_layers is None
+    made = {name: recipe.group_for(name).sources for name in TENSORS}
+    outside = {name for name in TENSORS if layer_of(name) is None}
+    assert {made[name] for name in outside} == {("a",)}
+    assert {made[name] for name in set(TENSORS) - outside} == {("b",)}
+
+
 def test_the_number_of_layers_is_said_only_where_it_is_another() -> None:
     plain = slices([("a", 0, 2)], [("a", 2, 4)])
     assert read(plain, tensors=TENSORS).num_layers is None
@@ -539,7 +549,8 @@ def test_the_number_of_layers_is_said_only_where_it_is_another() -> None:
             "  expected: layer_ranges of the same length\n  got: m/a [0, 4], m/b [0, 3]",
         ),
         (slices([("a", 0, 2)], [("a", 3, 5)]), "slices[1]: m/a has fewer layers than its layer_range needs"),
-        (slices([("a", 2, 2)]), "layer_range\n  expected: [first, end] with 0 <= first < end"),
+        (slices([("a", 2, 1)]), "layer_range\n  expected: [first, end] with 0 <= first <= end"),
+        (slices([("a", 2, 2)]), "no layers in any slice"),
         (slices([("a", -1, 2)]), "layer_range\n  expected"),
         (slices([("a", 0, True)]), "layer_range\n  expected"),
         (
@@ -594,7 +605,9 @@ def test_models_may_be_mappings() -> None:
     data = {"merge_method": "linear", "dtype": "float32", "models": [{"model": entry}]}
     assert list(read(yaml.safe_dump(data)).models.values()) == ["m/a+lora"]
     data["models"] = [{"model": {"path": "m/a", "revision": "x"}}]
-    with pytest.raises(ConfigError, match="unknown key 'revision'"):
+    assert dict(read(yaml.safe_dump(data)).models) == {"a": "m/a@x"}
+    data["models"] = [{"model": {"path": "m/a", "revison": "x"}}]
+    with pytest.raises(ConfigError, match="unknown key 'revison'"):
         read(yaml.safe_dump(data))
 
 
@@ -611,6 +624,7 @@ def test_models_may_be_mappings() -> None:
         ("karcher", {"max_iter": 7, "tol": 1e-6}, {"max_iter": 7, "tol": 1e-6}),
         ("multislerp", {"weight": 2, "normalize_weights": True}, {"weight": (2.0,)}),
         ("passthrough", {"scale": 0.5}, {"scale": (0.5,)}),
+        ("multislerp", {"eps": 1e-8}, {"weight": (1.0,)}),
     ],
 )
 def test_parameters_of_every_method_are_read(
@@ -623,10 +637,8 @@ def test_parameters_of_every_method_are_read(
 @pytest.mark.parametrize(
     ("method", "name", "value"),
     [
-        ("nuslerp", "nuslerp_row_wise", True),
-        ("nuslerp", "nuslerp_flatten", False),
         ("multislerp", "normalize_weights", False),
-        ("multislerp", "eps", 1e-8),
+        ("multislerp", "eps", 1e-3),
         ("breadcrumbs", "rescale", True),
     ],
 )
@@ -663,3 +675,17 @@ def test_passthrough_takes_each_layer_from_one_model() -> None:
     assert made["model.layers.3.mlp.up_proj.weight"] == (("b",), (1.0,))
     assert made["model.embed_tokens.weight"][0] == ("a",)
     assert made["model.norm.weight"][0] == ("b",)
+
+
+def test_arcs_of_vectors_and_negative_weights_are_read_and_written() -> None:
+    models = [{"model": "m/a", "parameters": {"weight": -0.5}}, {"model": "m/b"}]
+    plain = {"merge_method": "nuslerp", "dtype": "float32", "models": models}
+    recipe = read(yaml.safe_dump(plain))
+    by_row = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    changed = read(yaml.safe_dump(plain | {"parameters": by_row}))
+    assert changed.groups[0].parameters == {"weight": (-0.5, 1.0), **by_row}
+    assert changed.hash != recipe.hash
+    assert Recipe.from_yaml(changed.to_yaml()) == changed
+    assert read(mergekit.write(changed)).groups == changed.groups
+    written = recipe.to_yaml() + mergekit.write(recipe)
+    assert "nuslerp_" not in written  # recipes written before these parameters keep their hashes

@@ -279,7 +279,7 @@ def test_the_config_names_the_type_that_is_stored(types: str, expected: str, fil
     files.merge(f"{{merge_method: linear, {types}, models: [{{model: a}}, {{model: b}}]}}")
     config = json.loads((out / "config.json").read_text())
     codes = {header.dtype for header in read_header(out / "model.safetensors").values()}
-    assert (config["dtype"], "torch_dtype" in config) == (expected, False)
+    assert (config["dtype"], config["torch_dtype"]) == (expected, expected)
     assert codes == {{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[expected]}
 
 

@@ -633,6 +633,40 @@ def test_nuslerp_is_slerp_by_relative_weights() -> None:
         torch.testing.assert_close(nuslerp(base, models, weight=weight), base + alone)
 
 
+def test_nuslerp_goes_beyond_an_end_by_negative_weights() -> None:
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    for weight in ((-1.0, 3.0), (1.0, -3.0)):
+        torch.testing.assert_close(nuslerp(None, [x, y], weight=weight), slerp_at(x, y, 1.5))
+    torch.testing.assert_close(nuslerp(None, [x, y], weight=(-1.0, -3.0)), slerp_at(x, y, 0.75))
+    middle = nuslerp(None, [x, y], weight=(1.0, 1.0))
+    for weight in ((1.0, -1.0), (0.5, -0.5 + 1e-8)):
+        assert torch.equal(nuslerp(None, [x, y], weight=weight), middle)
+
+
+def slerp_at(x: torch.Tensor, y: torch.Tensor, t: float) -> torch.Tensor:
+    """Shoemake's equation for two orthogonal tensors, in double precision."""
+    angle = math.pi / 2
+    mix = math.sin((1 - t) * angle) * x.double() + math.sin(t * angle) * y.double()
+    return (mix / math.sin(angle)).float()
+
+
+@pytest.mark.parametrize("along", [0, -1])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 4)])
+def test_nuslerp_of_vectors_is_nuslerp_of_each(along: int, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, x, y = (torch.randn(shape, generator=generator) for _ in range(3))
+    x.select(along, 0)[...] = 0
+    y.transpose(along, -1)[(0,) * (len(shape) - 1)] = x.transpose(along, -1)[(0,) * (len(shape) - 1)] * 2
+    kind = {"nuslerp_flatten": False, "nuslerp_row_wise": along == 0}
+    for weight in ((1.0, 2.0), (-1.0, 3.0)):
+        found = nuslerp(base, [x, y], weight=weight, **kind).transpose(along, -1)
+        pairs = [tensor.transpose(along, -1).reshape(-1, shape[along]) for tensor in (base, x, y)]
+        expected = [nuslerp(b, [v, w], weight=weight) for b, v, w in zip(*pairs, strict=True)]
+        torch.testing.assert_close(found.reshape(-1, shape[along]), torch.stack(expected))
+    flat = nuslerp(None, [x[0], y[0]], weight=(1.0, 1.0), nuslerp_row_wise=True)
+    assert torch.equal(flat, nuslerp(None, [x[0], y[0]], weight=(1.0, 1.0)))
+
+
 def test_nuslerp_of_parallel_and_opposite_tensors_is_their_line() -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(nuslerp(None, [x, 2 * x], weight=(1.0, 1.0)), 1.5 * x)

@@ -156,34 +156,6 @@ def test_contradictory_headers_are_named(header: object, message: str, tmp_path:
     assert message in str(caught.value)
 
 
-def test_the_hub_out_of_reach_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def offline(*_: object, **__: object) -> str:
-        raise ConnectionError("name resolution failed")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    message = refusal("someone/some-model")
-    assert "neither a local folder nor available from the Hugging Face hub\n  got: name resolution" in message
-
-
-def test_the_hub_is_asked_for_safe_files_only(
-    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    asked: dict[str, list[str]] = {}
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked[name] = allow_patterns
-        return models["base"]
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert Checkpoint.open("someone/some-model").num_layers == 3
-    assert not any(pattern.endswith(("bin", "py", "pt", "*")) for pattern in asked["someone/some-model"][:2])
-    assert "*.safetensors" in asked["someone/some-model"]
-
-
 def test_unigram_vocabularies_and_added_tokens_are_read(tmp_path: Path) -> None:
     assert read_vocabulary(tmp_path) is None
     model = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.5]]}

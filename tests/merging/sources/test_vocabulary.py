@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -191,6 +192,37 @@ def test_a_token_nobody_has_a_row_for_is_zero(tmp_path: Path) -> None:
         assert source.tensor(EMBEDDING).shape[0] == 34
         assert not source.tensor(EMBEDDING)[32].any()
         assert torch.equal(row(source, END), Checkpoint.open(models["a"]).tensor(EMBEDDING)[32])
+
+
+@pytest.mark.parametrize("multiple", [1, 16, 64])
+def test_rows_are_padded_to_a_multiple(multiple: int, family: dict[str, str], tmp_path: Path) -> None:
+    text = f"""
+{{merge_method: linear, dtype: float32, models: [{{model: {family["base"]}}}],
+ tokenizer: {{source: base, pad_to_multiple_of: {multiple}}}}}"""
+    recipe = mergekit.read(text)
+    again = mergekit.read(mergekit.write(recipe))
+    assert (again.pad_rows, again.tokenizer) == (multiple, recipe.tokenizer)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.hash != mergekit.read(text.replace(f": {multiple}}}", ": 1024}")).hash
+    written = write(recipe, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(written)
+    rows = -(-33 // multiple) * multiple
+    assert model.config.vocab_size == rows
+    source = Checkpoint.open(family["base"])
+    for name in row_tensors(source):
+        table = model.state_dict()[name]
+        assert torch.equal(table[:33], source.tensor(name))
+        assert table.shape[0] == rows
+        assert not table[33:].any()
+    again_written = write(Recipe.from_yaml((written / "recipe.yaml").read_text()), tmp_path / "again")
+    assert (again_written / "model.safetensors").read_bytes() == (written / "model.safetensors").read_bytes()
+
+
+def test_rows_without_tokens_are_not_padded(family: dict[str, str], tmp_path: Path) -> None:
+    folder = make(tmp_path / "bare", 1, WORDS, tied=True)
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json, so its rows can't be padded"):
+        open_used(dataclasses.replace(Recipe.copy_of(folder, dtype="float32"), pad_rows=8))
 
 
 def test_ids_with_holes_make_no_union(tmp_path: Path) -> None:

@@ -437,8 +437,8 @@ def test_the_examples_in_the_docstrings_hold(module: ModuleType) -> None:
             "leave `scale` and `curve` out",
         ),
         (
-            {"method": {"choices": ["ties", "nuslerp"]}, "genes": {"weight": {"low": -1, "high": 1}}},
-            "genes.weight.low, of nuslerp: weight is out of range",
+            {"method": {"choices": ["ties", "multislerp"]}, "genes": {"weight": {"low": -1, "high": 1}}},
+            "genes.weight.low, of multislerp: weight is out of range",
         ),
         (
             {"method": {"choices": ["ties", "nearswap"]}, "genes": {"weight": RANGE}},
