@@ -1,4 +1,4 @@
-"""Parts of a recipe as plain data, checked: mappings, names, whole numbers, locations."""
+"""Entries of a recipe file as plain data: checked, or a ConfigError that names the place. No torch here."""
 
 from __future__ import annotations
 
