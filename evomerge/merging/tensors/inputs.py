@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy
 
+from evomerge.merging.methods.core_space import LowRankUpdate
+from evomerge.merging.methods.declaration import FileKind
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources import fisher_files
+from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import WeightArray, computable, of_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
@@ -37,8 +39,12 @@ class Inputs(Protocol):
         """Return what an output tensor is a copy of, see `copied_place`; None for a merged tensor."""
         ...
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        """Return a tensor of a Fisher file, in float32."""
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        """Return a tensor of a file of what was measured of a model, in float32."""
+        ...
+
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        """Return the factors of adapters at some places; None if a change is no low-rank update."""
         ...
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
@@ -65,8 +71,11 @@ class FileInputs:
     def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
         return _copied(self._sources, recipe, tensor)
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher_files.tensor(file, tensor)
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        return measured_files.tensor(kind, file, tensor)
+
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        return _updates(self._sources, places)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
@@ -106,8 +115,11 @@ class WarmInputs:
     def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
         return _copied(self._sources, recipe, tensor)
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher_files.tensor(file, tensor)
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        return measured_files.tensor(kind, file, tensor)
+
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        return _updates(self._sources, places)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         if places not in self._grams:
@@ -125,6 +137,25 @@ class WarmInputs:
 def _copied(sources: Mapping[str, Source], recipe: Recipe, tensor: str) -> WeightArray | None:
     place = copied_place(recipe, tensor, sources) if any(s.copied for s in sources.values()) else None
     return None if place is None else sources[place[0]].array(place[1])
+
+
+def _updates(
+    sources: Mapping[str, Source], places: tuple[TensorKey, ...]
+) -> list[LowRankUpdate | None] | None:
+    found: list[LowRankUpdate | None] = []
+    for name, tensor in places:
+        adapter = sources[name]
+        assert isinstance(adapter, AdaptedCheckpoint), name  # `compatibility` refuses all others
+        update = adapter.updates.get(tensor)
+        whole = tensor in adapter.replaced or tensor in adapter.computed
+        if whole or (update is not None and update.down is None):
+            return None
+        if update is None:
+            found.append(None)
+            continue
+        up, down = adapter.factors(tensor)
+        found.append((down.T, up.T) if update.transposed else (up, down))
+    return found
 
 
 def _operand(
