@@ -244,6 +244,21 @@ class Workbench:
         """Return a merged tensor that the forward pass doesn't use, so that the live model lacks it."""
         return to_tensor(merge_array(recipe, name, self._inputs))
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradient of every tensor in the models' files, from the `.grad` of the live parameters.
+
+        It is zero for tensors that the forward pass doesn't use, and for buffers.
+        """
+        import torch
+
+        live = {parameter.untyped_storage().data_ptr(): parameter for parameter in self.model.parameters()}
+        return {
+            name: gradient_at(self._targets[name], live).view(header.shape)
+            if name in self._targets
+            else torch.zeros(header.shape)
+            for name, header in self.sources[self._pattern].headers.items()
+        }
+
     def derivatives(self, recipe: Recipe) -> list[Derivatives]:
         """Return the loss's derivatives with respect to every group's parameters, after a backward pass.
 
