@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,19 @@ def test_an_adapter_names_them_as_lost(numbered: dict[str, str], tmp_path: Path)
         recipe = Recipe(models=numbered, base="base", groups=(BOTH,), tokenizer=source, dtype="float32")
         report = write_adapter(recipe, tmp_path / source, rank=4, keep_rest=True)
         assert ("model.batches" in report.lost) is lost
+
+
+def test_an_import_of_8_bit_weights_keeps_them(tmp_path: Path) -> None:
+    folder = save(llama(), tmp_path / "packed")
+    tensors = load_file(folder / "model.safetensors") | {"model.tid2eid": torch.tensor([[3, 1], [2, 70_000]])}
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert import_model(str(folder), tmp_path / "out").streamed
+    made = tensors_of(tmp_path / "out")
+    assert {name: tensor.tolist() for name, tensor in made.items()} == {
+        "model.tid2eid": [[3, 1], [2, 70_000]]
+    }
