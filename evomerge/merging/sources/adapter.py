@@ -326,7 +326,8 @@ def open_adapter(
 
 
 def _own_base(folder: Path, location: str, fallback: str | None) -> str:
-    named = AdapterConfig.read(folder / CONFIG)[0].base_model_name_or_path
+    config, data = AdapterConfig.read(folder / CONFIG)
+    named, revision = config.base_model_name_or_path, data.get("revision")
     if isinstance(named, str) and named:
         with contextlib.suppress(ConfigError, OSError):  # a hub id may be no path at all
             for path in (folder / expanded(named), expanded(named)):
@@ -334,8 +335,8 @@ def _own_base(folder: Path, location: str, fallback: str | None) -> str:
                     return str(path)
     if fallback is not None:
         return fallback
-    if isinstance(named, str) and split_id(named) is not None:
-        return named
+    if isinstance(named, str) and (found := split_id(named)) is not None:
+        return f"{named}@{revision}" if isinstance(revision, str) and revision and not found[1] else named
     raise ModelError(
         f"{location}: the adapter's base model can't be found",
         got=f"base_model_name_or_path: {named!r}",

@@ -219,3 +219,15 @@ def test_folders_of_the_cache_have_an_id(tmp_path: Path) -> None:
     assert known_id(str(snapshot)) == f"org/name@{COMMIT}"
     assert known_id("org/name@v1") == "org/name@v1"
     assert known_id(str(tmp_path)) is None
+
+
+def test_an_adapter_of_a_revision_is_applied_to_it(
+    hub: FakeHub, models: Mapping[str, str], adapters: Mapping[str, str], tmp_path: Path
+) -> None:
+    hub.repositories["org/model"] = Path(models["base"])
+    folder = Path(shutil.copytree(adapters["plain"], tmp_path / "adapter"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "org/model", "revision": "v1"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    assert open_source(str(folder)).num_layers == 3
+    assert {(name, revision) for name, revision, _ in hub.asked} == {("org/model", "v1")}
