@@ -22,7 +22,6 @@ from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.pieces import KINDS, other_tokens
 from evomerge.merging.sources.source import Source, same_base
 from evomerge.merging.sources.tensorfile import Header
-from evomerge.merging.sources.untied import Untied
 from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensors.application import apply, arguments
@@ -276,7 +275,7 @@ def _tokenizer_notes(name: str, source: Source, pattern_name: str, pattern: Sour
 def _wrapper_notes(source: Source | None) -> list[str]:
     """Return what is said of a model with other rows, another order of experts, or a head of its own."""
     notes = []
-    while isinstance(source, Aligned | Matched | Untied):
+    while isinstance(source, Wrapped):
         notes.append(source.note)
         source = source.source
     return notes

@@ -24,9 +24,8 @@ import numpy as np
 
 from evomerge.errors import ModelError
 from evomerge.merging.sources.arrays import WeightArray, widened
-from evomerge.merging.sources.checkpoint import TensorNames
 from evomerge.merging.sources.model_config import text_part
-from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.source import Source, Wrapped
 from evomerge.merging.sources.tensorfile import Header
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def _sample(array: WeightArray) -> NDArray[np.float64]:
     return np.asarray(widened(flat[::step][:SAMPLE]), dtype=np.float64)
 
 
-class Matched:
+class Matched(Wrapped):
     """A source with the experts of some layers in another order; everything else is the original source's.
 
     orders: start of the experts' names -> the source's expert at each place. note: a remark for the user.
@@ -171,8 +170,7 @@ class Matched:
         layers: Mapping[str, Experts],
         orders: Mapping[str, NDArray[np.int64]],
     ) -> None:
-        self.source, self.location, self.folder = source, source.location, source.folder
-        self.config, self.headers, self.copied = source.config, source.headers, source.copied
+        super().__init__(source)
         moved = sum(int((order != np.arange(len(order))).sum()) for order in orders.values())
         self.note = f"experts matched by their weights: {moved} of {name} move, in {len(orders)} layers"
         self._renamed: dict[str, str] = {}
@@ -186,22 +184,6 @@ class Matched:
             self._rows |= dict.fromkeys((*experts.joined, *experts.routers), order)
         text = json.dumps({start: order.tolist() for start, order in orders.items()}, sort_keys=True)
         self._mark = hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def tied(self) -> bool:
-        return self.source.tied
-
-    @property
-    def layout(self) -> TensorNames:
-        return self.source.layout
-
-    @property
-    def num_layers(self) -> int:
-        return self.source.num_layers
-
-    @property
-    def vocabulary(self) -> Mapping[str, int] | None:
-        return self.source.vocabulary
 
     @property
     def fingerprint(self) -> str:

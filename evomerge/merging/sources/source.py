@@ -49,6 +49,35 @@ class Source(Protocol):
         ...
 
 
+class Wrapped:
+    """A source that changes some of another's tensors or facts; all others are the other's.
+
+    source: the other one. note: a remark for the user.
+    """
+
+    note = ""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.location, self.folder = source, source.location, source.folder
+        self.config, self.headers, self.copied = source.config, source.headers, source.copied
+
+    @property
+    def tied(self) -> bool:
+        return self.source.tied
+
+    @property
+    def layout(self) -> TensorNames:
+        return self.source.layout
+
+    @property
+    def num_layers(self) -> int:
+        return self.source.num_layers
+
+    @property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        return self.source.vocabulary
+
+
 def copied_place(recipe: Recipe, tensor: str, sources: Mapping[str, Source]) -> tuple[str, str] | None:
     """Return the model, and its tensor, of which an output tensor is a copy; None for a merged tensor.
 
@@ -87,7 +116,7 @@ def task_vector(
     origin = origin or functools.partial(base.tensor, name)
     if isinstance(base, AdaptedCheckpoint):
         return source.tensor(name) - origin()
-    same = same_base(source, base) and not hasattr(source, "source")  # a wrapper may hold an adapter
+    same = same_base(source, base) and not isinstance(source, Wrapped)  # which may hold an adapter
     if not isinstance(source, AdaptedCheckpoint):
         return None if same else source.tensor(name) - origin()
     if name in source.replaced or name in source.computed:

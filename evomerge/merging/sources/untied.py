@@ -6,13 +6,13 @@ A merge of both kinds has a head, which is merged like any other tensor. `untie`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import HEADS, TensorNames, is_embedding, natural_order, with_tying
-from evomerge.merging.sources.source import Source
-from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.source import Source, Wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def _embedding(source: Source) -> str | None:
     return next((name for name in source.headers if is_embedding(name)), None)
 
 
-class Untied:
+class Untied(Wrapped):
     """A tied source with its embeddings as a head; everything else is the original source's.
 
     note: a remark for the user.
@@ -42,26 +42,20 @@ class Untied:
     def __init__(self, name: str, source: Source, head: str) -> None:
         embedding = _embedding(source)
         assert embedding is not None
-        self.source, self._head, self._embedding = source, head, embedding
+        super().__init__(source)
+        self._head, self._embedding = head, embedding
         self.note = f"{name} has its head tied to its embeddings; the merge has a head, from a copy of them"
-        self.location, self.folder = source.location, source.folder
         self.config = with_tying(source.config, tied=False)
         headers = {**source.headers, head: source.headers[embedding]}
-        self.headers: Mapping[str, Header] = {key: headers[key] for key in sorted(headers, key=natural_order)}
-        self.copied = source.copied
-        self.layout = TensorNames.of(tuple(self.headers))
+        self.headers = {key: headers[key] for key in sorted(headers, key=natural_order)}
 
     @property
     def tied(self) -> bool:
         return False
 
-    @property
-    def num_layers(self) -> int:
-        return self.source.num_layers
-
-    @property
-    def vocabulary(self) -> Mapping[str, int] | None:
-        return self.source.vocabulary
+    @functools.cached_property
+    def layout(self) -> TensorNames:
+        return TensorNames.of(tuple(self.headers))
 
     @property
     def fingerprint(self) -> str:

@@ -38,9 +38,9 @@ from evomerge.merging.modules import TEXT, layer_of, module_of
 from evomerge.merging.recipe_data import TokenRow
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.beside import folders_of, tokenizer_files, tokenizer_folder
-from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
+from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER
 from evomerge.merging.sources.model_config import text_part, with_rows
-from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.source import Source, Wrapped
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.schema import load_json
 
@@ -295,7 +295,7 @@ class Table:
         return digest.hexdigest()
 
 
-class Aligned:
+class Aligned(Wrapped):
     """A source with the rows of another vocabulary; everything else is the original source's.
 
     additions: tokens (with their flags, as in tokenizer.json) that the tokenizer in `folder` lacks.
@@ -309,12 +309,12 @@ class Aligned:
         table: Table,
         additions: Sequence[Mapping[str, Any]],
     ) -> None:
-        self.name, self.source, self.additions = name, source, tuple(additions)
+        super().__init__(source)
+        self.name, self.additions = name, tuple(additions)
         self._table = table
         self.note = _note(name, table.rows[name], table.target, additions)
-        self.location, self.folder = source.location, source.folder
         self.config = with_rows(source.config, table.target.count)
-        self.headers: Mapping[str, Header] = {
+        self.headers = {
             tensor: Header(shape=(table.target.count, *header.shape[1:]), dtype=header.dtype)
             if tensor in table.tensors
             else header
@@ -325,24 +325,12 @@ class Aligned:
             for tensor, header in source.copied.items()
             if header.shape and header.shape[0] == table.rows[name].count
         )
-        self.copied: Mapping[str, Header] = {
+        self.copied = {
             tensor: Header(shape=(table.target.count, *header.shape[1:]), dtype=header.dtype)
             if tensor in self._by_token
             else header
             for tensor, header in source.copied.items()
         }
-
-    @property
-    def tied(self) -> bool:
-        return self.source.tied
-
-    @property
-    def layout(self) -> TensorNames:
-        return self.source.layout
-
-    @property
-    def num_layers(self) -> int:
-        return self.source.num_layers
 
     @property
     def vocabulary(self) -> Mapping[str, int] | None:
