@@ -20,7 +20,7 @@ from evomerge.merging.sources.checkpoint import HEADS
 from evomerge.merging.sources.experts import Matched
 from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.pieces import KINDS, other_tokens
-from evomerge.merging.sources.source import Source, same_base
+from evomerge.merging.sources.source import Source, Wrapped, same_base
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.stacking import output_headers, stacked_config
