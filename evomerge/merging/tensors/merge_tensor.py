@@ -123,7 +123,8 @@ def _shared(tensor: str, recipe: Recipe, inputs: Inputs) -> WeightArray | None:
     """Return the numbers that all inputs of a tensor have in common, in the recipe's dtype.
 
     Models can hold infinite numbers, such as the bounds of activations, whose sums and differences are NaN.
-    None if the inputs differ, hold NaN, or have finite numbers that are infinite in the recipe's dtype.
+    None if the inputs differ, are all finite (the method made what is not), hold NaN, or have finite numbers
+    that are infinite in the recipe's dtype.
     """
     import torch
 
@@ -132,7 +133,9 @@ def _shared(tensor: str, recipe: Recipe, inputs: Inputs) -> WeightArray | None:
     below = [] if base is None else [(base, shifted(tensor, group.base_shift))]
     arrays = [widened(inputs.operand(source, name, None).data) for source, name in below + reads]
     first = arrays[0]
-    if numpy.isnan(first).any() or not all(numpy.array_equal(first, other) for other in arrays[1:]):
+    if numpy.isnan(first).any() or numpy.isfinite(first).all():
+        return None
+    if not all(numpy.array_equal(first, other) for other in arrays[1:]):
         return None
     rounded = of_tensor(to_tensor(first).to(getattr(torch, recipe.dtype)))
     return None if (numpy.isfinite(first) & ~numpy.isfinite(widened(rounded))).any() else rounded

@@ -12,12 +12,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from evomerge.errors import ModelError
 from evomerge.merging.export.writer import write
 from evomerge.merging.live import stacked_models, workbench
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors.digest import folder_digest
 from evomerge.merging.tensors.merge_tensor import NonFiniteWeights
+from tests.merging import families
 from tests.merging.conftest import WORDS, llama, save
 from tests.merging.live.test_architectures import COMMON, FAMILIES
 
@@ -199,3 +201,17 @@ def test_adapters_and_other_vocabularies(
     )
     bench = Workbench(places, "base", tokenizer="union")
     assert_exported(bench, recipe, tmp_path / "out")
+
+
+def test_layers_that_break_a_computed_pattern_of_kinds_are_refused_also_by_a_kept_frame(
+    tmp_path: Path,
+) -> None:
+    """Jamba computes a layer's kind from its number, so a stack has the same config in any order."""
+    models = {}
+    for seed, name in enumerate(("base", "a")):
+        families.build("jamba", seed).save_pretrained(tmp_path / name)
+        models[name] = str(tmp_path / name)
+    bench = Workbench(models, "base")
+    bench.load(path(models, ("a", 0), ("base", 1), ("a", 2), ("a", 3), dtype="float32"))
+    with pytest.raises(ModelError, match="do not have the weights"):
+        bench.load(path(models, ("a", 1), ("a", 0), ("a", 2), ("a", 3), dtype="float32"))
