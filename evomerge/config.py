@@ -20,6 +20,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
 from evomerge.merging.chat_templates import with_text
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.sources.hub import split_id
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
@@ -52,6 +53,11 @@ class ModelsSpec(Strict):
     other_modules: Literal["copy", "merge", "search"] = "copy"
     """What becomes of modules beside the text decoder, such as a vision tower: a copy of the base's, the mean
     of the sources', or part of the search, like embeddings. Every merge of the run does the same."""
+    fisher: dict[str, str] = Field(default_factory=dict)
+    """Source -> file of its Fisher information (`evomerge fisher`), for spaces with the method `fisher`. The
+    files must stay as they are during a run."""
+    gram: dict[str, str] = Field(default_factory=dict)
+    """Source -> file of its Gram matrices (`evomerge gram`), for spaces with the method `regmean`."""
     hub: dict[str, str] = Field(default_factory=dict)
     """Name (`base` or a source's) -> hub id of a local folder's model. Model cards and exported recipes name
     it in place of the folder."""
@@ -64,6 +70,14 @@ class ModelsSpec(Strict):
         if BASE in sources:
             raise ValueError(f"{BASE!r} is the name of the base model; call the source something else")
         return sources
+
+    @model_validator(mode="after")
+    def _measured(self) -> ModelsSpec:
+        for kind in FILES:
+            for name in getattr(self, kind):
+                if name not in self.sources:
+                    raise ValueError(f"{kind} names {name!r}, which is none of the sources")
+        return self
 
     @model_validator(mode="after")
     def _on_hub(self) -> ModelsSpec:
@@ -219,6 +233,11 @@ class RunConfig(Strict):
                     update={
                         "base": resolve_location(config.models.base, folder),
                         "sources": {n: resolve_location(s, folder) for n, s in config.models.sources.items()},
+                        **{
+                            kind: {n: str((folder / expanded(f)).resolve()) for n, f in files.items()}
+                            for kind in FILES
+                            for files in (getattr(config.models, kind),)
+                        },
                     }
                 ),
                 "space": load_space(config.space, beside=folder),
@@ -253,7 +272,10 @@ class RunConfig(Strict):
         data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
         for name in ("budget", "out", "suite", "tracking", "stored_text", "verdict"):
             del data[name]
+        measured = [[kind, *sorted(files)] for kind in FILES if (files := data["models"][kind])]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
+        if measured:
+            data["measured"] = measured
         for name in ("name", "workers", "threads", "timeout", "low_memory", "address", "resources"):
             del data["executor"][name]
         if self.executor.generation == "transformers":

@@ -24,7 +24,7 @@ from evomerge.evaluation import sandbox
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
-from evomerge.merging import modules
+from evomerge.merging import methods, modules
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
@@ -35,7 +35,9 @@ from evomerge.running.worker import WorkerSpec, counted
 from evomerge.search import baselines, optimizers
 from evomerge.search.racing import RacingSpec, automatic_blocks
 from evomerge.search.spaces import kinds
+from evomerge.search.spaces.kinds import AnySpec
 from evomerge.search.spaces.layer_path import LayerPathSpec
+from evomerge.search.spaces.preset import SpaceSpec
 from evomerge.search.spaces.space import Space
 from evomerge.search.warm_start import WarmStart
 from evomerge.stored import StoredRun
@@ -85,20 +87,11 @@ def prepare(config: RunConfig) -> Prepared:
     config.objective.check(suite, config.models.sources)
     sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
     headers = sources[BASE].headers
-    template = Recipe(
-        models=config.locations,
-        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
-        base=BASE,
-        dtype=config.dtype,
-        tokenizer=config.tokenizer,
-        chat_template=config.chat_template,
-        seed=config.seed,
-        kept=_kept(config.models, tuple(headers)),
-    )
+    template = _template(config, tuple(headers))
+    assert not isinstance(config.space, str)
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
     notes += (*chat.notes(template, sources), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
-    assert not isinstance(config.space, str)
     space = kinds.apply(
         config.space,
         template=template,
@@ -115,8 +108,8 @@ def prepare(config: RunConfig) -> Prepared:
     warm = warm_start.resolve(
         config.warm_start, space=space, template=template, folder=Path(config.out), inputs=inputs
     )
-    for start in warm.recipes:
-        check(start.recipe, sources)
+    for recipe in (*(start.recipe for start in warm.recipes), *_particular(template, config.space)):
+        check(recipe, sources)
     _check_gradients(warm, space)
     _check_engine(config)
     worker = _worker(config, suite, inputs)
@@ -135,6 +128,33 @@ def prepare(config: RunConfig) -> Prepared:
         warm=warm,
         baselines=_baselines(config, template, sum(header.count for header in headers.values())),
     )
+
+
+def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
+    """Return the recipe of which all others have models, dtype, tokenizer, template and seed."""
+    return Recipe(
+        models=config.locations,
+        groups=(TensorGroup(method="linear", sources=tuple(config.models.sources)),),
+        base=BASE,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        chat_template=config.chat_template,
+        seed=config.seed,
+        kept=_kept(config.models, tensors),
+        fisher=config.models.fisher,
+        gram=config.models.gram,
+    )
+
+
+def _particular(template: Recipe, space: AnySpec) -> Iterator[Recipe]:
+    """Yield recipes of the methods that need files or adapters, to check that the sources have them."""
+    chosen = space.method.choices if isinstance(space, SpaceSpec) else ()
+    for name in methods.names():
+        method = methods.get(name)
+        if method.file is not None and (files := template.files(method.file)):
+            yield template.with_groups([TensorGroup(method=name, sources=tuple(files))])
+        if method.factored and name in chosen:
+            yield template.with_groups([TensorGroup(method=name, sources=template.groups[0].sources)])
 
 
 def _kept(models: ModelsSpec, tensors: tuple[str, ...]) -> tuple[TensorGroup, ...]:

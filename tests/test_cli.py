@@ -23,7 +23,7 @@ from tests.conftest import write_suite
 
 NAMES = ["check", "run", "resume", "migrate", "doctor", "demo"]
 NAMES += ["status", "show", "samples", "report", "compare", "export", "predict"]
-NAMES += ["merge", "import", "analyze", "fisher", "evaluate", "zoo", "spaces", "suite"]
+NAMES += ["merge", "import", "analyze", "fisher", "gram", "evaluate", "zoo", "spaces", "suite"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Commands on models and search spaces: merge, analyze, fisher, evaluate, zoo, spaces.
+"""Commands on models and search spaces: merge, analyze, fisher, gram, evaluate, zoo, spaces.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -179,6 +179,32 @@ def fisher(
         f"wrote {relative(out)} ({done.sequences} sequences, {done.tokens} tokens, mean {done.mean:.3g})"
     )
     output.data({"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "mean": done.mean})
+
+
+@command(app, "gram")
+def gram(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, one sequence per line.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The safetensors file to write.")],
+    sequences: Annotated[int | None, typer.Option(min=1, max=10**9, help="Use only this many lines.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, max=2**24, help="Cut lines to this many tokens.")] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+) -> None:
+    """Measure the inputs of a model's linear layers on a text, for merges with the method `regmean`."""
+    from evomerge.merging.analysis.gram import measure
+    from evomerge.running.executors import ExecutorSpec, resolve
+
+    place, _, _ = resolve(ExecutorSpec(device=device))
+    with progress_bar("sequences") as progress:
+        done = measure(
+            model, text, out, sequences=sequences, max_length=max_length, device=place, progress=progress
+        )
+    output.say(
+        f"wrote {relative(out)} ({done.sequences} sequences, {done.tokens} tokens, {done.matrices} matrices)"
+    )
+    output.data(
+        {"file": str(out), "sequences": done.sequences, "tokens": done.tokens, "matrices": done.matrices}
+    )
 
 
 @command(app, "evaluate")

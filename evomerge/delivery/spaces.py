@@ -50,7 +50,11 @@ class Models:
         sources = tuple(run.models.sources)
         opened = open_sources(run.locations, BASE, tokenizer=run.tokenizer)
         template = Recipe(
-            models=run.locations, groups=(TensorGroup(method="linear", sources=sources),), base=BASE
+            models=run.locations,
+            groups=(TensorGroup(method="linear", sources=sources),),
+            base=BASE,
+            fisher=run.models.fisher,
+            gram=run.models.gram,
         )
         return cls(
             template=template,
@@ -68,6 +72,7 @@ class Models:
             groups=(TensorGroup(method="linear", sources=sources),),
             base=BASE,
             fisher={name: name for name in sources},
+            gram={name: name for name in sources},
         )
         return cls(
             template=template,

@@ -8,14 +8,16 @@ from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.modules import layer_of
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.sources import fisher_files
+from evomerge.merging.sources import measured_files
+from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.beside import unwrapped
 from evomerge.merging.sources.checkpoint import HEADS
 from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.pieces import KINDS, other_tokens
-from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.source import Source, same_base
 from evomerge.merging.sources.tensorfile import Header
 from evomerge.merging.sources.untied import Untied
 from evomerge.merging.sources.vocabulary import Aligned
@@ -58,15 +60,15 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     check_fingerprints(recipe, {name: sources[name] for name in names})
     notes = check_models({name: sources[name] for name in names}, stacked=recipe.stacked)
     _check_groups(recipe, sources)
-    if any(isinstance(sources[name], Aligned) for name in recipe.used_fishers()):
+    if any(isinstance(sources[name], Aligned) for name in recipe.used_files("fisher")):
         raise ConfigError(
             "recipe: method fisher can't merge models whose embedding rows are matched by token",
             expected="sources with the same vocabulary, because Fisher files keep their model's rows",
             got="sources with different vocabularies",
             fix="use another method, or merge models that share a tokenizer",
         )
-    prints = {name: sources[name].fingerprint for name in recipe.used_fishers()}
-    fisher_files.check(recipe, sources[recipe.pattern].headers, prints)
+    prints = {name: sources[name].fingerprint for kind in FILES for name in recipe.used_files(kind)}
+    measured_files.check(recipe, sources[recipe.pattern].headers, prints)
     return notes
 
 
@@ -281,6 +283,8 @@ def _check_groups(recipe: Recipe, sources: Mapping[str, Source]) -> None:
         recipe.group_for(tensor)
     for group in recipe.groups:
         _check_reach(group, pattern, headers)
+        if methods.get(group.method).factored:
+            _check_adapters(recipe, group, sources)
         _try(group)
     stacked_config(recipe, sources)
 
@@ -306,6 +310,33 @@ def _check_reach(group: TensorGroup, pattern: Source, headers: Mapping[str, Head
         )
 
 
+def _check_adapters(recipe: Recipe, group: TensorGroup, sources: Mapping[str, Source]) -> None:
+    """Refuse sources of a method on low-rank updates that are not LoRA adapters on its base."""
+    base = recipe.base_of(group)
+    assert base is not None  # a recipe without the base it needs is refused
+    for name in group.sources:
+        source = sources[name]
+        if not isinstance(source, AdaptedCheckpoint) or not same_base(source, sources[base]):
+            raise ConfigError(
+                f"recipe: {group.method} merges LoRA adapters on the base, and {name!r} is none",
+                expected=f"{sources[base].location}+ADAPTER",
+                got=source.location,
+                fix="use another method, such as ties",
+            )
+    if isinstance(sources[base], AdaptedCheckpoint):
+        raise ConfigError(
+            f"recipe: {group.method} needs a whole model as its base",
+            got=sources[base].location,
+            fix="use another method, such as ties",
+        )
+    if any(shift != group.base_shift for shift in group.shifts):
+        raise ConfigError(
+            f"recipe: {group.method} adds updates to the layers that they were made for",
+            expected=f"the shift of the base, {group.base_shift}, for all sources",
+            got=", ".join(map(str, group.shifts)),
+        )
+
+
 def _try(group: TensorGroup) -> None:
     """Run the method on single numbers, so that it raises its errors for bad parameters now."""
     method = methods.get(group.method)
@@ -315,7 +346,7 @@ def _try(group: TensorGroup) -> None:
     import torch
 
     ones = [torch.ones(1) for _ in group.sources]
-    apply(group, torch.ones(1), ones, seed=0, tensor="", fishers=ones)
+    apply(group, torch.ones(1), ones, seed=0, tensor="", files=ones)
 
 
 class _Ones:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from evomerge.errors import ConfigError
 from evomerge.merging.chat_templates import with_text
 from evomerge.merging.mergekit import reader
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import load_yaml_documents
 
@@ -48,5 +50,8 @@ def read_recipe(path: str | Path, *, say: Callable[[str], None] = lambda _: None
             f"{path}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
         ) from None
     located = {name: reader.resolved(place, path.parent) for name, place in recipe.models.items()}
-    fishers = {name: reader.resolved(place, path.parent) for name, place in recipe.fisher.items()}
-    return dataclasses.replace(recipe, models=located, fisher=fishers)
+    measured: dict[str, Any] = {
+        kind: {name: reader.resolved(place, path.parent) for name, place in recipe.files(kind).items()}
+        for kind in FILES
+    }
+    return dataclasses.replace(recipe, models=located, **measured)

@@ -28,6 +28,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.methods import Method
+from evomerge.merging.methods.declaration import FILES, FileKind
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.merging.recipe_data import (
     LAYERS,
@@ -291,6 +292,7 @@ class Recipe:
         pad_rows: the number of embedding rows is rounded up to a multiple of it; 0 leaves it as it is.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
+        gram: name -> file with the Gram matrices of a model's inputs, likewise, for `regmean`.
         fingerprints: name -> fingerprint of a model's files, for some or all models. A merge refuses models
             whose files have another one. Not part of the hash, nor of equality.
 
@@ -308,6 +310,7 @@ class Recipe:
     num_layers: int | None = None
     pad_rows: int = 0
     fisher: Mapping[str, str] = field(default_factory=dict)
+    gram: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
     kept: tuple[TensorGroup, ...] = field(default=(), compare=False, repr=False)
     """Groups that `with_groups` puts before the new ones. Only the template of a run has any."""
@@ -327,7 +330,9 @@ class Recipe:
         if not self.groups:
             raise ConfigError("recipe: no groups")
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
-        object.__setattr__(self, "fisher", MappingProxyType(dict(self.fisher)))
+        for kind in FILES:
+            object.__setattr__(self, kind, MappingProxyType(dict(self.files(kind))))
+            self._check_names(kind, self.files(kind))
         object.__setattr__(self, "fingerprints", MappingProxyType(dict(self.fingerprints)))
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
@@ -336,7 +341,6 @@ class Recipe:
         for group in self.groups:
             if not self.models.keys() >= {*group.sources, group.base or group.sources[0]}:
                 self._check_names(f"group {group.label()!r}", [*group.sources, group.base])
-        self._check_names("fisher", self.fisher)
         self._check_names("fingerprints", self.fingerprints)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
         template = chosen_template(self.chat_template, self.base, self.models)
@@ -347,14 +351,14 @@ class Recipe:
                     f"recipe: {group.method} works on task vectors and needs a base model",
                     fix="set `base`",
                 )
-        bare = [name for name in self.used_fishers() if name not in self.fisher]
-        if bare:
-            raise ConfigError(
-                "recipe: method fisher needs the Fisher information of its sources",
-                expected="one file per source: `fisher: {name: file}`",
-                got=f"none for {', '.join(bare)}",
-                fix=f"evomerge fisher {self.models[bare[0]]} TEXT OUT",
-            )
+        for kind, what in FILES.items():
+            if bare := [name for name in self.used_files(kind) if name not in self.files(kind)]:
+                raise ConfigError(
+                    f"recipe: a method needs the {what} of its sources",
+                    expected=f"one file per source: `{kind}: {{name: file}}`",
+                    got=f"none for {', '.join(bare)}",
+                    fix=f"evomerge {kind} {self.models[bare[0]]} TEXT OUT",
+                )
 
     @classmethod
     def copy_of(cls, location: str, *, dtype: str) -> Recipe:
@@ -373,7 +377,7 @@ class Recipe:
             num_layers: of the new result; None means as many as its sources have.
 
         Returns:
-            The new recipe. It names the Fisher files only if one of its groups uses them.
+            The new recipe. It names measured files only if one of its groups uses that kind.
 
         Raises:
             ConfigError: a group names an unknown model, or needs a base or a Fisher file that is missing.
@@ -384,7 +388,7 @@ class Recipe:
         'float32'
         """
         groups = (*self.kept, *groups)
-        uses_fisher = any(methods.get(group.method).fisher for group in groups)
+        used = {methods.get(group.method).file for group in groups}
         return Recipe(
             models=self.models,
             groups=groups,
@@ -395,7 +399,8 @@ class Recipe:
             seed=self.seed,
             num_layers=num_layers,
             pad_rows=self.pad_rows,
-            fisher=self.fisher if uses_fisher else {},
+            fisher=self.fisher if "fisher" in used else {},
+            gram=self.gram if "gram" in used else {},
         )
 
     def group_for(self, tensor: str) -> TensorGroup:
@@ -453,8 +458,9 @@ class Recipe:
         data.pop("fingerprints", None)
         if not any(methods.get(group.method).random for group in self.groups):
             del data["seed"]
-        if not self.used_fishers():
-            data.pop("fisher", None)
+        for kind in FILES:
+            if not self.used_files(kind):
+                data.pop(kind, None)
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
         object.__setattr__(self, "_hash", hashlib.sha256(canonical.encode()).hexdigest())
         return self._hash
@@ -471,9 +477,13 @@ class Recipe:
         first = [self.base] if self.base in used else []
         return tuple(first + [name for name in self.models if name in used and name != self.base])
 
-    def used_fishers(self) -> tuple[str, ...]:
-        """Return the names of the models whose Fisher file is read, in the order of `models`."""
-        used = {source for g in self.groups if methods.get(g.method).fisher for source in g.sources}
+    def files(self, kind: FileKind) -> Mapping[str, str]:
+        """Return name -> file of what was measured of a model, of one kind."""
+        return self.fisher if kind == "fisher" else self.gram
+
+    def used_files(self, kind: FileKind) -> tuple[str, ...]:
+        """Return the names of the models whose file of a kind is read, in the order of `models`."""
+        used = {source for g in self.groups if methods.get(g.method).file == kind for source in g.sources}
         return tuple(name for name in self.models if name in used)
 
     def to_data(self) -> dict[str, Any]:
@@ -488,8 +498,7 @@ class Recipe:
             data["num_layers"] = self.num_layers
         if self.pad_rows:
             data["pad_rows"] = self.pad_rows
-        if self.fisher:
-            data["fisher"] = dict(self.fisher)
+        data |= {kind: dict(self.files(kind)) for kind in FILES if self.files(kind)}
         if self.fingerprints:
             data["fingerprints"] = dict(self.fingerprints)
         data["groups"] = [group._as_data() for group in self.groups]
@@ -511,7 +520,7 @@ class Recipe:
             "seed",
             "num_layers",
             "pad_rows",
-            "fisher",
+            *FILES,
             "fingerprints",
         )
         valid = ("format", "models", *settings, "groups")
@@ -540,6 +549,7 @@ class Recipe:
             num_layers=layers,
             pad_rows=pad,
             fisher=locations(data.get("fisher"), "recipe: fisher"),
+            gram=locations(data.get("gram"), "recipe: gram"),
             fingerprints=locations(data.get("fingerprints"), "recipe: fingerprints"),
             groups=tuple(
                 TensorGroup._from_data(mapping(g, f"recipe: groups[{i}]"), f"recipe: groups[{i}]")

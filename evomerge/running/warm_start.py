@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import ConfigError, ModelError, nearest
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.adapter import split_location
@@ -196,12 +197,16 @@ def _renamed(recipe: Recipe, names: Mapping[str, str], template: Recipe) -> Reci
         dataclasses.replace(group, sources=tuple(names[source] for source in group.sources), base=None)
         for group in recipe.groups
     )
+    measured: dict[str, Any] = {
+        kind: {names[name]: file for name, file in recipe.files(kind).items() if name in names}
+        for kind in FILES
+    }
     return dataclasses.replace(
         recipe,
         models=dict(template.models),
         groups=groups,
         base=BASE,
-        fisher={names[name]: file for name, file in recipe.fisher.items() if name in names},
+        **measured,
         fingerprints={},
         tokenizer=template.tokenizer,
         chat_template=template.chat_template,

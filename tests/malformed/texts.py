@@ -377,6 +377,7 @@ def recipe() -> Iterator[Case]:
         "seed": (-1, 1.5, 10**19 - 1, True, NAN, "x"),
         "num_layers": (0, -1, 1.5, 10**9, True, "all"),
         "fisher": ({"absent": "x"}, [], {"add": None}),
+        "gram": ({"absent": "x"}, [], {"add": None}),
         "fingerprints": ({"absent": "x"}, {"add": "x" * 64}, {"add": 7}),
         "groups": (None, [], {}, [None], "all", [{}], [{"method": "ties"}]),
         "groups.0.method": ("tiess", None, 7, []),

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from evomerge.merging.sources.fisher_files import KIND
+from evomerge.merging.sources.measured_files import KINDS
 
 logging.disable_progress_bar()
 
@@ -80,7 +80,7 @@ def perturb(model: LlamaForCausalLM, seed: int, size: float = 0.02) -> LlamaForC
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Name -> folder of a base and of three fine-tunes `a`, `b`, `c`; `c` is sharded.
 
-    Beside each fine-tune lies a made-up Fisher of it.
+    Beside each fine-tune lie a made-up Fisher and made-up Gram matrices of it.
     """
     folder = tmp_path_factory.mktemp("models")
     made = {"base": str(save(llama(), folder / "base"))}
@@ -91,7 +91,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         fishers = {
             key: torch.rand(p.shape, generator=generator).square() for key, p in llama().named_parameters()
         }
-        save_file(fishers, f"{made[name]}.fisher.safetensors", {"kind": KIND})
+        save_file(fishers, f"{made[name]}.fisher.safetensors", {"kind": KINDS["fisher"]})
+        grams = {
+            key: inputs.T @ inputs
+            for key, p in llama().named_parameters()
+            if p.dim() == 2 and "layers" in key
+            for inputs in (torch.randn(10, p.shape[1], generator=generator),)
+        }
+        save_file(grams, f"{made[name]}.gram.safetensors", {"kind": KINDS["gram"]})
     return made
 
 

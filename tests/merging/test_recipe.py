@@ -68,6 +68,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**40)),
         fisher={name: f"m/{name}.safetensors" for name in MODELS},
+        gram={name: f"m/{name}.gram.safetensors" for name in MODELS},
         num_layers=draw(st.none() | st.integers(1, 9)),
     )
 
@@ -307,7 +308,7 @@ class Arrays:
     def boundary(self, place: object, rank: int, magnitudes: Any) -> Any:
         return boundary(magnitudes(), rank)
 
-    def fisher(self, file: str, tensor: str) -> Any:
+    def measured(self, kind: str, file: str, tensor: str) -> Any:
         raise NotImplementedError
 
 
@@ -384,3 +385,14 @@ def test_groups_are_found_by_layer_in_order() -> None:
     ]
     for name in names:
         assert recipe.group_for(name) is next(group for group in groups if group.matches(name))
+
+
+def test_gram_files_are_treated_as_fisher_files_are() -> None:
+    files = {"a": "a.gram", "b": "b.gram"}
+    assert recipe(gram=files).hash == recipe().hash
+    assert recipe("regmean", gram=files).hash != recipe("regmean", gram=files | {"b": "c.gram"}).hash
+    assert recipe("regmean", gram=files).with_groups([group("ties", "a", "b")]).gram == {}
+    with pytest.raises(ConfigError, match=r"Gram matrices of its sources\n.*\n.*none for b\n.*evomerge gram"):
+        recipe("regmean", gram={"a": "a.gram"})
+    with pytest.raises(ConfigError, match="gram names an unknown model 'c'"):
+        recipe(gram={"c": "c.gram"})

@@ -23,7 +23,7 @@ from evomerge.errors import ConfigError, DiskError, NonFiniteError, nearest
 from evomerge.files import drafted_file, read_regular
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.fisher_files import KIND
+from evomerge.merging.sources.measured_files import KINDS
 from evomerge.merging.sources.source import Source
 
 if TYPE_CHECKING:
@@ -86,13 +86,10 @@ def estimate(
         raise ConfigError(f"unknown labels {labels!r}", fix=nearest(labels, LABELS))
     if out.exists():
         raise DiskError(f"{out}: already exists", expected="a new file", fix="choose another name")
-    lines = _lines(text)[:sequences]
+    lines = lines_of(text)[:sequences]
     bench = Workbench({"model": location}, device=device)
     bench.load(Recipe.copy_of(location, dtype="float32"))
-    rows = [bench.tokenizer(line, truncation=True, max_length=max_length)["input_ids"] for line in lines]
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
-        raise ConfigError(f"{text}: no line of at least two tokens", got=f"{len(lines)} lines with text")
+    rows = tokenized(bench, lines, text, max_length)
     diagonal = _mean_squares(bench.model, rows, labels == "model", seed, progress)
     tokens = sum(map(len, rows))
     counts = {"sequences": len(rows), "tokens": tokens, "max_length": max_length, "seed": seed}
@@ -138,7 +135,17 @@ def _mean_squares(
     return {name: (total / len(rows)).cpu() for name, total in sums.items()}
 
 
-def _lines(text: Path) -> list[str]:
+def tokenized(bench: Workbench, lines: Sequence[str], text: Path, max_length: int) -> list[list[int]]:
+    """Return the tokens of the lines that have at least two; raise ConfigError if none has."""
+    rows = [bench.tokenizer(line, truncation=True, max_length=max_length)["input_ids"] for line in lines]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ConfigError(f"{text}: no line of at least two tokens", got=f"{len(lines)} lines with text")
+    return rows
+
+
+def lines_of(text: Path) -> list[str]:
+    """Return the lines of a text that are not empty, or raise ConfigError."""
     try:
         content = read_regular(text, LARGEST_TEXT).decode()
     except FileNotFoundError:
@@ -173,7 +180,7 @@ def _write(
 
     metadata = {
         "format": "pt",
-        "kind": KIND,
+        "kind": KINDS["fisher"],
         "labels": labels,
         **{name: str(count) for name, count in counts.items()},
         "text_sha256": hashlib.sha256(read_regular(text, LARGEST_TEXT)).hexdigest(),

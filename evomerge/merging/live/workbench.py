@@ -23,6 +23,7 @@ from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.live.live_weights import address, gradient_at, locate, weights_at
 from evomerge.merging.live.stacked_models import Rewiring, build
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
 from evomerge.merging.sources import chat
 from evomerge.merging.sources.arrays import to_tensor
@@ -166,7 +167,7 @@ class Workbench:
             self.model = self._rewiring.load(recipe, lambda group: keys[id(group)])
             return
         made = ((g.layers, g.match, *_made_from(recipe, g)) for g in recipe.groups)
-        shape = (tuple(recipe.fisher.items()), *made)
+        shape = (*(tuple(recipe.files(kind).items()) for kind in FILES), *made)
         if shape not in self._checked:
             check(recipe, self.sources)
             self._checked.add(shape)
@@ -263,7 +264,7 @@ def _key(recipe: Recipe, position: int) -> Hashable:
         tuple(group.parameters.items()),
         recipe.dtype,
         recipe.seed if method.random else None,
-        tuple(recipe.fisher[source] for source in group.sources) if method.fisher else None,
+        tuple(recipe.files(method.file)[source] for source in group.sources) if method.file else None,
     )
 
 

@@ -54,6 +54,8 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
     if missing := used & set(reader.OURS):
         raise _inexpressible("a method that mergekit has", ", ".join(sorted(missing)))
     (method,) = used
+    if method in reader.UNWEIGHTED and not all(_plain(group) for group in recipe.groups):
+        raise _inexpressible("weights and lambda of 1, because mergekit has none for this method", method)
     data = _head(recipe, method)
     names: tuple[str, ...] = ()
     source_names: tuple[str, ...] = ()
@@ -92,6 +94,15 @@ def _names(recipe: Recipe, tensors: Iterable[str] | None) -> tuple[tuple[str, ..
         return source_names, source_names
     num_layers = recipe.num_layers or _num_layers(source_names)
     return tuple(output_names(recipe, opened, num_layers)), source_names
+
+
+def _plain(group: TensorGroup) -> bool:
+    """Say whether a group has no weights and no lambda other than 1."""
+    weights = group.parameters.get("weight", ())
+    return (
+        set(weights if isinstance(weights, tuple) else ()) <= {1.0}
+        and group.parameters.get("lambda", 1.0) == 1.0
+    )
 
 
 def _with_plain_copies(recipe: Recipe) -> Recipe:

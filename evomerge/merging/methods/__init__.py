@@ -6,9 +6,13 @@ be checked against the declarations without it.
 
 from evomerge.merging.methods import (  # noqa: F401  (importing registers them)
     averaging,
+    core_space,
     fisher,
+    regression,
+    reinforced,
     selective,
     sparse,
+    spectral,
     spherical,
     task_vectors,
 )

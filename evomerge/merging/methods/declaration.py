@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Value = float | int | bool
 Kind = Literal["models", "task_vectors", "either"]
+FileKind = Literal["fisher", "gram"]
+FILES: dict[FileKind, str] = {"fisher": "Fisher information", "gram": "Gram matrices"}
+"""Kinds of files with what was measured of a model, in words; their names are those of the commands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,12 @@ class Method:
     inputs: what the function's second argument holds, one tensor per source: the sources' weights
         ("models"), their differences from the base ("task_vectors"), or "either": differences if the recipe
         has a base, else weights.
-    fisher: whether the function also takes the Fisher tensors of its sources.
+    file: what the function also takes of its sources, as `fishers` or `grams`: a tensor (or None) per source,
+        from a file of that kind.
+    matrices: whether the function treats the weight matrices of layers in a way of its own. It then also
+        takes `inside`: whether the tensor lies in a layer of the text decoder, as embeddings do not.
+    factored: whether all sources must be LoRA adapters on the base. For a tensor to which they add low-rank
+        updates, the function gets no tensors, but `updates`: (B, A) or None per source.
     blend: returns the method as a `Blend`, or None if it is not one with these parameters.
     deviations: paragraphs that say where the function deviates from its paper, or from mergekit.
     by_rows: rows (the last dimension) are merged independently, so a large tensor may be passed some rows at
@@ -90,7 +98,9 @@ class Method:
     min_sources: int
     max_sources: int | None
     random: bool
-    fisher: bool
+    file: FileKind | None
+    matrices: bool
+    factored: bool
     ordered: bool
     parameters: Mapping[str, Parameter]
 
@@ -137,7 +147,9 @@ def method(
     needs_base: bool | None = None,
     sources: tuple[int, int | None] = (1, None),
     random: bool = False,
-    fisher: bool = False,
+    file: FileKind | None = None,
+    matrices: bool = False,
+    factored: bool = False,
     blend: Callable[..., Blend | None] | None = None,
     by_rows: bool = False,
     ordered: bool = False,
@@ -146,8 +158,8 @@ def method(
 
     It is called as `function(base, tensors, **parameters)`. Per-source parameters are tuples in source order,
     and `lambda` is passed as `lambda_`. Random methods also get `keys`, one per source (see `draws`), and
-    fisher methods `fishers`, one tensor per source. `blend` returns the same merge as data. The first line of
-    the docstring becomes the summary.
+    methods with a `file` get `fishers` or `grams`, one tensor per source, and `matrices` methods `inside`.
+    `blend` returns the same merge as data. The first line of the docstring becomes the summary.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,7 +177,9 @@ def method(
             min_sources=sources[0],
             max_sources=sources[1],
             random=random,
-            fisher=fisher,
+            file=file,
+            matrices=matrices,
+            factored=factored,
             ordered=ordered,
             parameters={p.name: p for p in parameters},
         )
@@ -249,7 +263,9 @@ def markdown() -> str:
             f"Works on {needs}; {count}"
             f"{'; needs a base' if declared.needs_base else ''}"
             f"{'; draws masks from the recipe seed' if declared.random else ''}"
-            f"{'; needs a Fisher file per source' if declared.fisher else ''}. Paper: {declared.paper}.",
+            f"{'; all must be LoRA adapters on the base' if declared.factored else ''}"
+            f"{f'; needs a {declared.file.title()} file per source' if declared.file else ''}. "
+            f"Paper: {declared.paper}.",
         ]
         if declared.parameters:
             lines += ["", "| parameter | one per | default | range | meaning |", "|---|---|---|---|---|"]

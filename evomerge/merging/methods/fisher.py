@@ -1,7 +1,7 @@
 """Fisher-weighted averaging: each element is averaged with the sources' Fisher information as weights.
 
 The Fisher tensors come from files that a recipe names. `evomerge fisher` writes them, and
-`sources.fisher_files` reads them; here they are a second list of tensors.
+`sources.measured_files` reads them; here they are a second list of tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     ),
     paper="Matena and Raffel 2022, Merging Models with Fisher-Weighted Averaging, arXiv:2111.09832",
     inputs="models",
-    fisher=True,
+    file="fisher",
 )
 def fisher(
     base: Tensor | None,

@@ -2,15 +2,17 @@
 
 Torch splits a reduction of more than 32768 elements among its threads, so the last bits depend on their
 number. Here a tensor is reduced in fixed blocks below that size, in float64, and the block sums are added
-exactly. So a model that one process scores can be exported by another bit for bit.
+exactly. So a model that one process scores can be exported by another bit for bit. Products and factors of
+matrices come from libraries, on one thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -123,3 +125,19 @@ def row_cosines(tensors: Sequence[Tensor]) -> Tensor:
             cos = row_products(matrices[i], matrices[j]) / size.clamp(min=SHORTEST)
             total += torch.where(size > SHORTEST, cos.clamp(-1.0, 1.0), 0.0)
     return total / (count * (count - 1) / 2)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Multiply and factor matrices on one thread, because splitting the work may change the bits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

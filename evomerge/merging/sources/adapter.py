@@ -15,13 +15,14 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.files import expanded
+from evomerge.merging.methods.reduction import one_thread
 from evomerge.merging.sources.adapter_config import UNMERGEABLE, AdapterConfig, Scales, refuse_unsupported
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import (
@@ -196,7 +197,7 @@ class AdaptedCheckpoint:
         if factors.start is None:
             return self._product(factors)
         up, down = self.factors(name)
-        with _one_thread():
+        with one_thread():
             product = up @ down
         return product.T.contiguous() if factors.transposed else product
 
@@ -214,7 +215,7 @@ class AdaptedCheckpoint:
 
     def _product(self, factors: LowRank) -> Tensor:
         assert factors.down is not None
-        with _one_thread():
+        with one_thread():
             product: Tensor = self._factor(factors.up) @ self._factor(factors.down)
         return (product.T.contiguous() if factors.transposed else product) * factors.scale
 
@@ -222,7 +223,7 @@ class AdaptedCheckpoint:
         import torch
 
         axis = 0 if change.low_rank.transposed else 1
-        with _one_thread():
+        with one_thread():
             lengths = torch.linalg.norm(weights, dim=axis)
         rescaled: Tensor = weights * (self._stored(change.magnitude).reshape(-1) / lengths).unsqueeze(axis)
         return rescaled
@@ -240,7 +241,7 @@ class AdaptedCheckpoint:
             weights = self.base.tensor(name)
             weights = weights.T if update.transposed else weights
             rank = self._factor(update.up).shape[1]
-            with _one_thread():
+            with one_thread():
                 if update.start == "pissa":
                     left, values, right = torch.linalg.svd(weights, full_matrices=False)
                     self._starts[key] = left[:, :rank] * values[:rank], right[:rank].contiguous()
@@ -574,19 +575,3 @@ def _check_shapes(location: str, target: str, shape: tuple[int, ...], down: Head
             expected=f"B (out, r) and A (r, in) for a weight of shape {list(shape)}",
             got=f"B {list(up.shape)}, A {list(down.shape)}",
         )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Multiply matrices on one thread, because splitting a product among threads may change its bits."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.merging import methods
 from evomerge.merging.methods.draws import keys
+from evomerge.merging.modules import layer_of
 from evomerge.merging.recipe import TensorGroup
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ def apply(
     *,
     seed: int,
     tensor: str,
-    fishers: Sequence[Tensor] = (),
+    files: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Return the group's method applied to float32 tensors, one per source; they are not modified.
 
     seed, tensor: the recipe's seed and the output tensor's name, from which random methods draw.
-    fishers: one tensor per source, for methods that need them.
+    files: what was measured of each source, for methods that need it.
 
     >>> import torch
     >>> half = TensorGroup(method="linear", sources=("a", "b"))
@@ -34,8 +35,8 @@ def apply(
     """
     function = methods.get(group.method).function
     settings = arguments(group, seed=seed, tensor=tensor)
-    if methods.get(group.method).fisher:
-        settings["fishers"] = fishers
+    if kind := methods.get(group.method).file:
+        settings[f"{kind}s"] = files
     return function(base, tensors, **settings)
 
 
@@ -46,4 +47,6 @@ def arguments(group: TensorGroup, *, seed: int, tensor: str) -> dict[str, Any]:
     }
     if methods.get(group.method).random:
         named["keys"] = keys(seed, tensor, group.sources)
+    if methods.get(group.method).matrices:
+        named["inside"] = layer_of(tensor) is not None
     return named

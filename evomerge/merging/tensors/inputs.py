@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy
 
+from evomerge.merging.methods.core_space import LowRankUpdate
+from evomerge.merging.methods.declaration import FileKind
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
-from evomerge.merging.sources import fisher_files
+from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import WeightArray, computable, of_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
@@ -32,8 +34,12 @@ class Inputs(Protocol):
         """Return a source's tensor in float32 or bfloat16, marked if `base` is still to be subtracted."""
         ...
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        """Return a tensor of a Fisher file, in float32."""
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        """Return a tensor of a file of what was measured of a model, in float32."""
+        ...
+
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        """Return the factors of adapters at some places; None if a change is no low-rank update."""
         ...
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
@@ -57,8 +63,11 @@ class FileInputs:
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=False)
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher_files.tensor(file, tensor)
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        return measured_files.tensor(kind, file, tensor)
+
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        return _updates(self._sources, places)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         return compute()
@@ -95,8 +104,11 @@ class WarmInputs:
             self._mapped[place] = operand  # a view of the file: keeping it costs nothing
         return operand
 
-    def fisher(self, file: str, tensor: str) -> Tensor:
-        return fisher_files.tensor(file, tensor)
+    def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
+        return measured_files.tensor(kind, file, tensor)
+
+    def updates(self, places: tuple[TensorKey, ...]) -> list[LowRankUpdate | None] | None:
+        return _updates(self._sources, places)
 
     def gram(self, places: tuple[Difference, ...], compute: Callable[[], Gram]) -> Gram:
         if places not in self._grams:
@@ -109,6 +121,25 @@ class WarmInputs:
         if place not in self._spectra:
             self._spectra[place] = Spectrum(magnitudes())
         return self._spectra[place].boundary(rank)
+
+
+def _updates(
+    sources: Mapping[str, Source], places: tuple[TensorKey, ...]
+) -> list[LowRankUpdate | None] | None:
+    found: list[LowRankUpdate | None] = []
+    for name, tensor in places:
+        adapter = sources[name]
+        assert isinstance(adapter, AdaptedCheckpoint), name  # `compatibility` refuses all others
+        update = adapter.updates.get(tensor)
+        whole = tensor in adapter.replaced or tensor in adapter.computed
+        if whole or (update is not None and update.down is None):
+            return None
+        if update is None:
+            found.append(None)
+            continue
+        up, down = adapter.factors(tensor)
+        found.append((down.T, up.T) if update.transposed else (up, down))
+    return found
 
 
 def _operand(

@@ -27,6 +27,7 @@ from evomerge.merging.tensors.inputs import Difference, Inputs
 from evomerge.merging.tensors.kernels import Operand
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ROWS_AT_ONCE = 1 << 18
@@ -77,11 +78,17 @@ def merge_array(
     base, at_base = recipe.base_of(group), shifted(tensor, group.base_shift)
     subtracted = None if base is None or not method.uses_task_vectors(base) else (base, at_base)
     reads = group.reads(tensor)
+    settings = arguments(group, seed=recipe.seed, tensor=tensor)
+    updates = inputs.updates(reads) if method.factored else None
+    if base is not None and updates is not None:
+        full = to_tensor(widened(inputs.operand(base, at_base, None).data))
+        moved = method.function(full, (), updates=updates, **settings)
+        return _finished(of_tensor(moved.to(_type(recipe.dtype))), out, tensor, recipe, inputs)
     operands = [inputs.operand(*read, subtracted) for read in reads]
     origin = None if base is None else inputs.operand(base, at_base, None)
-    settings = arguments(group, seed=recipe.seed, tensor=tensor)
-    if method.fisher:
-        settings["fishers"] = [inputs.fisher(recipe.fisher[source], name) for source, name in reads]
+    if kind := method.file:
+        files = recipe.files(kind)
+        settings[f"{kind}s"] = [inputs.measured(kind, files[source], name) for source, name in reads]
     measure = StoredStatistics(inputs, [(read, subtracted) for read in reads], operands, origin)
     plan = None if method.blend is None else method.blend(measure, **settings)
     finite = None
@@ -107,16 +114,36 @@ def merge_array(
         bases = [] if origin is None else [origin.data]
         del origin, measure
         merged = _in_torch(method, plan, bases, operands, settings, recipe.dtype)
-        finite = is_finite(merged)
-        if out is not None:
-            out[...] = merged if out.dtype == merged.dtype else widened(merged)
-            merged = out
+        return _finished(merged, out, tensor, recipe, inputs)
     if not finite:
         same = _shared(tensor, recipe, inputs)
         if same is None:
             raise _not_finite(tensor, recipe, inputs)
         merged[...] = same if same.dtype == merged.dtype else widened(same)
     return merged
+
+
+def _finished(
+    merged: WeightArray, out: WeightArray | None, tensor: str, recipe: Recipe, inputs: Inputs
+) -> WeightArray:
+    """Return merged weights, also in the place where they go, or raise NonFiniteWeights."""
+    finite = is_finite(merged)
+    if out is not None:
+        out[...] = merged if out.dtype == merged.dtype else widened(merged)
+        merged = out
+    if not finite:
+        same = _shared(tensor, recipe, inputs)
+        if same is None:
+            raise _not_finite(tensor, recipe, inputs)
+        merged[...] = same if same.dtype == merged.dtype else widened(same)
+    return merged
+
+
+def _type(dtype: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def _shared(tensor: str, recipe: Recipe, inputs: Inputs) -> WeightArray | None:
@@ -153,9 +180,7 @@ def _in_torch(
 
     bases: the base's weights, or an empty list. Both lists are emptied, to free what was converted.
     """
-    import torch
-
-    type_ = getattr(torch, dtype)
+    type_ = _type(dtype)
     shape = operands[0].data.shape
     if not method.by_rows or len(shape) < 2 or plan is not None:
         full = to_tensor(widened(bases.pop())) if bases else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.merging import methods
+from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.recipe import Recipe, Setting, TensorGroup
 from evomerge.search.spaces.domain import Choice, listed
 from evomerge.search.spaces.grouping import Region, cut
@@ -112,7 +113,8 @@ class SearchSpace:
             return None
         if recipe.groups[: len(self._template.kept)] != self._template.kept:
             return None  # the modules that this run keeps are made in another way
-        if recipe.used_fishers() and recipe.fisher != self._template.fisher:
+        template = self._template
+        if any(recipe.used_files(kind) and recipe.files(kind) != template.files(kind) for kind in FILES):
             return None
         table: list[Choice | None] = [None] * self._table_size
         for cell, groups in zip(self._cells, self._groups_of(recipe), strict=True):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods import Parameter
-from evomerge.merging.methods.declaration import Value
+from evomerge.merging.methods.declaration import FILES, Value
 from evomerge.merging.recipe import Recipe
 from evomerge.search.spaces.domain import Choice, Choices, Continuous, Domain, Whole, listed
 from evomerge.search.spaces.preset import Axis, CurveSpec, GeneSpec, SpaceSpec
@@ -112,10 +112,11 @@ def check_methods(spec: SpaceSpec, template: Recipe, sources: Sequence[str]) -> 
             )
         if declared.needs_base and template.base is None:
             raise ConfigError(f"{where}: {name} works on task vectors and needs a base model", fix=fix)
-        if declared.fisher and (bare := [s for s in sources if s not in template.fisher]):
+        kind = declared.file
+        if kind and (bare := [s for s in sources if s not in template.files(kind)]):
             raise ConfigError(
-                f"{where}: {name} weights its sources by their Fisher information",
-                expected="a Fisher file for each of them",
+                f"{where}: {name} weights its sources by their {FILES[kind]}",
+                expected=f"a file for each of them, in a run's config under `models: {kind}:`",
                 got=f"none for {', '.join(bare)}",
                 fix=fix,
             )
@@ -129,8 +130,9 @@ def check_methods(spec: SpaceSpec, template: Recipe, sources: Sequence[str]) -> 
 def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
     """Return in which ways different recipes of the space are one model, as sentences.
 
-    Weights of a method that normalises count only in proportion; so do those of methods without a
-    `normalize` flag, all of which take shares. Where nothing is normalised, `lambda` is a factor of them.
+    Weights of a method that normalises count only in proportion; so do those of methods on whole models
+    without a `normalize` flag, all of which take shares. Where nothing is normalised, `lambda` is a factor
+    of them.
     """
     vary = {(name, entry.parameter): entry for entry in resolved.varied for name in entry.methods}
     notes_of: dict[str, list[str]] = {}
@@ -139,7 +141,9 @@ def redundancies(spec: SpaceSpec, resolved: Resolved) -> tuple[str, ...]:
         if (name, "weight") not in vary:
             continue
         flag = declared.parameters.get("normalize")
-        shares = flag is None or bool(resolved.fixed[name].get("normalize", flag.default))
+        shares = declared.inputs != "task_vectors"
+        if flag is not None:
+            shares = bool(resolved.fixed[name].get("normalize", flag.default))
         if (name, "normalize") in vary:
             notes_of.setdefault("where normalize is true, weights count only in proportion", []).append(name)
         elif shares:

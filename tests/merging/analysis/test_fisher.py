@@ -20,8 +20,7 @@ from evomerge.merging.analysis.fisher import estimate
 from evomerge.merging.export.writer import write
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe, TensorGroup
-from evomerge.merging.sources import fisher_files
-from evomerge.merging.sources.fisher_files import KIND
+from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.opening import open_source
 
 LINES = ["w1 w2 w3 w4", "", "w9 w8", "w5", "  w7 w7 w20 w1 w2 w3 "]
@@ -147,7 +146,7 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(
     good = Path(f"{models['a']}.fisher.safetensors")
     tensors = load_file(good)
     name = "model.layers.1.mlp.up_proj.weight"
-    kind = {"kind": KIND}
+    kind = {"kind": measured_files.KINDS["fisher"]}
     save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "short", kind)
     save_file(tensors | {name: torch.ones(2)}, tmp_path / "small", kind)
     save_file(tensors, tmp_path / "weights")
@@ -172,10 +171,10 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "f"
     save_file({"x": torch.ones(1)}, path)
-    assert fisher_files.tensor(str(path), "x").item() == 1
+    assert measured_files.tensor("fisher", str(path), "x").item() == 1
     path.unlink()
     save_file({"x": torch.full((2,), 2.0)}, path)
-    assert fisher_files.tensor(str(path), "x").tolist() == [2, 2]
+    assert measured_files.tensor("fisher", str(path), "x").tolist() == [2, 2]
 
 
 def test_what_cannot_be_estimated_is_refused(models: dict[str, str], text: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evomerge.errors import ConfigError
 from evomerge.merging import mergekit, methods
-from evomerge.merging.mergekit.reader import OURS
+from evomerge.merging.mergekit.reader import OURS, UNWEIGHTED
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.sources.opening import open_used
@@ -112,6 +112,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
             one: st.SearchStrategy[Any] = st.booleans() if p.kind == "flag" else number
             if p.kind == "integer":
                 one = st.integers(int(p.low), 9)
+            if method.name in UNWEIGHTED and p.name in ("weight", "lambda"):
+                one = st.just(1.0)
             parameters[p.name] = tuple(draw(one) for _ in sources) if p.per_source else draw(one)
         return TensorGroup(
             method=method.name,
@@ -143,13 +145,21 @@ def recipes(draw: st.DrawFn) -> Recipe:
 def test_methods_mergekit_does_not_have_are_refused_both_ways() -> None:
     for method in OURS:
         group = TensorGroup(method=method, sources=("a", "b"))
-        recipe = Recipe(models=MODELS, groups=(group,), fisher={"a": "a.st", "b": "b.st"})
+        files = {"a": "a.st", "b": "b.st"}
+        recipe = Recipe(models=MODELS, base="base", groups=(group,), fisher=files, gram=files)
         with pytest.raises(
             ConfigError, match=f"can't be written as mergekit YAML[^$]*{method}[^$]*recipe.yaml"
         ):
             mergekit.write(recipe, TENSORS)
         with pytest.raises(ConfigError, match=f"mergekit has no method {method}"):
             read(f"merge_method: {method}\nmodels: [{{model: a}}, {{model: b}}]\ndtype: float32")
+
+
+@pytest.mark.parametrize("changed", [{"weight": (1.0, 0.5)}, {"lambda": 2.0}])
+def test_weights_that_mergekit_would_not_read_are_refused(changed: dict[str, Any]) -> None:
+    group = TensorGroup(method="ram", sources=("a", "b"), parameters=changed)
+    with pytest.raises(ConfigError, match="weights and lambda of 1"):
+        mergekit.write(Recipe(models=MODELS, base="base", groups=(group,)), TENSORS)
 
 
 @settings(max_examples=150, deadline=None)

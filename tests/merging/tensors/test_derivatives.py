@@ -125,7 +125,8 @@ def test_task_arithmetic_is_linear_in_its_weights(
 
 def test_methods_that_are_no_blends_have_none(models: dict[str, str]) -> None:
     assert [name for name in methods.names() if not supports(name)] == [
-        "arcee_fusion", "della", "della_linear", "fisher", "nearswap", "sce",
+        "arcee_fusion", "core_space", "della", "della_linear", "fisher", "iso_c", "iso_cts",
+        "nearswap", "ram", "ramplus_tl", "regmean", "sce", "tsv", "wudi",
     ]  # fmt: skip
     recipe = recipe_of(models, "sce", ("a", "b"), {})
     inputs = FileInputs(open_sources(models, "base"))

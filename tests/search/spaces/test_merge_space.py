@@ -32,6 +32,7 @@ def make(spec: SpaceSpec | str, sources: tuple[str, ...] = ("a", "b")) -> Search
         models={name: name for name in ("base", *sources)},
         groups=(TensorGroup(method="linear", sources=sources),),
         base="base",
+        gram={name: f"{name}.gram" for name in sources},
     )
     return SearchSpace(spec, template=template, sources=sources, tensors=TENSORS)
 
