@@ -383,3 +383,22 @@ def test_modules_that_mergekit_calls_by_their_layers_names_are_read(
     if modules.PROJECTOR not in {modules.module_of(f"{name}.") for name in lists}:
         with pytest.raises(ConfigError, match="does not say how every module"):
             mergekit.read(yaml.safe_dump(data))
+
+
+def test_stacks_beside_averaged_modules_are_written_for_mergekit(vlm: dict[str, str], tmp_path: Path) -> None:
+    """As a run over paths of layers makes them with `other_modules: merge`."""
+    names = weights(vlm["base"])
+    starts = tuple(s for module in modules.beside_text(names) for s in modules.prefixes(names, module))
+    groups = (
+        TensorGroup(method="linear", sources=("a", "b"), layers=OUTSIDE, match=starts),
+        TensorGroup(method="passthrough", sources=("a",), layers=(0, 2, 3)),
+        TensorGroup(method="passthrough", sources=("b",), layers=(1,), shift=(2,)),
+        TensorGroup(method="passthrough", sources=("a",), layers=OUTSIDE),
+    )
+    recipe = Recipe(models=vlm, base="base", groups=groups, dtype="float32")
+    made = scored_is_exported(recipe, tmp_path / "out")
+    text = mergekit.write(recipe)
+    slices = yaml.safe_load(text)["modules"]["text_decoder"]["slices"]
+    assert all("weight" in source["parameters"] for part in slices for source in part["sources"])
+    again = weights(write(mergekit.read(text), tmp_path / "again"))
+    assert all(torch.equal(made[name], again[name]) for name in made)
