@@ -41,6 +41,8 @@ from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.opening import open_source, open_used
 from evomerge.merging.sources.source import Source, same_base
 from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
+from evomerge.merging.sources.untied import Untied
+from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.tensors.application import apply
 from evomerge.merging.tensors.inputs import FileInputs
 from evomerge.merging.tensors.merge_tensor import checked, merge_tensor
@@ -167,6 +169,13 @@ def write_adapter(
     check(recipe, opened)
     asking = asked(recipe, opened)
     location, below = _base(recipe, opened, base)
+    if differing := sorted(below.headers.keys() ^ opened[recipe.pattern].headers.keys()):
+        raise ConfigError(
+            "an adapter can't be written for this base: the merge does not have the same tensors",
+            expected=f"a base like {recipe.pattern}",
+            got=f"{location}, which differs at {', '.join(differing[:3])}",
+            fix="write a whole model",
+        )
     layers = _layers(below)
     plan, exact = _plan(recipe, opened, below, layers, rank, keep_rest)
     report = _report(plan, exact, location)
@@ -230,6 +239,18 @@ def _base(recipe: Recipe, sources: dict[str, Source], chosen: str | None) -> tup
         location = chosen if chosen is not None else recipe.models[recipe.base or ""]
         base = sources.get(recipe.base or "") if chosen is None else None
         opened = open_source(location) if base is None else base
+        if isinstance(opened, Untied | Aligned):
+            raise ConfigError(
+                "an adapter can't be written for this base: "
+                + (
+                    "its head is tied to its embeddings, and the merge has one of its own"
+                    if isinstance(opened, Untied)
+                    else "the merge has another vocabulary"
+                ),
+                expected="a base with the tensors and rows of the merge",
+                got=location,
+                fix="write a whole model",
+            )
         if not isinstance(opened, Checkpoint):
             raise ConfigError(
                 "an adapter can't be written for a base that is itself an adapter",
@@ -346,7 +367,18 @@ def _truncated(
         up, down = low_rank(change, rank)
         plan.factors[name] = down.shape[0], _constant(up, down)
         plan.squares[name] = max(size**2 - norm(change - up @ down) ** 2, 0.0), size**2
+    around = tuple(f"{module}." for module in _saved(plan.whole))
+    for name in [name for name in plan.factors if name.startswith(around)]:  # peft adapts no stored module
+        del plan.factors[name]
+        plan.whole.append(name)
+        plan.squares[name] = plan.squares[name][1], plan.squares[name][1]
     return plan
+
+
+def _saved(tensors: Iterable[str]) -> set[str]:
+    """Return the modules that peft stores whole for these tensors: the outermost ones; biases need none."""
+    modules = {name.rpartition(".")[0] for name in tensors if not name.endswith(".bias")}
+    return {module for module in modules if not any(module.startswith(f"{other}.") for other in modules)}
 
 
 def _constant(up: Tensor, down: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -444,10 +476,11 @@ def _layers(base: Checkpoint) -> _Layers:
 
 def _whole_modules(whole: Iterable[str], base: Checkpoint, layers: _Layers) -> list[str]:
     """Return the tensors to store whole: all tensors of a module, as peft requires, or single biases."""
-    modules = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
+    modules = _saved(whole)
     names = set(layers.names)
     modules |= {name for name in names for module in modules if name.endswith(module)}  # as peft matches
-    chosen = set(whole) | {name for name in base.headers if name.rpartition(".")[0] in modules}
+    inside = tuple(f"{module}." for module in modules)
+    chosen = set(whole) | {name for name in base.headers if name.startswith(inside)}
     return [name for name in base.headers if name in chosen]
 
 
@@ -520,7 +553,7 @@ def _write_config(
 
     usual = Counter(report.ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in report.ranks.items() if rank != usual}
-    modules = {name.rpartition(".")[0] for name in stored if not name.endswith(".bias")}
+    modules = _saved(stored)
     if base.tied:  # stored under both names instead, because modules_to_save would untie them
         modules -= {source.rpartition(".")[0] for source in layers.tied.values()}
     biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in modules for name in stored)
