@@ -402,3 +402,16 @@ def test_stacks_beside_averaged_modules_are_written_for_mergekit(vlm: dict[str, 
     assert all("weight" in source["parameters"] for part in slices for source in part["sources"])
     again = weights(write(mergekit.read(text), tmp_path / "again"))
     assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+@pytest.mark.parametrize(
+    ("end", "message"), [(2, "no slice of .* makes its layer 2"), (9, "has fewer layers")]
+)
+def test_slices_of_a_tower_are_its_layers(end: int, message: str, vlm: dict[str, str]) -> None:
+    others = [name for name in parts_of(weights(vlm["base"])) if name != "text_decoder"]
+    entries: dict[str, Any] = {name: {"models": [{"model": vlm["a"]}]} for name in ("text_decoder", *others)}
+    ranged = {"model": vlm["a"], "layer_range": [0, end]}
+    entries["vision_tower"] = {"slices": [{"sources": [ranged]}]}
+    data = {"merge_method": "passthrough", "modules": entries, "dtype": "float32"}
+    with pytest.raises(ConfigError, match=message):
+        mergekit.read(yaml.safe_dump(data))

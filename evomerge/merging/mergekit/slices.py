@@ -165,6 +165,14 @@ def _module_places(
     for name in slices:
         if place := own_layer(name):
             last[place[0]] = max(last[place[0]], place[1])
+    for listed in slices.values():
+        end = listed[-1].start + (listed[-1].length or 0)
+        if last and end > max(last.values()) + 1:
+            raise ConfigError(
+                f"mergekit file: {module} has fewer layers than its layer_ranges need",
+                expected=f"an end of at most {max(last.values()) + 1}",
+                got=str(end),
+            )
     settings: dict[str, tuple[Made, tuple[tuple[str, Setting], ...]]] = {}
     for name, listed in slices.items():
         start, layer = own_layer(name) or ("", 0)
