@@ -16,6 +16,7 @@ from evomerge.cli.terminal import SafeConsole
 from evomerge.config import RunConfig
 from evomerge.delivery import report
 from evomerge.delivery.card import card, code
+from evomerge.delivery.origins import origins
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.running.log import TEXT
@@ -49,12 +50,11 @@ def opened(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_the_model_card(opened: Summary) -> None:
     assert opened.winner is not None
-    text = card(opened, opened.winner)
+    text = card(opened, opened.winner, origins(opened.winner.recipe, {}))
     text.encode()
     _, header, body = text.split("---\n", 2)
     front = yaml.safe_load(header)
-    assert list(front) == ["library_name", "base_model", "tags"]
-    assert len(front["base_model"]) == 3
+    assert list(front) == ["library_name", "pipeline_tag", "tags", "model-index"]  # no hub ids, so no base
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", text)
     assert "``su|ite`<img src=x>" in body
     outside_code = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", body)

@@ -21,6 +21,7 @@ from evomerge.config import RunConfig
 from evomerge.delivery import check, export, objectives, report, status
 from evomerge.delivery.card import card
 from evomerge.delivery.notes import notes
+from evomerge.delivery.origins import origins
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError
@@ -197,7 +198,7 @@ def test_an_unmet_constraint_is_in_every_output(opened: Opened) -> None:
     assert sentence in status.text(status.as_data(summary))
     assert report.as_data(summary)["constraints"] == sentence
     assert summary.winner is not None
-    assert f"Constraints: {sentence}." in card(summary, summary.winner)
+    assert f"Constraints: {sentence}." in card(summary, summary.winner, origins(summary.winner.recipe, {}))
     front = objectives.front(summary)
     assert front is not None
     assert front.generations[-1].hypervolume == 0  # nothing feasible, nothing covered
@@ -212,7 +213,8 @@ def test_a_resumed_run_finds_the_same_fronts(plain: Opened, tmp_path: Path) -> N
 
 def test_the_card_says_where_a_pick_stands(plain: Opened) -> None:
     _store, summary = plain
-    text = card(summary, export.find(summary, "best:demo_upper"))
+    pick = export.find(summary, "best:demo_upper")
+    text = card(summary, pick, origins(pick.recipe, {}))
     assert re.search(
         r"From the run's Pareto front; on the `select` items: demo_reverse [\d.-]+, demo_upper", text
     )
@@ -327,7 +329,7 @@ def test_the_length_of_answers_is_shown(written: Opened, tmp_path: Path) -> None
     assert rows[1]["name"] == name
     assert rows[1]["tokens"] == pytest.approx(1)
     assert summary.winner is not None
-    model_card = card(summary, summary.winner)
+    model_card = card(summary, summary.winner, origins(summary.winner.recipe, {}))
     assert "| mean | retention | tokens |\n|---|" in model_card
     assert f"Tokens: mean length of generated answers, in % of {name}'s tokens.\n" in model_card
     line = next(line for line in model_card.splitlines() if line.startswith(f"| {name} |") and "[" in line)

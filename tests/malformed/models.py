@@ -439,7 +439,7 @@ def adapter() -> Iterator[Case]:
             {"(?:[a-z.0-9_]{1,200}){1,60000}Z": "x"},
         ),
         "modules_to_save": ("lm_head", 7, [7], {}, ["embed_tokens"]),
-        "init_lora_weights": (7, [], "pissa"),
+        "init_lora_weights": (7, [], "corda"),
         "base_model_name_or_path": (7, [], {}),
         "layer_replication": ([[0, 4]], "x"),
         "trainable_token_indices": ([1], "x"),

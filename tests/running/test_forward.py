@@ -18,6 +18,7 @@ from evomerge import compose
 from evomerge.config import RunConfig
 from evomerge.delivery import export as exporting
 from evomerge.delivery.notes import notes
+from evomerge.delivery.origins import origins
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import StoreError
@@ -33,10 +34,9 @@ INLINE = {"name": "inline", "batch_size": 32}
 def test_what_transformers_chooses_is_recorded_and_shown(finished_run: Path) -> None:
     with RunStore.read(finished_run) as store:
         found = forward.stored(store)
-        card = exporting.card(
-            summary := Summary(StoredRun(store)),
-            exporting.find(summary, "winner"),
-        )
+        summary = Summary(StoredRun(store))
+        pick = exporting.find(summary, "winner")
+        card = exporting.card(summary, pick, origins(pick.recipe, {}))
     assert found is not None
     assert forward.as_data(found) == {
         "device": "cpu",

@@ -47,7 +47,6 @@ BARE = frozenset(
         "use_dora",
         "trainable_token_indices",
         "corda_config",
-        "loftq_config",
         "lora_ga_config",
     }
 )
