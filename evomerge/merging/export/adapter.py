@@ -169,13 +169,7 @@ def write_adapter(
     check(recipe, opened)
     asking = asked(recipe, opened)
     location, below = _base(recipe, opened, base)
-    if differing := sorted(below.headers.keys() ^ opened[recipe.pattern].headers.keys()):
-        raise ConfigError(
-            "an adapter can't be written for this base: the merge does not have the same tensors",
-            expected=f"a base like {recipe.pattern}",
-            got=f"{location}, which differs at {', '.join(differing[:3])}",
-            fix="write a whole model",
-        )
+    _check_base(location, below, recipe, opened[recipe.pattern])
     layers = _layers(below)
     plan, exact = _plan(recipe, opened, below, layers, rank, keep_rest)
     report = _report(plan, exact, location)
@@ -231,6 +225,17 @@ def _plan(
         plan = _truncated(unrounded, sources, base, layers, rank, keep_rest)
     _check_targets(plan, recipe)
     return plan, exact
+
+
+def _check_base(location: str, base: Checkpoint, recipe: Recipe, pattern: Source) -> None:
+    """Raise ConfigError for a base that does not have the tensors of the merge."""
+    if differing := sorted(base.headers.keys() ^ pattern.headers.keys()):
+        raise ConfigError(
+            "an adapter can't be written for this base: the merge does not have the same tensors",
+            expected=f"a base like {recipe.pattern}",
+            got=f"{location}, which differs at {', '.join(differing[:3])}",
+            fix="write a whole model",
+        )
 
 
 def _base(recipe: Recipe, sources: dict[str, Source], chosen: str | None) -> tuple[str, Checkpoint]:
