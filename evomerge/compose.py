@@ -166,7 +166,10 @@ def norms(prepared: Prepared) -> dict[str, float]:
         with StoreReader.read(prepared.folder) as store:
             if (stored := facts.NORMS.get(store)) is not None:
                 return dict(stored)
-    measured = task_vector_norms(prepared.config.locations, BASE, tokenizer=prepared.config.tokenizer)
+    config = prepared.config
+    measured = task_vector_norms(
+        config.locations, BASE, tokenizer=config.tokenizer, experts=config.models.experts
+    )
     for name, norm in measured.items():
         if norm == 0:
             raise ModelError(

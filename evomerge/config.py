@@ -53,6 +53,9 @@ class ModelsSpec(Strict):
     other_modules: Literal["copy", "merge", "search"] = "copy"
     """What becomes of modules beside the text decoder, such as a vision tower: a copy of the base's, the mean
     of the sources', or part of the search, like embeddings. Every merge of the run does the same."""
+    experts: Literal["stored", "matched"] = "stored"
+    """Order of the experts of a mixture: as in the files, or `matched`, each model's in the order in which
+    they are most like the base's. For models that were not fine-tuned from the base."""
     fisher: dict[str, str] = Field(default_factory=dict)
     """Source -> file of its Fisher information (`evomerge fisher`), for spaces with the method `fisher`. The
     files must stay as they are during a run."""
@@ -280,6 +283,8 @@ class RunConfig(Strict):
             del data["executor"][name]
         if self.executor.generation == "transformers":
             del data["executor"]["generation"]  # runs begun before this setting existed keep their identity
+        if self.models.experts != "stored":
+            data["experts"] = self.models.experts
         if not self.tokenizer:
             del data["tokenizer"]  # and before this one
         if not self.chat_template:

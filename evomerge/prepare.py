@@ -85,7 +85,7 @@ def prepare(config: RunConfig) -> Prepared:
 
     suite = _suite(config).weighted(config.objective.weights)
     config.objective.check(suite, config.models.sources)
-    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer, experts=config.models.experts)
     headers = sources[BASE].headers
     template = _template(config, tuple(headers))
     assert not isinstance(config.space, str)
@@ -138,6 +138,7 @@ def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
         base=BASE,
         dtype=config.dtype,
         tokenizer=config.tokenizer,
+        experts=config.models.experts,
         chat_template=config.chat_template,
         seed=config.seed,
         kept=_kept(config.models, tensors),
@@ -245,6 +246,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         models=config.locations,
         base=BASE,
         tokenizer=config.tokenizer,
+        experts=config.models.experts,
         chat_template=config.chat_template,
         suite=suite,
         batch_size=config.executor.batch_size,
@@ -378,5 +380,5 @@ def full_hashes(config: RunConfig) -> dict[str, dict[str, str]]:
     from evomerge.merging.sources import model_files
     from evomerge.merging.sources.opening import open_sources
 
-    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+    sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer, experts=config.models.experts)
     return {name: model_files.full_hashes(source) for name, source in sources.items()}

@@ -113,7 +113,9 @@ class StoredRun:
         """
         config = self.config()
         _refuse_missing(config)
-        sources = open_sources(config.locations, BASE, tokenizer=config.tokenizer)
+        sources = open_sources(
+            config.locations, BASE, tokenizer=config.tokenizer, experts=config.models.experts
+        )
         self.refuse_changed(
             {
                 facts.FINGERPRINTS: {name: source.fingerprint for name, source in sources.items()},

@@ -191,7 +191,9 @@ def export_adapter(
         text = card(summary, chosen, models, adapter=scored[0])
         return {"README.md": text, **_recipe_file(folder, models)}
 
-    write_adapter(chosen.recipe, out, rank=rank, keep_rest=keep_rest, finish=finish)
+    below = models.get(chosen.recipe.base or "")
+    base_id = None if below is None else below.published
+    write_adapter(chosen.recipe, out, rank=rank, keep_rest=keep_rest, base_id=base_id, finish=finish)
     return scored[0]
 
 

@@ -19,6 +19,7 @@ import yaml
 from evomerge.errors import UserError
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.adapter import AdaptedCheckpoint, split_location
+from evomerge.merging.sources.beside import unwrapped
 from evomerge.merging.sources.hub import is_local, known_id, split_id
 from evomerge.merging.sources.opening import open_source
 from evomerge.merging.sources.source import Source
@@ -91,7 +92,7 @@ def _origin(name: str, location: str, given: str | None, below: str | None, *, o
 
 def _parts(source: Source) -> list[tuple[str, Path]]:
     """Return location and folder of a model, and of the adapter on it."""
-    inner = getattr(source, "source", source)
+    inner = unwrapped(source)
     if isinstance(inner, AdaptedCheckpoint):
         return [(inner.base.location, inner.base.folder), (str(inner.adapter), inner.adapter)]
     return [(source.location, source.folder)]

@@ -48,7 +48,7 @@ class Models:
 
         run = RunConfig.load(config)
         sources = tuple(run.models.sources)
-        opened = open_sources(run.locations, BASE, tokenizer=run.tokenizer)
+        opened = open_sources(run.locations, BASE, tokenizer=run.tokenizer, experts=run.models.experts)
         template = Recipe(
             models=run.locations,
             groups=(TensorGroup(method="linear", sources=sources),),

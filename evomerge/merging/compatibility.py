@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy
+
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.methods.declaration import FILES
@@ -15,6 +17,7 @@ from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.beside import unwrapped
 from evomerge.merging.sources.checkpoint import HEADS
+from evomerge.merging.sources.experts import Matched
 from evomerge.merging.sources.model_config import COUNTS, text_part
 from evomerge.merging.sources.pieces import KINDS, other_tokens
 from evomerge.merging.sources.source import Source, same_base
@@ -60,6 +63,13 @@ def check(recipe: Recipe, sources: Mapping[str, Source]) -> tuple[str, ...]:
     check_fingerprints(recipe, {name: sources[name] for name in names})
     notes = check_models({name: sources[name] for name in names}, stacked=recipe.stacked)
     _check_groups(recipe, sources)
+    for kind in FILES:
+        if any(isinstance(sources[name], Matched) for name in recipe.used_files(kind)):
+            raise ConfigError(
+                f"recipe: {kind} files can't be used for models whose experts are matched",
+                expected="experts in one order, because these files keep their model's order",
+                fix="use another method, or `experts: stored`",
+            )
     if any(isinstance(sources[name], Aligned) for name in recipe.used_files("fisher")):
         raise ConfigError(
             "recipe: method fisher can't merge models whose embedding rows are matched by token",
@@ -126,7 +136,8 @@ def check_models(sources: Mapping[str, Source], *, stacked: bool = False) -> tup
         _check_vocabulary(*pair)
         _check_shapes(*pair, stacked)
         notes += _tokenizer_notes(*pair)
-        notes += [source.note] if isinstance(source, Aligned | Untied) else []
+        notes += _copied_notes(*pair)
+        notes += _wrapper_notes(source)
         notes += [
             f"{key} differs: {name} has {config[key]!r}, {pattern_name} {pattern_config[key]!r}"
             for config in [_entries(source)]
@@ -161,6 +172,7 @@ def _check_types(name: str, source: Source) -> None:
                 f"model {name!r}: tensor {tensor!r} has a type that can't be merged",
                 expected=", ".join(FLOATS),
                 got=header.dtype,
+                fix=f"write it as float weights: evomerge import {source.location} OUT",
             )
 
 
@@ -265,6 +277,32 @@ def _tokenizer_notes(name: str, source: Source, pattern_name: str, pattern: Sour
     return [
         f"tokens can't be compared: {name} has {files[0]}, {pattern_name} {files[1]}; the merge takes "
         "embedding rows as they are"
+    ]
+
+
+def _wrapper_notes(source: Source | None) -> list[str]:
+    """Return what is said of a model with other rows, another order of experts, or a head of its own."""
+    notes = []
+    while isinstance(source, Aligned | Matched | Untied):
+        notes.append(source.note)
+        source = source.source
+    return notes
+
+
+def _copied_notes(name: str, source: Source, pattern_name: str, pattern: Source) -> list[str]:
+    """Say where two models have other whole numbers, which a merge takes from one of them."""
+    if source is pattern:
+        return []
+    differing = [
+        tensor
+        for tensor in pattern.copied
+        if tensor not in source.copied or not numpy.array_equal(source.array(tensor), pattern.array(tensor))
+    ]
+    if not differing:
+        return []
+    return [
+        f"whole numbers differ between {name} and {pattern_name}, in {_some(differing)}; they are copied "
+        f"from one model, here {pattern_name}, and not merged"
     ]
 
 

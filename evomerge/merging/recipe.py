@@ -32,12 +32,14 @@ from evomerge.merging.methods.declaration import FILES, FileKind
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.merging.recipe_data import (
     LAYERS,
+    TokenRow,
     check_keys,
     locations,
     mapping,
     optional_name,
     shifts,
     strings,
+    token_rows,
     whole,
 )
 from evomerge.schema import LARGEST_SEED, parse_yaml
@@ -49,6 +51,9 @@ OUTSIDE: tuple[int, ...] = ()
 
 UNION, BASE = "union", "base"
 """Values of `tokenizer` besides model names: the tokens of all models, and the base's vocabulary."""
+
+EXPERTS = STORED, MATCHED = "stored", "matched"
+"""Orders of the experts of a mixture: as in the files, or as they are most like the base's."""
 
 Setting = float | int | bool | tuple[float | int | bool, ...]
 
@@ -290,6 +295,10 @@ class Recipe:
         seed: of the random masks of DARE-like methods.
         num_layers: of the result; None means as many as its sources have.
         pad_rows: the number of embedding rows is rounded up to a multiple of it; 0 leaves it as it is.
+        tokens: token -> where its embedding row comes from, see `TokenRow`; for models that lack the token,
+            or for all of them.
+        experts: `stored`, or `matched`: experts of a mixture stand in the order in which they are most like
+            the base's (without a base: the first model's), see `sources.experts`.
         fisher: name -> file with a model's diagonal Fisher, for every source of a `fisher` group. These
             files are identified by their path, which is therefore part of the hash.
         gram: name -> file with the Gram matrices of a model's inputs, likewise, for `regmean`.
@@ -309,6 +318,8 @@ class Recipe:
     seed: int = 0
     num_layers: int | None = None
     pad_rows: int = 0
+    tokens: Mapping[str, TokenRow] = field(default_factory=dict)
+    experts: str = STORED
     fisher: Mapping[str, str] = field(default_factory=dict)
     gram: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -330,6 +341,7 @@ class Recipe:
         if not self.groups:
             raise ConfigError("recipe: no groups")
         object.__setattr__(self, "models", MappingProxyType(dict(self.models)))
+        object.__setattr__(self, "tokens", MappingProxyType(dict(self.tokens)))
         for kind in FILES:
             object.__setattr__(self, kind, MappingProxyType(dict(self.files(kind))))
             self._check_names(kind, self.files(kind))
@@ -337,10 +349,13 @@ class Recipe:
         object.__setattr__(self, "asked", bool(self.tokenizer))
         if self.dtype not in DTYPES:
             raise ConfigError(f"recipe: unknown dtype {self.dtype!r}", fix=nearest(str(self.dtype), DTYPES))
+        if self.experts not in EXPERTS:
+            raise ConfigError(f"recipe: experts: {self.experts!r}", fix=nearest(str(self.experts), EXPERTS))
         self._check_names("base", [self.base])
         for group in self.groups:
             if not self.models.keys() >= {*group.sources, group.base or group.sources[0]}:
                 self._check_names(f"group {group.label()!r}", [*group.sources, group.base])
+        self._check_names("tokens", [row.model for row in self.tokens.values()])
         self._check_names("fingerprints", self.fingerprints)
         object.__setattr__(self, "tokenizer", tokenizer_of(self.tokenizer, self.base, self.models))
         template = chosen_template(self.chat_template, self.base, self.models)
@@ -399,6 +414,8 @@ class Recipe:
             seed=self.seed,
             num_layers=num_layers,
             pad_rows=self.pad_rows,
+            tokens=self.tokens,
+            experts=self.experts,
             fisher=self.fisher if "fisher" in used else {},
             gram=self.gram if "gram" in used else {},
         )
@@ -498,6 +515,10 @@ class Recipe:
             data["num_layers"] = self.num_layers
         if self.pad_rows:
             data["pad_rows"] = self.pad_rows
+        if self.tokens:
+            data["tokens"] = {token: row.as_data() for token, row in self.tokens.items()}
+        if self.experts != STORED:
+            data["experts"] = self.experts
         data |= {kind: dict(self.files(kind)) for kind in FILES if self.files(kind)}
         if self.fingerprints:
             data["fingerprints"] = dict(self.fingerprints)
@@ -520,6 +541,8 @@ class Recipe:
             "seed",
             "num_layers",
             "pad_rows",
+            "tokens",
+            "experts",
             *FILES,
             "fingerprints",
         )
@@ -548,6 +571,8 @@ class Recipe:
             seed=seed,
             num_layers=layers,
             pad_rows=pad,
+            tokens=token_rows(data.get("tokens"), "recipe: tokens"),
+            experts=data.get("experts", STORED),
             fisher=locations(data.get("fisher"), "recipe: fisher"),
             gram=locations(data.get("gram"), "recipe: gram"),
             fingerprints=locations(data.get("fingerprints"), "recipe: fingerprints"),

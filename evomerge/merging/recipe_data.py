@@ -3,12 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import ConfigError, nearest
 
 LAYERS = 10_000
 """Most layers of a model; work is done layer by layer, so a misread number would take hours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRow:
+    """Where the embedding row of one token comes from.
+
+    model: the model; None means a row of zeros. token, row: of that model; without either, the same token.
+    force: whether all models get the row, also those that have the token.
+    """
+
+    model: str | None = None
+    token: str | None = None
+    row: int | None = None
+    force: bool = False
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the row as plain data, the inverse of `token_rows`."""
+        named = {"model": self.model, "token": self.token, "row": self.row, "force": self.force or None}
+        return {key: value for key, value in named.items() if value is not None}
+
+
+def token_rows(data: object, where: str) -> dict[str, TokenRow]:
+    """Return token -> where its row comes from."""
+    rows = {}
+    for token, listed in mapping(data, where).items():
+        place = f"{where}[{token!r}]"
+        entry = mapping(listed, place)
+        check_keys(entry, ("model", "token", "row", "force"), required=(), where=place)
+        row, force = entry.get("row"), entry.get("force", False)
+        other = optional_name(entry.get("token"), f"{place}: token")
+        model = optional_name(entry.get("model"), f"{place}: model")
+        if row is not None and whole(row, f"{place}: row", 2**31 - 1) < 0:
+            raise ConfigError(f"{place}: row", expected="a whole number >= 0", got=repr(row))
+        if not isinstance(force, bool):
+            raise ConfigError(f"{place}: force", expected="true or false", got=repr(force)[:80])
+        if (row is not None or other is not None) and (model is None or None not in (row, other)):
+            raise ConfigError(place, expected="a model with one of token and row, or none of them")
+        rows[str(token)] = TokenRow(model=model, token=other, row=row, force=force)
+    return rows
 
 
 def check_keys(data: Mapping[str, Any], valid: Sequence[str], *, required: Sequence[str], where: str) -> None:

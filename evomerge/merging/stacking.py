@@ -17,7 +17,7 @@ from evomerge.merging.modules import decoders, layer_of, shifted
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.checkpoint import natural_order
 from evomerge.merging.sources.model_config import COUNTS, completed, text_part, with_text_part
-from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.source import Source, copied_place
 from evomerge.merging.sources.tensorfile import Header
 
 NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_section")
@@ -44,7 +44,9 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
     """
     pattern = sources[recipe.pattern]
     if not recipe.stacked:
-        return dict(pattern.headers)
+        copies = {name: _copied(recipe, name, sources, pattern.copied[name]) for name in pattern.copied}
+        made = {**pattern.headers, **copies}
+        return {name: made[name] for name in sorted(made, key=natural_order)} if copies else made
     for model, opened in sources.items():
         if len(starts := decoders(opened.headers)) > 1:
             raise ModelError(
@@ -59,10 +61,14 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
                 got=", ".join(parts),
             )
     count = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
-    names = output_names(recipe, {name: source.headers for name, source in sources.items()}, count)
+    every = {name: {**source.headers, **source.copied} for name, source in sources.items()}
+    names = output_names(recipe, every, count)
     headers = {}
     for name in names:
         group = recipe.group_for(name)
+        if (place := copied_place(recipe, name, sources)) is not None:
+            headers[name] = every[place[0]][place[1]]
+            continue
         reads = list(group.reads(name))
         if (base := recipe.base_of(group)) is not None:
             reads.append((base, shifted(name, group.base_shift)))
@@ -80,6 +86,11 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
                     got=f"{list(shape)}, {other!r} of {source}",
                 )
     return headers
+
+
+def _copied(recipe: Recipe, name: str, sources: Mapping[str, Source], header: Header) -> Header:
+    place = copied_place(recipe, name, sources)
+    return header if place is None else sources[place[0]].copied[place[1]]
 
 
 def output_names(recipe: Recipe, names: Mapping[str, Iterable[str]], num_layers: int) -> list[str]:

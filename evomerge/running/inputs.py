@@ -69,15 +69,22 @@ class InputGuard:
     Args:
         inputs: what they were when the run began.
         models: name -> location.
-        base, tokenizer: as in a Recipe.
+        base, tokenizer, experts: as in a Recipe.
         suite: the suite, whose task files lie where they are read.
     """
 
     def __init__(
-        self, inputs: RunInputs, *, models: Mapping[str, str], base: str, tokenizer: str, suite: Suite
+        self,
+        inputs: RunInputs,
+        *,
+        models: Mapping[str, str],
+        base: str,
+        tokenizer: str,
+        experts: str,
+        suite: Suite,
     ) -> None:
         self._inputs, self._models, self._base = inputs, models, base
-        self._tokenizer, self._suite = tokenizer, suite
+        self._tokenizer, self._experts, self._suite = tokenizer, experts, suite
         self._seen: model_files.Stats = {}
 
     def compare(self) -> None:
@@ -99,7 +106,7 @@ class InputGuard:
             self._compare_models()
 
     def _compare_models(self) -> None:
-        sources = open_sources(self._models, self._base, tokenizer=self._tokenizer)
+        sources = open_sources(self._models, self._base, tokenizer=self._tokenizer, experts=self._experts)
         self._seen = model_files.stats(sources.values())
         now = RunInputs(
             fingerprints={name: source.fingerprint for name, source in sources.items()},

@@ -208,7 +208,9 @@ def _renamed(recipe: Recipe, names: Mapping[str, str], template: Recipe) -> Reci
         base=BASE,
         **measured,
         fingerprints={},
+        tokens={},
         tokenizer=template.tokenizer,
+        experts=template.experts,
         chat_template=template.chat_template,
     )
 
@@ -221,9 +223,11 @@ def _made_here(recipe: Recipe, template: Recipe) -> Recipe:
         base=template.base,
         dtype=template.dtype,
         tokenizer=template.tokenizer,
+        experts=template.experts,
         chat_template=template.chat_template,
         seed=template.seed,
         pad_rows=0,
+        tokens={},
         fingerprints={},
     )
 

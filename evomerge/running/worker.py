@@ -15,7 +15,7 @@ from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
 from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.evaluation.suite import Suite
-from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
+from evomerge.merging.recipe import STORED, Recipe, TensorGroup, tokenizer_of
 from evomerge.running import out_of_memory, retries
 from evomerge.running.inputs import InputGuard, RunInputs
 from evomerge.running.store import Timing
@@ -108,6 +108,7 @@ class WorkerSpec:
     attention: str | None = None
     low_memory: bool = False
     tokenizer: str = ""
+    experts: str = STORED
     chat_template: str = ""
     blocks: int = 1
     block_seed: int = 0
@@ -123,7 +124,12 @@ class WorkerSpec:
         if self.inputs is None:
             return None
         return InputGuard(
-            self.inputs, models=self.models, base=self.base, tokenizer=self.tokenizer, suite=self.suite
+            self.inputs,
+            models=self.models,
+            base=self.base,
+            tokenizer=self.tokenizer,
+            experts=self.experts,
+            suite=self.suite,
         )
 
     def base_alone(self) -> Recipe:
@@ -134,6 +140,7 @@ class WorkerSpec:
             groups=(TensorGroup(method="linear", sources=(self.base,), parameters={"weight": 1.0}),),
             dtype=self.dtype,
             tokenizer=tokenizer_of(self.tokenizer, self.base, self.models),
+            experts=self.experts,
             chat_template=self.chat_template,
         )
 
@@ -195,7 +202,7 @@ def _tokenizer(spec: WorkerSpec) -> tuple[Any, Any]:
     from evomerge.merging.sources import chat
     from evomerge.merging.sources.opening import open_sources
 
-    sources = open_sources(spec.models, spec.base, tokenizer=spec.tokenizer)
+    sources = open_sources(spec.models, spec.base, tokenizer=spec.tokenizer, experts=spec.experts)
     recipe = spec.base_alone()
     return chat.open_tokenizer(recipe.chat_template, recipe.pattern, sources), sources[recipe.pattern]
 
@@ -222,6 +229,7 @@ class Worker:
             spec.models,
             spec.base,
             tokenizer=spec.tokenizer,
+            experts=spec.experts,
             chat_template=spec.chat_template,
             device=spec.device,
             compute_dtype=spec.dtype,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from evomerge import compose
 from evomerge.config import RunConfig
@@ -25,6 +25,7 @@ from evomerge.merging.recipe import Recipe
 from evomerge.prepare import prepare
 from evomerge.running.store import RunStore
 from evomerge.stored import StoredRun
+from tests.merging.experts_shuffled import shuffled
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +250,41 @@ def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
     exported = AutoTokenizer.from_pretrained(out.folder)
     assert exported.convert_tokens_to_ids("<|im_end|>") == len(tokenizer) - 1
     assert json.loads((out.folder / "config.json").read_text())["vocab_size"] == len(tokenizer)
+
+
+def test_a_run_of_mixtures_with_matched_experts(
+    config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
+) -> None:
+    base = AutoConfig.from_pretrained(tiny_zoo / "base")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kind = MixtralConfig(
+        vocab_size=base.vocab_size, num_key_value_heads=1, num_local_experts=4, eos_token_id=2, **sizes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(kind)
+        for name in ("base", "upper", "reverse"):
+            model.save_pretrained(tmp_path / name)
+            AutoTokenizer.from_pretrained(tiny_zoo / "base").save_pretrained(tmp_path / name)
+            for parameter in model.parameters():
+                parameter.data += torch.randn(parameter.shape) * 0.01
+    shuffled(tmp_path / "upper", tmp_path / "other")
+    shutil.copytree(tmp_path / "upper", tmp_path / "other", dirs_exist_ok=True, ignore=ignore_weights)
+    places = {"upper": str(tmp_path / "other"), "reverse": str(tmp_path / "reverse")}
+    models = {"base": str(tmp_path / "base"), "sources": places, "experts": "matched"}
+    changes = {"models": models, "budget": {"generations": 1}}
+    run = RunConfig.load(config(**changes))
+    plain = RunConfig.load(config(models={**models, "experts": "stored"}, budget={"generations": 1}))
+    assert run.identity() != plain.identity()
+    assert any("experts matched" in note for note in prepare(run).notes)
+    compose.start(run, Silent())
+    store = RunStore.read(tmp_path / "run")
+    out = delivery.export(Summary(StoredRun(store)), tmp_path / "model", pick="uniform average")
+    stored = store.result(out.pick.recipe.hash, "test")
+    assert isinstance(stored, Scores)
+    assert out.pick.recipe.experts == "matched"
+    assert rescore(out.folder, prepare(StoredRun(store).config()).worker, "test").same_as(stored)
+
+
+def ignore_weights(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith(".safetensors")]

@@ -169,6 +169,7 @@ class Fake:
     kinds: tuple[str, ...] = ("attn", "mixer", "attn", "mixer")
     location: str = "fake"
     headers: dict[str, Header] = field(init=False)
+    copied: dict[str, Header] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.headers = {

@@ -28,6 +28,7 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging.compatibility import check_models
 from evomerge.merging.modules import layer_of
 from evomerge.merging.sources.arrays import to_tensor, widened
+from evomerge.merging.sources.experts import experts_of
 from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.sources.source import Source
 
@@ -156,6 +157,7 @@ class Interference:
     """The tallies of all tensors of a set of models, and their sums.
 
     models: names of the fine-tunes, in the order of every (N, ...) array. tensors: name -> tally.
+    routers: the tensors that choose experts.
     """
 
     base: str
@@ -165,6 +167,7 @@ class Interference:
     top: float
     tensors: Mapping[str, Tally]
     notes: tuple[str, ...] = ()
+    routers: frozenset[str] = frozenset()
 
     @property
     def total(self) -> Tally:
@@ -187,11 +190,15 @@ class Interference:
 
     def by_kind(self) -> dict[str, Tally]:
         """Sum by module kind, over all layers; see `kind_of`."""
-        return self._grouped(kind_of)
+        return self._grouped(self.kind)
+
+    def kind(self, tensor: str) -> str:
+        """Return `kind_of` a tensor, with a mark on those that choose experts."""
+        return f"{kind_of(tensor)} (router)" if tensor in self.routers else kind_of(tensor)
 
     def cells(self) -> dict[tuple[int | None, str], Tally]:
         """Sum by layer and module kind: the cells of the heat map."""
-        return self._grouped(lambda tensor: (layer_of(tensor), kind_of(tensor)))
+        return self._grouped(lambda tensor: (layer_of(tensor), self.kind(tensor)))
 
     def _grouped(self, place: Callable[[str], Bin]) -> dict[Bin, Tally]:
         tallies_at: dict[Bin, list[Tally]] = {}
@@ -267,6 +274,9 @@ def measure(
         top=top,
         tensors=tensors,
         notes=notes,
+        routers=frozenset(
+            name for experts in experts_of(sources[base].headers).values() for name in experts.routers
+        ),
     )
 
 

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging.compatibility import check_models
 from evomerge.merging.methods.reduction import norm
+from evomerge.merging.recipe import STORED
 from evomerge.merging.sources.opening import open_sources
 
 
-def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = "") -> dict[str, float]:
+def task_vector_norms(
+    models: Mapping[str, str], base: str, *, tokenizer: str = "", experts: str = STORED
+) -> dict[str, float]:
     """Return the Frobenius norm of each model's whole task vector, by name, without the base.
 
     One tensor of the base and of one model is in memory at a time. Weights divided by these norms give task
@@ -20,7 +23,7 @@ def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = 
     Args:
         models: name -> location, with the base among them.
         base: the name of the base model.
-        tokenizer: as in a Recipe.
+        tokenizer, experts: as in a Recipe.
 
     Raises:
         ConfigError: `base` is not among the models.
@@ -28,7 +31,7 @@ def task_vector_norms(models: Mapping[str, str], base: str, *, tokenizer: str = 
     """
     if base not in models:
         raise ConfigError(f"unknown base model {base!r}", fix=nearest(base, models))
-    sources = open_sources(models, base, tokenizer=tokenizer)
+    sources = open_sources(models, base, tokenizer=tokenizer, experts=experts)
     check_models({base: sources[base]} | sources)
     squares: dict[str, list[float]] = {name: [] for name in models if name != base}
     for tensor in sources[base].headers:

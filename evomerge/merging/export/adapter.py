@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from evomerge.errors import ConfigError, ModelError
 from evomerge.files import drafted_folder
 from evomerge.merging import methods
@@ -37,9 +39,12 @@ from evomerge.merging.sources.adapter import CONFIG, PREFIX, WEIGHTS, AdaptedChe
 from evomerge.merging.sources.arrays import of_tensor
 from evomerge.merging.sources.beside import tokenizer_files
 from evomerge.merging.sources.checkpoint import HEADS, Checkpoint
+from evomerge.merging.sources.experts import Matched
+from evomerge.merging.sources.hub import known_id
+from evomerge.merging.sources.live_names import LiveNames
 from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.opening import open_source, open_used
-from evomerge.merging.sources.source import Source, same_base
+from evomerge.merging.sources.source import Source, copied_place, same_base
 from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
 from evomerge.merging.sources.untied import Untied
 from evomerge.merging.sources.vocabulary import Aligned
@@ -109,13 +114,29 @@ class AdapterReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layers:
-    """The live model's modules: all names, those that peft can adapt, and tied head -> its source."""
+    """The live model's modules: all names, those that peft can adapt, and tied head -> its source.
 
+    live: tensor of the base's files -> its name in the live model.
+    """
+
+    live: Mapping[str, str]
     names: tuple[str, ...]
     linear: frozenset[str]
     transposed: frozenset[str]
     embeddings: frozenset[str]
     tied: Mapping[str, str]
+
+    def module(self, tensor: str) -> str:
+        """Return the live module of a tensor of the files."""
+        return self.live[tensor].rpartition(".")[0]
+
+    def can_be_whole(self, module: str) -> bool:
+        """Say whether peft can store a module whole: one without linear layers below, which it adapts."""
+        return module in self.names and not any(name.startswith(f"{module}.") for name in self.linear)
+
+    def weighted(self, tensor: str) -> str:
+        """Return the live module whose weight is a tensor of the files; its own name if it is no weight."""
+        return self.live[tensor].removesuffix(".weight")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +159,7 @@ def write_adapter(
     rank: int | None = None,
     base: str | None = None,
     keep_rest: bool = False,
+    base_id: str | None = None,
     sources: Mapping[str, Source] | None = None,
     finish: Finish | None = None,
 ) -> AdapterReport:
@@ -153,6 +175,8 @@ def write_adapter(
         base: location of the adapter's base model. By default the recipe's base, else the one base of all
             its adapters.
         keep_rest: store changed tensors that a LoRA can't hold whole, instead of losing them.
+        base_id: the base's hub id, which the adapter names; by default it is the base's location, or the
+            folder's place in the hub's cache. An unknown one: the adapter names the location.
         sources: already opened models by name.
         finish: called with the complete temporary folder; returns additional text files (name -> content).
 
@@ -172,13 +196,15 @@ def write_adapter(
     _check_base(location, below, recipe, opened[recipe.pattern])
     layers = _layers(below)
     plan, exact = _plan(recipe, opened, below, layers, rank, keep_rest)
-    report = _report(plan, exact, location)
+    plan.lost += _other_numbers(recipe, opened, below)
+    report = _report(plan, exact, location, layers)
     stored = _whole_modules(plan.whole, below, layers)
     writer.check_space(out, {WEIGHTS: _headers(plan, stored, below, recipe.dtype, layers)})
     with drafted_folder(out) as folder:
         _write_weights(folder / WEIGHTS, plan, stored, recipe, opened, below, layers)
         model_files.refuse_changed(read)
-        _write_config(folder, plan, stored, report, layers, below)
+        found = base_id or known_id(location) or known_id(str(below.folder)) or ""
+        _write_config(folder, plan, stored, report, layers, below, found)
         if asking is not None:
             copy_beside(tokenizer_files(opened[recipe.pattern]), folder, None)
             chat.write(asking, folder)
@@ -191,9 +217,9 @@ def write_adapter(
 def _check_request(recipe: Recipe, rank: int | None) -> None:
     if rank is not None and rank < 1:
         raise ConfigError("rank of an adapter", expected="at least 1", got=str(rank))
-    if recipe.pad_rows:
+    if recipe.pad_rows or recipe.tokens:
         raise ConfigError(
-            "this merge pads embedding rows, which an adapter can't do", fix="write a whole model"
+            "this merge pads or chooses embedding rows, which an adapter can't do", fix="write a whole model"
         )
     if recipe.stacked:
         raise ConfigError(
@@ -201,6 +227,16 @@ def _check_request(recipe: Recipe, rank: int | None) -> None:
             expected="a recipe without num_layers, shift and base_shift",
             fix="write a whole model",
         )
+
+
+def _other_numbers(recipe: Recipe, sources: Mapping[str, Source], base: Checkpoint) -> list[str]:
+    """Return the whole numbers of a merge that are not the base's, since an adapter holds weights only."""
+    places = {name: copied_place(recipe, name, sources) for name in base.copied}
+    return [
+        name
+        for name, place in places.items()
+        if place is not None and not numpy.array_equal(sources[place[0]].array(place[1]), base.array(name))
+    ]
 
 
 def _plan(
@@ -214,7 +250,7 @@ def _plan(
     """Return the plan of an adapter, and whether it is exact."""
     unrounded = dataclasses.replace(recipe, dtype="float32")
     plan, reason = _exact(unrounded, sources, base, layers)
-    exact = plan is not None and (rank is None or max(_ranks(plan).values(), default=0) <= rank)
+    exact = plan is not None and (rank is None or max(_ranks(plan, layers).values(), default=0) <= rank)
     if plan is None or not exact:
         if rank is None:
             raise ConfigError(
@@ -317,13 +353,13 @@ def _exact(
         terms: list[Term] = []
         for share, source_name in zip(shares, group.sources, strict=True):
             source = sources[source_name]
-            if not same_base(source, base):
+            if not same_base(source, base) or isinstance(source, Matched):
                 return None, f"source {source_name!r}, which is not an adapter on {base.location}"
             if share and isinstance(source, AdaptedCheckpoint) and name in source.computed:
                 return None, f"the change of {name!r} by {source_name!r}, which is no low-rank update"
             if share and isinstance(source, AdaptedCheckpoint) and name in (source.updates | source.replaced):
                 terms.append((share, source))
-        if terms and name.rpartition(".")[0] not in names:
+        if terms and layers.module(name) not in names:
             return None, f"a change of {name!r}, which is not a module of the live model"
         if any(name in s.replaced or s.updates[name].down is None for _, s in terms):
             plan.whole.append(name)
@@ -355,16 +391,16 @@ def _truncated(
     keep_rest: bool,
 ) -> _Plan:
     plan = _Plan(factors={}, whole=[], squares={}, lost=[])
-    inputs, names = FileInputs(sources), set(layers.names)
+    inputs = FileInputs(sources)
     for name in base.headers:
         origin = base.tensor(name)
         change = merge_tensor(recipe, name, inputs) - origin
         size = norm(change)
         if size <= ROUNDING * norm(origin):
             continue
-        module = name.removesuffix(".weight")
+        module = layers.weighted(name)
         if module not in layers.linear:
-            stored = keep_rest and name.rpartition(".")[0] in names
+            stored = keep_rest and layers.can_be_whole(layers.module(name))
             (plan.whole if stored else plan.lost).append(name)
             plan.squares[name] = size**2 if stored else 0.0, size**2
             continue
@@ -431,16 +467,16 @@ def _check_targets(plan: _Plan, recipe: Recipe) -> None:
     )
 
 
-def _ranks(plan: _Plan) -> dict[str, int]:
-    return {name.removesuffix(".weight"): rank for name, (rank, _) in plan.factors.items()}
+def _ranks(plan: _Plan, layers: _Layers) -> dict[str, int]:
+    return {layers.weighted(name): rank for name, (rank, _) in plan.factors.items()}
 
 
-def _report(plan: _Plan, exact: bool, base: str) -> AdapterReport:
+def _report(plan: _Plan, exact: bool, base: str, layers: _Layers) -> AdapterReport:
     total = math.fsum(square for _, square in plan.squares.values())
     return AdapterReport(
         exact=exact,
         base=base,
-        ranks=_ranks(plan),
+        ranks=_ranks(plan, layers),
         shares={name: held / square for name, (held, square) in plan.squares.items()},
         energy=math.fsum(held for held, _ in plan.squares.values()) / total,
         whole=tuple(plan.whole),
@@ -470,7 +506,10 @@ def _layers(base: Checkpoint) -> _Layers:
         for kind, names in modules.items():
             if isinstance(module, kind):
                 names.add(name)
+    state = model.state_dict()
+    by_file = LiveNames(base.folder, frozenset(base.headers))
     return _Layers(
+        live={name: name if name in state else by_file.live_name(name) for name in base.headers},
         names=tuple(name for name, _ in model.named_modules()),
         linear=frozenset(modules[torch.nn.Linear] | modules[Conv1D]),
         transposed=frozenset(modules[Conv1D]),
@@ -481,11 +520,19 @@ def _layers(base: Checkpoint) -> _Layers:
 
 def _whole_modules(whole: Iterable[str], base: Checkpoint, layers: _Layers) -> list[str]:
     """Return the tensors to store whole: all tensors of a module, as peft requires, or single biases."""
+<<<<<<< HEAD
     modules = _saved(whole)
     names = set(layers.names)
     modules |= {name for name in names for module in modules if name.endswith(module)}  # as peft matches
     inside = tuple(f"{module}." for module in modules)
     chosen = set(whole) | {name for name in base.headers if name.startswith(inside)}
+=======
+    modules = {layers.module(name) for name in whole if not name.endswith(".bias")}
+    names = set(layers.names)
+    modules |= {name for name in names for module in modules if name.endswith(module)}  # as peft matches
+    below = tuple(f"{module}." for module in modules)
+    chosen = set(whole) | {name for name in base.headers if layers.live[name].startswith(below)}
+>>>>>>> main
     return [name for name in base.headers if name in chosen]
 
 
@@ -495,7 +542,7 @@ def _headers(
     """Return the file's headers in order: factors in float32, whole tensors in `dtype`."""
     headers: dict[str, Header] = {}
     for name, (rank, _) in plan.factors.items():
-        module = name.removesuffix(".weight")
+        module = layers.weighted(name)
         rows, columns = base.headers[name].shape
         if module in layers.transposed | layers.embeddings:
             rows, columns = columns, rows
@@ -516,10 +563,11 @@ def _factor_names(module: str, layers: _Layers) -> tuple[str, str]:
 
 def _stored_names(name: str, plan: _Plan, layers: _Layers) -> list[str]:
     """Return the names under which a whole tensor is stored; tied embeddings are stored for the head too."""
-    module, _, part = name.rpartition(".")
-    if f"{module}.weight" in plan.factors:
+    live = layers.live[name]
+    module, _, part = live.rpartition(".")
+    if any(layers.live[other] == f"{module}.weight" for other in plan.factors):
         return [f"{PREFIX}{module}.base_layer.{part}"]
-    return [PREFIX + name, *(PREFIX + head for head, source in layers.tied.items() if source == name)]
+    return [PREFIX + live, *(PREFIX + head for head, source in layers.tied.items() if source == live)]
 
 
 def _write_weights(
@@ -535,9 +583,7 @@ def _write_weights(
     with ShardWriter(path, _headers(plan, stored, base, recipe.dtype, layers)) as writer:
         for name, (_, made) in plan.factors.items():
             up, down = (checked(factor, name, recipe, inputs) for factor in made())
-            for key, factor in zip(
-                _factor_names(name.removesuffix(".weight"), layers), (down, up), strict=True
-            ):
+            for key, factor in zip(_factor_names(layers.weighted(name), layers), (down, up), strict=True):
                 writer.add(key, of_tensor(factor))
         for name in stored:
             merged = merge_tensor(recipe, name, inputs)
@@ -552,19 +598,30 @@ def _write_config(
     report: AdapterReport,
     layers: _Layers,
     base: Checkpoint,
+    base_id: str,
 ) -> None:
-    """Write adapter_config.json with peft's class, with lists in a fixed order."""
+    """Write adapter_config.json with peft's class, with lists in a fixed order.
+
+    base_id: the base's hub id, with its revision if known; "" for a folder of this machine.
+    """
     from peft import LoraConfig
 
     usual = Counter(report.ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in report.ranks.items() if rank != usual}
+<<<<<<< HEAD
     modules = _saved(stored)
+=======
+    modules = {layers.module(name) for name in stored if not name.endswith(".bias")}
+>>>>>>> main
     if base.tied:  # stored under both names instead, because modules_to_save would untie them
         modules -= {source.rpartition(".")[0] for source in layers.tied.values()}
-    biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in modules for name in stored)
+    modules -= {name for name in modules if any(name.startswith(f"{outer}.") for outer in modules)}
+    biases = any(name.endswith(".bias") and layers.module(name) not in modules for name in stored)
+    named, _, revision = base_id.partition("@")
     LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=report.base,
+        base_model_name_or_path=named or report.base,
+        revision=revision or None,
         inference_mode=True,
         r=usual,
         lora_alpha=usual,  # so that the factor of B A is 1

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.merging.recipe import Recipe
-from evomerge.merging.sources.beside import Beside, beside, is_tokenizers
+from evomerge.merging.sources.beside import Beside, beside
 from evomerge.merging.sources.chat import Chat, chosen, notes
+from evomerge.merging.sources.file_kinds import is_tokenizers
 from evomerge.merging.sources.model_config import text_part, text_path, with_text_part
 from evomerge.merging.sources.opening import with_chat_models
 from evomerge.merging.sources.source import Source

@@ -24,7 +24,7 @@ from evomerge.merging.sources.chat import Chat
 from evomerge.merging.sources.hub import INDEX, SINGLE
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
-from evomerge.merging.sources.tensorfile import CODES, ITEM_SIZES, Header, ShardWriter
+from evomerge.merging.sources.tensorfile import CODES, COPIED, ITEM_SIZES, Header, ShardWriter
 from evomerge.merging.sources.vocabulary import Aligned, open_tokenizer
 from evomerge.merging.stacking import output_headers, stacked_config
 from evomerge.merging.tensors.inputs import FileInputs, Inputs
@@ -119,11 +119,12 @@ def plan_shards(
     filled: list[dict[str, Header]] = [{}]
     size = 0
     for name, header in headers.items():
-        bytes_ = header.count * ITEM_SIZES[code]
+        stored = header.dtype if header.dtype in COPIED else code
+        bytes_ = header.count * ITEM_SIZES[stored]
         if filled[-1] and size + bytes_ > max_shard_bytes:
             filled.append({})
             size = 0
-        filled[-1][name] = Header(shape=header.shape, dtype=code)
+        filled[-1][name] = Header(shape=header.shape, dtype=stored)
         size += bytes_
     if len(filled) == 1:
         return {SINGLE: filled[0]}

@@ -122,7 +122,7 @@ def _stream_packed(folder: Path, shards: list[Path], out: Path, dtype: str, form
         _write(
             draft,
             out,
-            {name: Header(shape=o.shape, dtype="F32") for name, o in made.items()},
+            {name: Header(shape=o.shape, dtype=o.dtype) for name, o in made.items()},
             dtype,
             ((name, o.compute(stored)) for name, o in made.items()),
         )
@@ -173,7 +173,8 @@ def _write(
             for expected in part:
                 name, tensor = next(tensors)
                 assert name == expected, (name, expected)
-                writer.add(name, of_tensor(tensor.to(getattr(torch, dtype)).contiguous()))
+                kind = getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype
+                writer.add(name, of_tensor(tensor.to(kind).contiguous()))
     if len(shards) > 1:
         where = {name: file for file, part in shards.items() for name in part}
         size = sum((draft / file).stat().st_size for file in shards)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
-from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.tensorfile import Header, is_copied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +40,11 @@ class Form:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatTensor:
-    """A float tensor to be computed from the stored ones."""
+    """A float tensor to be computed from the stored ones. dtype: of whole numbers, which are copied."""
 
     shape: tuple[int, ...]
     compute: Callable[[Stored], Tensor]
+    dtype: str = "F32"
 
 
 def form_of(config: Mapping[str, Any], headers: Mapping[str, Header]) -> Form | None:
@@ -57,7 +58,9 @@ def form_of(config: Mapping[str, Any], headers: Mapping[str, Header]) -> Form | 
     if method == "mxfp4" and blocks:
         return Form(name="MXFP4")
     others = [
-        n for n, h in headers.items() if h.dtype not in (*EIGHT_BITS, *FLOATS) and not n.endswith(UNUSED)
+        n
+        for n, h in headers.items()
+        if h.dtype not in (*EIGHT_BITS, *FLOATS) and not n.endswith(UNUSED) and not is_copied(n, h)
     ]
     if packed and not others and all(_scale(name, headers) for name in packed):
         block = config.get("weight_block_size")
@@ -80,6 +83,8 @@ def outputs(headers: Mapping[str, Header], form: Form) -> dict[str, FloatTensor]
             made[name] = FloatTensor(shape=header.shape, compute=_scaled(name, scale, form))
         elif header.dtype in FLOATS and not _is_scale(name, headers):
             made[name] = FloatTensor(shape=header.shape, compute=_plain(name))
+        elif is_copied(name, header) and not name.endswith(UNUSED):
+            made[name] = FloatTensor(shape=header.shape, compute=_unchanged(name), dtype=header.dtype)
     return made
 
 
@@ -94,6 +99,10 @@ def _is_scale(name: str, headers: Mapping[str, Header]) -> bool:
 
 def _plain(name: str) -> Callable[[Stored], Tensor]:
     return lambda stored: stored(name).float()
+
+
+def _unchanged(name: str) -> Callable[[Stored], Tensor]:
+    return lambda stored: stored(name)
 
 
 def _scaled(name: str, scale: str, form: Form) -> Callable[[Stored], Tensor]:

@@ -45,20 +45,20 @@ def main() -> None:
     from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
 
     file, out, *rest = sys.argv[1:]
-    names = {str(kind).removeprefix("torch."): code for kind, code in _codes().items()}
+    chosen = {kind: CODES[rest[0]] if rest else code for kind, code in _codes().items()} | _whole_codes()
+    kinds = {code: kind for kind, code in (_codes() | _whole_codes()).items()}
     try:
         tensors = _tensors(torch.load(file, map_location="cpu", weights_only=True, mmap=_mappable(file)))
         headers = {
             name: Header(
                 shape=tuple(tensor.shape),
-                dtype=CODES[rest[0]] if rest else names[str(tensor.dtype).removeprefix("torch.")],
+                dtype=chosen[tensor.dtype],
             )
             for name, tensor in sorted(tensors.items())
         }
         with ShardWriter(Path(out), headers) as writer:
             for name, header in headers.items():
-                kind = next(kind for kind, code in _codes().items() if code == header.dtype)
-                writer.add(name, of_tensor(tensors[name].to(kind).contiguous()))
+                writer.add(name, of_tensor(tensors[name].to(kinds[header.dtype]).contiguous()))
     except Exception as error:  # whatever a damaged file makes torch raise
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise SystemExit(f"it holds {found[1]}, which is no tensor and can run code") from None
@@ -72,6 +72,13 @@ def _codes() -> dict[Any, str]:
     return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
+def _whole_codes() -> dict[Any, str]:
+    import torch
+
+    names = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+    return {getattr(torch, name): code for name, code in names.items()}
+
+
 def _mappable(file: str) -> bool:
     """Whether torch can map a file into memory: only those in its zip format."""
     with Path(file).open("rb") as opened:
@@ -82,6 +89,8 @@ def _tensors(loaded: object) -> dict[str, Tensor]:
     """Return name -> tensor; training checkpoints hold them under `state_dict` or `model`."""
     import torch
 
+    from evomerge.merging.sources.tensorfile import Header, is_copied
+
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -90,10 +99,18 @@ def _tensors(loaded: object) -> dict[str, Tensor]:
     others = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(f"{others[0]!r} is no tensor")
-    floats = {str(name): tensor for name, tensor in loaded.items() if tensor.dtype in _codes()}
+    tensors = {str(name): tensor for name, tensor in loaded.items()}
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in _codes()}
     if not floats:
         raise ValueError("no tensors of floating point")
-    return floats
+    codes = _whole_codes()
+    whole = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.dtype in codes
+        and is_copied(name, Header(shape=tuple(tensor.shape), dtype=codes[tensor.dtype]))
+    }
+    return floats | whole
 
 
 if __name__ == "__main__":

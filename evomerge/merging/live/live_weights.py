@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.merging.modules import NEXT_LAYERS
-from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.tensorfile import COPIED, Header
 from evomerge.merging.tensors.merge_tensor import Storage
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def address(place: Storage) -> Hashable:
 def gradient_at(place: Storage, parameters: Mapping[int, Tensor]) -> Tensor:
     """Return the gradient at a place: float32, on the CPU, in the checkpoint tensor's shape.
 
-    A `Spread` returns a flat tensor. Parameters without a gradient count as zeros.
+    A `Spread` returns a flat tensor. Parameters without a gradient count as zeros, as do buffers.
 
     parameters: the live parameters by the address of their storage, with their `.grad`.
     """
@@ -98,7 +98,9 @@ def gradient_at(place: Storage, parameters: Mapping[int, Tensor]) -> Tensor:
 def _gradient(live: Tensor, parameters: Mapping[int, Tensor]) -> Tensor:
     import torch
 
-    parameter = parameters[live.untyped_storage().data_ptr()]
+    parameter = parameters.get(live.untyped_storage().data_ptr())
+    if parameter is None:  # a buffer, such as the mean of a batch norm
+        return torch.zeros(live.untyped_storage().nbytes() // live.itemsize, device=live.device)
     if parameter.grad is None:
         return torch.zeros_like(parameter, dtype=torch.float32)
     return parameter.grad.to(torch.float32).contiguous()
@@ -178,7 +180,11 @@ def locate(model: PreTrainedModel, headers: Mapping[str, Header], location: str)
     missing = [name for name in live if name not in reached]
     ignored = [re.compile(key) for key in model._keys_to_ignore_on_load_unexpected or ()]
     extra = [
-        name for name in extra if NEXT_LAYERS not in name and not any(key.search(name) for key in ignored)
+        name
+        for name in extra
+        if NEXT_LAYERS not in name
+        and headers[name].dtype not in COPIED  # numbers that transformers computes, as positions are
+        and not any(key.search(name) for key in ignored)
     ]
     if missing or extra:
         raise ModelError(

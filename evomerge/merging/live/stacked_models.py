@@ -63,7 +63,8 @@ class _Held:
 
     def __init__(self, source: Source, model: PreTrainedModel) -> None:
         self.live = _state(model)
-        self.places = locate(model, source.headers, source.location)
+        self.headers = {**source.headers, **source.copied}
+        self.places = locate(model, self.headers, source.location)
         self.filled: dict[str, str] = {}
         """Loaded tensor -> the type its weights are rounded to."""
         starts = {tensor.untyped_storage().data_ptr(): name for name, tensor in self.live.items()}
@@ -226,7 +227,7 @@ class Rewiring:
             copied = all(part.group.copied_source == part.source for part in parts)
             if copied and all((part.source, part.owner) == (source, owner) for part in parts):
                 shared[live] = self._held[source].live[owner]
-                headers = self._sources[source].headers
+                headers = self._held[source].headers
                 needed.setdefault(source, {}).update(
                     (part.source_tensor, headers[part.source_tensor].count) for part in parts
                 )
@@ -270,7 +271,7 @@ class Rewiring:
                     if (new := shifted(owner, -part.group.shifts[0])) in fresh
                 }
                 places[part.name] = held.place_on(part.source_tensor, fresh_by_owner)
-                sizes[part.name] = self._sources[part.source].headers[part.source_tensor].count
+                sizes[part.name] = held.headers[part.source_tensor].count
         self._merge(recipe, places, sizes, lambda name: None)
         self._made = reused | {live: (marks[live], tensor) for live, tensor in fresh.items()}
         return {live: tensor for live, (_, tensor) in self._made.items()}

@@ -24,7 +24,7 @@ from evomerge.merging.compatibility import check, check_models
 from evomerge.merging.live.live_weights import address, gradient_at, locate, weights_at
 from evomerge.merging.live.stacked_models import Rewiring, build
 from evomerge.merging.methods.declaration import FILES
-from evomerge.merging.recipe import Recipe, TensorGroup, tokenizer_of
+from evomerge.merging.recipe import STORED, Recipe, TensorGroup, tokenizer_of
 from evomerge.merging.sources import chat
 from evomerge.merging.sources.arrays import to_tensor
 from evomerge.merging.sources.opening import open_sources
@@ -51,7 +51,7 @@ class Workbench:
     Args:
         models: name -> location, as in a Recipe.
         base: the name of the base model, if there is one.
-        tokenizer, chat_template: as in a Recipe.
+        tokenizer, chat_template, experts: as in a Recipe.
         device: of the live model, e.g. "cuda". It changes no weights.
         compute_dtype: the type of the live model's forward pass. It changes no weights.
         attn_implementation: transformers' name of an attention; None lets it choose.
@@ -75,6 +75,7 @@ class Workbench:
         *,
         tokenizer: str = "",
         chat_template: str = "",
+        experts: str = STORED,
         device: str = "cpu",
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
@@ -85,12 +86,14 @@ class Workbench:
         self.base = base
         self._compute_dtype = compute_dtype
         self._vocabulary = tokenizer_of(tokenizer, base, models)
+        self._experts = experts
         self._choice = chosen_template(chat_template, base, models)
         self._pattern = self._vocabulary if self._vocabulary in models else base or next(iter(models))
-        self.sources = open_sources(models, base, tokenizer=tokenizer)
+        self.sources = open_sources(models, base, tokenizer=tokenizer, experts=experts)
         pattern = {self._pattern: self.sources[self._pattern]}
         self.notes = check_models(pattern | self.sources)
-        self._headers = self.sources[self._pattern].headers
+        chosen = self.sources[self._pattern]
+        self._headers = {**chosen.headers, **chosen.copied}
         self._inputs = WarmInputs(self.sources, low_memory=low_memory)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
@@ -141,26 +144,7 @@ class Workbench:
             ConfigError: the recipe does not fit the models or the workbench.
             ModelError: stacked layers can't be combined.
         """
-        if recipe.tokenizer != self._vocabulary:
-            raise ConfigError(
-                "workbench: the recipe's tokenizer is not the workbench's",
-                expected=self._vocabulary,
-                got=recipe.tokenizer,
-                fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
-            )
-        if recipe.chat_template != self._choice:
-            raise ConfigError(
-                "workbench: the recipe's chat_template is not the workbench's",
-                fix="open the workbench with the recipe's chat_template",
-            )
-        rows_differ = any(isinstance(source, Aligned) for source in self.sources.values())
-        if rows_differ and (tuple(recipe.models), recipe.base) != (tuple(self.sources), self.base):
-            raise ConfigError(
-                "workbench: the models' vocabularies differ, so a recipe needs all the workbench's models",
-                expected=f"models {', '.join(self.sources)} with base {self.base}",
-                got=f"models {', '.join(recipe.models)} with base {recipe.base}",
-                fix="give the recipe the workbench's models and base",
-            )
+        self._refuse_others(recipe)
         if recipe.stacked:
             check(recipe, self.sources)
             keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}
@@ -183,6 +167,36 @@ class Workbench:
         sizes = {name: self._headers[name].count for name in changed}
         self._merge(recipe, {name: self._targets[name] for name in changed}, sizes, note)
         self.model = self._plain
+
+    def _refuse_others(self, recipe: Recipe) -> None:
+        """Raise ConfigError for a recipe that needs a workbench with other settings."""
+        if recipe.tokenizer != self._vocabulary:
+            raise ConfigError(
+                "workbench: the recipe's tokenizer is not the workbench's",
+                expected=self._vocabulary,
+                got=recipe.tokenizer,
+                fix="open the workbench with tokenizer=" + repr(recipe.tokenizer),
+            )
+        if recipe.experts != self._experts:
+            raise ConfigError(
+                "workbench: the order of the experts in the recipe is not the workbench's",
+                expected=self._experts,
+                got=recipe.experts,
+                fix="open the workbench with the recipe's `experts`",
+            )
+        if recipe.chat_template != self._choice:
+            raise ConfigError(
+                "workbench: the recipe's chat_template is not the workbench's",
+                fix="open the workbench with the recipe's chat_template",
+            )
+        rows_differ = any(isinstance(source, Aligned) for source in self.sources.values())
+        if rows_differ and (tuple(recipe.models), recipe.base) != (tuple(self.sources), self.base):
+            raise ConfigError(
+                "workbench: the models' vocabularies differ, so a recipe needs all the workbench's models",
+                expected=f"models {', '.join(self.sources)} with base {self.base}",
+                got=f"models {', '.join(recipe.models)} with base {recipe.base}",
+                fix="give the recipe the workbench's models and base",
+            )
 
     def _merge(
         self,
@@ -230,6 +244,21 @@ class Workbench:
         """Return a merged tensor that the forward pass doesn't use, so that the live model lacks it."""
         return to_tensor(merge_array(recipe, name, self._inputs))
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradient of every tensor in the models' files, from the `.grad` of the live parameters.
+
+        It is zero for tensors that the forward pass doesn't use, and for buffers.
+        """
+        import torch
+
+        live = {parameter.untyped_storage().data_ptr(): parameter for parameter in self.model.parameters()}
+        return {
+            name: gradient_at(self._targets[name], live).view(header.shape)
+            if name in self._targets
+            else torch.zeros(header.shape)
+            for name, header in self.sources[self._pattern].headers.items()
+        }
+
     def derivatives(self, recipe: Recipe) -> list[Derivatives]:
         """Return the loss's derivatives with respect to every group's parameters, after a backward pass.
 
@@ -248,6 +277,8 @@ class Workbench:
         # Tied weights that are stored twice lie in one place, and its gradient counts once.
         owners = {address(place): name for name, place in self._targets.items()}
         for name in sorted(owners.values()):
+            if name in self.sources[self._pattern].copied:
+                continue
             gradient = gradient_at(self._targets[name], live).view(self._headers[name].shape).numpy()
             of_tensor = tensor_derivatives(recipe, name, gradient, self._inputs)
             if of_tensor is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from evomerge.merging.mergekit.slices import (
 from evomerge.merging.methods import Method
 from evomerge.merging.modules import TEXT, beside_text, decoders, module_of
 from evomerge.merging.recipe import DTYPES, UNION, Recipe
-from evomerge.merging.recipe_data import LAYERS
+from evomerge.merging.recipe_data import LAYERS, TokenRow, token_rows
 from evomerge.merging.sources.hub import is_local, split_id
 from evomerge.schema import parse_yaml
 
@@ -105,7 +105,8 @@ def from_data(
     used = [location for part in every for location in (part.made.base, *part.made.sources)]
     if tokenizer == "base":
         tokenizer = base or every[0].made.sources[0]
-    named = (base, *used, tokenizer)
+    tokens = _tokens(data)
+    named = (base, *used, tokenizer, *(row.model for row in tokens.values()))
     locations = list(dict.fromkeys(location for location in named if location and location != UNION))
     places = {location: resolved(location, root) for location in locations}
     names = _names(places)
@@ -128,6 +129,10 @@ def from_data(
         seed=seed,
         num_layers=num_layers,
         pad_rows=_pad_rows(data),
+        tokens={
+            token: replace(row, model=names[row.model] if row.model else None)
+            for token, row in tokens.items()
+        },
     )
 
 
@@ -136,6 +141,7 @@ def check(data: object) -> None:
     checked, _ = _checked_data(data, lambda _: None)
     _tokenizer(checked)
     _pad_rows(checked)
+    _tokens(checked)
     _check_dtypes(checked)
 
 
@@ -488,17 +494,49 @@ def _tokenizer(data: Mapping[str, Any]) -> str | None:
     source = data.get("tokenizer_source")
     if data.get("tokenizer") is not None:
         tokenizer = _checked(data["tokenizer"], TOKENIZER, "mergekit file: tokenizer")
-        if tokenizer.get("tokens"):
-            raise ConfigError(
-                "mergekit file: tokenizer.tokens is not supported: rows of single tokens can't be chosen",
-                fix="leave it out: a token that a model lacks gets the base's row, else the mean of all",
-            )
         source = tokenizer.get("source")
     if source is not None and not isinstance(source, str):
         raise ConfigError(
             "mergekit file: tokenizer_source", expected="base, union, or a model", got=repr(source)
         )
     return source
+
+
+def _tokens(data: Mapping[str, Any]) -> dict[str, TokenRow]:
+    """Return token -> where its row comes from, models by location."""
+    tokenizer = data.get("tokenizer")
+    tokens = tokenizer.get("tokens") if isinstance(tokenizer, Mapping) else None
+    rows: dict[str, TokenRow] = {}
+    for token, listed in _mapping(tokens or {}, "mergekit file: tokenizer.tokens").items():
+        place = f"mergekit file: tokenizer.tokens[{token!r}]"
+        entry = _checked(listed, ("source", "force"), place)
+        source, force = entry.get("source"), entry.get("force", False)
+        fields: dict[str, Any] = {"model": source}
+        if isinstance(source, Mapping):
+            fields = _token_source(source, f"{place}.source")
+        elif source is None:
+            raise ConfigError(
+                f"{place}: no source", expected="a model, {kind: zero}, or {kind: model_token, ...}"
+            )
+        given = {key: value for key, value in fields.items() if value is not None}
+        rows |= token_rows({str(token): given | {"force": force}}, "mergekit file: tokenizer.tokens")
+    return rows
+
+
+def _token_source(source: Mapping[str, Any], place: str) -> dict[str, Any]:
+    kind = source.get("kind")
+    if kind == "zero":
+        _checked(source, ("kind",), place)
+        return {}
+    if kind != "model_token":
+        raise ConfigError(f"{place}: kind", expected="zero or model_token", got=repr(kind)[:80])
+    _checked(source, ("kind", "model", "token", "token_id"), place)
+    token, row = source.get("token"), source.get("token_id")
+    if not source.get("model") or (token is None) == (row is None):
+        raise ConfigError(
+            place, expected="model, and one of token and token_id", got=repr(dict(source))[:120]
+        )
+    return {"model": source["model"], "token": token, "row": row}
 
 
 def _chat_template(

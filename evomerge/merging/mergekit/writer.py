@@ -8,7 +8,7 @@ tensor by tensor, so a file that means something else is never returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from evomerge.merging.mergekit import reader
 from evomerge.merging.mergekit.slices import compressed, is_before_layers
 from evomerge.merging.methods import Parameter
 from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, shifted
-from evomerge.merging.recipe import Recipe, Setting, TensorGroup
+from evomerge.merging.recipe import STORED, Recipe, Setting, TensorGroup
+from evomerge.merging.recipe_data import TokenRow
 from evomerge.merging.sources.chat import chat_of
 from evomerge.merging.sources.opening import open_used, with_chat_models
 from evomerge.merging.stacking import output_names
@@ -53,6 +54,8 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
         raise _inexpressible("one merge method per file", f"methods {', '.join(sorted(used))}")
     if missing := used & set(reader.OURS):
         raise _inexpressible("a method that mergekit has", ", ".join(sorted(missing)))
+    if recipe.experts != STORED:
+        raise _inexpressible("experts in the order of the files", f"experts: {recipe.experts}")
     (method,) = used
     if method in reader.UNWEIGHTED and not all(_plain(group) for group in recipe.groups):
         raise _inexpressible("weights and lambda of 1, because mergekit has none for this method", method)
@@ -133,11 +136,24 @@ def _head(recipe: Recipe, method: str) -> dict[str, Any]:
         data["tokenizer_source"] = recipe.models[recipe.tokenizer]
     if template := _chat_template(recipe):
         data["chat_template"] = template
-    if recipe.pad_rows:
+    if recipe.pad_rows or recipe.tokens:
         source = data.pop("tokenizer_source", default)
-        data["tokenizer"] = {"source": source, "pad_to_multiple_of": recipe.pad_rows}
+        tokens = {token: _token(row, recipe.models) for token, row in recipe.tokens.items()}
+        settings = {"source": source, "pad_to_multiple_of": recipe.pad_rows, "tokens": tokens}
+        data["tokenizer"] = {key: value for key, value in settings.items() if value}
     # evomerge merges in float32 and mergekit in `dtype`, so both types are written.
     return data | {"dtype": "float32", "out_dtype": recipe.dtype if recipe.dtype != "float32" else None}
+
+
+def _token(row: TokenRow, models: Mapping[str, str]) -> dict[str, Any]:
+    """Return mergekit's entry for the row of a token."""
+    source: Any = {"kind": "zero"}
+    if row.model is not None and row.token is None and row.row is None:
+        source = models[row.model]
+    elif row.model is not None:
+        named = {"token_id": row.row} if row.token is None else {"token": row.token}
+        source = {"kind": "model_token", "model": models[row.model], **named}
+    return {"source": source, **({"force": True} if row.force else {})}
 
 
 def _chat_template(recipe: Recipe) -> str | None:

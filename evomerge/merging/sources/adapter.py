@@ -26,7 +26,6 @@ from evomerge.merging.methods.reduction import one_thread
 from evomerge.merging.sources.adapter_config import UNMERGEABLE, AdapterConfig, Scales, refuse_unsupported
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.checkpoint import (
-    ARRAY_TYPES,
     HEADS,
     Checkpoint,
     TensorNames,
@@ -37,7 +36,7 @@ from evomerge.merging.sources.checkpoint import (
 from evomerge.merging.sources.hub import split_id
 from evomerge.merging.sources.live_names import LiveNames
 from evomerge.merging.sources.model_config import with_rows
-from evomerge.merging.sources.tensorfile import Header, read_header
+from evomerge.merging.sources.tensorfile import ARRAY_TYPES, Header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +98,7 @@ class AdaptedCheckpoint:
     def __init__(self, base: Checkpoint, folder: Path, location: str) -> None:
         self.base, self.adapter, self.location = base, folder, location
         self.folder, self.config, self.headers = base.folder, base.config, base.headers
+        self.copied = base.copied
         config, self._settings = AdapterConfig.read(folder / CONFIG)
         self._factors: dict[str, Tensor] = {}
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -326,7 +326,8 @@ def open_adapter(
 
 
 def _own_base(folder: Path, location: str, fallback: str | None) -> str:
-    named = AdapterConfig.read(folder / CONFIG)[0].base_model_name_or_path
+    config, data = AdapterConfig.read(folder / CONFIG)
+    named, revision = config.base_model_name_or_path, data.get("revision")
     if isinstance(named, str) and named:
         with contextlib.suppress(ConfigError, OSError):  # a hub id may be no path at all
             for path in (folder / expanded(named), expanded(named)):
@@ -334,8 +335,8 @@ def _own_base(folder: Path, location: str, fallback: str | None) -> str:
                     return str(path)
     if fallback is not None:
         return fallback
-    if isinstance(named, str) and split_id(named) is not None:
-        return named
+    if isinstance(named, str) and (found := split_id(named)) is not None:
+        return f"{named}@{revision}" if isinstance(revision, str) and revision and not found[1] else named
     raise ModelError(
         f"{location}: the adapter's base model can't be found",
         got=f"base_model_name_or_path: {named!r}",

@@ -19,8 +19,12 @@ DTYPES = {"float32": numpy.float32, "float16": numpy.float16, "bfloat16": numpy.
 
 
 def of_tensor(tensor: Tensor) -> WeightArray:
-    """Return a CPU tensor's memory as an array; types other than the three are converted to float32."""
+    """Return a CPU tensor's memory as an array; floats of types other than the three become float32."""
     import torch
+
+    if not tensor.is_floating_point():
+        array: WeightArray = tensor.numpy()
+        return array.view(array.dtype.name.removeprefix("u")) if array.itemsize > 1 else array
 
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(numpy.uint16)

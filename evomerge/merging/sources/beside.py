@@ -12,56 +12,11 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
+from evomerge.merging.sources.file_kinds import LARGEST, LEFT_OUT, TOKENIZER, WRITTEN, is_tokenizers, matches
 from evomerge.merging.sources.source import Source
-
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model*",
-    "spiece.model",
-    "*.bpe.model",
-    "sentencepiece*.model",
-    "tekken.json",
-    "*.tiktoken",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-"""Names of files that hold a tokenizer's tokens."""
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-WRITTEN = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "recipe.yaml",
-    "mergekit*.yaml",
-    "mergekit*.yml",
-    "README.md",
-    ".git*",
-    ".cache",
-    ".huggingface",
-    ".DS_Store",
-    "__pycache__",
-    "adapter_config.json",
-)
-"""Names that a merge writes itself, or that are of no use in it; nothing is said of them."""
-LEFT_OUT = (
-    ".*",
-    "*.safetensors",
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.msgpack", "*.h5"),
-    *("*.pkl", "*.pickle", "*.npz", "*.npy", "*.ot", "*.tflite", "*.mlmodel", "*.nemo", "*.tar*", "*.zip"),
-    *("*.index.json", "optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json"),
-    *("training_args.*", "events.out.tfevents*", "*.lock", "*.incomplete", "*.tmp", "*.log"),
-    *("onnx", "original", "openvino", "coreml", "checkpoint-*", "global_step*", "runs", "wandb", "mlruns"),
-    "adapter_model*",
-)
-"""Names of weights, states of trainings and caches, of files and folders."""
-LARGEST = 64_000_000
-"""Bytes of a file that is no tokenizer's and still taken over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +53,6 @@ def tokenizer_folder(source: Source) -> Path:
     return next((folder for folder in folders if _holds_tokens(folder)), folders[-1])
 
 
-def is_tokenizers(name: str) -> bool:
-    """Say whether a file of a model's folder is its tokenizer's or a chat template.
-
-    >>> is_tokenizers("tekken.json"), is_tokenizers("preprocessor_config.json")
-    (True, False)
-    """
-    return _matches(name.split("/", maxsplit=1)[0], (*TOKENIZER, *TOKENIZER_SETTINGS, *TEMPLATES))
-
-
 def beside(source: Source) -> Beside:
     """Return the files that a merge takes over from the model that gives config and tokenizer."""
     files: dict[str, Path] = {}
@@ -116,7 +62,7 @@ def beside(source: Source) -> Beside:
             files = {name: path for name, path in files.items() if not is_tokenizers(name)}
         for path in _listed(folder):
             name = path.relative_to(folder).as_posix()
-            if _matches(path.name, WRITTEN) and path.parent == folder:
+            if matches(path.name, WRITTEN) and path.parent == folder:
                 continue
             if (reason := _reason(path, folder)) is None:
                 files[name] = path
@@ -139,7 +85,7 @@ def _listed(folder: Path) -> Iterator[Path]:
         yield folder  # which is then named as left out
         return
     for path in paths:
-        if path.is_dir() and not path.is_symlink() and not _matches(path.name, (*WRITTEN, *LEFT_OUT)):
+        if path.is_dir() and not path.is_symlink() and not matches(path.name, (*WRITTEN, *LEFT_OUT)):
             yield from _listed(path)
         else:
             yield path
@@ -147,7 +93,7 @@ def _listed(folder: Path) -> Iterator[Path]:
 
 def _reason(path: Path, folder: Path) -> str | None:
     """Return why a file is left out; None if it is taken over."""
-    if _matches(path.name, LEFT_OUT):
+    if matches(path.name, LEFT_OUT):
         return "weights, training or cache"
     try:
         found = path.stat()
@@ -174,8 +120,4 @@ def _inside(link: Path, folder: Path) -> bool:
 
 
 def _holds_tokens(folder: Path) -> bool:
-    return any(_matches(path.name, TOKENIZER) for path in folder.iterdir())
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    return any(matches(path.name, TOKENIZER) for path in folder.iterdir())

@@ -27,14 +27,19 @@ from evomerge.merging.sources.model_config import (
     tied_by_default,
     with_text_part,
 )
-from evomerge.merging.sources.tensorfile import ITEM_SIZES, Header, read_header
+from evomerge.merging.sources.tensorfile import (
+    ARRAY_TYPES,
+    COPIED,
+    ITEM_SIZES,
+    Header,
+    is_copied,
+    read_header,
+)
 from evomerge.schema import load_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ARRAY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
-"""The types a merge can read: safetensors' code -> numpy's name."""
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Endings of the names of output projections, which a tied model shares with its embeddings."""
 EMBEDDINGS = (
@@ -87,6 +92,7 @@ class Checkpoint:
     """One model folder. Opening it reads JSON and headers only.
 
     headers: tensor name -> shape and stored type, in natural order, without tied heads.
+    copied: the same for whole numbers and truth values, which merges copy unchanged; not among the headers.
     config: config.json as plain data. folder: the files' folder. location: the location as the user wrote it.
 
     >>> Checkpoint.open("no/such/folder")
@@ -119,9 +125,11 @@ class Checkpoint:
         self._stored = self._renamed(stored)
         stored = self._stored
         weights = [name for name in stored if not self._is_derived(name) and not self._is_tied(name)]
-        self.headers: Mapping[str, Header] = {
-            name: stored[name] for name in sorted(weights, key=natural_order)
+        weights.sort(key=natural_order)
+        self.copied: Mapping[str, Header] = {
+            name: stored[name] for name in weights if is_copied(name, stored[name])
         }
+        self.headers: Mapping[str, Header] = {n: stored[n] for n in weights if n not in self.copied}
         self._check_layers()
         self._check_embeddings()
         if not self.tied and self._raw_config.get("tie_word_embeddings") is not False:
@@ -269,7 +277,7 @@ class Checkpoint:
             data = data if header.offset % 8 == 0 else data.copy()  # old files may not be aligned
         else:
             data = _read(path, header.offset, size)
-        return data.view(ARRAY_TYPES[header.dtype]).reshape(header.shape)
+        return data.view({**ARRAY_TYPES, **COPIED}[header.dtype]).reshape(header.shape)
 
     def stored(self, name: str, *, mapped: bool = True) -> Tensor:
         """Return the same as `array`, as a torch tensor."""

@@ -112,6 +112,8 @@ def _orders(
     for start, experts in layers.items():
         if any(tensor not in source.headers for tensor in _names(experts)):
             continue  # refused by `compatibility.check`
+        if any(name.startswith(start.removesuffix("experts")) for name in reference.copied):
+            continue  # a table of expert numbers chooses there, which stays as it is
         ours, theirs = (_directions(model, experts) for model in (source, reference))
         likeness = theirs @ ours.T
         if groups > 1:
@@ -170,7 +172,7 @@ class Matched:
         orders: Mapping[str, NDArray[np.int64]],
     ) -> None:
         self.source, self.location, self.folder = source, source.location, source.folder
-        self.config, self.headers = source.config, source.headers
+        self.config, self.headers, self.copied = source.config, source.headers, source.copied
         moved = sum(int((order != np.arange(len(order))).sum()) for order in orders.values())
         self.note = f"experts matched by their weights: {moved} of {name} move, in {len(orders)} layers"
         self._renamed: dict[str, str] = {}

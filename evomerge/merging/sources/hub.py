@@ -1,29 +1,27 @@
 """Models of the Hugging Face hub: ids with a revision, what is downloaded of them, and ids of local folders.
 
 A location `org/name` or `org/name@revision` is a hub id, unless a folder of that name exists. A revision is a
-branch, a tag or a commit. Downloaded are the weights that the index names (or the single file), and the small
-files of the top level; no code, no pickled weights, no copies in other formats or folders.
+branch, a tag or a commit. Downloaded are the weights that the index names (or the single file), and the files
+that a merge takes over beside them (see `beside`), code included, which is never run; no pickled weights, no
+states of trainings, no copies in other formats or folders.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from evomerge.errors import ConfigError, ModelError
 from evomerge.files import expanded
+from evomerge.merging.sources.file_kinds import LARGEST, LEFT_OUT, WRITTEN, is_tokenizers, matches
 from evomerge.schema import load_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SMALL = (
-    *("*.json", "*.jinja", "*.model", "*.tiktoken", "tokenizer*.txt", "merges.txt", "vocab.txt"),
-    *("README.md", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja"),
-)
-"""Patterns of the files beside the weights."""
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+READ = ("config.json", "README.md", INDEX, ADAPTER[0])
+"""Files of the top level that are read, and not taken over."""
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([A-Za-z0-9][\w.-]*)", re.ASCII)
 """A model's folder in the hub's cache; it holds `snapshots/COMMIT`."""
@@ -103,14 +101,15 @@ def _downloaded(name: str, revision: str | None) -> Path:
     """Download the files of a model that a merge reads. On a terminal, the hub client shows its progress."""
     import huggingface_hub
 
-    info = huggingface_hub.HfApi().model_info(name, revision=revision)
+    info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
     files = [file.rfilename for file in info.siblings or ()]
+    large = {file.rfilename for file in info.siblings or () if (file.size or 0) > LARGEST}
     shards: Iterable[str] = ()
     if SINGLE not in files and INDEX in files:
         index = load_json(Path(huggingface_hub.hf_hub_download(name, INDEX, revision=revision)))
         where = index.get("weight_map")
         shards = [str(shard) for shard in where.values()] if isinstance(where, dict) else ()
-    wanted = needed(files, shards)
+    wanted = needed(files, shards, large)
     if not any(file.endswith(".safetensors") for file in wanted):
         weights = [f for f in files if f.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
         raise ModelError(
@@ -130,15 +129,16 @@ def _downloaded(name: str, revision: str | None) -> Path:
     )
 
 
-def needed(files: Iterable[str], shards: Iterable[str]) -> list[str]:
-    """Return the files of a repository that a merge reads.
+def needed(files: Iterable[str], shards: Iterable[str], large: Collection[str] = ()) -> list[str]:
+    """Return the files of a repository that a merge reads or takes over.
 
     Args:
         files: all files of the repository.
         shards: the files that its index names.
+        large: files of more than `LARGEST` bytes.
 
     >>> needed(["config.json", "a.py", "onnx/config.json", "model.safetensors", "b.safetensors"], ())
-    ['config.json', 'model.safetensors']
+    ['config.json', 'a.py', 'model.safetensors']
     """
     files = list(files)
     top = [file for file in files if "/" not in file and file.endswith(".safetensors")]
@@ -150,11 +150,16 @@ def needed(files: Iterable[str], shards: Iterable[str]) -> list[str]:
         weights = {ADAPTER[1]}
     else:
         weights = set(top) if len(top) == 1 else set()
-    return [file for file in files if file in weights or _is_small(file)]
+    return [file for file in files if file in weights or _is_beside(file, large)]
 
 
-def _is_small(file: str) -> bool:
-    return any(fnmatch.fnmatchcase(file, part) and file.count("/") == part.count("/") for part in SMALL)
+def _is_beside(file: str, large: Collection[str]) -> bool:
+    *folders, name = file.split("/")
+    if file in READ:
+        return True
+    if any(matches(folder, (*WRITTEN, *LEFT_OUT)) for folder in folders) or matches(name, LEFT_OUT):
+        return False
+    return (bool(folders) or not matches(name, WRITTEN)) and (file not in large or is_tokenizers(name))
 
 
 def _no_folder(location: str) -> ModelError:

@@ -31,6 +31,10 @@ class LiveNames:
         live, renamed = self._renamings
         return live.get(name) or live.get(renamed(name))
 
+    def live_name(self, tensor: str) -> str:
+        """Return the name that a tensor of the files has in the live model."""
+        return self._renamings[1](tensor)
+
     @functools.cached_property
     def _renamings(self) -> tuple[dict[str, str], Callable[[str], str]]:
         import torch

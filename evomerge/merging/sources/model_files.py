@@ -14,10 +14,9 @@ from pathlib import Path
 from evomerge.errors import ModelError
 from evomerge.merging.sources import adapter
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
+from evomerge.merging.sources.beside import unwrapped
 from evomerge.merging.sources.checkpoint import Checkpoint, sample_hash
 from evomerge.merging.sources.source import Source
-from evomerge.merging.sources.untied import Untied
-from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.schema import load_json
 
 Facts = Mapping[str, Mapping[str, int | str]]
@@ -34,8 +33,7 @@ def files_of(source: Source) -> dict[str, Path]:
 
     An adapter's files come after those of its base model.
     """
-    if isinstance(source, Aligned | Untied):
-        return files_of(source.source)
+    source = unwrapped(source)
     if isinstance(source, AdaptedCheckpoint):
         adapter_files = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)
         return files_of(source.base) | {path.name: path for path in adapter_files}

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from evomerge.errors import ModelError
 from evomerge.files import expanded
-from evomerge.merging.recipe import Recipe, tokenizer_of
+from evomerge.merging.recipe import MATCHED, STORED, Recipe, tokenizer_of
 from evomerge.merging.sources import chat
 from evomerge.merging.sources.adapter import is_adapter, open_adapter, split_location
 from evomerge.merging.sources.checkpoint import Checkpoint
+from evomerge.merging.sources.experts import match
 from evomerge.merging.sources.hub import folder_of, split_id
 from evomerge.merging.sources.source import Source
 from evomerge.merging.sources.untied import untie
@@ -38,7 +39,9 @@ def open_source(location: str, *, base: str | None = None) -> Source:
     return Checkpoint.within(folder, location)
 
 
-def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str = "") -> dict[str, Source]:
+def open_sources(
+    models: Mapping[str, str], base: str | None, *, tokenizer: str = "", experts: str = STORED
+) -> dict[str, Source]:
     """Open all models by name, with embedding rows matched by token.
 
     Args:
@@ -46,6 +49,7 @@ def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str 
         base: the name of the base model, to which adapter folders without an available base are applied.
         tokenizer: as in a Recipe. Where vocabularies differ, embedding rows follow this one's; see
             `vocabulary`.
+        experts: as in a Recipe; `matched` reads samples of the experts' weights.
 
     Raises:
         ModelError: a model can't be opened, or rows can't be matched.
@@ -55,7 +59,9 @@ def open_sources(models: Mapping[str, str], base: str | None, *, tokenizer: str 
     at = {location: open_source(location, base=below) for location in dict.fromkeys(models.values())}
     opened = {name: at[location] for name, location in models.items()}
     chosen = tokenizer_of(tokenizer, base, models)
-    return align(untie(opened), tokenizer=chosen, base=base, asked=bool(tokenizer))
+    untied = untie(opened)
+    ordered = match(untied, base) if experts == MATCHED else untied
+    return align(ordered, tokenizer=chosen, base=base, asked=bool(tokenizer))
 
 
 def open_used(recipe: Recipe) -> dict[str, Source]:
@@ -69,16 +75,18 @@ def open_used(recipe: Recipe) -> dict[str, Source]:
         place: open_source(place, base=below) for place in dict.fromkeys(map(recipe.models.__getitem__, used))
     }
     opened = _untied_like_all(recipe, {name: at[recipe.models[name]] for name in used}, below)
-    if recipe.tokenizer == recipe.pattern and not recipe.pad_rows and not differ(opened, recipe.pattern):
-        return opened
+    moved = recipe.tokenizer != recipe.pattern or recipe.pad_rows or recipe.tokens
+    if not moved and not differ(opened, recipe.pattern):
+        return _matched(recipe, opened, below)
     # Models that are not merged may still provide rows that others lack, so all are opened.
     every = {name: opened.get(name) or open_source(at, base=below) for name, at in recipe.models.items()}
     aligned = align(
-        untie(every),
+        _matched(recipe, untie(every), below),
         tokenizer=recipe.tokenizer,
         base=recipe.base,
         asked=recipe.asked,
         pad_rows=recipe.pad_rows,
+        tokens=recipe.tokens,
     )
     return {name: aligned[name] for name in used}
 
@@ -92,6 +100,16 @@ def with_chat_models(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str,
         for name, place in recipe.models.items()
         if name in sources or name in wanted
     }
+
+
+def _matched(recipe: Recipe, opened: dict[str, Source], below: str | None) -> dict[str, Source]:
+    """Return the models with their experts in the order that the recipe asks for."""
+    if recipe.experts != MATCHED:
+        return opened
+    first = recipe.base or next(iter(recipe.models))
+    reference = opened.get(first) or open_source(recipe.models[first], base=below)
+    ordered = match({first: reference, **opened}, first)
+    return {name: ordered[name] for name in opened}
 
 
 def _untied_like_all(recipe: Recipe, opened: dict[str, Source], below: str | None) -> dict[str, Source]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import WeightArray
 from evomerge.merging.sources.checkpoint import TensorNames
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """What the engine needs of a model: facts without reading weights, and tensors by name.
 
-    `folder` holds config and tokenizer; `fingerprint` changes if the files change.
+    `folder` holds config and tokenizer; `fingerprint` changes if the files change. `headers` are those of the
+    weights, `copied` those of whole numbers and truth values, which are copied and not merged.
     """
 
     location: str
     folder: Path
     config: dict[str, Any]
     headers: Mapping[str, Header]
+    copied: Mapping[str, Header]
 
     @property
     def tied(self) -> bool: ...
@@ -44,6 +47,19 @@ class Source(Protocol):
     def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return a tensor in its stored type (see `arrays`), mapped from its file if possible."""
         ...
+
+
+def copied_place(recipe: Recipe, tensor: str, sources: Mapping[str, Source]) -> tuple[str, str] | None:
+    """Return the model, and its tensor, of which an output tensor is a copy; None for a merged tensor.
+
+    Whole numbers and truth values come from the model that gives the config; from its first source where a
+    group copies one model, and in a recipe of stacked layers.
+    """
+    group = recipe.group_for(tensor)
+    places = [(recipe.pattern, tensor)]
+    if recipe.stacked or group.copied_source is not None:
+        places.insert(0, group.reads(tensor)[0])
+    return next((place for place in places if place[1] in sources[place[0]].copied), None)
 
 
 def same_base(source: Source, other: Source) -> bool:

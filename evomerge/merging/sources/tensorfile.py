@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from evomerge.errors import ModelError
 from evomerge.files import open_regular
-from evomerge.merging.sources.arrays import DTYPES, WeightArray
+from evomerge.merging.sources.arrays import WeightArray
 from evomerge.schema import parse_json
 
 ITEM_SIZES = {
@@ -39,6 +39,16 @@ ITEM_SIZES = {
     "U8": 1,
     "BOOL": 1,
 }
+ARRAY_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
+"""The types a merge can read: safetensors' code -> numpy's name."""
+COPIED = {
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool"},
+    **{"U64": "int64", "U32": "int32", "U16": "int16", "U8": "uint8"},
+}
+"""The types that are copied unchanged: whole numbers and truth values. Unsigned ones of several bytes are
+read as their bits (numpy's uint16 stands for bfloat16)."""
+PACKED = ("weight", "bias", "qweight", "qzeros", "g_idx", "weight_packed", "_blocks", "_scales")
+"""Endings of the names of whole numbers that stand for weights, in quantised files."""
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 NAMES = {code: name for name, code in CODES.items()}
 HEADER_LIMIT = 25_000_000
@@ -70,6 +80,16 @@ class Header:
         for size in self.shape:
             count *= size
         return count
+
+
+def is_copied(name: str, header: Header) -> bool:
+    """Say whether a tensor holds whole numbers or truth values, and no packed weights.
+
+    >>> is_copied("bn.num_batches_tracked", Header(shape=(), dtype="I64"))
+    True
+    """
+    eight_bits = header.dtype in ("I8", "U8") and len(header.shape) > 1
+    return header.dtype in COPIED and not eight_bits and not name.endswith(PACKED)
 
 
 def read_header(path: Path) -> dict[str, Header]:
@@ -180,7 +200,7 @@ class ShardWriter:
         expected, header = self._pending.pop()
         assert name == expected, (name, expected)
         assert array.shape == header.shape, name
-        assert array.dtype == DTYPES[NAMES[header.dtype]], (array.dtype, header.dtype)
+        assert array.dtype == {**ARRAY_TYPES, **COPIED}[header.dtype], (array.dtype, header.dtype)
         self._file.write(array.reshape(-1).view("uint8").data)
 
     def __enter__(self) -> ShardWriter:

@@ -48,6 +48,7 @@ class Untied:
         self.config = with_tying(source.config, tied=False)
         headers = {**source.headers, head: source.headers[embedding]}
         self.headers: Mapping[str, Header] = {key: headers[key] for key in sorted(headers, key=natural_order)}
+        self.copied = source.copied
         self.layout = TensorNames.of(tuple(self.headers))
 
     @property

@@ -9,9 +9,9 @@ rest of the code only sees models with the same vocabulary.
 
 A row that a model lacks is the base's, so its task vector is zero there. If the base lacks it too, the base
 and every model without it get the mean of the models that have it, in the recipe's order, in float32. A
-padding row that no model has is zero. Tokens of a union that its base lacks become added tokens, also those
-that are plain pieces in their own tokenizer: the tokenizer then matches them literally in a text, before it
-splits the rest into pieces.
+padding row that no model has is zero. A recipe can choose the row of a token (`tokens`). Tokens of a union
+that its base lacks become added tokens, also those that are plain pieces in their own tokenizer: the
+tokenizer then matches them literally in a text, before it splits the rest into pieces.
 
 Not covered: per-layer embeddings and other tables of tokens with a row count of their own (refused), and
 tokenizers without tokenizer.json, whose models must have the rows of the model that gives the tokenizer.
@@ -26,15 +26,16 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.errors import ModelError
+from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.files import passing_folder, temporary_parent
 from evomerge.merging.modules import TEXT, layer_of, module_of
+from evomerge.merging.recipe_data import TokenRow
 from evomerge.merging.sources.arrays import WeightArray, of_tensor
 from evomerge.merging.sources.beside import folders_of, tokenizer_files, tokenizer_folder
 from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER, TensorNames
@@ -129,7 +130,13 @@ def differ(sources: Mapping[str, Source], pattern: str) -> bool:
 
 
 def align(
-    sources: Mapping[str, Source], *, tokenizer: str, base: str | None, asked: bool, pad_rows: int = 0
+    sources: Mapping[str, Source],
+    *,
+    tokenizer: str,
+    base: str | None,
+    asked: bool,
+    pad_rows: int = 0,
+    tokens: Mapping[str, TokenRow] | None = None,
 ) -> dict[str, Source]:
     """Return the models with their embedding rows in the order of one vocabulary.
 
@@ -141,26 +148,23 @@ def align(
         asked: whether the user set `tokenizer`. If not, only models that differ in padding alone are
             aligned. Others stay unchanged, and `compatibility.check` refuses them.
         pad_rows: round the number of rows up to a multiple of this; new rows are zeros. 0: don't.
+        tokens: token -> where its row comes from, see `TokenRow`.
 
     Raises:
         ModelError: rows can't be matched: a model without tokenizer.json has another number of rows,
             embeddings are unknown, or ids have gaps under `union`.
     """
+    tokens = tokens or {}
     pattern = tokenizer if tokenizer in sources else base or next(iter(sources))
     first = sources[pattern]
     names = row_tensors(first)
-    unlike = any(row_tensors(source) != names for source in sources.values())  # refused by `check`
+    unlike = any(row_tensors(source) != names for source in sources.values())  # `check` refuses them
     if pattern != tokenizer and first.vocabulary is None and any(s.vocabulary for s in sources.values()):
-        raise ModelError(
-            f"model {pattern!r} has no tokenizer.json, so its tokens can't be matched",
-            expected=f"tokens for the rows of {pattern} ({first.location})",
-            fix=f"put the tokenizer.json {pattern} was trained with into its folder",
-        )
-    _check_padding(pad_rows, pattern, first, names)
-    if unlike or not names or first.vocabulary is None or not (pad_rows or differ(sources, pattern)):
-        return dict(sources)
+        raise _no_tokens(pattern, first)
+    _check_padding(pad_rows or len(tokens), pattern, first, names)
+    moved = pad_rows or tokens or differ(sources, pattern)
     same = all(_same_tokens(source.vocabulary, first.vocabulary) for source in sources.values())
-    if not same and not asked:
+    if unlike or not names or first.vocabulary is None or not moved or not (same or asked):
         return dict(sources)
     rows = {name: _rows(name, source, pattern, first) for name, source in sources.items()}
     additions = () if tokenizer in sources else _additions(sources, pattern)
@@ -175,18 +179,40 @@ def align(
         rows=rows,
         target=target,
         maps=row_maps(rows, target),
+        chosen=_chosen(tokens, rows, target),
     )
+    forced = any(row.force for row in tokens.values())
     return {
-        name: source
-        if rows[name].tokens == target.tokens and rows[name].count == target.count
-        else Aligned(name, source, table, additions if name == pattern else ())
+        name: Aligned(name, source, table, additions if name == pattern else ())
+        if forced or rows[name] != target
+        else source
         for name, source in sources.items()
     }
 
 
+def _no_tokens(name: str, source: Source) -> ModelError:
+    return ModelError(
+        f"model {name!r} has no tokenizer.json, so its tokens can't be matched",
+        expected=f"tokens for the rows of {name} ({source.location})",
+        fix=f"put the tokenizer.json {name} was trained with into its folder",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chosen:
+    """A row of a model, or zeros (None), in place of a token's own. force: also for models with the token."""
+
+    model: str | None
+    row: int
+    force: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """An alignment: the original models, and the row from which each row of the target comes."""
+    """An alignment: the original models, and the row from which each row of the target comes.
+
+    chosen: row of the target -> the row that a recipe chooses for it.
+    """
 
     sources: Mapping[str, Source]
     base: str | None
@@ -194,6 +220,7 @@ class Table:
     rows: Mapping[str, Rows]
     target: Rows
     maps: Mapping[str, NDArray[np.int64]]
+    chosen: Mapping[int, _Chosen]
 
     def gather(self, model: str, tensor: str) -> Tensor:
         """Return a model's tensor with the target's rows, in float32."""
@@ -201,7 +228,8 @@ class Table:
 
         rows, weights = self.maps[model], self.sources[model].tensor(tensor)
         if np.array_equal(rows, np.arange(len(rows))):
-            return weights[: len(rows)]
+            whole = weights[: len(rows)]
+            return self._with_chosen(whole.clone(), model, tensor) if self.chosen else whole
         result = weights.index_select(0, torch.from_numpy(np.maximum(rows, 0)))
         del weights
         lacking = rows == LACKS
@@ -215,6 +243,28 @@ class Table:
                 lacking[from_base] = False
         if lacking.any():
             self._add_means(result, np.flatnonzero(lacking), tensor)
+        return self._with_chosen(result, model, tensor)
+
+    def _with_chosen(self, result: Tensor, model: str, tensor: str) -> Tensor:
+        """Write the chosen rows into a model's tensor, where they are forced or it lacks the token."""
+        for place, chosen in self.chosen.items():
+            if chosen.force or self.maps[model][place] == LACKS:
+                theirs = None if chosen.model is None else self.sources[chosen.model].tensor(tensor)
+                result[place] = 0.0 if theirs is None else theirs[chosen.row]
+        return result
+
+    def gather_copied(self, model: str, tensor: str) -> WeightArray:
+        """Return whole numbers with the target's rows; a row that a model lacks is another model's."""
+        order = dict.fromkeys((model, *((self.base,) if self.base else ()), *self.sources))
+        own = self.sources[model].array(tensor)
+        result = np.zeros((self.target.count, *own.shape[1:]), dtype=own.dtype)
+        lacking = np.ones(self.target.count, dtype=bool)
+        for name in order:
+            header = self.sources[name].copied.get(tensor)
+            if header is not None and header.shape == (self.rows[name].count, *own.shape[1:]):
+                places = np.flatnonzero(lacking & (self.maps[name] != LACKS))
+                result[places] = self.sources[name].array(tensor)[self.maps[name][places]]
+                lacking[places] = False
         return result
 
     def _add_means(self, result: Tensor, places: NDArray[np.int64], tensor: str) -> None:
@@ -240,6 +290,8 @@ class Table:
         digest.update(json.dumps([tokens, self.target.count, prints, self.base, self.tensors]).encode())
         for rows in self.maps.values():
             digest.update(rows.tobytes())
+        if self.chosen:
+            digest.update(repr(sorted((place, astuple(row)) for place, row in self.chosen.items())).encode())
         return digest.hexdigest()
 
 
@@ -268,6 +320,17 @@ class Aligned:
             else header
             for tensor, header in source.headers.items()
         }
+        self._by_token = frozenset(
+            tensor
+            for tensor, header in source.copied.items()
+            if header.shape and header.shape[0] == table.rows[name].count
+        )
+        self.copied: Mapping[str, Header] = {
+            tensor: Header(shape=(table.target.count, *header.shape[1:]), dtype=header.dtype)
+            if tensor in self._by_token
+            else header
+            for tensor, header in source.copied.items()
+        }
 
     @property
     def tied(self) -> bool:
@@ -292,6 +355,8 @@ class Aligned:
 
     def array(self, name: str, *, mapped: bool = True) -> WeightArray:
         """Return the tensor in float32 if its rows move, else as the original source does."""
+        if name in self._by_token:
+            return self._table.gather_copied(self.name, name)
         moved = name in self._table.tensors
         return of_tensor(self.tensor(name)) if moved else self.source.array(name, mapped=mapped)
 
@@ -384,6 +449,34 @@ def _flags(folder: Path) -> dict[str, dict[str, bool]]:
     }
 
 
+def _chosen(tokens: Mapping[str, TokenRow], rows: Mapping[str, Rows], target: Rows) -> dict[int, _Chosen]:
+    """Return row of the target -> the chosen row; raise ConfigError for tokens and rows that don't exist."""
+    chosen = {}
+    for token, choice in tokens.items():
+        where = f"tokens: {token!r}"
+        there = target.tokens or {}
+        if there.get(token, target.count) >= target.count:
+            raise ConfigError(
+                f"{where} is no token with a row in the result", fix=nearest(token, tuple(there))
+            )
+        row = choice.row
+        if choice.model is not None and row is None:
+            theirs, name = rows[choice.model].tokens or {}, choice.token or token
+            if name not in theirs:
+                raise ConfigError(
+                    f"{where} takes its row from {choice.model}, which has no token {name!r}",
+                    fix=nearest(name, tuple(theirs)),
+                )
+            row = theirs[name]
+        if choice.model is not None and row is not None and row >= rows[choice.model].count:
+            raise ConfigError(
+                f"{where} takes row {row} of {choice.model}",
+                expected=f"a row from 0 to {rows[choice.model].count - 1}",
+            )
+        chosen[there[token]] = _Chosen(model=choice.model, row=row or 0, force=choice.force)
+    return chosen
+
+
 def _target(pattern: Rows, additions: Sequence[Mapping[str, Any]]) -> Rows:
     """Return the pattern's rows with the additions after its last token, in padding rows if there are any."""
     assert pattern.tokens is not None
@@ -403,8 +496,8 @@ def _check_padding(multiple: int, name: str, pattern: Source, tensors: Sequence[
     if multiple and (not tensors or pattern.vocabulary is None):
         lacking = "tokenizer.json" if tensors else "embeddings"
         raise ModelError(
-            f"model {name!r} has no {lacking}, so its rows can't be padded",
-            fix="leave pad_rows (mergekit: pad_to_multiple_of) out",
+            f"model {name!r} has no {lacking}, so its rows can't be padded or chosen",
+            fix="leave pad_rows and tokens (mergekit: pad_to_multiple_of, tokens) out",
         )
 
 
@@ -453,6 +546,8 @@ def _check_tables(sources: Mapping[str, Source], names: Sequence[str]) -> None:
 def _note(name: str, rows: Rows, target: Rows, additions: Sequence[Mapping[str, Any]]) -> str:
     assert rows.tokens is not None
     assert target.tokens is not None
+    if rows == target:
+        return f"rows of single tokens are chosen for {name}"
     if rows.tokens == target.tokens:
         return f"padding differs: {name} has {rows.count} embedding rows, the result {target.count}"
     if additions:

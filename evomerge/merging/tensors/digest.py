@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.merging.sources.arrays import of_tensor
+from evomerge.merging.sources.arrays import of_tensor, to_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.tensors.threads import pool
 
@@ -22,12 +22,16 @@ def weights_digest(tensors: Mapping[str, Callable[[], Tensor]], dtype: str) -> s
 
     Args:
         tensors: name -> function that returns the tensor, on the CPU.
-        dtype: the type to which elements are rounded before they are hashed.
+        dtype: the type to which elements are rounded before they are hashed; whole numbers are not.
     """
     import torch
 
     def hashed(name: str) -> str:
-        tensor = tensors[name]().to(getattr(torch, dtype)).contiguous()
+        tensor = tensors[name]()
+        if tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype)).contiguous()
+        else:
+            tensor = to_tensor(of_tensor(tensor.contiguous())).to(torch.int64)
         data = of_tensor(tensor).reshape(-1).view("uint8")
         return f"{name} {tuple(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}\n"
 
@@ -39,7 +43,9 @@ def weights_digest(tensors: Mapping[str, Callable[[], Tensor]], dtype: str) -> s
 def folder_digest(folder: Path, dtype: str) -> str:
     """Return the digest of the weights in a model folder; raise ModelError where it can't be read."""
     checkpoint = Checkpoint.open(str(folder))
-    return weights_digest({name: _reader(checkpoint, name) for name in checkpoint.headers}, dtype)
+    return weights_digest(
+        {name: _reader(checkpoint, name) for name in (*checkpoint.headers, *checkpoint.copied)}, dtype
+    )
 
 
 def _reader(checkpoint: Checkpoint, name: str) -> Callable[[], Tensor]:

@@ -10,11 +10,12 @@ import numpy
 from evomerge.merging.methods.core_space import LowRankUpdate
 from evomerge.merging.methods.declaration import FileKind
 from evomerge.merging.methods.selection import Boundary, Spectrum, boundary
+from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.arrays import WeightArray, computable, of_tensor
 from evomerge.merging.sources.checkpoint import Checkpoint
-from evomerge.merging.sources.source import Source, task_vector
+from evomerge.merging.sources.source import Source, copied_place, task_vector
 from evomerge.merging.tensors.kernels import Operand
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Inputs(Protocol):
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         """Return a source's tensor in float32 or bfloat16, marked if `base` is still to be subtracted."""
+        ...
+
+    def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
+        """Return what an output tensor is a copy of, see `copied_place`; None for a merged tensor."""
         ...
 
     def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
@@ -62,6 +67,9 @@ class FileInputs:
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         return _operand(self._sources, source, tensor, base, mapped=False)
+
+    def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
+        return _copied(self._sources, recipe, tensor)
 
     def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
         return measured_files.tensor(kind, file, tensor)
@@ -104,6 +112,9 @@ class WarmInputs:
             self._mapped[place] = operand  # a view of the file: keeping it costs nothing
         return operand
 
+    def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
+        return _copied(self._sources, recipe, tensor)
+
     def measured(self, kind: FileKind, file: str, tensor: str) -> Tensor | None:
         return measured_files.tensor(kind, file, tensor)
 
@@ -121,6 +132,11 @@ class WarmInputs:
         if place not in self._spectra:
             self._spectra[place] = Spectrum(magnitudes())
         return self._spectra[place].boundary(rank)
+
+
+def _copied(sources: Mapping[str, Source], recipe: Recipe, tensor: str) -> WeightArray | None:
+    place = copied_place(recipe, tensor, sources) if any(s.copied for s in sources.values()) else None
+    return None if place is None else sources[place[0]].array(place[1])
 
 
 def _updates(

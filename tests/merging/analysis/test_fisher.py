@@ -22,6 +22,8 @@ from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources import measured_files
 from evomerge.merging.sources.opening import open_source
+from tests.merging import families
+from tests.merging.conftest import save
 
 LINES = ["w1 w2 w3 w4", "", "w9 w8", "w5", "  w7 w7 w20 w1 w2 w3 "]
 
@@ -203,3 +205,13 @@ def test_a_failed_write_leaves_nothing(
     with pytest.raises(DiskError if isinstance(error, OSError) else KeyboardInterrupt):
         estimate(models["a"], text, tmp_path / "out.st")
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("family", ["llava", "granite_speech", "deepseek_v4", "mixtral"])
+def test_the_names_are_those_in_the_files(family: str, text: Path, tmp_path: Path) -> None:
+    """Of models with other names when loaded, with buffers, with whole numbers, and with joined experts."""
+    folder = save(families.build(family, 0), tmp_path / "model")
+    estimate(str(folder), text, tmp_path / "fisher.st")
+    found, headers = load_file(tmp_path / "fisher.st"), open_source(str(folder)).headers
+    assert {name: tuple(one.shape) for name, one in found.items()} == {n: h.shape for n, h in headers.items()}
+    assert sum(bool(one.any()) for one in found.values()) > 20

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftModel
@@ -24,6 +26,7 @@ from evomerge.merging.export.adapter import AdapterReport, low_rank, write_adapt
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.checkpoint import Checkpoint
+from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.opening import open_source
 from tests.merging import families
 from tests.merging.conftest import llama, perturb
@@ -416,6 +419,7 @@ def test_a_failing_finish_leaves_nothing(models: dict[str, str], tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+<<<<<<< HEAD
 def test_a_module_with_parameters_beside_its_layers_is_stored_whole(tmp_path: Path) -> None:
     """Linear attention has `A_log` beside its projections; peft can't adapt layers of a module it stores."""
     for seed, name in enumerate(("base", "a")):
@@ -444,3 +448,45 @@ def test_a_base_without_the_heads_of_the_merge_is_refused(chosen: str | None, tm
     with pytest.raises(ConfigError, match="an adapter can't be written for this base"):
         write_adapter(recipe, tmp_path / "out", rank=2, base=base)
     assert not (tmp_path / "out").exists()
+=======
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl", "llava"])
+def test_a_model_with_a_vision_tower(family: str, tmp_path: Path) -> None:
+    """The file has the names of the live model, which differ from those in the base's files."""
+    for seed, name in enumerate(("base", "a")):
+        families.build(family, seed).save_pretrained(tmp_path / name)
+    models = {name: str(tmp_path / name) for name in ("base", "a")}
+    recipe = Recipe(models=models, base="base", groups=(group("linear", "a"),), dtype="float32")
+    report = write_adapter(recipe, tmp_path / "adapter", rank=256, keep_rest=True)
+    assert any("vision" in name or "visual" in name for name in report.ranks)
+    config = transformers.AutoConfig.from_pretrained(models["base"])
+    kind = model_class(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = kind.from_pretrained(models["base"], dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+        tuned = kind.from_pretrained(models["a"], dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, tuned(IDS).logits, rtol=0, atol=1e-4)
+    merged, expected = loaded.merge_and_unload().state_dict(), tuned.state_dict()
+    differing = [n for n, tensor in expected.items() if not torch.allclose(merged[n], tensor, atol=1e-4)]
+    assert len(differing) == len(report.lost) < 4  # a module with linear layers below can't be stored whole
+    assert all("vision_tower.head" in name for name in report.lost)
+    again = open_source(f"{models['base']}+{tmp_path / 'adapter'}")
+    tensors = Checkpoint.open(models["a"])
+    for name in again.headers.keys() - set(report.lost):
+        torch.testing.assert_close(again.tensor(name), tensors.tensor(name), rtol=0, atol=1e-4)
+
+
+def test_the_adapter_names_the_hub_id_of_its_base(models: dict[str, str], tmp_path: Path) -> None:
+    cached = tmp_path / "models--org--name" / "snapshots" / "0a1b2c"
+    cached.parent.mkdir(parents=True)
+    shutil.copytree(models["base"], cached)
+    places = {"base": str(cached), "a": models["a"]}
+    recipe = Recipe(models=places, base="base", groups=(group("linear", "a"),))
+    for base_id, expected in ((None, ("org/name", "0a1b2c")), ("else/where", ("else/where", None))):
+        out = tmp_path / str(base_id).replace("/", "-")
+        report = write_adapter(recipe, out, rank=1, base_id=base_id)
+        config = PeftConfig.from_pretrained(out)
+        assert (config.base_model_name_or_path, config.revision) == expected
+        assert report.base == str(cached)
+>>>>>>> main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from evomerge.merging import mergekit, methods
 from evomerge.merging.mergekit.reader import OURS, UNWEIGHTED
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.recipe_data import TokenRow
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source
 from evomerge.merging.stacking import output_headers, output_names
@@ -408,7 +410,12 @@ PLAIN = {"merge_method": "ties", "base_model": "m/base", "dtype": "float32", "mo
         ({"chat_template": "chatlm"}, "chat_template: 'chatlm' is no model"),
         ({"tokenizer_source": 3}, "tokenizer_source\n  expected: base, union, or a model"),
         ({"tokenizer": {"source": "base", "tokns": {}}}, "tokenizer: unknown key 'tokns'"),
-        ({"tokenizer": {"tokens": {"a": {}}}}, "tokenizer.tokens is not supported"),
+        ({"tokenizer": {"tokens": {"a": {}}}}, "tokenizer.tokens['a']: no source"),
+        ({"tokenizer": {"tokens": {"a": {"source": "m/a", "forc": True}}}}, "unknown key 'forc'"),
+        ({"tokenizer": {"tokens": {"a": {"source": 3}}}}, "tokens['a']: model\n  expected: the name"),
+        ({"tokenizer": {"tokens": {"a": {"source": {"kind": "one"}}}}}, "kind\n  expected: zero or model"),
+        ({"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token"}}}}}, "one of token and token_id"),
+        ({"tokenizer": {"tokens": ["a"]}}, "tokenizer.tokens\n  expected: a mapping"),
         ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of\n  expected: a whole"),
         ({"tokenizer": {"pad_to_multiple_of": "8"}}, "tokenizer.pad_to_multiple_of\n  expected: a whole"),
         ({"base_model": None}, "ties works on task vectors and needs a base model"),
@@ -689,3 +696,27 @@ def test_arcs_of_vectors_and_negative_weights_are_read_and_written() -> None:
     assert read(mergekit.write(changed)).groups == changed.groups
     written = recipe.to_yaml() + mergekit.write(recipe)
     assert "nuslerp_" not in written  # recipes written before these parameters keep their hashes
+
+
+def test_rows_of_single_tokens_are_read_and_written() -> None:
+    tokens = {
+        "x": {"source": "m/extra"},
+        "y": {"source": {"kind": "zero"}, "force": True},
+        "z": {"source": {"kind": "model_token", "model": "m/a", "token": "x"}},
+        "w": {"source": {"kind": "model_token", "model": "m/a", "token_id": 7}, "force": True},
+    }
+    recipe = read(yaml.safe_dump(PLAIN | {"tokenizer": {"source": "union", "tokens": tokens}}))
+    assert "extra" in recipe.models
+    assert recipe.tokens == {
+        "x": TokenRow(model="extra"),
+        "y": TokenRow(force=True),
+        "z": TokenRow(model="a", token="x"),
+        "w": TokenRow(model="a", row=7, force=True),
+    }
+    written = yaml.safe_load(mergekit.write(recipe, tensors=["model.norm.weight"]))["tokenizer"]["tokens"]
+    assert [written[token].get("force", False) for token in tokens] == [False, True, False, True]
+    assert read(mergekit.write(recipe, tensors=["model.norm.weight"])).tokens == recipe.tokens
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    plain = dataclasses.replace(recipe, tokens={})
+    assert "tokens" not in plain.to_data()
+    assert plain.hash != recipe.hash

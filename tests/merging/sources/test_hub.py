@@ -17,16 +17,30 @@ from evomerge.errors import ModelError
 from evomerge.merging.export import writer
 from evomerge.merging.mergekit import read
 from evomerge.merging.recipe import Recipe
+from evomerge.merging.sources.beside import beside
+from evomerge.merging.sources.file_kinds import LARGEST
 from evomerge.merging.sources.hub import SINGLE, known_id, split_id
 from evomerge.merging.sources.opening import open_source
 
 COMMIT = "0123abc"
 CLUTTER = (
     *("consolidated.safetensors", "onnx/model.safetensors", "onnx/config.json", "original/params.json"),
-    *("checkpoint-500/model.safetensors", "checkpoint-500/config.json", "pytorch_model.bin", "modeling.py"),
-    *("tokenizer.py", "model.fp16.safetensors", "runs/events.json", "coreml/weights.model"),
+    *(
+        "checkpoint-500/model.safetensors",
+        "checkpoint-500/config.json",
+        "pytorch_model.bin",
+        ".gitattributes",
+    ),
+    *("onnx/1_Pooling/config.json", "model.fp16.safetensors", "runs/events.json", "coreml/weights.model"),
+    *("gguf/model.Q4.gguf", "training_args.bin", "trainer_state.json", "1_Pooling/model.safetensors"),
 )
 """Files of real repositories that no merge reads."""
+BESIDE = (
+    *("README.md", "LICENSE", "tokenizer.model", "additional_chat_templates/tools.jinja", "modeling.py"),
+    *("1_Pooling/config.json", "modules.json", "tekken.json", "sentencepiece.bpe.model", "configs/a/code.py"),
+    *("preprocessor_config.json", "special.txt"),
+)
+"""Files that a merge takes over."""
 
 
 class FakeHub:
@@ -39,12 +53,15 @@ class FakeHub:
     def folder(self, name: str) -> Path:
         return self.cache / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
 
-    def model_info(self, name: str, revision: str | None = None) -> SimpleNamespace:
+    def model_info(
+        self, name: str, revision: str | None = None, files_metadata: bool = True
+    ) -> SimpleNamespace:
         if name not in self.repositories or revision not in (None, "v1", "refs/pr/3", COMMIT):
             raise ConnectionError("name resolution failed")
         root = self.repositories[name]
-        files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=file) for file in files])
+        sizes = {p.relative_to(root).as_posix(): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+        siblings = [SimpleNamespace(rfilename=file, size=sizes[file]) for file in sorted(sizes)]
+        return SimpleNamespace(sha=COMMIT, siblings=siblings)
 
     def snapshot_download(self, name: str, *, allow_patterns: list[str], revision: str | None = None) -> str:
         files = [file.rfilename for file in self.model_info(name, revision).siblings]
@@ -75,10 +92,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 def cluttered(root: Path) -> Path:
     for file in CLUTTER:
-        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes(b"much")
-    for file in ("README.md", "LICENSE", "tokenizer.model", "additional_chat_templates/tools.jinja"):
-        (root / file).parent.mkdir(exist_ok=True)
+    for file in BESIDE:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text("little")
     return root
 
@@ -94,10 +111,21 @@ def test_one_file_of_weights_and_the_small_files_are_downloaded(
     assert open_source("org/model").num_layers == 3
     files = downloaded(hub)
     assert not files & set(CLUTTER)
-    expected = {"config.json", "model.safetensors", "README.md", "additional_chat_templates/tools.jinja"}
-    assert files >= expected
+    assert files >= {"config.json", "model.safetensors", *BESIDE}
     open_source("org/model")
     assert len(hub.asked) == 1  # what is in the cache is not asked for again
+
+
+def test_what_is_downloaded_is_what_a_merge_takes_over(
+    hub: FakeHub, models: Mapping[str, str], tmp_path: Path
+) -> None:
+    root = hub.repositories["org/model"] = cluttered(Path(shutil.copytree(models["base"], tmp_path / "all")))
+    with (root / "video.mp4").open("wb") as file:
+        file.truncate(LARGEST + 1)
+    there = beside(open_source(str(root)))
+    assert "video.mp4" not in downloaded(hub)
+    assert there.files.keys() == beside(open_source("org/model")).files.keys()
+    assert beside(open_source("org/model")).left_out == ()
 
 
 def test_of_shards_those_in_the_index_are_downloaded(
@@ -191,3 +219,15 @@ def test_folders_of_the_cache_have_an_id(tmp_path: Path) -> None:
     assert known_id(str(snapshot)) == f"org/name@{COMMIT}"
     assert known_id("org/name@v1") == "org/name@v1"
     assert known_id(str(tmp_path)) is None
+
+
+def test_an_adapter_of_a_revision_is_applied_to_it(
+    hub: FakeHub, models: Mapping[str, str], adapters: Mapping[str, str], tmp_path: Path
+) -> None:
+    hub.repositories["org/model"] = Path(models["base"])
+    folder = Path(shutil.copytree(adapters["plain"], tmp_path / "adapter"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "org/model", "revision": "v1"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    assert open_source(str(folder)).num_layers == 3
+    assert {(name, revision) for name, revision, _ in hub.asked} == {("org/model", "v1")}

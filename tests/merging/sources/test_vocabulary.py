@@ -28,6 +28,7 @@ from evomerge.merging.compatibility import check
 from evomerge.merging.export.writer import write
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.recipe_data import TokenRow
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.opening import open_sources, open_used
 from evomerge.merging.sources.source import Source
@@ -528,3 +529,56 @@ def test_an_adapter_keeps_its_update_under_other_tokens(
     for name in plain["lora"].headers:
         ours, theirs = aligned["lora"].tensor(name), plain["lora"].tensor(name)
         assert torch.equal(ours[: len(theirs)], theirs)
+
+
+def of_token(recipe: Recipe, source: str, token: str) -> torch.Tensor:
+    return row(open_used(recipe)[source], token)
+
+
+def test_rows_of_single_tokens_are_chosen(family: dict[str, str]) -> None:
+    alone = open_sources({"base": family["base"]}, None) | open_sources({"other": family["other"]}, None)
+    tokens = {
+        START: TokenRow(model="other", token="own"),
+        TOOL: TokenRow(),
+        WORDS[5]: TokenRow(model="other", force=True),
+        WORDS[6]: TokenRow(model="base", row=3, force=True),
+        WORDS[7]: TokenRow(model="other"),
+    }
+    models = open_used(recipe_of(family, "chat", "other", tokenizer="union", tokens=tokens))
+    without = open_used(recipe_of(family, "chat", "other", tokenizer="union"))
+    names = ("chat", "other")
+    for name in names:
+        assert torch.equal(row(models[name], WORDS[5]), row(alone["other"], WORDS[5]))
+        assert torch.equal(row(models[name], WORDS[6]), alone["base"].tensor(EMBEDDING)[3])
+        assert torch.equal(row(models[name], WORDS[7]), row(without[name], WORDS[7]))  # no model lacks it
+        assert torch.equal(row(models[name], START), row(without[name], START))  # both have it
+        assert models[name].fingerprint != without[name].fingerprint
+    assert not row(models["chat"], TOOL).any()
+    assert torch.equal(row(models["other"], TOOL), row(alone["other"], TOOL))
+
+
+def test_rows_are_chosen_where_vocabularies_agree(family: dict[str, str], tmp_path: Path) -> None:
+    models = {"base": family["base"], "again": family["base"]}
+    tokens = {WORDS[4]: TokenRow(force=True), WORDS[5]: TokenRow(model="base", token=WORDS[6], force=True)}
+    recipe = recipe_of(models, "again", tokens=tokens)
+    made = Checkpoint.open(str(write(recipe, tmp_path / "out")))
+    base = Checkpoint.open(family["base"])
+    assert not row(made, WORDS[4]).any()
+    assert torch.equal(row(made, WORDS[5]), row(base, WORDS[6]))
+    assert torch.equal(row(made, WORDS[7]), row(base, WORDS[7]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"w99": TokenRow()}, "'w99' is no token"),
+        ({"w3": TokenRow(model="base", token="w99")}, "which has no token 'w99'"),
+        ({"w3": TokenRow(model="base", row=99)}, "takes row 99 of base"),
+        ({"w3": TokenRow(model="bass")}, "unknown model 'bass'"),
+    ],
+)
+def test_rows_that_do_not_exist_are_refused(
+    tokens: dict[str, TokenRow], message: str, family: dict[str, str]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_used(recipe_of(family, "chat", tokenizer="union", tokens=tokens))
