@@ -190,6 +190,13 @@ def _check_architecture(name: str, source: Source, pattern_name: str, pattern: S
             )
     if source.tied != pattern.tied:
         tied, untied = (name, pattern_name) if source.tied else (pattern_name, name)
+        if not any(tensor.endswith(HEADS) for tensor in (pattern if source.tied else source).headers):
+            raise ModelError(
+                f"model {untied!r} has no head",
+                expected="one in its files, because its config.json says tie_word_embeddings: false",
+                got=f"no tensor whose name ends in {' or '.join(HEADS)}",
+                fix="download it again, or say true there if its head is its embeddings",
+            )
         raise ModelError(
             f"model {name!r} does not fit {pattern_name!r}: only {tied} has its head tied to the embeddings",
             expected="all tied or all untied (tie_word_embeddings)",

@@ -26,6 +26,12 @@ NOT_PER_LAYER = ("architectures", "_token_id", "_token_ids", "_section")
 INDICES = ("mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices")
 """Config keys that list the indices of the layers of one kind."""
 
+PER_LAYER = "per_layer"
+"""In the names of tensors outside the layers that have a part for each layer, as in Gemma 3n and Gemma 4."""
+
+BY_LAYER = ("per_layer_config",)
+"""Config keys that map the indices of some layers to their entries."""
+
 
 def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, Header]:
     """Return the headers of the tensors a recipe makes: output name -> shape and type as in a source.
@@ -47,6 +53,12 @@ def output_headers(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, H
                 f"the layers of {model!r} can't be stacked or shifted",
                 expected="one list of layers in its text decoder",
                 got=", ".join(starts),
+            )
+        if parts := [name for name in opened.headers if layer_of(name) is None and PER_LAYER in name]:
+            raise ModelError(
+                f"the layers of {model!r} can't be stacked or shifted",
+                expected="no tensor outside the layers with a part for each of them",
+                got=", ".join(parts),
             )
     count = pattern.num_layers if recipe.num_layers is None else recipe.num_layers
     every = {name: {**source.headers, **source.copied} for name, source in sources.items()}
@@ -151,6 +163,9 @@ def _remapped(
             new[key] = len(taken)
         elif key in INDICES and isinstance(value, list):
             new[key] = [i for i, (source, at) in enumerate(taken) if at in (configs[source].get(key) or ())]
+        elif key in BY_LAYER and isinstance(value, Mapping):
+            own = {i: (configs[source].get(key) or {}).get(str(at)) for i, (source, at) in enumerate(taken)}
+            new[key] = {str(i): entries for i, entries in own.items() if entries is not None}
         elif isinstance(value, list) and len(value) == num_layers and not key.endswith(NOT_PER_LAYER):
             lists = {
                 source: entries if isinstance(entries := configs[source].get(key), list) else value

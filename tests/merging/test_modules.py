@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,3 +351,67 @@ def test_kinds_of_layers_that_the_class_computes_move_with_their_layers(tmp_path
     scored_is_exported(stack, tmp_path / "out")
     made = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert made.layer_types == kinds_of_layers[1:]
+
+
+def test_modules_that_mergekit_calls_by_their_layers_names_are_read(
+    vlm: dict[str, str], tmp_path: Path
+) -> None:
+    """Without a definition of an architecture, mergekit has a module per list of layers and `default`."""
+    base, a = weights(vlm["base"]), weights(vlm["a"])
+    lists = {match.group(1) for name in base if (match := re.match(r"(.*?)\.\d+\.", name))}
+    text = next(name for name in lists if modules.layer_of(f"{name}.0.weight") == 0)
+    entries: dict[str, Any] = {
+        name: {"models": [{"model": vlm["base"], "parameters": {"scale": 0.5}}]} for name in lists
+    }
+    ranges = [("a", 0, 2), ("base", 1, 4)]
+    entries[text] = {
+        "slices": [{"sources": [{"model": vlm[m], "layer_range": [i, j]}]} for m, i, j in ranges]
+    }
+    entries["default"] = {"models": [{"model": vlm["a"]}]}
+    data = {"merge_method": "passthrough", "modules": entries, "dtype": "float32"}
+    recipe = mergekit.read(yaml.safe_dump(data))
+    made = scored_is_exported(recipe, tmp_path / "out")
+    for name, tensor in made.items():
+        if (layer := modules.layer_of(name)) is not None:
+            expected = a[name] if layer < 2 else base[modules.shifted(name, -1)]
+        else:
+            listed = any(name.startswith(f"{start}.") for start in lists)
+            expected = base[name] * 0.5 if listed else a[name]
+        assert torch.equal(tensor, expected), name
+    assert {modules.layer_of(name) for name in made} == {None, *range(5)}
+    del entries["default"]
+    if modules.PROJECTOR not in {modules.module_of(f"{name}.") for name in lists}:
+        with pytest.raises(ConfigError, match="does not say how every module"):
+            mergekit.read(yaml.safe_dump(data))
+
+
+def test_stacks_beside_averaged_modules_are_written_for_mergekit(vlm: dict[str, str], tmp_path: Path) -> None:
+    """As a run over paths of layers makes them with `other_modules: merge`."""
+    names = weights(vlm["base"])
+    starts = tuple(s for module in modules.beside_text(names) for s in modules.prefixes(names, module))
+    groups = (
+        TensorGroup(method="linear", sources=("a", "b"), layers=OUTSIDE, match=starts),
+        TensorGroup(method="passthrough", sources=("a",), layers=(0, 2, 3)),
+        TensorGroup(method="passthrough", sources=("b",), layers=(1,), shift=(2,)),
+        TensorGroup(method="passthrough", sources=("a",), layers=OUTSIDE),
+    )
+    recipe = Recipe(models=vlm, base="base", groups=groups, dtype="float32")
+    made = scored_is_exported(recipe, tmp_path / "out")
+    text = mergekit.write(recipe)
+    slices = yaml.safe_load(text)["modules"]["text_decoder"]["slices"]
+    assert all("weight" in source["parameters"] for part in slices for source in part["sources"])
+    again = weights(write(mergekit.read(text), tmp_path / "again"))
+    assert all(torch.equal(made[name], again[name]) for name in made)
+
+
+@pytest.mark.parametrize(
+    ("end", "message"), [(2, "no slice of .* makes its layer 2"), (9, "has fewer layers")]
+)
+def test_slices_of_a_tower_are_its_layers(end: int, message: str, vlm: dict[str, str]) -> None:
+    others = [name for name in parts_of(weights(vlm["base"])) if name != "text_decoder"]
+    entries: dict[str, Any] = {name: {"models": [{"model": vlm["a"]}]} for name in ("text_decoder", *others)}
+    ranged = {"model": vlm["a"], "layer_range": [0, end]}
+    entries["vision_tower"] = {"slices": [{"sources": [ranged]}]}
+    data = {"merge_method": "passthrough", "modules": entries, "dtype": "float32"}
+    with pytest.raises(ConfigError, match=message):
+        mergekit.read(yaml.safe_dump(data))

@@ -8,6 +8,7 @@ so that a damaged file can't take this one along.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,10 @@ def main() -> None:
             for name, header in headers.items():
                 writer.add(name, of_tensor(tensors[name].to(kinds[header.dtype]).contiguous()))
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())[:250]}") from None
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise SystemExit(f"it holds {found[1]}, which is no tensor and can run code") from None
+        reason = str(error).partition("WeightsUnpickler error:")[2].partition("Check the")[0] or str(error)
+        raise SystemExit(f"{type(error).__name__}: {' '.join(reason.split())[:250]}") from None
 
 
 def _codes() -> dict[Any, str]:

@@ -206,16 +206,16 @@ class Rewiring:
         if frame is None:
             model = build(self._pattern, config, self._dtype, self._attention, self._generation)
             frame = _Frame(model=model, slots=_state(model))
-            if set(frame.slots) != set(parts_by_live):
-                differing = sorted(set(frame.slots) ^ set(parts_by_live))
-                raise ModelError(
-                    "the stacked layers do not have the weights of the model that their config describes",
-                    got=f"differences at {', '.join(differing[:3])}",
-                    fix="take layers of the kind that the config has at their place",
-                )
             if len(self._frames) == FRAMES:
                 del self._frames[next(iter(self._frames))]
         self._frames[name] = frame
+        if set(frame.slots) != set(parts_by_live):  # also of a kept frame: kinds may follow from the number
+            differing = sorted(set(frame.slots) ^ set(parts_by_live))
+            raise ModelError(
+                "the stacked layers do not have the weights of the model that their config describes",
+                got=f"differences at {', '.join(differing[:3])}",
+                fix="take layers of the kind that the config has at their place",
+            )
         return frame
 
     def _share(self, recipe: Recipe, parts_by_live: Mapping[str, Sequence[_Part]]) -> dict[str, Tensor]:

@@ -27,9 +27,18 @@ from evomerge.errors import ConfigError, ModelError, nearest
 from evomerge.merging import methods
 from evomerge.merging.chat_templates import with_text
 from evomerge.merging.mergekit.ignored import ENTRIES, without_ignored
-from evomerge.merging.mergekit.slices import Condition, Headers, Made, Slice, check_ranges, groups, placed
+from evomerge.merging.mergekit.slices import (
+    REST,
+    Condition,
+    Headers,
+    Made,
+    Slice,
+    check_ranges,
+    groups,
+    placed,
+)
 from evomerge.merging.methods import Method
-from evomerge.merging.modules import TEXT, beside_text, module_of
+from evomerge.merging.modules import TEXT, beside_text, decoders, module_of
 from evomerge.merging.recipe import DTYPES, UNION, Recipe
 from evomerge.merging.recipe_data import LAYERS, TokenRow, token_rows
 from evomerge.merging.sources.hub import is_local, split_id
@@ -180,7 +189,7 @@ def _by_module(
     """Return module -> slices, from the names in the file; "" (a file without modules) is the text decoder.
 
     mergekit calls modules as its definition of an architecture does, or, without a definition, by the start
-    of their layers' names, and `default` the rest.
+    of their layers' names, and `default` (`REST`) the rest.
     """
     if len(by_name) == 1 and "" in by_name:
         return {TEXT: by_name[""]}
@@ -188,6 +197,10 @@ def _by_module(
     there = (TEXT, *beside_text(tensors))
     if len(by_name) == len(there) == 1:
         return {TEXT: next(iter(by_name.values()))}
+    starts = [name for name in by_name if any(tensor.startswith(f"{name}.") for tensor in tensors)]
+    if REST in by_name and starts and len(starts) + 1 == len(by_name):
+        text = [name for name in starts if f"{name}." in decoders(tensors)]
+        return {TEXT: by_name[text[0] if text else REST], **by_name}
     found: dict[str, Sequence[Slice]] = {}
     for name, slices in by_name.items():
         inside = next((module_of(tensor) for tensor in tensors if tensor.startswith(f"{name}.")), None)

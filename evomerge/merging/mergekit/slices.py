@@ -28,6 +28,8 @@ STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 T = TypeVar("T")
 Condition = tuple[str | None, tuple[Any, ...]]
 """A filter (None: always) and its value: one number, or a gradient over the slice's layers."""
+REST = "default"
+"""What mergekit calls the tensors outside all lists of layers, in a model it has no definition of."""
 FilterRule = tuple[tuple[str, ...], tuple[tuple[str, Setting], ...]]
 """Substrings of tensor names and the parameters of the tensors that contain one of them."""
 
@@ -116,18 +118,20 @@ def groups(
 ) -> tuple[TensorGroup, ...]:
     """Return the tensor groups of slices.
 
-    parts: module -> its slices. Missing modules are made like the text decoder's first slice. names: location
-    -> name in the recipe. base: location of the recipe's base; groups with another base name it.
+    parts: module -> its slices. Missing modules are made like the text decoder's first slice. With `REST`,
+    keys beside it and the text decoder are starts of tensor names. names: location -> name in the recipe.
+    base: location of the recipe's base; groups with another base name it.
     """
-    text = parts[TEXT]
+    text, rest = parts[TEXT], parts.get(REST)
     places: list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]] = []
     if len(parts) > 1 or len(text) > 1 or text[0].length is not None or not text[0].uniform:
         first = replace(text[0], start=0, length=None, made=text[0].made.outside())
         tensors = headers.names_if_known(text[0].made.sources[0])
         for module in beside_text(tensors):
             own = [name for name in tensors if module_of(name) == module]
-            places += _module_places(parts.get(module, [first]), module, own)
-    places += _places(text, headers)
+            slices = {name: _part(parts, name) if rest else parts.get(module, [first]) for name in own}
+            places += _module_places(slices, module)
+    places += _places(text, headers, rest)
     return tuple(
         TensorGroup(
             method=made.method,
@@ -144,21 +148,35 @@ def groups(
     )
 
 
+def _part(parts: Mapping[str, Sequence[Slice]], tensor: str) -> Sequence[Slice]:
+    """Return the slices of the longest start of a tensor's name, else `REST`."""
+    starts = [start for start in parts if tensor.startswith(f"{start}.")]
+    return parts[max(starts, key=len, default=REST)]
+
+
 def _module_places(
-    slices: Sequence[Slice], module: str, tensors: Sequence[str]
+    slices: Mapping[str, Sequence[Slice]], module: str
 ) -> list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]]:
     """Return (outside the text decoder's layers, sources, rules) of a module beside the text decoder.
 
-    Positions of gradients count the module's own layers.
+    slices: tensor -> the slices that make it. Positions of gradients count the module's own layers.
     """
-    last = {place[0]: 0 for name in tensors if (place := own_layer(name))}
-    for name in tensors:
+    last = {place[0]: 0 for name in slices if (place := own_layer(name))}
+    for name in slices:
         if place := own_layer(name):
             last[place[0]] = max(last[place[0]], place[1])
+    for listed in slices.values():
+        end = listed[-1].start + (listed[-1].length or 0)
+        if last and end > max(last.values()) + 1:
+            raise ConfigError(
+                f"mergekit file: {module} has fewer layers than its layer_ranges need",
+                expected=f"an end of at most {max(last.values()) + 1}",
+                got=str(end),
+            )
     settings: dict[str, tuple[Made, tuple[tuple[str, Setting], ...]]] = {}
-    for name in tensors:
+    for name, listed in slices.items():
         start, layer = own_layer(name) or ("", 0)
-        part = _slice_at(slices, layer if start else None, is_before_layers(name), module)
+        part = _slice_at(listed, layer if start else None, is_before_layers(name), module)
         first, count = part.start, part.length or last.get(start, 0) + 1
         position = 0.0 if not start else (layer - first) / (count - 1) if count > 1 else 1.0
         settings[name] = (part.made.outside(), _resolve(part, position, name))
@@ -215,10 +233,13 @@ def compressed(values: Mapping[str, T]) -> list[tuple[tuple[str, ...], T]]:
 
 
 def _places(
-    slices: Sequence[Slice], headers: Headers
+    slices: Sequence[Slice], headers: Headers, rest: Sequence[Slice] | None
 ) -> list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]]:
-    """Return (layers, sources, rules), one for each run of layers that are made the same way."""
-    if len(slices) == 1 and slices[0].length is None and slices[0].uniform:
+    """Return (layers, sources, rules), one for each run of layers that are made the same way.
+
+    rest: the slices that make the tensors outside the layers; None: the first and the last of the layers'.
+    """
+    if rest is None and len(slices) == 1 and slices[0].length is None and slices[0].uniform:
         return [(None, slices[0].made, _rules(slices[0], 0.0, headers, "all"))]
     runs: list[tuple[list[int], Made, list[FilterRule]]] = []
     for part in slices:
@@ -233,13 +254,14 @@ def _places(
                 runs.append(([layer], part.made, rules))
     places: list[tuple[tuple[int, ...] | None, Made, list[FilterRule]]]
     places = [(tuple(layers), made, rules) for layers, made, rules in runs]
+    outer = rest or slices
     first, last = (
-        (part.made.outside(), _rules(part, 0.0, headers, "outside")) for part in (slices[0], slices[-1])
+        (part.made.outside(), _rules(part, 0.0, headers, "outside")) for part in (outer[0], outer[-1])
     )
     if first != last:
-        outside = headers.layout(slices[0].made.sources[0]).outside
+        outside = headers.layout(outer[0].made.sources[0]).outside
         names = [name for name in outside if is_before_layers(name) and module_of(name) == TEXT]
-        places.append((OUTSIDE, first[0], _exact_rules(slices[0], 0.0, names)))
+        places.append((OUTSIDE, first[0], _exact_rules(outer[0], 0.0, names)))
     return [*places, (OUTSIDE, *last)]
 
 

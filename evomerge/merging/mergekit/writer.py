@@ -111,14 +111,16 @@ def _plain(group: TensorGroup) -> bool:
 def _with_plain_copies(recipe: Recipe) -> Recipe:
     """Return the recipe with its copies written as `passthrough`, where its groups use several methods.
 
-    In a file of another method, mergekit and the reader take a slice of one source as a copy.
+    In a file of another method, mergekit and the reader take a slice of one source as a copy; in one of
+    `linear`, as its mean.
     """
     if len({group.method for group in recipe.groups}) == 1:
         return recipe
-    groups = [
-        group if group.copied_source is None else replace(group, method="passthrough", parameters={})
-        for group in recipe.groups
-    ]
+    merged = {group.method for group in recipe.groups if group.copied_source is None}
+    copy: dict[str, Any] = {"method": "passthrough", "parameters": {}}
+    if merged == {"linear"}:
+        copy = {"method": "linear", "parameters": {"weight": 1.0}}
+    groups = [group if group.copied_source is None else replace(group, **copy) for group in recipe.groups]
     return recipe.with_groups(groups, num_layers=recipe.num_layers)
 
 

@@ -284,7 +284,7 @@ class AdaptedCheckpoint:
             if torch.equal(head, matrix):
                 del self.replaced[heads[0]]
                 return
-        raise _taken_apart(self.location, *adapted, *heads, *embeddings)
+        raise _taken_apart(self.location, *dict.fromkeys((*adapted, *heads, *embeddings)))
 
 
 def split_location(location: str) -> tuple[str, str | None]:

@@ -146,6 +146,8 @@ def _of_tokenizer(folder: Path) -> dict[str, str]:
     listed = load_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(listed, str):
         return {DEFAULT: listed}
+    if isinstance(listed, dict):
+        return {str(name): text for name, text in listed.items() if isinstance(text, str)}
     named = [entry for entry in listed or () if isinstance(entry, dict)] if isinstance(listed, list) else []
     return {str(e["name"]): str(e["template"]) for e in named if "name" in e and "template" in e}
 

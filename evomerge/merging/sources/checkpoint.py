@@ -131,6 +131,7 @@ class Checkpoint:
         }
         self.headers: Mapping[str, Header] = {n: stored[n] for n in weights if n not in self.copied}
         self._check_layers()
+        self._check_embeddings()
         if not self.tied and self._raw_config.get("tie_word_embeddings") is not False:
             heads = any(name.endswith(HEADS) for name in self.headers)
             self.config = with_tying(self.config, tied=False) if heads else self.config
@@ -167,6 +168,17 @@ class Checkpoint:
                     if self.num_layers
                     else "evomerge finds layers by names like `layers.0.`; this model has none",
                 )
+
+    def _check_embeddings(self) -> None:
+        """Raise ModelError for a tied model whose files hold the head in place of the embeddings."""
+        heads = [name for name in self._stored if self._is_tied(name) and module_of(name) == TEXT]
+        if heads and not any(layer_of(name) is None and _EMBEDS.search(name) for name in self.headers):
+            raise ModelError(
+                f"{self.location}: its head is tied to the embeddings, but its files hold only the head",
+                expected="the embeddings, such as model.embed_tokens.weight",
+                got=heads[0],
+                fix="load it with transformers and save it again, which stores the embeddings",
+            )
 
     @classmethod
     def open(cls, location: str) -> Checkpoint:

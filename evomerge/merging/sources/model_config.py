@@ -119,7 +119,15 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return dict(config)
-    whole = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    kind = CONFIG_MAPPING[config["model_type"]]
+    try:
+        whole = kind.from_dict(kind._decode_special_floats(dict(config)))  # as when it reads the file
+    except Exception as error:  # whatever its checks of the entries raise
+        raise ModelError(
+            f"transformers can't read the config.json of a {config['model_type']} model",
+            got=" ".join(str(error).split())[:300],
+            fix="check it, or download it again",
+        ) from None
     text, full = text_part(config), whole.get_text_config(decoder=True).to_dict()
     count = next((full[key] for key in COUNTS if full.get(key)), None)
     added = {

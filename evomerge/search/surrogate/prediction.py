@@ -91,7 +91,7 @@ def predict_score(
             "too little was scored to learn from",
             expected=f"{ENOUGH} recipes of the run's space scored on the same `search` items",
             got=str(len(known)),
-            fix="resume the run",
+            fix="resume the run, with a larger budget if it is finished",
         )
     scale = normaliser.on(joined([base[block] for block in blocks]))
     skills, kept = scale.skills, scale.retained

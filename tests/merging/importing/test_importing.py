@@ -189,13 +189,15 @@ class Harmful:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("content", ["code", "noise", "numbers", "nan"])
+@pytest.mark.parametrize("content", ["code", "old code", "noise", "numbers", "nan"])
 def test_bad_pickled_files_are_one_message(content: str, tmp_path: Path) -> None:
     folder = save(llama(1), tmp_path / "m")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     path, touched = folder / "pytorch_model.bin", tmp_path / "touched"
     if content == "code":
+        torch.save({"a": Harmful(touched)}, path)
+    elif content == "old code":
         path.write_bytes(pickle.dumps({"a": Harmful(touched)}))
     elif content == "noise":
         path.write_bytes(b"PK\x03\x04" + bytes(range(200)))
@@ -207,6 +209,8 @@ def test_bad_pickled_files_are_one_message(content: str, tmp_path: Path) -> None
     result = CliRunner().invoke(app, ["import", str(folder), str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "Traceback" not in result.output
+    assert ("system, which is no tensor and can run code" in result.output) == (content == "code")
+    assert "Re-running" not in result.output  # torch's advice to load code all the same
     assert not touched.exists()
     assert not (tmp_path / "out").exists()
 

@@ -12,12 +12,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from evomerge.errors import ModelError
 from evomerge.merging.export.writer import write
 from evomerge.merging.live import stacked_models, workbench
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors.digest import folder_digest
 from evomerge.merging.tensors.merge_tensor import NonFiniteWeights
+from tests.merging import families
 from tests.merging.conftest import WORDS, llama, save
 from tests.merging.live.test_architectures import COMMON, FAMILIES
 
@@ -199,3 +201,60 @@ def test_adapters_and_other_vocabularies(
     )
     bench = Workbench(places, "base", tokenizer="union")
     assert_exported(bench, recipe, tmp_path / "out")
+
+
+def test_layers_that_break_a_computed_pattern_of_kinds_are_refused_also_by_a_kept_frame(
+    tmp_path: Path,
+) -> None:
+    """Jamba computes a layer's kind from its number, so a stack has the same config in any order."""
+    models = {}
+    for seed, name in enumerate(("base", "a")):
+        families.build("jamba", seed).save_pretrained(tmp_path / name)
+        models[name] = str(tmp_path / name)
+    bench = Workbench(models, "base")
+    bench.load(path(models, ("a", 0), ("base", 1), ("a", 2), ("a", 3), dtype="float32"))
+    with pytest.raises(ModelError, match="do not have the weights"):
+        bench.load(path(models, ("a", 1), ("a", 0), ("a", 2), ("a", 3), dtype="float32"))
+
+
+def saved(kind: Any, folder: Path) -> dict[str, str]:
+    """Save two random models near each other. kind: a family's name, or a function seed -> model."""
+    build = kind if callable(kind) else lambda seed: families.build(kind, seed)
+    for seed, name in enumerate(("base", "a")):
+        build(seed).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("base", "a")}
+
+
+def test_a_config_with_infinite_numbers_is_stacked(tmp_path: Path) -> None:
+    """transformers writes those of Falcon-H1's `time_step_limit` as objects."""
+    models = saved("falcon_h1", tmp_path)
+    bench = Workbench(models, "base")
+    recipe = path(models, ("a", 1), ("base", 0), ("a", 2), dtype="float32")
+    assert_exported(bench, recipe, tmp_path / "out", torch.arange(3, 13)[None])
+
+
+def test_entries_of_single_layers_move_with_them(tmp_path: Path) -> None:
+    """Gemma 4's layers with full attention have a head size of their own, in `per_layer_config`."""
+
+    def gemma4(seed: int) -> Any:
+        text = families._known(transformers.Gemma4TextConfig, families.SIZES)
+        torch.manual_seed(0)
+        changes: dict[str, Any] = {"hidden_size_per_layer_input": 0, "num_hidden_layers": 6}
+        config = transformers.Gemma4TextConfig(**text | changes, global_head_dim=16)
+        model = transformers.Gemma4ForCausalLM(config)
+        for parameter in model.parameters():
+            parameter.data += 0.01 * seed * torch.randn(parameter.shape)
+        return model
+
+    models = saved(gemma4, tmp_path)
+    recipe = path(models, ("a", 5), ("base", 0), ("a", 1), ("a", 5), dtype="float32")
+    assert_exported(Workbench(models, "base"), recipe, tmp_path / "out", torch.arange(3, 13)[None])
+
+
+def test_embeddings_with_a_part_for_each_layer_are_not_stacked(tmp_path: Path) -> None:
+    models = saved("gemma4", tmp_path)
+    recipe = path(models, ("a", 0), ("base", 1), ("a", 3), dtype="float32")
+    with pytest.raises(ModelError, match="can't be stacked") as raised:
+        write(recipe, tmp_path / "out")
+    assert "embed_tokens_per_layer" in str(raised.value)
+    assert not (tmp_path / "out").exists()

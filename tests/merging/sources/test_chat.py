@@ -19,6 +19,7 @@ from evomerge.merging.export.writer import write
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.merging.sources.chat import read_templates
 from evomerge.merging.sources.opening import open_used
 
 TURNS = [
@@ -280,3 +281,12 @@ def test_a_workbench_has_one_template(chats: dict[str, str]) -> None:
     bench = Workbench(chats, "base")
     with pytest.raises(ConfigError, match="chat_template is not the workbench's"):
         bench.load(recipe_of(chats, chat_template="a"))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [[{"name": "default", "template": CODE}, {"name": "x", "template": CHAT}], {"default": CODE, "x": CHAT}],
+)
+def test_templates_of_both_forms_with_names_are_read(form: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": form}))
+    assert read_templates(tmp_path) == {"default": CODE, "x": CHAT}

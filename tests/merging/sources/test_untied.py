@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from evomerge.errors import ModelError
 from evomerge.merging.export.writer import write
 from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe, TensorGroup
@@ -124,3 +125,28 @@ def test_a_merge_that_leaves_out_the_untied_model_still_has_a_head(tmp_path: Pat
     write(recipe, tmp_path / "out")
     assert bench.digest(recipe) == folder_digest(tmp_path / "out", recipe.dtype)
     assert any("head tied to its embeddings" in note for note in bench.notes)
+
+
+def test_a_tied_model_that_stores_only_its_head_is_refused_by_name(tmp_path: Path) -> None:
+    """transformers 5 ties in both directions and loads it; saved again it has embeddings."""
+    folder = Path(tied_llama(tmp_path / "a", 0, True))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[HEAD] = tensors.pop(EMBEDDINGS)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="hold only the head") as raised:
+        Checkpoint.open(str(folder))
+    assert HEAD in str(raised.value)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert EMBEDDINGS in Checkpoint.open(str(tmp_path / "again")).headers
+
+
+def test_an_untied_model_without_a_head_is_the_one_at_fault(tmp_path: Path) -> None:
+    models = {"base": tied_llama(tmp_path / "base", 0, True), "a": tied_llama(tmp_path / "a", 1, False)}
+    path = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[HEAD]
+    save_file(tensors, path, metadata={"format": "pt"})
+    for base, other in (("base", "a"), ("a", "base")):
+        group = TensorGroup(method="task_arithmetic", sources=(other,))
+        with pytest.raises(ModelError, match="model 'a' has no head"):
+            write(Recipe(models=models, base=base, groups=(group,)), tmp_path / "out")
