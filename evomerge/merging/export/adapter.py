@@ -31,6 +31,7 @@ from evomerge.files import drafted_folder
 from evomerge.merging import methods
 from evomerge.merging.compatibility import check, with_fingerprints
 from evomerge.merging.export import writer
+from evomerge.merging.export.adapter_base import base_of
 from evomerge.merging.export.folder import asked, copy_beside
 from evomerge.merging.methods.reduction import norm
 from evomerge.merging.recipe import Recipe, TensorGroup
@@ -43,11 +44,9 @@ from evomerge.merging.sources.experts import Matched
 from evomerge.merging.sources.hub import known_id
 from evomerge.merging.sources.live_names import LiveNames
 from evomerge.merging.sources.model_config import model_class
-from evomerge.merging.sources.opening import open_source, open_used
+from evomerge.merging.sources.opening import open_used
 from evomerge.merging.sources.source import Source, copied_place, same_base
 from evomerge.merging.sources.tensorfile import CODES, Header, ShardWriter
-from evomerge.merging.sources.untied import Untied
-from evomerge.merging.sources.vocabulary import Aligned
 from evomerge.merging.tensors.application import apply
 from evomerge.merging.tensors.inputs import FileInputs
 from evomerge.merging.tensors.merge_tensor import checked, merge_tensor
@@ -192,8 +191,7 @@ def write_adapter(
     read = model_files.stats(opened.values())
     check(recipe, opened)
     asking = asked(recipe, opened)
-    location, below = _base(recipe, opened, base)
-    _check_base(location, below, recipe, opened[recipe.pattern])
+    location, below = base_of(recipe, opened, base)
     layers = _layers(below)
     plan, exact = _plan(recipe, opened, below, layers, rank, keep_rest)
     plan.lost += _other_numbers(recipe, opened, below)
@@ -261,55 +259,6 @@ def _plan(
         plan = _truncated(unrounded, sources, base, layers, rank, keep_rest)
     _check_targets(plan, recipe)
     return plan, exact
-
-
-def _check_base(location: str, base: Checkpoint, recipe: Recipe, pattern: Source) -> None:
-    """Raise ConfigError for a base that does not have the tensors of the merge."""
-    if differing := sorted(base.headers.keys() ^ pattern.headers.keys()):
-        raise ConfigError(
-            "an adapter can't be written for this base: the merge does not have the same tensors",
-            expected=f"a base like {recipe.pattern}",
-            got=f"{location}, which differs at {', '.join(differing[:3])}",
-            fix="write a whole model",
-        )
-
-
-def _base(recipe: Recipe, sources: dict[str, Source], chosen: str | None) -> tuple[str, Checkpoint]:
-    """Return the location of the adapter's base, as the user wrote it, and the opened base."""
-    if chosen is not None or recipe.base is not None:
-        location = chosen if chosen is not None else recipe.models[recipe.base or ""]
-        base = sources.get(recipe.base or "") if chosen is None else None
-        opened = open_source(location) if base is None else base
-        if isinstance(opened, Untied | Aligned):
-            raise ConfigError(
-                "an adapter can't be written for this base: "
-                + (
-                    "its head is tied to its embeddings, and the merge has one of its own"
-                    if isinstance(opened, Untied)
-                    else "the merge has another vocabulary"
-                ),
-                expected="a base with the tensors and rows of the merge",
-                got=location,
-                fix="write a whole model",
-            )
-        if not isinstance(opened, Checkpoint):
-            raise ConfigError(
-                "an adapter can't be written for a base that is itself an adapter",
-                expected="a whole model as base",
-                got=location,
-            )
-        return location, opened
-    adapter_bases = [source.base for source in sources.values() if isinstance(source, AdaptedCheckpoint)]
-    if not adapter_bases or not all(same_base(adapter_bases[0], other) for other in adapter_bases):
-        raise ConfigError(
-            "an adapter needs a base, and this recipe names none",
-            fix="set `base` in the recipe to the model from which its sources were fine-tuned",
-        )
-    below = adapter_bases[0]
-    for name, source in sources.items():
-        if isinstance(source, Checkpoint) and same_base(source, below):
-            return recipe.models[name], source
-    return below.location, below
 
 
 # -- which factors ----------------------------------------------------------------------------------------
@@ -408,18 +357,7 @@ def _truncated(
         up, down = low_rank(change, rank)
         plan.factors[name] = down.shape[0], _constant(up, down)
         plan.squares[name] = max(size**2 - norm(change - up @ down) ** 2, 0.0), size**2
-    around = tuple(f"{module}." for module in _saved(plan.whole))
-    for name in [name for name in plan.factors if name.startswith(around)]:  # peft adapts no stored module
-        del plan.factors[name]
-        plan.whole.append(name)
-        plan.squares[name] = plan.squares[name][1], plan.squares[name][1]
     return plan
-
-
-def _saved(tensors: Iterable[str]) -> set[str]:
-    """Return the modules that peft stores whole for these tensors: the outermost ones; biases need none."""
-    modules = {name.rpartition(".")[0] for name in tensors if not name.endswith(".bias")}
-    return {module for module in modules if not any(module.startswith(f"{other}.") for other in modules)}
 
 
 def _constant(up: Tensor, down: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -520,19 +458,11 @@ def _layers(base: Checkpoint) -> _Layers:
 
 def _whole_modules(whole: Iterable[str], base: Checkpoint, layers: _Layers) -> list[str]:
     """Return the tensors to store whole: all tensors of a module, as peft requires, or single biases."""
-<<<<<<< HEAD
-    modules = _saved(whole)
-    names = set(layers.names)
-    modules |= {name for name in names for module in modules if name.endswith(module)}  # as peft matches
-    inside = tuple(f"{module}." for module in modules)
-    chosen = set(whole) | {name for name in base.headers if name.startswith(inside)}
-=======
     modules = {layers.module(name) for name in whole if not name.endswith(".bias")}
     names = set(layers.names)
     modules |= {name for name in names for module in modules if name.endswith(module)}  # as peft matches
     below = tuple(f"{module}." for module in modules)
     chosen = set(whole) | {name for name in base.headers if layers.live[name].startswith(below)}
->>>>>>> main
     return [name for name in base.headers if name in chosen]
 
 
@@ -608,11 +538,7 @@ def _write_config(
 
     usual = Counter(report.ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in report.ranks.items() if rank != usual}
-<<<<<<< HEAD
-    modules = _saved(stored)
-=======
     modules = {layers.module(name) for name in stored if not name.endswith(".bias")}
->>>>>>> main
     if base.tied:  # stored under both names instead, because modules_to_save would untie them
         modules -= {source.rpartition(".")[0] for source in layers.tied.values()}
     modules -= {name for name in modules if any(name.startswith(f"{outer}.") for outer in modules)}

@@ -154,12 +154,7 @@ def _shared(tensor: str, recipe: Recipe, inputs: Inputs) -> WeightArray | None:
     """Return the numbers that all inputs of a tensor have in common, in the recipe's dtype.
 
     Models can hold infinite numbers, such as the bounds of activations, whose sums and differences are NaN.
-<<<<<<< HEAD
-    None if the inputs differ, are all finite (the method made what is not), hold NaN, or have finite numbers
-    that are infinite in the recipe's dtype.
-=======
     None if the inputs differ, are finite, hold NaN, or have finite numbers that are infinite in the dtype.
->>>>>>> main
     """
     import torch
 
@@ -168,13 +163,8 @@ def _shared(tensor: str, recipe: Recipe, inputs: Inputs) -> WeightArray | None:
     below = [] if base is None else [(base, shifted(tensor, group.base_shift))]
     arrays = [widened(inputs.operand(source, name, None).data) for source, name in below + reads]
     first = arrays[0]
-<<<<<<< HEAD
-    if numpy.isnan(first).any() or numpy.isfinite(first).all():
-        return None
-=======
     if numpy.isfinite(first).all() or numpy.isnan(first).any():
         return None  # the method made them
->>>>>>> main
     if not all(numpy.array_equal(first, other) for other in arrays[1:]):
         return None
     rounded = of_tensor(to_tensor(first).to(getattr(torch, recipe.dtype)))

@@ -419,22 +419,16 @@ def test_a_failing_finish_leaves_nothing(models: dict[str, str], tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-<<<<<<< HEAD
-def test_a_module_with_parameters_beside_its_layers_is_stored_whole(tmp_path: Path) -> None:
+def test_parameters_beside_linear_layers_are_not_held(tmp_path: Path) -> None:
     """Linear attention has `A_log` beside its projections; peft can't adapt layers of a module it stores."""
     for seed, name in enumerate(("base", "a")):
         families.build("qwen3_next", seed).save_pretrained(tmp_path / name)
     models = {name: str(tmp_path / name) for name in ("base", "a")}
     recipe = Recipe(models=models, base="base", groups=(group("linear", "a"),), dtype="float32")
     report = write_adapter(recipe, tmp_path / "out", rank=2, keep_rest=True)
-    assert not any(".linear_attn." in layer for layer in report.ranks)
-    loaded = dict(adapted(tmp_path / "out").merge_and_unload().named_parameters())
-    parts = [name for name in report.whole if ".linear_attn." in name]
-    assert {name.rpartition(".")[2] for name in parts} == {"A_log", "dt_bias", "weight"}
-    a, again = Checkpoint.open(models["a"]), open_source(f"{models['base']}+{tmp_path / 'out'}")
-    for name in parts:
-        assert torch.equal(loaded[name], a.tensor(name)), name
-        assert torch.equal(again.tensor(name), a.tensor(name)), name
+    assert {"A_log", "dt_bias"} <= {name.rpartition(".")[2] for name in report.lost}
+    assert any(".linear_attn." in layer for layer in report.ranks)
+    adapted(tmp_path / "out")
 
 
 @pytest.mark.parametrize("chosen", [None, "base", "a"])
@@ -448,7 +442,8 @@ def test_a_base_without_the_heads_of_the_merge_is_refused(chosen: str | None, tm
     with pytest.raises(ConfigError, match="an adapter can't be written for this base"):
         write_adapter(recipe, tmp_path / "out", rank=2, base=base)
     assert not (tmp_path / "out").exists()
-=======
+
+
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_vl", "llava"])
 def test_a_model_with_a_vision_tower(family: str, tmp_path: Path) -> None:
     """The file has the names of the live model, which differ from those in the base's files."""
@@ -489,4 +484,3 @@ def test_the_adapter_names_the_hub_id_of_its_base(models: dict[str, str], tmp_pa
         config = PeftConfig.from_pretrained(out)
         assert (config.base_model_name_or_path, config.revision) == expected
         assert report.base == str(cached)
->>>>>>> main
