@@ -117,7 +117,7 @@ def test_make_has_the_targets_that_are_named() -> None:
 
 @pytest.mark.parametrize("page", [README, OWN_MODELS], ids=["README", "your_models"])
 def test_the_example_config_and_suite_are_valid(page: str, tmp_path: Path) -> None:
-    config, suite = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    config, suite, *_ = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "config.yaml").write_text(config)
     (tmp_path / "suite.yaml").write_text(suite)
     loaded = RunConfig.load(tmp_path / "config.yaml")

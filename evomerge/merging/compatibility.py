@@ -281,7 +281,7 @@ def _tokenizer_notes(name: str, source: Source, pattern_name: str, pattern: Sour
 
 def _wrapper_notes(source: Source | None) -> list[str]:
     """Return what is said of a model with other rows, another order of experts, or a head of its own."""
-    notes = []
+    notes: list[str] = []
     while isinstance(source, Wrapped):
         notes.append(source.note)
         source = source.source
