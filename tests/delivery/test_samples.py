@@ -91,6 +91,7 @@ def test_the_page_shows_answers_that_differ(opened: Summary) -> None:
     assert samples.on_page(opened, None) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_stored_where_the_config_says_so(config: Callable[..., Path]) -> None:
     runs: dict[int, Any] = {}
     for characters in (0, 3):

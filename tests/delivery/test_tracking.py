@@ -269,6 +269,7 @@ assert session(run, Notebook(), open_=open_tracker, specs=(spec,)) == []
 """
 
 
+@pytest.mark.slow
 def test_wandb_offline_leaves_its_files_in_the_run_and_no_process(run: Path, tmp_path: Path) -> None:
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()

@@ -153,7 +153,9 @@ def test_scales_of_all_shapes(
         assert found[tuple(index)] == weights[tuple(index)].float() * scales[tuple(place)]
 
 
-@pytest.mark.parametrize("kind", ["one", "shards", "state_dict", "legacy"])
+@pytest.mark.parametrize(
+    "kind", ["shards", "legacy", *(pytest.param(k, marks=pytest.mark.slow) for k in ("one", "state_dict"))]
+)
 def test_pickled_weights(kind: str, tmp_path: Path) -> None:
     folder = save(llama(1), tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")

@@ -84,7 +84,7 @@ def pool(build: Build) -> Iterator[Executor]:
     executor.close()
 
 
-def over(names: list[str]) -> pytest.MarkDecorator:
+def over(names: list[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("build", names, indirect=True, scope="module")
 
 
@@ -476,7 +476,7 @@ def ran(zoo: Path, folder: Path, executor: dict[str, Any], observer: Any) -> Pat
     return folder / "run"
 
 
-@over(WITH_WORKERS)
+@over([name if name != "ray" else pytest.param(name, marks=pytest.mark.slow) for name in WITH_WORKERS])
 def test_a_run_whose_workers_are_killed_in_the_middle_ends_in_the_same_bits(
     build: Build, unbroken: Path, tiny_zoo: Path, tmp_path: Path
 ) -> None:
