@@ -15,7 +15,7 @@ help:            ## list the targets
 demo: $(INSTALLED)   ## search, report and export on the models that come with evomerge
 	$(BIN)/evomerge demo
 
-test: $(INSTALLED)   ## the default tests, under five minutes on two cores
+test: $(INSTALLED)   ## the default tests, about seven minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
 slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, install a wheel; random examples for the property tests
