@@ -7,7 +7,6 @@ and dequantises all others, which needs the memory of the whole model, and for s
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import ModelError
 from evomerge.files import drafted_folder, expanded
-from evomerge.merging.export.folder import write_json
+from evomerge.merging.export.folder import copy_beside, readable, write_json
 from evomerge.merging.export.writer import MAX_SHARD_BYTES, check_space, new_folder, plan_shards
 from evomerge.merging.importing import packed, pickled, whole
 from evomerge.merging.sources.arrays import is_finite, of_tensor
+from evomerge.merging.sources.beside import beside_in
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.hub import INDEX, SINGLE
 from evomerge.merging.sources.model_config import read_config
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
-WEIGHTS = ("*.safetensors", *PICKLED, "*.gguf", "*.index.json")
-"""Patterns of the files that hold or list weights; everything else of a folder is copied."""
 STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 """Starts of the names of pickled files of a training that hold no weights."""
 
@@ -133,7 +131,9 @@ def _stream_packed(folder: Path, shards: list[Path], out: Path, dtype: str, form
 def _stream_pickled(folder: Path, location: str, out: Path, dtype: str | None) -> Imported:
     files = _pickled(folder)
     if not files:
-        raise ModelError(f"{location}: no weights in the folder", expected=", ".join(WEIGHTS[:3]))
+        raise ModelError(
+            f"{location}: no weights in the folder", expected=", ".join(("*.safetensors", *PICKLED))
+        )
     with drafted_folder(out) as draft:
         names: dict[str, str] = {}
         for number, file in enumerate(files, start=1):
@@ -155,7 +155,7 @@ def _by_transformers(folder: Path, out: Path, dtype: str, *, gguf: str = "", for
     with drafted_folder(out) as draft:
         whole.convert(folder, draft, dtype, gguf=gguf)
         if not gguf:
-            _copy_rest(folder, draft)
+            copy_beside(beside_in(folder), draft, None)
         _check(draft)
     return Imported(folder=out, form="gguf" if gguf else form, dtype=dtype, streamed=False)
 
@@ -184,17 +184,10 @@ def _write(
 def _finish(folder: Path, draft: Path, dtype: str) -> None:
     """Write config.json without its quantisation, copy the other files, and open the result."""
     config = read_config(folder / "config.json")
-    config = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")}
-    write_json(draft / "config.json", config | {"dtype": dtype})
-    _copy_rest(folder, draft)
+    config.pop("quantization_config", None)
+    write_json(draft / "config.json", readable(config, dtype))
+    copy_beside(beside_in(folder), draft, None)
     _check(draft)
-
-
-def _copy_rest(folder: Path, draft: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        weights = any(path.match(pattern) for pattern in WEIGHTS)
-        if path.is_file() and not weights and not (draft / path.name).exists():
-            shutil.copyfile(path, draft / path.name)
 
 
 def _check(draft: Path) -> None:

@@ -60,14 +60,24 @@ def beside(source: Source) -> Beside:
     for folder in reversed(folders_of(source)):
         if folder == tokenizer_folder(source):
             files = {name: path for name, path in files.items() if not is_tokenizers(name)}
-        for path in _listed(folder):
-            name = path.relative_to(folder).as_posix()
-            if matches(path.name, WRITTEN) and path.parent == folder:
-                continue
-            if (reason := _reason(path, folder)) is None:
-                files[name] = path
-            else:
-                left_out.append(f"{name}{'/' if path.is_dir() else ''} ({reason})")
+        found = beside_in(folder)
+        files |= found.files
+        left_out += found.left_out
+    return Beside(files=files, left_out=tuple(left_out))
+
+
+def beside_in(folder: Path) -> Beside:
+    """Return the files beside the weights in one folder."""
+    files: dict[str, Path] = {}
+    left_out: list[str] = []
+    for path in _listed(folder):
+        name = path.relative_to(folder).as_posix()
+        if matches(path.name, WRITTEN) and path.parent == folder:
+            continue
+        if (reason := _reason(path, folder)) is None:
+            files[name] = path
+        else:
+            left_out.append(f"{name}{'/' if path.is_dir() else ''} ({reason})")
     return Beside(files=files, left_out=tuple(left_out))
 
 

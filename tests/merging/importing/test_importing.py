@@ -104,7 +104,15 @@ def assert_equals_transformers(folder: Path, out: Path, config: Any) -> None:
 def test_fp8_in_blocks_equals_transformers_and_merges(fp8: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"quantised.*\n.*\n.*\n.*evomerge import"):
         write(Recipe.copy_of(str(fp8), dtype="float32"), tmp_path / "no")
+    (fp8 / "1_Pooling").mkdir()
+    (fp8 / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "secret").write_text("x")
+    (fp8 / "notes.txt").symlink_to(tmp_path / "secret")
     done = import_model(str(fp8), tmp_path / "out")
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert (done.form, done.dtype, done.streamed) == ("fp8 (8 bits)", "bfloat16", True)
     assert_equals_transformers(fp8, tmp_path / "out", FineGrainedFP8Config(dequantize=True))
     assert (tmp_path / "out" / "tokenizer.json").exists()
