@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,10 +117,21 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     Configs may leave both to their class, which computes kinds from the layers' numbers, e.g. every second
     one with a sliding window. Configs of unknown classes stay as they are.
     """
+    text = text_part(config)
+    return with_text_part(config, {**text, **_added(json.dumps(config, sort_keys=True))})
+
+
+@functools.lru_cache(maxsize=64)
+def _added(written: str) -> dict[str, Any]:
+    """Return what a config's class adds to its text decoder's part; every candidate of stacked layers asks.
+
+    written: the config as JSON. Don't modify the result.
+    """
+    config: dict[str, Any] = json.loads(written)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if config.get("model_type") not in CONFIG_MAPPING:
-        return dict(config)
+        return {}
     kind = CONFIG_MAPPING[config["model_type"]]
     try:
         whole = kind.from_dict(kind._decode_special_floats(dict(config)))  # as when it reads the file
@@ -130,14 +143,13 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
     text, full = text_part(config), whole.get_text_config(decoder=True).to_dict()
     count = next((full[key] for key in COUNTS if full.get(key)), None)
-    added = {
+    return {
         key: value
         for key, value in full.items()
         if key not in text
         and ((key in COUNTS and not _counts(text)) or (isinstance(value, list) and len(value) == count))
         and not key.startswith("_")
     }
-    return with_text_part(config, {**text, **added})
 
 
 def model_class(config: PreTrainedConfig) -> Any:
