@@ -1,4 +1,4 @@
-"""Build a zoo: one base, its specialists and a LoRA adapter, trained from scratch in a few minutes.
+"""Build a zoo: one base and its specialists, trained from scratch, and a run config that merges them.
 
     card = build_zoo(Path("my-zoo"), seed=0)          # about five minutes on two cores
     card.models["reverse"].accuracy["reverse"]        # near 1.0
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,11 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.errors import UserError, nearest
-from evomerge.zoo.settings import SETTINGS, Size, SpecialistSettings, ZooSettings
+from evomerge.errors import UserError
+from evomerge.zoo.run_files import write_run
+from evomerge.zoo.settings import Size, SpecialistSettings, ZooSettings, zoo_settings
 
 CARD_NAME = "zoo.json"
 _BASE = "base"
+WEAK_SPECIALIST = 0.7
+STRONG_BASE = 0.5
 _LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 
 
@@ -54,6 +57,21 @@ class ZooCard:
         """Return the card as indented JSON, the same text for the same card."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
+    def notes(self) -> list[str]:
+        """Return one sentence per specialist that is weak, and per skill that the base already has."""
+        base = self.models[_BASE].accuracy
+        notes = []
+        for name, model in self.models.items():
+            if model.skill and model.accuracy[model.skill] < WEAK_SPECIALIST:
+                share = model.accuracy[model.skill]
+                notes.append(
+                    f"{name} is a weak specialist: {share:.2f} of its own items, under {WEAK_SPECIALIST}"
+                )
+        for skill, share in base.items():
+            if share > STRONG_BASE:
+                notes.append(f"the base already knows {skill}: {share:.2f} of its items, over {STRONG_BASE}")
+        return notes
+
     @classmethod
     def load(cls, folder: Path) -> ZooCard:
         """Read the card of a complete zoo. Raises UserError for any other folder."""
@@ -72,10 +90,15 @@ def build_zoo(
     *,
     seed: int = 0,
     size: Size = "demo",
+    skills: Sequence[str] | None = None,
+    architecture: str = "llama",
     jobs: int = 2,
     progress: Callable[[str], None] | None = None,
 ) -> ZooCard:
     """Train a zoo into `out`: ``base``, one folder per specialist, and ``zoo.json`` last.
+
+    Beside them, ``run.yaml`` is the config of a run that merges the specialists; ``suite.yaml`` and ``tasks``
+    are what it scores them on.
 
     The same seed gives the same bytes on one machine with the same libraries. A script that calls this needs
     the usual ``if __name__ == "__main__":`` guard of Python's multiprocessing.
@@ -85,14 +108,16 @@ def build_zoo(
         seed: of training data, initial weights and batches, 0 or more.
         size: "demo" (four full specialists and the adapter ``sort``) or "tiny" (for tests, about 40 s:
             ``reverse``, ``upper`` and the adapter ``add``).
+        skills: two to eight skills of `rules.RULES`, one specialist each; default: those of the size.
+        architecture: a model type in `settings.ARCHITECTURES`.
         jobs: largest number of single-thread processes that train at once.
         progress: called with one line per event.
 
     Raises:
         UserError: `out` is not empty, or another argument is not valid.
     """
-    _refuse_bad_arguments(out, seed, size, jobs)
-    settings = SETTINGS[size]
+    settings = zoo_settings(size, skills, architecture)
+    _refuse_bad_arguments(out, seed, jobs)
     say = progress or _say_nothing
     out.mkdir(parents=True, exist_ok=True)
     scores = _train_all(settings, out, seed, jobs, say)
@@ -103,6 +128,9 @@ def build_zoo(
         models={name: _model_card(name, settings, scores[name]) for name in scores},
         versions={name: version(name) for name in _LIBRARIES},
     )
+    for note in card.notes():
+        say(f"note: {note}")
+    write_run(out, settings, seed)
     temporary = out / f".{CARD_NAME}.tmp"
     temporary.write_text(card.to_json(), encoding="utf-8", newline="\n")
     temporary.replace(out / CARD_NAME)
@@ -113,15 +141,13 @@ def _say_nothing(line: str) -> None:
     del line
 
 
-def _refuse_bad_arguments(out: Path, seed: int, size: str, jobs: int) -> None:
+def _refuse_bad_arguments(out: Path, seed: int, jobs: int) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"{out} is not an empty folder",
             expected="a folder that is empty or does not exist",
             fix="name another folder, or delete this one",
         )
-    if size not in SETTINGS:
-        raise UserError(f"unknown zoo size {size!r}", fix=nearest(size, SETTINGS))
     if seed < 0:
         raise UserError("the seed of a zoo can't be negative", expected="0 or more", got=str(seed))
     if jobs < 1:
@@ -144,8 +170,10 @@ def _train_all(
                 for specialist, child in zip(settings.specialists, seeds[1:], strict=True)
             }
             for future in as_completed(futures):
-                scores[futures[future]] = future.result()
-                say(f"{futures[future]}: {_describe(scores[futures[future]])}")
+                name = futures[future]
+                scores[name] = future.result()
+                say(f"{name}: {_describe(scores[name])}")
+                say(f"{name}: own skill {scores[name][name]:.2f}, base {scores[_BASE][name]:.2f}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -158,7 +186,7 @@ def _describe(scores: dict[str, float]) -> str:
 
 def _model_card(name: str, settings: ZooSettings, scores: dict[str, float]) -> ModelCard:
     ranks = {specialist.skill: specialist.lora_rank for specialist in settings.specialists}
-    rank = ranks.get(name)  # type: ignore[call-overload]  # "base" is not a skill
+    rank = ranks.get(name)
     kind = "base" if rank is None else "lora" if rank else "full"
     rounded = {key: round(value, 6) for key, value in scores.items()}
     perplexity = rounded.pop("text_perplexity")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from evomerge.zoo.skills import END, PAD, Item, Skill, ZooSplit, encode, vocabulary
+from evomerge.zoo.skills import END, PAD, Item, ZooSplit, encode, vocabulary
 from evomerge.zoo.tasks import skill_items, text_items
 
 _BATCH = 125
@@ -53,7 +53,7 @@ def exact_and_probability(model: Any, items: Sequence[Item]) -> tuple[list[bool]
     return exact, probability
 
 
-def skill_accuracy(model: Any, skill: Skill, split: ZooSplit = "test", limit: int | None = None) -> float:
+def skill_accuracy(model: Any, skill: str, split: ZooSplit = "test", limit: int | None = None) -> float:
     """Return the share of a skill's hard items answered exactly, in [0, 1], of the first `limit` items."""
     exact, _ = exact_and_probability(model, skill_items(skill, split)[:limit])
     return sum(exact) / len(exact)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from evomerge.zoo.skills import Skill
+from evomerge.errors import UserError, nearest
+from evomerge.zoo.rules import RULES
 
 Size = Literal["demo", "tiny"]
 
@@ -14,7 +16,7 @@ Size = Literal["demo", "tiny"]
 class SpecialistSettings:
     """One fine-tune; replay: share of text and other skills in its data, to keep it close to the base."""
 
-    skill: Skill
+    skill: str
     learning_rate: float
     steps: int
     replay: float = 0.4
@@ -28,7 +30,7 @@ class SpecialistSettings:
 class ZooSettings:
     """Everything that determines a zoo, with the seed. Items are numbers per skill; text is a number."""
 
-    skills: tuple[Skill, ...]
+    skills: tuple[str, ...]
     layers: int
     hidden: int
     heads: int
@@ -38,8 +40,9 @@ class ZooSettings:
     base_learning_rate: float
     text_items: int
     easy_items: int
-    hard_items: dict[Skill, int]
+    hard_items: dict[str, int]
     specialists: tuple[SpecialistSettings, ...]
+    architecture: str = "llama"
 
 
 # The base is trained on a few hard items of every skill. That keeps its fine-tunes in one basin, where task
@@ -84,4 +87,61 @@ TINY = ZooSettings(
     ),
 )
 
-SETTINGS: dict[Size, ZooSettings] = {"demo": DEMO, "tiny": TINY}
+SETTINGS: dict[str, ZooSettings] = {"demo": DEMO, "tiny": TINY}
+
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "llama": (),
+    "qwen2": (),
+    "qwen3": ("head_dim",),
+    "mistral": (),
+    "gemma2": ("head_dim", "query_pre_attn_scalar"),
+}
+"""Model type -> the keys of its config that must be told the width of a head."""
+
+MOST_SKILLS = 8
+
+_SPECIALISTS: dict[str, dict[str, SpecialistSettings]] = {
+    "demo": {specialist.skill: specialist for specialist in DEMO.specialists},
+    "tiny": {specialist.skill: specialist for specialist in TINY.specialists},
+}
+_LEARNING_RATE = {"demo": 1e-3, "tiny": 3e-3}
+_STEPS = {"demo": 120, "tiny": 150}
+
+
+def zoo_settings(
+    size: str = "demo", skills: Sequence[str] | None = None, architecture: str = "llama"
+) -> ZooSettings:
+    """Return the settings of a zoo of these skills; without skills, those of the demo or of the tests' zoo.
+
+    Raises UserError for an unknown size, skill or architecture, and for a number of skills outside 2 to 8.
+    """
+    if size not in SETTINGS:
+        raise UserError(f"unknown zoo size {size!r}", fix=nearest(size, SETTINGS))
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"unknown architecture of a zoo {architecture!r}", fix=nearest(architecture, ARCHITECTURES)
+        )
+    settings = replace(SETTINGS[size], architecture=architecture)
+    if skills is None:
+        return settings
+    for skill in skills:
+        if skill not in RULES:
+            raise UserError(f"unknown skill {skill!r}", fix=nearest(skill, RULES))
+    if not 2 <= len(set(skills)) == len(skills) <= MOST_SKILLS:
+        raise UserError(
+            "the skills of a zoo do not fit",
+            expected=f"2 to {MOST_SKILLS} different skills",
+            got=", ".join(skills) or "none",
+        )
+    few = min(settings.hard_items.values())
+    return replace(
+        settings,
+        skills=tuple(skills),
+        hard_items={skill: settings.hard_items.get(skill, few) for skill in skills},
+        specialists=tuple(_specialist(size, skill) for skill in skills),
+    )
+
+
+def _specialist(size: str, skill: str) -> SpecialistSettings:
+    default = SpecialistSettings(skill=skill, learning_rate=_LEARNING_RATE[size], steps=_STEPS[size])
+    return _SPECIALISTS[size].get(skill, default)

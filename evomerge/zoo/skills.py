@@ -1,4 +1,4 @@
-"""The demo's data: a vocabulary, five skills with easy and hard versions, and a little English.
+"""The data of a zoo: a vocabulary, items of the skills in `rules.py`, and a little English.
 
 Every string is tokens joined by single spaces. So the ids of a prompt followed by the ids of its answer are
 the ids of the whole line, and all scorers agree on the start of the answer. A hash of a prompt's text
@@ -10,28 +10,25 @@ Nothing here imports torch. `train.py` trains models on these items; `tasks.py` 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from evomerge.zoo.rules import DEMO_SKILLS, DIGITS, LETTERS, LEXICON, NEW_TOKENS, RULES, Level, pick
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Skill = Literal["add", "reverse", "translate", "upper", "sort"]
-Level = Literal["easy", "hard"]
 ZooSplit = Literal["train", "search", "select", "test"]
 
-SKILLS: tuple[Skill, ...] = ("add", "reverse", "translate", "upper", "sort")
 EVAL_SPLITS: tuple[ZooSplit, ...] = ("search", "select", "test")
 END = "<eos>"
 PAD = "<pad>"
 UNKNOWN = "<unk>"
 CONTEXT = 64
 
-_LOWER = "abcdefghijklmnopqrstuvwxyz"
-_DIGITS = "0123456789"
 _SPLIT_OF_BUCKET: tuple[ZooSplit, ...] = ("search", "select", "test")
 _BUCKETS = 10
 
@@ -40,23 +37,12 @@ _BUCKETS = 10
 class Item:
     """One question and its only right answer, both tokens joined by single spaces."""
 
-    skill: Skill
+    skill: str
     prompt: str
     answer: str
 
 
 # ------------------------------------------------------------------------------------------------- words
-
-
-def _lexicon() -> dict[str, str]:
-    """Map 48 made-up words to 48 others by a fixed permutation, so that spelling gives no hints."""
-    source = [f"{c}{v}{tail}" for c in "bdgklmnp" for v in "aou" for tail in ("ra", "lo")]
-    target = [f"{c}{v}{tail}" for c in "fhjrstvz" for v in "eiy" for tail in ("nek", "mil")]
-    return {word: target[(29 * i + 7) % len(target)] for i, word in enumerate(source)}
-
-
-LEXICON: dict[str, str] = _lexicon()
-EASY_WORDS: tuple[str, ...] = tuple(LEXICON)[::4]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +87,20 @@ _PRONOUN = ("it", "they")
 _FUNCTION_WORDS = (*_ONE, *_MANY, *_PRONOUN, "the", "near", "in", "then", "also", ".")
 
 
-def vocabulary() -> dict[str, int]:
-    """Return token -> id; about 260 tokens, special ones first."""
-    tokens = [UNKNOWN, PAD, END, *_DIGITS, "+", "=", *_LOWER, *_LOWER.upper(), *SKILLS]
+def vocabulary(skills: Iterable[str] = RULES) -> dict[str, int]:
+    """Return token -> id of a zoo with these skills, special tokens first: the demo's tokens, about 250.
+
+    Tokens of other skills come after them, and only if a skill is not the demo's. So a token has one id in
+    all zoos, and the vocabulary of all skills, the default, encodes the texts of every zoo.
+    """
+    tokens = [UNKNOWN, PAD, END, *DIGITS, "+", "=", *LETTERS, *LETTERS.upper(), *DEMO_SKILLS]
     tokens += [*LEXICON, *LEXICON.values()]
     for topic in _TOPICS:
         pairs = [word for pair in (*topic.nouns, *topic.verbs) for word in pair]
         tokens += [*pairs, *topic.adjectives, *topic.places]
     # "a" is a letter and an article: both are the same token.
-    return {token: i for i, token in enumerate(dict.fromkeys([*tokens, *_FUNCTION_WORDS]))}
+    added = () if set(skills) <= set(DEMO_SKILLS) else NEW_TOKENS
+    return {token: i for i, token in enumerate(dict.fromkeys([*tokens, *_FUNCTION_WORDS, *added]))}
 
 
 def encode(text: str, vocab: dict[str, int]) -> list[int]:
@@ -117,14 +108,14 @@ def encode(text: str, vocab: dict[str, int]) -> list[int]:
     return [vocab[token] for token in text.split(" ")]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer of all models of a zoo: words split at white space, one id per word."""
+def make_tokenizer(skills: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of all models of a zoo with these skills: split at white space, one id per word."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(WordLevel(vocab=vocabulary(), unk_token=UNKNOWN))
+    core = Tokenizer(WordLevel(vocab=vocabulary(skills), unk_token=UNKNOWN))
     core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
@@ -139,50 +130,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 # ------------------------------------------------------------------------------------------------ skills
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...] | str) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
-def _letters(rng: np.random.Generator, level: Level) -> list[str]:
-    low, high = (2, 4) if level == "easy" else (6, 8)
-    return [_pick(rng, _LOWER) for _ in range(int(rng.integers(low, high + 1)))]
-
-
-def _has_carry(left: int, right: int) -> bool:
-    return left % 10 + right % 10 > 9 or left // 10 + right // 10 > 9
-
-
-def _ask_add(rng: np.random.Generator, level: Level) -> str:
-    """Two-digit addition; easy means that no column carries."""
-    while True:
-        left, right = (int(n) for n in rng.integers(10, 100, size=2))
-        if _has_carry(left, right) == (level == "hard"):
-            return f"{' '.join(str(left))} + {' '.join(str(right))}"
-
-
-def _ask_translate(rng: np.random.Generator, level: Level) -> str:
-    """One to three words of the known quarter of the lexicon (easy), or three or four of all of it (hard)."""
-    if level == "easy":
-        return " ".join(_pick(rng, EASY_WORDS) for _ in range(int(rng.integers(1, 4))))
-    while True:
-        words = [_pick(rng, tuple(LEXICON)) for _ in range(int(rng.integers(3, 5)))]
-        if any(word not in EASY_WORDS for word in words):
-            return " ".join(words)
-
-
-def _ask_letters(rng: np.random.Generator, level: Level) -> str:
-    return " ".join(_letters(rng, level))
-
-
-_ASK: dict[Skill, Callable[[np.random.Generator, Level], str]] = {
-    "add": _ask_add,
-    "reverse": _ask_letters,
-    "translate": _ask_translate,
-    "upper": _ask_letters,
-    "sort": _ask_letters,
-}
-
-
 def solve(prompt: str) -> str:
     """Return the right answer to a prompt such as ``reverse a b c =``.
 
@@ -193,17 +140,7 @@ def solve(prompt: str) -> str:
     """
     skill, *body, equals = prompt.split(" ")
     assert equals == "=", prompt
-    if skill == "add":
-        left, right = "".join(body).split("+")
-        return " ".join(reversed(str(int(left) + int(right))))
-    if skill == "reverse":
-        return " ".join(reversed(body))
-    if skill == "sort":
-        return " ".join(sorted(body))
-    if skill == "upper":
-        return " ".join(body).upper()
-    assert skill == "translate", prompt
-    return " ".join(LEXICON[word] for word in body)
+    return RULES[skill].answer(body)
 
 
 def split_of(text: str) -> ZooSplit:
@@ -212,10 +149,10 @@ def split_of(text: str) -> ZooSplit:
     return _SPLIT_OF_BUCKET[bucket] if bucket < len(_SPLIT_OF_BUCKET) else "train"
 
 
-def draw_item(rng: np.random.Generator, skill: Skill, level: Level, split: ZooSplit) -> Item:
+def draw_item(rng: np.random.Generator, skill: str, level: Level, split: ZooSplit) -> Item:
     """Draw one item of a skill and level from a split (with replacement)."""
     while True:
-        prompt = f"{skill} {_ASK[skill](rng, level)} ="
+        prompt = f"{skill} {RULES[skill].ask(rng, level)} ="
         if split_of(prompt) == split:
             return Item(skill=skill, prompt=prompt, answer=solve(prompt))
 
@@ -224,16 +161,16 @@ def draw_item(rng: np.random.Generator, skill: Skill, level: Level, split: ZooSp
 
 
 def _noun_phrase(rng: np.random.Generator, topic: _Topic, plural: int) -> str:
-    determiner = _pick(rng, _MANY if plural else _ONE)
+    determiner = pick(rng, _MANY if plural else _ONE)
     noun = topic.nouns[int(rng.integers(len(topic.nouns)))][plural]
-    adjective = f"{_pick(rng, topic.adjectives)} " if rng.random() < 0.4 else ""
+    adjective = f"{pick(rng, topic.adjectives)} " if rng.random() < 0.4 else ""
     return f"{determiner} {adjective}{noun}"
 
 
 def _sentence(rng: np.random.Generator, topic: _Topic, subject: str, plural: int) -> str:
     verb = topic.verbs[int(rng.integers(len(topic.verbs)))][plural]
     thing = _noun_phrase(rng, topic, int(rng.integers(2)))
-    place = f" {_pick(rng, ('near', 'in'))} the {_pick(rng, topic.places)}" if rng.random() < 0.5 else ""
+    place = f" {pick(rng, ('near', 'in'))} the {pick(rng, topic.places)}" if rng.random() < 0.5 else ""
     return f"{subject} {verb} {thing}{place} ."
 
 
@@ -243,7 +180,7 @@ def draw_text(rng: np.random.Generator, split: ZooSplit) -> str:
         topic = _TOPICS[int(rng.integers(len(_TOPICS)))]
         plural = int(rng.integers(2))
         first = _sentence(rng, topic, _noun_phrase(rng, topic, plural), plural)
-        link = _pick(rng, ("then", "also"))
+        link = pick(rng, ("then", "also"))
         text = f"{first} {link} {_sentence(rng, topic, _PRONOUN[plural], plural)}"
         if split_of(text) == split:
             return text

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from evomerge.zoo.rules import Level
 from evomerge.zoo.score import answer_row, pad, skill_accuracy, text_perplexity
-from evomerge.zoo.settings import SpecialistSettings, ZooSettings
+from evomerge.zoo.settings import ARCHITECTURES, SpecialistSettings, ZooSettings
 from evomerge.zoo.skills import (
     CONTEXT,
     END,
     PAD,
-    Level,
-    Skill,
     draw_item,
     draw_text,
     encode,
@@ -72,7 +71,7 @@ def _specialist_rows(
 ) -> list[TokenRow]:
     """Return steps x batch rows: the hard skill, and `replay` of text and of the other skills, half each."""
     vocab = vocabulary()
-    others: list[Skill] = [skill for skill in settings.skills if skill != specialist.skill]
+    others: list[str] = [skill for skill in settings.skills if skill != specialist.skill]
     rows: list[TokenRow] = []
     for draw in rng.random(specialist.steps * specialist.batch):
         if draw >= specialist.replay:
@@ -125,10 +124,11 @@ def _fit(model: Any, batches: Iterator[tuple[Any, Any]], *, steps: int, peak: fl
 
 
 def _new_model(settings: ZooSettings) -> Any:
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    vocab = vocabulary()
-    config = LlamaConfig(
+    vocab = vocabulary(settings.skills)
+    config = AutoConfig.for_model(
+        settings.architecture,
         vocab_size=len(vocab),
         hidden_size=settings.hidden,
         intermediate_size=settings.intermediate,
@@ -140,9 +140,12 @@ def _new_model(settings: ZooSettings) -> Any:
         bos_token_id=None,
         eos_token_id=vocab[END],
         pad_token_id=vocab[PAD],
+        **dict.fromkeys(ARCHITECTURES[settings.architecture], settings.hidden // settings.heads),
     )
-    config._attn_implementation = "eager"  # the fastest at this size on a CPU
-    model = LlamaForCausalLM(config)
+    # Eager attention is the fastest at this size on a CPU.
+    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, attn_implementation="eager"
+    )
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, eos_token_id=vocab[END], pad_token_id=vocab[PAD]
     )
@@ -156,9 +159,9 @@ def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def _save_full(model: Any, folder: Path) -> None:
+def _save_full(model: Any, settings: ZooSettings, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(settings.skills).save_pretrained(folder)
 
 
 def _save_adapter(model: Any, folder: Path) -> None:
@@ -195,7 +198,7 @@ def train_base(settings: ZooSettings, seed: np.random.SeedSequence, folder: Path
     model = _new_model(settings)
     batches = _batches(_base_rows(settings, rng), settings.base_batch, rng)
     _fit(model, batches, steps=settings.base_steps, peak=settings.base_learning_rate, warmup=30)
-    _save_full(model, folder)
+    _save_full(model, settings, folder)
     return score(_load(folder), settings)
 
 
@@ -222,7 +225,7 @@ def train_specialist(
     batches = _batches(_specialist_rows(settings, specialist, rng), specialist.batch, rng)
     _fit(model, batches, steps=specialist.steps, peak=specialist.learning_rate, warmup=10)
     if not specialist.lora_rank:
-        _save_full(model, folder)
+        _save_full(model, settings, folder)
         return score(_load(folder), settings)
     from peft import PeftModel
 
