@@ -18,6 +18,7 @@ from evomerge.evaluation.suite import Suite
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+GETTING_STARTED = (ROOT / "docs" / "getting_started.md").read_text()
 OWN_MODELS = (ROOT / "docs" / "your_models.md").read_text()
 ANALYSIS = (ROOT / "docs" / "analyze.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -72,7 +73,7 @@ def test_the_readme_is_short_and_starts_with_the_installation() -> None:
     assert len(README.splitlines()) <= 200
     assert commands(README)[: len(INSTALL)] == INSTALL
     assert (ROOT / "constraints.txt").is_file()
-    assert commands((ROOT / "docs" / "getting_started.md").read_text()) == INSTALL
+    assert commands(GETTING_STARTED)[: len(INSTALL)] == INSTALL
 
 
 def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +103,18 @@ def test_the_demo_and_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "evomerge zoo build my-zoo --seed 3" in commands(README)
     run("evomerge zoo build my-zoo --seed 3 --tiny")
     assert (tmp_path / "my-zoo" / "zoo.json").exists()
+
+
+@pytest.mark.slow
+def test_other_zoos_and_their_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    *zoos, merge = commands(GETTING_STARTED)[len(INSTALL) :]
+    for build in zoos:
+        run(f"{build} --tiny")
+    assert merge == "evomerge run zoo-a/run.yaml"
+    run(f"{merge} --evaluations 4")
+    assert (tmp_path / "runs" / "zoo-llama-11").is_dir()
+    run("evomerge check zoo-b/run.yaml")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")

@@ -272,7 +272,7 @@ def zoo_build(
     """Train small models from scratch: a base and its specialists, with a run that merges them.
 
     Takes about five minutes on two cores for five skills. Skills: add, reverse, translate, upper, sort (the
-    demo's), subtract, rotate, shift, lookup, dedupe, count, interleave, complement, order, cumulate.
+    demo's), subtract, rotate, shift, count, interleave, complement, cumulate, swap, double, skip.
     `evomerge run OUT/run.yaml` then merges the specialists.
     """
     from evomerge.zoo.build import build_zoo

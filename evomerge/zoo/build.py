@@ -120,6 +120,7 @@ def build_zoo(
     _refuse_bad_arguments(out, seed, jobs)
     say = progress or _say_nothing
     out.mkdir(parents=True, exist_ok=True)
+    write_run(out, settings, seed)
     scores = _train_all(settings, out, seed, jobs, say)
     card = ZooCard(
         seed=seed,
@@ -130,7 +131,6 @@ def build_zoo(
     )
     for note in card.notes():
         say(f"note: {note}")
-    write_run(out, settings, seed)
     temporary = out / f".{CARD_NAME}.tmp"
     temporary.write_text(card.to_json(), encoding="utf-8", newline="\n")
     temporary.replace(out / CARD_NAME)

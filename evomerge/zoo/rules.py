@@ -98,16 +98,6 @@ def _complement(body: list[str]) -> str:
     return " ".join(str(9 - int(digit)) for digit in body)
 
 
-def _ask_order(rng: np.random.Generator, level: Level) -> str:
-    """Two (easy) or three or four (hard) two-digit numbers."""
-    count = 2 if level == "easy" else int(rng.integers(3, 5))
-    return f" {_COLON} ".join(" ".join(str(n)) for n in rng.integers(10, 100, size=count))
-
-
-def _order(body: list[str]) -> str:
-    return " ".join(" ".join(number) for number in sorted("".join(body).split(_COLON)))
-
-
 # ---------------------------------------------------------------------------------------- words and letters
 
 
@@ -125,29 +115,14 @@ def _shift(body: list[str]) -> str:
     return " ".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in body)
 
 
-def _ask_dedupe(rng: np.random.Generator, level: Level) -> str:
-    """Letters of which some repeat: there are few different ones."""
-    length = _length(rng, level)
-    different = [LETTERS[i] for i in rng.choice(len(LETTERS), size=max(2, length - 2), replace=False)]
-    return " ".join(pick(rng, tuple(different)) for _ in range(length))
-
-
 def _count(body: list[str]) -> str:
     return " ".join(str(body.count(letter)) for letter in _COUNTED)
 
 
-def _ask_lookup(rng: np.random.Generator, level: Level) -> str:
-    """Pairs of a letter and a digit, then letters to look up: two and one (easy), four or five and three."""
-    pairs, asked = (2, 1) if level == "easy" else (int(rng.integers(4, 6)), 3)
-    keys = [LETTERS[i] for i in rng.choice(len(LETTERS), size=pairs, replace=False)]
-    told = " ".join(f"{key} {pick(rng, DIGITS)}" for key in keys)
-    return f"{told} {_COLON} {' '.join(keys[i] for i in rng.choice(pairs, size=asked, replace=False))}"
-
-
-def _lookup(body: list[str]) -> str:
-    colon = body.index(_COLON)
-    values = dict(zip(body[:colon:2], body[1:colon:2], strict=True))
-    return " ".join(values[key] for key in body[colon + 1 :])
+def _swap(body: list[str]) -> str:
+    """Exchange the first two letters, the next two, and so on; an odd last one stays."""
+    pairs = [body[i : i + 2] for i in range(0, len(body), 2)]
+    return " ".join(letter for pair in pairs for letter in reversed(pair))
 
 
 def _ask_interleave(rng: np.random.Generator, level: Level) -> str:
@@ -173,13 +148,13 @@ RULES: dict[str, Rule] = {
     "subtract": Rule(ask=_ask_subtract, answer=_subtract),
     "rotate": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join([*body[1:], body[0]])),
     "shift": Rule(ask=_asks_for(LETTERS), answer=_shift),
-    "lookup": Rule(ask=_ask_lookup, answer=_lookup),
-    "dedupe": Rule(ask=_ask_dedupe, answer=lambda body: " ".join(dict.fromkeys(body))),
     "count": Rule(ask=_asks_for(_COUNTED), answer=_count),
     "interleave": Rule(ask=_ask_interleave, answer=_interleave),
     "complement": Rule(ask=_asks_for(DIGITS), answer=_complement),
-    "order": Rule(ask=_ask_order, answer=_order),
     "cumulate": Rule(ask=_asks_for(DIGITS), answer=_cumulate),
+    "swap": Rule(ask=_asks_for(LETTERS), answer=_swap),
+    "double": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(f"{x} {x}" for x in body)),
+    "skip": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(body[::2])),
 }
 """Skill -> rule. The demo's five come first."""
 

@@ -100,10 +100,17 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 
 MOST_SKILLS = 8
 
-_SPECIALISTS: dict[str, dict[str, SpecialistSettings]] = {
-    "demo": {specialist.skill: specialist for specialist in DEMO.specialists},
-    "tiny": {specialist.skill: specialist for specialist in TINY.specialists},
+_SPECIALISTS: dict[str, tuple[SpecialistSettings, ...]] = {
+    "demo": (
+        *DEMO.specialists,
+        SpecialistSettings(skill="subtract", learning_rate=1e-3, steps=160),
+        SpecialistSettings(skill="complement", learning_rate=2e-3, steps=200),
+        SpecialistSettings(skill="cumulate", learning_rate=2e-3, steps=200),
+    ),
+    "tiny": TINY.specialists,
 }
+"""Fine-tunes of skills that need other settings than the default of their size."""
+
 _LEARNING_RATE = {"demo": 1e-3, "tiny": 3e-3}
 _STEPS = {"demo": 120, "tiny": 150}
 
@@ -144,4 +151,4 @@ def zoo_settings(
 
 def _specialist(size: str, skill: str) -> SpecialistSettings:
     default = SpecialistSettings(skill=skill, learning_rate=_LEARNING_RATE[size], steps=_STEPS[size])
-    return _SPECIALISTS[size].get(skill, default)
+    return next((settings for settings in _SPECIALISTS[size] if settings.skill == skill), default)

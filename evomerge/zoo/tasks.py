@@ -171,6 +171,13 @@ def _skill_yaml() -> dict[str, Any]:
     }
 
 
+def _longest_answer(tasks: ZooTasks) -> int:
+    """Return the number of tokens that the answers of the generating task need, with the end of text."""
+    assert tasks.generate_skill
+    items = extra_items(tasks.generate_skill, "test")
+    return max(12, *(len(item.answer.split(" ")) + 1 for item in items))
+
+
 def task_yaml(task: str, tasks: ZooTasks = DEMO) -> dict[str, Any]:
     """Return the lm-eval configuration of a task; data paths are relative to the YAML file's folder."""
     body: dict[str, Any]
@@ -186,7 +193,7 @@ def task_yaml(task: str, tasks: ZooTasks = DEMO) -> dict[str, Any]:
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
             "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": [END], "do_sample": False, "max_gen_toks": 12},
+            "generation_kwargs": {"until": [END], "do_sample": False, "max_gen_toks": _longest_answer(tasks)},
             "metric_list": [{"metric": "exact_match", **_MEAN}],
         }
     elif task == tasks.choice:

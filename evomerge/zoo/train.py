@@ -123,7 +123,8 @@ def _fit(model: Any, batches: Iterator[tuple[Any, Any]], *, steps: int, peak: fl
     model.eval()
 
 
-def _new_model(settings: ZooSettings) -> Any:
+def new_model(settings: ZooSettings) -> Any:
+    """Return the untrained base of a zoo."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     vocab = vocabulary(settings.skills)
@@ -195,7 +196,7 @@ def _random_sources(seed: np.random.SeedSequence) -> np.random.Generator:
 def train_base(settings: ZooSettings, seed: np.random.SeedSequence, folder: Path) -> dict[str, float]:
     """Pretrain the base on text and easy items, save it at `folder`, return its scores as saved."""
     rng = _random_sources(seed)
-    model = _new_model(settings)
+    model = new_model(settings)
     batches = _batches(_base_rows(settings, rng), settings.base_batch, rng)
     _fit(model, batches, steps=settings.base_steps, peak=settings.base_learning_rate, warmup=30)
     _save_full(model, settings, folder)

@@ -14,9 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.zoo import ZooCard, demo_zoo
+from evomerge.zoo.rules import DEMO_SKILLS
 from evomerge.zoo.score import exact_and_probability, skill_accuracy, text_perplexity
-from evomerge.zoo.skills import END, SKILLS
-from evomerge.zoo.tasks import TASKS, extra_items, skill_items, task_files
+from evomerge.zoo.skills import END
+from evomerge.zoo.tasks import DEMO, extra_items, skill_items, task_files
 
 TASK_FOLDER = Path(__file__).parents[2] / "benchmarks" / "tasks" / "demo"
 MODELS = ("base", "add", "reverse", "translate", "upper", "sort")
@@ -56,7 +57,7 @@ def test_the_task_files_are_what_the_code_writes() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_scores_as_its_card_says(name: str, card: ZooCard) -> None:
     model = load(name)
-    for skill in SKILLS:
+    for skill in DEMO_SKILLS:
         measured = skill_accuracy(model, skill, limit=ITEMS)
         assert measured == pytest.approx(card.models[name].accuracy[skill], abs=0.15)
     assert text_perplexity(model, limit=ITEMS) == pytest.approx(card.models[name].text_perplexity, rel=0.1)
@@ -74,7 +75,7 @@ def test_specialists_are_specialists(card: ZooCard) -> None:
 @pytest.mark.parametrize("name", ["base", "upper"])
 def test_generating_agrees_with_teacher_forcing(name: str) -> None:
     model, tokenizer = load(name), AutoTokenizer.from_pretrained(demo_zoo() / name)
-    items = [item for skill in SKILLS for item in skill_items(skill, "select")[:3]]
+    items = [item for skill in DEMO_SKILLS for item in skill_items(skill, "select")[:3]]
     exact, _ = exact_and_probability(model, items)
     for item, right in zip(items, exact, strict=True):
         ids = tokenizer(item.prompt, return_tensors="pt")
@@ -124,9 +125,9 @@ def test_lm_eval_gives_the_same_numbers(
     model = load("base")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32, max_length=64)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    results = evaluate(lm, manager.load(list(TASKS))["tasks"], bootstrap_iters=0)["results"]
+    results = evaluate(lm, manager.load(list(DEMO.names))["tasks"], bootstrap_iters=0)["results"]
 
-    for skill in SKILLS:
+    for skill in DEMO_SKILLS:
         assert results[f"demo_{skill}"]["acc,none"] == pytest.approx(card.models["base"].accuracy[skill])
     perplexity = results["demo_text"]["word_perplexity,none"]
     assert perplexity == pytest.approx(card.models["base"].text_perplexity, rel=1e-4)
