@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.errors import UserError
 from evomerge.prepare import prepare
@@ -49,6 +51,15 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 def test_a_folder_without_a_card_is_no_zoo(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a finished zoo"):
         ZooCard.load(tmp_path)
+
+
+def test_the_command_line_names_the_nearest_skill(tmp_path: Path) -> None:
+    words = ["zoo", "build", str(tmp_path / "zoo"), "--skills", "add, shif"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "unknown skill 'shif'" in result.stderr
+    assert "'shift'" in result.stderr
+    assert not (tmp_path / "zoo").exists()
 
 
 def test_naming_the_demos_skills_gives_the_demo() -> None:
