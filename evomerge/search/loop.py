@@ -13,15 +13,15 @@ from typing import cast
 
 import numpy as np
 
-from evomerge.errors import NoWinnerError, UserError
+from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser, dud_sentences, find_duds
-from evomerge.evaluation.scores import Failure, Scores, Split
-from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
+from evomerge.evaluation.scores import Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search import baselines, pareto, selection
+from evomerge.search import baselines, pareto
 from evomerge.search.companions import companions, without
-from evomerge.search.generations import Generations, SearchResult
+from evomerge.search.descent import Descent, StepLosses, descend
+from evomerge.search.generations import Generations
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec, check_tokens
 from evomerge.search.optimizers import OptimizerSpec, create
@@ -37,7 +37,8 @@ from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, ra
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
-from evomerge.search.warm_start import Descent, GradientSpec, WarmStart, descend, distinct
+from evomerge.search.warm_start import GradientSpec, WarmStart, automatic_steps, distinct
+from evomerge.search.winner import GRADIENT_START, Selection
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
 """Spawn keys of the run's seed, one per component."""
@@ -50,7 +51,8 @@ class SearchPlan:
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
     finalists: how many of the best candidates are scored again on `select`, beside their soup and the
         optimizer's favourite. layers: number of the base model's layers, the unit of the depth objective.
-    surrogate: None where the optimizer works alone. baselines: the hand-made merges that are scored.
+    surrogate: None where the optimizer works alone. population: candidates per generation. baselines: the
+        hand-made merges that are scored.
     """
 
     suite: Suite
@@ -65,6 +67,7 @@ class SearchPlan:
     surrogate: SurrogateSpec | None = None
     warm: WarmStart = field(default_factory=WarmStart)
     layers: int | None = None
+    population: int = 16
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
 
 
@@ -117,6 +120,7 @@ class Search:
         self._duds: tuple[str, ...] = ()
         self._dropped: tuple[str, ...] = ()  # tasks whose companion is not used
         self._counted_tasks: tuple[str, ...] = ()
+        self._standard: Named | None = None  # the merge that sets the floors
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
@@ -132,17 +136,19 @@ class Search:
             objective = self._objective(references)
             parents, hand_made = (self._again(objective, known) for known in (parents, hand_made))
         tested = self._tested(hand_made)
+        objective = self._floored(objective, hand_made)
+        parents, hand_made = (self._again(objective, known) for known in (parents, hand_made))
         self._foresee([k.named for k in tested], "test")
         if objective.count > 1:
             self._foresee([k.named for k in hand_made], "select")
-        starts, spent = self._score_starts(objective, references, [*hand_made, *parents[1:]])
+        self._measure()
+        starts, spent = self._score_starts(objective, [*hand_made, *parents[1:]])
         self._foresee([k.named for k in starts], "test")
         views, order, ledger = self._blocks(objective, [*parents, *hand_made], starts)
         ledger.spend(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
-        guide = self._guide(references, views, order, [*parents, *known])
-        self._measure()
+        guide = self._guide(views, order, [*parents, *known])
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -163,12 +169,22 @@ class Search:
             guide=guide,
             archive=archive,
             counted=self._counted,
+            descended=spent > 0,
         )
         searched = evolution.run()
+        selection = Selection(
+            space=self._plan.space,
+            scorer=self._scorer,
+            journal=self._journal,
+            finalists=self._plan.finalists,
+            counted=self._counted,
+            on_select=self._objective_on_select,
+        )
         if archive is None:
-            winner = self._select([self._start(k, views(searched.blocks)) for k in starts], searched, views)
+            begun = [self._start(k, views(searched.blocks)) for k in starts]
+            winner = selection.best(begun, searched, views)
         else:
-            winner = self._select_on_front(archive, hand_made)
+            winner = selection.on_front(archive, [k.named.recipe for k in hand_made])
         self._guard_inputs()
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
@@ -180,7 +196,7 @@ class Search:
     @property
     def _racing(self) -> RacingSpec:
         """The plan's racing; no candidate leaves early where the objective is not a mean over items."""
-        if self._plan.objective.mean_decides:
+        if self._plan.objective.items_decide:
             return self._plan.racing
         return self._plan.racing.model_copy(update={"keep": 1.0})
 
@@ -248,6 +264,16 @@ class Search:
         self._dropped = tuple(companion.task for companion in found if companion.dropped)
         return bool(self._dropped)
 
+    def _floored(self, objective: Objective, hand_made: Sequence[ScoredRecipe]) -> Objective:
+        """Return the objective with the floors that the best hand-made merge sets."""
+        if not hand_made:
+            return objective
+        best = min(hand_made, key=lambda k: k.loss)
+        floored = objective.above(best.named.name, best.scores)
+        if floored.standard is not None:
+            self._standard = best.named
+        return floored
+
     def _again(self, objective: Objective, known: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
         """Return scored recipes with their losses by another objective."""
         losses = objective.scalar_losses([k.scores for k in known], [k.named.recipe for k in known])
@@ -308,7 +334,7 @@ class Search:
         return sorted(hand_made, key=lambda known: known.loss)[: baselines.TESTED]
 
     def _score_starts(
-        self, objective: Objective, references: Normaliser, known: Sequence[ScoredRecipe]
+        self, objective: Objective, known: Sequence[ScoredRecipe]
     ) -> tuple[list[ScoredRecipe], int]:
         """Score the warm starts and the end points of the gradient descent; leave out failures.
 
@@ -316,13 +342,14 @@ class Search:
         """
         warm = self._plan.warm
         starts, spent = self._known(objective, list(warm.recipes), "warm start"), 0
-        if warm.gradients is not None:
-            descent = self._descend(references, [*known, *starts], warm.gradients)
+        if (spec := self._gradient_spec()) is not None:
+            descent = self._descend(objective, [*known, *starts], spec)
             ends = [descent.last, descent.mean]
-            reached = [Named(name="gradient start", recipe=self._plan.space.decode(u)) for u in ends]
+            reached = [Named(name=GRADIENT_START, recipe=self._plan.space.decode(u)) for u in ends]
             for position, end in enumerate(distinct(reached)):
                 self._journal.record_entry("descent", position, end)
-            scored = self._known(objective, distinct(reached), "gradient start")
+            self._journal.trim_entries("descent", len(distinct(reached)))
+            scored = self._known(objective, distinct(reached), GRADIENT_START)
             starts += sorted(scored, key=lambda k: k.loss)[:1]
             spent = descent.items + sum(k.scores.items for k in scored)
         for position, start in enumerate(starts):
@@ -338,26 +365,42 @@ class Search:
             for split in ("select", "test"):
                 self._scorer.require(self._parents, split, "base and parents")
 
-    def _descend(self, references: Normaliser, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
-        """Follow the gradient from the best scored point."""
-        assert self._slopes is not None
+    def _gradient_spec(self) -> GradientSpec | None:
+        """Return how to follow gradients, with the number of steps; None where none are followed."""
+        warm, spec = self._plan.warm, self._plan.warm.gradients
+        if spec is None or not warm.automatic:
+            return spec
         base, _ = self._scored_parents("search")
-        if all(base[task].margin is None for task in references.gains()):
+        if all(base[task].margin is None for task in self._counted_tasks):
+            return None
+        allowed = self._budget.evaluations(base.items, self._plan.population)
+        steps = self._journal.record_steps(automatic_steps(spec, allowed))
+        return spec.model_copy(update={"steps": steps}) if steps else None
+
+    def _descend(self, objective: Objective, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
+        """Follow the gradient of the objective from the best scored point."""
+        assert self._slopes is not None
+        # What an earlier session had no time for stays undone once the search has begun.
+        self._slopes.not_after = 0.0 if self._journal.has_ask(0) else self._budget.deadline()
+        base, _ = self._scored_parents("search")
+        if all(base[task].margin is None for task in objective.normaliser.counted):
             raise UserError(
                 "warm_start.gradients: no task on `search` has answers with a likelihood",
                 expected="at least one loglikelihood or multiple_choice task: others have no gradient",
                 fix="set warm_start.gradients: off",
             )
-        seeds = self._seed(_GRADIENTS).spawn(spec.steps)
-        price = self._plan.objective.retention
-
-        def loss_of(step: int) -> SmoothLoss:
-            rng = np.random.default_rng(seeds[step])
-            return smooth_loss(
-                references, base, price=price, softness=spec.softness, share=spec.share, rng=rng
-            )
-
-        return descend(self._plan.space, self._starts(known)[0], spec, loss_of, self._slopes)
+        expressed = [k for k in known if k.genome is not None]
+        best = min(expressed, key=lambda k: k.loss, default=None)
+        losses = StepLosses(
+            objective,
+            base=base,
+            start=base if best is None else best.scores,
+            spec=spec,
+            price=self._plan.objective.retention,
+            seeds=self._seed(_GRADIENTS).spawn(spec.steps),
+        )
+        start = self._starts(known)[0]
+        return descend(self._plan.space, start, spec, losses, self._slopes, losses.learn)
 
     def _starts(self, known: Sequence[ScoredRecipe]) -> list[Genome]:
         """Return the genomes of recipes scored before the search, best first.
@@ -379,7 +422,7 @@ class Search:
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
         bases = [without(cast(Scores, part[0]), self._dropped) for part in parts]
-        views = Views(objective, bases)
+        views = Views(objective, bases, self._standard_scores(blocks))
         ledger = Ledger(views.sizes)
         for entry in (*unsearched, *starts):
             ledger.give(entry.named.recipe.hash, blocks)
@@ -391,17 +434,23 @@ class Search:
             ledger,
         )
 
-    def _guide(
-        self, references: Normaliser, views: Views, order: Sequence[int], known: Sequence[ScoredRecipe]
-    ) -> Guide | None:
+    def _standard_scores(self, blocks: Sequence[int]) -> list[Scores]:
+        """Return what the merge that sets the floors scores on each block; nothing without floors."""
+        if self._standard is None:
+            return []
+        recipes = [self._standard.recipe]
+        parts = [self._scorer.score(recipes, "search", "baselines", [block])[0] for block in blocks]
+        return cast(list[Scores], parts)
+
+    def _guide(self, views: Views, order: Sequence[int], known: Sequence[ScoredRecipe]) -> Guide | None:
         """Return the guide, fitted to all recipes scored before the search; None without a surrogate."""
         plan = self._plan
         if plan.surrogate is None or not plan.objective.items_decide:
             return None
-        limits = self._objective(references).task_limits()
+        whole = views(views.blocks)
 
         def loss_on(blocks: Sequence[int]) -> MeanLoss:
-            return MeanLoss(views(blocks).normaliser, plan.objective, limits=limits)
+            return MeanLoss(views(blocks).normaliser, plan.objective, whole.utility)
 
         guide = Guide(
             plan.surrogate,
@@ -410,10 +459,12 @@ class Search:
             order=order,
             loss_on=loss_on,
             seed=self._seed(_GUIDE),
+            standard=whole.standard,
         )
         for entry in known:
             if entry.genome is not None:
                 guide.learn(entry.genome, entry.scores)
+        guide.begin()
         return guide
 
     # -- after the last generation -------------------------------------------------------------------
@@ -436,97 +487,15 @@ class Search:
         """Return how many items the mean is computed from."""
         return sum(len(task.metric) for task in scores if task.task in self._counted_tasks)
 
-    def _select(self, starts: Sequence[Candidate], searched: SearchResult, views: Views) -> Named:
-        """Score the finalists on `select`, which the search never saw, and return the winner."""
-        candidates = [*starts, *searched.candidates]
-        if not candidates:
-            raise _no_winner("no candidate could be scored")
-        chosen = self._finalists(candidates, searched, views(searched.blocks))
-        for position, candidate in enumerate(chosen):
-            named = Named(name=candidate.name, recipe=candidate.recipe)
-            self._journal.record_entry("finalist", position, named)
-        self._journal.trim_entries("finalist", len(chosen))
-        again = self._objective(self._references("select"))
-        results = self._scorer.score([c.recipe for c in chosen], "select", "selection")
-        scored = [(c, r) for c, r in zip(chosen, results, strict=True) if isinstance(r, Scores)]
-        if not scored:
-            raise _no_winner("none of the finalists could be scored on `select`")
-        candidates = list(dict.fromkeys([*candidates, *chosen]))
-        estimates = dict(zip(candidates, searched.estimates(candidates), strict=True))
-        held_out = again.losses([r for _, r in scored], [c.recipe for c, _ in scored])[:, 0]
-        feasible = [i for i, (_, r) in enumerate(scored) if not again.violation(r)]
-        allowed = feasible or [int(np.argmin([again.violation(r) for _, r in scored]))]
-        best = selection.winner(
-            np.array([estimates[scored[i][0]] for i in allowed]),
-            held_out[allowed],
-            items=(scored[0][0].items, self._counted(scored[0][1])),
-        )
-        winner = scored[allowed[best]][0]
-        return Named(name=winner.name, recipe=winner.recipe)
-
-    def _finalists(
-        self, candidates: Sequence[Candidate], searched: SearchResult, objective: Objective
-    ) -> list[Candidate]:
-        """Return the candidates with the best estimates, their soup and the optimizer's favourite."""
-        decode = self._plan.space.decode
-
-        def score(name: str, genome: Genome, generation: int) -> Candidate | None:
-            recipe = decode(genome)
-            (result,) = self._scorer.score([recipe], "search", name, searched.blocks)
-            if isinstance(result, Failure):
-                return None
-            return Candidate(
-                name=name,
-                recipe=recipe,
-                loss=float(objective.losses([result], [recipe])[0, 0]),
-                genome=genome,
-                generation=generation,
-                items=self._counted(result),
-            )
-
-        chosen = selection.finalists(candidates, self._plan.finalists, searched.estimates(candidates))
-        extra = [
-            selection.greedy_soup(
-                chosen,
-                self._plan.space.coordinates,
-                lambda genome: score("soup of the finalists", genome, chosen[0].generation),
-            )
-        ]
-        if searched.favourite is not None:
-            extra.append(score("mean of the search", searched.favourite, candidates[-1].generation))
-        distinct_ = {c.recipe.hash: c for c in reversed([*chosen, *(e for e in extra if e is not None)])}
-        return list(reversed(distinct_.values()))
+    def _objective_on_select(self) -> Objective:
+        """Return the objective on `select`, with the floors of the same merge as on `search`."""
+        objective = self._objective(self._references("select"))
+        if self._standard is None:
+            return objective
+        (standard,) = self._scorer.score([self._standard.recipe], "select", "selection")
+        return objective.above(self._standard.name, standard) if isinstance(standard, Scores) else objective
 
     def _archive(self, objective: Objective, unsearched: Sequence[ScoredRecipe]) -> pareto.Archive:
         """Return an empty front whose reference point comes from the unsearched recipes."""
         recipes = [k.named.recipe for k in unsearched]
         return pareto.Archive(objective.reference_point([k.scores for k in unsearched], recipes))
-
-    def _select_on_front(self, archive: pareto.Archive, hand_made: Sequence[ScoredRecipe]) -> Named:
-        """Score representatives of the front on `select` and return the knee there.
-
-        Hand-made merges are scored there too, so that plots can show them beside the front.
-        """
-        if not archive.members:
-            raise _no_winner("no candidate could be scored")
-        chosen = archive.finalists(self._plan.finalists)
-        objective = self._objective(self._references("select"))
-        for position, candidate in enumerate(chosen):
-            named = Named(name=candidate.name, recipe=candidate.recipe)
-            self._journal.record_entry("finalist", position, named)
-        self._journal.trim_entries("finalist", len(chosen))
-        recipes = [candidate.recipe for candidate in chosen]
-        results = self._scorer.score(recipes, "select", "selection")
-        self._scorer.score([k.named.recipe for k in hand_made], "select", "selection")
-        scored = [i for i, result in enumerate(results) if isinstance(result, Scores)]
-        if not scored:
-            raise _no_winner("none of the finalists could be scored on `select`")
-        winner = chosen[scored[pareto.knee(objective.losses(results, recipes)[scored])]]
-        return Named(name=winner.name, recipe=winner.recipe)
-
-
-def _no_winner(reason: str) -> NoWinnerError:
-    return NoWinnerError(
-        f"{reason}, so there is no winner",
-        fix="look at the failures (evomerge status RUN), then raise the budget and resume",
-    )

@@ -5,7 +5,9 @@ oversized population of the optimizer for the rest; the losses of both are passe
 sets the number of item blocks a generation is scored on: few at first, because a model that learns from
 every item of many candidates needs few items of each; twice as many after the trust region has collapsed,
 a sign that these items hold no further improvement. Where the guide proposes nothing (the model is not
-trusted), several generations without a better candidate are that sign.
+trusted), several generations without a better candidate are that sign. So is a best genome that does worse on
+items it was not chosen on: every few generations it is scored on one block more, and compared with what was
+scored on all blocks before the search.
 
 The loss of every candidate is predicted before it is scored. The guide is trusted while the rank correlation
 of the last predictions with the measured losses is high enough; otherwise the surrogate is ignored and the
@@ -15,6 +17,7 @@ be too optimistic there, which the trust region corrects.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,15 +27,17 @@ import scipy.stats
 from pydantic import Field
 from threadpoolctl import threadpool_limits
 
+from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Array, Scores
 from evomerge.schema import Strict
-from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.objective import FLOOR, SHORT, ObjectiveSpec, Standard
 from evomerge.search.optimizers import Optimizer
 from evomerge.search.ports import GuideState
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
 from evomerge.search.surrogate.trust_region import TrustRegion
+from evomerge.search.utility import Utility
 
 WINDOW = 32
 """Predictions that the rank correlation is taken over, the latest ones."""
@@ -47,6 +52,12 @@ REFRESHED = 16
 """Candidates, the best, that are scored on further blocks when those are added."""
 TUNED_EVERY = 3
 """Generations between choices of the kernel."""
+CHECKED_EVERY = 4
+"""Generations between looks at the best genome on a block that the search does not use yet."""
+ADAPTED = 1.645
+"""Standard errors by which the best genome must do worse there before blocks are added."""
+HOPELESS = 3
+"""Generations in a row in which all items in use, all there are, hold no further improvement nearby."""
 PATIENCE = 6
 """Generations in a row without proposals and without a better candidate, after which blocks are added."""
 
@@ -74,38 +85,37 @@ class MeanLoss:
     """The loss of predicted means: (tasks,) in, loss and slope (tasks,) out.
 
     The tasks are the counted skills, then those of retention and of coherence. normaliser: of the blocks
-    predicted. spec: prices and limits. limits: least normalised score of some skills.
+    predicted. spec: prices and limits. utility: what the skills' normalised scores are worth.
     """
 
-    SHORT = 2.0
-    """Price of a unit that anything is short of its limit: more than another skill can gain by it."""
-
-    def __init__(
-        self, normaliser: Normaliser, spec: ObjectiveSpec, *, limits: dict[str, float] | None = None
-    ) -> None:
+    def __init__(self, normaliser: Normaliser, spec: ObjectiveSpec, utility: Utility) -> None:
         skills, kept, coherent = normaliser.skills, normaliser.retained, normaliser.coherent
         self.tasks = tuple(s.task for s in (*skills, *kept, *coherent))
-        self._shares = np.array([s.share for s in skills])
+        self._skills = len(skills)
         self._zero = np.array([s.zero for s in skills])
         self._headroom = np.array([s.headroom for s in skills])
         self._kept_shares = np.array([k.share for k in kept])
         self._kept_base = np.array([k.zero for k in kept])
         self._coherence = np.array([c.share / c.zero for c in coherent])
         self._spec = spec
-        limits = limits or {}
-        self._limits = np.array([limits.get(s.task, -np.inf) for s in skills])
+        self._utility = utility
+
+    def above(self, values: Array, slack: Array) -> MeanLoss:
+        """Return this loss with floors: the skills' values of a merge, (tasks,), less a slack, (skills,).
+
+        The slack is in normalised scores.
+        """
+        floored = copy.copy(self)
+        floored._utility = self._utility.above(self._scores(values) - slack, FLOOR)
+        return floored
 
     def __call__(self, values: Array) -> tuple[float, Array]:
         """Return the loss and its slope."""
-        count = len(self._shares)
-        scores = (values[:count] - self._zero) / self._headroom
-        short = scores < self._limits
-        loss = -float(self._shares @ scores)
+        count = self._skills
+        worth, by_score = self._utility(self._scores(values))
+        loss = -float(worth.sum())
         slope = np.zeros(len(values))
-        slope[:count] = -self._shares / self._headroom
-        if short.any():
-            loss += self.SHORT * float((self._limits[short] - scores[short]).sum())
-            slope[:count] -= np.where(short, self.SHORT / self._headroom, 0.0)
+        slope[:count] = -by_score / self._headroom
         stop = count + len(self._kept_shares)
         if stop > count:
             gained = values[count:stop] - self._kept_base
@@ -122,11 +132,15 @@ class MeanLoss:
             slope[stop:] = change * self._coherence
         return loss, slope
 
+    def _scores(self, values: Array) -> Array:
+        scores: Array = (values[: self._skills] - self._zero) / self._headroom
+        return scores
+
     def _cost(self, kept: float, price: float, least: float | None) -> tuple[float, float]:
         """Return the price of keeping a share of the base's ability, and its derivative."""
         cost, change = (price * (1.0 - kept), -price) if kept < 1.0 else (0.0, 0.0)
         if least is not None and kept < least:
-            cost, change = cost + self.SHORT * (least - kept), change - self.SHORT
+            cost, change = cost + SHORT * (least - kept), change - SHORT
         return cost, change
 
 
@@ -167,13 +181,32 @@ class Observed:
         """Return (tasks,) means over blocks, right answers counted as softly as the surrogate does."""
         sums, counts = np.zeros(len(self._tasks)), np.zeros(len(self._tasks))
         for block in blocks:
-            outputs, values = self.outputs[block], columns[block]
-            soft = scipy.special.ndtr(np.clip(values, -CLIP, CLIP) / SOFTNESS)
-            value = np.where(outputs.margins, soft, values)
+            outputs, value = self.outputs[block], self._soft(columns, block)
             sums += np.bincount(outputs.task, weights=value, minlength=len(sums))
             counts += np.bincount(outputs.task, minlength=len(sums))
         means: Array = sums / np.maximum(counts, 1)
         return means
+
+    def errors(
+        self, columns: dict[int, Array], references: Sequence[dict[int, Array]], blocks: Sequence[int]
+    ) -> Array:
+        """Return (tasks,) standard errors of the means' differences to the references' mean, item by item."""
+        found = np.zeros(len(self._tasks))
+        tasks = np.concatenate([self.outputs[block].task for block in blocks])
+        parts = [
+            self._soft(columns, block) - np.mean([self._soft(each, block) for each in references], axis=0)
+            for block in blocks
+        ]
+        differences = np.concatenate(parts)
+        for task in range(len(found)):
+            own = differences[tasks == task]
+            found[task] = statistics.standard_error(own)
+        return found
+
+    def _soft(self, columns: dict[int, Array], block: int) -> Array:
+        values = columns[block]
+        soft = scipy.special.ndtr(np.clip(values, -CLIP, CLIP) / SOFTNESS)
+        return np.where(self.outputs[block].margins, soft, values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +221,7 @@ class Guide:
     """The surrogate in a search with one objective.
 
     order: item blocks, the most informative first. loss_on: returns the loss of means on some blocks.
+    standard: the merge that sets the floors, on all blocks; None without floors.
     """
 
     def __init__(
@@ -199,10 +233,16 @@ class Guide:
         order: Sequence[int],
         loss_on: Callable[[Sequence[int]], MeanLoss],
         seed: np.random.SeedSequence,
+        standard: Standard | None = None,
     ) -> None:
-        self._spec, self._order, self._loss_on = spec, tuple(order), loss_on
+        self._spec, self._order, self._without_floors = spec, tuple(order), loss_on
         tasks = loss_on(order).tasks
         self._observed = Observed(tasks, base)
+        self._floors: tuple[dict[int, Array], Array] | None = None
+        if standard is not None:
+            slack = np.array([standard.slack[task] for task in tasks if task in standard.slack])
+            self._floors = self._observed.columns(standard.scores), slack
+        self._loss_by_blocks: dict[tuple[int, ...], MeanLoss] = {}
         self._surrogate = Surrogate(coordinates, self._observed.outputs, tasks=len(tasks))
         self._region = TrustRegion(coordinates, seed=seed)
         self._active = min(spec.blocks, len(order))
@@ -213,8 +253,14 @@ class Guide:
         self._promise: _Promise | None = None
         self._generation = 0
         self._told = 0
-        self._stalled = 0
+        self._stalled = self._spent = 0
         self._losses: dict[tuple[bytes, int], float] = {}
+        self._references: tuple[bytes, ...] = ()
+
+    def begin(self) -> None:
+        """Take what is known now, on all blocks, for what the best genome is compared with from now on."""
+        whole = [k for k, (_, known) in self._known.items() if len(known) == len(self._order)]
+        self._references = tuple(whole)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -300,8 +346,58 @@ class Guide:
                 for p, m, scores in zip(self._predicted[own:], losses[own:], results[own:], strict=True)
                 if scores is not None
             ]
-        if before is None or not self._exhausted(genomes, before[1]) or self._active == len(self._order):
+        exhausted = before is not None and self._exhausted(genomes, before[1])
+        if self._active == len(self._order):
+            self._spent = self._spent + 1 if exhausted else 0
             return []
+        return self._widened() if exhausted else []
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nothing better is expected near the best genome, on all items there are."""
+        return self._spent >= HOPELESS
+
+    def unseen(self) -> tuple[Genome, int] | None:
+        """Return the best genome and a block it should be scored on, which the search does not use yet.
+
+        None where it is not the time, or no such block is left.
+        """
+        if self._generation % CHECKED_EVERY or not self._references:
+            return None
+        best, left = self._best(self.blocks), self._order[self._active :]
+        if best is None:
+            return None
+        known = self._known[best[0].tobytes()][1]
+        return next(((best[0], block) for block in left if block not in known), None)
+
+    def doubted(self, genome: Genome) -> list[Genome]:
+        """Compare a genome's lead on blocks that the search uses with that on others, once scored there.
+
+        The lead is over what was scored on all blocks before the search. Where it is smaller by more than
+        sampling error on the other blocks, the search has adapted to its items: blocks are added. Returns the
+        genomes that should be scored on them now.
+        """
+        known = self._known[genome.tobytes()][1]
+        others = tuple(block for block in self._order[self._active :] if block in known)
+        if not others or self._active == len(self._order):
+            return []
+        (here, error_here), (there, error_there) = (
+            self._lead(known, blocks) for blocks in (self.blocks, others)
+        )
+        return self._widened() if there - here > ADAPTED * float(np.hypot(error_here, error_there)) else []
+
+    def _lead(self, columns: dict[int, Array], blocks: Sequence[int]) -> tuple[float, float]:
+        """Return how far below the references' a genome's loss is on blocks, negative, and its error."""
+        loss = self._loss_on(blocks)
+        means = self._observed.means(columns, blocks)
+        value, slopes = loss(means)
+        references = [self._known[key][1] for key in self._references]
+        value -= float(np.mean([loss(self._observed.means(each, blocks))[0] for each in references]))
+        spread = self._observed.errors(columns, references, blocks)
+        return value, float(np.sqrt(((slopes * spread) ** 2).sum()))
+
+    def _widened(self) -> list[Genome]:
+        """Use twice as many blocks; return the best genomes, which should be scored on them."""
         best = sorted(
             (g for g, known in self._known.values() if all(b in known for b in self.blocks)),
             key=lambda g: self._loss(g, self.blocks),
@@ -338,6 +434,17 @@ class Guide:
         best = self._best(self.blocks)
         model = None if best is None else self._surrogate.fit(best[0], self.blocks)
         return None if model is None else np.array(self._predict(model, self._loss_on(self.blocks), genomes))
+
+    def _loss_on(self, blocks: Sequence[int]) -> MeanLoss:
+        """Return the loss of means on some blocks, with floors."""
+        key = tuple(blocks)
+        if key not in self._loss_by_blocks:
+            loss = self._without_floors(key)
+            if self._floors is not None:
+                columns, slack = self._floors
+                loss = loss.above(self._observed.means(columns, key), slack)
+            self._loss_by_blocks[key] = loss
+        return self._loss_by_blocks[key]
 
     def _predict(self, model: Model, loss: MeanLoss, genomes: Sequence[Genome] | Array) -> list[float]:
         with threadpool_limits(1):

@@ -15,6 +15,7 @@ from evomerge.search.optimizers import Optimizer, OptimizerSpec, create
 from evomerge.search.racing import Views
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.guide import (
+    CHECKED_EVERY,
     FEW,
     REFRESHED,
     SCATTERED,
@@ -86,7 +87,7 @@ def guide(coordinates: Sequence[Coordinate] = CONTINUOUS, **spec: object) -> Gui
         coordinates=coordinates,
         base=BASE,
         order=(2, 0, 3, 1),
-        loss_on=lambda blocks: MeanLoss(on(blocks).normaliser, ObjectiveSpec()),
+        loss_on=lambda blocks: MeanLoss(on(blocks).normaliser, ObjectiveSpec(), on(blocks).utility),
         seed=np.random.SeedSequence(5),
     )
     for genome in np.random.default_rng(1).random((10, len(coordinates))):
@@ -126,6 +127,8 @@ SPECS = {
     "prices": {"retention": 0.4, "coherence": 0.3},
     "limits of skills": {"constraints": {"tasks": {"a": 0.9, "b": 0.1}}},
     "limits of the rest": {"constraints": {"retention": 0.97, "coherence": 0.99}},
+    "balanced": {"kind": "balanced"},
+    "floors": {},
 }
 NOTHING_LOST, LOST = (0.4, 0.5, -1.9, 0.95), (0.4, 0.5, -2.1, 0.8)
 
@@ -134,7 +137,9 @@ NOTHING_LOST, LOST = (0.4, 0.5, -1.9, 0.95), (0.4, 0.5, -2.1, 0.8)
 @pytest.mark.parametrize("values", [NOTHING_LOST, LOST])
 def test_the_slope_of_the_loss_is_its_finite_difference(spec: str, values: tuple[float, ...]) -> None:
     objective = views(**SPECS[spec])(range(BLOCKS))
-    loss = MeanLoss(NORMALISER, ObjectiveSpec.model_validate(SPECS[spec]), limits=objective.task_limits())
+    loss = MeanLoss(NORMALISER, ObjectiveSpec.model_validate(SPECS[spec]), objective.utility)
+    if spec == "floors":
+        loss = loss.above(np.array([0.9, 0.4, -2.0, 0.9]), np.array([0.05, 0.05]))
     assert loss.tasks == ("a", "b", "text", "free")
     here, step_ = np.array(values), 1e-6
     found, slope = loss(here)
@@ -143,7 +148,7 @@ def test_the_slope_of_the_loss_is_its_finite_difference(spec: str, values: tuple
         assert slope[axis] == pytest.approx(expected, abs=1e-6)
     assert (slope[2:] == 0).all() == (values is NOTHING_LOST or spec == "skills alone")
     if "limits" in spec and values is LOST:
-        assert found > MeanLoss(NORMALISER, ObjectiveSpec())(here)[0] + 0.01
+        assert found > MeanLoss(NORMALISER, ObjectiveSpec(), views()(range(BLOCKS)).utility)(here)[0] + 0.01
 
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2, 3), (2, 0)])
@@ -151,7 +156,7 @@ def test_of_measured_means_it_is_the_objective(blocks: tuple[int, ...]) -> None:
     spec = {"smooth": 0.0, "retention": 0.4, "coherence": 0.3}
     objective = views(**spec)(blocks)
     found = scores(np.array([0.9, 0.4, 0.3, 0.6]), sorted(blocks))
-    loss = MeanLoss(objective.normaliser, ObjectiveSpec.model_validate(spec))
+    loss = MeanLoss(objective.normaliser, ObjectiveSpec.model_validate(spec), objective.utility)
     means = np.array([found[task].mean for task in loss.tasks])
     assert loss(means)[0] == pytest.approx(objective.loss(found))
     assert objective.loss(found) != pytest.approx(-objective.mean(found))  # something is lost, too
@@ -299,7 +304,10 @@ def test_a_collapsed_region_leads_to_more_items_and_to_the_best_on_them() -> Non
     assert again[0].tobytes() == known[0]
     assert len(again) == REFRESHED
     order = [one._observed.means(one._known[g.tobytes()][1], before) for g in again]
-    losses = [MeanLoss(views()(before).normaliser, ObjectiveSpec())(means)[0] for means in order]
+    losses = [
+        MeanLoss(views()(before).normaliser, ObjectiveSpec(), views()(before).utility)(means)[0]
+        for means in order
+    ]
     assert losses == sorted(losses)
     rescored = [g for g in again if not np.isfinite(one._loss(g, one.blocks))]
     assert rescored  # those of the generations; the ten known before have met all blocks
@@ -336,3 +344,58 @@ def test_estimates_rank_genomes_as_the_truth_does() -> None:
     found = one.estimates([BEST, np.full(4, 0.35), np.zeros(4)])
     assert found is not None
     assert found[0] < found[1] < found[2]
+
+
+# Items that the search does not use ---------------------------------------------------------------------
+
+
+def adapted(genome: Genome, blocks: Sequence[int]) -> Scores:
+    """On blocks 2 and 0, with which the search begins, whatever is new is better; on the others it is not."""
+    whole_ = [scores(genome, [block]) if block in (1, 3) else part(2.5, 0.0, block) for block in blocks]
+    return joined(whole_)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_best_genome_that_is_better_only_where_it_was_chosen_leads_to_more_items(honest: bool) -> None:
+    one, other = guide(), optimizer()
+    one.begin()
+    judge = scores if honest else adapted
+    widened: list[Genome] = []
+    for _ in range(CHECKED_EVERY):
+        step(one, other, of=judge)
+    unseen = one.unseen()
+    assert unseen is not None
+    genome, block = unseen
+    assert block == 3  # the next in the order (2, 0, 3, 1)
+    one.learn(genome, judge(genome, [block]))
+    widened = one.doubted(genome)
+    assert bool(widened) == (not honest)
+    assert one.blocks == ((2, 0) if honest else (2, 0, 3, 1))
+    assert one.unseen() is None or honest
+
+
+def test_it_looks_every_few_generations_and_only_with_something_to_compare_with() -> None:
+    one, other = guide(), optimizer()
+    looks = []
+    for _ in range(2 * CHECKED_EVERY):
+        step(one, other)
+        looks.append(one.unseen() is not None)
+    assert not any(looks)  # nothing was known before it began
+    one.begin()
+    for number in range(2 * CHECKED_EVERY):
+        step(one, other)
+        assert (one.unseen() is not None) == ((number + 1) % CHECKED_EVERY == 0)
+
+
+def test_nothing_better_on_all_items_is_a_reason_to_stop() -> None:
+    def flat(genome: Genome, blocks: Sequence[int]) -> Scores:
+        return joined([part(-3.0 - 0.1 * float(genome.sum()), 0.0, block) for block in blocks])
+
+    one, other = guide(blocks=BLOCKS), optimizer()
+    for _ in range(30):
+        if one.hopeless:
+            break
+        step(one, other, of=flat)
+    assert one.hopeless
+    step(one, other)  # and something better takes it back
+    assert not one.hopeless
