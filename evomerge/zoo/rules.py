@@ -33,7 +33,7 @@ EASY_WORDS: tuple[str, ...] = tuple(LEXICON)[::4]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class SkillRule:
     """One skill: `ask` draws the body of a question, `answer` solves the body's tokens."""
 
     ask: Callable[[np.random.Generator, Level], str]
@@ -139,22 +139,22 @@ def _interleave(body: list[str]) -> str:
     return " ".join(letter for pair in pairs for letter in pair)
 
 
-RULES: dict[str, Rule] = {
-    "add": Rule(ask=_ask_add, answer=_add),
-    "reverse": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(reversed(body))),
-    "translate": Rule(ask=_ask_translate, answer=lambda body: " ".join(LEXICON[word] for word in body)),
-    "upper": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(body).upper()),
-    "sort": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(sorted(body))),
-    "subtract": Rule(ask=_ask_subtract, answer=_subtract),
-    "rotate": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join([*body[1:], body[0]])),
-    "shift": Rule(ask=_asks_for(LETTERS), answer=_shift),
-    "count": Rule(ask=_asks_for(_COUNTED), answer=_count),
-    "interleave": Rule(ask=_ask_interleave, answer=_interleave),
-    "complement": Rule(ask=_asks_for(DIGITS), answer=_complement),
-    "cumulate": Rule(ask=_asks_for(DIGITS), answer=_cumulate),
-    "swap": Rule(ask=_asks_for(LETTERS), answer=_swap),
-    "double": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(f"{x} {x}" for x in body)),
-    "skip": Rule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(body[::2])),
+RULES: dict[str, SkillRule] = {
+    "add": SkillRule(ask=_ask_add, answer=_add),
+    "reverse": SkillRule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(reversed(body))),
+    "translate": SkillRule(ask=_ask_translate, answer=lambda body: " ".join(LEXICON[word] for word in body)),
+    "upper": SkillRule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(body).upper()),
+    "sort": SkillRule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(sorted(body))),
+    "subtract": SkillRule(ask=_ask_subtract, answer=_subtract),
+    "rotate": SkillRule(ask=_asks_for(LETTERS), answer=lambda body: " ".join([*body[1:], body[0]])),
+    "shift": SkillRule(ask=_asks_for(LETTERS), answer=_shift),
+    "count": SkillRule(ask=_asks_for(_COUNTED), answer=_count),
+    "interleave": SkillRule(ask=_ask_interleave, answer=_interleave),
+    "complement": SkillRule(ask=_asks_for(DIGITS), answer=_complement),
+    "cumulate": SkillRule(ask=_asks_for(DIGITS), answer=_cumulate),
+    "swap": SkillRule(ask=_asks_for(LETTERS), answer=_swap),
+    "double": SkillRule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(f"{x} {x}" for x in body)),
+    "skip": SkillRule(ask=_asks_for(LETTERS), answer=lambda body: " ".join(body[::2])),
 }
 """Skill -> rule. The demo's five come first."""
 
