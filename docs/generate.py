@@ -1,7 +1,7 @@
 """Write the generated reference pages: python docs/generate.py
 
 docs/config.md comes from the pydantic models of run config, suite and search space, docs/commands.md from the
-command line, docs/methods.md from the declarations of the merge methods and the tables of benchmarks/methods.md. A
+command line, docs/methods.md from the declarations of the merge methods and from benchmarks/methods.md. A
 test fails while a page is stale.
 """
 

@@ -242,8 +242,9 @@ def markdown() -> str:
     lines = [
         "# Merge methods",
         "",
-        "Generated from the code by `python docs/generate.py`; do not edit. How the methods compare on two zoos:",
-        "[at the end](#how-the-methods-compare).",
+        "Generated from the code by `python docs/generate.py`; do not edit.",
+        "",
+        "How the methods compare on two zoos: [at the end](#how-the-methods-compare).",
         "",
         "Also known as:",
         "",
