@@ -17,7 +17,8 @@ from torch import Tensor
 
 from evomerge.errors import ConfigError
 from evomerge.merging import mergekit, methods
-from evomerge.merging.mergekit.reader import OURS, UNWEIGHTED
+from evomerge.merging.mergekit.ignored import UNWEIGHTED
+from evomerge.merging.mergekit.reader import OURS
 from evomerge.merging.modules import layer_of, shifted
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.recipe_data import TokenRow
