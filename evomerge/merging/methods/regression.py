@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import ModelError
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.averaging import SHARE
 from evomerge.merging.methods.blend import Blend, run, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
 from evomerge.merging.methods.reduction import one_thread
@@ -109,9 +109,7 @@ def _by_outputs(parts: list[Tensor], ridge: float) -> Tensor:
 
 @method(
     "regmean",
-    Parameter(
-        name="weight", default=1.0, low=0.0, high=WEIGHT_LIMIT, per_source=True, help="share of each model"
-    ),
+    SHARE,
     Parameter(
         name="alpha",
         default=0.9,
