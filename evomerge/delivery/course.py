@@ -1,4 +1,4 @@
-"""The course of a search on `search`: scores by generation, selection bias, finalists, cost.
+"""The course of a search on `search`: scores by generation, optimism, finalists, cost.
 
 Candidates may be scored on a subset of the item blocks. Two candidates are compared on blocks that both were
 scored on, and a score on some blocks is normalised by the base's score on those blocks.
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.delivery.style import of_blocks, percent
-from evomerge.delivery.summary import SEED, Summary
-from evomerge.evaluation import statistics
+from evomerge.delivery.summary import Summary
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, joined
 from evomerge.evaluation.statistics import Interval
@@ -62,17 +61,15 @@ class Convergence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Luck:
-    """The selection bias of the winner's `search` score: the expected one, and its scores on other splits.
+class Optimism:
+    """How far the winner falls from the items it was chosen on to others: its mean normalised scores.
 
-    expected: by how much the best of `candidates` is expected to score above its true mean normalised score.
-    search, select, test: the winner's mean normalised score on each split. blocks: how many of the `of` item
-    blocks of `search` the winner was scored on; `expected` is for candidates on those items.
+    chosen: on the item blocks of `search` that finalists were chosen on, `blocks` of `of`. unused: on the
+    other blocks, None where there are none.
     """
 
-    candidates: int
-    expected: float
-    search: float
+    chosen: float
+    unused: float | None
     select: float | None
     test: float | None
     blocks: int
@@ -80,17 +77,16 @@ class Luck:
 
     @property
     def sentence(self) -> str:
-        """The expected bias and the winner's scores in one line."""
-        scores = [f"{percent(self.search)} on search{of_blocks(self.blocks, self.of)}"]
+        """The scores in one line."""
+        where = f"the search items it was chosen on{of_blocks(self.blocks, self.of)}"
+        scores = [f"{percent(self.chosen)} on {where}"]
+        scores += [f"{percent(self.unused)} on the other search items"] if self.unused is not None else []
         scores += [f"{percent(self.select)} on select"] if self.select is not None else []
         scores += [f"{percent(self.test)} on test"] if self.test is not None else []
-        return (
-            f"selection bias: on search the best of {self.candidates} candidates is expected to score "
-            f"{percent(self.expected)} points too high; the winner scored {', '.join(scores)}"
-        )
+        return f"optimism: the winner has {', '.join(scores)}"
 
     def as_data(self) -> dict[str, Any]:
-        """Return the bias and the scores as plain data."""
+        """Return the scores as plain data."""
         return asdict(self)
 
 
@@ -228,43 +224,28 @@ class Course:
         scores = self._joined(recipe, blocks)
         return None if scores is None else self._scale(blocks).interval(scores)
 
-    def luck(self) -> Luck | None:
-        """Return the selection bias of the winner's `search` score; None without a winner.
-
-        Candidates that were scored on fewer items than the winner are left out: they stopped because they
-        were far behind.
-        """
+    def optimism(self) -> Optimism | None:
+        """Return how far the winner falls from the items it was chosen on; None without a winner."""
         winner = None if self._summary.winner is None else self._summary.winner.recipe.hash
-        score = None if winner is None else self.score(winner)
-        if winner is None or score is None:
+        if winner is None or self.score(winner) is None:
             return None
-        blocks = tuple(part.blocks[0] for part in self.parts(winner))
-        normaliser = self._scale(blocks)
-        first_asked: dict[str, int] = {}
-        asked = 0
-        for generation in self._store.generations():
-            asked += len(generation.recipes)
-            for recipe in generation.recipes:
-                first_asked.setdefault(recipe, generation.number)
-        scored = [(number, self._joined(recipe, blocks)) for recipe, number in first_asked.items()]
-        items = [(number, normaliser.items(scores)) for number, scores in scored if scores is not None]
-        if not items:
-            return None
-        expected = statistics.expected_luck(
-            [np.stack(task) for task in zip(*(by_task for _, by_task in items), strict=True)],
-            normaliser.weights,
-            np.array([number for number, _ in items]),
-            seed=SEED,
-        )
-        return Luck(
-            candidates=asked,
-            expected=max(0.0, expected),  # below zero is noise of the resampling: the winner is far ahead
-            search=score.mean,
+        scored = tuple(part.blocks[0] for part in self.parts(winner))
+        used = tuple(b for b in facts.CHOSEN_ON.get(self._store) or scored if b in scored) or scored
+        unused = tuple(block for block in scored if block not in used)
+        chosen = self._mean(winner, used)
+        assert chosen is not None
+        return Optimism(
+            chosen=chosen,
+            unused=self._mean(winner, unused) if unused else None,
             select=self._summary.mean(winner, "select"),
             test=self._summary.mean(winner, "test"),
-            blocks=len(blocks),
+            blocks=len(used),
             of=self.blocks,
         )
+
+    def _mean(self, recipe: str, blocks: Blocks) -> float | None:
+        scores = self._joined(recipe, blocks)
+        return None if scores is None else self._scale(blocks).mean(scores)
 
     def evaluations(self) -> float:
         """Return what the search has scored so far, in full evaluations (all items of `search` once).

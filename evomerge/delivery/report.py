@@ -57,12 +57,12 @@ def _verdict(summary: Summary, course: Course, rows: Sequence[Row]) -> list[Rend
     verdict = summary.verdict(rows)
     if verdict is None:
         return [Text("no verdict yet: the run has not scored `test`", style="yellow")]
-    luck = course.luck()
+    optimism = course.optimism()
     lines = [
         *verdict.losses,
         summary.weakest(rows),
         kept_sentence(summary.shares(rows)),
-        luck.sentence if luck else None,
+        optimism.sentence if optimism else None,
     ]
     if not verdict.helped:
         folder = shlex.quote(str(summary.store.folder))
@@ -135,7 +135,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
     """
     store, course = summary.store, Course(summary)
     rows = summary.rows()
-    verdict, luck = summary.verdict(rows), course.luck()
+    verdict, optimism = summary.verdict(rows), course.optimism()
     front, surrogate = objectives.front(summary), guidance(store)
     return {
         "run": str(store.folder),
@@ -144,7 +144,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "verdict": None if verdict is None else verdict.as_data(),
         "claims": [claim.as_data() for claim in summary.claims(rows)],
         "kept": [share.as_data() for share in summary.shares(rows)],
-        "luck": None if luck is None else luck.as_data(),
+        "optimism": None if optimism is None else optimism.as_data(),
         "rows": [row.as_data() for row in rows],
         "milliseconds_per_candidate": course.cost().as_data(),
         "notes": notes(summary),
@@ -194,7 +194,7 @@ def write_html(summary: Summary, out: Path) -> Path:
         claims=_claims_by_task(summary, summary.claims(rows)),
         shares=summary.shares(rows),
         samples=samples.on_page(summary, best.name if (best := summary.best_baseline(rows)) else None),
-        luck=course.luck(),
+        optimism=course.optimism(),
         notes=notes(summary),
         cost=course.cost(),
         finalists=course.finalists(),

@@ -35,12 +35,6 @@ PSEUDO = 2.0
 metric's range. Chosen by simulation: with 1, intervals of five tasks with 10 items near 0 cover 92 %; with 4,
 paired intervals of one task are too wide."""
 
-LUCK_RESAMPLES = 2_000
-"""Bootstrap resamples for `expected_luck`, whose Monte-Carlo error is 2 % of one model's standard error."""
-
-WINDOW = 8
-"""Smallest number of models whose values are shrunk together; smaller groups include the nearest others."""
-
 LEVEL = 0.95
 
 ONE_SIDED = 1.645
@@ -345,74 +339,6 @@ def holm_of_doubtful(p: Sequence[float]) -> list[float]:
     for index, value in zip(doubtful, holm([p[index] / CLEAR for index in doubtful]), strict=True):
         adjusted[index] = value
     return adjusted
-
-
-def shrunk(values: Array, errors: Array, groups: Array | None = None) -> Array:
-    """Return shrunken estimates of the true values behind noisy measurements, shape (k,).
-
-    Within a group, values are shrunk towards its mean by the positive-part estimator of James & Stein (1961;
-    Efron & Morris 1975, JASA 70) with the factor 1 - (k - 3) noise / sum of squares. For a group of fewer
-    than WINDOW models, mean and factor come from the nearest models too. The noise is that of differences
-    between models: errors that all models share don't change their order and don't count.
-
-    Args:
-        values: (k,) measurements, in groups with similar true values.
-        errors: (k, m) deviations of each value in m resamplings of the items, which are the same for all
-            values, scaled so that the squares of a row sum to its variance.
-        groups: (k,) numbers; similar ones mean similar models. By default all are one group.
-
-    >>> shrunk(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.sqrt(2.0) * np.eye(5)).tolist()
-    [1.8, 2.4, 3.0, 3.6, 4.2]
-    """
-    groups = np.zeros(len(values)) if groups is None else groups
-    result = np.array(values, dtype=np.float64)
-    for group in np.unique(groups):
-        distance = np.abs(groups - group)
-        near = distance <= np.sort(distance)[min(WINDOW, len(values)) - 1]
-        count = int(near.sum())
-        centre = float(values[near].mean())
-        squares = float(((values[near] - centre) ** 2).sum())
-        if count <= 3 or squares == 0.0:
-            continue
-        deviations = errors[near] - errors[near].mean(axis=0)
-        noise = float((deviations**2).sum()) / (count - 1)
-        factor = max(0.0, 1.0 - (count - 3) * noise / squares)
-        result[groups == group] = centre + factor * (values[groups == group] - centre)
-    return result
-
-
-def expected_luck(
-    samples: Sequence[Array], weights: Sequence[float] | Array, groups: Array | None = None, *, seed: SeedLike
-) -> float:
-    """Return by how much the best of several models is expected to look better than it is.
-
-    Items are resampled for all models together, so shared errors stay shared. The errors of the means are
-    added to estimates of the true means, and the error of the model with the largest sum is averaged. The
-    estimates are means shrunk by `shrunk`, because with raw means past luck would count as ability, and the
-    luck would be underestimated. For equally good models the result is the expected maximum of their errors;
-    for a model far ahead of the others it is near 0.
-
-    Args:
-        samples: for each task (models, n) per-item scores of all models on the same items.
-        weights: (tasks,) not negative; they are scaled to sum to 1.
-        groups: as in `shrunk`.
-        seed: of the bootstrap.
-    """
-    assert len({len(sample) for sample in samples}) == 1, "every task needs the same models"
-    shares = _shares(samples, weights)
-    rng = np.random.default_rng(seed)
-    means = np.zeros(len(samples[0]))
-    errors = np.zeros((LUCK_RESAMPLES, len(samples[0])))
-    for sample, share in zip(samples, shares, strict=True):
-        n = sample.shape[1]
-        drawn = rng.multinomial(n, np.full(n, 1 / n), size=LUCK_RESAMPLES) / n
-        centred = sample - sample.mean(axis=1, keepdims=True)
-        errors += share * (drawn @ centred.T)
-        means += share * sample.mean(axis=1)
-    errors -= errors.mean(axis=1, keepdims=True)  # errors that all models share don't count as luck
-    likely = shrunk(means, errors.T / np.sqrt(LUCK_RESAMPLES), groups)
-    best = (likely + errors).argmax(axis=1)
-    return float(errors[np.arange(LUCK_RESAMPLES), best].mean())
 
 
 def _shares(samples: Sequence[Array], weights: Sequence[float] | Array) -> Array:

@@ -86,7 +86,8 @@ class Generations:
 
     order: the item blocks, the most informative first. racing: when candidates leave a generation early.
     guide: the surrogate, if any. archive: the front, with several objectives. counted: returns the number of
-    items a candidate's loss is computed from.
+    items a candidate's loss is computed from. descended: whether the search began where gradients led; then
+    it ends where the guide expects nothing better nearby.
     """
 
     space: Space
@@ -102,6 +103,7 @@ class Generations:
     guide: Guide | None
     archive: pareto.Archive | None
     counted: Callable[[Scores], int]
+    descended: bool = False
 
     def run(self) -> SearchResult:
         """Run generations until the budget or the optimizer stops the search."""
@@ -143,7 +145,7 @@ class Generations:
             self._record(generation, candidates, raced, recipes)
             self._note_course(patience, raced)
             best = max(best, self._best_mean(raced, blocks))
-            ended = self._score_again(again, candidates, generation, patience)
+            ended = self._score_again(again or self._unseen(generation), candidates, generation, patience)
             self.journal.record_spent(generation, self.ledger.items)
             self.observer.generation_done(generation, self.ledger.evaluations, best)
             generation += 1
@@ -168,6 +170,8 @@ class Generations:
         stopped = self.optimizer.stop_reason()
         if stopped is not None:
             return stopped
+        if self.descended and self.guide is not None and self.guide.hopeless:
+            return "nothing better is expected near where gradients and generations led"
         asked = self._ask()
         if not self.journal.has_ask(generation):  # the budget allowed a stored one when it began
             stopped = self.budget.stop_reason(
@@ -237,6 +241,28 @@ class Generations:
                 generation=generation if before is None else before.generation,
                 items=items,
             )
+
+    def _unseen(self, generation: int) -> list[Genome]:
+        """Now and then score the best genome on items that the search does not use.
+
+        Returns the genomes to score on more items, where it does worse there than its lead here promised.
+        """
+        unseen = None if self.guide is None else self.guide.unseen()
+        if self.guide is None or unseen is None:
+            return []
+        genome, block = unseen
+        recipe = self.space.decode(genome)
+        try:
+            with self._until_deadline(generation + 1):
+                phase = f"generation {generation}, unused items"
+                (result,) = self.scorer.score([recipe], "search", phase, [block])
+        except OutOfTime:
+            return []  # and the next generation does not begin
+        self.ledger.charge([(recipe.hash, (block,))])
+        if not isinstance(result, Scores):
+            return []
+        self.guide.learn(genome, result)
+        return self.guide.doubted(genome)
 
     def _score_again(
         self, genomes: Sequence[Genome], candidates: dict[str, Candidate], generation: int, patience: Patience

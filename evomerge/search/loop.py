@@ -13,15 +13,15 @@ from typing import cast
 
 import numpy as np
 
-from evomerge.errors import NoWinnerError, UserError
+from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser, dud_sentences, find_duds
-from evomerge.evaluation.scores import Failure, Scores, Split
+from evomerge.evaluation.scores import Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search import baselines, pareto, selection
+from evomerge.search import baselines, pareto
 from evomerge.search.companions import companions, without
 from evomerge.search.descent import Descent, StepLosses, descend
-from evomerge.search.generations import Generations, SearchResult
+from evomerge.search.generations import Generations
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec, check_tokens
 from evomerge.search.optimizers import OptimizerSpec, create
@@ -33,16 +33,12 @@ from evomerge.search.ports import (
     SearchBudget,
     SearchObserver,
 )
-from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, clearly_worse, race
+from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.warm_start import GradientSpec, WarmStart, automatic_steps, distinct
-
-GRADIENT_START = "gradient start"
-"""Name of the point that gradients led to."""
-CLEAR = 0.05
-"""Level at which a candidate must be better on `select` to take the place of that point."""
+from evomerge.search.winner import GRADIENT_START, Selection
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
 """Spawn keys of the run's seed, one per component."""
@@ -173,12 +169,22 @@ class Search:
             guide=guide,
             archive=archive,
             counted=self._counted,
+            descended=spent > 0,
         )
         searched = evolution.run()
+        selection = Selection(
+            space=self._plan.space,
+            scorer=self._scorer,
+            journal=self._journal,
+            finalists=self._plan.finalists,
+            counted=self._counted,
+            on_select=self._objective_on_select,
+        )
         if archive is None:
-            winner = self._select([self._start(k, views(searched.blocks)) for k in starts], searched, views)
+            begun = [self._start(k, views(searched.blocks)) for k in starts]
+            winner = selection.best(begun, searched, views)
         else:
-            winner = self._select_on_front(archive, hand_made)
+            winner = selection.on_front(archive, [k.named.recipe for k in hand_made])
         self._guard_inputs()
         self._journal.record_entry("winner", 0, winner)
         self._scorer.require([*self._parents, winner], "test", "test")
@@ -458,6 +464,7 @@ class Search:
         for entry in known:
             if entry.genome is not None:
                 guide.learn(entry.genome, entry.scores)
+        guide.begin()
         return guide
 
     # -- after the last generation -------------------------------------------------------------------
@@ -480,115 +487,15 @@ class Search:
         """Return how many items the mean is computed from."""
         return sum(len(task.metric) for task in scores if task.task in self._counted_tasks)
 
-    def _select(self, starts: Sequence[Candidate], searched: SearchResult, views: Views) -> Named:
-        """Score the finalists on `select`, which the search never saw, and return the winner."""
-        candidates = [*starts, *searched.candidates]
-        if not candidates:
-            raise _no_winner("no candidate could be scored")
-        chosen = self._finalists(candidates, searched, views(searched.blocks))
-        for position, candidate in enumerate(chosen):
-            named = Named(name=candidate.name, recipe=candidate.recipe)
-            self._journal.record_entry("finalist", position, named)
-        self._journal.trim_entries("finalist", len(chosen))
-        again = self._objective(self._references("select"))
-        if self._standard is not None:
-            (standard,) = self._scorer.score([self._standard.recipe], "select", "selection")
-            if isinstance(standard, Scores):
-                again = again.above(self._standard.name, standard)
-        results = self._scorer.score([c.recipe for c in chosen], "select", "selection")
-        scored = [(c, r) for c, r in zip(chosen, results, strict=True) if isinstance(r, Scores)]
-        if not scored:
-            raise _no_winner("none of the finalists could be scored on `select`")
-        candidates = list(dict.fromkeys([*candidates, *chosen]))
-        estimates = dict(zip(candidates, searched.estimates(candidates), strict=True))
-        held_out = again.losses([r for _, r in scored], [c.recipe for c, _ in scored])[:, 0]
-        feasible = [i for i, (_, r) in enumerate(scored) if not again.violation(r)]
-        allowed = feasible or [int(np.argmin([again.violation(r) for _, r in scored]))]
-        best = allowed[
-            selection.winner(
-                np.array([estimates[scored[i][0]] for i in allowed]),
-                held_out[allowed],
-                items=(scored[0][0].items, self._counted(scored[0][1])),
-            )
-        ]
-        for index in allowed:
-            if scored[index][0].name == GRADIENT_START and not self._clearly_better(
-                again, scored[best][1], scored[index][1]
-            ):
-                best = index
-        winner = scored[best][0]
-        return Named(name=winner.name, recipe=winner.recipe)
-
-    @staticmethod
-    def _clearly_better(objective: Objective, scores: Scores, others: Scores) -> bool:
-        """Say whether a candidate is better than another on `select` beyond sampling error."""
-        parts = [objective.contributions(each) for each in (scores, others)]
-        return clearly_worse(parts, totals=None, keep=1, level=CLEAR)[1]
-
-    def _finalists(
-        self, candidates: Sequence[Candidate], searched: SearchResult, objective: Objective
-    ) -> list[Candidate]:
-        """Return the candidates with the best estimates, their soup and the optimizer's favourite."""
-        decode = self._plan.space.decode
-
-        def score(name: str, genome: Genome, generation: int) -> Candidate | None:
-            recipe = decode(genome)
-            (result,) = self._scorer.score([recipe], "search", name, searched.blocks)
-            if isinstance(result, Failure):
-                return None
-            return Candidate(
-                name=name,
-                recipe=recipe,
-                loss=float(objective.losses([result], [recipe])[0, 0]),
-                genome=genome,
-                generation=generation,
-                items=self._counted(result),
-            )
-
-        chosen = selection.finalists(candidates, self._plan.finalists, searched.estimates(candidates))
-        chosen += [c for c in candidates if c.name == GRADIENT_START and c not in chosen]
-        extra = [
-            selection.greedy_soup(
-                chosen,
-                self._plan.space.coordinates,
-                lambda genome: score("soup of the finalists", genome, chosen[0].generation),
-            )
-        ]
-        if searched.favourite is not None:
-            extra.append(score("mean of the search", searched.favourite, candidates[-1].generation))
-        distinct_ = {c.recipe.hash: c for c in reversed([*chosen, *(e for e in extra if e is not None)])}
-        return list(reversed(distinct_.values()))
+    def _objective_on_select(self) -> Objective:
+        """Return the objective on `select`, with the floors of the same merge as on `search`."""
+        objective = self._objective(self._references("select"))
+        if self._standard is None:
+            return objective
+        (standard,) = self._scorer.score([self._standard.recipe], "select", "selection")
+        return objective.above(self._standard.name, standard) if isinstance(standard, Scores) else objective
 
     def _archive(self, objective: Objective, unsearched: Sequence[ScoredRecipe]) -> pareto.Archive:
         """Return an empty front whose reference point comes from the unsearched recipes."""
         recipes = [k.named.recipe for k in unsearched]
         return pareto.Archive(objective.reference_point([k.scores for k in unsearched], recipes))
-
-    def _select_on_front(self, archive: pareto.Archive, hand_made: Sequence[ScoredRecipe]) -> Named:
-        """Score representatives of the front on `select` and return the knee there.
-
-        Hand-made merges are scored there too, so that plots can show them beside the front.
-        """
-        if not archive.members:
-            raise _no_winner("no candidate could be scored")
-        chosen = archive.finalists(self._plan.finalists)
-        objective = self._objective(self._references("select"))
-        for position, candidate in enumerate(chosen):
-            named = Named(name=candidate.name, recipe=candidate.recipe)
-            self._journal.record_entry("finalist", position, named)
-        self._journal.trim_entries("finalist", len(chosen))
-        recipes = [candidate.recipe for candidate in chosen]
-        results = self._scorer.score(recipes, "select", "selection")
-        self._scorer.score([k.named.recipe for k in hand_made], "select", "selection")
-        scored = [i for i, result in enumerate(results) if isinstance(result, Scores)]
-        if not scored:
-            raise _no_winner("none of the finalists could be scored on `select`")
-        winner = chosen[scored[pareto.knee(objective.losses(results, recipes)[scored])]]
-        return Named(name=winner.name, recipe=winner.recipe)
-
-
-def _no_winner(reason: str) -> NoWinnerError:
-    return NoWinnerError(
-        f"{reason}, so there is no winner",
-        fix="look at the failures (evomerge status RUN), then raise the budget and resume",
-    )

@@ -97,6 +97,10 @@ class Journal(Protocol):
 
     def trim_entries(self, role: str, count: int) -> None: ...
 
+    def record_chosen_on(self, blocks: Sequence[int]) -> None:
+        """Record the item blocks of `search` that the finalists were chosen on."""
+        ...
+
     def record_steps(self, steps: int) -> int:
         """Record how many gradient steps a search takes; return what it began with."""
         ...

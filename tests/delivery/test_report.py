@@ -126,14 +126,21 @@ def test_shares_are_of_the_specialists_raw_scores(opened: Summary) -> None:
             assert share.winner is None
 
 
-def test_luck_says_what_to_expect_and_what_happened(opened: Summary) -> None:
-    summary = opened
-    luck = Course(summary).luck()
-    assert luck is not None
-    assert luck.candidates == 12
-    assert -0.01 < luck.expected < 0.5  # where one is far ahead, 0 but for the noise of the resamples
-    assert luck.test == pytest.approx(summary.rows()[-1].mean.estimate)
-    assert luck.select is not None
+def test_optimism_says_how_far_the_winner_falls_from_the_items_it_was_chosen_on(opened: Summary) -> None:
+    course = Course(opened)
+    found = course.optimism()
+    assert found is not None
+    assert opened.winner is not None
+    assert found.test == pytest.approx(opened.rows()[-1].mean.estimate)
+    assert found.select is not None
+    assert 0 < found.blocks < found.of
+    assert found.unused is not None  # the winner is scored on all of `search`
+    whole = course.score(opened.winner.recipe.hash)
+    assert whole is not None
+    assert whole.blocks == found.of
+    low, high = sorted((found.chosen, found.unused))
+    assert low - 0.05 < whole.mean < high + 0.05
+    assert "on the other search items" in found.sentence
 
 
 def test_a_warm_start_is_shown_but_neither_rival_nor_winner(finished_run: Path, tmp_path: Path) -> None:
@@ -181,7 +188,7 @@ def test_as_data_is_json(opened: Summary) -> None:
     assert len(data["rows"][0]["mean"]) == 3
     assert data["claims"][0]["p_holm"] >= data["claims"][0]["p"] == data["verdict"]["p"]
     assert {share["task"] for share in data["kept"]} >= {"demo_reverse", "demo_upper"}
-    assert set(data["luck"]) == {"candidates", "expected", "search", "select", "test", "blocks", "of"}
+    assert set(data["optimism"]) == {"chosen", "unused", "select", "test", "blocks", "of"}
     assert data["verdict"]["low"] <= data["verdict"]["points"] <= data["verdict"]["high"]
 
 

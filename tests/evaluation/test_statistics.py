@@ -10,18 +10,15 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.evaluation import statistics
 from evomerge.evaluation.scores import Array
 from evomerge.evaluation.statistics import (
     Interval,
-    expected_luck,
     holm,
     interval,
     mcnemar,
     paired_difference,
     paired_items,
     proportion_interval,
-    shrunk,
 )
 
 WEIGHTS = np.array([1.0, 2.0, 1.0])
@@ -239,48 +236,3 @@ def test_one_task_gets_the_exact_p_where_items_are_right_or_wrong() -> None:
     assert (found.estimate, found.low, found.high) == (sampled.estimate, sampled.low, sampled.high)
     a = a + rng.normal(0, 0.1, 120)
     assert paired_items(a, b, seed=0) == paired_difference([a], [b], [1.0], seed=0)
-
-
-def test_shrinking_beats_the_measurements_and_borrows_from_near_groups() -> None:
-    rng = np.random.default_rng(12)
-    before = after = 0.0
-    for _ in range(100):
-        groups = np.repeat(np.arange(6.0), 5)
-        truth = groups + rng.normal(0, 0.2, 30)
-        items = rng.normal(0, 3.0, (30, 50))
-        values = truth + items.mean(axis=1)
-        errors = (items - items.mean(axis=1, keepdims=True)) / 50
-        before += float(((values - truth) ** 2).mean())
-        after += float(((shrunk(values, errors, groups) - truth) ** 2).mean())
-    assert after < 0.85 * before
-
-
-def test_errors_that_all_share_shrink_nothing() -> None:
-    values = np.array([1.0, 2.0, 3.0, 4.0, 6.0])
-    assert shrunk(values, np.full((5, 10), 7.0)).tolist() == values.tolist()
-    assert shrunk(np.ones(5), np.eye(5)).tolist() == [1.0] * 5
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.05, 1.0], ids=["alike", "a little apart", "far apart"])
-def test_luck_is_what_simulation_finds(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "LUCK_RESAMPLES", 200)
-    rng = np.random.default_rng(13)
-    models, items, expected, happened = 35, 60, [], []
-    for trial in range(60):
-        truth = 0.5 + spread * np.linspace(-0.5, 0.5, models)
-        hardness = rng.random(items)  # models agree on half of the items, as merges of the same parents do
-        own = rng.random((models, items))
-        draws = np.where(np.arange(items) % 2 == 0, hardness, own)
-        scores = (draws < np.clip(truth, 0, 1)[:, None]).astype(float)
-        means = scores.mean(axis=1)
-        expected.append(expected_luck([scores[:, :30], scores[:, 30:]], [1, 1], seed=trial))
-        happened.append(float(means.max() - truth[means.argmax()]))
-    assert np.mean(expected) == pytest.approx(np.mean(happened), abs=0.025)
-    if spread == 0.0:
-        assert np.mean(expected) > 0.07
-
-
-def test_one_model_needs_no_luck() -> None:
-    scores = np.random.default_rng(14).random((1, 40))
-    assert expected_luck([scores], [1.0], seed=0) == 0.0
-    assert expected_luck([np.repeat(scores, 5, axis=0)], [1.0], seed=0) == pytest.approx(0.0, abs=1e-12)

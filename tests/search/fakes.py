@@ -111,6 +111,9 @@ class FakeJournal:
     def has_ask(self, generation: int) -> bool:
         return False
 
+    def record_chosen_on(self, blocks: Sequence[int]) -> None:
+        self.chosen_on = tuple(blocks)
+
     def record_steps(self, steps: int) -> int:
         self.steps = steps
         return steps

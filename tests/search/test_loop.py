@@ -61,7 +61,10 @@ def test_test_items_are_read_last_and_search_never_sees_select() -> None:
     search(scorer, FakeJournal(), generations=3)
     splits = [split for _, split, _ in scorer.asked]
     changes = [a for a, b in zip(splits, [*splits[1:], ""], strict=True) if a != b]
-    assert changes == ["search", "select", "test"]
+    assert changes == ["search", "select", "search", "test"]
+    assert {phase for _, split, phase in scorer.asked[splits.index("select") :] if split == "search"} == {
+        "winner on all items"
+    }
 
 
 def test_the_search_starts_at_the_best_expressible_baseline() -> None:

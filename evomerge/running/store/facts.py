@@ -184,6 +184,9 @@ GRADIENT = FactFamily(
     "running.slopes",
     "a step of a gradient start: loss and derivatives, or the failure; `items` is its cost",
 )
+CHOSEN_ON = Fact(
+    "chosen_on", list[int], "search", "item blocks of `search` that the finalists were chosen on"
+)
 GRADIENT_STEPS = Fact("gradient_steps", int, "search", "how many gradient steps the search began with")
 WEIGHTS = FactFamily(
     "weights",

@@ -221,6 +221,10 @@ class RunStore(StoreReader):
             with self._writing() as db:
                 db.execute("DELETE FROM entry WHERE role = ? AND position >= ?", (role, count))
 
+    def record_chosen_on(self, blocks: Sequence[int]) -> None:
+        """Store the item blocks of `search` that the finalists were chosen on."""
+        facts.CHOSEN_ON.set(self, sorted(blocks))
+
     def record_steps(self, steps: int) -> int:
         """Store how many gradient steps the search takes; return what it began with."""
         if (before := facts.GRADIENT_STEPS.get(self)) is None:

@@ -5,7 +5,9 @@ oversized population of the optimizer for the rest; the losses of both are passe
 sets the number of item blocks a generation is scored on: few at first, because a model that learns from
 every item of many candidates needs few items of each; twice as many after the trust region has collapsed,
 a sign that these items hold no further improvement. Where the guide proposes nothing (the model is not
-trusted), several generations without a better candidate are that sign.
+trusted), several generations without a better candidate are that sign. So is a best genome that does worse on
+items it was not chosen on: every few generations it is scored on one block more, and compared with what was
+scored on all blocks before the search.
 
 The loss of every candidate is predicted before it is scored. The guide is trusted while the rank correlation
 of the last predictions with the measured losses is high enough; otherwise the surrogate is ignored and the
@@ -25,6 +27,7 @@ import scipy.stats
 from pydantic import Field
 from threadpoolctl import threadpool_limits
 
+from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Array, Scores
 from evomerge.schema import Strict
@@ -49,6 +52,12 @@ REFRESHED = 16
 """Candidates, the best, that are scored on further blocks when those are added."""
 TUNED_EVERY = 3
 """Generations between choices of the kernel."""
+CHECKED_EVERY = 4
+"""Generations between looks at the best genome on a block that the search does not use yet."""
+ADAPTED = 1.645
+"""Standard errors by which the best genome must do worse there before blocks are added."""
+HOPELESS = 3
+"""Generations in a row in which all items in use, all there are, hold no further improvement nearby."""
 PATIENCE = 6
 """Generations in a row without proposals and without a better candidate, after which blocks are added."""
 
@@ -172,13 +181,32 @@ class Observed:
         """Return (tasks,) means over blocks, right answers counted as softly as the surrogate does."""
         sums, counts = np.zeros(len(self._tasks)), np.zeros(len(self._tasks))
         for block in blocks:
-            outputs, values = self.outputs[block], columns[block]
-            soft = scipy.special.ndtr(np.clip(values, -CLIP, CLIP) / SOFTNESS)
-            value = np.where(outputs.margins, soft, values)
+            outputs, value = self.outputs[block], self._soft(columns, block)
             sums += np.bincount(outputs.task, weights=value, minlength=len(sums))
             counts += np.bincount(outputs.task, minlength=len(sums))
         means: Array = sums / np.maximum(counts, 1)
         return means
+
+    def errors(
+        self, columns: dict[int, Array], references: Sequence[dict[int, Array]], blocks: Sequence[int]
+    ) -> Array:
+        """Return (tasks,) standard errors of the means' differences to the references' mean, item by item."""
+        found = np.zeros(len(self._tasks))
+        tasks = np.concatenate([self.outputs[block].task for block in blocks])
+        parts = [
+            self._soft(columns, block) - np.mean([self._soft(each, block) for each in references], axis=0)
+            for block in blocks
+        ]
+        differences = np.concatenate(parts)
+        for task in range(len(found)):
+            own = differences[tasks == task]
+            found[task] = statistics.standard_error(own)
+        return found
+
+    def _soft(self, columns: dict[int, Array], block: int) -> Array:
+        values = columns[block]
+        soft = scipy.special.ndtr(np.clip(values, -CLIP, CLIP) / SOFTNESS)
+        return np.where(self.outputs[block].margins, soft, values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,8 +253,14 @@ class Guide:
         self._promise: _Promise | None = None
         self._generation = 0
         self._told = 0
-        self._stalled = 0
+        self._stalled = self._spent = 0
         self._losses: dict[tuple[bytes, int], float] = {}
+        self._references: tuple[bytes, ...] = ()
+
+    def begin(self) -> None:
+        """Take what is known now, on all blocks, for what the best genome is compared with from now on."""
+        whole = [k for k, (_, known) in self._known.items() if len(known) == len(self._order)]
+        self._references = tuple(whole)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -312,8 +346,58 @@ class Guide:
                 for p, m, scores in zip(self._predicted[own:], losses[own:], results[own:], strict=True)
                 if scores is not None
             ]
-        if before is None or not self._exhausted(genomes, before[1]) or self._active == len(self._order):
+        exhausted = before is not None and self._exhausted(genomes, before[1])
+        if self._active == len(self._order):
+            self._spent = self._spent + 1 if exhausted else 0
             return []
+        return self._widened() if exhausted else []
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nothing better is expected near the best genome, on all items there are."""
+        return self._spent >= HOPELESS
+
+    def unseen(self) -> tuple[Genome, int] | None:
+        """Return the best genome and a block it should be scored on, which the search does not use yet.
+
+        None where it is not the time, or no such block is left.
+        """
+        if self._generation % CHECKED_EVERY or not self._references:
+            return None
+        best, left = self._best(self.blocks), self._order[self._active :]
+        if best is None:
+            return None
+        known = self._known[best[0].tobytes()][1]
+        return next(((best[0], block) for block in left if block not in known), None)
+
+    def doubted(self, genome: Genome) -> list[Genome]:
+        """Compare a genome's lead on blocks that the search uses with that on others, once scored there.
+
+        The lead is over what was scored on all blocks before the search. Where it is smaller by more than
+        sampling error on the other blocks, the search has adapted to its items: blocks are added. Returns the
+        genomes that should be scored on them now.
+        """
+        known = self._known[genome.tobytes()][1]
+        others = tuple(block for block in self._order[self._active :] if block in known)
+        if not others or self._active == len(self._order):
+            return []
+        (here, error_here), (there, error_there) = (
+            self._lead(known, blocks) for blocks in (self.blocks, others)
+        )
+        return self._widened() if there - here > ADAPTED * float(np.hypot(error_here, error_there)) else []
+
+    def _lead(self, columns: dict[int, Array], blocks: Sequence[int]) -> tuple[float, float]:
+        """Return how far below the references' a genome's loss is on blocks, negative, and its error."""
+        loss = self._loss_on(blocks)
+        means = self._observed.means(columns, blocks)
+        value, slopes = loss(means)
+        references = [self._known[key][1] for key in self._references]
+        value -= float(np.mean([loss(self._observed.means(each, blocks))[0] for each in references]))
+        spread = self._observed.errors(columns, references, blocks)
+        return value, float(np.sqrt(((slopes * spread) ** 2).sum()))
+
+    def _widened(self) -> list[Genome]:
+        """Use twice as many blocks; return the best genomes, which should be scored on them."""
         best = sorted(
             (g for g, known in self._known.values() if all(b in known for b in self.blocks)),
             key=lambda g: self._loss(g, self.blocks),

@@ -15,6 +15,7 @@ from evomerge.search.optimizers import Optimizer, OptimizerSpec, create
 from evomerge.search.racing import Views
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.guide import (
+    CHECKED_EVERY,
     FEW,
     REFRESHED,
     SCATTERED,
@@ -343,3 +344,58 @@ def test_estimates_rank_genomes_as_the_truth_does() -> None:
     found = one.estimates([BEST, np.full(4, 0.35), np.zeros(4)])
     assert found is not None
     assert found[0] < found[1] < found[2]
+
+
+# Items that the search does not use ---------------------------------------------------------------------
+
+
+def adapted(genome: Genome, blocks: Sequence[int]) -> Scores:
+    """On blocks 2 and 0, with which the search begins, whatever is new is better; on the others it is not."""
+    whole_ = [scores(genome, [block]) if block in (1, 3) else part(2.5, 0.0, block) for block in blocks]
+    return joined(whole_)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_best_genome_that_is_better_only_where_it_was_chosen_leads_to_more_items(honest: bool) -> None:
+    one, other = guide(), optimizer()
+    one.begin()
+    judge = scores if honest else adapted
+    widened: list[Genome] = []
+    for _ in range(CHECKED_EVERY):
+        step(one, other, of=judge)
+    unseen = one.unseen()
+    assert unseen is not None
+    genome, block = unseen
+    assert block == 3  # the next in the order (2, 0, 3, 1)
+    one.learn(genome, judge(genome, [block]))
+    widened = one.doubted(genome)
+    assert bool(widened) == (not honest)
+    assert one.blocks == ((2, 0) if honest else (2, 0, 3, 1))
+    assert one.unseen() is None or honest
+
+
+def test_it_looks_every_few_generations_and_only_with_something_to_compare_with() -> None:
+    one, other = guide(), optimizer()
+    looks = []
+    for _ in range(2 * CHECKED_EVERY):
+        step(one, other)
+        looks.append(one.unseen() is not None)
+    assert not any(looks)  # nothing was known before it began
+    one.begin()
+    for number in range(2 * CHECKED_EVERY):
+        step(one, other)
+        assert (one.unseen() is not None) == ((number + 1) % CHECKED_EVERY == 0)
+
+
+def test_nothing_better_on_all_items_is_a_reason_to_stop() -> None:
+    def flat(genome: Genome, blocks: Sequence[int]) -> Scores:
+        return joined([part(-3.0 - 0.1 * float(genome.sum()), 0.0, block) for block in blocks])
+
+    one, other = guide(blocks=BLOCKS), optimizer()
+    for _ in range(30):
+        if one.hopeless:
+            break
+        step(one, other, of=flat)
+    assert one.hopeless
+    step(one, other)  # and something better takes it back
+    assert not one.hopeless
