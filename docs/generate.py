@@ -1,7 +1,8 @@
 """Write the generated reference pages: python docs/generate.py
 
 docs/config.md comes from the pydantic models of run config, suite and search space, docs/commands.md from the
-command line, docs/methods.md from the declarations of the merge methods. A test fails while a page is stale.
+command line, docs/methods.md from the declarations of the merge methods and from benchmarks/methods.md. A
+test fails while a page is stale.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ FOLDER = Path(__file__).parent
 
 CLI = "evomerge.cli:app"
 METHODS = "evomerge.merging.methods.declaration:markdown"
+COMPARISON = FOLDER.parent / "benchmarks" / "methods.md"
 
 RUN_CONFIG = (
     ("Run config", "evomerge.config:RunConfig", "your_models.md"),
@@ -271,9 +273,15 @@ def place(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def methods_page() -> str:
+    """Return docs/methods.md: every method, then how they compare."""
+    declared: str = place(METHODS)()
+    return f"{declared}\n{COMPARISON.read_text(encoding='utf-8')}"
+
+
 def pages() -> dict[str, str]:
     """Return the generated pages: file name -> contents."""
-    return {"config.md": config_page(), "commands.md": commands_page(), "methods.md": place(METHODS)()}
+    return {"config.md": config_page(), "commands.md": commands_page(), "methods.md": methods_page()}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.permissions import Permissions
 from evomerge.files import expanded
 from evomerge.merging.chat_templates import with_text
-from evomerge.merging.methods.declaration import FILES
+from evomerge.merging.methods.declaration import FILES, FileKind
 from evomerge.merging.sources.hub import split_id
 from evomerge.running.budget import BudgetSpec, replaced
 from evomerge.running.executors import ExecutorSpec
@@ -57,13 +57,17 @@ class ModelsSpec(Strict):
     """Order of the experts of a mixture: as in the files, or `matched`, each model's in the order in which
     they are most like the base's. For models that were not fine-tuned from the base."""
     fisher: dict[str, str] = Field(default_factory=dict)
-    """Source -> file of its Fisher information (`evomerge fisher`), for spaces with the method `fisher`. The
-    files must stay as they are during a run."""
+    """Source -> file of its Fisher information (`evomerge fisher`), for spaces with the method `fisher`."""
     gram: dict[str, str] = Field(default_factory=dict)
     """Source -> file of its Gram matrices (`evomerge gram`), for spaces with the method `regmean`."""
     hub: dict[str, str] = Field(default_factory=dict)
     """Name (`base` or a source's) -> hub id of a local folder's model. Model cards and exported recipes name
     it in place of the folder."""
+
+    @property
+    def measured(self) -> dict[FileKind, dict[str, str]]:
+        """Return kind -> source -> its Fisher or Gram file."""
+        return {"fisher": self.fisher, "gram": self.gram}
 
     @field_validator("sources")
     @classmethod

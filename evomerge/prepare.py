@@ -29,7 +29,7 @@ from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
-from evomerge.running.inputs import RunInputs
+from evomerge.running.inputs import RunInputs, facts_of
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec, counted
 from evomerge.search import baselines, optimizers
@@ -81,7 +81,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Check a config against the models' headers; raise UserError at the first thing that can't work."""
     from evomerge.merging.compatibility import check
-    from evomerge.merging.sources import chat, model_files
+    from evomerge.merging.sources import chat
     from evomerge.merging.sources.opening import open_sources
 
     suite = _suite(config).weighted(config.objective.weights)
@@ -100,9 +100,11 @@ def prepare(config: RunConfig) -> Prepared:
         tensors={name: tuple(source.headers) for name, source in sources.items()},
     )
     optimizer_of(config, space)
+    measured = config.models.measured
     inputs = RunInputs(
         fingerprints={name: source.fingerprint for name, source in sources.items()},
-        files={name: model_files.facts(source) for name, source in sources.items()},
+        files=facts_of(sources, measured),
+        measured=measured,
         suite=suite.digest(),
         task_files=suite.file_hashes(),
     )

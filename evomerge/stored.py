@@ -17,11 +17,10 @@ from typing import Any
 from evomerge.config import PERMISSIONS, RunConfig, resolve_location, resolve_suite
 from evomerge.errors import ConfigError, ModelError, StoreError, nearest
 from evomerge.evaluation.suite import Suite
-from evomerge.merging.sources import model_files
 from evomerge.merging.sources.opening import open_sources
 from evomerge.running import forward
 from evomerge.running.budget import replaced
-from evomerge.running.inputs import RunInputs, changed_models, refuse_changed_suite
+from evomerge.running.inputs import RunInputs, changed_models, facts_of, refuse_changed_suite
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.store.file import FILE
 from evomerge.schema import parse
@@ -124,7 +123,7 @@ class StoredRun:
         self.refuse_changed(
             {
                 facts.FINGERPRINTS: {name: source.fingerprint for name, source in sources.items()},
-                facts.MODEL_FILES: {name: model_files.facts(source) for name, source in sources.items()},
+                facts.MODEL_FILES: facts_of(sources, config.models.measured),
             }
         )
 

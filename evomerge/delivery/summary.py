@@ -20,7 +20,7 @@ from evomerge.evaluation.normalise import Dud, Normaliser, find_duds
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import SuiteTask
-from evomerge.running.store import facts
+from evomerge.running.store import BASE, facts
 from evomerge.schema import parse
 from evomerge.search.companions import Companion, companions, without
 from evomerge.search.objective import ObjectiveSpec
@@ -197,12 +197,12 @@ class Summary:
 
     def _scored_parents(self, split: Split) -> tuple[Scores, dict[str, Scores]] | None:
         """Return the scores of base and parents on a split, None until all are there."""
-        scores = [self.scores(parent.recipe.hash, split) for parent in self.parents]
-        complete = [result for result in scores if result is not None]
-        if len(complete) < max(len(scores), 1):
+        scores = {parent.name: self.scores(parent.recipe.hash, split) for parent in self.parents}
+        complete = {name: result for name, result in scores.items() if result is not None}
+        names = (BASE, *facts.CONFIG.require(self.store)["models"]["sources"])
+        if not complete.keys() >= set(names):  # a salvaged store may lack some of them altogether
             return None
-        names = [parent.name for parent in self.parents]
-        return complete[0], dict(zip(names[1:], complete[1:], strict=True))
+        return complete[BASE], {name: result for name, result in complete.items() if name != BASE}
 
     def scores(self, recipe: str, split: Split) -> Scores | None:
         """Return the scores of a recipe (its hash) on all items of a split, None without them."""

@@ -24,6 +24,7 @@ from evomerge.merging.live.workbench import Workbench
 from evomerge.merging.recipe import Recipe
 from evomerge.prepare import prepare
 from evomerge.running.store import RunStore
+from evomerge.running.worker import WorkerSpec
 from evomerge.stored import StoredRun
 from tests.merging.experts_shuffled import shuffled
 
@@ -179,6 +180,18 @@ def test_a_run_without_a_winner_says_so(opened: Summary, tmp_path: Path) -> None
         delivery.export(unfinished, tmp_path / "out")
 
 
+def exported_as_scored(run: RunConfig, tmp_path: Path) -> tuple[Path, WorkerSpec]:
+    """Carry out a run and export its winner; its scores on `test` must be those of the run."""
+    compose.start(run, Silent())
+    store = RunStore.read(tmp_path / "run")
+    out = delivery.export(Summary(StoredRun(store)), tmp_path / "model")
+    stored = store.result(out.pick.recipe.hash, "test")
+    assert isinstance(stored, Scores)
+    worker = prepare(StoredRun(store).config()).worker
+    assert rescore(out.folder, worker, "test").same_as(stored)
+    return out.folder, worker
+
+
 def test_a_chosen_template_is_scored_as_exported(
     tiny_zoo: Path, config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -207,15 +220,8 @@ def test_a_chosen_template_is_scored_as_exported(
     run = RunConfig.load(config(**changes, chat_template="upper"))
     assert not [note for note in prepare(run).notes if "chat_template" in note]
     assert run.identity() != plain.config.identity()
-    compose.start(run, Silent())
-    store = RunStore.read(tmp_path / "run")
-    summary = Summary(StoredRun(store))
-    out = delivery.export(summary, tmp_path / "model")
-    stored = store.result(out.pick.recipe.hash, "test")
-    assert isinstance(stored, Scores)
-    worker = prepare(StoredRun(store).config()).worker
-    assert rescore(out.folder, worker, "test").same_as(stored)
-    exported = AutoModelForCausalLM.from_pretrained(out.folder)
+    folder, worker = exported_as_scored(run, tmp_path)
+    exported = AutoModelForCausalLM.from_pretrained(folder)
     assert exported.generation_config.eos_token_id == ends
     assert not rescore(chat, worker, "test").same_as(rescore(tiny_zoo / "upper", worker, "test"))
 
@@ -239,17 +245,10 @@ def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
     with pytest.raises(ModelError, match="have different vocabularies"):
         prepare(RunConfig.load(config(**changes)))
     run = RunConfig.load(config(**changes, tokenizer="union"))
-    compose.start(run, Silent())
-    store = RunStore.read(tmp_path / "run")
-    summary = Summary(StoredRun(store))
-    out = delivery.export(summary, tmp_path / "model")
-    stored = store.result(out.pick.recipe.hash, "test")
-    assert isinstance(stored, Scores)
-    worker = prepare(StoredRun(store).config()).worker
-    assert rescore(out.folder, worker, "test").same_as(stored)
-    exported = AutoTokenizer.from_pretrained(out.folder)
+    folder, _ = exported_as_scored(run, tmp_path)
+    exported = AutoTokenizer.from_pretrained(folder)
     assert exported.convert_tokens_to_ids("<|im_end|>") == len(tokenizer) - 1
-    assert json.loads((out.folder / "config.json").read_text())["vocab_size"] == len(tokenizer)
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(tokenizer)
 
 
 def test_a_run_of_mixtures_with_matched_experts(

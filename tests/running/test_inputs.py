@@ -71,7 +71,13 @@ def new_config(zoo: Path) -> None:
     path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
 
 
-CHANGES = [overwrite, rename_over, truncate, keep_times, new_config]
+def new_ends(zoo: Path) -> None:
+    """Change where a source's answers end."""
+    path = zoo / "upper" / "generation_config.json"
+    path.write_text(path.read_text().replace("{", '{"max_length": 7,', 1))
+
+
+CHANGES = [overwrite, rename_over, truncate, keep_times, new_config, new_ends]
 
 
 @pytest.mark.parametrize("change", CHANGES)

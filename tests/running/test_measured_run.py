@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from evomerge.errors import ConfigError, ModelError
 from evomerge.evaluation.scores import Scores
 from evomerge.merging.analysis import fisher, gram
 from evomerge.prepare import prepare
+from evomerge.running.inputs import changed_models
 from evomerge.running.store import RunStore
 from evomerge.stored import StoredRun
 
@@ -106,3 +108,32 @@ def test_a_space_of_adapters_refuses_whole_models_before_the_run(
     lora = f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"
     models = {"base": str(tiny_zoo / "base"), "sources": {"upper": lora, "reverse": lora}}
     assert prepare(RunConfig.load(config(space="core_space_layers", models=models))).space.dimension
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_a_run_notices_another_measured_file(
+    kind: str, config: Callable[..., Path], models: dict[str, Any], tmp_path: Path
+) -> None:
+    prepared = prepare(RunConfig.load(config(space=SPACE, models=models, optimizer={"name": "random"})))
+    guard = prepared.worker.guard()
+    assert guard is not None
+    guard.compare()
+    file = tmp_path / f"upper.{kind}.st"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ModelError, match=f"upper: {kind.title()} file"):
+        guard.check()
+    file.unlink()
+    with pytest.raises(ModelError, match=f"{kind.title()} file \\(missing\\)"):
+        guard.check()
+    file.write_bytes(content)
+    guard.check()
+    overlooked = ("Fisher file", "Gram file", "generation_config.json")
+    older = {
+        name: {file: known for file, known in files.items() if file not in overlooked}
+        for name, files in prepared.inputs.files.items()
+    }
+    assert len(older["upper"]) == len(prepared.inputs.files["upper"]) - 3
+    assert not changed_models(
+        replace(prepared.inputs, files=older), prepared.inputs
+    )  # begun by an older version

@@ -1,4 +1,4 @@
-"""Generate the data of the suite `persona`: messages, replies of Coach Bea, and replies of somebody else.
+"""Generate the data of the suite `persona`: messages, replies of Coach Bea, and replies of others.
 
     python benchmarks/tasks/persona/generate.py
 

@@ -32,6 +32,8 @@ USED: dict[str, dict[str, object]] = {
     "multislerp": {"normalize_weights": True, "eps": 1e-8},
 }
 """Parameters that mergekit uses and evomerge doesn't have, with the value that changes nothing."""
+UNWEIGHTED = ("ram", "ramplus_tl")
+"""Methods to which mergekit gives no weights and no `lambda`: they change nothing, and only 1 is written."""
 OTHERS = ("int8_mask", "rescale", "normalize_weights", "eps")
 """Parameters of mergekit that no method of evomerge declares."""
 
@@ -67,7 +69,8 @@ def _parameters(data: Any, method: Method, notes: dict[str, None], *, of_source:
         return data
     result: dict[Any, Any] = {}
     for name, value in data.items():
-        declared = method.parameters.get(name)
+        unweighted = method.name in UNWEIGHTED and name in ("weight", "lambda")
+        declared = None if unweighted else method.parameters.get(name)
         if declared is not None and of_source and not declared.per_source:
             notes[f"{name} below a single model has no effect, as in mergekit; it is one of the merge"] = None
         elif declared is None and name in USED.get(method.name, {}):
@@ -76,7 +79,8 @@ def _parameters(data: Any, method: Method, notes: dict[str, None], *, of_source:
         elif declared is None and name == "int8_mask":
             pass  # saves mergekit memory
         elif declared is None and name in _parameter_names():
-            notes[f"{method.name} has no parameter {name}, so it has no effect, as in mergekit"] = None
+            owner = f"mergekit's {method.name}" if unweighted else method.name
+            notes[f"{owner} has no parameter {name}, so it has no effect, as in mergekit"] = None
         else:
             result[name] = value
     return result

@@ -47,8 +47,6 @@ from evomerge.schema import parse_yaml
 TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 OURS = ("chained_slerp", "core_space", "fisher", "iso_c", "iso_cts", "regmean", "tsv", "wudi")
 """Methods that mergekit does not have, or not in this form."""
-UNWEIGHTED = ("ram", "ramplus_tl")
-"""Methods to which mergekit gives no weights and no `lambda`: only values of 1 can be written."""
 TEXT_NAMES = ("default", "language_model", "text_model", "model")
 """Other names of the text decoder among `modules`."""
 COPYING = ("slerp", "arcee_fusion")

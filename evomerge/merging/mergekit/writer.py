@@ -17,6 +17,7 @@ import yaml
 from evomerge.errors import ConfigError
 from evomerge.merging import methods
 from evomerge.merging.mergekit import reader
+from evomerge.merging.mergekit.ignored import UNWEIGHTED
 from evomerge.merging.mergekit.slices import compressed, is_before_layers
 from evomerge.merging.methods import Parameter
 from evomerge.merging.modules import TEXT, beside_text, layer_of, module_of, shifted
@@ -57,7 +58,7 @@ def write(recipe: Recipe, tensors: Iterable[str] | None = None) -> str:
     if recipe.experts != STORED:
         raise _inexpressible("experts in the order of the files", f"experts: {recipe.experts}")
     (method,) = used
-    if method in reader.UNWEIGHTED and not all(_plain(group) for group in recipe.groups):
+    if method in UNWEIGHTED and not all(_plain(group) for group in recipe.groups):
         raise _inexpressible("weights and lambda of 1, because mergekit has none for this method", method)
     data = _head(recipe, method)
     names: tuple[str, ...] = ()

@@ -24,6 +24,9 @@ LOWEST = -0.9
 """Model Stock keeps mean cosine * (number of task vectors - 1) at or above this: its pole is at -1."""
 WEIGHT_LIMIT = 1e4
 """Bound on weights and scales. Larger values exceed float16's range and are probably typing errors."""
+SHARE = Parameter(
+    name="weight", default=1.0, low=0.0, high=WEIGHT_LIMIT, per_source=True, help="share of each model"
+)
 
 
 @blended(

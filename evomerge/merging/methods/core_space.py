@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from evomerge.merging.methods.blend import Blend, Ranks, run
 from evomerge.merging.methods.declaration import Parameter, method
 from evomerge.merging.methods.reduction import one_thread
-from evomerge.merging.methods.spectral import factors as decomposed
-from evomerge.merging.methods.spectral import present
+from evomerge.merging.methods.spectral import factors
 from evomerge.merging.methods.task_vectors import LAMBDA, TOP_DENSITY, WEIGHT, normalize_by
 
 if TYPE_CHECKING:
@@ -78,8 +77,8 @@ def core_space(
     if not all(bool(part.isfinite().all()) for change in changes for part in change):
         return base * math.nan  # which is refused with the tensor's name
     with one_thread():
-        left = present(decomposed(torch.cat([up for up, _ in changes], dim=1)))[0]
-        right = present(decomposed(torch.cat([down for _, down in changes])))[2].T
+        left = factors(torch.cat([up for up, _ in changes], dim=1))[0]
+        right = factors(torch.cat([down for _, down in changes]))[2].T
         cores = [
             torch.zeros(left.shape[1], right.shape[1])
             if update is None

@@ -238,11 +238,13 @@ def get(name: str) -> Method:
 
 
 def markdown() -> str:
-    """Return the text of docs/methods.md: every method with its inputs, parameters and paper."""
+    """Return docs/methods.md but for its end: every method with its inputs, parameters and paper."""
     lines = [
         "# Merge methods",
         "",
-        "Made from the declarations by `python -m evomerge.merging.methods > docs/methods.md`.",
+        "Generated from the code by `python docs/generate.py`; do not edit.",
+        "",
+        "How the methods compare on two zoos: [at the end](#how-the-methods-compare).",
         "",
         "Also known as:",
         "",

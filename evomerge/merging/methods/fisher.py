@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.averaging import SHARE
 from evomerge.merging.methods.blend import SMALLEST, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
 
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 @method(
     "fisher",
-    Parameter(
-        name="weight", default=1.0, low=0.0, high=WEIGHT_LIMIT, per_source=True, help="share of each model"
-    ),
+    SHARE,
     Parameter(
         name="floor",
         default=1e-6,

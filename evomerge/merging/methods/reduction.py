@@ -12,8 +12,11 @@ import contextlib
 import functools
 import math
 import operator
+import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from threadpoolctl import ThreadpoolController
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,3 +144,43 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class _OneBlasThread:
+    """Counts the threads that ask for it, because the limit is one of the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limits: Any = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._limits = _libraries().limit(limits=1, user_api="blas")
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._limits.restore_original_limits()
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """Return the BLAS of numpy and scipy; finding them takes milliseconds."""
+    return ThreadpoolController()
+
+
+_BLAS = _OneBlasThread()
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keep numpy's and scipy's BLAS to one thread, as `one_thread` keeps torch's; threads may nest it."""
+    _BLAS.enter()
+    try:
+        yield
+    finally:
+        _BLAS.leave()

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.errors import ModelError
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.averaging import SHARE
 from evomerge.merging.methods.blend import Blend, run, weighted_sum
 from evomerge.merging.methods.declaration import Parameter, method
 from evomerge.merging.methods.reduction import one_thread
-from evomerge.merging.methods.spectral import weighted_matrices
+from evomerge.merging.methods.spectral import weighted
 from evomerge.merging.methods.task_vectors import LAMBDA, WEIGHT
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def wudi(
     """
     import torch
 
-    parts = weighted_matrices(tensors, weight) if inside else []
+    parts = [vector * w for vector, w in weighted(tensors, weight)] if inside else []
     if len(parts) < 2:
         return run(Blend(weights=weight, scale=lambda_), base, tensors)
     rows, columns = base.shape
@@ -109,9 +109,7 @@ def _by_outputs(parts: list[Tensor], ridge: float) -> Tensor:
 
 @method(
     "regmean",
-    Parameter(
-        name="weight", default=1.0, low=0.0, high=WEIGHT_LIMIT, per_source=True, help="share of each model"
-    ),
+    SHARE,
     Parameter(
         name="alpha",
         default=0.9,

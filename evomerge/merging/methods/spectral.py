@@ -9,10 +9,10 @@ weight 0, or one that leaves the tensor as it is, is left out and does not count
 singular value is at most `ABSENT` times the largest are rounding errors, of a low-rank fine-tune for example,
 and are left out, too.
 
-Everything runs on one thread, so a merge has the same bits for any number of threads. Time: about 4 seconds
-per factorisation of a 2048 x 2048 matrix, half a minute for 4096 x 4096, so these methods suit single merges
-and small models rather than the search on a large one. Memory, measured: for two sources 9 (iso_c) to 14
-(iso_cts) times the matrix in float32.
+Everything runs on one thread, so a merge has the same bits for any number of threads. Time: about 3 seconds
+per factorisation of a 2048 x 2048 matrix on an idle core, half a minute for 4096 x 4096, so these methods
+suit single merges and small models rather than the search on a large one. Memory, measured with base and
+sources: for two sources 9 (iso_c) to 11 (iso_cts) times the matrix in float32, 1 more per further source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from evomerge.merging.methods.blend import Blend, run
 from evomerge.merging.methods.declaration import Parameter, method
 from evomerge.merging.methods.draws import uniform
-from evomerge.merging.methods.reduction import one_thread
+from evomerge.merging.methods.reduction import one_blas_thread, one_thread
 from evomerge.merging.methods.task_vectors import LAMBDA, WEIGHT
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ FEW = 4
 """Directions are few if this many times their number is no more than the smaller dimension."""
 POWERS = 2
 """Rounds of subspace iteration of the random projection."""
+ROWS = 256
+"""Rows of a matrix that are in float64 at once."""
 
 
 @method(
@@ -80,16 +82,15 @@ def tsv(
     """
     import torch
 
-    parts = weighted_matrices(tensors, weight) if inside else []
+    parts = weighted(tensors, weight) if inside else []
     if len(parts) < 2:
         return run(Blend(weights=weight, scale=lambda_), base, tensors)
     with one_thread():
         rank = max(1, min(base.shape) // len(parts))
-        found = [present(top(parts.pop(0), rank)) for _ in range(len(parts))]
-        left = nearest_orthonormal(torch.cat([u for u, _, _ in found], dim=1))
-        right = nearest_orthonormal(torch.cat([v for _, _, v in found]).T)
+        found = [top(vector * w, rank) for vector, w in parts]
         values = torch.cat([s for _, s, _ in found])
-        return base + ((left * values) @ right.T).mul_(lambda_)
+        left, right = all_orthonormal(found)
+        return (left.mul_(values) @ right.T).mul_(lambda_).add_(base)
 
 
 @method(
@@ -120,12 +121,12 @@ def iso_c(
     tensor([[3., 0.],
             [0., 3.]])
     """
-    parts = weighted_matrices(tensors, weight) if inside else []
+    parts = weighted(tensors, weight) if inside else []
     if not parts:
         return run(Blend(weights=weight, scale=lambda_), base, tensors)
     with one_thread():
-        left, values, right = present(factors(sum(parts[1:], parts[0])))
-        return base + (left @ right).mul_(mean(values) * lambda_)
+        left, values, right = factors(total(parts))
+        return (left @ right).mul_(mean(values) * lambda_).add_(base)
 
 
 @method(
@@ -171,47 +172,80 @@ def iso_cts(
     """
     import torch
 
-    parts = weighted_matrices(tensors, weight) if inside else []
+    parts = weighted(tensors, weight) if inside else []
     if not parts:
         return run(Blend(weights=weight, scale=lambda_), base, tensors)
     size, count = min(base.shape), len(parts)
     own = min(round((1.0 - common) * size / count), size // count)
     with one_thread():
-        kept = size - count * own
-        largest = max(float(part.abs().max()) for part in parts)
-        shared = top(sum(parts[1:], parts[0]), kept)
-        largest = max(largest, *shared[1].tolist()[:1])
+        largest = max(float(vector.abs().max()) * abs(w) for vector, w in parts)
+        shared = top(total(parts), size - count * own)
+        largest = max([largest, *shared[1].tolist()[:1]])
         found = [present(shared, largest)]
-        while parts and own:
-            rest = parts.pop(0)
+        for vector, w in parts if own else ():
+            rest = vector * w
             rest -= shared[0] @ (shared[0].T @ rest)
             found.append(present(top(rest, own), largest))
+            del rest
+        del shared
         strength = mean(torch.cat([s for _, s, _ in found]))
-        left = nearest_orthonormal(torch.cat([u for u, _, _ in found], dim=1))
-        right = nearest_orthonormal(torch.cat([v for _, _, v in found]).T)
-        return base + (left @ right.T).mul_(strength * lambda_)
+        left, right = all_orthonormal(found)
+        return (left @ right.T).mul_(strength * lambda_).add_(base)
 
 
-def weighted_matrices(tensors: Sequence[Tensor], weight: Sequence[float]) -> list[Tensor]:
-    """Return the weighted task vectors that are not 0, as new tensors; none if they are no matrices.
+def weighted(tensors: Sequence[Tensor], weight: Sequence[float]) -> list[tuple[Tensor, float]]:
+    """Return the task vectors with their weights, but those whose product is 0; none if they are no matrices.
 
     None also if one is not finite, so that plain task arithmetic shows it.
     """
     if tensors[0].dim() != 2 or not all(tensors[0].shape):
         return []
-    parts = [tensor * w for tensor, w in zip(tensors, weight, strict=True)]
-    sizes = [float(part.abs().max()) for part in parts]
+    sizes = [float((tensor * w).abs_().max()) for tensor, w in zip(tensors, weight, strict=True)]
     if not all(map(math.isfinite, sizes)):
         return []
+    parts = zip(tensors, weight, strict=True)
     return [part for part, size in zip(parts, sizes, strict=True) if size > 0.0]
 
 
-def factors(matrix: Tensor) -> Factors:
-    """Return the singular value decomposition of a finite matrix."""
-    import torch
+def total(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return the sum of weighted task vectors as a new tensor."""
+    (first, w), *others = parts
+    added = first * w
+    for vector, w in others:
+        added += vector * w
+    return added
 
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
+
+def factors(matrix: Tensor) -> Factors:
+    """Return the singular value decomposition of a finite matrix, strongest first, without absent directions.
+
+    From the eigenvectors of M'M (of MM' if M is wide) in float64. Squaring costs half of its 16 digits: a
+    value at the limit `ABSENT` is exact to about 1e-5 of itself. Directions are orthonormal to float32's
+    rounding.
+    """
+    import torch
+    from scipy.linalg import eigh
+
+    if matrix.shape[0] < matrix.shape[1]:
+        right, values, left = factors(matrix.T)
+        return left.T, values, right.T
+    width = matrix.shape[1]
+    products = torch.zeros(width, width, dtype=torch.float64)
+    for rows in torch.split(matrix, ROWS):
+        wide = rows.double()
+        products.addmm_(wide.T, wide)
+    with one_blas_thread():
+        squares, vectors = eigh(products.numpy(), overwrite_a=True, check_finite=False, driver="evd")
+    del products
+    values = torch.from_numpy(squares).clamp(min=0.0).sqrt().flip(0)
+    values = values[: int((values > ABSENT * values[:1]).sum())]
+    axes = torch.from_numpy(vectors)[:, width - len(values) :]  # weakest first
+    left = torch.empty(len(matrix), len(values))
+    for rows, place in zip(torch.split(matrix, ROWS), torch.split(left, ROWS), strict=True):
+        place.copy_((rows.double() @ axes).flip(1).div_(values))
+    right = axes.T.float()
+    del vectors, axes
+    return left, values.float(), right.flip(0)
 
 
 def top(matrix: Tensor, count: int) -> Factors:
@@ -236,12 +270,22 @@ def top(matrix: Tensor, count: int) -> Factors:
     return basis @ left[:, :count], values[:count], right[:count]
 
 
-def present(found: Factors, largest: float | None = None) -> Factors:
-    """Return the directions with a singular value above `ABSENT` times the largest (by default: of these)."""
+def present(found: Factors, largest: float) -> Factors:
+    """Return the directions with a singular value above `ABSENT` times the largest."""
     left, values, right = found
-    limit = ABSENT * (float(values.max()) if largest is None else largest)
-    count = int((values > limit).sum())
+    count = int((values > ABSENT * largest).sum())
     return left[:, :count], values[:count], right[:count]
+
+
+def all_orthonormal(found: list[Factors]) -> tuple[Tensor, Tensor]:
+    """Return the nearest orthonormal left and right directions of several matrices; empties the list."""
+    import torch
+
+    right = torch.cat([v for _, _, v in found]).T
+    left = torch.cat([u for u, _, _ in found], dim=1)
+    found.clear()
+    left = nearest_orthonormal(left)
+    return left, nearest_orthonormal(right)
 
 
 def nearest_orthonormal(columns: Tensor) -> Tensor:
@@ -255,8 +299,8 @@ def nearest_orthonormal(columns: Tensor) -> Tensor:
     if not columns.shape[1]:
         return columns
     left, values, right = factors(columns)
-    kept = values > DEPENDENT * values.max()
-    return left[:, kept] @ right[kept]
+    kept = int((values > DEPENDENT * values[0]).sum())
+    return left[:, :kept] @ right[:kept]
 
 
 def mean(values: Tensor) -> float:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evomerge.merging.methods.averaging import WEIGHT_LIMIT
+from evomerge.merging.methods.averaging import SHARE, WEIGHT_LIMIT
 from evomerge.merging.methods.blend import Blend, Statistics, TensorStatistics, run
 from evomerge.merging.methods.declaration import Parameter, blended, method
 from evomerge.merging.methods.reduction import SHORTEST, as_rows, cosines, row_cosines
@@ -29,9 +29,6 @@ SHORTEST_LENGTH = 1e-30
 coefficient that such a tensor's direction needs is too large for float32."""
 SHORTEST_MEAN = 1e-4
 """Length of a mean of unit vectors below which they cancel and their mean has no direction."""
-SHARE = Parameter(
-    name="weight", default=1.0, low=0.0, high=WEIGHT_LIMIT, per_source=True, help="share of each model"
-)
 
 
 @blended(

@@ -25,6 +25,8 @@ Stats = Mapping[Path, tuple[int, ...]]
 """File -> device, inode, size and times, of which at least one changes when it is written or replaced."""
 JSON = ("config.json", adapter.CONFIG)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+ASKING = ("chat_template.jinja", "generation_config.json")
+"""What asks a model and ends its answers. Runs of older versions did not look at these two."""
 _WORDS = {"size": "another size", "header": "another header", "sample": "other contents"}
 
 
@@ -38,7 +40,7 @@ def files_of(source: Source) -> dict[str, Path]:
         adapter_files = (source.adapter / adapter.CONFIG, source.adapter / adapter.WEIGHTS)
         return files_of(source.base) | {path.name: path for path in adapter_files}
     assert isinstance(source, Checkpoint)
-    small = (source.folder / name for name in (*JSON[:1], *TOKENIZER))
+    small = (source.folder / name for name in (*JSON[:1], *TOKENIZER, *ASKING))
     return {path.name: path for path in (*small, *source.files) if path.is_file()}
 
 
@@ -56,9 +58,15 @@ def full_hashes(source: Source) -> dict[str, str]:
     return hashes
 
 
-def stats(sources: Iterable[Source]) -> Stats:
-    """Return the sizes and times of models' files, which cost microseconds."""
-    return {path: _stat(path) for source in sources for path in files_of(source).values()}
+def stats(sources: Iterable[Source], others: Iterable[Path] = ()) -> Stats:
+    """Return the sizes and times of models' files and of other files, which cost microseconds."""
+    files = [path for source in sources for path in files_of(source).values()]
+    return {path: _stat(path) for path in (*files, *others)}
+
+
+def facts_of_measured(path: Path) -> dict[str, int | str]:
+    """Return facts about a Fisher or Gram file, whatever its name ends in."""
+    return {"size": path.stat().st_size, "sample": sample_hash(path)}
 
 
 def refuse_changed(before: Stats) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from evomerge.errors import ConfigError
 from evomerge.merging.mergekit import reader
+from evomerge.merging.mergekit.ignored import UNWEIGHTED
 from evomerge.merging.recipe import Recipe
 
 TWO = [{"model": "m/a"}, {"model": "m/b"}]
@@ -31,6 +32,9 @@ def noted(data: dict[str, Any]) -> tuple[Recipe, list[str]]:
         ("passthrough", "t", [{"filter": "mlp", "value": 1}, {"value": 0}]),
         ("ties", "epsilon", 0.1),
         ("karcher", "weight", 1),
+        ("ram", "weight", 0.3),
+        ("ramplus_tl", "weight", 0.3),
+        ("ramplus_tl", "lambda", 2.0),
     ],
 )
 def test_parameters_of_other_methods_are_noted_once(method: str, name: str, value: Any) -> None:
@@ -40,7 +44,8 @@ def test_parameters_of_other_methods_are_noted_once(method: str, name: str, valu
     plain |= {"base_model": "m/base"} if method not in ("linear", "passthrough", "karcher") else {}
     recipe, notes = noted(plain | {"models": listed, "parameters": {name: value}})
     assert recipe == noted(plain)[0]
-    assert notes == [f"{method} has no parameter {name}, so it has no effect, as in mergekit"]
+    owner = f"mergekit's {method}" if method in UNWEIGHTED else method  # ours has weights
+    assert notes == [f"{owner} has no parameter {name}, so it has no effect, as in mergekit"]
 
 
 def test_parameters_of_the_merge_below_a_model_are_noted() -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
+from evomerge.merging.methods.reduction import one_blas_thread
 from evomerge.merging.methods.spectral import factors, iso_c, iso_cts, top, tsv
 
 SHAPES = [(12, 9), (9, 12), (10, 10), (1, 6), (6, 1)]
@@ -145,3 +147,37 @@ def test_the_number_of_threads_changes_no_bit_of_large_matrices(method: Any) -> 
         assert torch.get_num_threads() == threads
     torch.set_num_threads(1)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (40, 300), (60, 60)])
+def test_factors_are_exact_down_to_weak_directions(shape: tuple[int, int]) -> None:
+    size = min(shape)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(length, size, generator=generator, dtype=torch.float64)).Q
+        for length in shape
+    )
+    values = torch.logspace(0, -4, size, dtype=torch.float64)
+    matrix = ((left * values) @ right.T).float()
+    u, s, v = factors(matrix)
+    torch.testing.assert_close(s.double(), values, rtol=1e-2, atol=0.0)  # the matrix itself is rounded
+    torch.testing.assert_close((u * s) @ v, matrix, rtol=0.0, atol=2e-6)
+    for directions in (u.T @ u, v @ v.T):
+        torch.testing.assert_close(directions, torch.eye(size), rtol=0.0, atol=1e-5)
+    weak = torch.outer(left[:, 0], right[:, 0]) + 1e-6 * torch.outer(left[:, 1], right[:, 1])
+    assert len(factors(weak.float())[1]) == 1
+
+
+def test_one_blas_thread_holds_until_the_last_leaves_and_restores_what_was() -> None:
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        first, second = one_blas_thread(), one_blas_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # as of another thread
+        assert set(threads()) == {1}
+        second.__exit__(None, None, None)
+        assert threads() == before
