@@ -622,6 +622,21 @@ def test_sources_that_do_not_fit(config: Callable[..., Path], tiny_zoo: Path, tm
     assert "architectures differs" in refuse("run", path, folder=tmp_path)
 
 
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_a_tokenizer_that_transformers_reads_in_another_way(
+    config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path, verb: str
+) -> None:
+    shutil.copytree(tiny_zoo / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    path = config(
+        models=_models(base=tmp_path / "base", upper=tiny_zoo / "upper", reverse=tiny_zoo / "reverse")
+    )
+    error = refuse(verb, path, folder=tmp_path)
+    assert "splits text in another way than tokenizer.json" in error
+    assert "by transformers' class LlamaTokenizer (tokenizer_config.json has tokenizer_class: LlamaT" in error
+    assert 'do: write "tokenizer_class": "PreTrainedTokenizerFast" into' in error
+
+
 def test_truncated_weights(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_zoo / "upper", broken)
