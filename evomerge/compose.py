@@ -144,6 +144,8 @@ def _search(
             layers=prepared.layers,
             baselines=prepared.baselines,
             warm=prepared.warm,
+            weighting=prepared.weighting,
+            weak=prepared.weighting is None or prepared.config.weak_specialists == "allow",
         ),
         scorer=Scorer(store, scheduler, observer, batches, failures=prepared.config.budget.failures),
         journal=store,

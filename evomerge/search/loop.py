@@ -14,7 +14,8 @@ from typing import cast
 import numpy as np
 
 from evomerge.errors import NoWinnerError, UserError
-from evomerge.evaluation.normalise import Normaliser, dud_sentences, find_duds
+from evomerge.evaluation.gains import dud_sentences, find_gains, refuse_nothing, trusts
+from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
 from evomerge.evaluation.suite import Suite
@@ -51,6 +52,8 @@ class SearchPlan:
     finalists: how many of the best candidates are scored again on `select`, beside their soup and the
         optimizer's favourite. layers: number of the base model's layers, the unit of the depth objective.
     surrogate: None where the optimizer works alone. baselines: the hand-made merges that are scored.
+    weighting: the rule that weights tasks in the mean, see `gains.trusts`. weak: whether to go on where
+        hardly any specialist is better than the base.
     """
 
     suite: Suite
@@ -66,6 +69,8 @@ class SearchPlan:
     warm: WarmStart = field(default_factory=WarmStart)
     layers: int | None = None
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
+    weighting: str | None = None
+    weak: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +120,7 @@ class Search:
         self._ahead, self._guard_inputs = ahead, guard
         self._parents = baselines.parents(plan.template, plan.space.sources)
         self._duds: tuple[str, ...] = ()
+        self._trust: dict[str, float] | None = None
         self._dropped: tuple[str, ...] = ()  # tasks whose companion is not used
         self._counted_tasks: tuple[str, ...] = ()
 
@@ -203,11 +209,15 @@ class Search:
         base."""
         suite = self._plan.suite
         base, parents = self._scored_parents("search")
-        duds = find_duds(suite, base=base, parents=parents)
+        gains = find_gains(suite, base=base, parents=parents)
+        if not self._plan.weak:
+            refuse_nothing(gains)
+        duds = [gain for gain in gains if not gain.shown]
         counted = [task.task for task in suite.of("search") if task.role == "skill" and task.counted]
         for sentence in dud_sentences(duds, counted):
             self._observer.noted(f"note: {sentence}")
         self._duds = tuple(dud.task for dud in duds)
+        self._trust = trusts(gains, self._plan.weighting)
         references = self._references("search")
         check_tokens(self._plan.objective, generates=references.tokens(base) is not None)
         self._counted_tasks = references.counted
@@ -221,6 +231,7 @@ class Search:
             base=base,
             parents=parents,
             duds=self._duds,
+            trust=self._trust,
             tokens_of=self._plan.objective.tokens_of,
         )
 
