@@ -105,7 +105,7 @@ WRONG = [
 
 
 def test_a_run_that_measures_nothing_does_not_start(config: Callable[..., Path], tmp_path: Path) -> None:
-    path = config(budget={"generations": 1})
+    path = config(budget={"generations": 1}, weak_specialists="refuse")
     tasks = [{**task, "splits": {"search": 24, "select": 16, "test": 40}} for task in WRONG]
     write_suite(tmp_path, tasks=tasks)
     checked = invoke("check", path)
@@ -127,7 +127,7 @@ def test_a_run_that_measures_nothing_does_not_start(config: Callable[..., Path],
         }
         assert not store.entries("baseline")
         assert facts.STOPPED.get(store) is None
-    path.write_text(path.read_text() + "weak_specialists: allow\n")
+    path.write_text(path.read_text().replace("weak_specialists: refuse", "weak_specialists: allow"))
     assert "ready to run" in succeed("check", path)
     assert "no specialist is shown to be better than the base" in succeed("run", path)
 
@@ -144,6 +144,7 @@ def test_a_run_begun_before_the_refusal_goes_on_as_it_was(
     stored = facts.CONFIG.require(store)
     facts.CONFIG.set(store, {key: value for key, value in stored.items() if key != "weak_specialists"})
     store.close()
+    path.write_text(path.read_text().replace("weak_specialists: allow", "weak_specialists: refuse"))
     assert prepare(RunConfig.load(path)).weighting is None
     succeed("resume", tmp_path / "run", "--generations", "2")
 

@@ -155,14 +155,16 @@ class Normaliser:
             self._spans[spec.task] = statistics.span(*(model.metric for model in models))
         self.counted = tuple(spec.task for spec in self._counted)
         """The skill tasks that count in the mean."""
-        self.floored = tuple(
-            s.task
-            for s in self._counted
-            if trust is None
-            and s.task not in self.duds
-            and self._scales[s.task][0].headroom <= HEADROOM_FLOOR
-        )
-        """Tasks whose specialist is hardly better than the base, so their normalised scores mean little."""
+        self._floored = trust is None
+
+    @property
+    def floored(self) -> tuple[str, ...]:
+        """Tasks whose specialist is hardly better than the base, so their normalised scores mean little.
+
+        None where a trust is given, which leaves little weight to such tasks.
+        """
+        scaled = [task for task in self.counted if self._floored and task not in self.duds]
+        return tuple(task for task in scaled if self._scales[task][0].headroom <= HEADROOM_FLOOR)
 
     def on(self, base: Scores) -> Normaliser:
         """Return this scale for scores on other item blocks: 0 is the base's mean there, the unit stays.

@@ -89,7 +89,7 @@ def _open(path: str) -> Any:
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def _without(text: str, additional: Sequence[str]) -> str:
