@@ -12,7 +12,15 @@ from evomerge import files
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
 from evomerge.evaluation.sharing import Sharing
-from evomerge.prepare import Prepared, check_folder, check_time, full_hashes, prepare, run_facts
+from evomerge.prepare import (
+    Prepared,
+    check_folder,
+    check_time,
+    full_hashes,
+    optimizer_of,
+    prepare,
+    run_facts,
+)
 from evomerge.running import executors, forward, looks, own_answers
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
@@ -142,6 +150,7 @@ def _search(
             finalists=prepared.config.finalists,
             seed=prepared.config.seed,
             layers=prepared.layers,
+            population=optimizer_of(prepared.config, prepared.space).population,
             baselines=prepared.baselines,
             warm=prepared.warm,
             weighting=prepared.weighting,

@@ -294,8 +294,10 @@ class RunConfig(Strict):
             del data["chat_template"]  # and before this one
         if self.baselines == "auto":
             del data["baselines"]  # and before this one; what it meant is stored with the run
-        if self.warm_start == WarmStartSpec():
+        if self.warm_start == WarmStartSpec(gradients="off"):
             del data["warm_start"]  # and before this one
+        if self.objective.kind == "mean":
+            del data["objective"]["kind"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

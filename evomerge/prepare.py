@@ -34,6 +34,7 @@ from evomerge.running.inputs import RunInputs
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec, counted
 from evomerge.search import baselines, optimizers
+from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.racing import RacingSpec, automatic_blocks
 from evomerge.search.spaces import kinds
 from evomerge.search.spaces.kinds import AnySpec
@@ -113,7 +114,7 @@ def prepare(config: RunConfig) -> Prepared:
     )
     for recipe in (*(start.recipe for start in warm.recipes), *_particular(template, config.space)):
         check(recipe, sources)
-    _check_gradients(warm, space)
+    warm = _with_gradients(warm, space, config.objective)
     _check_engine(config)
     worker = _worker(config, suite, inputs)
     racing = _racing(config, worker)
@@ -279,24 +280,25 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
     )
 
 
-def _check_gradients(warm: WarmStart, space: Space) -> None:
-    """Refuse gradients where no method of the space can be differentiated."""
+def _with_gradients(warm: WarmStart, space: Space, objective: ObjectiveSpec) -> WarmStart:
+    """Return a warm start without automatic gradients where there can be none; refuse those asked for."""
     from evomerge.merging.tensors.derivatives import supports
 
     if warm.gradients is None:
-        return
-    if all(coordinate.levels is not None for coordinate in space.coordinates):
-        raise ConfigError(
-            "warm_start.gradients: the search space has no continuous gene to follow a slope in",
-            fix="set warm_start.gradients: off",
-        )
+        return warm
     used = {group.method for group in space.decode(np.full(space.dimension, 0.5)).groups}
-    if not any(map(supports, used)):
-        raise ConfigError(
-            f"warm_start.gradients: {', '.join(sorted(used))} can't be differentiated",
-            expected="a space over a method such as linear, task_arithmetic, ties or slerp",
-            fix="set warm_start.gradients: off",
-        )
+    fixed = all(coordinate.levels is not None for coordinate in space.coordinates)
+    if not fixed and any(map(supports, used)):
+        return replace(warm, gradients=None) if warm.automatic and objective.several else warm
+    if warm.automatic:
+        return replace(warm, gradients=None)
+    raise ConfigError(
+        "warm_start.gradients: the search space has no continuous gene to follow a slope in"
+        if fixed
+        else f"warm_start.gradients: {', '.join(sorted(used))} can't be differentiated",
+        expected=None if fixed else "a space over a method such as linear, task_arithmetic, ties or slerp",
+        fix="set warm_start.gradients: off",
+    )
 
 
 def _check_engine(config: RunConfig) -> None:

@@ -26,6 +26,9 @@ from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.store.file import FILE
 from evomerge.schema import parse
 
+OLDEST = "mean"
+"""Kind of the objective of runs that were begun before there was a choice."""
+
 
 class StoredRun:
     """A run folder with its store open, and the config and suite stored there.
@@ -62,6 +65,8 @@ class StoredRun:
         data = facts.CONFIG.require(self.store)
         data = {key: value for key, value in data.items() if key not in PERMISSIONS}
         data["out"] = str(self.folder.absolute())
+        data["objective"] = {"kind": OLDEST, **data["objective"]}
+        data["warm_start"] = {"gradients": "off", **(data.get("warm_start") or {})}
         _relocate(data, models or {}, suite)
         data["budget"] = replaced(data["budget"], budget, time.time())
         return parse(RunConfig, data, f"{self.folder}: stored config")
@@ -149,6 +154,15 @@ class StoredRun:
 
     def refuse_older(self) -> None:
         """Refuse to go on with a run migrated from a version whose search can't be replayed."""
+        objective = facts.CONFIG.require(self.store)["objective"]
+        limits = any(limit is not None for limit in objective["constraints"].values())
+        if "kind" not in objective and limits and not objective["several"]:
+            raise StoreError(
+                f"{self.folder}: begun by an older evomerge, which ranked candidates by their constraints",
+                expected="a run whose constraints have a price",
+                fix="`status`, `report` and `export` work here; to search on, start a new run with "
+                f"warm_start: {{run: {self.folder}}}",
+            )
         if (migrated := facts.MIGRATED.get(self.store)) is not None and not migrated["continues"]:
             raise StoreError(
                 f"{self.folder}: begun by an older evomerge, whose search this version can't replay",

@@ -20,6 +20,7 @@ from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Work
 from evomerge.running.store import StoreReader
 from evomerge.running.worker import Job
 from evomerge.search import baselines
+from evomerge.search.warm_start import automatic_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +110,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     hand_made = sum(row.name in prepared.baselines for row in rows)
     starts = len(prepared.warm.recipes)
     beforehand = math.ceil((parents + hand_made + starts) / workers) + len(sources)  # the soup, one by one
-    slopes = _slopes(prepared)
+    slopes = _slopes(prepared, items["search"])
     beforehand += math.ceil(slopes)
     first = math.ceil(optimizer_of(config, prepared.space).population / workers)
     before = (beforehand + first) * seconds["search"]
@@ -143,10 +144,19 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     )
 
 
-def _slopes(prepared: Prepared) -> float:
+def gradient_steps(prepared: Prepared, full: int) -> int:
+    """Return how many gradient steps the run would take; full: items of an evaluation."""
+    spec = prepared.warm.gradients
+    if spec is None or not prepared.warm.automatic:
+        return 0 if spec is None else spec.steps
+    population = optimizer_of(prepared.config, prepared.space).population
+    return automatic_steps(spec, prepared.config.budget.allowed(full, population))
+
+
+def _slopes(prepared: Prepared, full: int) -> float:
     """Return the cost of the gradient warm start, in full evaluations."""
     spec = prepared.warm.gradients
-    return 0.0 if spec is None else PASSES * spec.steps * spec.share
+    return 0.0 if spec is None else PASSES * gradient_steps(prepared, full) * spec.share
 
 
 def _searched(prepared: Prepared, full: int) -> float | None:
@@ -159,6 +169,6 @@ def _searched(prepared: Prepared, full: int) -> float | None:
     limits = [
         budget.evaluations,
         budget.items and budget.items / full,
-        budget.generations and budget.generations * optimizer.population + _slopes(prepared),
+        budget.generations and budget.generations * optimizer.population + _slopes(prepared, full),
     ]
     return min((limit for limit in limits if limit), default=None)

@@ -27,8 +27,9 @@ from evomerge.merging.recipe import Recipe
 from evomerge.prepare import prepare
 from evomerge.running.worker import GradientJob, Job, Worker
 from evomerge.search import baselines
+from evomerge.search.descent import descend
 from evomerge.search.objective import Objective
-from evomerge.search.warm_start import GradientSpec, descend
+from evomerge.search.warm_start import GradientSpec
 
 
 class Bench:
@@ -103,6 +104,7 @@ def main() -> None:
         return smooth_loss(
             bench.normalisers["search"],
             bench.base["search"],
+            gains=bench.normalisers["search"].gains(),
             price=bench.prepared.config.objective.retention,
             softness=spec.softness,
             share=spec.share,

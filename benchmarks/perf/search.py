@@ -1,4 +1,4 @@
-"""Our search beside those a careful person would write: equal scored items, the demo's models, several seeds.
+"""Our search beside those a careful person would write: equal scored items, the same models, several seeds.
 
     python benchmarks/perf/search.py run --methods ours,cma --seeds 0,1,2,3,4 --evaluations 200
     python benchmarks/perf/search.py table
@@ -14,9 +14,12 @@ Everybody's pick is then scored on `test`, which nothing was chosen on.
     tpe     Optuna's TPE, multivariate
     ga      pymoo's genetic algorithm
     random  uniform in the space
-    ours    the default run config of the demo: CMA-ES, surrogate, item blocks, selection on `select`
-    ours-gradients  the same with `warm_start: {gradients: on}`; its cost is counted
-    ours-SPACE      the same in another search space
+    ours    the defaults: floors, gradients, then CMA-ES, surrogate, item blocks, selection on `select`
+    ours-PART[-PART]  the same with other settings: mean, balanced, floors (the objective's kind); gradients,
+            nogradients; plain (no surrogate); or the name of a search space
+
+Of the demo's models, or of those of any run config (`--config zoo/run.yaml`), whose results then go into a
+folder of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -46,7 +49,8 @@ from evomerge.running import executors
 from evomerge.running.store import BASE, StoreReader
 from evomerge.running.worker import Job, Result
 from evomerge.search import baselines
-from evomerge.search.objective import Objective
+from evomerge.search.objective import Objective, ObjectiveSpec
+from evomerge.search.utility import UtilityKind
 from evomerge.search.warm_start import GradientSpec
 from evomerge.stored import StoredRun
 
@@ -80,17 +84,20 @@ class Remembered:
         self._executor.close()
 
 
-def configured(method: str, seed: int, evaluations: int, out: Path) -> RunConfig:
-    """Return the demo's config for one run."""
-    config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
+def configured(method: str, seed: int, evaluations: int, out: Path, source: Path) -> RunConfig:
+    """Return the config for one run. source: the file of the models."""
+    config = RunConfig.load(source, seed=seed, out=str(out), evaluations=evaluations)
     changes: dict[str, Any] = {
         "executor": config.executor.model_copy(update={"name": "inline", "threads": 1})
     }
     if method in RIVALS:
         changes |= {"racing": config.racing.model_copy(update={"blocks": 1}), "surrogate": "off"}
     for part in method.split("-")[1:]:
-        if part == "gradients":
-            changes["warm_start"] = config.warm_start.model_copy(update={"gradients": GradientSpec()})
+        if part in ("gradients", "nogradients"):
+            gradients = GradientSpec() if part == "gradients" else "off"
+            changes["warm_start"] = config.warm_start.model_copy(update={"gradients": gradients})
+        elif part in get_args(UtilityKind):
+            changes["objective"] = config.objective.model_copy(update={"kind": part})
         elif part == "plain":
             changes["surrogate"] = "off"
         else:
@@ -103,8 +110,10 @@ def configured(method: str, seed: int, evaluations: int, out: Path) -> RunConfig
 class Bench:
     """The demo's models with everything a run and its judge need."""
 
-    def __init__(self, method: str, seed: int, evaluations: int, out: Path, results: Path) -> None:
-        self.prepared = prepare(configured(method, seed, evaluations, out))
+    def __init__(
+        self, method: str, seed: int, evaluations: int, out: Path, results: Path, source: Path
+    ) -> None:
+        self.prepared = prepare(configured(method, seed, evaluations, out, source))
         names = self.prepared.space.sources
         norms = task_vector_norms(self.prepared.config.locations, BASE)
         self.parents = baselines.parents(self.prepared.template, names)
@@ -132,7 +141,7 @@ class Bench:
 def run_rival(bench: Bench, method: str, seed: int, evaluations: int) -> tuple[Recipe, int]:
     """Search with a rival; return its pick and the items it scored."""
     space, normaliser = bench.prepared.space, bench.normaliser("search")
-    objective = Objective(bench.prepared.config.objective, normaliser)
+    objective = Objective(ObjectiveSpec(kind="mean"), normaliser)
     best: tuple[float, Recipe | None] = (-np.inf, None)
     count = items = 0
 
@@ -215,18 +224,19 @@ def _parts(store: StoreReader, recipe: str, scored: dict[str, tuple[int, ...]]) 
     return [part for part in parts if isinstance(part, Scores)]
 
 
-def run_one(method: str, seed: int, evaluations: int, results: Path) -> None:
+def run_one(method: str, seed: int, evaluations: int, results: Path, source: Path) -> None:
     """Run a method with a seed, judge its pick on `test`, write the JSON file."""
     path = results / f"{method}-{evaluations}-{seed}.json"
     if path.exists():
         return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(method, seed, evaluations, Path(folder) / "run", results)
+        bench = Bench(method, seed, evaluations, Path(folder) / "run", results, source)
         picked, items = run_rival(bench, method, seed, evaluations) if method in RIVALS else run_ours(bench)
         full = bench.score(bench.prepared.template, "search").items
         normaliser = bench.normaliser("test")
         scores = bench.score(picked, "test")
+        search = bench.normaliser("search").mean(bench.score(picked, "search"))
         rows = {
             named.name: normaliser.mean(bench.score(named.recipe, "test"))
             for named in (*bench.parents, *bench.hand_made)
@@ -239,6 +249,7 @@ def run_one(method: str, seed: int, evaluations: int, results: Path) -> None:
         "full": full,
         "seconds": time.perf_counter() - started,
         "test": normaliser.mean(scores),
+        "search": search,
         "tasks": normaliser.task(scores),
         "test_items": [values.tolist() for values in normaliser.items(scores)],
         "weights": normaliser.weights.tolist(),
@@ -247,10 +258,16 @@ def run_one(method: str, seed: int, evaluations: int, results: Path) -> None:
     }
     path.write_text(json.dumps(data))
     print(
-        f"{method} {evaluations} seed {seed}: test {100 * data['test']:.1f}, {items / full:.1f} evaluations, "
+        f"{method} {evaluations} seed {seed}: test {100 * data['test']:.1f}, weakest {weakest(data):.1f}, "
+        f"search - test {100 * (search - data['test']):+.1f}, {items / full:.1f} evaluations, "
         f"{data['seconds']:.0f} s",
         flush=True,
     )
+
+
+def weakest(run: dict[str, Any]) -> float:
+    """Return the lowest normalised score of a task on `test`, in points."""
+    return 100 * float(min(run["tasks"].values()))
 
 
 def table(results: Path, ceiling: float | None) -> None:
@@ -267,15 +284,21 @@ def table(results: Path, ceiling: float | None) -> None:
         f"best baseline on test: {name} {100 * base:.1f}"
         + (f"; ceiling {100 * ceiling:.1f}" if ceiling else "")
     )
-    print("\n| method | budget | evaluations used | test, median (range) | head-room closed | seeds |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "\n| method | budget | evaluations used | test, median (range) | weakest task, median (range) "
+        "| search - test, median | head-room closed | seeds |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for (method, budget), runs in found.items():
         tests = sorted(100 * run["test"] for run in runs)
+        low = [weakest(run) for run in runs]
+        gaps = [100 * (run["search"] - run["test"]) for run in runs]
         used = np.median([run["items"] / run["full"] for run in runs])
         closed = "-" if not ceiling else f"{(np.median(tests) / 100 - base) / (ceiling - base):.0%}"
         print(
             f"| {method} | {budget} | {used:.0f} | {np.median(tests):.1f} "
             f"({tests[0]:.1f} to {tests[-1]:.1f}) "
+            f"| {np.median(low):.1f} ({min(low):.1f} to {max(low):.1f}) | {np.median(gaps):+.1f} "
             f"| {closed} | {len(runs)} |"
         )
     print("\n| ours against | ours - theirs, points [95 % interval] | seeds |")
@@ -310,16 +333,19 @@ def main() -> None:
     parser.add_argument("--methods", default="ours,cma,tpe,ga,random")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--evaluations", type=int, default=200)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--config", type=Path, default=DEMO_CONFIG, help="a run config of other models")
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--ceiling", type=float, help="the ceiling's mean on test, in [0, 1]")
     options = parser.parse_args()
+    own = RESULTS if options.config == DEMO_CONFIG else RESULTS / options.config.resolve().parent.name
+    options.results = options.results or own
     options.results.mkdir(parents=True, exist_ok=True)
     if options.command == "table":
         table(options.results, options.ceiling)
         return
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
-            run_one(method, seed, options.evaluations, options.results)
+            run_one(method, seed, options.evaluations, options.results, options.config)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from evomerge.running.worker import build_harness
 from evomerge.search.objective import check_tokens
 from evomerge.search.racing import FULL, full_blocks
 from evomerge.text import one_line, printable
-from evomerge.trial import Probe
+from evomerge.trial import Probe, gradient_steps
 
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
@@ -74,7 +74,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "racing": _races(prepared),
         "surrogate": _uses_surrogate(prepared),
         "starts": [start.name for start in prepared.warm.recipes],
-        "gradient_steps": prepared.warm.gradients.steps if prepared.warm.gradients else 0,
+        "gradient_steps": gradient_steps(prepared, probe.items["search"]),
         "suite": prepared.suite.name,
         "groups": {name: list(tasks) for name, tasks in prepared.suite.groups.items()},
         "items": probe.items,
@@ -173,7 +173,7 @@ def _cut(text: str) -> str:
 
 def _races(prepared: Prepared) -> bool:
     config = prepared.config
-    return config.racing.count > 1 and config.racing.keep < 1 and config.objective.mean_decides
+    return config.racing.count > 1 and config.racing.keep < 1 and config.objective.items_decide
 
 
 def _uses_surrogate(prepared: Prepared) -> bool:
@@ -199,5 +199,6 @@ def _search_settings(prepared: Prepared) -> str:
     if warm.recipes:
         starts.append(f"{len(warm.recipes)} recipe{'s' if len(warm.recipes) > 1 else ''}")
     if warm.gradients is not None:
-        starts.append(f"{warm.gradients.steps} gradient steps")
+        most = "at most " if warm.automatic else ""
+        starts.append(f"{most}{warm.gradients.steps} gradient steps")
     return f"{scoring}; surrogate {surrogate}; starts from {', '.join(starts)}"

@@ -53,8 +53,10 @@ def differentiable(model: Any) -> Iterator[None]:
 
 def backward(
     model: Any, items: Items, loss: SmoothLoss, *, batch_size: int, max_length: int, prefix: int
-) -> float:
-    """Return a loss on some items; its gradient is added to the `.grad` of the model's parameters.
+) -> tuple[float, dict[str, float]]:
+    """Return a loss on some items, and the skill tasks' soft accuracies there.
+
+    The gradient of the loss is added to the `.grad` of the model's parameters.
 
     Args:
         model: a causal LM, inside `differentiable`.
@@ -69,15 +71,16 @@ def backward(
     """
     by_name = {task.name: task for task in items.tasks}
     skills = [item for part in loss.tasks if part.base is None for item in _items(by_name[part.task], part)]
-    total = 0.0
+    total, right = 0.0, {part.task: 0.0 for part in loss.tasks if part.base is None}
     for chunk in _chunks(skills, batch_size):
-        total -= _skills(model, chunk, loss.softness, max_length)
+        total -= _skills(model, chunk, loss.softness, max_length, right)
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
     if texts and loss.price:
         total += _retention(model, texts, loss.price, batch_size, max_length, prefix)
     if not math.isfinite(total):
         raise NonFiniteScores("the model's logits are not finite", got=f"a loss of {total}")
-    return total
+    counts = {part.task: len(part.items) for part in loss.tasks}
+    return total, {task: value / counts[task] for task, value in right.items()}
 
 
 def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
@@ -110,8 +113,13 @@ def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
         yield chunk
 
 
-def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int) -> float:
-    """Return the weighted sum of the items' soft accuracies; the gradient of its negative is added."""
+def _skills(
+    model: Any, chunk: Sequence[_Item], softness: float, max_length: int, right_by_task: dict[str, float]
+) -> float:
+    """Return the weighted sum of the items' soft accuracies; the gradient of its negative is added.
+
+    right_by_task: task -> sum of its items' soft accuracies, to which those of the chunk are added.
+    """
     pairs = [pair for item in chunk for pair in item.pairs]
     names = [item.task for item in chunk for _ in item.pairs]
     laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names)
@@ -129,7 +137,10 @@ def _skills(model: Any, chunk: Sequence[_Item], softness: float, max_length: int
             margins.append(choices.masked_fill(~right.to(choices.device), -torch.inf).amax() - wrong)
         start = stop
     weights = torch.tensor([item.weight for item in chunk], device=ll.device)
-    value = (torch.sigmoid(torch.stack(margins) / softness) * weights).sum()
+    soft = torch.sigmoid(torch.stack(margins) / softness)
+    value = (soft * weights).sum()
+    for item, part in zip(chunk, soft.tolist(), strict=True):
+        right_by_task[item.task] += part
     (-value).backward()  # type: ignore[no-untyped-call]
     return float(value.detach())
 

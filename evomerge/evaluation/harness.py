@@ -308,8 +308,12 @@ class Harness:
         self.forward_seconds = seconds
         return joined(parts)
 
-    def backward(self, model: Any, split: Split, loss: SmoothLoss, *, batch_size: int | None = None) -> float:
-        """Return a loss on some of a split's items; its gradient is added to the weights' gradients.
+    def backward(
+        self, model: Any, split: Split, loss: SmoothLoss, *, batch_size: int | None = None
+    ) -> tuple[float, dict[str, float]]:
+        """Return a loss on some of a split's items, and the skill tasks' soft accuracies there.
+
+        The gradient of the loss is added to the weights' gradients.
 
         Args:
             model: a causal LM, inside `gradient.differentiable`.

@@ -166,6 +166,11 @@ class Normaliser:
         scaled = [task for task in self.counted if self._floored and task not in self.duds]
         return tuple(task for task in scaled if self._scales[task][0].headroom <= HEADROOM_FLOOR)
 
+    @property
+    def shares(self) -> Array:
+        """(tasks,) the weights of the counted tasks times the trust in their scales; `mean` sums with them."""
+        return read_only([w * trust for w, trust in zip(self.weights.tolist(), self._trust, strict=True)])
+
     def on(self, base: Scores) -> Normaliser:
         """Return this scale for scores on other item blocks: 0 is the base's mean there, the unit stays.
 
@@ -194,7 +199,7 @@ class Normaliser:
         """The counted skill tasks: the mean is the sum of share * (task's mean - zero) / headroom."""
         return tuple(
             TaskScale(task=spec.task, share=share, zero=scale.zero, headroom=scale.headroom)
-            for spec, share in zip(self._counted, self._shares(), strict=True)
+            for spec, share in zip(self._counted, self.shares.tolist(), strict=True)
             for scale in (self._scales[spec.task][0],)
         )
 
@@ -233,7 +238,7 @@ class Normaliser:
         """
         self._check(scores)
         contributions = []
-        for spec, weight in zip(self._counted, self._shares(), strict=True):
+        for spec, weight in zip(self._counted, self.shares.tolist(), strict=True):
             task, (scale, smooth_scale) = scores[spec.task], self._scales[spec.task]
             values = (task.metric - scale.zero) / scale.headroom
             if smooth_scale is not None and task.smooth is not None:
@@ -351,7 +356,7 @@ class Normaliser:
 
     def gains(self) -> dict[str, float]:
         """Return counted task -> derivative of the mean with respect to the task's mean."""
-        shares = zip(self._counted, self._shares(), strict=True)
+        shares = zip(self._counted, self.shares.tolist(), strict=True)
         return {spec.task: share / self._scales[spec.task][0].headroom for spec, share in shares}
 
     def retention_shares(self) -> dict[str, float]:
@@ -438,11 +443,7 @@ class Normaliser:
         return best, replace(test, low=low, high=high)
 
     def _weighted(self, values: list[float]) -> float:
-        return math.fsum(share * value for share, value in zip(self._shares(), values, strict=True))
-
-    def _shares(self) -> list[float]:
-        """Return the weights of the counted tasks in the mean, with the trust in their scales."""
-        return [weight * trust for weight, trust in zip(self.weights.tolist(), self._trust, strict=True)]
+        return math.fsum(share * value for share, value in zip(self.shares.tolist(), values, strict=True))
 
 
 def _mean(values: Array | None) -> float:

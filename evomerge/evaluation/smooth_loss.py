@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -67,22 +67,25 @@ class Gradient:
 
     groups: for each tensor group, parameter -> one derivative per source, or a single one for a parameter of
         the group; empty for a group whose method can't be differentiated.
+    values: skill task -> mean of sigmoid(margin / softness) over the items that took part.
     """
 
     loss: float
     groups: tuple[Mapping[str, tuple[float, ...]], ...]
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 def smooth_loss(
     normaliser: Normaliser,
     base: Scores,
     *,
+    gains: Mapping[str, float],
     price: float,
     softness: float,
     share: float,
     rng: np.random.Generator,
 ) -> SmoothLoss:
-    """Return the surrogate of minus the mean normalised score plus the price of lost retention.
+    """Return the surrogate of minus what the skills are worth plus the price of lost retention.
 
     Tasks whose answers have no likelihood (free generation without a companion) can't be differentiated
     and are left out.
@@ -90,13 +93,14 @@ def smooth_loss(
     Args:
         normaliser: of the split whose items are used.
         base: the base model's scores on that split.
+        gains: skill task -> what a unit of its mean is worth.
         price: the loss per unit of lost retention.
         softness: width of the sigmoid, in nats.
         share: share of each task's items that take part, drawn by `rng`; 1 takes all items and draws nothing.
         rng: draws the items.
     """
     tasks = []
-    for name, gain in normaliser.gains().items():
+    for name, gain in gains.items():
         if base[name].margin is not None:
             items = _drawn(len(base[name].metric), share, rng)
             tasks.append(SmoothTask(task=name, gain=gain, items=items))

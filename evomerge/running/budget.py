@@ -92,6 +92,15 @@ class BudgetSpec(Strict):
         """Hours of work that `cost.max` pays for."""
         return None if self.cost is None or self.cost.max is None else self.cost.max / self.cost.per_hour
 
+    def allowed(self, full: int, population: int) -> float | None:
+        """Return how many full evaluations the limits that count allow, None where there are none.
+
+        full: items of one. population: candidates of a generation, none of which stops early.
+        """
+        limits = [self.evaluations, self.items and self.items / full]
+        limits.append(self.generations and self.generations * population)
+        return min((limit for limit in limits if limit), default=None)
+
     def clock_limit(self, clock: Clock) -> ClockLimit | None:
         """Return the limit of the clock that comes first, or None where there is none."""
         limits: list[ClockLimit] = []
@@ -206,6 +215,13 @@ class Budget:
             return None
         self._kept = self._reserve()
         return limit.at - self._kept
+
+    def evaluations(self, full: int, population: int) -> float | None:
+        """Return how many full evaluations the limits that count allow, None where there are none.
+
+        full: items of one. population: candidates of a generation.
+        """
+        return self._spec.allowed(full, population)
 
     def stop_reason(
         self, *, generations: int, items: int, forecast: int, full: int, stale: int = 0

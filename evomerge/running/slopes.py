@@ -7,6 +7,7 @@ all finished steps from the store and continues with the same bits. Its `items` 
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from evomerge.evaluation.scores import Failure
 from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss
@@ -16,6 +17,7 @@ from evomerge.running.executors import Executor
 from evomerge.running.observers import Observer
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import GradientJob
+from evomerge.search.ports import OutOfTime
 
 PHASE = "gradient start"
 
@@ -28,11 +30,12 @@ class Slopes:
 
     def __init__(self, store: RunStore, executor: Executor, observer: Observer, batches: Batches) -> None:
         self._store, self._executor, self._observer, self._batches = store, executor, observer, batches
+        self.not_after: float | None = None
 
     def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
         """Return a loss and its derivatives, from the store if they are there.
 
-        step, steps: shown to the user.
+        step, steps: shown to the user. Raises OutOfTime where it is not there and `not_after` has passed.
         """
         self._observer.phase(PHASE, steps, step)
         if (stored := facts.GRADIENT.of(recipe.hash, loss.key).get(self._store)) is not None:
@@ -41,7 +44,9 @@ class Slopes:
             groups = tuple(
                 {name: tuple(values) for name, values in group.items()} for group in stored["groups"]
             )
-            return Gradient(loss=stored["loss"], groups=groups)
+            return Gradient(loss=stored["loss"], groups=groups, values=stored.get("values", {}))
+        if self.not_after is not None and time.time() >= self.not_after:
+            raise OutOfTime
         outcome = self._executed(recipe, loss)
         starved = isinstance(outcome, Failure) and outcome.kind == "out_of_memory"
         if starved and self._batches.may_halve(GRADIENTS):
@@ -52,7 +57,7 @@ class Slopes:
             fact = dataclasses.asdict(outcome)
         else:
             groups = tuple(dict(group) for group in outcome.groups)
-            fact = {"loss": outcome.loss, "groups": groups}
+            fact = {"loss": outcome.loss, "groups": groups, "values": dict(outcome.values)}
         self._store.record_gradient(recipe.hash, loss.key, {**fact, "items": PASSES * loss.items})
         return outcome
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from evomerge.running.inputs import RunInputs
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.search.ports import Named
 from evomerge.search.spaces.space import Space
-from evomerge.search.warm_start import WarmStart, WarmStartSpec, distinct
+from evomerge.search.warm_start import GradientSpec, WarmStart, WarmStartSpec, distinct
 
 TAKEN = 5
 """How many recipes are taken from another run: its winner, and the best of the rest."""
@@ -36,11 +37,13 @@ def resolve(
 
     Raises ConfigError for recipes over other models, and for a run whose recipes the space can't express.
     """
-    gradients = None if spec.gradients == "off" else spec.gradients
+    automatic = spec.gradients == "auto"
+    gradients = GradientSpec() if spec.gradients == "auto" else spec.gradients
+    descent = WarmStart(gradients=None if gradients == "off" else gradients, automatic=automatic)
     if StoreReader.exists(folder):
         with StoreReader.read(folder) as store:
             stored = facts.WARM_START.get(store) or []
-        return WarmStart(recipes=tuple(_from_data(each, template) for each in stored), gradients=gradients)
+        return replace(descent, recipes=tuple(_from_data(each, template) for each in stored))
     recipes = [
         Named(
             name=f"recipe {Path(path).name}",
@@ -50,7 +53,7 @@ def resolve(
     ]
     if spec.run is not None:
         recipes += _of_run(Path(spec.run), space, template, inputs)
-    return WarmStart(recipes=tuple(distinct(recipes)), gradients=gradients)
+    return replace(descent, recipes=tuple(distinct(recipes)))
 
 
 def to_data(warm: WarmStart) -> list[dict[str, Any]]:

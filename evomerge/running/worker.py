@@ -334,7 +334,7 @@ class Worker:
             self._load(job.recipe)
             with differentiable(self._bench.model):
                 model, size = self._bench.model, job.batch_size or self._batch_size
-                loss = self._harness.backward(model, job.split, job.loss, batch_size=size)
+                loss, values = self._harness.backward(model, job.split, job.loss, batch_size=size)
                 groups = self._bench.derivatives(job.recipe)
         except Exception as error:
             if retries.transient(error):
@@ -342,7 +342,7 @@ class Worker:
             return failure_of(error, "in a gradient")
         if not all(math.isfinite(value) for group in groups for values in group.values() for value in values):
             return Failure(kind="non_finite", reason="a gradient that is not finite")
-        return Gradient(loss=loss, groups=tuple(groups))
+        return Gradient(loss=loss, groups=tuple(groups), values=values)
 
     def _load(self, recipe: Recipe) -> None:
         self._harness.weights_changed()

@@ -17,11 +17,11 @@ from evomerge.errors import NoWinnerError, UserError
 from evomerge.evaluation.gains import dud_sentences, find_gains, refuse_nothing, trusts
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
-from evomerge.evaluation.smooth_loss import SmoothLoss, smooth_loss
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, pareto, selection
 from evomerge.search.companions import companions, without
+from evomerge.search.descent import Descent, StepLosses, descend
 from evomerge.search.generations import Generations, SearchResult
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec, check_tokens
@@ -34,11 +34,16 @@ from evomerge.search.ports import (
     SearchBudget,
     SearchObserver,
 )
-from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
+from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, clearly_worse, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
-from evomerge.search.warm_start import Descent, GradientSpec, WarmStart, descend, distinct
+from evomerge.search.warm_start import GradientSpec, WarmStart, automatic_steps, distinct
+
+GRADIENT_START = "gradient start"
+"""Name of the point that gradients led to."""
+CLEAR = 0.05
+"""Level at which a candidate must be better on `select` to take the place of that point."""
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
 """Spawn keys of the run's seed, one per component."""
@@ -51,9 +56,9 @@ class SearchPlan:
     template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
     finalists: how many of the best candidates are scored again on `select`, beside their soup and the
         optimizer's favourite. layers: number of the base model's layers, the unit of the depth objective.
-    surrogate: None where the optimizer works alone. baselines: the hand-made merges that are scored.
-    weighting: the rule that weights tasks in the mean, see `gains.trusts`. weak: whether to go on where
-        hardly any specialist is better than the base.
+    surrogate: None where the optimizer works alone. population: candidates per generation. baselines: the
+        hand-made merges that are scored. weighting: the rule that weights tasks in the mean, see
+        `gains.trusts`. weak: whether to go on where hardly any specialist is better than the base.
     """
 
     suite: Suite
@@ -68,6 +73,7 @@ class SearchPlan:
     surrogate: SurrogateSpec | None = None
     warm: WarmStart = field(default_factory=WarmStart)
     layers: int | None = None
+    population: int = 16
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
     weighting: str | None = None
     weak: bool = True
@@ -123,6 +129,7 @@ class Search:
         self._trust: dict[str, float] | None = None
         self._dropped: tuple[str, ...] = ()  # tasks whose companion is not used
         self._counted_tasks: tuple[str, ...] = ()
+        self._standard: Named | None = None  # the merge that sets the floors
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
@@ -138,17 +145,19 @@ class Search:
             objective = self._objective(references)
             parents, hand_made = (self._again(objective, known) for known in (parents, hand_made))
         tested = self._tested(hand_made)
+        objective = self._floored(objective, hand_made)
+        parents, hand_made = (self._again(objective, known) for known in (parents, hand_made))
         self._foresee([k.named for k in tested], "test")
         if objective.count > 1:
             self._foresee([k.named for k in hand_made], "select")
-        starts, spent = self._score_starts(objective, references, [*hand_made, *parents[1:]])
+        self._measure()
+        starts, spent = self._score_starts(objective, [*hand_made, *parents[1:]])
         self._foresee([k.named for k in starts], "test")
         views, order, ledger = self._blocks(objective, [*parents, *hand_made], starts)
         ledger.spend(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
-        guide = self._guide(references, views, order, [*parents, *known])
-        self._measure()
+        guide = self._guide(views, order, [*parents, *known])
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -186,7 +195,7 @@ class Search:
     @property
     def _racing(self) -> RacingSpec:
         """The plan's racing; no candidate leaves early where the objective is not a mean over items."""
-        if self._plan.objective.mean_decides:
+        if self._plan.objective.items_decide:
             return self._plan.racing
         return self._plan.racing.model_copy(update={"keep": 1.0})
 
@@ -259,6 +268,16 @@ class Search:
         self._dropped = tuple(companion.task for companion in found if companion.dropped)
         return bool(self._dropped)
 
+    def _floored(self, objective: Objective, hand_made: Sequence[ScoredRecipe]) -> Objective:
+        """Return the objective with the floors that the best hand-made merge sets."""
+        if not hand_made:
+            return objective
+        best = min(hand_made, key=lambda k: k.loss)
+        floored = objective.above(best.named.name, best.scores)
+        if floored.standard is not None:
+            self._standard = best.named
+        return floored
+
     def _again(self, objective: Objective, known: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
         """Return scored recipes with their losses by another objective."""
         losses = objective.scalar_losses([k.scores for k in known], [k.named.recipe for k in known])
@@ -319,7 +338,7 @@ class Search:
         return sorted(hand_made, key=lambda known: known.loss)[: baselines.TESTED]
 
     def _score_starts(
-        self, objective: Objective, references: Normaliser, known: Sequence[ScoredRecipe]
+        self, objective: Objective, known: Sequence[ScoredRecipe]
     ) -> tuple[list[ScoredRecipe], int]:
         """Score the warm starts and the end points of the gradient descent; leave out failures.
 
@@ -327,13 +346,14 @@ class Search:
         """
         warm = self._plan.warm
         starts, spent = self._known(objective, list(warm.recipes), "warm start"), 0
-        if warm.gradients is not None:
-            descent = self._descend(references, [*known, *starts], warm.gradients)
+        if (spec := self._gradient_spec()) is not None:
+            descent = self._descend(objective, [*known, *starts], spec)
             ends = [descent.last, descent.mean]
-            reached = [Named(name="gradient start", recipe=self._plan.space.decode(u)) for u in ends]
+            reached = [Named(name=GRADIENT_START, recipe=self._plan.space.decode(u)) for u in ends]
             for position, end in enumerate(distinct(reached)):
                 self._journal.record_entry("descent", position, end)
-            scored = self._known(objective, distinct(reached), "gradient start")
+            self._journal.trim_entries("descent", len(distinct(reached)))
+            scored = self._known(objective, distinct(reached), GRADIENT_START)
             starts += sorted(scored, key=lambda k: k.loss)[:1]
             spent = descent.items + sum(k.scores.items for k in scored)
         for position, start in enumerate(starts):
@@ -349,26 +369,42 @@ class Search:
             for split in ("select", "test"):
                 self._scorer.require(self._parents, split, "base and parents")
 
-    def _descend(self, references: Normaliser, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
-        """Follow the gradient from the best scored point."""
-        assert self._slopes is not None
+    def _gradient_spec(self) -> GradientSpec | None:
+        """Return how to follow gradients, with the number of steps; None where none are followed."""
+        warm, spec = self._plan.warm, self._plan.warm.gradients
+        if spec is None or not warm.automatic:
+            return spec
         base, _ = self._scored_parents("search")
-        if all(base[task].margin is None for task in references.gains()):
+        if all(base[task].margin is None for task in self._counted_tasks):
+            return None
+        allowed = self._budget.evaluations(base.items, self._plan.population)
+        steps = self._journal.record_steps(automatic_steps(spec, allowed))
+        return spec.model_copy(update={"steps": steps}) if steps else None
+
+    def _descend(self, objective: Objective, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
+        """Follow the gradient of the objective from the best scored point."""
+        assert self._slopes is not None
+        # What an earlier session had no time for stays undone once the search has begun.
+        self._slopes.not_after = 0.0 if self._journal.has_ask(0) else self._budget.deadline()
+        base, _ = self._scored_parents("search")
+        if all(base[task].margin is None for task in objective.normaliser.counted):
             raise UserError(
                 "warm_start.gradients: no task on `search` has answers with a likelihood",
                 expected="at least one loglikelihood or multiple_choice task: others have no gradient",
                 fix="set warm_start.gradients: off",
             )
-        seeds = self._seed(_GRADIENTS).spawn(spec.steps)
-        price = self._plan.objective.retention
-
-        def loss_of(step: int) -> SmoothLoss:
-            rng = np.random.default_rng(seeds[step])
-            return smooth_loss(
-                references, base, price=price, softness=spec.softness, share=spec.share, rng=rng
-            )
-
-        return descend(self._plan.space, self._starts(known)[0], spec, loss_of, self._slopes)
+        expressed = [k for k in known if k.genome is not None]
+        best = min(expressed, key=lambda k: k.loss, default=None)
+        losses = StepLosses(
+            objective,
+            base=base,
+            start=base if best is None else best.scores,
+            spec=spec,
+            price=self._plan.objective.retention,
+            seeds=self._seed(_GRADIENTS).spawn(spec.steps),
+        )
+        start = self._starts(known)[0]
+        return descend(self._plan.space, start, spec, losses, self._slopes, losses.learn)
 
     def _starts(self, known: Sequence[ScoredRecipe]) -> list[Genome]:
         """Return the genomes of recipes scored before the search, best first.
@@ -390,7 +426,7 @@ class Search:
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
         bases = [without(cast(Scores, part[0]), self._dropped) for part in parts]
-        views = Views(objective, bases)
+        views = Views(objective, bases, self._standard_scores(blocks))
         ledger = Ledger(views.sizes)
         for entry in (*unsearched, *starts):
             ledger.give(entry.named.recipe.hash, blocks)
@@ -402,17 +438,23 @@ class Search:
             ledger,
         )
 
-    def _guide(
-        self, references: Normaliser, views: Views, order: Sequence[int], known: Sequence[ScoredRecipe]
-    ) -> Guide | None:
+    def _standard_scores(self, blocks: Sequence[int]) -> list[Scores]:
+        """Return what the merge that sets the floors scores on each block; nothing without floors."""
+        if self._standard is None:
+            return []
+        recipes = [self._standard.recipe]
+        parts = [self._scorer.score(recipes, "search", "baselines", [block])[0] for block in blocks]
+        return cast(list[Scores], parts)
+
+    def _guide(self, views: Views, order: Sequence[int], known: Sequence[ScoredRecipe]) -> Guide | None:
         """Return the guide, fitted to all recipes scored before the search; None without a surrogate."""
         plan = self._plan
         if plan.surrogate is None or not plan.objective.items_decide:
             return None
-        limits = self._objective(references).task_limits()
+        whole = views(views.blocks)
 
         def loss_on(blocks: Sequence[int]) -> MeanLoss:
-            return MeanLoss(views(blocks).normaliser, plan.objective, limits=limits)
+            return MeanLoss(views(blocks).normaliser, plan.objective, whole.utility)
 
         guide = Guide(
             plan.surrogate,
@@ -421,6 +463,7 @@ class Search:
             order=order,
             loss_on=loss_on,
             seed=self._seed(_GUIDE),
+            standard=whole.standard,
         )
         for entry in known:
             if entry.genome is not None:
@@ -458,6 +501,10 @@ class Search:
             self._journal.record_entry("finalist", position, named)
         self._journal.trim_entries("finalist", len(chosen))
         again = self._objective(self._references("select"))
+        if self._standard is not None:
+            (standard,) = self._scorer.score([self._standard.recipe], "select", "selection")
+            if isinstance(standard, Scores):
+                again = again.above(self._standard.name, standard)
         results = self._scorer.score([c.recipe for c in chosen], "select", "selection")
         scored = [(c, r) for c, r in zip(chosen, results, strict=True) if isinstance(r, Scores)]
         if not scored:
@@ -467,13 +514,26 @@ class Search:
         held_out = again.losses([r for _, r in scored], [c.recipe for c, _ in scored])[:, 0]
         feasible = [i for i, (_, r) in enumerate(scored) if not again.violation(r)]
         allowed = feasible or [int(np.argmin([again.violation(r) for _, r in scored]))]
-        best = selection.winner(
-            np.array([estimates[scored[i][0]] for i in allowed]),
-            held_out[allowed],
-            items=(scored[0][0].items, self._counted(scored[0][1])),
-        )
-        winner = scored[allowed[best]][0]
+        best = allowed[
+            selection.winner(
+                np.array([estimates[scored[i][0]] for i in allowed]),
+                held_out[allowed],
+                items=(scored[0][0].items, self._counted(scored[0][1])),
+            )
+        ]
+        for index in allowed:
+            if scored[index][0].name == GRADIENT_START and not self._clearly_better(
+                again, scored[best][1], scored[index][1]
+            ):
+                best = index
+        winner = scored[best][0]
         return Named(name=winner.name, recipe=winner.recipe)
+
+    @staticmethod
+    def _clearly_better(objective: Objective, scores: Scores, others: Scores) -> bool:
+        """Say whether a candidate is better than another on `select` beyond sampling error."""
+        parts = [objective.contributions(each) for each in (scores, others)]
+        return clearly_worse(parts, totals=None, keep=1, level=CLEAR)[1]
 
     def _finalists(
         self, candidates: Sequence[Candidate], searched: SearchResult, objective: Objective
@@ -496,6 +556,7 @@ class Search:
             )
 
         chosen = selection.finalists(candidates, self._plan.finalists, searched.estimates(candidates))
+        chosen += [c for c in candidates if c.name == GRADIENT_START and c not in chosen]
         extra = [
             selection.greedy_soup(
                 chosen,

@@ -2,12 +2,16 @@
 
 One scale everywhere: 0 is the base, -1 a specialist, so a loss is minus what was gained on the way from
 one to the other. What can only be lost (retention, coherence) starts at 0; at 1 all of it is gone.
+
+Limits of a single loss act as a price on what is missing, which has a slope; with several objectives a
+candidate that violates one ranks behind all that do not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -15,17 +19,25 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from evomerge.errors import ConfigError, nearest
+from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
-from evomerge.evaluation.scores import Failure, Scores
+from evomerge.evaluation.scores import Array, Failure, Scores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.schema import LARGEST_FACTOR, Strict
+from evomerge.search.utility import Utility, UtilityKind, levels_of
 
 FAILURE_MARGIN = 1.0
 """How much worse than the worst finite loss a failed candidate is: one whole specialist."""
 
 INFEASIBLE = 1.0
-"""The loss at the border of what constraints allow; see `Objective.losses`."""
+"""The loss at the border of what constraints allow, with several objectives; see `Objective.losses`."""
+
+SHORT = 2.0
+"""Price of a unit that a single loss is short of a constraint: more than any gain elsewhere."""
+
+FLOOR = 1.0
+"""Price of a unit that a task is below its floor: more than the same gain elsewhere is worth."""
 
 READY_MADE = ("mean", "retention", "coherence", "depth", "tokens")
 """The objectives that are not a task's name."""
@@ -35,7 +47,8 @@ Least = Annotated[float, Field(ge=-100, le=100)]
 
 
 class ConstraintsSpec(Strict):
-    """Limits. A candidate that violates one ranks behind every candidate that does not."""
+    """Limits. What a candidate is short of has a price, and no finalist that violates one wins over one that
+    does not; with several objectives it ranks behind every candidate that does not."""
 
     tasks: Least | dict[str, Least] | None = None
     """Least normalised score (0 is the base, 1 the specialist) of every task of the mean; or `{task:
@@ -54,6 +67,10 @@ class ConstraintsSpec(Strict):
 class ObjectiveSpec(Strict):
     """The `objective` part of a run config."""
 
+    kind: UtilityKind = "floors"
+    """What the scores of the tasks are worth together. `floors`: their mean, and no task may fall below what
+    it has in the best hand-made merge, less sampling error; `mean`: the mean alone, which may give up a skill
+    for others; `balanced`: the mean of their logarithms, in which the weakest skill counts most."""
     smooth: float = Field(default=0.3, ge=0, le=1)
     """Share of the gold answer's probability in a score; the rest is the metric. Accuracies tie often and
     move in steps, probabilities do not."""
@@ -96,13 +113,9 @@ class ObjectiveSpec(Strict):
         return len(self.names)
 
     @property
-    def mean_decides(self) -> bool:
-        """Whether the loss is a mean over items, so that racing can compare candidates on some of them."""
-        return not (self.several or self.constraints or self.depth)
-
-    @property
     def items_decide(self) -> bool:
-        """Whether items alone make the loss, so that a model of the items can predict it."""
+        """Whether items alone make the loss, so that races can compare candidates on some of them and a model
+        of the items can predict it."""
         return not (self.several or self.depth or self.constraints.tokens is not None)
 
     def check(self, suite: Suite, sources: Collection[str]) -> None:
@@ -172,28 +185,82 @@ def label(objective: str | Mapping[str, float]) -> str:
     return " + ".join(f"{weight:g} {task}" for task, weight in objective.items())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standard:
+    """The merge whose skills a candidate must keep: the best hand-made one.
+
+    scores: on the objective's items. slack: task -> how far below it a candidate may be, normalised: the
+    standard error of its score on all items of the split.
+    """
+
+    name: str
+    scores: Scores
+    slack: Mapping[str, float]
+
+
 class Objective:
     """The losses of candidates: one number each, or a vector for several objectives.
 
-    layers: of the base model, which `depth` is measured in; None where every recipe has as many.
+    layers: of the base model, which `depth` is measured in; None where every recipe has as many. standard:
+    the merge that sets the floors, in an objective of that kind.
     """
 
-    def __init__(self, spec: ObjectiveSpec, normaliser: Normaliser, *, layers: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: ObjectiveSpec,
+        normaliser: Normaliser,
+        *,
+        layers: int | None = None,
+        standard: Standard | None = None,
+    ) -> None:
         self._spec = spec
         self._normaliser = normaliser
         self._layers = layers
+        self._standard = standard
+        self._utility = self._with_floors()
 
     @property
     def normaliser(self) -> Normaliser:
         """The scale of its scores."""
         return self._normaliser
 
-    def task_limits(self) -> dict[str, float]:
-        """Return the least normalised score of every task that the constraints limit.
+    @property
+    def utility(self) -> Utility:
+        """What the scores of the counted tasks are worth, without floors of a standard."""
+        normaliser, limits = self._normaliser, self._limits()
+        utility = Utility(shares=normaliser.shares, concave=self._spec.kind == "balanced")
+        return utility.above(levels_of(normaliser.counted, limits), SHORT)
 
-        Tasks without a scale, because their specialist is a dud, have none.
+    @property
+    def standard(self) -> Standard | None:
+        """The merge that sets the floors; None where the objective has none."""
+        return self._standard
+
+    def above(self, name: str, scores: Scores) -> Objective:
+        """Return this objective with the floors that a merge sets, if it is of that kind.
+
+        name, scores: of the merge, on the objective's items.
         """
-        return self._limits()
+        if self._spec.kind != "floors" or self._spec.several:
+            return self
+        shares = self._normaliser.shares.tolist()
+        parts = self._normaliser.contributions(scores, smooth=self._spec.smooth, retention=0.0, coherence=0.0)
+        slack = {
+            task: statistics.standard_error(part) / share
+            for task, part, share in zip(self._normaliser.counted, parts, shares, strict=False)
+        }
+        return self._with(self._normaliser, Standard(name=name, scores=scores, slack=slack))
+
+    def floors(self) -> dict[str, float]:
+        """Return the floor of every task that has one, as a normalised score."""
+        if self._standard is None:
+            return {}
+        reached = self._tasks(self._standard.scores)
+        return {
+            task: reached[task] - self._standard.slack[task]
+            for task in self._normaliser.counted
+            if task not in self._normaliser.duds
+        }
 
     @property
     def count(self) -> int:
@@ -206,20 +273,30 @@ class Objective:
         return self._spec.names
 
     def loss(self, scores: Scores, recipe: Recipe | None = None) -> float:
-        """Return the one loss of a scored candidate: minus its mean score, plus the price of what is lost."""
-        spec = self._spec
-        loss = -self._blend(self._normaliser.mean(scores), self._normaliser.smooth_mean(scores))
-        for price, kept in (
-            (spec.retention, self._normaliser.retention(scores)),
-            (spec.coherence, self._normaliser.coherence(scores)),
+        """Return the one loss of a scored candidate: minus what its skills are worth, plus the price of what
+        is lost and of what it is short of a constraint."""
+        spec, limits = self._spec, self._spec.constraints
+        if self._utility.linear:
+            loss = -self._blend(self._normaliser.mean(scores), self._normaliser.smooth_mean(scores))
+        else:
+            tasks = self._tasks(scores)
+            values, _ = self._utility(np.array([tasks[task] for task in self._normaliser.counted]))
+            loss = -math.fsum(values.tolist())
+        for price, least, kept in (
+            (spec.retention, limits.retention, self._normaliser.retention(scores)),
+            (spec.coherence, limits.coherence, self._normaliser.coherence(scores)),
         ):
             loss += price * _lost(kept)
+            if least is not None and kept is not None:
+                loss += SHORT * max(0.0, least - kept)
+        if limits.tokens is not None:
+            loss += SHORT * self._excess(scores)
         return loss + spec.depth * self.depth(recipe)
 
     def point(self, scores: Scores, recipe: Recipe | None = None) -> NDArray[np.float64]:
         """Return the losses of one scored candidate without constraints, shape (objectives,)."""
         if not self._spec.several:
-            return np.array([self.loss(scores, recipe)])
+            return np.array([self._unconstrained.loss(scores, recipe)])
         tasks = self._tasks(scores)
         return np.array([self._one(each, scores, tasks, recipe) for each in self._spec.several])
 
@@ -264,16 +341,44 @@ class Objective:
             violated["tokens"] = (tokens, limits.tokens)
         return violated
 
-    def on(self, base: Scores) -> Objective:
-        """Return this objective for scores on other item blocks, of which `base` is the base's scores."""
-        return Objective(self._spec, self._normaliser.on(base), layers=self._layers)
+    def on(self, base: Scores, standard: Scores | None = None) -> Objective:
+        """Return this objective for scores on other item blocks.
 
-    def contributions(self, scores: Scores) -> list[NDArray[np.float64]]:
-        """Return per counted task (items,) what each item adds to the loss; the means sum to `loss`."""
-        spec = self._spec
-        return self._normaliser.contributions(
-            scores, smooth=spec.smooth, retention=spec.retention, coherence=spec.coherence
+        base, standard: what the base, and the merge that sets the floors, score there.
+        """
+        floors = self._standard
+        if floors is not None:
+            assert standard is not None, "no scores of the merge that sets the floors"
+            floors = replace(floors, scores=standard)
+        return self._with(self._normaliser.on(base), floors)
+
+    def contributions(self, scores: Scores) -> list[Array]:
+        """Return per counted task (items,) what each item adds to the loss; the means sum to `loss`.
+
+        What is no mean over items is linearised around the model's means (the delta method).
+        """
+        spec, limits, normaliser = self._spec, self._spec.constraints, self._normaliser
+        short = [
+            SHORT * (least is not None and kept is not None and kept < least)
+            for least, kept in (
+                (limits.retention, normaliser.retention(scores)),
+                (limits.coherence, normaliser.coherence(scores)),
+            )
+        ]
+        parts = normaliser.contributions(
+            scores,
+            smooth=spec.smooth,
+            retention=spec.retention + short[0],
+            coherence=spec.coherence + short[1],
         )
+        if self._utility.linear and not any(short):
+            return parts
+        tasks = self._tasks(scores)
+        _, slopes = self._utility(np.array([tasks[task] for task in normaliser.counted]))
+        for index, (share, slope) in enumerate(zip(normaliser.shares.tolist(), slopes.tolist(), strict=True)):
+            parts[index] = (slope / share) * parts[index]
+        missing = self.loss(scores) - math.fsum(float(part.mean()) for part in parts)
+        return [parts[0] + missing, *parts[1:]]
 
     def mean(self, scores: Scores) -> float:
         """Return the mean normalised score alone: what tables show."""
@@ -299,12 +404,12 @@ class Objective:
             Shape (n, objectives), all finite, lower is better. Without other terms a loss is minus the mean
             normalised score: 0 is the base, -1 the specialists.
 
-        With constraints the rules of Deb (2000, CMAME 186, section 3) hold for every single loss: one that
-        meets them is below INFEASIBLE (losses above 0, the base's, are squeezed into [0, 1)), one that
-        does not has INFEASIBLE plus its violation, whatever its scores. Deb's penalty starts at the worst
+        With several objectives and constraints the rules of Deb (2000, CMAME 186, section 3) hold: a
+        candidate that meets them has losses below INFEASIBLE (those above 0, the base's, are squeezed into
+        [0, 1)), one that does not has INFEASIBLE plus its violation in all of them, so that a smaller
+        violation dominates a larger one (Deb et al. 2002, section VI). Deb's penalty starts at the worst
         feasible member of the population; a fixed start ranks the same and keeps losses of different
-        generations comparable. Several objectives all get the same penalised loss, so that a smaller
-        violation dominates a larger one (Deb et al. 2002, section VI).
+        generations comparable.
 
         A failure, and a loss that is not finite, gets the worst finite loss of the generation (at least
         0, the base's) plus FAILURE_MARGIN.
@@ -319,9 +424,8 @@ class Objective:
         self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
     ) -> NDArray[np.float64]:
         """Return the one loss of each result, shape (n,), as if there were not several objectives."""
-        alone = Objective(
-            self._spec.model_copy(update={"several": ()}), self._normaliser, layers=self._layers
-        )
+        spec = self._spec.model_copy(update={"several": ()})
+        alone = Objective(spec, self._normaliser, layers=self._layers, standard=self._standard)
         return alone.losses(results, recipes)[:, 0]
 
     def reference_point(
@@ -344,7 +448,22 @@ class Objective:
         reference: NDArray[np.float64] = worst + np.where(spread > 0, 0.1 * spread, 1.0)
         return np.minimum(reference, INFEASIBLE) if self._spec.constraints else reference
 
+    @property
+    def _unconstrained(self) -> Objective:
+        """This objective without constraints and floors."""
+        spec = self._spec.model_copy(update={"constraints": ConstraintsSpec()})
+        return Objective(spec, self._normaliser, layers=self._layers)
+
+    def _with(self, normaliser: Normaliser, standard: Standard | None) -> Objective:
+        return Objective(self._spec, normaliser, layers=self._layers, standard=standard)
+
+    def _with_floors(self) -> Utility:
+        levels = levels_of(self._normaliser.counted, self.floors())
+        return self.utility.above(levels, FLOOR)
+
     def _constrained(self, scores: Scores, recipe: Recipe | None) -> NDArray[np.float64]:
+        if not self._spec.several:
+            return np.array([self.loss(scores, recipe)])
         violation = self.violation(scores)
         if violation > 0:
             return np.full(self.count, INFEASIBLE + violation)

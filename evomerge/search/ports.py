@@ -97,6 +97,10 @@ class Journal(Protocol):
 
     def trim_entries(self, role: str, count: int) -> None: ...
 
+    def record_steps(self, steps: int) -> int:
+        """Record how many gradient steps a search takes; return what it began with."""
+        ...
+
 
 class SearchBudget(Protocol):
     """Says when to stop asking."""
@@ -104,6 +108,13 @@ class SearchBudget(Protocol):
     @property
     def timed(self) -> bool:
         """Whether the clock may end the search."""
+        ...
+
+    def evaluations(self, full: int, population: int) -> float | None:
+        """Return how many full evaluations it allows, None where only other limits end it.
+
+        full: items of one. population: candidates of a generation.
+        """
         ...
 
     def stop_reason(
@@ -135,7 +146,12 @@ class SearchObserver(Protocol):
 
 
 class GradientSource(Protocol):
-    """Differentiates losses with respect to recipes' parameters, each only once in the life of a run."""
+    """Differentiates losses with respect to recipes' parameters, each only once in the life of a run.
+
+    not_after: as in CandidateScorer; what is not known then raises OutOfTime.
+    """
+
+    not_after: float | None
 
     def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
         """Return a loss and its derivatives. step, steps: shown to the user."""

@@ -126,12 +126,13 @@ def automatic_blocks(*, answers: int, items: int, batch_size: int) -> int:
 class Views:
     """An objective on any set of item blocks.
 
-    objective: on all of them. base: the base's scores on each block.
+    objective: on all of them. base: the base's scores on each block. standard: those of the merge that sets
+    the floors, if any.
     """
 
-    def __init__(self, objective: Objective, base: Sequence[Scores]) -> None:
+    def __init__(self, objective: Objective, base: Sequence[Scores], standard: Sequence[Scores] = ()) -> None:
         self.blocks = tuple(range(len(base)))
-        self.base = tuple(base)
+        self.base, self._standard = tuple(base), tuple(standard)
         self._views = {self.blocks: objective}
 
     @property
@@ -149,7 +150,8 @@ class Views:
         key = tuple(sorted(blocks))
         if key not in self._views:
             whole = self._views[self.blocks]
-            self._views[key] = whole.on(joined([self.base[block] for block in key]))
+            standard = joined([self._standard[block] for block in key]) if self._standard else None
+            self._views[key] = whole.on(joined([self.base[block] for block in key]), standard)
         return self._views[key]
 
 
@@ -244,14 +246,15 @@ def _scored(
 def clearly_worse(
     contributions: Sequence[Sequence[NDArray[np.float64]]],
     *,
-    totals: Sequence[int],
+    totals: Sequence[int] | None,
     keep: int,
     level: float,
 ) -> list[bool]:
     """Say of each candidate whether it is significantly worse than `keep` others.
 
     contributions: per candidate and task (items,) what each scored item adds to the loss, in one order of
-    items. totals: number of items of each task, scored or not. level: of each one-sided comparison.
+    items. totals: number of items of each task, scored or not; None if they stand for all
+    there could be. level: of each one-sided comparison.
 
     >>> rng = np.random.default_rng(0)
     >>> losses = [[rng.normal(mean, 1, 50)] for mean in (0, 0, 2)]
@@ -264,7 +267,7 @@ def clearly_worse(
     freedom = int(degrees.sum())
     if freedom < 1:
         return [False] * len(contributions)
-    left = (1 - counts / np.asarray(totals)) / counts
+    left = (1 - (0 if totals is None else counts / np.asarray(totals))) / counts
     critical = float(scipy.stats.t.isf(level, freedom))
     found = []
     for own in range(len(contributions)):

@@ -111,6 +111,10 @@ class FakeJournal:
     def has_ask(self, generation: int) -> bool:
         return False
 
+    def record_steps(self, steps: int) -> int:
+        self.steps = steps
+        return steps
+
 
 class FakeBudget:
     """Stops after a number of generations."""
@@ -126,6 +130,9 @@ class FakeBudget:
         return "enough" if generations >= self.generations else None
 
     def deadline(self) -> float | None:
+        return None
+
+    def evaluations(self, full: int, population: int) -> float | None:
         return None
 
 

@@ -15,7 +15,15 @@ from evomerge.evaluation.scores import Failure, Scores, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.schema import parse
-from evomerge.search.objective import FAILURE_MARGIN, INFEASIBLE, Objective, ObjectiveSpec, check_tokens
+from evomerge.search.objective import (
+    FAILURE_MARGIN,
+    FLOOR,
+    INFEASIBLE,
+    SHORT,
+    Objective,
+    ObjectiveSpec,
+    check_tokens,
+)
 
 SPLITS = {"search": "search", "select": "select", "test": "test"}
 SUITE = Suite.model_validate(
@@ -196,9 +204,7 @@ SCORED = st.builds(four, SHARE, SHARE, st.floats(0.5, 1.2), st.floats(0.0, 1.0))
 LIMITS = {"tasks": {"a": 0.5, "b": 0.2}, "retention": 0.9, "coherence": 0.7}
 
 
-@given(
-    st.lists(SCORED, min_size=2, max_size=8), st.sampled_from([(), ("a", "b"), ("mean", "retention", "b")])
-)
+@given(st.lists(SCORED, min_size=2, max_size=8), st.sampled_from([("a", "b"), ("mean", "retention", "b")]))
 def test_feasible_before_infeasible_and_those_by_violation(
     found: list[Scores], several: tuple[str, ...]
 ) -> None:
@@ -257,6 +263,74 @@ def test_no_infeasible_point_lies_before_the_reference(found: list[Scores]) -> N
         if objective.violation(scores) > 0:
             assert not (losses < reference).all()
     assert (of(several=["a", "b"]).losses(found) < of(several=["a", "b"]).reference_point(found)).all()
+
+
+@given(SCORED)
+def test_of_one_loss_what_is_missing_has_a_price(found: Scores) -> None:
+    free, limited = of(smooth=0, kind="mean"), of(smooth=0, kind="mean", constraints=LIMITS)
+    tasks = free.normaliser.task(found)
+    missing = sum(max(0.0, limit - tasks[task]) for task, limit in LIMITS["tasks"].items())  # type: ignore[attr-defined]
+    kept = (free.normaliser.retention(found), 0.9), (free.normaliser.coherence(found), 0.7)
+    missing += sum(max(0.0, least - value) for value, least in kept if value is not None)
+    assert limited.loss(found) == pytest.approx(free.loss(found) + SHORT * missing)
+    assert (missing < 1e-9) == (limited.violation(found) < 1e-9)
+
+
+# Kinds ---------------------------------------------------------------------------------------------------
+
+
+def test_floors_are_what_the_best_hand_made_merge_has_less_its_error() -> None:
+    varied = four(0.4, 0.6)
+    parts = {"a": np.array([0.0, 1.0, 0.0, 1.0]), "b": np.full(4, 0.3)}
+    standard = Scores(
+        split="search",
+        tasks=tuple(
+            TaskScores(task=t.task, metric=parts.get(t.task, t.metric), smooth=t.smooth) for t in varied
+        ),
+    )
+    plain, floored = of(smooth=0), of(smooth=0).above("TIES", standard)
+    assert floored.standard is not None
+    error = np.std(parts["a"], ddof=1) / np.sqrt(4) / 0.8
+    assert floored.floors() == pytest.approx({"a": 0.5 - error, "b": 0.6})
+    above, below = four(0.5, 0.7), four(0.5, 0.4)
+    assert floored.loss(above) == pytest.approx(plain.loss(above))
+    assert floored.loss(below) == pytest.approx(plain.loss(below) + FLOOR * 0.2)
+    assert floored.loss(standard) == pytest.approx(plain.loss(standard))  # the start keeps its own floors
+    assert of(kind="mean").above("TIES", standard).standard is None
+    assert of(several=["a", "b"]).above("TIES", standard).standard is None
+
+
+def test_a_skill_that_is_nearly_lost_counts_most_where_the_kind_is_balanced() -> None:
+    balanced = of(kind="balanced", smooth=0)
+    assert balanced.losses([four(0, 0), four(1, 1)])[:, 0] == pytest.approx([0, -1])
+    even, uneven = four(0.5, 0.5), four(0.0, 0.7)
+    assert of(kind="mean", smooth=0).loss(uneven) < of(kind="mean", smooth=0).loss(even)
+    assert balanced.loss(even) < balanced.loss(uneven)
+    gains = [balanced.loss(four(a, 0.5)) - balanced.loss(four(a + 0.1, 0.5)) for a in (-0.2, 0.0, 0.4, 0.8)]
+    assert gains == sorted(gains, reverse=True)
+
+
+@given(SCORED, SCORED, st.sampled_from(["mean", "balanced", "floors"]), st.booleans())
+def test_what_items_contribute_has_the_loss_as_its_sum_and_its_slope(
+    found: Scores, standard: Scores, kind: str, limited: bool
+) -> None:
+    one = of(kind=kind, constraints=LIMITS if limited else {}).above("TIES", standard)
+    parts = one.contributions(found)
+    assert sum(float(part.mean()) for part in parts) == pytest.approx(one.loss(found))
+    # One item of a task moves, and the loss with it: by the slope, where no border is crossed.
+    step = 1e-6
+    for index, name in enumerate(("a", "b")):
+        tasks = []
+        for task in found:
+            metric = np.array(task.metric)
+            if task.task == name:
+                metric[0] += step
+            tasks.append(TaskScores(task=task.task, metric=metric, smooth=task.smooth))
+        moved = Scores(split="search", tasks=tuple(tasks))
+        by_item = one.contributions(moved)[index] - parts[index]
+        change = one.loss(moved) - one.loss(found)
+        if abs(change) > 1e-9 and abs(by_item[0] - by_item[1]) < 1e-4:
+            assert (by_item[0] - by_item[1]) / 4 == pytest.approx(change, rel=0.05, abs=1e-9)
 
 
 # Generated tokens -----------------------------------------------------------------------------------------
@@ -332,8 +406,10 @@ def test_a_limit_of_tokens() -> None:
     assert limited.shortfalls(short) == {}
     assert limited.violation(long) == pytest.approx(2.2 - 1.2)
     assert limited.shortfalls(long) == {"tokens": (pytest.approx(2.2), 1.2)}
-    losses = limited.losses([long, short])[:, 0]
-    assert losses[0] > INFEASIBLE > losses[1]
+    free = of_written()
+    assert limited.losses([long, short])[:, 0] == pytest.approx(
+        [free.loss(long) + SHORT * (2.2 - 1.2), free.loss(short)]
+    )
 
 
 def test_a_limit_of_tokens_leaves_the_search_to_the_optimizer() -> None:

@@ -14,20 +14,19 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask, smooth_loss
 from evomerge.merging.recipe import Recipe, TensorGroup
+from evomerge.search.descent import Chain, StepLosses, descend, parameters
 from evomerge.search.loop import Outcome, Search, SearchPlan
-from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.objective import FLOOR, Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
-from evomerge.search.ports import Named
+from evomerge.search.ports import Named, OutOfTime
 from evomerge.search.spaces.merge_space import SearchSpace
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.warm_start import (
-    Chain,
     GradientSpec,
     WarmStart,
     WarmStartSpec,
-    descend,
+    automatic_steps,
     distinct,
-    parameters,
 )
 from tests.search.fakes import SUITE, TARGET, FakeBudget, FakeJournal, FakeScorer, Quiet
 from tests.search.spaces.test_merge_space import inline, make
@@ -40,6 +39,7 @@ class Bowl:
 
     def __init__(self, target: dict[str, float], fail_at: int | None = None) -> None:
         self.target, self.fail_at = target, fail_at
+        self.not_after: float | None = None
         self.asked: list[tuple[str, SmoothLoss]] = []
 
     def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
@@ -171,6 +171,7 @@ def test_parameters_are_flat_in_order_of_groups() -> None:
     ("written", "meant"),
     [
         (False, "off"),
+        ("auto", "auto"),
         ("off", "off"),
         (True, GradientSpec()),
         ("on", GradientSpec()),
@@ -186,19 +187,77 @@ def test_the_surrogate_is_the_objective_with_soft_accuracies() -> None:
     base, a, b = (scorer.one(kind) for kind in ("base", "a", "b"))
     normaliser = Normaliser(SUITE, base=base, parents={"a": a, "b": b})
     rng = np.random.default_rng(0)
-    whole = smooth_loss(normaliser, base, price=0.2, softness=0.5, share=1.0, rng=rng)
+    settings: Any = {"gains": normaliser.gains(), "price": 0.2, "softness": 0.5}
+    whole = smooth_loss(normaliser, base, share=1.0, rng=rng, **settings)
     assert [(t.task, t.gain, t.items) for t in whole.tasks] == [
         ("a", 0.5, tuple(range(10))),
         ("b", 0.5, tuple(range(10))),
     ]
     assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
-    part = smooth_loss(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=rng)
+    part = smooth_loss(normaliser, base, share=0.4, rng=rng, **settings)
     assert part.items == 8
     assert part.key != whole.key
-    assert (
-        part.key
-        == smooth_loss(normaliser, base, price=0.2, softness=0.5, share=0.4, rng=np.random.default_rng(0)).key
-    )
+    same = smooth_loss(normaliser, base, share=0.4, rng=np.random.default_rng(0), **settings)
+    assert part.key == same.key
+
+
+def test_a_step_follows_the_objective_at_the_scores_that_the_steps_before_had() -> None:
+    """With floors first as in `balanced`; at the end a task below its floor has the price, the other none."""
+    scorer = Margins()
+    base, a, b = (scorer.one(kind) for kind in ("base", "a", "b"))
+    normaliser = Normaliser(SUITE, base=base, parents={"a": a, "b": b})
+    objective = Objective(ObjectiveSpec(), normaliser)
+    spec = GradientSpec(steps=4, share=0.5)
+
+    def losses(one: Objective) -> StepLosses:
+        seeds = np.random.SeedSequence(0).spawn(4)
+        return StepLosses(one, base=base, start=a, spec=spec, price=0.2, seeds=seeds)
+
+    def gains(loss: SmoothLoss) -> dict[str, float]:
+        return {task.task: task.gain for task in loss.tasks}
+
+    plain = losses(Objective(ObjectiveSpec(kind="mean"), normaliser))
+    assert [gains(plain(step)) for step in (0, 3)] == [{"a": 0.5, "b": 0.5}] * 2
+    floored = losses(objective.above("b", b))  # its floor: all of b, nothing of a
+    assert floored.scores == pytest.approx([0.462, 0.0], abs=1e-3)  # a soft accuracy, of margins of +-0.5
+    first = gains(floored(0))
+    assert first["b"] > 2 * first["a"]
+    for step in range(3):
+        loss = floored(step)
+        floored.learn(loss, Gradient(loss=0.0, groups=(), values={"a": 0.7311, "b": 0.2689}))
+    last = gains(floored(3))
+    assert last["b"] == pytest.approx(0.5 * (0.5 / 0.1 / np.log(11)) + 0.5 * (0.5 + FLOOR), rel=1e-3)
+    for _ in range(20):  # b has come back
+        floored.learn(loss, Gradient(loss=0.0, groups=(), values={"a": 0.2689, "b": 0.7311}))
+    assert floored.scores == pytest.approx([0.0, 0.462], abs=0.01)
+    assert gains(floored(3))["b"] < 1.0
+
+
+def test_how_many_steps_a_budget_pays_for_is_recorded_once() -> None:
+    class Small(FakeBudget):
+        def evaluations(self, full: int, population: int) -> float | None:
+            return 12.0
+
+    journal, bowl = FakeJournal(), Bowl({"weight": 0.7})
+    warm = WarmStart(gradients=GradientSpec(), automatic=True)
+    search(Margins(), journal, warm, bowl, Small(1))
+    assert journal.steps == len(bowl.asked) == automatic_steps(GradientSpec(), 12.0)
+    nothing = Bowl({"weight": 0.7})
+    search(FakeScorer(), FakeJournal(), warm, nothing)  # no likelihoods, and no error
+    assert not nothing.asked
+
+
+def test_a_descent_ends_where_time_does() -> None:
+    class Late(Bowl):
+        def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
+            if step == 3:
+                raise OutOfTime
+            return super().gradient(recipe, loss, step=step, steps=steps)
+
+    space, late = make(LAYERED), Late({"weight": 0.9})
+    found = descend(space, np.full(space.dimension, 0.5), GradientSpec(steps=9), lambda _: LOSS, late)
+    assert len(found.losses) == 3
+    assert found.items == 3 * PASSES * LOSS.items
 
 
 class Margins(FakeScorer):
@@ -294,3 +353,32 @@ def test_an_off_warm_start_asks_for_nothing() -> None:
     assert not bowl.asked
     roles: Sequence[str] = [role for role, _, _ in journal.entries]
     assert "start" not in roles
+
+
+class Lucky(Margins):
+    """What generations find is better than it is on `search`, and better by a gain on `select`."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.plain: set[str] = set()
+
+    def _one(self, recipe: Recipe, split: Split, phase: str) -> Scores | Failure:
+        found = super()._one(recipe, split, phase)
+        if phase in ("base and parents", "baselines", "greedy soup", "gradient start"):
+            self.plain.add(recipe.hash)
+        if isinstance(found, Failure) or recipe.hash in self.plain:
+            return found
+        better = np.tile([0.05, -0.05], 5) + (self.gain if split == "select" else 0.3)
+        tasks = [(task.task, task.metric + better) for task in found]
+        return Scores(
+            split=split,
+            tasks=tuple(TaskScores(task=t, metric=m, smooth=m, margin=m - 0.5) for t, m in tasks),
+        )
+
+
+@pytest.mark.parametrize(("gain", "stays"), [(-0.1, True), (0.2, False)])
+def test_only_a_clear_gain_on_select_takes_the_place_of_the_gradients_end(gain: float, stays: bool) -> None:
+    warm = WarmStart(gradients=GradientSpec(steps=50))
+    outcome = search(Lucky(gain), FakeJournal(), warm, Bowl({"weight": 0.7}))
+    assert (outcome.winner.name == "gradient start") == stays

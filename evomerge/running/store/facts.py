@@ -190,6 +190,7 @@ GRADIENT = FactFamily(
     "running.slopes",
     "a step of a gradient start: loss and derivatives, or the failure; `items` is its cost",
 )
+GRADIENT_STEPS = Fact("gradient_steps", int, "search", "how many gradient steps the search began with")
 WEIGHTS = FactFamily(
     "weights",
     ("RECIPE",),

@@ -221,6 +221,12 @@ class RunStore(StoreReader):
             with self._writing() as db:
                 db.execute("DELETE FROM entry WHERE role = ? AND position >= ?", (role, count))
 
+    def record_steps(self, steps: int) -> int:
+        """Store how many gradient steps the search takes; return what it began with."""
+        if (before := facts.GRADIENT_STEPS.get(self)) is None:
+            facts.GRADIENT_STEPS.set(self, steps)
+        return steps if before is None else before
+
     def record_spent(self, generation: int, items: int) -> None:
         """Store what the search had scored, in items, by the end of a generation; replays change nothing."""
         row = [generation, items]

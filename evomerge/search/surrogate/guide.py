@@ -15,6 +15,7 @@ be too optimistic there, which the trust region corrects.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,12 +28,13 @@ from threadpoolctl import threadpool_limits
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Array, Scores
 from evomerge.schema import Strict
-from evomerge.search.objective import ObjectiveSpec
+from evomerge.search.objective import FLOOR, SHORT, ObjectiveSpec, Standard
 from evomerge.search.optimizers import Optimizer
 from evomerge.search.ports import GuideState
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
 from evomerge.search.surrogate.trust_region import TrustRegion
+from evomerge.search.utility import Utility
 
 WINDOW = 32
 """Predictions that the rank correlation is taken over, the latest ones."""
@@ -74,38 +76,37 @@ class MeanLoss:
     """The loss of predicted means: (tasks,) in, loss and slope (tasks,) out.
 
     The tasks are the counted skills, then those of retention and of coherence. normaliser: of the blocks
-    predicted. spec: prices and limits. limits: least normalised score of some skills.
+    predicted. spec: prices and limits. utility: what the skills' normalised scores are worth.
     """
 
-    SHORT = 2.0
-    """Price of a unit that anything is short of its limit: more than another skill can gain by it."""
-
-    def __init__(
-        self, normaliser: Normaliser, spec: ObjectiveSpec, *, limits: dict[str, float] | None = None
-    ) -> None:
+    def __init__(self, normaliser: Normaliser, spec: ObjectiveSpec, utility: Utility) -> None:
         skills, kept, coherent = normaliser.skills, normaliser.retained, normaliser.coherent
         self.tasks = tuple(s.task for s in (*skills, *kept, *coherent))
-        self._shares = np.array([s.share for s in skills])
+        self._skills = len(skills)
         self._zero = np.array([s.zero for s in skills])
         self._headroom = np.array([s.headroom for s in skills])
         self._kept_shares = np.array([k.share for k in kept])
         self._kept_base = np.array([k.zero for k in kept])
         self._coherence = np.array([c.share / c.zero for c in coherent])
         self._spec = spec
-        limits = limits or {}
-        self._limits = np.array([limits.get(s.task, -np.inf) for s in skills])
+        self._utility = utility
+
+    def above(self, values: Array, slack: Array) -> MeanLoss:
+        """Return this loss with floors: the skills' values of a merge, (tasks,), less a slack, (skills,).
+
+        The slack is in normalised scores.
+        """
+        floored = copy.copy(self)
+        floored._utility = self._utility.above(self._scores(values) - slack, FLOOR)
+        return floored
 
     def __call__(self, values: Array) -> tuple[float, Array]:
         """Return the loss and its slope."""
-        count = len(self._shares)
-        scores = (values[:count] - self._zero) / self._headroom
-        short = scores < self._limits
-        loss = -float(self._shares @ scores)
+        count = self._skills
+        worth, by_score = self._utility(self._scores(values))
+        loss = -float(worth.sum())
         slope = np.zeros(len(values))
-        slope[:count] = -self._shares / self._headroom
-        if short.any():
-            loss += self.SHORT * float((self._limits[short] - scores[short]).sum())
-            slope[:count] -= np.where(short, self.SHORT / self._headroom, 0.0)
+        slope[:count] = -by_score / self._headroom
         stop = count + len(self._kept_shares)
         if stop > count:
             gained = values[count:stop] - self._kept_base
@@ -122,11 +123,15 @@ class MeanLoss:
             slope[stop:] = change * self._coherence
         return loss, slope
 
+    def _scores(self, values: Array) -> Array:
+        scores: Array = (values[: self._skills] - self._zero) / self._headroom
+        return scores
+
     def _cost(self, kept: float, price: float, least: float | None) -> tuple[float, float]:
         """Return the price of keeping a share of the base's ability, and its derivative."""
         cost, change = (price * (1.0 - kept), -price) if kept < 1.0 else (0.0, 0.0)
         if least is not None and kept < least:
-            cost, change = cost + self.SHORT * (least - kept), change - self.SHORT
+            cost, change = cost + SHORT * (least - kept), change - SHORT
         return cost, change
 
 
@@ -188,6 +193,7 @@ class Guide:
     """The surrogate in a search with one objective.
 
     order: item blocks, the most informative first. loss_on: returns the loss of means on some blocks.
+    standard: the merge that sets the floors, on all blocks; None without floors.
     """
 
     def __init__(
@@ -199,10 +205,16 @@ class Guide:
         order: Sequence[int],
         loss_on: Callable[[Sequence[int]], MeanLoss],
         seed: np.random.SeedSequence,
+        standard: Standard | None = None,
     ) -> None:
-        self._spec, self._order, self._loss_on = spec, tuple(order), loss_on
+        self._spec, self._order, self._without_floors = spec, tuple(order), loss_on
         tasks = loss_on(order).tasks
         self._observed = Observed(tasks, base)
+        self._floors: tuple[dict[int, Array], Array] | None = None
+        if standard is not None:
+            slack = np.array([standard.slack[task] for task in tasks if task in standard.slack])
+            self._floors = self._observed.columns(standard.scores), slack
+        self._loss_by_blocks: dict[tuple[int, ...], MeanLoss] = {}
         self._surrogate = Surrogate(coordinates, self._observed.outputs, tasks=len(tasks))
         self._region = TrustRegion(coordinates, seed=seed)
         self._active = min(spec.blocks, len(order))
@@ -338,6 +350,17 @@ class Guide:
         best = self._best(self.blocks)
         model = None if best is None else self._surrogate.fit(best[0], self.blocks)
         return None if model is None else np.array(self._predict(model, self._loss_on(self.blocks), genomes))
+
+    def _loss_on(self, blocks: Sequence[int]) -> MeanLoss:
+        """Return the loss of means on some blocks, with floors."""
+        key = tuple(blocks)
+        if key not in self._loss_by_blocks:
+            loss = self._without_floors(key)
+            if self._floors is not None:
+                columns, slack = self._floors
+                loss = loss.above(self._observed.means(columns, key), slack)
+            self._loss_by_blocks[key] = loss
+        return self._loss_by_blocks[key]
 
     def _predict(self, model: Model, loss: MeanLoss, genomes: Sequence[Genome] | Array) -> list[float]:
         with threadpool_limits(1):

@@ -86,7 +86,7 @@ def guide(coordinates: Sequence[Coordinate] = CONTINUOUS, **spec: object) -> Gui
         coordinates=coordinates,
         base=BASE,
         order=(2, 0, 3, 1),
-        loss_on=lambda blocks: MeanLoss(on(blocks).normaliser, ObjectiveSpec()),
+        loss_on=lambda blocks: MeanLoss(on(blocks).normaliser, ObjectiveSpec(), on(blocks).utility),
         seed=np.random.SeedSequence(5),
     )
     for genome in np.random.default_rng(1).random((10, len(coordinates))):
@@ -126,6 +126,8 @@ SPECS = {
     "prices": {"retention": 0.4, "coherence": 0.3},
     "limits of skills": {"constraints": {"tasks": {"a": 0.9, "b": 0.1}}},
     "limits of the rest": {"constraints": {"retention": 0.97, "coherence": 0.99}},
+    "balanced": {"kind": "balanced"},
+    "floors": {},
 }
 NOTHING_LOST, LOST = (0.4, 0.5, -1.9, 0.95), (0.4, 0.5, -2.1, 0.8)
 
@@ -134,7 +136,9 @@ NOTHING_LOST, LOST = (0.4, 0.5, -1.9, 0.95), (0.4, 0.5, -2.1, 0.8)
 @pytest.mark.parametrize("values", [NOTHING_LOST, LOST])
 def test_the_slope_of_the_loss_is_its_finite_difference(spec: str, values: tuple[float, ...]) -> None:
     objective = views(**SPECS[spec])(range(BLOCKS))
-    loss = MeanLoss(NORMALISER, ObjectiveSpec.model_validate(SPECS[spec]), limits=objective.task_limits())
+    loss = MeanLoss(NORMALISER, ObjectiveSpec.model_validate(SPECS[spec]), objective.utility)
+    if spec == "floors":
+        loss = loss.above(np.array([0.9, 0.4, -2.0, 0.9]), np.array([0.05, 0.05]))
     assert loss.tasks == ("a", "b", "text", "free")
     here, step_ = np.array(values), 1e-6
     found, slope = loss(here)
@@ -143,7 +147,7 @@ def test_the_slope_of_the_loss_is_its_finite_difference(spec: str, values: tuple
         assert slope[axis] == pytest.approx(expected, abs=1e-6)
     assert (slope[2:] == 0).all() == (values is NOTHING_LOST or spec == "skills alone")
     if "limits" in spec and values is LOST:
-        assert found > MeanLoss(NORMALISER, ObjectiveSpec())(here)[0] + 0.01
+        assert found > MeanLoss(NORMALISER, ObjectiveSpec(), views()(range(BLOCKS)).utility)(here)[0] + 0.01
 
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2, 3), (2, 0)])
@@ -151,7 +155,7 @@ def test_of_measured_means_it_is_the_objective(blocks: tuple[int, ...]) -> None:
     spec = {"smooth": 0.0, "retention": 0.4, "coherence": 0.3}
     objective = views(**spec)(blocks)
     found = scores(np.array([0.9, 0.4, 0.3, 0.6]), sorted(blocks))
-    loss = MeanLoss(objective.normaliser, ObjectiveSpec.model_validate(spec))
+    loss = MeanLoss(objective.normaliser, ObjectiveSpec.model_validate(spec), objective.utility)
     means = np.array([found[task].mean for task in loss.tasks])
     assert loss(means)[0] == pytest.approx(objective.loss(found))
     assert objective.loss(found) != pytest.approx(-objective.mean(found))  # something is lost, too
@@ -299,7 +303,10 @@ def test_a_collapsed_region_leads_to_more_items_and_to_the_best_on_them() -> Non
     assert again[0].tobytes() == known[0]
     assert len(again) == REFRESHED
     order = [one._observed.means(one._known[g.tobytes()][1], before) for g in again]
-    losses = [MeanLoss(views()(before).normaliser, ObjectiveSpec())(means)[0] for means in order]
+    losses = [
+        MeanLoss(views()(before).normaliser, ObjectiveSpec(), views()(before).utility)(means)[0]
+        for means in order
+    ]
     assert losses == sorted(losses)
     rescored = [g for g in again if not np.isfinite(one._loss(g, one.blocks))]
     assert rescored  # those of the generations; the ten known before have met all blocks
