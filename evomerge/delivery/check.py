@@ -142,9 +142,8 @@ def _specialists(gains: Sequence[Gain]) -> Iterator[str]:
 
 def _gain_notes(probe: Probe) -> list[str]:
     """Return which tasks count with less than their weight, and which not at all."""
-    duds = [gain for gain in probe.gains if not gain.shown]
     unsure = [gain.sentence for gain in probe.gains if gain.shown and gain.trust < 1]
-    return dud_sentences(duds, [gain.task for gain in probe.gains]) + unsure
+    return dud_sentences(probe.gains) + unsure
 
 
 def _prompts(prompts: Sequence[RenderedItem]) -> Iterator[str]:

@@ -15,8 +15,7 @@ def notes(summary: Summary) -> list[str]:
     store = summary.store
     normaliser = summary.normaliser("test")
     sentences = objectives.notes(summary)
-    skills = [task.task for task in summary.suite.of("search") if task.role == "skill" and task.counted]
-    sentences += dud_sentences(summary.duds(), skills)
+    sentences += dud_sentences(summary.gains())
     if summary.weighting is not None:
         sentences += [gain.sentence for gain in summary.gains() if gain.shown and gain.trust < 1]
     sentences += own_answers.sentences(summary.suite, facts.ANSWERS.get(store) or {})

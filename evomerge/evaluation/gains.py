@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.errors import ConfigError
@@ -126,9 +126,10 @@ def refuse_nothing(gains: Sequence[Gain]) -> None:
     )
 
 
-def dud_sentences(duds: Sequence[Gain], counted: Collection[str]) -> list[str]:
-    """Return what to say about duds, one sentence each; one for all where every counted task has one."""
-    if not duds or len(duds) < len(counted):
+def dud_sentences(gains: Sequence[Gain]) -> list[str]:
+    """Return what to say about gains that are not shown, one sentence each; one for all where none is."""
+    duds = [gain for gain in gains if not gain.shown]
+    if not duds or len(duds) < len(gains):
         return [dud.sentence for dud in duds]
     scores = ", ".join(f"{d.task} {d.score:.3g} against {d.base:.3g} on {d.items} items" for d in duds)
     return [

@@ -168,7 +168,7 @@ class Normaliser:
 
     @property
     def shares(self) -> Array:
-        """(tasks,) the weights of the counted tasks times the trust in their scales; `mean` sums with them."""
+        """(tasks,) the weights of the counted tasks times the trust in their scales, as `mean` sums."""
         return read_only([w * trust for w, trust in zip(self.weights.tolist(), self._trust, strict=True)])
 
     def on(self, base: Scores) -> Normaliser:

@@ -214,18 +214,14 @@ class Search:
         return base, {p.name: s for p, s in zip(self._parents[1:], others, strict=True)}
 
     def _first_references(self) -> Normaliser:
-        """Return the scale of `search`; find and announce the specialists that are no better than the
-        base."""
-        suite = self._plan.suite
+        """Return the scale of `search`; announce specialists that are no better than the base."""
         base, parents = self._scored_parents("search")
-        gains = find_gains(suite, base=base, parents=parents)
+        gains = find_gains(self._plan.suite, base=base, parents=parents)
         if not self._plan.weak:
             refuse_nothing(gains)
-        duds = [gain for gain in gains if not gain.shown]
-        counted = [task.task for task in suite.of("search") if task.role == "skill" and task.counted]
-        for sentence in dud_sentences(duds, counted):
+        for sentence in dud_sentences(gains):
             self._observer.noted(f"note: {sentence}")
-        self._duds = tuple(dud.task for dud in duds)
+        self._duds = tuple(gain.task for gain in gains if not gain.shown)
         self._trust = trusts(gains, self._plan.weighting)
         references = self._references("search")
         check_tokens(self._plan.objective, generates=references.tokens(base) is not None)

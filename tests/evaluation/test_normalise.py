@@ -150,7 +150,6 @@ def answers(split: Any = "search", **right: tuple[int, int]) -> Scores:
     return Scores(split=split, tasks=tasks)
 
 
-TWO_NAMES = ("add", "sort")
 TWO = suite_of({"task": "add", "specialist": "adder"}, {"task": "sort", "specialist": "sorter"})
 ONE_OF_TEN = {
     "adder": answers(add=(8, 10), sort=(0, 10)),
@@ -183,7 +182,7 @@ def test_where_all_are_duds_points_are_raw() -> None:
     assert scale.mean(answers(add=(10, 10), sort=(10, 10))) == pytest.approx(1.0)
     duds = find_duds(TWO, base=NOTHING, parents=dict.fromkeys(ONE_OF_TEN, NOTHING))
     assert len(duds) == 2
-    (sentence,) = dud_sentences(duds, TWO_NAMES)
+    (sentence,) = dud_sentences(duds)
     assert sentence.startswith("no specialist is shown to be better than the base")
 
 
