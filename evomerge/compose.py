@@ -153,6 +153,8 @@ def _search(
             population=optimizer_of(prepared.config, prepared.space).population,
             baselines=prepared.baselines,
             warm=prepared.warm,
+            weighting=prepared.weighting,
+            weak=prepared.weighting is None or prepared.config.weak_specialists == "allow",
         ),
         scorer=Scorer(store, scheduler, observer, batches, failures=prepared.config.budget.failures),
         journal=store,

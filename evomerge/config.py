@@ -160,6 +160,9 @@ class RunConfig(Strict):
     """The hand-made merges that the winner is compared with, beside base and parents: `all`, a list of
     names as reports show them, or `auto`: all for small models; for models of 50 million weights or more a
     short list, raced like candidates, of which the best five are scored on `test`."""
+    weak_specialists: Literal["refuse", "allow"] = "refuse"
+    """Whether a run starts where the specialists of more than half of the tasks are not shown to be better
+    than the base. It measures hardly anything, so it is refused in `check`, and before its baselines."""
     finalists: int = Field(default=8, ge=1, le=10_000)
     """Number of candidates that are scored again on `select`, beside their greedy soup."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -273,11 +276,11 @@ class RunConfig(Strict):
     def identity(self) -> str:
         """Return a hash of everything that changes results: two configs with it share a run folder.
 
-        Budget, verdict, workers, timeout, trackers, permissions and places on the disk don't count: they may
-        change on resume.
+        Budget, verdict, `weak_specialists`, workers, timeout, trackers, permissions and places on the disk
+        don't count: they may change on resume.
         """
         data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
-        for name in ("budget", "out", "suite", "tracking", "stored_text", "verdict"):
+        for name in ("budget", "out", "suite", "tracking", "stored_text", "verdict", "weak_specialists"):
             del data[name]
         measured = [[kind, *sorted(files)] for kind in FILES if (files := data["models"][kind])]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it

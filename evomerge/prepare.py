@@ -21,6 +21,7 @@ import numpy as np
 from evomerge.config import PERMISSIONS, ModelsSpec, RunConfig
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation import sandbox
+from evomerge.evaluation.gains import ERRORS
 from evomerge.evaluation.normalise import check_specialists
 from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
@@ -52,6 +53,7 @@ class Prepared:
     inputs: what models and task files are now, to be compared while the run goes on. parameters: number of
     the base model's weights. layers: number of the base model's layers. optimizer: its name and the reason
     for it. notes: remarks on the models that are no errors. baselines: the hand-made merges to score.
+    weighting: the rule that weights tasks in the mean, None in a run that was begun before there was one.
     """
 
     config: RunConfig
@@ -66,6 +68,7 @@ class Prepared:
     notes: tuple[str, ...]
     warm: WarmStart = field(default_factory=WarmStart)
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
+    weighting: str | None = ERRORS
 
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:
@@ -130,6 +133,7 @@ def prepare(config: RunConfig) -> Prepared:
         notes=notes,
         warm=warm,
         baselines=_baselines(config, template, sum(header.count for header in headers.values())),
+        weighting=_weighting(config),
     )
 
 
@@ -229,6 +233,17 @@ def _racing(config: RunConfig, worker: WorkerSpec) -> RacingSpec:
     return config.racing.decided(blocks)
 
 
+def _weighting(config: RunConfig) -> str | None:
+    """Return the rule that weights tasks in the mean: a run keeps the one it was begun with."""
+    if StoreReader.exists(Path(config.out)):
+        with (
+            contextlib.suppress(StoreError),  # as above
+            StoreReader.read(Path(config.out)) as store,
+        ):
+            return facts.WEIGHTING.get(store)
+    return ERRORS
+
+
 def _sharing(config: RunConfig) -> Sharing | None:
     """Return whether requests share rows in a stored run; None in a new one, whose first worker decides."""
     if StoreReader.exists(Path(config.out)):
@@ -325,7 +340,10 @@ def optimizer_of(config: RunConfig, space: Space) -> optimizers.Optimizer:
 def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
     """Return the facts that are stored when a run is begun, and compared when it goes on."""
     config = prepared.config
-    start = {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
+    start: dict[facts.Fact[Any], Any] = (
+        {} if prepared.weighting is None else {facts.WEIGHTING: prepared.weighting}
+    )
+    start |= {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
     return (
         start
         | prepared.model_facts

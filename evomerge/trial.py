@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evomerge.errors import UserError
+from evomerge.evaluation import gains
+from evomerge.evaluation.gains import Gain
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
 from evomerge.evaluation.smooth_loss import PASSES
 from evomerge.prepare import Prepared, check_time, optimizer_of
 from evomerge.running import executors
 from evomerge.running.clock import Clock
 from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Work
+from evomerge.running.store import StoreReader
 from evomerge.running.worker import Job
 from evomerge.search import baselines
 from evomerge.search.warm_start import automatic_steps
@@ -27,7 +30,7 @@ class Probe:
     test_items: per task. seconds_before: until the end of the first generation, which always runs.
     seconds_after: after the search. estimate: seconds of the whole run, None where only `patience` ends it.
     ends: its end in epoch seconds, if it started now. cost: None without a price. late: whether a limit of
-    the clock comes too early for a single generation.
+    the clock comes too early for a single generation. gains: what specialists gain over the base on `search`.
     """
 
     items: dict[str, int]
@@ -40,22 +43,23 @@ class Probe:
     ends: float | None
     cost: float | None
     late: bool
+    gains: tuple[Gain, ...] = ()
 
 
 def probe(prepared: Prepared) -> Probe:
     """Load the models, build all tasks, and score two candidates of the space on every split.
 
-    A third one goes before them, because the first of a process is slower than the rest.
+    Base and sources are scored on `search` before them, which shows whether the run can measure anything; and
+    the first candidates of a process are slower than the rest.
     """
     check_time(prepared)
     items: dict[str, int] = {}
     test_items: dict[str, int] = {}
     seconds: dict[Split, float] = {}
     with executors.trial(prepared.config.executor, prepared.worker) as executor:
+        found = _gains(prepared, executor)
         for split in SPLITS:
-            places = (0.5, 0.3, 0.7) if split == "search" else (0.3, 0.7)
-            jobs = [_trial(prepared, place, split) for place in places]
-            results = list(executor.run(jobs))[-2:]
+            results = list(executor.run([_trial(prepared, place, split) for place in (0.3, 0.7)]))
             scored = [result for result in results if isinstance(result.outcome, Scores)]
             if not scored:
                 (failure,) = {r.outcome.reason for r in results[:1] if isinstance(r.outcome, Failure)}
@@ -70,7 +74,27 @@ def probe(prepared: Prepared) -> Probe:
                 if split == "test":
                     test_items = {task.task: len(task.metric) for task in result.outcome}
             seconds[split] = sum(r.timing.total for r in scored if r.timing is not None) / len(scored)
-    return replace(_estimated(prepared, items, seconds), test_items=test_items)
+    return replace(_estimated(prepared, items, seconds), test_items=test_items, gains=found)
+
+
+def refuse_nothing(prepared: Prepared, probe: Probe) -> None:
+    """Raise ConfigError where a new run would measure hardly anything, unless its config allows it."""
+    if prepared.config.weak_specialists == "refuse" and not StoreReader.exists(prepared.folder):
+        gains.refuse_nothing(probe.gains)
+
+
+def _gains(prepared: Prepared, executor: executors.Executor) -> tuple[Gain, ...]:
+    """Score base and sources on `search`; return what specialists gain, () where one can't be scored."""
+    named = baselines.parents(prepared.template, prepared.space.sources)
+    blocks = prepared.worker.blocks_of("search")
+    jobs = [Job(recipe=each.recipe, split="search", blocks=blocks) for each in named]
+    by_recipe = {result.job.recipe.hash: result.outcome for result in executor.run(jobs)}
+    outcomes = [by_recipe[each.recipe.hash] for each in named]
+    scores = [outcome for outcome in outcomes if isinstance(outcome, Scores)]
+    if len(scores) < len(named):
+        return ()
+    parents = {each.name: one for each, one in zip(named[1:], scores[1:], strict=True)}
+    return gains.find_gains(prepared.suite, base=scores[0], parents=parents)
 
 
 def _trial(prepared: Prepared, place: float, split: Split) -> Job:

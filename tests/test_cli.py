@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner, Result
 
 from evomerge.cli import app
+from evomerge.config import RunConfig
 from evomerge.merging.reading import read_recipe
-from evomerge.running.store import RunStore
+from evomerge.prepare import prepare
+from evomerge.running.store import RunStore, StoreReader, facts
 from tests.conftest import write_suite
 
 NAMES = ["check", "run", "resume", "migrate", "doctor", "demo"]
@@ -93,6 +95,58 @@ def test_check_says_where_batches_are_small(config: Callable[..., Path], tmp_pat
     text = succeed("check", path)
     assert "an item block has 8 answers to generate" in text
     assert "racing: {blocks: 1}" in text
+
+
+WRONG = [
+    {"task": "demo_upper", "metric": "acc", "specialist": "reverse"},
+    {"task": "demo_reverse", "metric": "acc", "specialist": "upper"},
+]
+"""Tasks whose specialists learned the other task."""
+
+
+def test_a_run_that_measures_nothing_does_not_start(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(budget={"generations": 1}, weak_specialists="refuse")
+    tasks = [{**task, "splits": {"search": 24, "select": 16, "test": 40}} for task in WRONG]
+    write_suite(tmp_path, tasks=tasks)
+    checked = invoke("check", path)
+    assert checked.exit_code == 2
+    assert "ready to run" not in checked.stdout
+    assert "specialists and base on `search`:" in checked.stdout
+    assert "demo_upper: reverse 0" in checked.stdout
+    assert not (tmp_path / "run").exists()
+    for _ in range(2):  # the second time from the stored scores
+        run = invoke("run", path)
+        assert (run.exit_code, run.stderr) == (2, checked.stderr)
+    assert "on 2 of 2 tasks that count, the specialist is not shown to be better than the base" in run.stderr
+    assert "do: see whether models and prompts fit" in run.stderr
+    with StoreReader.read(tmp_path / "run") as store:
+        assert {named.name for named in store.entries("base") + store.entries("parent")} == {
+            "base",
+            "upper",
+            "reverse",
+        }
+        assert not store.entries("baseline")
+        assert facts.STOPPED.get(store) is None
+    path.write_text(path.read_text().replace("weak_specialists: refuse", "weak_specialists: allow"))
+    assert "ready to run" in succeed("check", path)
+    assert "no specialist is shown to be better than the base" in succeed("run", path)
+
+
+def test_a_run_begun_before_the_refusal_goes_on_as_it_was(
+    config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = config(budget={"generations": 1}, weak_specialists="allow")
+    tasks = [{**task, "splits": {"search": 24, "select": 16, "test": 40}} for task in WRONG]
+    write_suite(tmp_path, tasks=tasks)
+    succeed("run", path)
+    store = RunStore.open(tmp_path / "run")
+    facts.WEIGHTING.set(store, None)
+    stored = facts.CONFIG.require(store)
+    facts.CONFIG.set(store, {key: value for key, value in stored.items() if key != "weak_specialists"})
+    store.close()
+    path.write_text(path.read_text().replace("weak_specialists: allow", "weak_specialists: refuse"))
+    assert prepare(RunConfig.load(path)).weighting is None
+    succeed("resume", tmp_path / "run", "--generations", "2")
 
 
 def test_spaces_lists_the_presets(config: Callable[..., Path]) -> None:
@@ -620,6 +674,21 @@ def test_sources_that_do_not_fit(config: Callable[..., Path], tiny_zoo: Path, tm
     (other / "config.json").write_text(json.dumps(settings))
     path = config(models=_models(base=tiny_zoo / "base", other=other))
     assert "architectures differs" in refuse("run", path, folder=tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_a_tokenizer_that_transformers_reads_in_another_way(
+    config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path, verb: str
+) -> None:
+    shutil.copytree(tiny_zoo / "base", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    path = config(
+        models=_models(base=tmp_path / "base", upper=tiny_zoo / "upper", reverse=tiny_zoo / "reverse")
+    )
+    error = refuse(verb, path, folder=tmp_path)
+    assert "splits text in another way than tokenizer.json" in error
+    assert "by transformers' class LlamaTokenizer (tokenizer_config.json has tokenizer_class: LlamaT" in error
+    assert 'do: write "tokenizer_class": "PreTrainedTokenizerFast" into' in error
 
 
 def test_truncated_weights(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ import yaml
 from evomerge.config import load_space
 from evomerge.delivery.gate import Limit, passed, verdicts
 from evomerge.evaluation import statistics
-from evomerge.evaluation.normalise import Normaliser, find_duds
+from evomerge.evaluation.gains import find_duds
+from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Array, Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup

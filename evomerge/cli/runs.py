@@ -48,7 +48,7 @@ def check(config: ConfigArgument, permissions: Any = None) -> None:
     from evomerge.delivery import check as delivery
     from evomerge.delivery.tracking import require_packages
     from evomerge.prepare import check_folder, prepare
-    from evomerge.trial import probe
+    from evomerge.trial import probe, refuse_nothing
 
     loaded = RunConfig.load(config).permitting(permissions)
     require_packages(loaded.tracking)
@@ -58,6 +58,8 @@ def check(config: ConfigArgument, permissions: Any = None) -> None:
     estimate = probe(prepared)
     output.say(delivery.text(prepared, estimate, items))
     output.data(delivery.as_data(prepared, estimate, items))
+    refuse_nothing(prepared, estimate)
+    output.say("ready to run")
 
 
 @command(app, "run", budget=True)

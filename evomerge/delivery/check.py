@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from evomerge.delivery.verdict import resolution
+from evomerge.evaluation.gains import Gain, dud_sentences
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.running.worker import build_harness
@@ -85,7 +86,10 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "enough_time": not probe.late,
         "out": str(prepared.folder),
         "resolution": resolution(prepared.suite, probe.test_items).as_data(),
-        "notes": [*prepared.notes, *questions.notes],
+        "specialists": [
+            {**asdict(gain), "weight": gain.trust if gain.shown else 0.0} for gain in probe.gains
+        ],
+        "notes": [*prepared.notes, *questions.notes, *_gain_notes(probe)],
         "prompts": [asdict(prompt) for prompt in questions.prompts],
     }
 
@@ -124,8 +128,22 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
     visible = resolution(prepared.suite, probe.test_items)
     lines.append(f"test:   {visible.sentence}")
     lines += [f"note:   {note}" for note in visible.notes]
-    notes = (f"note:   {note}" for note in (*prepared.notes, *questions.notes))
-    return "\n".join([*lines, *notes, *_prompts(questions.prompts), "ready to run"])
+    notes = (f"note:   {note}" for note in (*prepared.notes, *questions.notes, *_gain_notes(probe)))
+    return "\n".join([*lines, *_specialists(probe.gains), *notes, *_prompts(questions.prompts)])
+
+
+def _specialists(gains: Sequence[Gain]) -> Iterator[str]:
+    """Yield a line for each task of the mean: its specialist's score and the base's."""
+    if gains:
+        yield "specialists and base on `search`:"
+    for gain in gains:
+        yield f"        {gain.task}: {gain.numbers}{'' if gain.shown else ' (not shown to be better)'}"
+
+
+def _gain_notes(probe: Probe) -> list[str]:
+    """Return which tasks count with less than their weight, and which not at all."""
+    unsure = [gain.sentence for gain in probe.gains if gain.shown and gain.trust < 1]
+    return dud_sentences(probe.gains) + unsure
 
 
 def _prompts(prompts: Sequence[RenderedItem]) -> Iterator[str]:

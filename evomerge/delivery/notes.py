@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
-from evomerge.evaluation.normalise import dud_sentences
+from evomerge.evaluation.gains import dud_sentences
 from evomerge.running import forward, looks, own_answers
 from evomerge.running.batches import decisions
 from evomerge.running.store import facts
@@ -15,8 +15,9 @@ def notes(summary: Summary) -> list[str]:
     store = summary.store
     normaliser = summary.normaliser("test")
     sentences = objectives.notes(summary)
-    skills = [task.task for task in summary.suite.of("search") if task.role == "skill" and task.counted]
-    sentences += dud_sentences(summary.duds(), skills)
+    sentences += dud_sentences(summary.gains())
+    if summary.weighting is not None:
+        sentences += [gain.sentence for gain in summary.gains() if gain.shown and gain.trust < 1]
     sentences += own_answers.sentences(summary.suite, facts.ANSWERS.get(store) or {})
     sentences += [companion.sentence for companion in summary.companions()]
     for task in normaliser.floored if normaliser is not None else ():

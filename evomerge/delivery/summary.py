@@ -16,7 +16,8 @@ from evomerge.config import VerdictSpec
 from evomerge.delivery.style import percent, short_task
 from evomerge.delivery.verdict import TaskResult, Verdict
 from evomerge.evaluation import statistics
-from evomerge.evaluation.normalise import Dud, Normaliser, find_duds
+from evomerge.evaluation.gains import Gain, find_gains, trusts
+from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.evaluation.statistics import Interval, PairedTest
 from evomerge.evaluation.suite import SuiteTask
@@ -137,7 +138,7 @@ class Summary:
         winners = self.store.entries("winner") if facts.STOPPED.get(self.store) else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
-        self._duds: tuple[Dud, ...] | None = None
+        self._gains: tuple[Gain, ...] | None = None
 
     @property
     def objective(self) -> ObjectiveSpec:
@@ -174,19 +175,29 @@ class Summary:
                     base=without(scored[0], dropped),
                     parents=scored[1],
                     duds=[d.task for d in duds],
+                    trust=trusts(self.gains(), self.weighting),
                     tokens_of=self.objective.tokens_of,
                 )
             )
         return self._normalisers[split]
 
-    def duds(self) -> tuple[Dud, ...]:
-        """Return the specialists that were no better than the base on `search`, as the search found them."""
-        if self._duds is None:
+    def gains(self) -> tuple[Gain, ...]:
+        """Return what specialists gain over the base on `search`; () until all are scored."""
+        if self._gains is None:
             scored = self._scored_parents("search")
             if scored is None:
                 return ()
-            self._duds = find_duds(self.suite, base=scored[0], parents=scored[1])
-        return self._duds
+            self._gains = find_gains(self.suite, base=scored[0], parents=scored[1])
+        return self._gains
+
+    def duds(self) -> tuple[Gain, ...]:
+        """Return the specialists that were no better than the base on `search`, as the search found them."""
+        return tuple(gain for gain in self.gains() if not gain.shown)
+
+    @property
+    def weighting(self) -> str | None:
+        """The rule that weights tasks in the mean, None in runs begun before there was one."""
+        return facts.WEIGHTING.get(self.store)
 
     def companions(self) -> list[Companion]:
         """Return how well the companions of generated answers rank the models scored before the search."""

@@ -65,6 +65,8 @@ from evomerge.evaluation.tasks import TaskBuilder, build
 _log = logging.getLogger(__name__)
 PROMPT_END = 64
 """Last characters of a prompt where a chat template may begin or end the thoughts."""
+_PROMPT = 2000
+"""Characters of a task's text by which tokenizers are compared."""
 _SURE = 1e3
 """Margins, in nats, are limited to this size."""
 
@@ -216,6 +218,10 @@ class Harness:
             self._shares, self._lm.continues = bool(self._shares), bool(self._lm.continues)
         finally:
             self._lm.detach()
+
+    def prompts(self) -> list[str]:
+        """Return the beginning of the first text of each task that models see."""
+        return [str(task.groups[0][0].args[0])[:_PROMPT] for task in self.items("search").tasks]
 
     def examples(self) -> list[RenderedItem]:
         """Return an item of each task as the model sees it, of the first split that the task has."""

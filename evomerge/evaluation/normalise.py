@@ -16,16 +16,15 @@ import numpy as np
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation import statistics
+from evomerge.evaluation.gains import specialist_of
 from evomerge.evaluation.scores import Array, Scores, TaskScores, read_only
 from evomerge.evaluation.suite import Suite, SuiteTask
 
 HEADROOM_FLOOR = 0.05
-"""Smallest headroom used as a divisor. With a specialist barely above the base the scale would amplify noise
-without bound, and with one below the base it would be reversed. Where the headroom's own error is larger (few
-items), its 90 % limit is the smallest divisor: points finer than that can't be seen."""
-
-CONFIDENCE = 0.95
-"""How sure it must be that a specialist is better than the base, or its task is left out of the mean."""
+"""Smallest headroom used as a divisor, of smooth companions and where no `trust` is given. With trust, by
+which a scale that is not sure has little weight, it is 1 / items. With a specialist barely above the base the
+scale would amplify noise without bound, and with one below the base it would be reversed. Where the error of
+the headroom itself is larger (few items), its 90 % limit is the smallest divisor: more can't be seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,8 @@ class _Scale:
 class TaskScale:
     """One task's share and scale in the mean, the retention or the coherence.
 
-    share: the task's weight relative to all such tasks; the shares sum to 1.
+    share: the task's weight relative to all such tasks, times the trust in its scale, see `gains.Gain`; the
+    shares sum to 1 or less.
     zero: the base's mean, in the metric's units.
     headroom: the specialist's mean minus the base's (1 for retention and coherence).
     """
@@ -69,67 +69,6 @@ def check_specialists(suite: Suite, sources: Mapping[str, object]) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dud:
-    """A specialist that is not shown to be better than the base on its task: its headroom may be all noise.
-
-    base, score: means of base and specialist, in the metric's units. items: that were compared.
-    """
-
-    task: str
-    specialist: str
-    base: float
-    score: float
-    items: int
-
-    @property
-    def sentence(self) -> str:
-        """The comparison and its consequence, in one line."""
-        return (
-            f"{self.task}: the specialist ({self.specialist}) is not shown to be better than the base on "
-            f"`search` ({self.score:.3g} against {self.base:.3g} on {self.items} items), so the task is left "
-            "out of the mean and of constraints"
-        )
-
-
-def find_duds(suite: Suite, *, base: Scores, parents: Mapping[str, Scores]) -> tuple[Dud, ...]:
-    """Return the counted tasks whose specialist is not better than the base beyond sampling error.
-
-    A paired one-sided test at CONFIDENCE on the scores of one split; where the specialist is the best of
-    several parents, corrected for their number. Decided once, on `search`, for all splits of a run.
-
-    Args:
-        suite: the tasks with their specialists.
-        base: the base model's scores.
-        parents: name -> scores, as for `Normaliser`.
-    """
-    found = []
-    for spec in suite.of(base.split):
-        if spec.role != "skill" or not spec.counted:
-            continue
-        name = _specialist(spec, parents)
-        low, high = base[spec.task], parents[name][spec.task]
-        test = statistics.paired_items(high.metric, low.metric, seed=0)
-        one_sided = test.p / 2 * (1 if spec.specialist is not None else len(parents))
-        if test.estimate <= 0 or one_sided > 1 - CONFIDENCE:
-            found.append(
-                Dud(task=spec.task, specialist=name, base=low.mean, score=high.mean, items=len(low.metric))
-            )
-    return tuple(found)
-
-
-def dud_sentences(duds: Sequence[Dud], counted: Collection[str]) -> list[str]:
-    """Return what to say about duds, one sentence each; one for all where every counted task has one."""
-    if not duds or len(duds) < len(counted):
-        return [dud.sentence for dud in duds]
-    scores = ", ".join(f"{d.task} {d.score:.3g} against {d.base:.3g} on {d.items} items" for d in duds)
-    return [
-        f"no specialist is shown to be better than the base on `search` ({scores}), so there is no scale: "
-        "points are hundredths of the raw score above the base, and most differences will be noise. "
-        "Stop here and give the suite more items, or choose other specialists"
-    ]
-
-
 class Normaliser:
     """Normalise scores of one split with the base's and the parents' scores on the same split.
 
@@ -139,8 +78,9 @@ class Normaliser:
         suite: the tasks with their roles, weights and specialists.
         base: the base model's scores; its means are 0 on the scale.
         parents: name -> scores of the models whose best, or the named specialist, is 1 on the scale.
-        duds: tasks that are left out of the mean, see `find_duds`; their scores are raw, relative to the
-            base. Where that leaves no task, all of them count, raw.
+        duds: tasks that are left out of the mean, see `gains.find_duds`; their scores are raw, relative to
+            the base. Where that leaves no task, all of them count, raw.
+        trust: task -> share of its weight with which it counts, see `gains.trusts`; of others 1.
         tokens_of: the parent whose answers have length 1, or the base.
 
     Attributes:
@@ -168,6 +108,7 @@ class Normaliser:
         base: Scores,
         parents: Mapping[str, Scores],
         duds: Collection[str] = (),
+        trust: Mapping[str, float] | None = None,
         tokens_of: str = "base",
     ) -> None:
         assert parents, "no parent to compare with"
@@ -195,12 +136,16 @@ class Normaliser:
         total = math.fsum(spec.weight for spec in self._counted)
         self.weights = read_only([spec.weight / total for spec in self._counted])
         """(tasks,) shares of the tasks in the mean; they sum to 1, in the order of `items`."""
+        self._trust = [(trust or {}).get(spec.task, 1.0) for spec in self._counted]
         self._scales: dict[str, tuple[_Scale, _Scale | None]] = {}
         self._units: dict[str, Array] = {}
         self._spans: dict[str, statistics.Span] = {}
         for spec in skills:
-            low, high = base[spec.task], parents[_specialist(spec, parents)][spec.task]
-            self._scales[spec.task] = _scales(low, high) if spec.task not in duds else _raw_scales(low, high)
+            low, high = base[spec.task], parents[specialist_of(spec, parents)][spec.task]
+            floor = HEADROOM_FLOOR if trust is None else 1 / len(low.metric)
+            self._scales[spec.task] = (
+                _raw_scales(low, high) if spec.task in duds else _scales(low, high, floor)
+            )
             headroom = high.metric - low.metric
             exact = spec.task in duds or headroom.mean() < self._scales[spec.task][0].headroom
             self._units[spec.task] = read_only(
@@ -210,12 +155,21 @@ class Normaliser:
             self._spans[spec.task] = statistics.span(*(model.metric for model in models))
         self.counted = tuple(spec.task for spec in self._counted)
         """The skill tasks that count in the mean."""
-        self.floored = tuple(
-            s.task
-            for s in self._counted
-            if s.task not in self.duds and self._scales[s.task][0].headroom <= HEADROOM_FLOOR
-        )
-        """Tasks whose specialist is hardly better than the base, so their normalised scores mean little."""
+        self._floored = trust is None
+
+    @property
+    def floored(self) -> tuple[str, ...]:
+        """Tasks whose specialist is hardly better than the base, so their normalised scores mean little.
+
+        None where a trust is given, which leaves little weight to such tasks.
+        """
+        scaled = [task for task in self.counted if self._floored and task not in self.duds]
+        return tuple(task for task in scaled if self._scales[task][0].headroom <= HEADROOM_FLOOR)
+
+    @property
+    def shares(self) -> Array:
+        """(tasks,) the weights of the counted tasks times the trust in their scales, as `mean` sums."""
+        return read_only([w * trust for w, trust in zip(self.weights.tolist(), self._trust, strict=True)])
 
     def on(self, base: Scores) -> Normaliser:
         """Return this scale for scores on other item blocks: 0 is the base's mean there, the unit stays.
@@ -245,7 +199,7 @@ class Normaliser:
         """The counted skill tasks: the mean is the sum of share * (task's mean - zero) / headroom."""
         return tuple(
             TaskScale(task=spec.task, share=share, zero=scale.zero, headroom=scale.headroom)
-            for spec, share in zip(self._counted, self.weights.tolist(), strict=True)
+            for spec, share in zip(self._counted, self.shares.tolist(), strict=True)
             for scale in (self._scales[spec.task][0],)
         )
 
@@ -284,7 +238,7 @@ class Normaliser:
         """
         self._check(scores)
         contributions = []
-        for spec, weight in zip(self._counted, self.weights.tolist(), strict=True):
+        for spec, weight in zip(self._counted, self.shares.tolist(), strict=True):
             task, (scale, smooth_scale) = scores[spec.task], self._scales[spec.task]
             values = (task.metric - scale.zero) / scale.headroom
             if smooth_scale is not None and task.smooth is not None:
@@ -402,7 +356,7 @@ class Normaliser:
 
     def gains(self) -> dict[str, float]:
         """Return counted task -> derivative of the mean with respect to the task's mean."""
-        shares = zip(self._counted, self.weights.tolist(), strict=True)
+        shares = zip(self._counted, self.shares.tolist(), strict=True)
         return {spec.task: share / self._scales[spec.task][0].headroom for spec, share in shares}
 
     def retention_shares(self) -> dict[str, float]:
@@ -411,16 +365,16 @@ class Normaliser:
         return {spec.task: spec.weight / total for spec, _ in self._retention}
 
     def items(self, scores: Scores) -> list[Array]:
-        """Return for each counted skill task (n,) the normalised scores of its items.
+        """Return for each counted skill task (n,) the normalised scores of its items, times its trust.
 
         With `weights` they are the arguments of `statistics`: the weighted mean of their means is
         `mean(scores)`.
         """
         self._check(scores)
         values = []
-        for spec in self._counted:
+        for spec, trust in zip(self._counted, self._trust, strict=True):
             scale, _ = self._scales[spec.task]
-            values.append(read_only((scores[spec.task].metric - scale.zero) / scale.headroom))
+            values.append(read_only((scores[spec.task].metric - scale.zero) / scale.headroom * trust))
         return values
 
     @property
@@ -434,9 +388,12 @@ class Normaliser:
 
     @property
     def spans(self) -> list[statistics.Span]:
-        """For each counted skill task the range of its metric on the normalised scale."""
+        """For each counted skill task the range of its values in `items`."""
         scales = [(self._scales[spec.task][0], self._spans[spec.task]) for spec in self._counted]
-        return [(scale(low), scale(high)) for scale, (low, high) in scales]
+        return [
+            (scale(low) * trust, scale(high) * trust)
+            for (scale, (low, high)), trust in zip(scales, self._trust, strict=True)
+        ]
 
     def interval(self, scores: Scores) -> statistics.Interval:
         """Return the mean with its 95 % interval; the references count as exact."""
@@ -486,7 +443,7 @@ class Normaliser:
         return best, replace(test, low=low, high=high)
 
     def _weighted(self, values: list[float]) -> float:
-        return math.fsum(weight * value for weight, value in zip(self.weights.tolist(), values, strict=True))
+        return math.fsum(share * value for share, value in zip(self.shares.tolist(), values, strict=True))
 
 
 def _mean(values: Array | None) -> float:
@@ -511,15 +468,9 @@ def _tokens(scores: TaskScores) -> float:
     return float(scores.tokens.sum())
 
 
-def _specialist(spec: SuiteTask, parents: Mapping[str, Scores]) -> str:
-    """Return the parent that is 1 on a task's scale: the named one, else the best, of equal ones the
-    first."""
-    return spec.specialist or max(parents, key=lambda name: parents[name][spec.task].mean)
-
-
-def _scales(base: TaskScores, reference: TaskScores) -> tuple[_Scale, _Scale | None]:
+def _scales(base: TaskScores, reference: TaskScores, floor: float) -> tuple[_Scale, _Scale | None]:
     error = statistics.standard_error(reference.metric - base.metric)
-    least = max(HEADROOM_FLOOR, statistics.ONE_SIDED * error)
+    least = max(floor, statistics.ONE_SIDED * error)
     metric = _Scale(zero=base.mean, headroom=max(reference.mean - base.mean, least))
     if base.smooth is None or reference.smooth is None:
         return metric, None

@@ -152,17 +152,20 @@ class WorkerSpec:
 def build_harness(spec: WorkerSpec) -> Harness:
     """Build a worker's harness and all items, from the models' headers, configs and tokenizers alone.
 
-    Raises UserError where the suite can't be used with these models.
+    Raises UserError where the suite can't be used with these models, or their tokenizer is not the one that
+    their tokenizer.json holds.
     """
     import torch
 
     from evomerge.merging.live.stacked_models import build
+    from evomerge.merging.sources.tokenizer_check import check_tokenizer
 
     tokenizer, source = _tokenizer(spec)
     harness = _harness(spec, tokenizer)
     with torch.device("meta"):  # a model without weights
         config = build(source, source.config, spec.dtype, spec.attention).config
     harness.prepare(config)
+    check_tokenizer(tokenizer, source, harness.prompts())
     return harness
 
 

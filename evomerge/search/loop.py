@@ -14,7 +14,8 @@ from typing import cast
 import numpy as np
 
 from evomerge.errors import UserError
-from evomerge.evaluation.normalise import Normaliser, dud_sentences, find_duds
+from evomerge.evaluation.gains import dud_sentences, find_gains, refuse_nothing, trusts
+from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
@@ -52,7 +53,8 @@ class SearchPlan:
     finalists: how many of the best candidates are scored again on `select`, beside their soup and the
         optimizer's favourite. layers: number of the base model's layers, the unit of the depth objective.
     surrogate: None where the optimizer works alone. population: candidates per generation. baselines: the
-        hand-made merges that are scored.
+        hand-made merges that are scored. weighting: the rule that weights tasks in the mean, see
+        `gains.trusts`. weak: whether to go on where hardly any specialist is better than the base.
     """
 
     suite: Suite
@@ -69,6 +71,8 @@ class SearchPlan:
     layers: int | None = None
     population: int = 16
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
+    weighting: str | None = None
+    weak: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +122,7 @@ class Search:
         self._ahead, self._guard_inputs = ahead, guard
         self._parents = baselines.parents(plan.template, plan.space.sources)
         self._duds: tuple[str, ...] = ()
+        self._trust: dict[str, float] | None = None
         self._dropped: tuple[str, ...] = ()  # tasks whose companion is not used
         self._counted_tasks: tuple[str, ...] = ()
         self._standard: Named | None = None  # the merge that sets the floors
@@ -215,15 +220,15 @@ class Search:
         return base, {p.name: s for p, s in zip(self._parents[1:], others, strict=True)}
 
     def _first_references(self) -> Normaliser:
-        """Return the scale of `search`; find and announce the specialists that are no better than the
-        base."""
-        suite = self._plan.suite
+        """Return the scale of `search`; announce specialists that are no better than the base."""
         base, parents = self._scored_parents("search")
-        duds = find_duds(suite, base=base, parents=parents)
-        counted = [task.task for task in suite.of("search") if task.role == "skill" and task.counted]
-        for sentence in dud_sentences(duds, counted):
+        gains = find_gains(self._plan.suite, base=base, parents=parents)
+        if not self._plan.weak:
+            refuse_nothing(gains)
+        for sentence in dud_sentences(gains):
             self._observer.noted(f"note: {sentence}")
-        self._duds = tuple(dud.task for dud in duds)
+        self._duds = tuple(gain.task for gain in gains if not gain.shown)
+        self._trust = trusts(gains, self._plan.weighting)
         references = self._references("search")
         check_tokens(self._plan.objective, generates=references.tokens(base) is not None)
         self._counted_tasks = references.counted
@@ -237,6 +242,7 @@ class Search:
             base=base,
             parents=parents,
             duds=self._duds,
+            trust=self._trust,
             tokens_of=self._plan.objective.tokens_of,
         )
 

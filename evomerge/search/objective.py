@@ -228,7 +228,7 @@ class Objective:
     def utility(self) -> Utility:
         """What the scores of the counted tasks are worth, without floors of a standard."""
         normaliser, limits = self._normaliser, self._limits()
-        utility = Utility(shares=np.array(normaliser.weights), concave=self._spec.kind == "balanced")
+        utility = Utility(shares=normaliser.shares, concave=self._spec.kind == "balanced")
         return utility.above(levels_of(normaliser.counted, limits), SHORT)
 
     @property
@@ -243,7 +243,7 @@ class Objective:
         """
         if self._spec.kind != "floors" or self._spec.several:
             return self
-        shares = self._normaliser.weights.tolist()
+        shares = self._normaliser.shares.tolist()
         parts = self._normaliser.contributions(scores, smooth=self._spec.smooth, retention=0.0, coherence=0.0)
         slack = {
             task: statistics.standard_error(part) / share
@@ -375,9 +375,7 @@ class Objective:
             return parts
         tasks = self._tasks(scores)
         _, slopes = self._utility(np.array([tasks[task] for task in normaliser.counted]))
-        for index, (share, slope) in enumerate(
-            zip(normaliser.weights.tolist(), slopes.tolist(), strict=True)
-        ):
+        for index, (share, slope) in enumerate(zip(normaliser.shares.tolist(), slopes.tolist(), strict=True)):
             parts[index] = (slope / share) * parts[index]
         missing = self.loss(scores) - math.fsum(float(part.mean()) for part in parts)
         return [parts[0] + missing, *parts[1:]]

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation import statistics
-from evomerge.evaluation.normalise import HEADROOM_FLOOR, Normaliser, dud_sentences, find_duds
+from evomerge.evaluation.gains import (
+    ERRORS,
+    Gain,
+    dud_sentences,
+    find_duds,
+    find_gains,
+    refuse_nothing,
+    trusts,
+)
+from evomerge.evaluation.normalise import HEADROOM_FLOOR, Normaliser
 from evomerge.evaluation.scores import Scores, TaskScores
 from evomerge.evaluation.suite import Suite
 
@@ -141,13 +150,16 @@ def answers(split: Any = "search", **right: tuple[int, int]) -> Scores:
     return Scores(split=split, tasks=tasks)
 
 
-TWO_NAMES = ("add", "sort")
 TWO = suite_of({"task": "add", "specialist": "adder"}, {"task": "sort", "specialist": "sorter"})
 ONE_OF_TEN = {
     "adder": answers(add=(8, 10), sort=(0, 10)),
     "sorter": answers(add=(0, 10), sort=(1, 10)),
 }
 NOTHING = answers(add=(0, 10), sort=(0, 10))
+ONE_OF_TEN_OF_FORTY = {
+    "adder": answers(add=(32, 40), sort=(0, 40)),
+    "sorter": answers(add=(0, 40), sort=(6, 40)),
+}
 
 
 def test_one_right_answer_of_ten_is_no_specialist() -> None:
@@ -170,8 +182,107 @@ def test_where_all_are_duds_points_are_raw() -> None:
     assert scale.mean(answers(add=(10, 10), sort=(10, 10))) == pytest.approx(1.0)
     duds = find_duds(TWO, base=NOTHING, parents=dict.fromkeys(ONE_OF_TEN, NOTHING))
     assert len(duds) == 2
-    (sentence,) = dud_sentences(duds, TWO_NAMES)
+    (sentence,) = dud_sentences(duds)
     assert sentence.startswith("no specialist is shown to be better than the base")
+
+
+def drawn(rng: np.random.Generator, items: int, **accuracy: float) -> Scores:
+    """Return random answers with these accuracies, independent of each other's."""
+    tasks = (
+        TaskScores(task=name, metric=(rng.random(items) < right).astype(float))
+        for name, right in accuracy.items()
+    )
+    return Scores(split="search", tasks=tuple(tasks))
+
+
+def test_four_gains_that_are_hardly_measured_do_not_shake_the_mean() -> None:
+    """Four skills with 20 % against 15 % on 400 items: a model as good as the base should score about 0."""
+    rng, names = np.random.default_rng(0), ("a", "b", "c", "d")
+    suite = suite_of(*({"task": name, "specialist": "p"} for name in names))
+    floors, weighted = [], []
+    for _ in range(80):
+        base = drawn(rng, 400, **dict.fromkeys(names, 0.15))
+        parents = {"p": drawn(rng, 400, **dict.fromkeys(names, 0.20))}
+        model = drawn(rng, 400, **dict.fromkeys(names, 0.15))
+        gains = find_gains(suite, base=base, parents=parents)
+        duds = [gain.task for gain in gains if not gain.shown]
+        if len(duds) == len(names):
+            continue
+        old = Normaliser(suite, base=base, parents=parents, duds=duds)
+        new = Normaliser(suite, base=base, parents=parents, duds=duds, trust=trusts(gains, ERRORS))
+        assert all(0 < gain.trust < 1 for gain in gains if gain.shown)
+        floors.append(old.mean(model))
+        weighted.append(new.mean(model))
+    assert 1.96 * np.std(floors) > 0.4
+    assert 1.96 * np.std(weighted) < 0.2
+
+
+def test_gains_that_are_measured_well_keep_the_bits_of_the_mean() -> None:
+    base = answers(add=(20, 100), sort=(10, 100))
+    parents = {
+        "adder": answers(add=(90, 100), sort=(0, 100)),
+        "sorter": answers(add=(0, 100), sort=(60, 100)),
+    }
+    gains = find_gains(TWO, base=base, parents=parents)
+    assert [gain.trust for gain in gains] == [1.0, 1.0]
+    plain = Normaliser(TWO, base=base, parents=parents)
+    scale = Normaliser(TWO, base=base, parents=parents, trust=trusts(gains, ERRORS))
+    model = answers(add=(37, 100), sort=(41, 100))
+    assert scale.mean(model) == plain.mean(model)
+    assert scale.smooth_mean(model) == plain.smooth_mean(model)
+    assert all((a == b).all() for a, b in zip(scale.items(model), plain.items(model), strict=True))
+    assert trusts(gains, None) is None  # a run that was begun before the rule
+
+
+def test_a_task_that_is_trusted_little_counts_little_everywhere_and_keeps_its_own_scale() -> None:
+    base, parents = answers(add=(0, 40), sort=(0, 40)), ONE_OF_TEN_OF_FORTY
+    gains = find_gains(TWO, base=base, parents=parents)
+    trust = {gain.task: gain.trust for gain in gains}
+    assert trust["add"] == 1.0
+    assert 0.3 < trust["sort"] < 0.5
+    scale = Normaliser(TWO, base=base, parents=parents, trust=trusts(gains, ERRORS))
+    model = answers(add=(16, 40), sort=(3, 40))
+    assert scale.task(model) == pytest.approx({"add": 0.5, "sort": 0.5})
+    mean = 0.5 * (0.5 + trust["sort"] * 0.5)
+    assert scale.mean(model) == pytest.approx(mean)
+    shares = zip(scale.items(model), scale.weights, strict=True)
+    assert sum(weight * float(values.mean()) for values, weight in shares) == pytest.approx(mean)
+    skills = {part.task: part for part in scale.skills}
+    assert sum(
+        part.share * (model[part.task].mean - part.zero) / part.headroom for part in skills.values()
+    ) == pytest.approx(mean)
+    losses = scale.contributions(model, smooth=0.0, retention=0.0, coherence=0.0)
+    assert sum(float(task.mean()) for task in losses) == pytest.approx(-mean)
+    assert scale.gains()["sort"] == pytest.approx(0.5 * trust["sort"] / skills["sort"].headroom)
+    assert scale.interval(model).estimate == pytest.approx(mean)
+    assert scale.p_kept(model, base=base, share=0.4)["sort"] > 0.05
+
+
+def gain(task: str, shown: bool) -> Gain:
+    return Gain(task=task, specialist="p", base=0.1, score=0.2, error=0.01, items=50, shown=shown)
+
+
+@pytest.mark.parametrize(
+    ("shown", "refused"),
+    [
+        ([True], False),
+        ([False], True),
+        ([True, False], False),
+        ([True, False, False], True),
+        ([True, True, False], False),
+        ([True, True, False, False, False], True),
+        ([False, False, False], True),
+    ],
+)
+def test_a_run_is_refused_where_most_specialists_are_no_better(shown: list[bool], refused: bool) -> None:
+    gains = [gain(f"t{number}", each) for number, each in enumerate(shown)]
+    if not refused:
+        refuse_nothing(gains)
+        return
+    with pytest.raises(ConfigError, match="hardly measures what the sources have learned") as caught:
+        refuse_nothing(gains)
+    assert all(f"{each.task}: p 0.2 against 0.1 on 50 items" in str(caught.value.got) for each in gains)
+    assert "weak_specialists: allow" in str(caught.value.fix)
 
 
 def test_good_specialists_are_no_duds_and_a_best_of_many_needs_more() -> None:

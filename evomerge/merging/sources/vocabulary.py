@@ -42,6 +42,7 @@ from evomerge.merging.sources.checkpoint import HEADS, LARGEST_TOKENIZER
 from evomerge.merging.sources.model_config import text_part, with_rows
 from evomerge.merging.sources.source import Source, Wrapped
 from evomerge.merging.sources.tensorfile import Header
+from evomerge.merging.sources.tokenizer_check import check_tokenizer
 from evomerge.schema import load_json
 
 if TYPE_CHECKING:
@@ -356,7 +357,10 @@ class Aligned(Wrapped):
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Open a source's tokenizer, with the tokens that its alignment adds. Raises ModelError."""
+    """Open a source's tokenizer, with the tokens that its alignment adds.
+
+    Raises ModelError where it can't be opened, or is another one than the model's tokenizer.json.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -364,7 +368,8 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except (KeyboardInterrupt, SystemExit):
+        check_tokenizer(tokenizer, source)
+    except (KeyboardInterrupt, SystemExit, ModelError):
         raise
     except BaseException as error:  # a panic of the tokenizers library (in Rust) is no Exception
         raise ModelError(f"{source.location}: its tokenizer can't be opened", got=str(error)[:200]) from None

@@ -158,6 +158,12 @@ SHARING = Fact(
     "it on the base",
     in_digest=False,
 )
+WEIGHTING = Fact(
+    "weighting",
+    str,
+    "prepare",
+    "the rule that weights tasks in the mean: `errors` (of the specialists' gains); none in runs before it",
+)
 OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
 ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
 FORWARD = Fact(
