@@ -149,6 +149,27 @@ class Search:
         self._measure()
         starts, spent = self._score_starts(objective, [*hand_made, *parents[1:]])
         self._foresee([k.named for k in starts], "test")
+        winner, stopped = self._searched(objective, parents, hand_made, starts, spent)
+        self._guard_inputs()
+        self._journal.record_entry("winner", 0, winner)
+        self._scorer.require([*self._parents, winner], "test", "test")
+        compared = [*starts, *tested]
+        self._scorer.score([k.named.recipe for k in compared], "test", "test of the baselines")
+        self._guard_inputs()
+        return Outcome(winner=winner, stopped=stopped)
+
+    def _searched(
+        self,
+        objective: Objective,
+        parents: Sequence[ScoredRecipe],
+        hand_made: Sequence[ScoredRecipe],
+        starts: Sequence[ScoredRecipe],
+        spent: int,
+    ) -> tuple[Named, str]:
+        """Run the generations; return the winner, and why there was no further generation.
+
+        spent: what the starts have cost, in items.
+        """
         views, order, ledger = self._blocks(objective, [*parents, *hand_made], starts)
         ledger.spend(spent)
         known = [*starts, *hand_made]
@@ -190,13 +211,7 @@ class Search:
             winner = selection.best(begun, searched, views)
         else:
             winner = selection.on_front(archive, [k.named.recipe for k in hand_made])
-        self._guard_inputs()
-        self._journal.record_entry("winner", 0, winner)
-        self._scorer.require([*self._parents, winner], "test", "test")
-        compared = [*starts, *tested]
-        self._scorer.score([k.named.recipe for k in compared], "test", "test of the baselines")
-        self._guard_inputs()
-        return Outcome(winner=winner, stopped=searched.stopped)
+        return winner, searched.stopped
 
     @property
     def _racing(self) -> RacingSpec:
