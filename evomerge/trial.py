@@ -20,7 +20,7 @@ from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Work
 from evomerge.running.store import StoreReader
 from evomerge.running.worker import Job
 from evomerge.search import baselines
-from evomerge.search.warm_start import automatic_steps
+from evomerge.search.warm_start import GradientSpec, automatic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,19 +144,19 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     )
 
 
-def gradient_steps(prepared: Prepared, full: int) -> int:
-    """Return how many gradient steps the run would take; full: items of an evaluation."""
+def descent(prepared: Prepared, full: int) -> GradientSpec | None:
+    """Return how the run would follow gradients, None if not; full: items of an evaluation."""
     spec = prepared.warm.gradients
     if spec is None or not prepared.warm.automatic:
-        return 0 if spec is None else spec.steps
+        return spec
     population = optimizer_of(prepared.config, prepared.space).population
-    return automatic_steps(spec, prepared.config.budget.allowed(full, population))
+    return automatic(spec, prepared.config.budget.allowed(full, population))
 
 
 def _slopes(prepared: Prepared, full: int) -> float:
     """Return the cost of the gradient warm start, in full evaluations."""
-    spec = prepared.warm.gradients
-    return 0.0 if spec is None else PASSES * gradient_steps(prepared, full) * spec.share
+    spec = descent(prepared, full)
+    return 0.0 if spec is None else PASSES * spec.steps * spec.share
 
 
 def _searched(prepared: Prepared, full: int) -> float | None:

@@ -15,7 +15,7 @@ from evomerge.running.worker import build_harness
 from evomerge.search.objective import ObjectiveSpec, check_tokens
 from evomerge.search.racing import FULL, full_blocks
 from evomerge.text import one_line, printable
-from evomerge.trial import Probe, gradient_steps
+from evomerge.trial import Probe, descent
 
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
@@ -64,6 +64,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
     Returns:
         Values that JSON can hold; times in the unit their key names, costs in the budget's currency.
     """
+    steps = descent(prepared, probe.items["search"])
     return {
         "models": prepared.config.locations,
         "parameters": prepared.parameters,
@@ -74,7 +75,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "racing": _races(prepared),
         "surrogate": _uses_surrogate(prepared),
         "starts": [start.name for start in prepared.warm.recipes],
-        "gradient_steps": gradient_steps(prepared, probe.items["search"]),
+        "gradient_steps": 0 if steps is None else steps.steps,
         "suite": prepared.suite.name,
         "groups": {name: list(tasks) for name, tasks in prepared.suite.groups.items()},
         "items": probe.items,

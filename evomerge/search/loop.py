@@ -38,7 +38,7 @@ from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, ra
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
-from evomerge.search.warm_start import GradientSpec, WarmStart, automatic_steps, distinct
+from evomerge.search.warm_start import GradientSpec, WarmStart, automatic, distinct
 from evomerge.search.winner import GRADIENT_START, Selection
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
@@ -401,8 +401,10 @@ class Search:
         if all(base[task].margin is None for task in self._counted_tasks):
             return None
         allowed = self._budget.evaluations(base.items, self._plan.population)
-        steps = self._journal.record_steps(automatic_steps(spec, allowed))
-        return spec.model_copy(update={"steps": steps}) if steps else None
+        smallest = min(len(base[task].metric) for task in self._counted_tasks)
+        decided = automatic(spec, allowed, smallest) or spec.model_copy(update={"steps": 0})
+        steps, share = self._journal.record_descent(decided.steps, decided.share)
+        return spec.model_copy(update={"steps": steps, "share": share}) if steps else None
 
     def _descend(self, objective: Objective, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
         """Follow the gradient of the objective from the best scored point."""

@@ -101,8 +101,11 @@ class Journal(Protocol):
         """Record the item blocks of `search` that the finalists were chosen on."""
         ...
 
-    def record_steps(self, steps: int) -> int:
-        """Record how many gradient steps a search takes; return what it began with."""
+    def record_descent(self, steps: int, share: float) -> tuple[int, float]:
+        """Record how many gradient steps a search takes, and their share of the items.
+
+        Returns what it began with.
+        """
         ...
 
 

@@ -13,26 +13,28 @@ from evomerge.schema import Strict
 from evomerge.search.ports import Named
 
 STEPS = 64
-SHARE = 2 / 3
+BUDGET = 2 / 3
 """Share of a budget that gradients may take by default."""
 ENDS = 2
 """Points that a descent leads to, which are scored on all items."""
-FEWEST = 8
-"""Steps below which a descent is not begun by default."""
+FEWEST_STEPS, FEWEST_ITEMS = 8, 8
+"""Steps below which a descent is not begun by default, and items of a task that a step has at least."""
+SMALLEST_SHARE = 0.05
+"""Share of the items below which steps are left out rather than items."""
 
 
 class GradientSpec(Strict):
     """The `gradients` part of a warm start: Adam on the continuous parameters, before the search.
 
     A step costs as much as scoring three times its items, which counts towards `budget.evaluations`: the
-    default costs as much as 39 candidates.
+    default costs as much as 20 candidates.
     """
 
     steps: int = Field(default=STEPS, ge=1, le=100_000)
     """Steps of Adam."""
     rate: float = Field(default=0.05, gt=0, le=1)
     """First step size, in the unit cube."""
-    share: float = Field(default=0.2, gt=0, le=1)
+    share: float = Field(default=0.1, gt=0, le=1)
     """Share of each task's `search` items in a step, drawn anew for each step."""
     softness: float = Field(default=0.5, gt=0, le=1000)
     """Width, in nats, of the zone around the border between wrong and right in which an item has a
@@ -50,8 +52,8 @@ class WarmStartSpec(Strict):
     scored and may win, but does not seed the search."""
     gradients: GradientSpec | Literal["auto", "off"] = "auto"
     """Gradient steps from the best known point before the search. `auto`: where the space has a method with
-    a gradient and a task has answers with a likelihood, as many steps (at most 64) as two thirds of the
-    budget pay for; `on` takes the defaults below."""
+    a gradient and a task has answers with a likelihood, as far as two thirds of the budget pay for it (64
+    steps, on fewer items each where the budget is small); `on` takes the defaults below."""
 
     @field_validator("gradients", mode="before")
     @classmethod
@@ -60,20 +62,29 @@ class WarmStartSpec(Strict):
         return {"True": {}, "False": "off", "on": {}}.get(str(value), value)
 
 
-def automatic_steps(spec: GradientSpec, evaluations: float | None) -> int:
-    """Return how many steps of `spec`, at most, a share of a budget pays for; 0 where too few would be left.
+def automatic(spec: GradientSpec, evaluations: float | None, items: int | None = None) -> GradientSpec | None:
+    """Return what a share of a budget pays for, of `spec`; None where too few steps would be left.
 
-    evaluations: the whole budget; None where it has no such limit.
+    Steps with fewer items come before fewer steps: 64 steps on 5 % of the items each lead nearly as far as
+    64 on 20 %.
 
-    >>> automatic_steps(GradientSpec(), 60), automatic_steps(GradientSpec(), 12)
-    (63, 9)
-    >>> automatic_steps(GradientSpec(), 8), automatic_steps(GradientSpec(), None)
-    (0, 64)
+    evaluations: the whole budget; None where it has no such limit. items: of the smallest task.
+
+    >>> automatic(GradientSpec(), 20).share, automatic(GradientSpec(), 20).steps
+    (0.059, 64)
+    >>> automatic(GradientSpec(), 12).steps, automatic(GradientSpec(), 4)
+    (40, None)
+    >>> automatic(GradientSpec(), None, items=40).share  # 8 items of the smallest task
+    0.2
     """
+    least = SMALLEST_SHARE if items is None else max(SMALLEST_SHARE, min(1.0, FEWEST_ITEMS / items))
+    share = max(least, spec.share)
     if evaluations is None:
-        return spec.steps
-    steps = int((SHARE * evaluations - ENDS) / (PASSES * spec.share))
-    return min(spec.steps, steps) if steps >= FEWEST else 0
+        return spec.model_copy(update={"share": share})
+    allowed = (BUDGET * evaluations - ENDS) / PASSES
+    share = round(min(share, max(least, allowed / spec.steps)), 4)
+    steps = min(spec.steps, int(allowed / share + 1e-9))
+    return spec.model_copy(update={"share": share, "steps": steps}) if steps >= FEWEST_STEPS else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,7 +96,7 @@ def test_the_driver_killed_where_it_decides_on_gradients_and_looks_at_unused_ite
         "surrogate": {"blocks": 1},
         "warm_start": {"gradients": "auto"},
     }
-    kinds = ("fact descent_steps", "guide", "fact chosen_on")
+    kinds = ("fact descent_plan", "guide", "fact chosen_on")
     found = struck(quick_config(**changes), tmp_path, "chain", *kinds)
     assert set(found["kinds"]) == set(kinds)
 

@@ -114,9 +114,9 @@ class FakeJournal:
     def record_chosen_on(self, blocks: Sequence[int]) -> None:
         self.chosen_on = tuple(blocks)
 
-    def record_steps(self, steps: int) -> int:
-        self.steps = steps
-        return steps
+    def record_descent(self, steps: int, share: float) -> tuple[int, float]:
+        self.steps, self.share = steps, share
+        return steps, share
 
 
 class FakeBudget:

@@ -25,7 +25,7 @@ from evomerge.search.warm_start import (
     GradientSpec,
     WarmStart,
     WarmStartSpec,
-    automatic_steps,
+    automatic,
     distinct,
 )
 from tests.search.fakes import SUITE, TARGET, FakeBudget, FakeJournal, FakeScorer, Quiet
@@ -236,12 +236,15 @@ def test_a_step_follows_the_objective_at_the_scores_that_the_steps_before_had() 
 def test_how_many_steps_a_budget_pays_for_is_recorded_once() -> None:
     class Small(FakeBudget):
         def evaluations(self, full: int, population: int) -> float | None:
-            return 12.0
+            return 60.0
 
     journal, bowl = FakeJournal(), Bowl({"weight": 0.7})
     warm = WarmStart(gradients=GradientSpec(), automatic=True)
     search(Margins(), journal, warm, bowl, Small(1))
-    assert journal.steps == len(bowl.asked) == automatic_steps(GradientSpec(), 12.0)
+    decided = automatic(GradientSpec(), 60.0, items=10)
+    assert decided is not None
+    assert (journal.steps, journal.share) == (decided.steps, decided.share)
+    assert len(bowl.asked) == decided.steps
     nothing = Bowl({"weight": 0.7})
     search(FakeScorer(), FakeJournal(), warm, nothing)  # no likelihoods, and no error
     assert not nothing.asked

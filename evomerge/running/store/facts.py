@@ -193,7 +193,12 @@ GRADIENT = FactFamily(
 CHOSEN_ON = Fact(
     "chosen_on", list[int], "search", "item blocks of `search` that the finalists were chosen on"
 )
-GRADIENT_STEPS = Fact("descent_steps", int, "search", "how many gradient steps the search began with")
+DESCENT = Fact(
+    "descent_plan",
+    dict[str, Any],
+    "search",
+    "how many gradient steps the search decided on by its budget, and the share of the items in each",
+)
 WEIGHTS = FactFamily(
     "weights",
     ("RECIPE",),

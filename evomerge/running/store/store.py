@@ -225,11 +225,12 @@ class RunStore(StoreReader):
         """Store the item blocks of `search` that the finalists were chosen on."""
         facts.CHOSEN_ON.set(self, sorted(blocks))
 
-    def record_steps(self, steps: int) -> int:
-        """Store how many gradient steps the search takes; return what it began with."""
-        if (before := facts.GRADIENT_STEPS.get(self)) is None:
-            facts.GRADIENT_STEPS.set(self, steps)
-        return steps if before is None else before
+    def record_descent(self, steps: int, share: float) -> tuple[int, float]:
+        """Store the number of gradient steps and their share of the items; return what the run began with."""
+        if (before := facts.DESCENT.get(self)) is None:
+            before = {"steps": steps, "share": share}
+            facts.DESCENT.set(self, before)
+        return int(before["steps"]), float(before["share"])
 
     def record_spent(self, generation: int, items: int) -> None:
         """Store what the search had scored, in items, by the end of a generation; replays change nothing."""
