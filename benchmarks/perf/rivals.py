@@ -11,8 +11,8 @@ the pinned torch:
     python -m venv --system-site-packages rivals            # or a .pth file to the project's site-packages
     rivals/bin/pip install --no-deps -c constraints.txt botorch gpytorch linear_operator jaxtyping \\
         wadler-lindig pyro-ppl pyro-api multipledispatch opt_einsum pyre-extensions typing_inspect \\
-        mypy_extensions numpyro jax jaxlib ml_dtypes smac ConfigSpace dask distributed dask-jobqueue emcee pynisher toolz locket partd \\
-        zict tblib sortedcontainers tornado hebo disjoint-set
+        mypy_extensions numpyro jax jaxlib ml_dtypes smac ConfigSpace dask distributed dask-jobqueue emcee \\
+        pynisher toolz locket partd zict tblib sortedcontainers tornado hebo disjoint-set
     rivals/bin/python -c "import torch; print(torch.__version__)"      # still the pinned one?
 """
 
@@ -215,7 +215,7 @@ def saasbo(loss: Loss, starts: Sequence[Genome], seed: int) -> NoReturn:
             warnings.simplefilter("ignore")
             model = SaasFullyBayesianSingleTaskGP(x, y, outcome_transform=None)
             fit_fully_bayesian_model_nuts(
-                model, warmup_steps=64, num_samples=64, thinning=8, disable_progbar=True
+                model, warmup_steps=64, num_samples=64, thinning=8, disable_progbar=True, seed=seed
             )
             batch, _ = optimize_acqf(
                 qLogExpectedImprovement(model, best_f=y.max()),
