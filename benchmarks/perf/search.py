@@ -20,7 +20,8 @@ One run of a rival answers all its budgets, for it does not know them. Ours plan
 once for each.
 
 Not among the rivals: mergenetic 0.1.1 pins transformers 4.45 and vLLM, which can't stand beside ours (its
-search is pymoo's `ga`); mergekit-evolve wants a GPU for each of its workers (its search is `cma`).
+search is pymoo's `ga`); mergekit-evolve 0.1.5 imports a class of vLLM when it starts and asks ray for a
+GPU per evaluation (its search is `cma`).
 
 Of the demo's models, or of those of any run config (`--config zoo/run.yaml`), and of any search space
 (`--space global_weights`: 5 genes; `--space benchmarks/perf/fine_layers.yaml`: 250), whose results then go
@@ -35,7 +36,7 @@ import json
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -166,10 +167,15 @@ class Bench:
 
 
 class Counted:
-    """The loss that a rival minimises, with a count of the items and the best candidate of each budget."""
+    """The loss that a rival minimises. It counts the items and reports its best candidate for every budget.
 
-    def __init__(self, bench: Bench, budgets: Sequence[int]) -> None:
-        self._bench, self._budgets = bench, budgets
+    done: is told a budget, the best candidate and the items scored for it.
+    """
+
+    def __init__(
+        self, bench: Bench, budgets: Sequence[int], done: Callable[[int, Recipe, int], None]
+    ) -> None:
+        self._bench, self._budgets, self._done = bench, sorted(budgets), done
         self._full = bench.score(bench.prepared.template, "search").items
         self._best: tuple[float, Recipe | None] = (np.inf, None)
         self._items = 0
@@ -177,22 +183,22 @@ class Counted:
         starts = sorted(bench.starts, key=self._loss_of_start)
         self.starts: Sequence[Genome] = starts
         self._free = {bench.prepared.space.decode(start).hash for start in starts}
-        self.picks: dict[int, tuple[Recipe, int]] = {}
 
     def __call__(self, genome: Genome, blocks: int | None = None) -> float:
         """Return minus the mean on the first item blocks, or on all. Raises Spent."""
         blocks = None if blocks == len(self._bench.prepared.worker.blocks_of("search")) else blocks
         recipe = self._bench.prepared.space.decode(np.clip(genome, 0.0, 1.0))
         if recipe.hash not in self._free:
-            self._items += self._bench.score(self._bench.prepared.template, "search", blocks).items
-            if self._items > max(self._budgets) * self._full:
-                raise Spent
+            cost = self._bench.score(self._bench.prepared.template, "search", blocks).items
+            while self._items + cost > self._budgets[0] * self._full:
+                assert self._best[1] is not None
+                self._done(self._budgets.pop(0), self._best[1], self._items)
+                if not self._budgets:
+                    raise Spent
+            self._items += cost
         loss = self._loss(recipe, blocks)
         if blocks is None and loss < self._best[0]:
             self._best = (loss, recipe)
-        for budget in self._budgets:
-            if self._items <= budget * self._full and self._best[1] is not None:
-                self.picks[budget] = (self._best[1], self._items)
         return loss
 
     def _loss_of_start(self, start: Genome) -> float:
@@ -206,14 +212,6 @@ class Counted:
             normaliser = self._bench.normaliser("search", blocks)
             self._objectives[blocks] = Objective(ObjectiveSpec(kind="mean"), normaliser)
         return -self._objectives[blocks].mean(self._bench.score(recipe, "search", blocks))
-
-
-def run_rival(bench: Bench, method: str, seed: int, budgets: Sequence[int]) -> dict[int, tuple[Recipe, int]]:
-    """Search with a rival; return per budget its pick and the items it scored."""
-    loss = Counted(bench, budgets)
-    with contextlib.suppress(Spent):
-        RIVALS[method](loss, loss.starts, seed)
-    return loss.picks
 
 
 def run_ours(bench: Bench) -> tuple[Recipe, int]:
@@ -242,33 +240,33 @@ def _parts(store: StoreReader, recipe: str, scored: dict[str, tuple[int, ...]]) 
 
 
 def run_one(method: str, seed: int, budgets: Sequence[int], case: Case) -> None:
-    """Run a method with a seed, judge its picks on `test`, write the JSON files."""
+    """Run a method with a seed, judge its pick for each budget on `test`, write the JSON files."""
     paths = {budget: case.results / f"{method}-{budget}-{seed}.json" for budget in budgets}
     if all(path.exists() for path in paths.values()):
         return
     started = time.perf_counter()
+
+    def done(budget: int, picked: Recipe, items: int) -> None:
+        seconds = time.perf_counter() - started
+        facts = {"method": method, "seed": seed, "evaluations": budget, "items": items, "seconds": seconds}
+        data = facts | judge(bench, picked)
+        paths[budget].write_text(json.dumps(data))
+        print(
+            f"{method} {budget} seed {seed}: test {100 * data['test']:.1f}, weakest {weakest(data):.1f}, "
+            f"search - test {100 * (data['search'] - data['test']):+.1f}, "
+            f"{items / data['full']:.1f} evaluations, {seconds:.0f} s",
+            flush=True,
+        )
+
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(method, seed, max(budgets), Path(folder) / "run", case)
         if method in RIVALS:
-            picks = run_rival(bench, method, seed, budgets)
+            loss = Counted(bench, budgets, done)
+            with contextlib.suppress(Spent):
+                RIVALS[method](loss, loss.starts, seed)
         else:
             (budget,) = budgets
-            picks = {budget: run_ours(bench)}
-        for budget, (picked, items) in picks.items():
-            data = judge(bench, picked) | {
-                "method": method,
-                "seed": seed,
-                "evaluations": budget,
-                "items": items,
-                "seconds": time.perf_counter() - started,
-            }
-            paths[budget].write_text(json.dumps(data))
-            print(
-                f"{method} {budget} seed {seed}: test {100 * data['test']:.1f}, weakest {weakest(data):.1f}, "
-                f"search - test {100 * (data['search'] - data['test']):+.1f}, "
-                f"{items / data['full']:.1f} evaluations, {data['seconds']:.0f} s",
-                flush=True,
-            )
+            done(budget, *run_ours(bench))
 
 
 def judge(bench: Bench, picked: Recipe) -> dict[str, Any]:
