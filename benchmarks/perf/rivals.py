@@ -124,8 +124,8 @@ def turbo(loss: Loss, starts: Sequence[Genome], seed: int) -> NoReturn:
 
     Side .8 at first, at most 1.6, twice as long after three batches with a gain, half as long after
     max(4, genes) / 5 batches without one; below 2^-7 it begins anew. A candidate differs from the best one in
-    about 20 genes. Beside the starts five points of a Sobol sequence are scored first. The draws are of half as
-    many candidates as BoTorch's tutorial has.
+    about 20 genes. Beside the starts five points of a Sobol sequence are scored first. Draws are of half as
+    many candidates as in the tutorial of BoTorch.
     """
     import torch
     from torch.quasirandom import SobolEngine
