@@ -27,7 +27,7 @@ from evomerge.running.executors import LocalProcesses
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import GradientJob, Job, Worker
-from evomerge.search.warm_start import GradientSpec
+from evomerge.search.warm_start import GradientSpec, WarmStartSpec
 from evomerge.stored import StoredRun
 from tests.conftest import write_suite
 from tests.running.fakes import recipe
@@ -283,8 +283,8 @@ def test_runs_from_before_kinds_and_gradients_go_on_as_they_began(
 
 
 def test_gradients_are_part_of_a_runs_identity(config: Callable[..., Path]) -> None:
+    assert WarmStartSpec().gradients == "auto"
     plain = RunConfig.load(config())
-    assert plain.warm_start.gradients == "auto"
     assert plain.identity() != RunConfig.load(config(warm_start=GRADIENTS)).identity()
     assert RunConfig.load(config(warm_start=GRADIENTS)).warm_start.gradients == GradientSpec(
         steps=3, share=0.5
