@@ -1,43 +1,51 @@
 """Our search beside those a careful person would write: equal scored items, the same models, several seeds.
 
-    python benchmarks/perf/search.py run --methods ours,cma --seeds 0,1,2,3,4 --evaluations 200
+    python benchmarks/perf/search.py run --methods ours,cma --seeds 0,1,2,3,4 --evaluations 25,50,100
     python benchmarks/perf/search.py table
 
 `run` scores each method with each seed and leaves one JSON file per run in runs/bench-search, which later
 calls find, so it may be interrupted and continued, and two may run side by side. `table` reads them.
 
 The rivals see every `search` item of every candidate, maximise the mean normalised score there, start from
-the best hand-made merge where they can, and keep the candidate with the best score, as such scripts do.
-Everybody's pick is then scored on `test`, which nothing was chosen on.
+the hand-made merges that the space can express, and keep the candidate with the best score, as such scripts
+do. Everybody's pick is then scored on `test`, which nothing was chosen on. Scoring the hand-made merges
+counts for nobody.
 
-    cma     pycma, its own population and settings, sigma 0.15 (what mergekit-evolve does)
-    tpe     Optuna's TPE, multivariate
-    ga      pymoo's genetic algorithm
-    random  uniform in the space
+    cma, tpe, gp, ga, pso, turbo, saasbo, hebo, smac, random     see rivals.py; smac scores item blocks, too
     ours    the defaults: floors, gradients, then CMA-ES, surrogate, item blocks, selection on `select`
     ours-PART[-PART]  the same with other settings: mean, balanced, floors (the objective's kind); gradients,
             nogradients; plain (no surrogate); or the name of a search space
 
-Of the demo's models, or of those of any run config (`--config zoo/run.yaml`), whose results then go into a
-folder of their own.
+One run of a rival answers all its budgets, for it does not know them. Ours plans for its budget, so it runs
+once for each.
+
+Not among the rivals: mergenetic 0.1.1 pins transformers 4.45 and vLLM, which can't stand beside ours (its
+search is pymoo's `ga`); mergekit-evolve 0.1.5 imports a class of vLLM when it starts and asks ray for a
+GPU per evaluation (its search is `cma`).
+
+Of the demo's models, or of those of any run config (`--config zoo/run.yaml`), and of any search space
+(`--space global_weights`: 5 genes; `--space benchmarks/perf/fine_layers.yaml`: 250), whose results then go
+into a folder of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from rivals import RIVALS, Genome, Spent
 
 from evomerge import compose
-from evomerge.config import DEMO_CONFIG, RunConfig
+from evomerge.config import DEMO_CONFIG, RunConfig, load_space
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
@@ -54,7 +62,6 @@ from evomerge.search.utility import UtilityKind
 from evomerge.search.warm_start import GradientSpec
 from evomerge.stored import StoredRun
 
-RIVALS = ("cma", "tpe", "ga", "random")
 RESULTS = Path("runs/bench-search")
 
 
@@ -84,14 +91,27 @@ class Remembered:
         self._executor.close()
 
 
-def configured(method: str, seed: int, evaluations: int, out: Path, source: Path) -> RunConfig:
-    """Return the config for one run. source: the file of the models."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What all runs of a folder share: a config of models, its space or another, a folder."""
+
+    source: Path
+    space: str | None
+    results: Path
+
+
+def configured(method: str, seed: int, evaluations: int, out: Path, case: Case) -> RunConfig:
+    """Return the config for one run."""
+    source = case.source
     config = RunConfig.load(source, seed=seed, out=str(out), evaluations=evaluations)
     changes: dict[str, Any] = {
         "executor": config.executor.model_copy(update={"name": "inline", "threads": 1})
     }
+    if case.space is not None:
+        changes["space"] = load_space(case.space)
     if method in RIVALS:
-        changes |= {"racing": config.racing.model_copy(update={"blocks": 1}), "surrogate": "off"}
+        blocks = 8 if method == "smac" else 1
+        changes |= {"racing": config.racing.model_copy(update={"blocks": blocks}), "surrogate": "off"}
     for part in method.split("-")[1:]:
         if part in ("gradients", "nogradients"):
             gradients = GradientSpec() if part == "gradients" else "off"
@@ -101,102 +121,97 @@ def configured(method: str, seed: int, evaluations: int, out: Path, source: Path
         elif part == "plain":
             changes["surrogate"] = "off"
         else:
-            from evomerge.config import load_space
-
             changes["space"] = load_space(part)
     return config.model_copy(update=changes)
 
 
 class Bench:
-    """The demo's models with everything a run and its judge need."""
+    """The models with everything a run and its judge need.
 
-    def __init__(
-        self, method: str, seed: int, evaluations: int, out: Path, results: Path, source: Path
-    ) -> None:
-        self.prepared = prepare(configured(method, seed, evaluations, out, source))
-        names = self.prepared.space.sources
+    Attributes:
+        starts: the genomes of the hand-made merges and the parents that the space can express.
+    """
+
+    def __init__(self, method: str, seed: int, evaluations: int, out: Path, case: Case) -> None:
+        self.prepared = prepare(configured(method, seed, evaluations, out, case))
+        space, names = self.prepared.space, self.prepared.space.sources
         norms = task_vector_norms(self.prepared.config.locations, BASE)
         self.parents = baselines.parents(self.prepared.template, names)
         self.hand_made = baselines.hand_made(self.prepared.template, names, norms)
-        shared = {named.recipe.hash for named in (*self.parents, *self.hand_made)}
+        known = {named.recipe.hash for named in (*self.parents, *self.hand_made)}
+        encoded = [space.encode(named.recipe) for named in (*self.hand_made, *self.parents)]
+        by_hash = {space.decode(genome).hash: genome for genome in encoded if genome is not None}
+        self.starts: list[Genome] = list(by_hash.values())
         worker = self.prepared.worker
         self.executor = Remembered(
             executors.build(self.prepared.config.executor, worker),
-            results / f"shared-{worker.blocks}.pickle",
-            shared,
+            case.results / f"shared-{worker.blocks}.pickle",
+            known | set(by_hash),
         )
+        self._scores: dict[tuple[str, str, tuple[int, ...]], Scores] = {}
 
-    def score(self, recipe: Recipe, split: str) -> Scores:
-        blocks = self.prepared.worker.blocks_of(split)
-        (result,) = self.executor.run([Job(recipe=recipe, split=split, blocks=blocks)])
-        assert isinstance(result.outcome, Scores), result.outcome
-        return result.outcome
+    def score(self, recipe: Recipe, split: str, blocks: int | None = None) -> Scores:
+        """Score a recipe on a split. blocks: of how many item blocks, the first ones; None: of all."""
+        key = recipe.hash, split, self.prepared.worker.blocks_of(split)[:blocks]
+        if key not in self._scores:
+            (result,) = self.executor.run([Job(recipe=recipe, split=split, blocks=key[2])])
+            assert isinstance(result.outcome, Scores), result.outcome
+            self._scores[key] = result.outcome
+        return self._scores[key]
 
-    def normaliser(self, split: str) -> Normaliser:
-        scores = [self.score(parent.recipe, split) for parent in self.parents]
+    def normaliser(self, split: str, blocks: int | None = None) -> Normaliser:
+        """Return the scale of a split, or of its first item blocks."""
+        scores = [self.score(parent.recipe, split, blocks) for parent in self.parents]
         by_name = {p.name: s for p, s in zip(self.parents[1:], scores[1:], strict=True)}
         return Normaliser(self.prepared.suite, base=scores[0], parents=by_name)
 
 
-def run_rival(bench: Bench, method: str, seed: int, evaluations: int) -> tuple[Recipe, int]:
-    """Search with a rival; return its pick and the items it scored."""
-    space, normaliser = bench.prepared.space, bench.normaliser("search")
-    objective = Objective(ObjectiveSpec(kind="mean"), normaliser)
-    best: tuple[float, Recipe | None] = (-np.inf, None)
-    count = items = 0
+class Counted:
+    """The loss that a rival minimises. It counts the items and reports its best candidate for every budget.
 
-    def loss(genome: np.ndarray[Any, Any]) -> float:
-        nonlocal best, count, items
-        recipe = space.decode(np.clip(genome, 0.0, 1.0))
-        scores = bench.score(recipe, "search")
-        count, items = count + 1, items + scores.items
-        mean = objective.mean(scores)
-        if mean > best[0]:
-            best = (mean, recipe)
-        return -mean
+    done: is told a budget, the best candidate and the items scored for it.
+    """
 
-    ranked = sorted(bench.hand_made, key=lambda named: -objective.mean(bench.score(named.recipe, "search")))
-    start = next(g for named in ranked if (g := space.encode(named.recipe)) is not None)
-    if method == "cma":
-        import cma
+    def __init__(
+        self, bench: Bench, budgets: Sequence[int], done: Callable[[int, Recipe, int], None]
+    ) -> None:
+        self._bench, self._budgets, self._done = bench, sorted(budgets), done
+        self._full = bench.score(bench.prepared.template, "search").items
+        self._best: tuple[float, Recipe | None] = (np.inf, None)
+        self._items = 0
+        self._objectives: dict[int | None, Objective] = {}
+        starts = sorted(bench.starts, key=self._loss_of_start)
+        self.starts: Sequence[Genome] = starts
+        self._free = {bench.prepared.space.decode(start).hash for start in starts}
 
-        options = {"bounds": [0, 1], "seed": seed + 1, "verbose": -9, "maxfevals": evaluations}
-        search = cma.CMAEvolutionStrategy(start, 0.15, options)
-        while count + search.popsize <= evaluations:
-            genomes = search.ask()
-            search.tell(genomes, [loss(g) for g in genomes])
-    elif method == "tpe":
-        import optuna
+    def __call__(self, genome: Genome, blocks: int | None = None) -> float:
+        """Return minus the mean on the first item blocks, or on all. Raises Spent."""
+        blocks = None if blocks == len(self._bench.prepared.worker.blocks_of("search")) else blocks
+        recipe = self._bench.prepared.space.decode(np.clip(genome, 0.0, 1.0))
+        if recipe.hash not in self._free:
+            cost = self._bench.score(self._bench.prepared.template, "search", blocks).items
+            while self._items + cost > self._budgets[0] * self._full:
+                assert self._best[1] is not None
+                self._done(self._budgets.pop(0), self._best[1], self._items)
+                if not self._budgets:
+                    raise Spent
+            self._items += cost
+        loss = self._loss(recipe, blocks)
+        if blocks is None and loss < self._best[0]:
+            self._best = (loss, recipe)
+        return loss
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
-        names = [f"u{i:03d}" for i in range(space.dimension)]
-        study.enqueue_trial(dict(zip(names, start.tolist(), strict=True)))
-        study.optimize(
-            lambda t: loss(np.array([t.suggest_float(n, 0, 1) for n in names])), n_trials=evaluations
-        )
-    elif method == "ga":
-        from pymoo.algorithms.soo.nonconvex.ga import GA
-        from pymoo.core.problem import ElementwiseProblem
-        from pymoo.optimize import minimize
+    def _loss_of_start(self, start: Genome) -> float:
+        recipe = self._bench.prepared.space.decode(start)
+        loss = self._loss(recipe)
+        self._best = min(self._best, (loss, recipe), key=lambda pair: pair[0])
+        return loss
 
-        class Merge(ElementwiseProblem):  # type: ignore[misc]
-            def __init__(self) -> None:
-                super().__init__(n_var=space.dimension, n_obj=1, xl=0.0, xu=1.0)
-
-            def _evaluate(self, x: Any, out: Any, *_: Any, **__: Any) -> None:
-                out["F"] = loss(x)
-
-        first = np.random.default_rng(seed).random((20, space.dimension))
-        first[0] = start
-        minimize(Merge(), GA(pop_size=20, sampling=first), ("n_eval", evaluations), seed=seed)
-    else:
-        generator = np.random.default_rng(seed)
-        loss(start)
-        while count < evaluations:
-            loss(generator.random(space.dimension))
-    assert best[1] is not None
-    return best[1], items
+    def _loss(self, recipe: Recipe, blocks: int | None = None) -> float:
+        if blocks not in self._objectives:
+            normaliser = self._bench.normaliser("search", blocks)
+            self._objectives[blocks] = Objective(ObjectiveSpec(kind="mean"), normaliser)
+        return -self._objectives[blocks].mean(self._bench.score(recipe, "search", blocks))
 
 
 def run_ours(bench: Bench) -> tuple[Recipe, int]:
@@ -224,45 +239,54 @@ def _parts(store: StoreReader, recipe: str, scored: dict[str, tuple[int, ...]]) 
     return [part for part in parts if isinstance(part, Scores)]
 
 
-def run_one(method: str, seed: int, evaluations: int, results: Path, source: Path) -> None:
-    """Run a method with a seed, judge its pick on `test`, write the JSON file."""
-    path = results / f"{method}-{evaluations}-{seed}.json"
-    if path.exists():
+def run_one(method: str, seed: int, budgets: Sequence[int], case: Case) -> None:
+    """Run a method with a seed, judge its pick for each budget on `test`, write the JSON files."""
+    paths = {budget: case.results / f"{method}-{budget}-{seed}.json" for budget in budgets}
+    if all(path.exists() for path in paths.values()):
         return
     started = time.perf_counter()
+
+    def done(budget: int, picked: Recipe, items: int) -> None:
+        seconds = time.perf_counter() - started
+        facts = {"method": method, "seed": seed, "evaluations": budget, "items": items, "seconds": seconds}
+        data = facts | judge(bench, picked)
+        paths[budget].write_text(json.dumps(data))
+        print(
+            f"{method} {budget} seed {seed}: test {100 * data['test']:.1f}, weakest {weakest(data):.1f}, "
+            f"search - test {100 * (data['search'] - data['test']):+.1f}, "
+            f"{items / data['full']:.1f} evaluations, {seconds:.0f} s",
+            flush=True,
+        )
+
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(method, seed, evaluations, Path(folder) / "run", results, source)
-        picked, items = run_rival(bench, method, seed, evaluations) if method in RIVALS else run_ours(bench)
-        full = bench.score(bench.prepared.template, "search").items
-        normaliser = bench.normaliser("test")
-        scores = bench.score(picked, "test")
-        search = bench.normaliser("search").mean(bench.score(picked, "search"))
-        rows = {
-            named.name: normaliser.mean(bench.score(named.recipe, "test"))
-            for named in (*bench.parents, *bench.hand_made)
-        }
-    data = {
-        "method": method,
-        "seed": seed,
-        "evaluations": evaluations,
-        "items": items,
-        "full": full,
-        "seconds": time.perf_counter() - started,
+        bench = Bench(method, seed, max(budgets), Path(folder) / "run", case)
+        if method in RIVALS:
+            loss = Counted(bench, budgets, done)
+            with contextlib.suppress(Spent):
+                RIVALS[method](loss, loss.starts, seed)
+        else:
+            (budget,) = budgets
+            done(budget, *run_ours(bench))
+
+
+def judge(bench: Bench, picked: Recipe) -> dict[str, Any]:
+    """Score a pick on `test`, beside the parents and the hand-made merges."""
+    normaliser = bench.normaliser("test")
+    scores = bench.score(picked, "test")
+    return {
+        "full": bench.score(bench.prepared.template, "search").items,
+        "genes": bench.prepared.space.dimension,
         "test": normaliser.mean(scores),
-        "search": search,
+        "search": bench.normaliser("search").mean(bench.score(picked, "search")),
         "tasks": normaliser.task(scores),
         "test_items": [values.tolist() for values in normaliser.items(scores)],
         "weights": normaliser.weights.tolist(),
-        "rows": rows,
+        "rows": {
+            named.name: normaliser.mean(bench.score(named.recipe, "test"))
+            for named in (*bench.parents, *bench.hand_made)
+        },
         "recipe": picked.hash,
     }
-    path.write_text(json.dumps(data))
-    print(
-        f"{method} {evaluations} seed {seed}: test {100 * data['test']:.1f}, weakest {weakest(data):.1f}, "
-        f"search - test {100 * (search - data['test']):+.1f}, {items / full:.1f} evaluations, "
-        f"{data['seconds']:.0f} s",
-        flush=True,
-    )
 
 
 def weakest(run: dict[str, Any]) -> float:
@@ -289,7 +313,7 @@ def table(results: Path, ceiling: float | None) -> None:
         "| search - test, median | head-room closed | seeds |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for (method, budget), runs in found.items():
+    for (method, budget), runs in sorted(found.items()):
         tests = sorted(100 * run["test"] for run in runs)
         low = [weakest(run) for run in runs]
         gaps = [100 * (run["search"] - run["test"]) for run in runs]
@@ -301,21 +325,48 @@ def table(results: Path, ceiling: float | None) -> None:
             f"| {np.median(low):.1f} ({min(low):.1f} to {max(low):.1f}) | {np.median(gaps):+.1f} "
             f"| {closed} | {len(runs)} |"
         )
-    print("\n| ours against | ours - theirs, points [95 % interval] | seeds |")
-    print("|---|---|---|")
-    for (method, budget), runs in found.items():
-        for (ours, own_budget), own in found.items():
-            if method not in RIVALS or not ours.startswith("ours"):
-                continue
-            seeds = sorted({run["seed"] for run in runs} & {run["seed"] for run in own})
-            if not seeds:
-                continue
-            a, b = (_mean_items(group, seeds) for group in (own, runs))
-            test = statistics.paired_difference(a, b, own[0]["weights"], seed=0)
+    needed(found)
+
+
+def needed(found: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
+    """Print, for each rival and each of our methods, what we need to be as good, and what a third buys."""
+    print(
+        "\n| rival, budget | its test | ours | our items for as good a test | ratio "
+        "| with at most a third of its items: ours - its, points [95 % interval] | seeds |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for (rival, budget), theirs in sorted(found.items()):
+        if rival not in RIVALS:
+            continue
+        for ours in sorted({method for method, _ in found if method.startswith("ours")}):
+            mine = [(_median(runs, "items"), runs) for (method, _), runs in found.items() if method == ours]
+            own = sorted(mine, key=lambda pair: pair[0])
+            equal = [items for items, runs in own if _median(runs, "test") >= _median(theirs, "test")]
+            items, full = _median(theirs, "items"), theirs[0]["full"]
+            third = [runs for spent, runs in own if spent <= items / 3]
             print(
-                f"| {ours} {own_budget} - {method} {budget} | {100 * test.estimate:+.1f} "
-                f"[{100 * test.low:.1f}, {100 * test.high:.1f}] | {len(seeds)} |"
+                f"| {rival} {budget} | {100 * _median(theirs, 'test'):.1f} | {ours} "
+                f"| {f'{equal[0] / full:.1f} evaluations' if equal else 'more than was run'} "
+                f"| {f'{equal[0] / items:.2f}' if equal else '-'} | {_paired(third[-1:], theirs)} |"
             )
+
+
+def _paired(ours: Sequence[list[dict[str, Any]]], theirs: list[dict[str, Any]]) -> str:
+    """The cells of a paired difference, over items and the seeds both have."""
+    seeds = sorted({run["seed"] for runs in ours for run in runs} & {run["seed"] for run in theirs})
+    if not seeds:
+        return "- | 0"
+    a, b = (_mean_items(group, seeds) for group in (ours[0], theirs))
+    test = statistics.paired_difference(a, b, theirs[0]["weights"], seed=0)
+    used = _median(ours[0], "items") / ours[0][0]["full"]
+    return (
+        f"{used:.1f} evaluations: {100 * test.estimate:+.1f} [{100 * test.low:.1f}, {100 * test.high:.1f}] "
+        f"| {len(seeds)}"
+    )
+
+
+def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    return float(np.median([run[key] for run in runs]))
 
 
 def _mean_items(runs: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[np.ndarray[Any, Any]]:
@@ -332,20 +383,25 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--methods", default="ours,cma,tpe,ga,random")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--evaluations", type=int, default=200)
+    parser.add_argument("--evaluations", default="200", help="budgets, one or several with commas")
     parser.add_argument("--config", type=Path, default=DEMO_CONFIG, help="a run config of other models")
+    parser.add_argument("--space", help="a search space's name or file; else that of the config")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--ceiling", type=float, help="the ceiling's mean on test, in [0, 1]")
     options = parser.parse_args()
     own = RESULTS if options.config == DEMO_CONFIG else RESULTS / options.config.resolve().parent.name
-    options.results = options.results or own
-    options.results.mkdir(parents=True, exist_ok=True)
+    own = options.results or own
+    results = own / Path(options.space).stem if options.space else own
+    results.mkdir(parents=True, exist_ok=True)
     if options.command == "table":
-        table(options.results, options.ceiling)
+        table(results, options.ceiling)
         return
+    case = Case(source=options.config, space=options.space, results=results)
+    budgets = [int(number) for number in options.evaluations.split(",")]
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):
-            run_one(method, seed, options.evaluations, options.results, options.config)
+            for group in [budgets] if method in RIVALS else [[budget] for budget in budgets]:
+                run_one(method, seed, group, case)
 
 
 if __name__ == "__main__":
