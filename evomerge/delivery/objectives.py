@@ -18,6 +18,7 @@ from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.running.store import StoredFront, facts
 from evomerge.search import pareto
+from evomerge.search.compromise import Compromise
 from evomerge.search.objective import Objective
 from evomerge.search.ports import Named
 
@@ -144,8 +145,9 @@ def notes(summary: Summary) -> list[str]:
     sentences = []
     if summary.objective.several:
         sentences.append(
-            "several objectives: the winner is the knee of the front on select; the verdict is about its "
-            "mean score only; the front's numbers are from select"
+            "several objectives: the winner is the knee of the front on select, of those not below the best "
+            "baseline if there are any; the verdict is about its mean score only; the front's numbers are "
+            "from select"
         )
     if (sentence := constraints(summary)) is not None:
         sentences.append(sentence)
@@ -208,11 +210,19 @@ def picked(summary: Summary, pick: str) -> Named:
                 f"{store.folder}: a run with one objective has no knee",
                 fix="pick the winner, or run with several objectives (`objective: {several: [...]}`)",
             )
-        index = pareto.knee(objective.losses([s for _, s in finalists], [n.recipe for n, _ in finalists]))
+        index = _compromise(summary, objective).best([(n.recipe, s) for n, s in finalists])
     else:
         index = pareto.heaviest(scores_by_task, weights(pick, scores_by_task[0]))
     named, _ = finalists[index]
     return Named(name=f"{pick} ({named.name})", recipe=named.recipe)
+
+
+def _compromise(summary: Summary, objective: Objective) -> Compromise:
+    """Return what ranks the finalists on `select`, as the run did."""
+    hand_made = _scored(summary, list(summary.baselines), "select")
+    parents = _scored(summary, list(summary.parents), "select")
+    unsearched = [(named.recipe, scores) for named, scores in (*parents, *hand_made)]
+    return Compromise(objective, unsearched, [scores for _, scores in hand_made])
 
 
 def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:
