@@ -6,7 +6,7 @@ for the winner only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,13 +47,16 @@ class Front:
     """The Pareto front of a run with several objectives.
 
     axes: labels of the objectives' values times 100. generations: the front on `search` after each
-    generation. points: on `select`, candidates first, by the first objective; empty until they are scored
-    there.
+    generation, on the items that it used. last: the recipes of the front at the end, on all of `search`.
+    volume: its hypervolume. points: on `select`, candidates first, by the first objective; empty until they
+    are scored there.
     """
 
     objectives: tuple[str, ...]
     axes: tuple[str, ...]
     generations: tuple[StoredFront, ...]
+    last: tuple[str, ...]
+    volume: float
     points: tuple[Point, ...]
 
     @property
@@ -66,9 +69,9 @@ class Front:
         """Size and hypervolume of the front in one line."""
         if not self.generations:
             return "no front yet"
-        first, last = self.generations[0], self.generations[-1]
+        first = self.generations[0]
         return (
-            f"Pareto front of size {len(last.recipes)}, hypervolume {last.hypervolume:.4g} on search "
+            f"Pareto front of size {len(self.last)}, hypervolume {self.volume:.4g} on search "
             f"({first.hypervolume:.4g} after the first generation)"
         )
 
@@ -78,7 +81,7 @@ class Front:
             "objectives": list(self.objectives),
             "reference": list(self.generations[-1].reference) if self.generations else None,
             "hypervolume": [generation.hypervolume for generation in self.generations],
-            "recipes": list(self.generations[-1].recipes) if self.generations else [],
+            "recipes": list(self.last),
             "split": "select",
             "points": [
                 {
@@ -132,12 +135,29 @@ def front(summary: Summary) -> Front | None:
         for role, named in others:
             for _, scores in _scored(summary, [named], "select"):
                 points.append(_point(role, named, objective, scores, False))
+    generations = tuple(store.fronts())
+    last, volume = _last(summary, generations)
     return Front(
         objectives=spec.names,
         axes=tuple(_axis(name, summary) for name in spec.names),
-        generations=tuple(store.fronts()),
+        generations=generations,
+        last=last,
+        volume=volume,
         points=tuple(points),
     )
+
+
+def _last(summary: Summary, generations: Sequence[StoredFront]) -> tuple[tuple[str, ...], float]:
+    """Return the recipes of the front at the end, and its hypervolume; of the last generation until then."""
+    if not generations:
+        return (), 0.0
+    last, objective = generations[-1], _objective(summary, "search")
+    members = _scored(summary, summary.store.entries("front"), "search")
+    if objective is None or not members:
+        return last.recipes, last.hypervolume
+    losses = objective.losses([s for _, s in members], [named.recipe for named, _ in members])
+    volume = pareto.hypervolume(losses, np.array(last.reference))
+    return tuple(named.recipe.hash for named, _ in members), volume
 
 
 def notes(summary: Summary) -> list[str]:

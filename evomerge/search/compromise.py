@@ -28,7 +28,9 @@ class Compromise:
         self, objective: Objective, unsearched: Sequence[Member], hand_made: Sequence[Scores]
     ) -> None:
         self._objective = objective
-        self._reference = objective.reference_point([s for _, s in unsearched], [r for r, _ in unsearched])
+        scores, recipes = [s for _, s in unsearched], [r for r, _ in unsearched]
+        self._reference = objective.reference_point(scores, recipes)
+        self._units = objective.units(scores, recipes)
         self._mean, self._floors = -float("inf"), dict[str, float]()
         if hand_made:
             best = max(hand_made, key=objective.mean)
@@ -49,7 +51,7 @@ class Compromise:
         """Return the indices of at least one member, the best compromise first."""
         scores = [scores for _, scores in members]
         losses = self._objective.losses(scores, [recipe for recipe, _ in members])
-        worth = pareto.worth(losses, self._reference)
+        worth = pareto.worth(losses, self._reference, self._units)
         return sorted(
             range(len(members)),
             key=lambda i: (self._objective.violation(scores[i]), self.shortfall(scores[i]), -worth[i], i),

@@ -245,7 +245,7 @@ class Generations:
         if not genomes:
             return blocks
         recipes = [self.space.decode(genome) for genome in genomes]
-        results = self.scorer.score(recipes, "search", "front on all items", self.order)
+        results = self.scorer.score(recipes, "search", f"generation {generation - 1}, front", self.order)
         self.ledger.charge((recipe.hash, self.order) for recipe in recipes)
         self.journal.record_spent(generation - 1, self.ledger.items)
         losses = self.views(self.order).losses(results, recipes)

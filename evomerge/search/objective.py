@@ -447,6 +447,22 @@ class Objective:
         A tenth of their range behind their worst loss in each objective, so that extremes count too; one
         unit behind it where they are all alike. Nothing that violates a constraint lies before it.
         """
+        points = self._points(results, recipes)
+        worst, spread = points.max(axis=0), np.ptp(points, axis=0)
+        reference: NDArray[np.float64] = worst + np.where(spread > 0, 0.1 * spread, 1.0)
+        return np.minimum(reference, INFEASIBLE) if self._spec.constraints else reference
+
+    def units(
+        self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
+    ) -> NDArray[np.float64]:
+        """Return the distance of the best loss in each objective from `reference_point`."""
+        best = self._points(results, recipes).min(axis=0)
+        return np.maximum(self.reference_point(results, recipes) - best, 1e-9)
+
+    def _points(
+        self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None
+    ) -> NDArray[np.float64]:
+        """Return the finite losses of results, without the rank of those that violate a constraint."""
         points = np.array(
             [
                 self._squeezed(self.point(result, recipes[row] if recipes is not None else None))
@@ -454,10 +470,8 @@ class Objective:
                 if isinstance(result, Scores)
             ]
         )
-        points = points[np.isfinite(points).all(axis=1)]
-        worst, spread = points.max(axis=0), np.ptp(points, axis=0)
-        reference: NDArray[np.float64] = worst + np.where(spread > 0, 0.1 * spread, 1.0)
-        return np.minimum(reference, INFEASIBLE) if self._spec.constraints else reference
+        finite: NDArray[np.float64] = points[np.isfinite(points).all(axis=1)]
+        return finite
 
     @property
     def _unconstrained(self) -> Objective:

@@ -57,26 +57,26 @@ def hypervolume(losses: Losses, reference: Losses) -> float:
     return float(moocore.hypervolume(inside, ref=reference)) if len(inside) else 0.0
 
 
-def worth(losses: Losses, reference: Losses) -> Losses:
-    """Return (n,) the logarithms of what points alone cover up to the reference point (objectives,).
+def worth(losses: Losses, reference: Losses, units: Losses) -> Losses:
+    """Return (n,) what each point gains on the reference point in the objective where it gains least.
 
-    Outside of it a point counts as next to it, so that points are ranked there, too.
+    units: (objectives,) of the gains. Of equals the one that gains more on the whole is worth a little more.
     """
-    inside = np.maximum(reference - losses, 1e-9)
-    return np.asarray(np.log(inside).sum(axis=1))
+    gains = (reference - losses) / units
+    return np.asarray(gains.min(axis=1) + 0.01 * gains.mean(axis=1))
 
 
-def knee(losses: Losses, reference: Losses) -> int:
-    """Return the row of the best compromise: the one that alone covers most volume.
+def knee(losses: Losses, reference: Losses, units: Losses) -> int:
+    """Return the row of the best compromise: whose least gain on the reference point is largest.
 
-    The solution of Nash (1950, Econometrica 18) of a bargain between the objectives, in which nobody is to
-    end up worse than the reference point. It depends on no scale of an objective and on no other point, so
-    that a front's extremes do not move it.
+    The solution of Kalai and Smorodinsky (1975, Econometrica 43) of a bargain between the objectives, with
+    units that no point of the front has a say in: its extremes don't move it. It is a compromise on fronts of
+    any shape.
 
-    >>> knee(np.array([[0.0, 0.9], [0.2, 0.2], [0.9, 0.0], [0.9, 0.9]]), np.ones(2))
+    >>> knee(np.array([[0.0, 0.9], [0.2, 0.2], [0.9, 0.0], [0.9, 0.9]]), np.ones(2), np.ones(2))
     1
     """
-    return int(np.argmax(worth(losses, reference)))
+    return int(np.argmax(worth(losses, reference, units)))
 
 
 def spread(losses: Losses, count: int, first: Sequence[int] = ()) -> list[int]:
