@@ -510,7 +510,7 @@ class Search:
     ) -> FrontGuide | None:
         """Return the guide of several objectives, fitted to all recipes scored before the search, if any."""
         plan = self._plan
-        if plan.surrogate is None or not plan.objective.items_decide_front:
+        if plan.surrogate is None or not plan.surrogate.front or not plan.objective.items_decide_front:
             return None
         whole = views(views.blocks)
         guide = FrontGuide(

@@ -131,7 +131,7 @@ class FrontGuide:
                 self._predicted = self._draws(model, genomes).mean(axis=0)
             return Asked(genomes=genomes)
         size = optimizer.population
-        proposals = self._proposals(model, front, losses, size if self._spec.share else 0)
+        proposals = self._proposals(model, front, losses, round(self._spec.share * size))
         if len(proposals):
             optimizer.inject(proposals)
         pool = optimizer.ask(self._spec.oversample * size)
