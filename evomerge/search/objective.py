@@ -457,7 +457,8 @@ class Objective:
     ) -> NDArray[np.float64]:
         """Return the distance of the best loss in each objective from `reference_point`."""
         best = self._points(results, recipes).min(axis=0)
-        return np.maximum(self.reference_point(results, recipes) - best, 1e-9)
+        units: NDArray[np.float64] = np.maximum(self.reference_point(results, recipes) - best, 1e-9)
+        return units
 
     def _points(
         self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None

@@ -176,8 +176,7 @@ def undominated(losses: Array) -> NDArray[np.bool_]:
     """Return which rows of losses (n, objectives) no other row dominates; equal rows all stay."""
     better = np.asarray((losses[None] < losses[:, None]).any(axis=2))
     worse = np.asarray((losses[None] <= losses[:, None]).all(axis=2)) & better
-    free: NDArray[np.bool_] = ~worse.any(axis=1)
-    return free
+    return np.asarray(~worse.any(axis=1), dtype=np.bool_)
 
 
 def most_improving(draws: Array, front: Array, reference: Array, count: int) -> tuple[list[int], float]:
