@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evomerge.errors import UserError
 from evomerge.evaluation.gains import dud_sentences, find_gains, refuse_nothing, trusts
@@ -177,15 +176,11 @@ class Search:
         ledger.spend(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
-        guide = (
-            self._guide(views, order, [*parents, *known])
-            if archive is None
-            else self._front_guide(views, order, [*parents, *known], archive.reference)
-        )
+        guide = self._either_guide(views, order, [*parents, *known], archive)
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
-                self._plan.optimizer if archive is None or guide is None else small(self._plan.optimizer),
+                small(self._plan.optimizer) if isinstance(guide, FrontGuide) else self._plan.optimizer,
                 coordinates=self._plan.space.coordinates,
                 objectives=objective.count,
                 starts=self._starts([*known, *parents[1:]]),
@@ -501,14 +496,16 @@ class Search:
         guide.begin()
         return guide
 
-    def _front_guide(
+    def _either_guide(
         self,
         views: Views,
         order: Sequence[int],
         known: Sequence[ScoredRecipe],
-        reference: NDArray[np.float64],
-    ) -> FrontGuide | None:
-        """Return the guide of several objectives, fitted to all recipes scored before the search, if any."""
+        archive: pareto.Archive | None,
+    ) -> Guide | FrontGuide | None:
+        """Return the guide for one objective, or that for several, if there is any."""
+        if archive is None:
+            return self._guide(views, order, known)
         plan = self._plan
         if plan.surrogate is None or not plan.surrogate.front or not plan.objective.items_decide_front:
             return None
@@ -519,7 +516,7 @@ class Search:
             base=views.base,
             order=order,
             loss_on=lambda blocks: FrontLoss(views(blocks).normaliser, plan.objective),
-            reference=reference,
+            reference=archive.reference,
             seed=self._seed(_GUIDE),
             depth_of=lambda genome: whole.depth(plan.space.decode(genome)),
         )
