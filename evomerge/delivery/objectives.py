@@ -153,7 +153,7 @@ def _last(summary: Summary, generations: Sequence[StoredFront]) -> tuple[tuple[s
         return (), 0.0
     last, objective = generations[-1], _objective(summary, "search")
     members = _scored(summary, summary.store.entries("front"), "search")
-    if objective is None or not members:
+    if objective is None or not members or objective.count != len(last.reference):
         return last.recipes, last.hypervolume
     losses = objective.losses([s for _, s in members], [named.recipe for named, _ in members])
     volume = pareto.hypervolume(losses, np.array(last.reference))
