@@ -23,6 +23,7 @@ KINDS = {
     "record parent",
     "record baseline",
     "record descent",
+    "record standard",
     "record start",
     "record finalist",
     "record winner",
@@ -31,6 +32,7 @@ KINDS = {
     "fact gradient",
     "fact clock",
     "fact spent",
+    "fact chosen_on",
     "fact stopped",
     "scores search",
     "scores select",
@@ -81,6 +83,22 @@ def test_the_driver_killed_at_every_kind_of_event(quick_config: Callable[..., Pa
     found = struck(quick_config(**FULL), tmp_path, "chain")
     assert set(found["kinds"]) == KINDS
     assert found["whole"]["failures"]
+
+
+@pytest.mark.slow
+def test_the_driver_killed_where_it_decides_on_gradients_and_looks_at_unused_items(
+    quick_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "budget": {"generations": 6},
+        "optimizer": {"population": 7},
+        "racing": {"blocks": 4},
+        "surrogate": {"blocks": 1},
+        "warm_start": {"gradients": "auto"},
+    }
+    kinds = ("fact descent_steps", "guide", "fact chosen_on")
+    found = struck(quick_config(**changes), tmp_path, "chain", *kinds)
+    assert set(found["kinds"]) == set(kinds)
 
 
 @pytest.mark.slow
