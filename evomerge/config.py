@@ -300,6 +300,8 @@ class RunConfig(Strict):
             del data["baselines"]  # and before this one; what it meant is stored with the run
         if self.warm_start == WarmStartSpec(gradients="off"):
             del data["warm_start"]  # and before this one
+        if self.surrogate != "off" and not (self.surrogate.front and self.objective.several):
+            del data["surrogate"]["front"]  # and before this one
         if self.objective.kind == "mean":
             del data["objective"]["kind"]  # and before this one
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -65,6 +65,8 @@ class StoredRun:
         data = {key: value for key, value in data.items() if key not in PERMISSIONS}
         data["out"] = str(self.folder.absolute())
         data["objective"] = {"kind": OLDEST, **(data.get("objective") or {})}
+        if isinstance(data.get("surrogate"), Mapping):
+            data["surrogate"] = {"front": False, **data["surrogate"]}
         data["warm_start"] = {"gradients": "off", **(data.get("warm_start") or {})}
         _relocate(data, models or {}, suite)
         data["budget"] = replaced(data["budget"], budget, time.time())

@@ -1,13 +1,16 @@
-"""Is a Pareto search worth it? NSGA-II against weighted sums by CMA-ES, hypervolume on `test`, equal items.
+"""Fronts of our search, of NSGA-II alone and of weighted sums by CMA-ES: hypervolume on `search` and `test`.
 
-    python benchmarks/perf/pareto.py [--seeds 0 1 2 3 4] [--evaluations 480] [--workers 2] [--json FILE]
+    python benchmarks/perf/pareto.py --methods ours:48 nsga2:480 [--config zoo/run.yaml] [--seeds 0 1 2]
 
-The demo zoo, two objectives: the skill that single-objective winners give up (`reverse`) against the mean
-of the other four. NSGA-II searches both at once; the rival spends the same evaluations on five CMA-ES runs,
-each with another weight between the two. Both start from the same hand-made merges. Each method's front
-on `search` is thinned to the same number of candidates, these are scored on `test`, and the hypervolume
-they cover there is compared; the reference point is fixed by everything that was not searched. Items are
-equal because every candidate is scored on all search items. Not covered: racing, more than two objectives.
+Two objectives: the skill that the best hand-made merge has least of, and the mean of the others. `ours:48` is
+`evomerge run` with a budget of 48 evaluations; `nsga2:480` scores 480 candidates on all search items, from
+the same hand-made merges; `sums:480` spends them on five CMA-ES runs, each with another weight between the
+two objectives. A front is what a method scored on all search items. It is thinned to the same number of
+candidates (`--finalists`), these are scored on `test`, and the hypervolume they cover there is compared; the
+reference point is fixed by everything that was not searched.
+
+Of the demo's models, or of those of any run config. Each run leaves a JSON file in `--results`, which later
+calls find.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +28,7 @@ from numpy.typing import NDArray
 
 from evomerge import compose
 from evomerge.config import DEMO_CONFIG, RunConfig
+from evomerge.delivery.progress import Silent
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging.recipe import Recipe
@@ -33,23 +38,23 @@ from evomerge.running.worker import Job
 from evomerge.search import baselines, optimizers, pareto
 from evomerge.search.objective import Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.stored import StoredRun
 
-ALONE = "demo_reverse"
-OTHERS = ("demo_add", "demo_translate", "demo_upper", "demo_sort")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Weights of ALONE in the weighted sums."""
+"""Weights of the first objective in the weighted sums."""
+RESULTS = Path("runs/bench-pareto")
 
 Losses = NDArray[np.float64]
 
 
 class Bench:
-    """The demo zoo, its references, and scores remembered by recipe and split.
+    """Models, their references, and scores remembered by recipe and split.
 
     thinned: how many candidates of a front are scored on `test`.
     """
 
     def __init__(self, config: RunConfig, thinned: int) -> None:
-        self.prepared = prepare(config)
+        self.config, self.prepared = config, prepare(config)
         self.thinned = thinned
         self._executor = executors.build(config.executor, self.prepared.worker)
         self._known: dict[tuple[str, Split], Scores | Failure] = {}
@@ -58,8 +63,16 @@ class Bench:
         norms = compose.norms(self.prepared)
         hand_made = baselines.hand_made(self.prepared.template, sources, norms)
         self.unsearched = [named.recipe for named in (*self._parents, *hand_made)]
-        spec = ObjectiveSpec(several=(ALONE, dict.fromkeys(OTHERS, 1.0)))
-        self._objectives = {s: Objective(spec, self._normaliser(s)) for s in ("search", "test")}
+        self.spec = ObjectiveSpec(several=self._several([named.recipe for named in hand_made]))
+        self._objectives = {s: Objective(self.spec, self._normaliser(s)) for s in ("search", "test")}
+
+    def _several(self, hand_made: Sequence[Recipe]) -> tuple[str, dict[str, float]]:
+        """Return the skill that the best hand-made merge has least of, and the group of the others."""
+        normaliser = self._normaliser("search")
+        scores = [s for s in self._scores(hand_made, "search") if isinstance(s, Scores)]
+        best = normaliser.task(max(scores, key=normaliser.mean))
+        alone = min(normaliser.counted, key=lambda task: best[task])
+        return alone, {task: 1.0 for task in normaliser.counted if task != alone}
 
     def close(self) -> None:
         self._executor.close()
@@ -79,7 +92,7 @@ class Bench:
 
     def search(
         self, name: str, evaluations: int, seed: int, scalar: Callable[[Losses], Losses] | None
-    ) -> tuple[list[Recipe], Losses]:
+    ) -> list[Recipe]:
         """Run one optimizer; `scalar` turns both losses into one; with None both are passed on."""
         optimizer = optimizers.create(
             OptimizerSpec(name=name),
@@ -89,15 +102,13 @@ class Bench:
             seed=np.random.SeedSequence(seed),
         )
         recipes: list[Recipe] = []
-        found: list[Losses] = []
         while len(recipes) < evaluations and optimizer.stop_reason() is None:
             genomes = optimizer.ask()
             asked = [self.prepared.space.decode(u) for u in genomes]
             losses = self.losses(asked, "search")
             optimizer.tell(scalar(losses)[:, None] if scalar else losses)
             recipes += asked
-            found.append(losses)
-        return recipes[:evaluations], np.concatenate(found)[:evaluations]
+        return recipes[:evaluations]
 
     def covered(self, recipes: Sequence[Recipe], losses: Losses) -> tuple[float, float, int]:
         """Return the hypervolume on search, that of the thinned front on test, and the front's size."""
@@ -124,31 +135,47 @@ class Bench:
         return [self._known[recipe.hash, split] for recipe in recipes]
 
 
-def compare(bench: Bench, evaluations: int, seed: int) -> dict[str, dict[str, float]]:
-    """Return what both methods cover with one seed."""
-    rows = {}
-    started = time.perf_counter()
-    recipes, losses = bench.search("nsga2", evaluations, seed, None)
-    rows["nsga2"] = _row(bench, recipes, losses, started)
-    started = time.perf_counter()
-    parts = [
-        bench.search(
+def ours(bench: Bench, evaluations: int, seed: int) -> list[Recipe]:
+    """Run evomerge; return the candidates of its last front."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = bench.config.model_copy(
+            update={
+                "objective": bench.spec,
+                "budget": bench.config.budget.model_copy(update={"evaluations": evaluations}),
+                "seed": seed,
+                "out": str(Path(folder) / "run"),
+            }
+        )
+        compose.start(config, Silent())
+        with StoredRun.read(Path(config.out)) as run:
+            return [named.recipe for named in run.store.entries("front")]
+
+
+def found_by(bench: Bench, method: str, evaluations: int, seed: int) -> list[Recipe]:
+    """Return what a method scored on all search items."""
+    if method == "ours":
+        return ours(bench, evaluations, seed)
+    if method == "nsga2":
+        return bench.search("nsga2", evaluations, seed, None)
+    return [
+        recipe
+        for i, share in enumerate(SHARES)
+        for recipe in bench.search(
             "cma_es",
             evaluations // len(SHARES),
             1000 * seed + i,
             lambda both, share=share: share * both[:, 0] + (1 - share) * both[:, 1],
         )
-        for i, share in enumerate(SHARES)
     ]
-    recipes = [recipe for found, _ in parts for recipe in found]
-    rows["weighted sums"] = _row(bench, recipes, np.concatenate([losses for _, losses in parts]), started)
-    return rows
 
 
-def _row(bench: Bench, recipes: Sequence[Recipe], losses: Losses, started: float) -> dict[str, float]:
+def measured(bench: Bench, method: str, evaluations: int, seed: int) -> dict[str, float]:
+    """Return what a method covers with a seed."""
+    started = time.perf_counter()
+    recipes = found_by(bench, method, evaluations, seed)
+    losses = bench.losses(recipes, "search")
     search, test, size = bench.covered(recipes, losses)
     return {
-        "evaluations": len(recipes),
         "search": search,
         "test": test,
         "front": size,
@@ -159,40 +186,45 @@ def _row(bench: Bench, recipes: Sequence[Recipe], losses: Losses, started: float
 
 
 def main() -> None:
+    """Read the command line, run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=["ours:48", "nsga2:480", "sums:480"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--evaluations", type=int, default=480, help="of each method, all its runs together")
+    parser.add_argument("--config", type=Path, default=DEMO_CONFIG, help="of the models")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--finalists", type=int, default=20, help="of each front, scored on test")
     parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    config = RunConfig.load(DEMO_CONFIG, out="runs/pareto-benchmark")
+    options.results.mkdir(parents=True, exist_ok=True)
+    config = RunConfig.load(options.config, out=str(options.results / "unused"))
     executor = config.executor.model_copy(update={"workers": options.workers})
-    bench = Bench(config.model_copy(update={"executor": executor}), options.finalists)
-    found: dict[int, dict[str, dict[str, float]]] = {}
-    print("| seed | method | evaluations | front | hypervolume, search | hypervolume, test | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    try:
+    bench: Bench | None = None
+    print("| method | seed | front | hypervolume, search | hypervolume, test | seconds |")
+    print("|---|---|---|---|---|---|")
+    found: dict[str, list[dict[str, float]]] = {}
+    for method in options.methods:
         for seed in options.seeds:
-            found[seed] = compare(bench, options.evaluations, seed)
-            for name, row in found[seed].items():
-                print(
-                    f"| {seed} | {name} | {row['evaluations']} | {row['front']} | {row['search']:.4f} | "
-                    f"{row['test']:.4f} | {row['seconds']:.0f} |",
-                    flush=True,
-                )
-    finally:
+            path = options.results / f"{method.replace(':', '-')}-{seed}.json"
+            if not path.exists():
+                bench = bench or Bench(config.model_copy(update={"executor": executor}), options.finalists)
+                name, _, evaluations = method.partition(":")
+                path.write_text(json.dumps(measured(bench, name, int(evaluations), seed)))
+            row = json.loads(path.read_text())
+            found.setdefault(method, []).append(row)
+            print(
+                f"| {method} | {seed} | {row['front']} | {row['search']:.4f} | {row['test']:.4f} | "
+                f"{row['seconds']:.0f} |",
+                flush=True,
+            )
+    if bench is not None:
         bench.close()
-    for name in next(iter(found.values())):
-        values = [rows[name]["test"] for rows in found.values()]
-        print(
-            f"{name}: median {statistics.median(values):.4f} [{min(values):.4f}, {max(values):.4f}] on test"
-        )
-    ratios = [rows["nsga2"]["test"] / rows["weighted sums"]["test"] for rows in found.values()]
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    print(f"nsga2 / weighted sums: median {middle:.3f} [{low:.3f}, {high:.3f}]")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2))
+    for method, rows in found.items():
+        for split in ("search", "test"):
+            values = [row[split] for row in rows]
+            print(
+                f"{method}: median {statistics.median(values):.4f} [{min(values):.4f}, {max(values):.4f}] "
+                f"on {split}"
+            )
 
 
 if __name__ == "__main__":

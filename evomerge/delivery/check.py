@@ -191,7 +191,10 @@ def _races(prepared: Prepared) -> bool:
 
 
 def _uses_surrogate(prepared: Prepared) -> bool:
-    return prepared.config.surrogate != "off" and prepared.config.objective.items_decide
+    surrogate, objective = prepared.config.surrogate, prepared.config.objective
+    if surrogate == "off":
+        return False
+    return objective.items_decide or (surrogate.front and objective.items_decide_front)
 
 
 def _search_settings(prepared: Prepared) -> str:

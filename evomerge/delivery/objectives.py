@@ -6,7 +6,7 @@ for the winner only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.running.store import StoredFront, facts
 from evomerge.search import pareto
+from evomerge.search.compromise import Compromise
 from evomerge.search.objective import Objective
 from evomerge.search.ports import Named
 
@@ -46,13 +47,16 @@ class Front:
     """The Pareto front of a run with several objectives.
 
     axes: labels of the objectives' values times 100. generations: the front on `search` after each
-    generation. points: on `select`, candidates first, by the first objective; empty until they are scored
-    there.
+    generation, on the items that it used. last: the recipes of the front at the end, on all of `search`.
+    volume: its hypervolume. points: on `select`, candidates first, by the first objective; empty until they
+    are scored there.
     """
 
     objectives: tuple[str, ...]
     axes: tuple[str, ...]
     generations: tuple[StoredFront, ...]
+    last: tuple[str, ...]
+    volume: float
     points: tuple[Point, ...]
 
     @property
@@ -65,9 +69,9 @@ class Front:
         """Size and hypervolume of the front in one line."""
         if not self.generations:
             return "no front yet"
-        first, last = self.generations[0], self.generations[-1]
+        first = self.generations[0]
         return (
-            f"Pareto front of size {len(last.recipes)}, hypervolume {last.hypervolume:.4g} on search "
+            f"Pareto front of size {len(self.last)}, hypervolume {self.volume:.4g} on search "
             f"({first.hypervolume:.4g} after the first generation)"
         )
 
@@ -77,7 +81,7 @@ class Front:
             "objectives": list(self.objectives),
             "reference": list(self.generations[-1].reference) if self.generations else None,
             "hypervolume": [generation.hypervolume for generation in self.generations],
-            "recipes": list(self.generations[-1].recipes) if self.generations else [],
+            "recipes": list(self.last),
             "split": "select",
             "points": [
                 {
@@ -131,12 +135,29 @@ def front(summary: Summary) -> Front | None:
         for role, named in others:
             for _, scores in _scored(summary, [named], "select"):
                 points.append(_point(role, named, objective, scores, False))
+    generations = tuple(store.fronts())
+    last, volume = _last(summary, generations)
     return Front(
         objectives=spec.names,
         axes=tuple(_axis(name, summary) for name in spec.names),
-        generations=tuple(store.fronts()),
+        generations=generations,
+        last=last,
+        volume=volume,
         points=tuple(points),
     )
+
+
+def _last(summary: Summary, generations: Sequence[StoredFront]) -> tuple[tuple[str, ...], float]:
+    """Return the recipes of the front at the end, and its hypervolume; of the last generation until then."""
+    if not generations:
+        return (), 0.0
+    last, objective = generations[-1], _objective(summary, "search")
+    members = _scored(summary, summary.store.entries("front"), "search")
+    if objective is None or not members or objective.count != len(last.reference):
+        return last.recipes, last.hypervolume
+    losses = objective.losses([s for _, s in members], [named.recipe for named, _ in members])
+    volume = pareto.hypervolume(losses, np.array(last.reference))
+    return tuple(named.recipe.hash for named, _ in members), volume
 
 
 def notes(summary: Summary) -> list[str]:
@@ -144,8 +165,9 @@ def notes(summary: Summary) -> list[str]:
     sentences = []
     if summary.objective.several:
         sentences.append(
-            "several objectives: the winner is the knee of the front on select; the verdict is about its "
-            "mean score only; the front's numbers are from select"
+            "several objectives: the winner is the knee of the front on select, of those not below the best "
+            "baseline if there are any; the verdict is about its mean score only; the front's numbers are "
+            "from select"
         )
     sentences += [
         each for each in (floors(summary), constraints(summary), price(summary)) if each is not None
@@ -244,11 +266,19 @@ def picked(summary: Summary, pick: str) -> Named:
                 f"{store.folder}: a run with one objective has no knee",
                 fix="pick the winner, or run with several objectives (`objective: {several: [...]}`)",
             )
-        index = pareto.knee(objective.losses([s for _, s in finalists], [n.recipe for n, _ in finalists]))
+        index = _compromise(summary, objective).best([(n.recipe, s) for n, s in finalists])
     else:
         index = pareto.heaviest(scores_by_task, weights(pick, scores_by_task[0]))
     named, _ = finalists[index]
     return Named(name=f"{pick} ({named.name})", recipe=named.recipe)
+
+
+def _compromise(summary: Summary, objective: Objective) -> Compromise:
+    """Return what ranks the finalists on `select`, as the run did."""
+    hand_made = _scored(summary, list(summary.baselines), "select")
+    parents = _scored(summary, list(summary.parents), "select")
+    unsearched = [(named.recipe, scores) for named, scores in (*parents, *hand_made)]
+    return Compromise(objective, unsearched, [scores for _, scores in hand_made])
 
 
 def weights(pick: str, valid: Mapping[str, float]) -> dict[str, float]:

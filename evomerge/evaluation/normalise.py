@@ -204,6 +204,20 @@ class Normaliser:
         )
 
     @property
+    def scales(self) -> tuple[TaskScale, ...]:
+        """All skill tasks, also those that do not count in the mean; their share is 0."""
+        shares = dict(zip(self.counted, self.shares.tolist(), strict=True))
+        return tuple(
+            TaskScale(task=task, share=shares.get(task, 0.0), zero=scale.zero, headroom=scale.headroom)
+            for task, (scale, _) in self._scales.items()
+        )
+
+    @property
+    def weakest(self) -> tuple[str, ...]:
+        """The tasks among which the weakest is looked for: those that count and have a scale, if any do."""
+        return tuple(task for task in self.counted if task not in self.duds) or self.counted
+
+    @property
     def retained(self) -> tuple[TaskScale, ...]:
         """The retention tasks: retention is the sum of share * exp(task's mean - zero)."""
         shares = self.retention_shares()

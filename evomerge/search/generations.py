@@ -25,7 +25,11 @@ from evomerge.search.ports import (
 from evomerge.search.racing import RaceResult, RacingSpec, Views, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.surrogate.front_guide import SURVIVORS, FrontGuide
 from evomerge.search.surrogate.guide import Asked, Guide
+
+COMPLETED = 0.25
+"""Share of the evaluations that is kept, at most, to score the front on all items."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,7 @@ class SearchResult:
     blocks: tuple[int, ...]
     favourite: Genome | None
     stopped: str
-    guide: Guide | None
+    guide: Guide | FrontGuide | None
 
     def estimates(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
         """Return the estimated losses of candidates on `search`, shape (n,).
@@ -100,7 +104,7 @@ class Generations:
     ledger: Ledger
     order: tuple[int, ...]
     racing: RacingSpec
-    guide: Guide | None
+    guide: Guide | FrontGuide | None
     archive: pareto.Archive | None
     counted: Callable[[Scores], int]
     descended: bool = False
@@ -152,7 +156,10 @@ class Generations:
             if ended is not None:
                 stopped = ended
                 break
+            if self.archive is not None and blocks != self._blocks():
+                self._fill(candidates, self._blocks())
             blocks = self._blocks()
+        blocks = self._completed(candidates, generation, blocks)
         most = max((c.items for c in candidates.values()), default=0)
         return SearchResult(
             candidates=tuple(c for c in candidates.values() if c.items == most),
@@ -177,7 +184,7 @@ class Generations:
             stopped = self.budget.stop_reason(
                 generations=generation,
                 items=self.ledger.items,
-                forecast=round(pace * len(asked.genomes) * len(self._blocks())),
+                forecast=round(pace * len(asked.genomes) * len(self._blocks())) + self._reserve(),
                 full=self.ledger.full,
                 stale=stale,
             )
@@ -208,6 +215,55 @@ class Generations:
         if self.guide is None:
             return Asked(genomes=self.optimizer.ask())
         return self.guide.ask(self.optimizer)
+
+    def _reserve(self) -> int:
+        """Return the items to keep for the end of the search, where the front is scored on all items."""
+        if not isinstance(self.guide, FrontGuide):
+            return 0
+        full = self.ledger.full
+        allowed = self.budget.evaluations(full, self.optimizer.population)
+        share = 1 - sum(self.ledger.sizes[block] for block in self._blocks()) / full
+        most = SURVIVORS * share if allowed is None else min(SURVIVORS * share, allowed * COMPLETED)
+        return int(most * full) if share else 0
+
+    def _completed(
+        self, candidates: dict[str, Candidate], generation: int, blocks: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Score what the front is made of on all items; return the blocks that candidates are compared on.
+
+        The guide does not learn from it: a search that goes on, with a larger budget, goes on as it was.
+        """
+        left = self._reserve()
+        if not isinstance(self.guide, FrontGuide) or not left:
+            return blocks
+        genomes: list[Genome] = []
+        for genome in self.guide.survivors():
+            price = self.ledger.price([(self.space.decode(genome).hash, self.order)])
+            if price <= left:
+                genomes.append(genome)
+                left -= price
+        if not genomes:
+            return blocks
+        recipes = [self.space.decode(genome) for genome in genomes]
+        results = self.scorer.score(recipes, "search", f"generation {generation - 1}, front", self.order)
+        self.ledger.charge((recipe.hash, self.order) for recipe in recipes)
+        self.journal.record_spent(generation - 1, self.ledger.items)
+        losses = self.views(self.order).losses(results, recipes)
+        for genome, recipe, result, loss in zip(genomes, recipes, results, losses, strict=True):
+            if isinstance(result, Scores):
+                self._keep(candidates, "front", genome, recipe, generation, result, loss)
+        self._fill(candidates, self.order)
+        return self.order
+
+    def _fill(self, candidates: dict[str, Candidate], blocks: Sequence[int]) -> None:
+        """Make the front anew, of the candidates that were scored on all of more blocks."""
+        assert self.archive is not None
+        self.archive.clear()
+        most = max((c.items for c in candidates.values()), default=0)
+        every = [c for c in candidates.values() if c.items == most]
+        recipes = [c.recipe for c in every]
+        results = self.scorer.score(recipes, "search", "front", blocks) if recipes else []
+        self.archive.add(every, self.views(blocks).losses(results, recipes))
 
     def _blocks(self) -> tuple[int, ...]:
         return self.order if self.guide is None else self.guide.blocks

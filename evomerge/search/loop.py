@@ -37,7 +37,9 @@ from evomerge.search.ports import (
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.surrogate.front_guide import FrontGuide, small
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
+from evomerge.search.surrogate.improvement import FrontLoss
 from evomerge.search.warm_start import GradientSpec, WarmStart, automatic, distinct
 from evomerge.search.winner import GRADIENT_START, Selection
 
@@ -179,11 +181,11 @@ class Search:
         ledger.spend(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
-        guide = self._guide(views, order, [*parents, *known])
+        guide = self._either_guide(views, order, [*parents, *known], archive)
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
-                self._plan.optimizer,
+                small(self._plan.optimizer) if isinstance(guide, FrontGuide) else self._plan.optimizer,
                 coordinates=self._plan.space.coordinates,
                 objectives=objective.count,
                 starts=self._starts([*known, *parents[1:]]),
@@ -215,7 +217,13 @@ class Search:
             begun = [self._start(k, views(searched.blocks)) for k in starts]
             winner, self._unlimited = selection.best(begun, searched, views)
         else:
-            winner = selection.on_front(archive, [k.named.recipe for k in hand_made])
+            winner = selection.on_front(
+                archive,
+                searched.blocks,
+                views(searched.blocks),
+                parents=[k.named.recipe for k in parents],
+                hand_made=[k.named.recipe for k in hand_made],
+            )
         return winner, searched.stopped
 
     @property
@@ -495,6 +503,35 @@ class Search:
             if entry.genome is not None:
                 guide.learn(entry.genome, entry.scores)
         guide.begin()
+        return guide
+
+    def _either_guide(
+        self,
+        views: Views,
+        order: Sequence[int],
+        known: Sequence[ScoredRecipe],
+        archive: pareto.Archive | None,
+    ) -> Guide | FrontGuide | None:
+        """Return the guide for one objective, or that for several, if there is any."""
+        if archive is None:
+            return self._guide(views, order, known)
+        plan = self._plan
+        if plan.surrogate is None or not plan.surrogate.front or not plan.objective.items_decide_front:
+            return None
+        whole = views(views.blocks)
+        guide = FrontGuide(
+            plan.surrogate,
+            coordinates=plan.space.coordinates,
+            base=views.base,
+            order=order,
+            loss_on=lambda blocks: FrontLoss(views(blocks).normaliser, plan.objective),
+            reference=archive.reference,
+            seed=self._seed(_GUIDE),
+            depth_of=lambda genome: whole.depth(plan.space.decode(genome)),
+        )
+        for entry in known:
+            if entry.genome is not None:
+                guide.learn(entry.genome, entry.scores)
         return guide
 
     # -- after the last generation -------------------------------------------------------------------

@@ -39,7 +39,7 @@ SHORT = 2.0
 FLOOR = 1.0
 """Price of a unit that a task is below its floor: more than the same gain elsewhere is worth."""
 
-READY_MADE = ("mean", "retention", "coherence", "depth", "tokens")
+READY_MADE = ("mean", "worst", "retention", "coherence", "depth", "tokens")
 """The objectives that are not a task's name."""
 
 Weight = Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]
@@ -83,8 +83,9 @@ class ObjectiveSpec(Strict):
     weights: dict[str, Weight] = Field(default={})
     """Task weights that replace the suite's, in search, selection and verdict."""
     several: tuple[str | dict[str, Weight], ...] = ()
-    """Two or more objectives instead of one: `mean`, `retention`, `coherence`, `depth`, `tokens`, a task, or
-    a weighted group of tasks `{task: weight, ...}`. The prices above do not enter them."""
+    """Two or more objectives instead of one: `mean`, `worst` (the weakest task of the mean), `retention`,
+    `coherence`, `depth`, `tokens`, a task, or a weighted group of tasks `{task: weight, ...}`. The prices
+    above do not enter them."""
     tokens_of: str = "base"
     """The model whose answers have length 1 in `tokens`: `base` or a source."""
     constraints: ConstraintsSpec = Field(default_factory=ConstraintsSpec)
@@ -117,6 +118,11 @@ class ObjectiveSpec(Strict):
         """Whether items alone make the loss, so that races can compare candidates on some of them and a model
         of the items can predict it."""
         return not (self.several or self.depth or self.constraints.tokens is not None)
+
+    @property
+    def items_decide_front(self) -> bool:
+        """Whether items alone, and the depth of recipes, make the losses of several objectives."""
+        return bool(self.several) and "tokens" not in self.several and self.constraints.tokens is None
 
     def check(self, suite: Suite, sources: Collection[str]) -> None:
         """Check that suite and sources have what the objective names.
@@ -258,6 +264,11 @@ class Objective:
             for task, part, share in zip(self._normaliser.counted, parts, shares, strict=False)
         }
         return self._with(self._normaliser, Standard(name=name, scores=scores, slack=slack))
+
+    def floors_of(self, scores: Scores) -> dict[str, float]:
+        """Return the floors that a merge sets by its metrics, less sampling error, whatever the objective."""
+        spec = self._spec.model_copy(update={"kind": "floors", "several": (), "smooth": 0.0})
+        return Objective(spec, self._normaliser, layers=self._layers).above("", scores).floors()
 
     def floors(self) -> dict[str, float]:
         """Return the floor of every task that has one, as a normalised score."""
@@ -444,6 +455,23 @@ class Objective:
         A tenth of their range behind their worst loss in each objective, so that extremes count too; one
         unit behind it where they are all alike. Nothing that violates a constraint lies before it.
         """
+        points = self._points(results, recipes)
+        worst, spread = points.max(axis=0), np.ptp(points, axis=0)
+        reference: NDArray[np.float64] = worst + np.where(spread > 0, 0.1 * spread, 1.0)
+        return np.minimum(reference, INFEASIBLE) if self._spec.constraints else reference
+
+    def units(
+        self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None = None
+    ) -> NDArray[np.float64]:
+        """Return the distance of the best loss in each objective from `reference_point`."""
+        best = self._points(results, recipes).min(axis=0)
+        units: NDArray[np.float64] = np.maximum(self.reference_point(results, recipes) - best, 1e-9)
+        return units
+
+    def _points(
+        self, results: Sequence[Scores | Failure], recipes: Sequence[Recipe] | None
+    ) -> NDArray[np.float64]:
+        """Return the finite losses of results, without the rank of those that violate a constraint."""
         points = np.array(
             [
                 self._squeezed(self.point(result, recipes[row] if recipes is not None else None))
@@ -451,10 +479,8 @@ class Objective:
                 if isinstance(result, Scores)
             ]
         )
-        points = points[np.isfinite(points).all(axis=1)]
-        worst, spread = points.max(axis=0), np.ptp(points, axis=0)
-        reference: NDArray[np.float64] = worst + np.where(spread > 0, 0.1 * spread, 1.0)
-        return np.minimum(reference, INFEASIBLE) if self._spec.constraints else reference
+        finite: NDArray[np.float64] = points[np.isfinite(points).all(axis=1)]
+        return finite
 
     def _with(self, normaliser: Normaliser, standard: Standard | None) -> Objective:
         return Objective(self._spec, normaliser, layers=self._layers, standard=standard)
@@ -500,6 +526,8 @@ class Objective:
             return -math.fsum(weight / total * tasks[task] for task, weight in objective.items())
         if objective == "mean":
             return -self._blend(normaliser.mean(scores), normaliser.smooth_mean(scores))
+        if objective == "worst":
+            return -min(tasks[task] for task in normaliser.weakest)
         if objective == "retention":
             return _lost(normaliser.retention(scores))
         if objective == "coherence":

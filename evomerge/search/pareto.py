@@ -57,32 +57,40 @@ def hypervolume(losses: Losses, reference: Losses) -> float:
     return float(moocore.hypervolume(inside, ref=reference)) if len(inside) else 0.0
 
 
-def knee(losses: Losses) -> int:
-    """Return the row of the best compromise: nearest to the ideal point, each objective scaled to [0, 1].
+def worth(losses: Losses, reference: Losses, units: Losses) -> Losses:
+    """Return (n,) what each point gains on the reference point in the objective where it gains least.
 
-    The ideal is the best of each objective on the front, the unit the distance to the worst there
-    (compromise programming, Zeleny 1973). Unlike the largest bulge beyond the line through the extremes
-    (Das 1999) it is a compromise on fronts of any shape.
+    units: (objectives,) of the gains. Of equals the one that gains more on the whole is worth a little more.
+    """
+    gains = (reference - losses) / units
+    return np.asarray(gains.min(axis=1) + 0.01 * gains.mean(axis=1))
 
-    >>> knee(np.array([[0.0, 1.0], [0.2, 0.2], [1.0, 0.0], [0.9, 0.9]]))
+
+def knee(losses: Losses, reference: Losses, units: Losses) -> int:
+    """Return the row of the best compromise: whose least gain on the reference point is largest.
+
+    The solution of Kalai and Smorodinsky (1975, Econometrica 43) of a bargain between the objectives, with
+    units that no point of the front has a say in: its extremes don't move it. It is a compromise on fronts of
+    any shape.
+
+    >>> knee(np.array([[0.0, 0.9], [0.2, 0.2], [0.9, 0.0], [0.9, 0.9]]), np.ones(2), np.ones(2))
     1
     """
-    rows = front(losses)
-    return rows[int(np.argmin(np.linalg.norm(_scaled(losses[rows]), axis=1)))]
+    return int(np.argmax(worth(losses, reference, units)))
 
 
-def spread(losses: Losses, count: int) -> list[int]:
+def spread(losses: Losses, count: int, first: Sequence[int] = ()) -> list[int]:
     """Return at most `count` rows of the front that stand for all of it, in order of choice.
 
-    The knee, the best of each objective, then always the one farthest from those chosen (Gonzalez
+    Those named first, the best of each objective, then always the one farthest from those chosen (Gonzalez
     1985), distances in objectives scaled to [0, 1].
     """
     rows = front(losses)
     scaled = _scaled(losses[rows])
     chosen: list[int] = []
-    for first in (rows.index(knee(losses)), *(int(i) for i in np.argmin(scaled, axis=0))):
-        if first not in chosen:
-            chosen.append(first)
+    for at in (*(rows.index(row) for row in first), *(int(i) for i in np.argmin(scaled, axis=0))):
+        if at not in chosen:
+            chosen.append(at)
     while len(chosen) < min(count, len(rows)):
         gaps = np.linalg.norm(scaled[:, None] - scaled[chosen], axis=2).min(axis=1)
         chosen.append(int(np.argmax(gaps)))
@@ -112,6 +120,10 @@ class Archive:
         self.members: list[Candidate] = []
         self._losses = np.empty((0, len(reference)))
 
+    def clear(self) -> None:
+        """Forget all candidates: those to come are measured on other items."""
+        self.members, self._losses = [], self._losses[:0]
+
     def add(self, candidates: Sequence[Candidate], losses: Losses) -> None:
         """Take in candidates with their losses, shape (n, objectives); a known recipe changes nothing."""
         members, every = [*self.members, *candidates], np.concatenate([self._losses, losses])
@@ -129,6 +141,6 @@ class Archive:
         order = np.argsort(self._losses[:, 0], kind="stable")
         return [self.members[i].recipe for i in order]
 
-    def finalists(self, count: int) -> list[Candidate]:
-        """Return candidates that stand for the front, the knee first."""
-        return [self.members[i] for i in spread(self._losses, count)] if self.members else []
+    def finalists(self, count: int, first: Sequence[int] = ()) -> list[Candidate]:
+        """Return candidates that stand for the front, those at the places named first before others."""
+        return [self.members[i] for i in spread(self._losses, count, first)] if self.members else []

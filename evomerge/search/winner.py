@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.errors import NoWinnerError
-from evomerge.evaluation.scores import Failure, Scores
+from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging.recipe import Recipe
 from evomerge.search import pareto, selection
+from evomerge.search.compromise import Compromise
 from evomerge.search.generations import SearchResult
 from evomerge.search.objective import Objective
 from evomerge.search.ports import CandidateScorer, Journal, Named
@@ -22,6 +23,9 @@ GRADIENT_START = "gradient start"
 """Name of the point that gradients led to."""
 CLEAR = 0.05
 """Level at which a candidate must be better on `select` to take the place of that point."""
+
+COMPROMISES = 3
+"""One of so many finalists of a front is there as a good compromise, the others to stand for all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,26 +140,49 @@ class Selection:
         distinct_ = {c.recipe.hash: c for c in reversed([*chosen, *(e for e in extra if e is not None)])}
         return list(reversed(distinct_.values()))
 
-    def on_front(self, archive: pareto.Archive, hand_made: Sequence[Recipe]) -> Named:
-        """Score representatives of the front on `select` and return the knee there.
+    def on_front(
+        self,
+        archive: pareto.Archive,
+        blocks: Sequence[int],
+        objective: Objective,
+        *,
+        parents: Sequence[Recipe],
+        hand_made: Sequence[Recipe],
+    ) -> Named:
+        """Score representatives of the front on `select` and return the compromise there.
 
         Hand-made merges are scored there too, so that plots can show them beside the front.
+
+        blocks, objective: of `search`, that the front was found on.
         """
         if not archive.members:
             raise _no_winner("no candidate could be scored")
-        chosen = archive.finalists(self.finalists)
-        objective = self.on_select()
+
+        def judge(objective: Objective, split: Split, blocks: Sequence[int] | None) -> Compromise:
+            recipes = [*parents, *hand_made]
+            results = self.scorer.score(recipes, split, "selection", blocks)
+            scored = [(r, s) for r, s in zip(recipes, results, strict=True) if isinstance(s, Scores)]
+            return Compromise(objective, scored, [s for r, s in scored if r in hand_made])
+
+        recipes = [candidate.recipe for candidate in archive.members]
+        results = self.scorer.score(recipes, "search", "selection", blocks)
+        members = [(r, s) for r, s in zip(recipes, results, strict=True) if isinstance(s, Scores)]
+        first = judge(objective, "search", blocks).ranked(members)[: -(-self.finalists // COMPROMISES)]
+        chosen = archive.finalists(self.finalists, first)
         for position, candidate in enumerate(chosen):
             named = Named(name=candidate.name, recipe=candidate.recipe)
             self.journal.record_entry("finalist", position, named)
         self.journal.trim_entries("finalist", len(chosen))
-        recipes = [candidate.recipe for candidate in chosen]
-        results = self.scorer.score(recipes, "select", "selection")
-        self.scorer.score(hand_made, "select", "selection")
-        scored = [i for i, result in enumerate(results) if isinstance(result, Scores)]
+        for position, candidate in enumerate(archive.members):
+            named = Named(name=candidate.name, recipe=candidate.recipe)
+            self.journal.record_entry("front", position, named)
+        self.journal.trim_entries("front", len(archive.members))
+        results = self.scorer.score([c.recipe for c in chosen], "select", "selection")
+        scored = [(c, s) for c, s in zip(chosen, results, strict=True) if isinstance(s, Scores)]
+        compromise = judge(self.on_select(), "select", None)
         if not scored:
             raise _no_winner("none of the finalists could be scored on `select`")
-        winner = chosen[scored[pareto.knee(objective.losses(results, recipes)[scored])]]
+        winner, _ = scored[compromise.best([(c.recipe, s) for c, s in scored])]
         return Named(name=winner.name, recipe=winner.recipe)
 
 

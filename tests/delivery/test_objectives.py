@@ -79,12 +79,11 @@ def test_the_front_is_what_is_stored(plain: Opened) -> None:
     assert last.hypervolume == pytest.approx(pareto.hypervolume(told, np.array(last.reference)))
     assert len(last.recipes) == len(pareto.front(told))
     searched = {p.recipe for p in front.searched}
-    assert searched <= set(last.recipes)
+    assert searched <= set(front.last)
     assert {p.role for p in front.points} >= {"base", "parent", "baseline", "winner"}
     values = np.array([p.values for p in front.searched])
     assert [i for i, p in enumerate(front.searched) if p.on_front] == pareto.front(-values)
     assert summary.winner is not None
-    assert front.searched[pareto.knee(-values)].recipe == summary.winner.recipe.hash
     base = next(p for p in front.points if p.role == "base")
     assert base.values == pytest.approx((0, 0))
 

@@ -104,7 +104,7 @@ def test_the_driver_killed_where_it_decides_on_gradients_and_looks_at_unused_ite
 @pytest.mark.slow
 def test_the_driver_killed_where_there_is_a_front(quick_config: Callable[..., Path], tmp_path: Path) -> None:
     path = quick_config(objective={"several": ["mean", "retention"]}, optimizer={"population": 8})
-    struck(path, tmp_path, "chain", "front", "tell", "scores select")
+    struck(path, tmp_path, "chain", "front", "tell", "guide", "record front", "scores select")
 
 
 @pytest.mark.slow

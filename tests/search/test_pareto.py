@@ -66,7 +66,9 @@ def test_a_spread_is_of_the_front_and_as_large_as_asked_for(losses: np.ndarray, 
     rows, chosen = pareto.front(losses), pareto.spread(losses, count)
     assert set(chosen) <= set(rows)
     assert len(chosen) == len(set(chosen)) == min(count, len(rows))
-    assert chosen[0] == pareto.knee(losses)
+    first = pareto.spread(losses, count, rows[-1:])
+    assert first[0] == rows[-1]
+    assert len(first) == len(chosen)
     if count > losses.shape[1]:
         assert (losses[chosen].min(axis=0) == losses.min(axis=0)).all()
 
@@ -84,12 +86,19 @@ def test_the_knee_is_in_the_middle_of_symmetric_fronts_of_any_shape(power: float
     x = np.linspace(0, 1, 21)
     losses = np.stack([x, scale * (1 - x**power) ** (1 / power)], axis=1)
     losses = losses[np.argsort(-losses[:, 0])]
-    row = pareto.knee(losses)
-    first, second = losses[row] / [1.0, scale]
-    if power == 3:  # bulging away from the ideal, the extremes are nearest
-        assert first + second == pytest.approx(1)
-    else:
-        assert first == pytest.approx(second, abs=0.1)
+    reference = np.array([1.0, scale]) * 1.1
+    first, second = losses[pareto.knee(losses, reference, reference)] / [1.0, scale]
+    assert first == pytest.approx(second, abs=0.1)
+
+
+def test_extremes_do_not_move_the_knee() -> None:
+    """Scaled by the range of the front, a copy of a parent was nearest to the ideal."""
+    merges = np.array([[-0.30, -0.45], [-0.42, -0.40], [-0.50, -0.25]])
+    copies = np.array([[-1.0, -0.02], [0.05, -0.46]])  # a specialist, and what lost its skill
+    reference = np.array([0.1, 0.1])
+    for extremes in (copies, copies[:1], copies[1:], copies[:0]):
+        losses = np.concatenate([merges, extremes])
+        assert pareto.knee(losses, reference, np.ones(2)) == 1
 
 
 @given(POINTS)
@@ -208,7 +217,9 @@ def test_the_winner_is_the_knee_of_the_finalists_on_select(monkeypatch: pytest.M
         scores = scorer._one(recipe, "select", "selection")
         assert isinstance(scores, Scores)
         points.append([-scores["a"].mean, -scores["b"].mean])
-    assert outcome.winner.recipe.hash == finalists[pareto.knee(np.array(points))].hash
+    reference = np.full(2, 0.1)  # the base has 0 of both, a parent 1 of one
+    knee = pareto.knee(np.array(points), reference, np.full(2, 1.1))
+    assert outcome.winner.recipe.hash == finalists[knee].hash
     tested = {hash_ for hash_, split, phase in scorer.asked if split == "test" and phase == "test"}
     assert tested & {r.hash for r in finalists} == {outcome.winner.recipe.hash}
 

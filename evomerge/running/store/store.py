@@ -205,7 +205,7 @@ class RunStore(StoreReader):
             self._put(db, "guide", row, instead="REPLACE")
 
     def record_entry(self, role: str, position: int, entry: Named) -> None:
-        """Store a named row: role base, parent, baseline, start, descent, finalist or winner."""
+        """Store a named row: role base, parent, baseline, start, descent, front, finalist or winner."""
         query = "SELECT name, recipe FROM entry WHERE role = ? AND position = ?"
         if self._row(query, (role, position)) == (entry.name, entry.recipe.hash):
             return

@@ -71,6 +71,8 @@ class SurrogateSpec(Strict):
     """Candidates the optimizer draws for each one that is scored; the surrogate picks the most promising."""
     blocks: int = Field(default=2, ge=1, le=64)
     """Item blocks a generation is scored on at first."""
+    front: bool = True
+    """Whether it guides a search with several objectives, too, in place of the optimizer alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,6 +175,18 @@ class Model:
             found += block.values(here, self._tasks, optimism=optimism, known=known)
         return found / self._counts
 
+    def draws(self, genomes: Sequence[Genome] | Array, normals: Array) -> Array:
+        """Return (draws, n, tasks): what the tasks' values at some genomes may be, drawn jointly.
+
+        normals: (draws, n, tasks), standard normal. The items of a task err together, in all blocks: what
+        the kernel does not know about a genome it does not know about any of them.
+        """
+        here = np.array([self._features(genome) for genome in genomes])
+        found = np.zeros((len(normals), len(here), self._tasks))
+        for block in self._blocks:
+            found += block.draws(here, normals)
+        return found / self._counts
+
     def left_out(self) -> Array:
         """Return (n, tasks): each genome of the largest block as the others predict it (leave-one-out).
 
@@ -383,6 +395,22 @@ class _Block:
         value = np.where(self.outputs.margins, scipy.special.ndtr(lifted / width), lifted)
         found = np.zeros((len(here), tasks))
         found[:, self.present] = np.add.reduceat(value, self.starts, axis=1)
+        return found
+
+    def draws(self, here: Array, normals: Array) -> Array:
+        """Return (draws, points, tasks) this block's sums at points (points, features), as `Model.draws`."""
+        column = self.kernel(here, self.rows)
+        mean = self.mean + column @ self.weights
+        left = self.kernel(here, here) - (column @ self.known.inverse) @ column.T
+        left[np.diag_indices_from(left)] += 1e-6
+        values, vectors = scipy.linalg.eigh(left, driver="evd")
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        deviation, task, margins = np.sqrt(self.variance), self.outputs.task, self.outputs.margins
+        found = np.zeros(normals.shape)
+        for row, normal in zip(found, normals, strict=True):
+            drawn = mean + (root @ normal)[:, task] * deviation
+            value = np.where(margins, scipy.special.ndtr(drawn / SOFTNESS), drawn)
+            row[:, self.present] = np.add.reduceat(value, self.starts, axis=1)
         return found
 
     def extended(self, extra: Array) -> _Rows:

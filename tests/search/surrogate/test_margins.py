@@ -218,3 +218,17 @@ def test_many_at_once_are_what_each_is(optimism: float, pending: bool) -> None:
     found = model.values(genomes, optimism=optimism, pending=extra)
     one_by_one = [model.predict(genome, optimism=optimism, pending=extra).values for genome in genomes]
     assert found == pytest.approx(np.array(one_by_one), abs=1e-9)
+
+
+def test_draws_are_joint_and_lie_around_the_prediction() -> None:
+    model = fitted(taught(60, blocks=2), (0, 1))
+    shown = np.random.default_rng(1).random((1, DIMENSION))
+    unseen = np.random.default_rng(2).random((1, DIMENSION))
+    genomes = np.concatenate([shown, unseen, unseen + 0.01, [np.full(DIMENSION, 9.0)]])
+    draws = model.draws(genomes, np.random.default_rng(3).standard_normal((400, 4, 3)))
+    assert draws.mean(axis=0)[:3] == pytest.approx(model.values(genomes)[:3], abs=0.03)
+    spread = draws.std(axis=0)
+    assert (spread[0] < spread[1]).all()
+    assert (spread[1] < spread[3]).all()
+    for task in range(3):
+        assert np.corrcoef(draws[:, 1, task], draws[:, 2, task])[0, 1] > 0.9
