@@ -64,7 +64,7 @@ class StoredRun:
         data = facts.CONFIG.require(self.store)
         data = {key: value for key, value in data.items() if key not in PERMISSIONS}
         data["out"] = str(self.folder.absolute())
-        data["objective"] = {"kind": OLDEST, **data["objective"]}
+        data["objective"] = {"kind": OLDEST, **(data.get("objective") or {})}
         data["warm_start"] = {"gradients": "off", **(data.get("warm_start") or {})}
         _relocate(data, models or {}, suite)
         data["budget"] = replaced(data["budget"], budget, time.time())
@@ -153,15 +153,18 @@ class StoredRun:
 
     def refuse_older(self) -> None:
         """Refuse to go on with a run migrated from a version whose search can't be replayed."""
-        objective = facts.CONFIG.require(self.store)["objective"]
-        limits = any(limit is not None for limit in objective["constraints"].values())
-        if "kind" not in objective and limits and not objective["several"]:
+        self._refuse_migrated()
+        objective = facts.CONFIG.require(self.store).get("objective") or {}
+        limits = any(limit is not None for limit in objective.get("constraints", {}).values())
+        if "kind" not in objective and limits and not objective.get("several"):
             raise StoreError(
                 f"{self.folder}: begun by an older evomerge, which ranked candidates by their constraints",
                 expected="a run whose constraints have a price",
                 fix="`status`, `report` and `export` work here; to search on, start a new run with "
                 f"warm_start: {{run: {self.folder}}}",
             )
+
+    def _refuse_migrated(self) -> None:
         if (migrated := facts.MIGRATED.get(self.store)) is not None and not migrated["continues"]:
             raise StoreError(
                 f"{self.folder}: begun by an older evomerge, whose search this version can't replay",

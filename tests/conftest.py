@@ -78,6 +78,7 @@ def config_data(zoo: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "executor": {"name": "inline", "threads": 1, "batch_size": 32},
         "racing": {"blocks": 3, "error": 0.5},
         "finalists": 2,
+        "warm_start": {"gradients": False},  # for short tests; those of gradients ask for them
         "weak_specialists": "allow",  # few items, and some tests' models learned nothing
         "seed": 0,
         "out": str(folder / "run"),

@@ -265,9 +265,7 @@ def zoo_build(
             metavar="A,B,...", help="Two to eight skills, one specialist each; default: the demo's."
         ),
     ] = None,
-    architecture: Annotated[
-        str, typer.Option(help="Model type: llama, qwen2, qwen3, mistral or gemma2.")
-    ] = "llama",
+    architecture: Annotated[str, typer.Option(help="Model type: llama, qwen3, mistral or gemma2.")] = "llama",
 ) -> None:
     """Train small models from scratch: a base and its specialists, with a run that merges them.
 

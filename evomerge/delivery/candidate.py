@@ -17,7 +17,7 @@ from evomerge.text import one_line
 
 _WIDTH = 60
 """Characters of an item's text that the table shows."""
-_ROLES = ("base", "parent", "baseline", "start", "descent", "finalist", "winner")
+_ROLES = ("base", "parent", "baseline", "start", "descent", "finalist", "unlimited", "winner")
 
 
 def as_data(

@@ -37,6 +37,8 @@ def notes(summary: Summary) -> list[str]:
         f"the environment changed during the run, so last digits may differ: {change}" for change in changes
     ]
     winners = set(store.timings("test")) - {named.recipe.hash for named in summary.named}
+    if summary.unlimited is not None:
+        winners -= {summary.unlimited.recipe.hash}
     if len(winners) > 1:
         sentences.append(
             f"`test` was used for {len(winners)} winners (the budget was raised), "

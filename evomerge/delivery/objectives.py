@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evomerge.delivery.style import percent
+from evomerge.delivery.style import percent, short_task
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError, StoreError, nearest
 from evomerge.evaluation.scores import Scores, Split
@@ -147,9 +147,45 @@ def notes(summary: Summary) -> list[str]:
             "several objectives: the winner is the knee of the front on select; the verdict is about its "
             "mean score only; the front's numbers are from select"
         )
-    if (sentence := constraints(summary)) is not None:
-        sentences.append(sentence)
+    sentences += [
+        each for each in (floors(summary), constraints(summary), price(summary)) if each is not None
+    ]
     return sentences
+
+
+def floors(summary: Summary) -> str | None:
+    """Return which merge sets the floors, as a sentence; None where the objective has none."""
+    if summary.standard is None:
+        return None
+    return (
+        f"floors: the search lets no skill fall below what {summary.standard.name} has on search, less "
+        "sampling error (objective: {kind: floors})"
+    )
+
+
+def price(summary: Summary) -> str | None:
+    """Return what floors, constraints or balance cost: the best candidate by the mean alone, and the winner.
+
+    None where the winner is that candidate, or one of them is not scored on `test`.
+    """
+    normaliser = summary.normaliser("test")
+    if summary.unlimited is None or summary.winner is None or normaliser is None:
+        return None
+    found = []
+    for named in (summary.unlimited, summary.winner):
+        scores = summary.scores(named.recipe.hash, "test")
+        if scores is None:
+            return None
+        tasks = {task: value for task, value in normaliser.task(scores).items() if task in normaliser.counted}
+        weakest = min(tasks, key=lambda task: tasks[task])
+        found.append(
+            f"{percent(normaliser.mean(scores))} on test (weakest: {short_task(weakest, summary.suite.name)} "
+            f"{percent(tasks[weakest])})"
+        )
+    return (
+        f"what limits cost: the best candidate by the mean alone has {found[0]}, the winner {found[1]}; "
+        "objective: {kind: mean} searches for the mean"
+    )
 
 
 def constraints(summary: Summary) -> str | None:

@@ -26,7 +26,7 @@ from evomerge.schema import parse
 from evomerge.search.companions import Companion, companions, without
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.ports import Named
-from evomerge.stored import StoredRun
+from evomerge.stored import OLDEST, StoredRun
 
 SEED = 20240
 """Seed of every bootstrap: a report of the same run always shows the same digits."""
@@ -120,6 +120,8 @@ class Summary:
         parents: the base, then the sources.
         baselines: the hand-made merges that were scored before the search.
         starts: recipes that the search started from because the user or gradient steps named them.
+        standard: the baseline that sets the floors, None where the objective has none.
+        unlimited: the candidate that was best by the mean alone, where that is not the winner.
         winner: the recipe that was tested, None before the search has stopped.
 
     Example:
@@ -135,6 +137,8 @@ class Summary:
         self.parents = self.store.entries("base") + self.store.entries("parent")
         self.baselines = self.store.entries("baseline")
         self.starts = self.store.entries("start")
+        self.standard = next(iter(self.store.entries("standard")), None)
+        self.unlimited = next(iter(self.store.entries("unlimited")), None)
         winners = self.store.entries("winner") if facts.STOPPED.get(self.store) else []
         self.winner: Named | None = winners[0] if winners else None
         self._normalisers: dict[Split, Normaliser | None] = {}
@@ -144,7 +148,7 @@ class Summary:
     def objective(self) -> ObjectiveSpec:
         """The run's objective, as its config has it."""
         stored = facts.CONFIG.require(self.store)["objective"]
-        return parse(ObjectiveSpec, stored, f"{self.store.folder}: stored objective")
+        return parse(ObjectiveSpec, {"kind": OLDEST, **stored}, f"{self.store.folder}: stored objective")
 
     @property
     def kept_share(self) -> float:

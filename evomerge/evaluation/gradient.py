@@ -75,8 +75,8 @@ def backward(
     for chunk in _chunks(skills, batch_size):
         total -= _skills(model, chunk, loss.softness, max_length, right)
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
-    if texts and loss.price:
-        total += _retention(model, texts, loss.price, batch_size, max_length, prefix)
+    if texts and (loss.price or loss.limit):
+        total += _retention(model, texts, loss, batch_size, max_length, prefix)
     if not math.isfinite(total):
         raise NonFiniteScores("the model's logits are not finite", got=f"a loss of {total}")
     counts = {part.task: len(part.items) for part in loss.tasks}
@@ -171,7 +171,7 @@ def _tokens(model: Any, batch: Batch, trimmed: bool) -> tuple[Tensor, Tensor]:
 def _retention(
     model: Any,
     texts: Sequence[tuple[TaskItems, SmoothTask]],
-    price: float,
+    loss: SmoothLoss,
     batch_size: int,
     max_length: int,
     prefix: int,
@@ -186,8 +186,10 @@ def _retention(
     retained = [
         part.gain * math.exp(mean - (part.base or 0.0)) for part, mean in zip(parts, means, strict=True)
     ]
-    lost = 1.0 - math.fsum(retained)
-    if lost <= 0.0:
+    kept = math.fsum(retained)
+    least, short = loss.limit or (0.0, 0.0)
+    price = loss.price * (kept < 1.0) + short * (kept < least)
+    if not price:
         return 0.0
     trimmed = trims(model)
     for (windows, weights), slope in zip(laid, retained, strict=True):
@@ -198,7 +200,7 @@ def _retention(
             token_weights = by_token[start : start + len(likelihood)].to(likelihood)
             (-price * slope * (token_weights * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
             start += len(likelihood)
-    return price * lost
+    return loss.price * max(0.0, 1.0 - kept) + short * max(0.0, least - kept)
 
 
 def _windows(

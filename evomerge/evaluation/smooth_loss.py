@@ -44,11 +44,15 @@ class SmoothTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmoothLoss:
-    """The loss price * max(0, 1 - retention) - sum of gain * mean(sigmoid(margin / softness))."""
+    """The loss price * max(0, 1 - retention) - sum of gain * mean(sigmoid(margin / softness)).
+
+    limit: least retention and the price of a unit below it, which is added; None without a limit.
+    """
 
     tasks: tuple[SmoothTask, ...]
     price: float
     softness: float
+    limit: tuple[float, float] | None = None
 
     @property
     def items(self) -> int:
@@ -58,7 +62,10 @@ class SmoothLoss:
     @property
     def key(self) -> str:
         """A hash of everything that determines its value."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        data = dataclasses.asdict(self)
+        if self.limit is None:
+            del data["limit"]  # gradients that were stored before it existed keep their keys
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +91,7 @@ def smooth_loss(
     softness: float,
     share: float,
     rng: np.random.Generator,
+    limit: tuple[float, float] | None = None,
 ) -> SmoothLoss:
     """Return the surrogate of minus what the skills are worth plus the price of lost retention.
 
@@ -98,18 +106,19 @@ def smooth_loss(
         softness: width of the sigmoid, in nats.
         share: share of each task's items that take part, drawn by `rng`; 1 takes all items and draws nothing.
         rng: draws the items.
+        limit: least retention, and the price of a unit below it.
     """
     tasks = []
     for name, gain in gains.items():
         if base[name].margin is not None:
             items = _drawn(len(base[name].metric), share, rng)
             tasks.append(SmoothTask(task=name, gain=gain, items=items))
-    for name, part in normaliser.retention_shares().items() if price else ():
+    for name, part in normaliser.retention_shares().items() if price or limit else ():
         metric = base[name].metric
         items = _drawn(len(metric), share, rng)
         mean = float(metric[list(items)].mean())
         tasks.append(SmoothTask(task=name, gain=part, items=items, base=mean))
-    return SmoothLoss(tasks=tuple(tasks), price=price, softness=softness)
+    return SmoothLoss(tasks=tuple(tasks), price=price, softness=softness, limit=limit)
 
 
 def _drawn(count: int, share: float, rng: np.random.Generator) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from evomerge.evaluation.scores import Array, Failure, Scores
 from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, smooth_loss
 from evomerge.merging import methods
 from evomerge.merging.recipe import Recipe
-from evomerge.search.objective import FLOOR, Objective
+from evomerge.search.objective import FLOOR, SHORT, Objective
 from evomerge.search.ports import GradientSource, OutOfTime
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.warm_start import GradientSpec
@@ -177,6 +177,7 @@ class StepLosses:
     of the differences is added to the start's score on all items.
 
     objective: on all `search` items. base, start: scores of the base and of the first point, on all items.
+    price: the loss per unit of lost retention. least: the least retention that constraints allow.
     """
 
     def __init__(
@@ -187,11 +188,13 @@ class StepLosses:
         start: Scores,
         spec: GradientSpec,
         price: float,
+        least: float | None = None,
         seeds: list[np.random.SeedSequence],
     ) -> None:
         normaliser = objective.normaliser
         self._normaliser, self._base, self._price = normaliser, base, price
         self._spec, self._seeds = spec, seeds
+        self._limit = None if least is None else (least, SHORT)
         self._tasks = normaliser.counted
         self._headroom = np.array([skill.headroom for skill in normaliser.skills])
         self._start = [self._soft(start, task) for task in self._tasks]
@@ -228,6 +231,7 @@ class StepLosses:
             softness=self._spec.softness,
             share=self._spec.share,
             rng=np.random.default_rng(self._seeds[step]),
+            limit=self._limit,
         )
 
     def learn(self, loss: SmoothLoss, gradient: Gradient) -> None:

@@ -126,6 +126,7 @@ class Search:
         self._dropped: tuple[str, ...] = ()  # tasks whose companion is not used
         self._counted_tasks: tuple[str, ...] = ()
         self._standard: Named | None = None  # the merge that sets the floors
+        self._unlimited: Named | None = None  # the best by the mean alone
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
@@ -152,9 +153,13 @@ class Search:
         winner, stopped = self._searched(objective, parents, hand_made, starts, spent)
         self._guard_inputs()
         self._journal.record_entry("winner", 0, winner)
+        if self._unlimited is not None:
+            self._journal.record_entry("unlimited", 0, self._unlimited)
+        self._journal.trim_entries("unlimited", int(self._unlimited is not None))
         self._scorer.require([*self._parents, winner], "test", "test")
-        compared = [*starts, *tested]
-        self._scorer.score([k.named.recipe for k in compared], "test", "test of the baselines")
+        compared = [k.named for k in (*starts, *tested)]
+        compared += [self._unlimited] if self._unlimited is not None else []
+        self._scorer.score([named.recipe for named in compared], "test", "test of the baselines")
         self._guard_inputs()
         return Outcome(winner=winner, stopped=stopped)
 
@@ -208,7 +213,7 @@ class Search:
         )
         if archive is None:
             begun = [self._start(k, views(searched.blocks)) for k in starts]
-            winner = selection.best(begun, searched, views)
+            winner, self._unlimited = selection.best(begun, searched, views)
         else:
             winner = selection.on_front(archive, [k.named.recipe for k in hand_made])
         return winner, searched.stopped
@@ -293,6 +298,7 @@ class Search:
         floored = objective.above(best.named.name, best.scores)
         if floored.standard is not None:
             self._standard = best.named
+            self._journal.record_entry("standard", 0, best.named)
         return floored
 
     def _again(self, objective: Objective, known: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
@@ -418,6 +424,7 @@ class Search:
             start=base if best is None else best.scores,
             spec=spec,
             price=self._plan.objective.retention,
+            least=self._plan.objective.constraints.retention,
             seeds=self._seed(_GRADIENTS).spawn(spec.steps),
         )
         start = self._starts(known)[0]

@@ -236,6 +236,14 @@ class Objective:
         """The merge that sets the floors; None where the objective has none."""
         return self._standard
 
+    @property
+    def unlimited(self) -> Objective | None:
+        """This one objective as the mean alone, without floors and constraints; None where it is that."""
+        if self._spec.kind == "mean" and not self._spec.constraints:
+            return None
+        spec = self._spec.model_copy(update={"kind": "mean", "constraints": ConstraintsSpec()})
+        return Objective(spec, self._normaliser, layers=self._layers)
+
     def above(self, name: str, scores: Scores) -> Objective:
         """Return this objective with the floors that a merge sets, if it is of that kind.
 
@@ -294,9 +302,9 @@ class Objective:
         return loss + spec.depth * self.depth(recipe)
 
     def point(self, scores: Scores, recipe: Recipe | None = None) -> NDArray[np.float64]:
-        """Return the losses of one scored candidate without constraints, shape (objectives,)."""
+        """Return the losses of one scored candidate, shape (objectives,); several without constraints."""
         if not self._spec.several:
-            return np.array([self._unconstrained.loss(scores, recipe)])
+            return np.array([self.loss(scores, recipe)])
         tasks = self._tasks(scores)
         return np.array([self._one(each, scores, tasks, recipe) for each in self._spec.several])
 
@@ -447,12 +455,6 @@ class Objective:
         worst, spread = points.max(axis=0), np.ptp(points, axis=0)
         reference: NDArray[np.float64] = worst + np.where(spread > 0, 0.1 * spread, 1.0)
         return np.minimum(reference, INFEASIBLE) if self._spec.constraints else reference
-
-    @property
-    def _unconstrained(self) -> Objective:
-        """This objective without constraints and floors."""
-        spec = self._spec.model_copy(update={"constraints": ConstraintsSpec()})
-        return Objective(spec, self._normaliser, layers=self._layers)
 
     def _with(self, normaliser: Normaliser, standard: Standard | None) -> Objective:
         return Objective(self._spec, normaliser, layers=self._layers, standard=standard)

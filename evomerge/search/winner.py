@@ -39,8 +39,14 @@ class Selection:
     counted: Callable[[Scores], int]
     on_select: Callable[[], Objective]
 
-    def best(self, starts: Sequence[Candidate], searched: SearchResult, views: Views) -> Named:
-        """Score the finalists on `select`, which the search never saw, and return the winner."""
+    def best(
+        self, starts: Sequence[Candidate], searched: SearchResult, views: Views
+    ) -> tuple[Named, Named | None]:
+        """Score the finalists on `select`, which the search never saw, and return the winner.
+
+        Also returns the candidate that is best on `search` by the mean alone, where floors, constraints or
+        balance made another the winner.
+        """
         candidates = [*starts, *searched.candidates]
         if not candidates:
             raise _no_winner("no candidate could be scored")
@@ -74,7 +80,21 @@ class Selection:
         winner = scored[best][0]
         self.journal.record_chosen_on(searched.blocks)
         self.scorer.score([winner.recipe], "search", "winner on all items")
-        return Named(name=winner.name, recipe=winner.recipe)
+        unlimited = self._unlimited(candidates, winner, searched.blocks, views(searched.blocks))
+        return Named(name=winner.name, recipe=winner.recipe), unlimited
+
+    def _unlimited(
+        self, candidates: Sequence[Candidate], winner: Candidate, blocks: Sequence[int], objective: Objective
+    ) -> Named | None:
+        """Return the candidate that is best by the mean alone, None where that is the winner."""
+        free = objective.unlimited
+        if free is None:
+            return None
+        recipes = [candidate.recipe for candidate in candidates]
+        scores = self.scorer.score(recipes, "search", "winner on all items", blocks)
+        losses = free.losses(scores, recipes)[:, 0]
+        best = candidates[int(np.argmin(losses))]
+        return None if best.recipe == winner.recipe else Named(name=best.name, recipe=best.recipe)
 
     @staticmethod
     def _clearly_better(objective: Objective, scores: Scores, others: Scores) -> bool:

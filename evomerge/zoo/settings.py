@@ -91,12 +91,12 @@ SETTINGS: dict[str, ZooSettings] = {"demo": DEMO, "tiny": TINY}
 
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama": (),
-    "qwen2": (),
     "qwen3": ("head_dim",),
     "mistral": (),
     "gemma2": ("head_dim", "query_pre_attn_scalar"),
 }
-"""Model type -> the keys of its config that must be told the width of a head."""
+"""Model type -> the keys of its config that must be told the width of a head. Not qwen2, whose tokenizers
+transformers 5.23 opens by a class of its own, whatever their files say."""
 
 MOST_SKILLS = 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -81,7 +82,9 @@ def test_convergence_and_finalists(opened: Summary) -> None:
     course = Course(opened)
     convergence = course.convergence()
     assert convergence.generations == (0, 1, 2)
-    assert list(convergence.best_so_far) == sorted(convergence.best_so_far)
+    course_so_far = list(zip(convergence.blocks, convergence.best_so_far, strict=True))
+    for (blocks, before), (more, after) in itertools.pairwise(course_so_far):
+        assert more > blocks or after >= before  # on the same items it never falls
     assert convergence.best_baseline is not None
     finalists = course.finalists()
     assert 3 <= len(finalists) <= 4  # with their soup, where it was no worse than the first
@@ -177,7 +180,7 @@ def test_terminal_table_fits_and_ends_with_the_verdict(opened: Summary, width: i
     said = " ".join(text.split())
     for phrase in (
         "over the best baseline",
-        "selection bias: on search the best of 12 candidates",
+        "optimism: the winner has",
         "share of the specialist's score kept (mean over tasks): winner",
     ):
         assert phrase in said

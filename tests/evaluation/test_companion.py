@@ -207,7 +207,7 @@ def test_it_has_a_gradient(make_suite: MakeSuite, tmp_path: Path, tokenizer: Any
     def of(task: str) -> tuple[float, float]:
         part = SmoothTask(task=task, gain=1.0, items=tuple(range(ITEMS["search"])))
         with differentiable(model):
-            loss = harness.backward(model, "search", SmoothLoss(tasks=(part,), price=0.0, softness=1.0))
+            loss, _ = harness.backward(model, "search", SmoothLoss(tasks=(part,), price=0.0, softness=1.0))
             return loss, float(model.lm_head.weight.grad.abs().sum())
 
     value, slope = of("write")

@@ -31,7 +31,9 @@ def test_log_and_report_name_the_number(config: Callable[..., Path], tmp_path: P
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     compose.start(RunConfig.load(path), Silent())
     with StoredRun.read(tmp_path / "run") as run:
-        (sentence,) = [note for note in notes(Summary(run)) if note.startswith("own: ") and "search" in note]
+        (sentence,) = [
+            note for note in notes(Summary(run)) if note.startswith("own: ") and "search items" in note
+        ]
     assert "search items are near duplicates of items in a later split" in sentence
     logs = "".join(file.read_text() for file in (tmp_path / "run").glob("*log*") if file.is_file())
     assert sentence in logs

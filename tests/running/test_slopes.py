@@ -17,7 +17,7 @@ from evomerge.config import RunConfig
 from evomerge.delivery.course import Course
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss, SmoothTask
 from evomerge.prepare import prepare
@@ -25,9 +25,9 @@ from evomerge.running import warm_start
 from evomerge.running.batches import Batches
 from evomerge.running.executors import LocalProcesses
 from evomerge.running.slopes import Slopes
-from evomerge.running.store import RunStore
+from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import GradientJob, Job, Worker
-from evomerge.search.warm_start import GradientSpec
+from evomerge.search.warm_start import GradientSpec, WarmStartSpec
 from evomerge.stored import StoredRun
 from tests.conftest import write_suite
 from tests.running.fakes import recipe
@@ -73,7 +73,10 @@ def test_a_gradient_is_computed_once_in_the_life_of_a_run(
     assert executor.count == 3
 
 
-def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("limit", [None, (0.9, 2.0)])
+def test_a_worker_differentiates_what_it_scores(
+    config: Callable[..., Path], limit: tuple[float, float] | None
+) -> None:
     """The loss is the scores' own, its derivative that of the loss; the live model is left as it was."""
     prepared = prepare(RunConfig.load(config(dtype="float32", racing="off")))
     worker = Worker(prepared.worker)
@@ -83,10 +86,11 @@ def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> 
         SmoothTask(task="demo_upper", gain=0.4, items=ITEMS[::2]),
         SmoothTask(task="demo_text", gain=1.0, items=ITEMS, base=0.0),
     )
-    loss = SmoothLoss(tasks=tasks, price=0.3, softness=2.0)
+    loss = SmoothLoss(tasks=tasks, price=0.3, softness=2.0, limit=limit)
 
     def expected(scores: Scores) -> float:
-        value = 0.3 * (1 - np.exp(scores["demo_text"].metric.mean()))
+        kept = np.exp(scores["demo_text"].metric.mean())
+        value = 0.3 * (1 - kept) + (2.0 * (0.9 - kept) if limit else 0.0)
         for task in tasks[:2]:
             margin = scores[task.task].margin
             assert margin is not None
@@ -99,6 +103,11 @@ def test_a_worker_differentiates_what_it_scores(config: Callable[..., Path]) -> 
     scored = worker.run(Job(recipe=space.decode(at), split="search")).outcome
     assert isinstance(scored, Scores)
     assert result.loss == pytest.approx(expected(scored), rel=1e-5)
+    for task in tasks[:2]:
+        margin = scored[task.task].margin
+        assert margin is not None
+        soft = np.mean(1 / (1 + np.exp(-margin[list(task.items)] / 2.0)))
+        assert result.values[task.task] == pytest.approx(soft, rel=1e-4)
     again = worker.run(GradientJob(recipe=space.decode(at), loss=loss)).outcome
     assert again == result
     for index in range(2):
@@ -251,9 +260,31 @@ def test_gradients_need_a_method_with_a_slope(config: Callable[..., Path]) -> No
         prepare(RunConfig.load(config(space=space, warm_start={"gradients": True})))
 
 
-def test_runs_from_before_warm_starts_keep_their_identity(config: Callable[..., Path]) -> None:
+def test_runs_from_before_kinds_and_gradients_go_on_as_they_began(
+    config: Callable[..., Path], finished_run: Path, tmp_path: Path
+) -> None:
+    old = RunConfig.load(config(warm_start={"gradients": False}, objective={"kind": "mean"}))
+    data = old.model_dump(mode="json")
+    del data["warm_start"], data["objective"]["kind"]
+    shutil.copytree(finished_run, tmp_path / "old")
+    with RunStore.open(tmp_path / "old") as store:
+        facts.CONFIG.set(store, data)
+    with StoredRun.read(tmp_path / "old") as run:
+        found = run.config()
+        run.refuse_older()
+        assert Summary(run).objective.kind == "mean"
+    assert (found.objective.kind, found.warm_start.gradients) == ("mean", "off")
+    assert found.identity() == old.identity()
+    data["objective"]["constraints"] = {**data["objective"]["constraints"], "tasks": 0.5}
+    with RunStore.open(tmp_path / "old") as store:
+        facts.CONFIG.set(store, data)
+    with StoredRun.read(tmp_path / "old") as run, pytest.raises(StoreError, match="by their constraints"):
+        run.refuse_older()
+
+
+def test_gradients_are_part_of_a_runs_identity(config: Callable[..., Path]) -> None:
+    assert WarmStartSpec().gradients == "auto"
     plain = RunConfig.load(config())
-    assert plain.identity() == RunConfig.load(config(warm_start={"gradients": False})).identity()
     assert plain.identity() != RunConfig.load(config(warm_start=GRADIENTS)).identity()
     assert RunConfig.load(config(warm_start=GRADIENTS)).warm_start.gradients == GradientSpec(
         steps=3, share=0.5

@@ -193,7 +193,7 @@ GRADIENT = FactFamily(
 CHOSEN_ON = Fact(
     "chosen_on", list[int], "search", "item blocks of `search` that the finalists were chosen on"
 )
-GRADIENT_STEPS = Fact("gradient_steps", int, "search", "how many gradient steps the search began with")
+GRADIENT_STEPS = Fact("descent_steps", int, "search", "how many gradient steps the search began with")
 WEIGHTS = FactFamily(
     "weights",
     ("RECIPE",),

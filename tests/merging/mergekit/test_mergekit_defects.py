@@ -65,12 +65,12 @@ DEFECTS = {
         "merging.test_compatibility.test_other_vocabularies_are_refused_with_examples",
     ),
     "uneven slices drop a source in silence": (
-        "merging.mergekit.test_mergekit.test_slices_that_say_nothing_sound_are_refused",
+        "merging.mergekit.test_slices.test_slices_that_say_nothing_sound_are_refused",
         "merging.mergekit.test_mergekit_defects.test_a_last_slice_with_more_sources_loses_none_of_them",
     ),
     "the same model twice in a slice collapses to one": (
         "merging.mergekit.test_mergekit.test_one_model_twice_stays_two_sources",
-        "merging.mergekit.test_mergekit.test_slices_say_which_layers",
+        "merging.mergekit.test_slices.test_slices_say_which_layers",
         "merging.mergekit.test_mergekit_defects.test_the_same_model_twice_in_a_slice_counts_twice",
     ),
     "the stored type is not the one config.json names": (

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from evomerge.errors import ModelError
 from evomerge.merging.sources.tokenizer_check import check_tokenizer
+from evomerge.zoo.settings import DEMO
 from evomerge.zoo.skills import make_tokenizer
 
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
@@ -21,7 +22,7 @@ DIGITS = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 def words() -> Tokenizer:
-    return make_tokenizer().backend_tokenizer
+    return make_tokenizer(DEMO.skills).backend_tokenizer
 
 
 def byte_level(pattern: str | None = None) -> Tokenizer:

@@ -70,6 +70,7 @@ def test_the_values_of_a_finished_run_have_the_declared_types(finished_run: Path
         "stop",
         "migrated",
         "sharing",
+        "descent_steps",
         "gradient RECIPE LOSS",
         "weights RECIPE",
     }
