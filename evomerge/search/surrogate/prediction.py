@@ -5,8 +5,8 @@ is measured where the truth is known: every scored genome is predicted from thos
 leave it as uncertain, and compared with the metric itself. Half the interval is what 95 % of those errors
 stay below. Leaving out one genome alone would measure errors beside its neighbours, which are many and near.
 
-Where most scored genomes have hardly any others that far away, no error was measured: nothing near what is
-asked was scored, and no score is predicted.
+Beyond an uncertainty of FAR, or where most scored genomes have hardly any others that far away, so that no
+error was measured, nothing near what is asked was scored, and no score is predicted.
 
 Candidates are often scored on some item blocks only. What their items say of all items is uncertain, too: the
 spread of that difference over the recipes that were scored on everything is added.
@@ -29,6 +29,8 @@ from evomerge.search.surrogate.guide import Observed
 from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
 
 LEVEL = 0.95
+FAR = 0.8
+"""Uncertainty above which the scored genomes explain little, 36 % of the variance, of what is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,7 @@ def predict_score(
         uncertainty=uncertainty,
         lowest=float(measured.min()),
         highest=float(measured.max()),
-        known=bool(np.median(used) >= ENOUGH - 1),
+        known=bool(uncertainty <= FAR and np.median(used) >= ENOUGH - 1),
     )
 
 

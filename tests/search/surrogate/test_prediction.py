@@ -117,6 +117,16 @@ def test_where_nothing_near_was_scored_nothing_is_known() -> None:
     assert found[1].uncertainty > 0.9
 
 
+def test_what_lies_farther_away_than_scored_recipes_from_each_other_is_not_known() -> None:
+    rng = np.random.default_rng(0)
+    genomes = 0.05 * rng.random((20, DIMENSION))
+    examples = [
+        Example(recipe=str(n), genome=g, parts=dict(enumerate(parts(0.0, g)))) for n, g in enumerate(genomes)
+    ]
+    found = [predict(np.full(DIMENSION, at), examples) for at in (0.03, 0.5)]
+    assert [f.known for f in found] == [True, False]
+
+
 def _bounds(found: PredictedScore) -> tuple[float, float]:
     return found.low, found.high
 
