@@ -12,7 +12,7 @@ The predictors, means over both directions of a pair, from 16 `search` items per
     interference  log mean square of the slope of a specialist's margins along the other's task vector
     slack         its mean margin by the root mean square of these slopes
 
-`fit`: ridge regression of the gain on slack and cosine, learnt on the other zoos.
+`fit`: a straight line of the gain over the slack, through the pairs of the other zoos.
 """
 
 from __future__ import annotations
@@ -144,17 +144,10 @@ def measured(source: Path) -> list[dict[str, Any]]:
 
 
 def fitted(zoos: list[list[dict[str, Any]]], left: int) -> Array:
-    """Return the predicted gains of a zoo's pairs, from the pairs of the other zoos."""
-
-    def rows(pairs: list[dict[str, Any]]) -> Array:
-        return np.array([[pair["slack"], pair["cosine"]] for pair in pairs])
-
+    """Return the predicted gains of a zoo's pairs, by a straight line through those of the other zoos."""
     known = [pair for number, zoo in enumerate(zoos) if number != left for pair in zoo]
-    features, gains = rows(known), np.array([pair["gain"] for pair in known])
-    middle, width = features.mean(axis=0), features.std(axis=0)
-    scaled = (features - middle) / width
-    slopes = np.linalg.solve(scaled.T @ scaled + np.eye(2), scaled.T @ (gains - gains.mean()))
-    return np.asarray((rows(zoos[left]) - middle) / width @ slopes + gains.mean())
+    line = np.polyfit([pair["slack"] for pair in known], [pair["gain"] for pair in known], 1)
+    return np.polyval(line, [pair["slack"] for pair in zoos[left]])
 
 
 def main() -> None:
@@ -185,6 +178,10 @@ def main() -> None:
             [scipy.stats.spearmanr(column[d], gains[d]).statistic for d in draws], [2.5, 97.5]
         )
         print(f"{name}: {ranks:.2f} [{low:.2f}, {high:.2f}]")
+    if "fit" in columns:
+        errors = 100 * (gains - columns["fit"])
+        spread = 100 * gains.std()
+        print(f"error of the fit: {np.sqrt((errors**2).mean()):.1f} points; the gains spread by {spread:.1f}")
 
 
 if __name__ == "__main__":
