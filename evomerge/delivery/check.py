@@ -12,7 +12,7 @@ from evomerge.evaluation.gains import Gain, dud_sentences
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.running.worker import build_harness
-from evomerge.search.objective import check_tokens
+from evomerge.search.objective import ObjectiveSpec, check_tokens
 from evomerge.search.racing import FULL, full_blocks
 from evomerge.text import one_line, printable
 from evomerge.trial import Probe, gradient_steps
@@ -105,6 +105,7 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
         f"space:  {prepared.space.describe()}",
         f"search: {prepared.optimizer}",
         f"        {_search_settings(prepared)}",
+        f"goal:   {_goal(config.objective)}",
         f"suite:  {prepared.suite.name}; one candidate takes {items}",
         *(
             f"        {name} stands for {len(tasks)} tasks: {', '.join(tasks)}"
@@ -130,6 +131,19 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
     lines += [f"note:   {note}" for note in visible.notes]
     notes = (f"note:   {note}" for note in (*prepared.notes, *questions.notes, *_gain_notes(probe)))
     return "\n".join([*lines, *_specialists(probe.gains), *notes, *_prompts(questions.prompts)])
+
+
+def _goal(objective: ObjectiveSpec) -> str:
+    """Return what the search looks for, in one line."""
+    if objective.several:
+        return f"a front of {', '.join(objective.names)}"
+    kinds = {
+        "floors": "the mean of the tasks, none of them below what the best hand-made merge has",
+        "mean": "the mean of the tasks; a task may be given up for others",
+        "balanced": "the mean of the tasks' logarithms, in which the weakest counts most",
+    }
+    within = "; within the constraints" if objective.constraints else ""
+    return f"{kinds[objective.kind]} (objective: {{kind: {objective.kind}}}){within}"
 
 
 def _specialists(gains: Sequence[Gain]) -> Iterator[str]:

@@ -264,6 +264,7 @@ def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[...,
         ({"constraints": {"tokens": 1.1}}, "off (the objective limits tokens)"),
         ({"depth": 0.1, "constraints": {"tokens": 1.1}}, "off (the objective charges for depth)"),
         ({"constraints": {"tasks": 0.5}}, "on"),
+        ({"kind": "balanced"}, "on"),
     ],
 )
 def test_check_says_why_there_is_no_surrogate(
@@ -283,6 +284,13 @@ def test_check_says_why_there_is_no_surrogate(
         late=False,
     )
     found = check.text(prepared, probe, check.Questions(prompts=(), notes=()))
+    goal = (
+        "the mean of the tasks' logarithms"
+        if "kind" in objective
+        else "the mean of the tasks, none of them below"
+    )
+    assert f"goal:   {goal}" in found
+    assert ("; within the constraints" in found) == ("constraints" in objective)
     assert f"surrogate {reason}; starts" in found
 
 

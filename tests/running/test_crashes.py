@@ -86,6 +86,22 @@ def test_the_driver_killed_at_every_kind_of_event(quick_config: Callable[..., Pa
 
 
 @pytest.mark.slow
+def test_the_driver_killed_where_it_decides_on_gradients_and_looks_at_unused_items(
+    quick_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "budget": {"generations": 6},
+        "optimizer": {"population": 7},
+        "racing": {"blocks": 4},
+        "surrogate": {"blocks": 1},
+        "warm_start": {"gradients": "auto"},
+    }
+    kinds = ("fact descent_steps", "guide", "fact chosen_on")
+    found = struck(quick_config(**changes), tmp_path, "chain", *kinds)
+    assert set(found["kinds"]) == set(kinds)
+
+
+@pytest.mark.slow
 def test_the_driver_killed_where_there_is_a_front(quick_config: Callable[..., Path], tmp_path: Path) -> None:
     path = quick_config(objective={"several": ["mean", "retention"]}, optimizer={"population": 8})
     struck(path, tmp_path, "chain", "front", "tell", "scores select")
