@@ -96,13 +96,6 @@ def predict_score(
     """
     blocks = shared_blocks([set(example.parts) for example in examples])
     known = _nearest(genome, [e for e in examples if set(blocks) <= set(e.parts)])
-    if len(known) < ENOUGH:
-        raise UserError(
-            "too little was scored to learn from",
-            expected=f"{ENOUGH} recipes of the run's space scored on the same `search` items",
-            got=str(len(known)),
-            fix="resume the run, with a larger budget if it is finished",
-        )
     scale = normaliser.on(joined([base[block] for block in blocks]))
     skills, kept = scale.skills, scale.retained
     tasks = [share.task for share in (*skills, *kept)]
@@ -173,8 +166,15 @@ def shared_blocks(sets: Sequence[set[int]], share: float = 0.5) -> tuple[int, ..
 
 
 def _nearest(genome: Genome, examples: Sequence[Example]) -> list[Example]:
-    """The examples a model takes in, each genome once."""
+    """Return the examples a model takes in, each genome once; UserError where they are too few."""
     distinct = list({e.genome.tobytes(): e for e in reversed(examples)}.values())[::-1]
+    if len(distinct) < ENOUGH:
+        raise UserError(
+            "too little was scored to learn from",
+            expected=f"{ENOUGH} recipes of the run's space scored on the same `search` items",
+            got=str(len(distinct)),
+            fix="resume the run, with a larger budget if it is finished",
+        )
     order = np.argsort([float(((e.genome - genome) ** 2).sum()) for e in distinct], kind="stable")
     return [distinct[i] for i in sorted(int(i) for i in order[:NEAREST])]
 
