@@ -165,7 +165,8 @@ def text(predicted: Prediction) -> RenderableType:
     half = (forecast.high - forecast.low) / 2
     for name in ("mean", *forecast.tasks):
         mean = name == "mean"
-        cells = [f"{percent(forecast.mean)} ±{percent(half)}" if mean else percent(forecast.tasks[name])]
+        score = f"{percent(forecast.mean)} ±{percent(half)}" if mean else percent(forecast.tasks[name])
+        cells = [score if forecast.known else percent(None)]
         if measured is not None:
             cells.append(percent(measured.mean if mean else measured.tasks[name]))
         if baseline is not None:
@@ -176,6 +177,14 @@ def text(predicted: Prediction) -> RenderableType:
 
 def _sentences(predicted: Prediction) -> list[str]:
     forecast = predicted.forecast
+    learnt = f"{forecast.learnt} recipes{of_blocks(len(forecast.blocks), predicted.blocks)}"
+    if not forecast.known:
+        return [
+            f"recipe {predicted.recipe[:12]}: nothing near it was scored, "
+            "so the model knows nothing about this merge",
+            f"the nearest {learnt} have {percent(forecast.lowest)} to {percent(forecast.highest)} points; "
+            "this one may lie outside: only scoring it can tell",
+        ]
     lines = [
         f"predicted for recipe {predicted.recipe[:12]}: {percent(forecast.mean)} points, "
         f"95 % interval {bounds(forecast.low, forecast.high)}"
@@ -185,32 +194,31 @@ def _sentences(predicted: Prediction) -> list[str]:
     if forecast.retention is not None:
         lines.append(f"retention: {percent(forecast.retention)} % of the base's")
     lines.append(
-        f"fitted to {forecast.learnt} recipes{of_blocks(len(forecast.blocks), predicted.blocks)}; "
-        f"cross-validated (leave one out): typical error {percent(forecast.error)} points, "
-        f"rank correlation {forecast.correlation:.2f}"
+        f"fitted to {learnt}; cross-validated (each from those as far away): "
+        f"typical error {percent(forecast.error)} points, rank correlation {forecast.correlation:.2f}"
     )
     if predicted.ranked is not None:
         ignored = f", below the {TRUSTED:g} at which the search uses it" if predicted.ranked < TRUSTED else ""
         lines.append(
             f"the run's surrogate: rank correlation {predicted.ranked:.2f} on unseen candidates{ignored}"
         )
-    if forecast.uncertainty > 0.9:
-        lines.append("far from all scored recipes: the prediction is hardly more than the run's average")
     return lines
 
 
 def as_data(predicted: Prediction) -> dict[str, Any]:
-    """Return the prediction as plain data (`predict --json`), scores as in `predict`."""
+    """Return the prediction as plain data (`predict --json`), scores as in `predict`, None if not known."""
     forecast, measured = predicted.forecast, predicted.measured
+    known = forecast.known
     return {
         "recipe": predicted.recipe,
         "split": "search",
-        "mean": forecast.mean,
-        "low": forecast.low,
-        "high": forecast.high,
-        "tasks": forecast.tasks,
-        "values": forecast.values,
-        "retention": forecast.retention,
+        "known": known,
+        "mean": forecast.mean if known else None,
+        "low": forecast.low if known else None,
+        "high": forecast.high if known else None,
+        "tasks": forecast.tasks if known else None,
+        "values": forecast.values if known else None,
+        "retention": forecast.retention if known else None,
         "measured": None
         if measured is None
         else {
@@ -226,6 +234,7 @@ def as_data(predicted: Prediction) -> dict[str, Any]:
         "blocks": list(forecast.blocks),
         "uncertainty": forecast.uncertainty,
         "left_out": {"error": forecast.error, "correlation": forecast.correlation},
+        "learnt_from": {"lowest": forecast.lowest, "highest": forecast.highest},
         "correlation_of_the_run": predicted.ranked,
     }
 

@@ -92,6 +92,46 @@ def test_text_and_data_say_the_same(opened: Opened) -> None:
     assert f"best baseline ({predicted.baseline})" in text
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_where_nothing_near_was_scored_no_score_is_printed(known: bool) -> None:
+    forecast = prediction.PredictedScore(
+        mean=0.4321,
+        low=0.3,
+        high=0.5642,
+        tasks={"t": 0.4321},
+        values={"t": 0.2109},
+        retention=0.9876,
+        learnt=30,
+        blocks=(0, 1),
+        error=0.0766,
+        correlation=0.5,
+        uncertainty=0.97,
+        lowest=0.1234,
+        highest=0.6543,
+        known=known,
+    )
+    asked = predict.Prediction(
+        recipe="0123456789abcdef",
+        forecast=forecast,
+        measured=None,
+        baseline="TIES",
+        baseline_mean=0.2,
+        baseline_tasks={"t": 0.2},
+        ranked=None,
+        blocks=2,
+    )
+    text, data = said(asked), predict.as_data(asked)
+    assert ("the model knows nothing about this merge" in text) is not known
+    for shown in ("43.2", "98.8", "7.7 points", "better than the best baseline"):
+        assert (shown in text) is known
+    for shown in ("12.3 to 65.4 points", "only scoring it can tell"):
+        assert (shown in text) is not known
+    assert data["known"] is known
+    for name in ("mean", "low", "high", "tasks", "values", "retention"):
+        assert (data[name] is None) is not known
+    assert data["learnt_from"] == {"lowest": 0.1234, "highest": 0.6543}
+
+
 @pytest.mark.parametrize("asked", ["no-such-file.yaml", "abc", "ABCDEF12"])
 def test_what_is_neither_file_nor_hash(opened: Opened, asked: str) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):

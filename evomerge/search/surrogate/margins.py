@@ -189,25 +189,35 @@ class Model:
 
     def left_out(self) -> Array:
         """Return (n, tasks): each genome of the largest block as the others predict it (leave-one-out).
+    def expected(self, genome: Genome) -> Array:
+        """Return (tasks,) the values of the expected margins.
 
-        Rasmussen and Williams 2006, eq. 5.12. Rows are in the order in which they were learnt.
+        `predict` has the expected values: it takes the uncertainty of margins into account, which draws what
+        is uncertain towards one half.
+        """
+        here = self._features(genome)
+        found = np.zeros(self._tasks)
+        for block in self._blocks:
+            _counted(
+                found, block.outputs, block.mean + block.kernel(here[None], block.rows)[0] @ block.weights
+            )
+        return found / self._counts
+
+    def left_out(self, uncertainty: float = 0.0) -> tuple[Array, NDArray[np.intp]]:
+        """Return (n, tasks), for each genome of the largest block what others, far from it, expect.
+
+        Those nearest to it are left out, itself and as many more as make it at least this uncertain (as in
+        `PredictedMeans`). The second array, (n,), counts those that are left to predict it from. Rows are in
+        the order in which they were learnt.
         """
         block = max(self._blocks, key=lambda b: len(b.rows))
-        found = np.zeros((len(block.rows), self._tasks))
-        for row, (mean, deviation) in enumerate(zip(*block.left_out(), strict=True)):
-            _counted(found[row], block.outputs, mean, deviation)
+        gram = block.kernel(block.rows, block.rows)
+        found, used = np.zeros((len(block.rows), self._tasks)), np.zeros(len(block.rows), dtype=np.intp)
+        for row in range(len(found)):
+            mean, used[row] = block.from_afar(row, gram, uncertainty)
+            _counted(found[row], block.outputs, mean)
         own = np.maximum(np.bincount(block.outputs.task, minlength=self._tasks), 1)
-        return found / own
-
-    def left_out_uncertainty(self) -> Array:
-        """Return (n,): how uncertain `left_out` is of each genome, in units of the prior's, with noise."""
-        block = max(self._blocks, key=lambda b: len(b.rows))
-        return np.sqrt(block.left_out_variance())
-
-    @property
-    def noise(self) -> float:
-        """The variance of what no genome explains, in units of the prior's."""
-        return self._blocks[0].kernel.noise
+        return found / own, used
 
 
 class Pending:
@@ -418,15 +428,24 @@ class _Block:
         rows = np.vstack([self.rows, extra])
         return _Rows.of(rows, _factor(self.kernel, rows))
 
-    def left_out(self) -> tuple[Array, Array]:
-        """Return leave-one-out means and standard deviations, both (n, columns)."""
-        own = self.left_out_variance()[:, None]
-        means = self.mean + self.residuals - self.weights * own
-        return means, np.sqrt(self.variance * own)
+    def from_afar(self, row: int, gram: Array, uncertainty: float) -> tuple[Array, int]:
+        """Return (columns,) the means of a row that the rows farthest from it leave, and how many these are.
 
-    def left_out_variance(self) -> Array:
-        """Return leave-one-out variances in units of the prior's, (n,)."""
-        return 1.0 / np.diag(self.known.inverse)
+        gram: (n, n) the correlations of all rows. uncertainty: what the rows that are used leave at least.
+        """
+        order = np.argsort(gram[row], kind="stable")
+        order = order[order != row]
+        kernel = gram[np.ix_(order, order)]
+        kernel[np.diag_indices_from(kernel)] += self.kernel.noise + 1e-10
+        factor = scipy.linalg.cholesky(kernel, lower=True, check_finite=False)
+        near = scipy.linalg.solve_triangular(factor, gram[row, order], lower=True, check_finite=False)
+        variances = np.concatenate([[1.0], np.maximum(1.0 - np.cumsum(near**2), 0.0)])
+        count = max(int((variances >= uncertainty**2).sum()) - 1, 0)
+        used = scipy.linalg.solve_triangular(
+            factor[:count, :count], near[:count], lower=True, trans="T", check_finite=False
+        )
+        found: Array = self.mean + used @ self.residuals[order[:count]]
+        return found, count
 
 
 def _factor(kernel: _Kernel, rows: Array) -> Array:
@@ -444,6 +463,6 @@ def _change(weights: Array, known: _Rows, fall: Array, here: Array) -> Array:
     return found
 
 
-def _counted(sums: Array, outputs: Outputs, mean: Array, deviation: Array) -> None:
-    value = np.where(outputs.margins, scipy.special.ndtr(mean / np.sqrt(SOFTNESS**2 + deviation**2)), mean)
+def _counted(sums: Array, outputs: Outputs, mean: Array) -> None:
+    value = np.where(outputs.margins, scipy.special.ndtr(mean / SOFTNESS), mean)
     sums += np.bincount(outputs.task, weights=value, minlength=len(sums))

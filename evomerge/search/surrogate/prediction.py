@@ -1,9 +1,12 @@
 """What a recipe that was not scored would score: a surrogate's mean, and an interval that keeps its word.
 
-A Gaussian process knows how far away it is, not how wrong it is. So its uncertainty is only the shape of
-the interval; the size comes from what it got wrong where the truth is known: every scored genome is predicted
-from the others (leave-one-out) and compared with the metric itself, and the interval is as many uncertainties
-wide as 95 % of those errors were (conformal prediction with normalised errors, Papadopoulos et al. 2008).
+A Gaussian process knows how far away it is, not how wrong it is. How wrong it is where it is that uncertain
+is measured where the truth is known: every scored genome is predicted from those so far from it that they
+leave it as uncertain, and compared with the metric itself. Half the interval is what 95 % of those errors
+stay below. Leaving out one genome alone would measure errors beside its neighbours, which are many and near.
+
+Beyond an uncertainty of FAR, or where most scored genomes have hardly any others that far away, so that no
+error was measured, nothing near what is asked was scored, and no score is predicted.
 
 Candidates are often scored on some item blocks only. What their items say of all items is uncertain, too: the
 spread of that difference over the recipes that were scored on everything is added.
@@ -26,6 +29,8 @@ from evomerge.search.surrogate.guide import Observed
 from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
 
 LEVEL = 0.95
+FAR = 0.8
+"""Uncertainty above which the scored genomes explain little, 36 % of the variance, of what is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +49,10 @@ class PredictedScore:
     mean, low, high: the mean normalised score and its 95 % interval. tasks: the same per skill that counts.
     values: per task on its own scale. retention: ratio to the base, None without a task for it. learnt:
     number of recipes the model learnt from. blocks: the item blocks it learnt on. error: typical (root mean
-    square) error of leave-one-out predictions. correlation: their rank correlation with what was measured.
-    uncertainty: 0 at a scored genome, 1 where nothing near is known.
+    square) error of predictions that are as uncertain. correlation: their rank correlation with what was
+    measured. uncertainty: 0 at a scored genome, 1 where nothing near is known. lowest, highest: the scores
+    of the recipes it learnt from. known: whether anything near was scored; where not, mean and interval say
+    nothing about this recipe.
     """
 
     mean: float
@@ -59,6 +66,9 @@ class PredictedScore:
     error: float
     correlation: float
     uncertainty: float
+    lowest: float
+    highest: float
+    known: bool
 
 
 def predict_score(
@@ -86,13 +96,6 @@ def predict_score(
     """
     blocks = shared_blocks([set(example.parts) for example in examples])
     known = _nearest(genome, [e for e in examples if set(blocks) <= set(e.parts)])
-    if len(known) < ENOUGH:
-        raise UserError(
-            "too little was scored to learn from",
-            expected=f"{ENOUGH} recipes of the run's space scored on the same `search` items",
-            got=str(len(known)),
-            fix="resume the run, with a larger budget if it is finished",
-        )
     scale = normaliser.on(joined([base[block] for block in blocks]))
     skills, kept = scale.skills, scale.retained
     tasks = [share.task for share in (*skills, *kept)]
@@ -100,14 +103,14 @@ def predict_score(
     with threadpool_limits(1):
         model = surrogate.fit(genome, [0])
         assert model is not None
-        predicted = model.predict(genome)
-        guesses = np.array([_mean(values, skills) for values in model.left_out()])
-        doubts = model.left_out_uncertainty()
+        uncertainty = model.predict(genome).uncertainty
+        expected = model.expected(genome)
+        left_out, used = model.left_out(uncertainty)
+    guesses = np.array([_mean(values, skills) for values in left_out])
     measured = np.array([scale.mean(joined([e.parts[block] for block in blocks])) for e in known])
     errors = measured - guesses
-    reach = _quantile(np.abs(errors) / doubts) * float(np.hypot(predicted.uncertainty, np.sqrt(model.noise)))
-    half = float(np.hypot(reach, _unseen(examples, blocks, normaliser, scale, count=len(base))))
-    mean, values = _mean(predicted.values, skills), dict(zip(tasks, predicted.values.tolist(), strict=True))
+    half = float(np.hypot(_quantile(errors), _unseen(examples, blocks, normaliser, scale, count=len(base))))
+    mean, values = _mean(expected, skills), dict(zip(tasks, expected.tolist(), strict=True))
     return PredictedScore(
         mean=mean,
         low=mean - half,
@@ -119,7 +122,10 @@ def predict_score(
         blocks=blocks,
         error=float(np.sqrt((errors**2).mean())),
         correlation=_rank_correlation(guesses, measured),
-        uncertainty=predicted.uncertainty,
+        uncertainty=uncertainty,
+        lowest=float(measured.min()),
+        highest=float(measured.max()),
+        known=bool(uncertainty <= FAR and np.median(used) >= ENOUGH - 1),
     )
 
 
@@ -160,8 +166,15 @@ def shared_blocks(sets: Sequence[set[int]], share: float = 0.5) -> tuple[int, ..
 
 
 def _nearest(genome: Genome, examples: Sequence[Example]) -> list[Example]:
-    """The examples a model takes in, each genome once."""
+    """Return the examples a model takes in, each genome once; UserError where they are too few."""
     distinct = list({e.genome.tobytes(): e for e in reversed(examples)}.values())[::-1]
+    if len(distinct) < ENOUGH:
+        raise UserError(
+            "too little was scored to learn from",
+            expected=f"{ENOUGH} recipes of the run's space scored on the same `search` items",
+            got=str(len(distinct)),
+            fix="resume the run, with a larger budget if it is finished",
+        )
     order = np.argsort([float(((e.genome - genome) ** 2).sum()) for e in distinct], kind="stable")
     return [distinct[i] for i in sorted(int(i) for i in order[:NEAREST])]
 
@@ -171,10 +184,10 @@ def _mean(values: Array, skills: Sequence[TaskScale]) -> float:
     return sum(s.share * (float(v) - s.zero) / s.headroom for s, v in zip(skills, values, strict=False))
 
 
-def _quantile(ratios: Array) -> float:
-    """The error, in uncertainties, that the next one stays below with probability 0.95 at least."""
-    rank = min(len(ratios), int(np.ceil(LEVEL * (len(ratios) + 1))))
-    return float(np.sort(ratios)[rank - 1])
+def _quantile(errors: Array) -> float:
+    """The size that the next error stays below with probability 0.95 at least."""
+    rank = min(len(errors), int(np.ceil(LEVEL * (len(errors) + 1))))
+    return float(np.sort(np.abs(errors))[rank - 1])
 
 
 def _unseen(

@@ -119,18 +119,42 @@ def test_left_out_is_what_the_others_predict() -> None:
     genomes = np.random.default_rng(1).random((count, DIMENSION))
     model = fitted(taught(count))
     block = model._blocks[0]
-    found = model.left_out()
+    found, used = model.left_out()
+    assert used.tolist() == [count - 1] * count
     for row in (0, 5, 13):  # from the definition: solve without the row, mean and kernel kept
         others = np.delete(np.arange(count), row)
         gram = block.kernel(genomes[others], genomes[others])
         gram += (block.kernel.noise + 1e-10) * np.eye(count - 1)
         along = block.kernel(genomes[[row]], genomes[others])[0]
         mean = block.mean + along @ np.linalg.solve(gram, block.residuals[others])
-        own = block.kernel(genomes[[row]], genomes[[row]]).item() + block.kernel.noise + 1e-10
-        variance = block.variance * (own - along @ np.linalg.solve(gram, along))
-        value = np.where(OUTPUTS.margins, scipy.special.ndtr(mean / np.sqrt(SOFTNESS**2 + variance)), mean)
+        value = np.where(OUTPUTS.margins, scipy.special.ndtr(mean / SOFTNESS), mean)
         expected = [value[OUTPUTS.task == task].mean() for task in range(3)]
         assert found[row] == pytest.approx(expected, rel=1e-6)
+
+
+def test_left_out_are_as_many_neighbours_as_make_a_genome_as_uncertain_as_was_asked() -> None:
+    count = 14
+    genomes = np.random.default_rng(1).random((count, DIMENSION))
+    model = fitted(taught(count))
+    block = model._blocks[0]
+    gram = block.kernel(genomes, genomes)
+    for row in (0, 5, 13):
+        order = np.argsort(gram[row])[:-1]  # the farthest first
+        for used in range(count):
+            far = order[:used]
+            noisy = gram[np.ix_(far, far)] + (block.kernel.noise + 1e-10) * np.eye(used)
+            solved = np.linalg.solve(noisy, np.column_stack([gram[row, far], block.residuals[far]]))
+            uncertainty = np.sqrt(1 - gram[row, far] @ solved[:, 0])
+            found, counted = block.from_afar(row, gram, uncertainty - 1e-9)
+            assert counted == used
+            assert found == pytest.approx(block.mean + gram[row, far] @ solved[:, 1:], abs=1e-6)
+            assert used == 0 or block.from_afar(row, gram, uncertainty + 1e-9)[1] < used
+
+
+def test_the_expected_margins_are_those_of_the_prediction_where_they_are_certain() -> None:
+    surrogate = taught(14)
+    model, genome = fitted(surrogate), np.random.default_rng(1).random((14, DIMENSION))[3]
+    assert model.expected(genome) == pytest.approx(model.predict(genome).values, abs=0.02)
 
 
 def test_the_same_data_gives_the_same_bits() -> None:
@@ -200,7 +224,7 @@ def test_only_the_nearest_are_taken_in() -> None:
     surrogate = taught(NEAREST + 40)
     model = surrogate.fit(np.zeros(DIMENSION), [0])
     assert model is not None
-    assert len(model.left_out()) == NEAREST
+    assert len(model.left_out()[0]) == NEAREST
     genomes = np.random.default_rng(1).random((NEAREST + 40, DIMENSION))
     far = np.argsort((genomes**2).sum(axis=1))[-1]
     near = np.argsort((genomes**2).sum(axis=1))[0]

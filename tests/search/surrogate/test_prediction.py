@@ -43,6 +43,9 @@ def example(seed: int, blocks: tuple[int, ...] = tuple(range(BLOCKS))) -> Exampl
     return Example(recipe=str(seed), genome=genome, parts={b: found[b] for b in blocks})
 
 
+KNOWN = [example(n) for n in range(30)]
+
+
 def predict(genome: np.ndarray, examples: list[Example]) -> PredictedScore:
     return predict_score(genome, examples, coordinates=COORDINATES, normaliser=NORMALISER, base=BASE)
 
@@ -62,14 +65,66 @@ def test_nineteen_of_twenty_lie_in_the_interval(blocks: tuple[int, ...]) -> None
 
 
 def test_the_interval_is_wider_far_away_and_on_part_of_the_items() -> None:
-    near = [Example(recipe=e.recipe, genome=0.2 * e.genome, parts=e.parts) for e in map(example, range(30))]
-    here, there = predict(np.full(DIMENSION, 0.1), near), predict(np.ones(DIMENSION), near)
+    near = [
+        Example(recipe=e.recipe, genome=0.2 * e.genome, parts=dict(enumerate(parts(0.0, 0.2 * e.genome))))
+        for e in KNOWN
+    ]
+    here, there = predict(np.full(DIMENSION, 0.1), near), predict(np.full(DIMENSION, 0.4), near)
     assert there.uncertainty > here.uncertainty
+    assert there.error > here.error
     assert there.high - there.low > here.high - here.low
-    whole = [example(n) for n in range(30)]
-    part = whole[:10] + [example(n, (1,)) for n in range(10, 30)]
+    part = KNOWN[:10] + [example(n, (1,)) for n in range(10, 30)]
     genome = np.full(DIMENSION, 0.4)
-    assert np.subtract(*_bounds(predict(genome, part))) < np.subtract(*_bounds(predict(genome, whole)))
+    assert np.subtract(*_bounds(predict(genome, part))) < np.subtract(*_bounds(predict(genome, KNOWN)))
+
+
+def test_candidates_of_another_search_are_predicted_as_well_as_promised() -> None:
+    inside, halves, errors = [], [], []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        starts = 0.5 + rng.normal(0, 0.15, (2, DIMENSION))
+        searches = [np.clip(s + rng.normal(0, 0.2, (24, DIMENSION)), 0, 1) for s in starts]
+        known, new = (
+            [Example(recipe=g.tobytes().hex(), genome=g, parts=dict(enumerate(parts(0.0, g)))) for g in group]
+            for group in searches
+        )
+        for asked in new[::3]:
+            found = predict(asked.genome, known)
+            truth = NORMALISER.mean(joined(list(asked.parts.values())))
+            if found.known:
+                inside.append(found.low <= truth <= found.high)
+                halves.append((found.high - found.low) / 2)
+                errors.append(truth - found.mean)
+    assert len(inside) > 30
+    assert np.mean(inside) >= 0.9
+    assert np.median(halves) < 4 * np.sqrt(np.mean(np.square(errors)))
+
+
+def test_where_nothing_near_was_scored_nothing_is_known() -> None:
+    wide = np.full(40, 0.5)
+    genomes = [wide + np.random.default_rng(n).normal(0, 0.05, 40) for n in range(20)]
+    examples = [
+        Example(recipe=str(n), genome=g, parts=dict(enumerate(parts(0.0, g[:DIMENSION]))))
+        for n, g in enumerate(genomes)
+    ]
+    asked = [genomes[0] + 0.01, np.ones(40)]
+    found = [
+        predict_score(g, examples, coordinates=[Coordinate()] * 40, normaliser=NORMALISER, base=BASE)
+        for g in asked
+    ]
+    assert [f.known for f in found] == [True, False]
+    assert found[1].lowest <= found[1].highest
+    assert found[1].uncertainty > 0.9
+
+
+def test_what_lies_farther_away_than_scored_recipes_from_each_other_is_not_known() -> None:
+    rng = np.random.default_rng(0)
+    genomes = 0.05 * rng.random((20, DIMENSION))
+    examples = [
+        Example(recipe=str(n), genome=g, parts=dict(enumerate(parts(0.0, g)))) for n, g in enumerate(genomes)
+    ]
+    found = [predict(np.full(DIMENSION, at), examples) for at in (0.03, 0.5)]
+    assert [f.known for f in found] == [True, False]
 
 
 def _bounds(found: PredictedScore) -> tuple[float, float]:
@@ -80,6 +135,7 @@ def test_the_mean_is_that_of_the_tasks() -> None:
     found = predict(np.full(DIMENSION, 0.5), [example(n) for n in range(20)])
     assert found.mean == pytest.approx(np.mean(list(found.tasks.values())))
     assert found.mean == pytest.approx((found.low + found.high) / 2)
+    assert found.lowest < found.highest
     assert found.retention is None
 
 
