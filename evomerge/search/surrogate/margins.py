@@ -187,8 +187,6 @@ class Model:
             found += block.draws(here, normals)
         return found / self._counts
 
-    def left_out(self) -> Array:
-        """Return (n, tasks): each genome of the largest block as the others predict it (leave-one-out).
     def expected(self, genome: Genome) -> Array:
         """Return (tasks,) the values of the expected margins.
 
