@@ -18,6 +18,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, joined
 from evomerge.evaluation.statistics import Interval
 from evomerge.running.store import facts
+from evomerge.search.ports import Named
 from evomerge.search.surrogate.prediction import shared_blocks
 
 Blocks = tuple[int, ...]
@@ -64,8 +65,11 @@ class Convergence:
 class Optimism:
     """How far the winner falls from the items it was chosen on to others: its mean normalised scores.
 
+    Items differ in how hard they are, so its lead over a baseline on the same items says more.
+
     chosen: on the item blocks of `search` that finalists were chosen on, `blocks` of `of`. unused: on the
-    other blocks, None where there are none.
+    other blocks, None where there are none. baseline: the merge that leads are over. leads: part -> lead, of
+    the parts on which both were scored.
     """
 
     chosen: float
@@ -74,16 +78,21 @@ class Optimism:
     test: float | None
     blocks: int
     of: int
+    baseline: str | None
+    leads: dict[str, float]
 
     @property
     def sentence(self) -> str:
         """The scores in one line."""
-        where = f"the search items it was chosen on{of_blocks(self.blocks, self.of)}"
-        scores = [f"{percent(self.chosen)} on {where}"]
-        scores += [f"{percent(self.unused)} on the other search items"] if self.unused is not None else []
-        scores += [f"{percent(self.select)} on select"] if self.select is not None else []
-        scores += [f"{percent(self.test)} on test"] if self.test is not None else []
-        return f"optimism: the winner has {', '.join(scores)}"
+        chosen = f"the search items it was chosen on{of_blocks(self.blocks, self.of)}"
+        places = {"chosen": chosen, "unused": "the other search items", "select": "select", "test": "test"}
+        scores = {part: getattr(self, part) for part in places}
+        found = [f"{percent(value)} on {places[part]}" for part, value in scores.items() if value is not None]
+        text = f"optimism: the winner has {', '.join(found)}"
+        if self.baseline is None or not self.leads:
+            return text
+        leads = ", ".join(f"{100 * self.leads[part]:+.1f}" for part in places if part in self.leads)
+        return f"{text}; its lead over {self.baseline} there: {leads}"
 
     def as_data(self) -> dict[str, Any]:
         """Return the scores as plain data."""
@@ -232,16 +241,42 @@ class Course:
         scored = tuple(part.blocks[0] for part in self.parts(winner))
         used = tuple(b for b in facts.CHOSEN_ON.get(self._store) or scored if b in scored) or scored
         unused = tuple(block for block in scored if block not in used)
-        chosen = self._mean(winner, used)
+        scores = self._by_part(winner, used, unused)
+        chosen, rival = scores["chosen"], self._summary.standard or self._best_baseline()
         assert chosen is not None
+        others = self._by_part(rival.recipe.hash, used, unused) if rival is not None else {}
         return Optimism(
             chosen=chosen,
-            unused=self._mean(winner, unused) if unused else None,
-            select=self._summary.mean(winner, "select"),
-            test=self._summary.mean(winner, "test"),
+            unused=scores["unused"],
+            select=scores["select"],
+            test=scores["test"],
             blocks=len(used),
             of=self.blocks,
+            baseline=None if rival is None else rival.name,
+            leads={
+                part: mean - other
+                for part, mean in scores.items()
+                if mean is not None and (other := others.get(part)) is not None
+            },
         )
+
+    def _by_part(self, recipe: str, used: Blocks, unused: Blocks) -> dict[str, float | None]:
+        """Return a recipe's means on the blocks used, on the others, on `select` and on `test`."""
+        return {
+            "chosen": self._mean(recipe, used),
+            "unused": self._mean(recipe, unused) if unused else None,
+            "select": self._summary.mean(recipe, "select"),
+            "test": self._summary.mean(recipe, "test"),
+        }
+
+    def _best_baseline(self) -> Named | None:
+        """Return the baseline with the best mean on `search`."""
+        ranked = [
+            (mean, index)
+            for index, named in enumerate(self._summary.baselines)
+            if (mean := self._summary.mean(named.recipe.hash, "search")) is not None
+        ]
+        return self._summary.baselines[max(ranked)[1]] if ranked else None
 
     def _mean(self, recipe: str, blocks: Blocks) -> float | None:
         scores = self._joined(recipe, blocks)
