@@ -57,6 +57,7 @@ def convert(folder: Path, out: Path, dtype: str, *, gguf: str = "") -> None:
             model.hf_quantizer = None  # what follows are float weights, which it would not save
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
+            _forget_dequantising(model)
             model.save_pretrained(out)
     except Exception as error:  # each format's package raises errors of its own
         package = PACKAGES.get(method)
@@ -70,6 +71,18 @@ def convert(folder: Path, out: Path, dtype: str, *, gguf: str = "") -> None:
 def _method(folder: Path) -> str:
     data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return str((data.get("quantization_config") or {}).get("quant_method"))
+
+
+def _forget_dequantising(model: Any) -> None:
+    """Take out of what transformers would undo on saving what has no way back: how weights were unpacked."""
+    kept = []
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        try:
+            conversion.reverse_transform()
+        except NotImplementedError:
+            continue
+        kept.append(conversion)
+    model._weight_conversions = kept or None
 
 
 def _dequantising(method: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     FineGrainedFP8Config,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mxfp4Config,
 )
 from typer.testing import CliRunner
@@ -24,7 +28,7 @@ from typer.testing import CliRunner
 from evomerge.cli import app
 from evomerge.errors import ModelError
 from evomerge.merging.export.writer import write
-from evomerge.merging.importing import packed
+from evomerge.merging.importing import packed, whole
 from evomerge.merging.importing.folder import import_model
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.opening import open_source
@@ -246,3 +250,48 @@ def test_scales_that_do_not_fit_are_refused(fp8: Path, tmp_path: Path) -> None:
     save_file(tensors | {name: torch.ones(5, 3)}, fp8 / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="its scales don't fit it"):
         import_model(str(fp8), tmp_path / "out")
+
+
+def test_what_unpacked_weights_is_not_undone_when_they_are_written() -> None:
+    """transformers reverses on saving what it did on loading; unpacking has no way back."""
+
+    class Unpacking:
+        def reverse_transform(self) -> None:
+            raise NotImplementedError
+
+    class Renaming:
+        def reverse_transform(self) -> str:
+            return "the other way"
+
+    renaming = Renaming()
+    for before, after in (([Unpacking(), renaming], [renaming]), ([Unpacking()], None), (None, None)):
+        model = SimpleNamespace(_weight_conversions=before)
+        whole._forget_dequantising(model)
+        assert model._weight_conversions == after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bitsandbytes_model_becomes_float_weights(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
+    packing = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=packing, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "packed")
+    import_model(tmp_path / "packed", tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        difference = found(tokens).logits - model(tokens).logits.float()
+    assert float(difference.abs().max()) < 0.02  # of logits around 0.5; its activations have 8 bits
