@@ -210,8 +210,9 @@ class _Library:
         return _Found(tasks=tuple(sorted(tasks)))
 
     def _holding(self, name: str) -> list[Path]:
-        """Return the YAMLs that hold a name, also in a file that they include."""
-        new = {path for path, content in self._contents.items() if name.encode() in content}
+        """Return the YAMLs that may have a name as a tag, also in a file that they include."""
+        word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+        new = {path for path, text in self._contents.items() if b"tag" in text and word.search(text)}
         holding = set(new)
         while new:
             new = {holder for path in new for holder in self._including.get(path.name, ())} - holding
