@@ -104,7 +104,7 @@ def main() -> None:
         return smooth_loss(
             bench.normalisers["search"],
             bench.base["search"],
-            gains=bench.normalisers["search"].gains(),
+            gains={s.task: s.share / s.headroom for s in bench.normalisers["search"].skills},
             price=bench.prepared.config.objective.retention,
             softness=spec.softness,
             share=spec.share,

@@ -368,11 +368,6 @@ class Normaliser:
         total = math.fsum(_tokens(scores[name]) for name in self._generated)
         return total / _total(self._generated) / self._length
 
-    def gains(self) -> dict[str, float]:
-        """Return counted task -> derivative of the mean with respect to the task's mean."""
-        shares = zip(self._counted, self.shares.tolist(), strict=True)
-        return {spec.task: share / self._scales[spec.task][0].headroom for spec, share in shares}
-
     def retention_shares(self) -> dict[str, float]:
         """Return retention task -> its share of the retention; the shares sum to 1."""
         total = math.fsum(spec.weight for spec, _ in self._retention)

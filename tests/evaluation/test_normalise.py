@@ -173,7 +173,7 @@ def test_one_right_answer_of_ten_is_no_specialist() -> None:
     assert scale.mean(merge) == pytest.approx(0.5)
     assert scale.task(merge)["sort"] == pytest.approx(0.7)  # raw: no scale to stretch it on
     assert [s.task for s in scale.skills] == ["add"]
-    assert set(scale.gains()) == {"add"}
+    assert {skill.task for skill in scale.skills} == {"add"}
 
 
 def test_where_all_are_duds_points_are_raw() -> None:
@@ -253,7 +253,7 @@ def test_a_task_that_is_trusted_little_counts_little_everywhere_and_keeps_its_ow
     ) == pytest.approx(mean)
     losses = scale.contributions(model, smooth=0.0, retention=0.0, coherence=0.0)
     assert sum(float(task.mean()) for task in losses) == pytest.approx(-mean)
-    assert scale.gains()["sort"] == pytest.approx(0.5 * trust["sort"] / skills["sort"].headroom)
+    assert skills["sort"].share == pytest.approx(0.5 * trust["sort"])
     assert scale.interval(model).estimate == pytest.approx(mean)
     assert scale.p_kept(model, base=base, share=0.4)["sort"] > 0.05
 

@@ -187,7 +187,8 @@ def test_the_surrogate_is_the_objective_with_soft_accuracies() -> None:
     base, a, b = (scorer.one(kind) for kind in ("base", "a", "b"))
     normaliser = Normaliser(SUITE, base=base, parents={"a": a, "b": b})
     rng = np.random.default_rng(0)
-    settings: Any = {"gains": normaliser.gains(), "price": 0.2, "softness": 0.5}
+    gains = {skill.task: skill.share / skill.headroom for skill in normaliser.skills}
+    settings: Any = {"gains": gains, "price": 0.2, "softness": 0.5}
     whole = smooth_loss(normaliser, base, share=1.0, rng=rng, **settings)
     assert [(t.task, t.gain, t.items) for t in whole.tasks] == [
         ("a", 0.5, tuple(range(10))),

@@ -22,7 +22,7 @@ from evomerge.evaluation.scores import Array, Scores
 from evomerge.search.optimizers import Optimizer, OptimizerSpec
 from evomerge.search.ports import GuideState
 from evomerge.search.spaces.space import Coordinate, Genome
-from evomerge.search.surrogate.guide import SCATTERED, TRUSTED, TUNED_EVERY, WINDOW, Asked, Observed
+from evomerge.search.surrogate.guide import SCATTERED, TUNED_EVERY, WINDOW, Asked, Learner, Observed
 from evomerge.search.surrogate.guide import SurrogateSpec as Spec
 from evomerge.search.surrogate.improvement import (
     FrontLoss,
@@ -47,7 +47,7 @@ def small(spec: OptimizerSpec) -> OptimizerSpec:
     return spec if spec.population is not None else spec.model_copy(update={"population": POPULATION})
 
 
-class FrontGuide:
+class FrontGuide(Learner):
     """The surrogate in a search with several objectives.
 
     order: item blocks, in the order in which they are used. loss_on: returns the losses of means on some
@@ -102,20 +102,6 @@ class FrontGuide:
             if np.ptp(p) > 0 and np.ptp(m) > 0
         ]
         return float(np.mean(found)) if found else 0.0
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the surrogate is used."""
-        correlation = self.correlation
-        return correlation is None or correlation >= TRUSTED
-
-    def learn(self, genome: Genome, scores: Scores) -> None:
-        """Add the scores of a genome, on any blocks, to the data."""
-        genome = np.array(genome, dtype=np.float64)
-        _, known = self._known.setdefault(genome.tobytes(), (genome, {}))
-        for block, columns in self._observed.columns(scores).items():
-            known[block] = columns
-            self._surrogate.learn(genome, block, columns)
 
     def ask(self, optimizer: Optimizer) -> Asked:
         """Return the next generation: of proposals and the optimizer's own those that promise most."""

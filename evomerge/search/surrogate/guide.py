@@ -219,7 +219,34 @@ class _Promise:
     radii: tuple[float, ...]
 
 
-class Guide:
+class Learner:
+    """What guides have in common: the genomes known, the model that learns from them, and trust in it."""
+
+    _observed: Observed
+    _surrogate: Surrogate
+    _known: dict[bytes, tuple[Genome, dict[int, Array]]]
+
+    @property
+    def correlation(self) -> float | None:
+        """Rank correlation of predictions with what was measured; None while there are too few."""
+        raise NotImplementedError
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the surrogate is used."""
+        correlation = self.correlation
+        return correlation is None or correlation >= TRUSTED
+
+    def learn(self, genome: Genome, scores: Scores) -> None:
+        """Add the scores of a genome, on any blocks, to the data."""
+        genome = np.array(genome, dtype=np.float64)
+        _, known = self._known.setdefault(genome.tobytes(), (genome, {}))
+        for block, columns in self._observed.columns(scores).items():
+            known[block] = columns
+            self._surrogate.learn(genome, block, columns)
+
+
+class Guide(Learner):
     """The surrogate in a search with one objective.
 
     order: item blocks, the most informative first. loss_on: returns the loss of means on some blocks.
@@ -281,20 +308,6 @@ class Guide:
         if np.ptp(predicted) == 0 or np.ptp(measured) == 0:
             return 0.0
         return float(scipy.stats.spearmanr(predicted, measured).statistic)
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the surrogate is used."""
-        correlation = self.correlation
-        return correlation is None or correlation >= TRUSTED
-
-    def learn(self, genome: Genome, scores: Scores) -> None:
-        """Add the scores of a genome, on any blocks, to the data."""
-        genome = np.array(genome, dtype=np.float64)
-        _, known = self._known.setdefault(genome.tobytes(), (genome, {}))
-        for block, columns in self._observed.columns(scores).items():
-            known[block] = columns
-            self._surrogate.learn(genome, block, columns)
 
     def ask(self, optimizer: Optimizer) -> Asked:
         """Return the next generation: proposals first, then the optimizer's own, screened."""
