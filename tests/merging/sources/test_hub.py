@@ -193,9 +193,6 @@ def test_a_folder_with_an_at_sign_stays_a_folder(
 
 def test_a_config_stores_the_revision(tmp_path: Path) -> None:
     assert resolve_location("org/model@refs/pr/3", tmp_path) == "org/model@refs/pr/3"
-    assert resolve_location("org/modle", tmp_path) == str(tmp_path / "org" / "modle")  # the folder is here
-    with pytest.raises(ModelError, match=r"did you mean .*org/model@v1\?"):
-        folder_of(str(tmp_path / "org" / "modle@v1"))
     assert resolve_location("./model@v1", tmp_path) == str(tmp_path / "model@v1")
     text = "merge_method: linear\nmodels: [{model: org/a@v1}, {model: org/a@v2}]\ndtype: float32"
     assert dict(read(text).models) == {"a": "org/a@v1", "a-2": "org/a@v2"}
@@ -234,3 +231,11 @@ def test_an_adapter_of_a_revision_is_applied_to_it(
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     assert open_source(str(folder)).num_layers == 3
     assert {(name, revision) for name, revision, _ in hub.asked} == {("org/model", "v1")}
+
+
+def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert resolve_location("org/modle", tmp_path) == str(tmp_path / "org" / "modle")
+    assert resolve_location("other/modle", tmp_path) == "other/modle"
+    with pytest.raises(ModelError, match=r"did you mean .*org/model\?"):
+        folder_of(str(tmp_path / "org" / "modle"))
