@@ -302,6 +302,36 @@ def simulate(
     return whole, (end[1] - before[1]) / (workers * (end[0] - before[0])), cluster
 
 
+def stream(workers: int, pending: int, candidates: int, spread: float, *, seed: int = 0):
+    """Return the busy share of an asynchronous search, without its end and the same cluster."""
+    cluster = Cluster(seed=seed, spread=spread)
+    scheduler = Scheduler(Pool(cluster, workers=workers, timeout=math.inf))
+    number = iter(range(10**6))
+    whole = tuple(range(BLOCKS))
+    list(scheduler.run([Job(recipe=recipe(next(number)), split="search", blocks=whole) for _ in range(2*workers)]))
+    before = (cluster.clock, cluster.useful)
+    cluster.merging = 0.0
+    submitted = 0
+    lat = []
+    born = {}
+    overtaken = []
+    for arrived in range(candidates - pending):
+        while submitted < arrived + pending:
+            job = Job(recipe=recipe(next(number)), split="search", blocks=whole)
+            scheduler.submit([job])
+            born[job.recipe.hash] = (cluster.clock, arrived)
+            submitted += 1
+        r = scheduler.next()
+        t, a = born[r.job.recipe.hash]
+        lat.append(cluster.clock - t); overtaken.append(arrived - a)
+    share = (cluster.useful - before[1]) / (workers * (cluster.clock - before[0]))
+    cluster.merging /= cluster.useful - before[1]; cluster.useful=1.0; used=before[1]; 
+    cluster.useful = 0; before=(before[0], -share*workers*(cluster.clock-before[0])); m=cluster.merging
+    while scheduler.next() is not None: pass
+    whole_ = (cluster.useful - before[1]) / (workers * (cluster.clock - before[0]))
+    return share, whole_, m, np.mean(lat), np.mean(overtaken), np.max(overtaken)
+
+
 def cluster(workers: int, generations: int) -> float:
     """Print how busy simulated workers are kept; return the share of the case that counts."""
     print(f"{workers} workers, {generations} generations; merge {MERGE:g} s, block {BLOCK:g} s on average,")

@@ -109,6 +109,19 @@ class Scheduler:
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes."""
         self._begin(jobs)
+        yield from self._completed()
+
+    def submit(self, jobs: Iterable[Job], *, first: bool = False) -> None:
+        """Add jobs whose results `next` returns. first: before those that wait."""
+        added = [_Pending(job=job, left=job.blocks) for job in jobs]
+        self._open.update(added)
+        self._fresh = collections.deque([*added, *self._fresh] if first else [*self._fresh, *added])
+
+    def next(self) -> Result | None:
+        """Wait for the result of a submitted job, whichever completes first; None where none is left."""
+        return next(self._completed(), None)
+
+    def _completed(self) -> Iterator[Result]:
         while self._open:
             answered = False
             for result in self._executor.run(self):

@@ -160,8 +160,8 @@ class Pool(Generic[H]):
                     self._give(idle, self._waiting.popleft())
                 else:  # it died idle: no candidate's doing
                     self._lost(idle, "crash", "")
-            elif not idle and full and len(self._waiting) >= starting:
-                return
+            elif not idle and full and (self._waiting or any(member.job for member in self._members)):
+                return  # a worker that starts asks when it is ready; until then others keep their weights
             elif not idle and len(self._waiting) > starting:
                 self._start()
             elif (job := orders.after(idle.last if idle else None)) is not None:
