@@ -116,7 +116,7 @@ def execute(
                     store,
                     prepared.worker.batch_size,
                     lambda batches: _search(
-                        prepared, store, scheduler, everyone, budget, batches, guard.compare
+                        prepared, store, scheduler, everyone, budget, batches, guard.compare, workers
                     ).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)
@@ -136,6 +136,7 @@ def _search(
     budget: Budget,
     batches: Batches,
     guard: Callable[[], None],
+    workers: int,
 ) -> Search:
     return Search(
         SearchPlan(
@@ -163,6 +164,7 @@ def _search(
         slopes=Slopes(store, scheduler, observer, batches),
         ahead=Foresight(store, scheduler, batches),
         guard=guard,
+        workers=workers,
     )
 
 

@@ -9,6 +9,8 @@ It does three things. None of them changes a score, because scores belong to (re
   candidate is left or all workers would wait for it, if the shared part takes WORTH times as long as the
   merge it costs. Where sharing can't be worth that, a worker gets all blocks at once. Pieces are joined
   again; a piece that fails is its candidate's failure.
+- **Streams.** Where jobs are submitted one by one and nobody waits for a certain one, a worker stays with its
+  candidate, and nobody helps it while another candidate waits: merging again would be all that is gained.
 - **Spare work.** Idle workers score what a later phase will certainly need. The results go to the store,
   where the later phase reads them; a job still running by then is awaited instead of started again. A failure
   is not recorded: the later phase tries the job again.
@@ -88,6 +90,8 @@ class Scheduler:
         self._fresh: collections.deque[_Pending] = collections.deque()
         self._begun: list[_Pending] = []
         """Jobs with blocks not handed out: `_fresh` all of them, `_begun` some."""
+        self._streaming = False
+        """Whether jobs are submitted one by one."""
         self._open: set[_Pending] = set()
         self._under_way: dict[Hashable, _Pending] = {}
         """Pieces handed out, by key."""
@@ -113,6 +117,7 @@ class Scheduler:
 
     def submit(self, jobs: Iterable[Job], *, first: bool = False) -> None:
         """Add jobs whose results `next` returns. first: before those that wait."""
+        self._streaming = True
         added = [_Pending(job=job, left=job.blocks) for job in jobs]
         self._open.update(added)
         self._fresh = collections.deque([*added, *self._fresh] if first else [*self._fresh, *added])
@@ -154,6 +159,7 @@ class Scheduler:
     # -- handing out --------------------------------------------------------------------------------
 
     def _begin(self, jobs: Iterable[AnyJob]) -> None:
+        self._streaming = False
         requested = [_Pending(job=job, left=getattr(job, "blocks", ())) for job in jobs]
         self._open, self._under_way = set(requested), {}
         asked = {key_of(pending.job): pending for pending in requested}
@@ -186,6 +192,10 @@ class Scheduler:
         same = next(
             (begun for begun in self._begun if last is not None and begun.job.recipe is last.recipe), None
         )
+        if self._streaming and same is None:
+            alone = next((begun for begun in self._begun if not begun.out), None)  # its worker died
+            if alone is not None:
+                return alone, self._at_once(alone)
         others = [begun for begun in self._begun if begun is not same]
         longest = max(others, key=self._rest, default=None)
         if longest is not None and ((same is None and not self._fresh) or self._awaited(longest)):
@@ -220,6 +230,8 @@ class Scheduler:
 
     def _awaited(self, pending: _Pending) -> bool:
         """Whether one worker needs longer for this candidate than all workers for everything else."""
+        if self._streaming:
+            return False
         fresh = sum(len(job.left) * self._block(job) for job in self._fresh)
         return self._rest(pending) * self._workers > fresh + sum(map(self._rest, self._begun))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from evomerge.search.ports import (
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.stream import Stream
 from evomerge.search.surrogate.front_guide import FrontGuide, small
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.surrogate.improvement import FrontLoss
@@ -103,7 +104,8 @@ class Search:
 
     slopes: needed only for a plan with gradients. ahead: receives the recipes that will certainly be scored
     later, so that idle workers can begin; the search reads their scores only when it is due. guard: called
-    before a winner is declared, and again when it is scored; raises where the run's inputs changed.
+    before a winner is declared, and again when it is scored; raises where the run's inputs changed. workers:
+    how many score at a time.
     """
 
     def __init__(
@@ -117,11 +119,12 @@ class Search:
         slopes: GradientSource | None = None,
         ahead: Callable[[Sequence[Recipe], Split], None] = lambda recipes, split: None,
         guard: Callable[[], None] = lambda: None,
+        workers: int = 1,
     ) -> None:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget
         self._observer = observer
         self._slopes = slopes
-        self._ahead, self._guard_inputs = ahead, guard
+        self._ahead, self._guard_inputs, self._workers = ahead, guard, workers
         self._parents = baselines.parents(plan.template, plan.space.sources)
         self._duds: tuple[str, ...] = ()
         self._trust: dict[str, float] | None = None
@@ -182,7 +185,8 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._either_guide(views, order, [*parents, *known], archive)
-        evolution = Generations(
+        parts: dict[str, Any] = {"workers": self._workers} if self._plan.optimizer.async_ else {}
+        evolution = (Stream if parts else Generations)(
             space=self._plan.space,
             optimizer=create(
                 small(self._plan.optimizer) if isinstance(guide, FrontGuide) else self._plan.optimizer,
@@ -203,6 +207,7 @@ class Search:
             archive=archive,
             counted=self._counted,
             descended=spent > 0,
+            **parts,
         )
         searched = evolution.run()
         selection = Selection(

@@ -52,6 +52,19 @@ class Executor(Protocol):
 
 
 @runtime_checkable
+class Streaming(Protocol):
+    """An executor that also takes jobs one by one."""
+
+    def submit(self, jobs: Iterable[Job], *, first: bool = False) -> None:
+        """Add jobs whose results `next` returns. first: before those that wait."""
+        ...
+
+    def next(self) -> Result | None:
+        """Wait for the result of a submitted job, whichever completes first; None where none is left."""
+        ...
+
+
+@runtime_checkable
 class Orders(Protocol):
     """Jobs chosen per worker: a worker continues cheaply with the weights in its live model."""
 
