@@ -420,7 +420,11 @@ class Guide(Learner):
                 loss,
                 best[0],
                 own,
-                known={key for key, (genome, _) in self._known.items() if self._loss(genome, self.blocks) < np.inf},
+                known={
+                    key
+                    for key, (genome, _) in self._known.items()
+                    if self._loss(genome, self.blocks) < np.inf
+                },
                 pending=pending,
                 first=self._batch,
             )
