@@ -171,6 +171,11 @@ class Scheduler:
         rest.sort(key=lambda pending: -self._pace.expected(pending.job))
         self._fresh, self._begun = collections.deque(rest), []
 
+    @property
+    def ahead(self) -> bool:
+        """Whether jobs may be chosen for workers that still start: not where each stays with a candidate."""
+        return not self._streaming
+
     def after(self, last: AnyJob | None) -> AnyJob | None:
         """Return the next job for a worker whose last one was `last`; a scheduler is its own `Orders`."""
         pending, count = self._choose(last)

@@ -66,7 +66,14 @@ class Streaming(Protocol):
 
 @runtime_checkable
 class Orders(Protocol):
-    """Jobs chosen per worker: a worker continues cheaply with the weights in its live model."""
+    """Jobs chosen per worker: a worker continues cheaply with the weights in its live model.
+
+    ahead: whether a job may be chosen for a worker that still starts. Whoever is idle first takes it, and
+    leaves its own candidate to others.
+    """
+
+    @property
+    def ahead(self) -> bool: ...
 
     def after(self, last: AnyJob | None) -> AnyJob | None:
         """Return the next job for a worker whose last one was `last`, or None if there is none now."""
