@@ -109,6 +109,7 @@ def execute(
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
             _keep(task_vector_norms, answers, prepared, store, shown)
             scheduler = Scheduler(executor)
+            crew = max(workers, getattr(executor, "workers", 1))  # on Ray it is known only now
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
             with tried_again(store):
@@ -116,7 +117,7 @@ def execute(
                     store,
                     prepared.worker.batch_size,
                     lambda batches: _search(
-                        prepared, store, scheduler, everyone, budget, batches, guard.compare, workers
+                        prepared, store, scheduler, everyone, budget, batches, guard.compare, crew
                     ).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)

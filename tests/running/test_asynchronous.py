@@ -80,9 +80,9 @@ def start(config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monke
     )
     write_suite(tmp_path, generate=False)
 
-    def start(folder: str, executor: Callable[[WorkerSpec], Any]) -> str:
+    def start(folder: str, executor: Callable[[WorkerSpec], Any], **budget: Any) -> str:
         monkeypatch.setattr(compose.executors, "build", lambda _, spec: executor(spec))
-        compose.start(RunConfig.load(path, out=str(tmp_path / folder)), Silent())
+        compose.start(RunConfig.load(path, out=str(tmp_path / folder), **budget), Silent())
         with RunStore.read(tmp_path / folder) as store:
             return store.digest()
 
@@ -117,6 +117,24 @@ def test_killed_it_goes_on_from_the_order_that_is_stored(start: Start, tmp_path:
         assert store.arrivals()[: len(before)] == before
         assert len(store.arrivals()) == 35
     assert start("run", lambda spec: Shuffled(spec, seed=3)) == ended
+
+
+def test_a_generation_that_is_not_full_at_the_end_is_shown_like_any_other(
+    start: Start, tmp_path: Path
+) -> None:
+    start("run", lambda spec: Shuffled(spec, seed=1), evaluations=6)
+    with RunStore.read(tmp_path / "run") as store:
+        *whole, last = store.generations()
+        assert len(whole) > 1
+        assert last.losses is None
+        assert 0 < len(last.recipes) < 7
+        scored = len(store.scored_blocks("search"))
+        assert scored > len(store.arrivals())
+    for command in ("report", "status", "doctor"):
+        found = CliRunner().invoke(app, [command, str(tmp_path / "run")])
+        assert found.exit_code == 0, found.output
+    candidate = CliRunner().invoke(app, ["show", str(tmp_path / "run"), last.recipes[0][:12]])
+    assert candidate.exit_code == 0, candidate.output
 
 
 def test_one_worker_is_one_order(start: Start) -> None:
