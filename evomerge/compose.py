@@ -109,7 +109,6 @@ def execute(
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
             _keep(task_vector_norms, answers, prepared, store, shown)
             scheduler = Scheduler(executor)
-            crew = max(workers, getattr(executor, "workers", 1))  # on Ray it is known only now
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
             with tried_again(store):
@@ -117,7 +116,7 @@ def execute(
                     store,
                     prepared.worker.batch_size,
                     lambda batches: _search(
-                        prepared, store, scheduler, everyone, budget, batches, guard.compare, crew
+                        prepared, store, scheduler, everyone, budget, batches, guard.compare
                     ).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)
@@ -137,7 +136,6 @@ def _search(
     budget: Budget,
     batches: Batches,
     guard: Callable[[], None],
-    workers: int,
 ) -> Search:
     return Search(
         SearchPlan(
@@ -165,7 +163,7 @@ def _search(
         slopes=Slopes(store, scheduler, observer, batches),
         ahead=Foresight(store, scheduler, batches),
         guard=guard,
-        workers=workers,
+        workers=scheduler.workers,
     )
 
 

@@ -9,8 +9,8 @@ It does three things. None of them changes a score, because scores belong to (re
   candidate is left or all workers would wait for it, if the shared part takes WORTH times as long as the
   merge it costs. Where sharing can't be worth that, a worker gets all blocks at once. Pieces are joined
   again; a piece that fails is its candidate's failure.
-- **Streams.** Where jobs are submitted one by one and nobody waits for a certain one, a worker stays with its
-  candidate, and nobody helps it while another candidate waits: merging again would be all that is gained.
+- **Streams.** Where jobs are submitted one by one, no generation waits for the last of them. Then a worker
+  stays with its candidate. Others help only when no new one is left: before, they would merge for nothing.
 - **Spare work.** Idle workers score what a later phase will certainly need. The results go to the store,
   where the later phase reads them; a job still running by then is awaited instead of started again. A failure
   is not recorded: the later phase tries the job again.
@@ -153,7 +153,8 @@ class Scheduler:
         self._executor.close()
 
     @property
-    def _workers(self) -> int:
+    def workers(self) -> int:
+        """How many jobs the other executor runs at a time."""
         return getattr(self._executor, "workers", 1)
 
     # -- handing out --------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ class Scheduler:
         pending, count = self._choose(last)
         if pending is not None:
             return self._piece(pending, count, last)
-        if self._spare and self._workers > 1:
+        if self._spare and self.workers > 1:
             job = self._spare.popleft()
             self._spare_out.add(key_of(job))
             return job
@@ -231,14 +232,14 @@ class Scheduler:
 
     def _at_once(self, pending: _Pending) -> int:
         """Return how many of a candidate's blocks its worker gets: one if others might help, else all."""
-        return 1 if self._workers > 1 and self._worth(pending) < len(pending.left) else len(pending.left)
+        return 1 if self.workers > 1 and self._worth(pending) < len(pending.left) else len(pending.left)
 
     def _awaited(self, pending: _Pending) -> bool:
         """Whether one worker needs longer for this candidate than all workers for everything else."""
         if self._streaming:
             return False
         fresh = sum(len(job.left) * self._block(job) for job in self._fresh)
-        return self._rest(pending) * self._workers > fresh + sum(map(self._rest, self._begun))
+        return self._rest(pending) * self.workers > fresh + sum(map(self._rest, self._begun))
 
     def _rest(self, pending: _Pending) -> float:
         return len(pending.left) * self._block(pending)

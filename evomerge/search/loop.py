@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from evomerge.search.descent import Descent, StepLosses, descend
 from evomerge.search.generations import Generations
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec, check_tokens
-from evomerge.search.optimizers import OptimizerSpec, create
+from evomerge.search.optimizers import Optimizer, OptimizerSpec, create
 from evomerge.search.ports import (
     CandidateScorer,
     GradientSource,
@@ -185,16 +186,10 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._either_guide(views, order, [*parents, *known], archive)
-        parts: dict[str, Any] = {"workers": self._workers} if self._plan.optimizer.async_ else {}
-        evolution = (Stream if parts else Generations)(
+        is_async = self._plan.optimizer.async_
+        evolution = (partial(Stream, workers=self._workers) if is_async else Generations)(
             space=self._plan.space,
-            optimizer=create(
-                small(self._plan.optimizer) if isinstance(guide, FrontGuide) else self._plan.optimizer,
-                coordinates=self._plan.space.coordinates,
-                objectives=objective.count,
-                starts=self._starts([*known, *parents[1:]]),
-                seed=self._seed(_OPTIMIZER),
-            ),
+            optimizer=self._optimizer(guide, objective, [*known, *parents[1:]]),
             scorer=self._scorer,
             journal=self._journal,
             budget=self._budget,
@@ -207,7 +202,6 @@ class Search:
             archive=archive,
             counted=self._counted,
             descended=spent > 0,
-            **parts,
         )
         searched = evolution.run()
         selection = Selection(
@@ -230,6 +224,17 @@ class Search:
                 hand_made=[k.named.recipe for k in hand_made],
             )
         return winner, searched.stopped
+
+    def _optimizer(
+        self, guide: Guide | FrontGuide | None, objective: Objective, known: Sequence[ScoredRecipe]
+    ) -> Optimizer:
+        return create(
+            small(self._plan.optimizer) if isinstance(guide, FrontGuide) else self._plan.optimizer,
+            coordinates=self._plan.space.coordinates,
+            objectives=objective.count,
+            starts=self._starts(known),
+            seed=self._seed(_OPTIMIZER),
+        )
 
     @property
     def _racing(self) -> RacingSpec:

@@ -3,8 +3,8 @@
 A number of candidates is pending at any time, somewhat more than there are workers. As soon as fewer are, the
 guide and the optimizer propose some more, which the pending ones are known to. Candidates are taken as they
 arrive, that is when they are scored on all item blocks in use. The guide learns from each at once; the
-optimizer is told as many as it has in a generation, whenever they were drawn. Nobody races: a race needs
-rivals scored on the same blocks at the same time.
+optimizer learns from as many as it has in a generation, whenever they were drawn. There are no races: they
+need rivals that are scored at the same time.
 
 The order of arrivals is all that such a search depends on beside its seed and the scores. The journal records
 it, so a search is a function of what is stored. A session begins with the recorded arrivals, in their order,
@@ -143,8 +143,8 @@ class Stream(Generations):
         each = sum(self.ledger.sizes[block] for block in self._blocks())
         return self.budget.stop_reason(
             generations=self._asked[0],
-            items=self.ledger.items,
-            forecast=self._owed() + self._count * each,
+            items=self.ledger.items + self._owed(),
+            forecast=self._count * each,
             full=self.ledger.full,
             stale=self._patience.stale,
         )
@@ -178,7 +178,7 @@ class Stream(Generations):
             self._twins.append(proposal)
             return
         self._under_way.add(proposal.recipe.hash)
-        with self._until_deadline(self._asked[0]):
+        with self._until_deadline(proposal.number // self.optimizer.population):
             self.scorer.submit(proposal.ticket, proposal.recipe, self._blocks())
 
     # -- taking --------------------------------------------------------------------------------------
@@ -212,10 +212,10 @@ class Stream(Generations):
         proposal = next((each for each in self._pending.values() if each.recipe.hash == recipe), first)
         (result,) = self.scorer.known([proposal.recipe], "search", self._blocks())
         if result is None:
-            with self._until_deadline(self._generation):
-                self.scorer.submit(proposal.ticket, proposal.recipe, self._blocks())
+            self._submit(proposal)
             again = self.scorer.next()
             assert again is not None
+            self._under_way.remove(proposal.recipe.hash)
             result = again[1]
         return proposal, result
 

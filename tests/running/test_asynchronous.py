@@ -37,19 +37,18 @@ class Shuffled:
     """Workers of a formula that finish in an order that `seed` draws; dies after so many `results`."""
 
     sharing = None
-    workers = WORKERS
 
-    def __init__(self, spec: WorkerSpec, *, seed: int, results: int = 10**9) -> None:
-        self._worker, self._left = quick.Formula(spec), results
+    def __init__(self, spec: WorkerSpec, *, seed: int, results: int = 10**9, workers: int = WORKERS) -> None:
+        self._worker, self._left, self.workers = quick.Formula(spec), results, workers
         self._rng = np.random.default_rng(seed)
         self._busy: list[tuple[int, Any]] = []
-        self._last: list[Any] = [None] * WORKERS
+        self._last: list[Any] = [None] * workers
         self.ran: list[Job | GradientJob] = []
 
     def run(self, jobs: Iterable[Job | GradientJob]) -> Iterator[Result]:
         assert isinstance(jobs, Orders)
         while True:
-            for worker in set(range(WORKERS)) - {worker for worker, _ in self._busy}:
+            for worker in set(range(self.workers)) - {worker for worker, _ in self._busy}:
                 if (job := jobs.after(self._last[worker])) is not None:
                     self._busy.append((worker, job))
             if not self._busy:
@@ -141,18 +140,15 @@ def test_one_worker_is_one_order(start: Start) -> None:
     assert start("one", quick.InProcess) == start("two", quick.InProcess)
 
 
-def test_more_workers_than_it_began_with(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_workers_than_it_began_with(start: Start, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         start("run", lambda spec: Shuffled(spec, seed=1, results=90))
-    monkeypatch.setattr(compose.executors, "worker_count", lambda _: 8)
-    ended = start("run", lambda spec: Shuffled(spec, seed=2))
+    ended = start("run", lambda spec: Shuffled(spec, seed=2, workers=8))
     with RunStore.read(tmp_path / "run") as store:
         changes = facts.PENDING.require(store)
         assert [count for _, count in changes] == [5, 10]
         assert 0 < changes[1][0] < 35
-    assert start("run", lambda spec: Shuffled(spec, seed=3)) == ended
+    assert start("run", lambda spec: Shuffled(spec, seed=3, workers=8)) == ended
 
 
 def test_failures_of_another_cause_are_tried_again_with_all_that_rests_on_them(

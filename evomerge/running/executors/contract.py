@@ -68,7 +68,7 @@ class Streaming(Protocol):
 class Orders(Protocol):
     """Jobs chosen per worker: a worker continues cheaply with the weights in its live model.
 
-    ahead: whether a job may be chosen for a worker that still starts. Whoever is idle first takes it, and
+    ahead: whether a job may be chosen for a worker that still starts. The first idle worker takes it, and
     leaves its own candidate to others.
     """
 

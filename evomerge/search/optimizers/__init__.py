@@ -44,8 +44,8 @@ class OptimizerSpec(Strict):
     small populations (`bipop`), or stop (`none`)."""
     async_: bool = Field(default=False, alias="async")
     """Whether there is always a next candidate to score, so that no worker waits for the end of a generation.
-    Candidates are told in the order in which they are done, and no race stops one early. For one objective,
-    and for all optimizers but nsga2 and nsga3."""
+    The optimizer learns from candidates in the order in which they are done, and no race stops one early. For
+    one objective, and for all optimizers but nsga2 and nsga3."""
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
