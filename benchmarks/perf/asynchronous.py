@@ -3,8 +3,8 @@
     python benchmarks/perf/asynchronous.py --evaluations 35,60,150 --workers 1,4,16,64 --seeds 8
 
 On the landscape of the tests (tests/search/test_guided_loop.py): two tasks of 60 items whose margins depend
-on the genome, item by item. Level: how far right answers are ahead at the winner; 2.5 is the best there is. Of
-as many candidates as there are workers, whichever is drawn is done next. With generations there is no
+on the genome, item by item. Printed is how far right answers are ahead at the winner; 2.5 is the best there
+is. Of as many candidates as there are workers, whichever is drawn is done next. With generations there is no
 difference between numbers of workers. `--plain` is without the surrogate.
 Not covered: models; see `ours-async` in search.py.
 """
