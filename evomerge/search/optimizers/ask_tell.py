@@ -94,7 +94,10 @@ class Algorithm(Protocol):
     def fixed(self) -> int: ...
 
     def sample(self, count: int, given: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return `count` rows, shape (count, dimension), of which the first ones are `given`."""
+        """Return `count` rows, shape (count, dimension), of which the first ones are `given`.
+
+        An asynchronous search calls it several times before `learn`, which is about the last call.
+        """
         ...
 
     def learn(self, chosen: NDArray[np.int_], losses: NDArray[np.float64]) -> None:

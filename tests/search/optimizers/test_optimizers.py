@@ -324,7 +324,7 @@ def test_told_what_was_drawn_long_before_it_learns_and_repeats_itself(row: Row) 
         optimizer = row.make(3)
         waiting = list(optimizer.draw(20))
         told = []
-        for _ in range(60):
+        for _ in range(30):
             group = np.array([waiting.pop(0) for _ in range(optimizer.population)])
             told.append(row.losses(group))
             optimizer.absorb(group, told[-1])
