@@ -163,6 +163,7 @@ def _search(
         slopes=Slopes(store, scheduler, observer, batches),
         ahead=Foresight(store, scheduler, batches),
         guard=guard,
+        workers=scheduler.workers,
     )
 
 

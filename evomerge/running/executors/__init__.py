@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evomerge.running.executors.contract import Executor, Runs
+from evomerge.running.executors.contract import Executor, Runs, Streaming, key_of
 from evomerge.running.executors.devices import automatic, check_device, cores, gpus, threads_each
 from evomerge.running.executors.inline import Inline
 from evomerge.running.executors.local import LocalProcesses
@@ -27,8 +27,10 @@ __all__ = [
     "LocalProcesses",
     "Result",
     "Runs",
+    "Streaming",
     "at_once",
     "build",
+    "key_of",
     "resolve",
     "trial",
     "worker_count",
