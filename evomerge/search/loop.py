@@ -36,6 +36,7 @@ from evomerge.search.ports import (
 )
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
+from evomerge.search.spaces.movement import stretched
 from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.front_guide import FrontGuide, small
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
@@ -57,6 +58,7 @@ class SearchPlan:
     surrogate: None where the optimizer works alone. population: candidates per generation. baselines: the
         hand-made merges that are scored. weighting: the rule that weights tasks in the mean, see
         `gains.trusts`. weak: whether to go on where hardly any specialist is better than the base.
+    movements: what distances between genomes count each coordinate by; None where all count alike.
     """
 
     suite: Suite
@@ -75,6 +77,7 @@ class SearchPlan:
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
     weighting: str | None = None
     weak: bool = True
+    movements: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -492,7 +495,7 @@ class Search:
 
         guide = Guide(
             plan.surrogate,
-            coordinates=plan.space.coordinates,
+            coordinates=stretched(plan.space.coordinates, plan.movements),
             base=views.base,
             order=order,
             loss_on=loss_on,
@@ -521,7 +524,7 @@ class Search:
         whole = views(views.blocks)
         guide = FrontGuide(
             plan.surrogate,
-            coordinates=plan.space.coordinates,
+            coordinates=stretched(plan.space.coordinates, plan.movements),
             base=views.base,
             order=order,
             loss_on=lambda blocks: FrontLoss(views(blocks).normaliser, plan.objective),

@@ -142,6 +142,13 @@ BASELINES = Fact(
     "names of the hand-made merges that are scored (null: all), and whether they are raced as a short list",
 )
 NORMS = Fact("norms", dict[str, float], "compose", "norm of each source's task vector")
+MOVEMENTS = Fact(
+    "movements",
+    list[float],
+    "compose",
+    "per gene, how far it moves the merged model, for the surrogate's distances; none in runs before it, "
+    "whose genes count alike",
+)
 ANSWERS = Fact(
     "answers",
     dict[str, list[str | None]],
