@@ -145,6 +145,7 @@ def _search(
             template=prepared.template,
             norms=facts.NORMS.require(store),
             movements=facts.MOVEMENTS.get(store),
+            stacks=prepared.stacks,
             optimizer=prepared.config.optimizer,
             objective=prepared.config.objective,
             racing=prepared.config.racing,

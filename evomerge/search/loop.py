@@ -38,6 +38,7 @@ from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, ra
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.movement import stretched
 from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.stacks import Outlook, Probe, probe
 from evomerge.search.surrogate.front_guide import FrontGuide, small
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.surrogate.improvement import FrontLoss
@@ -59,6 +60,7 @@ class SearchPlan:
         hand-made merges that are scored. weighting: the rule that weights tasks in the mean, see
         `gains.trusts`. weak: whether to go on where hardly any specialist is better than the base.
     movements: what distances between genomes count each coordinate by; None where all count alike.
+    stacks: evaluations that hand-made stacks may cost before a search of layer paths.
     """
 
     suite: Suite
@@ -78,6 +80,7 @@ class SearchPlan:
     weighting: str | None = None
     weak: bool = True
     movements: Sequence[float] | None = None
+    stacks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +135,8 @@ class Search:
         self._counted_tasks: tuple[str, ...] = ()
         self._standard: Named | None = None  # the merge that sets the floors
         self._unlimited: Named | None = None  # the best by the mean alone
+        self._descended = False  # whether the search begins where gradients led
+        self._probed = Probe(best=None)
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
@@ -185,6 +190,11 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._either_guide(views, order, [*parents, *known], archive)
+        ends, sees = self._budget, self._observer
+        if self._probed.best is not None:
+            means = {k.named.name: views(views.blocks).mean(k.scores) for k in (*parents, *known)}
+            allowed = ends.evaluations(ledger.full, self._plan.population)
+            ends = sees = Outlook(ends, sees, means=means, stack=self._probed.best.name, allowed=allowed)
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -196,8 +206,8 @@ class Search:
             ),
             scorer=self._scorer,
             journal=self._journal,
-            budget=self._budget,
-            observer=self._observer,
+            budget=ends,
+            observer=sees,
             views=views,
             ledger=ledger,
             order=order,
@@ -205,7 +215,7 @@ class Search:
             guide=guide,
             archive=archive,
             counted=self._counted,
-            descended=spent > 0,
+            descended=self._descended,
         )
         searched = evolution.run()
         selection = Selection(
@@ -353,17 +363,22 @@ class Search:
         spec = self._racing
         if not self._plan.baselines.short or spec.count == 1 or objective.count > 1 or not rows:
             return rows
-        blocks = range(spec.count)
-        parts = [self._scorer.score([self._parents[0].recipe], "search", "baselines", [b])[0] for b in blocks]
         result = race(
             [row.recipe for row in rows],
             scorer=self._scorer,
-            views=Views(objective, cast(list[Scores], parts)),
+            views=self._views(objective),
             spec=spec,
-            order=blocks,
+            order=range(spec.count),
             phase="baselines",
         )
         return [row for row, complete in zip(rows, result.complete, strict=True) if complete]
+
+    def _views(self, objective: Objective) -> Views:
+        """Return the objective on any item blocks."""
+        base, blocks = [self._parents[0].recipe], range(self._plan.racing.count)
+        parts = [self._scorer.score(base, "search", "baselines", [block])[0] for block in blocks]
+        bases = [without(cast(Scores, part), self._dropped) for part in parts]
+        return Views(objective, bases, self._standard_scores(blocks))
 
     def _tested(self, hand_made: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
         """Return the baselines that are scored on `test`."""
@@ -374,9 +389,9 @@ class Search:
     def _score_starts(
         self, objective: Objective, known: Sequence[ScoredRecipe]
     ) -> tuple[list[ScoredRecipe], int]:
-        """Score the warm starts and the end points of the gradient descent; leave out failures.
+        """Score the warm starts, hand-made stacks and the end points of gradients; leave out failures.
 
-        Also returns the cost of the gradients, in items.
+        Also returns the cost of stacks and gradients, in items.
         """
         warm = self._plan.warm
         starts, spent = self._known(objective, list(warm.recipes), "warm start"), 0
@@ -390,6 +405,18 @@ class Search:
             scored = self._known(objective, distinct(reached), GRADIENT_START)
             starts += sorted(scored, key=lambda k: k.loss)[:1]
             spent = descent.items + sum(k.scores.items for k in scored)
+            self._descended = spent > 0
+        if self._plan.stacks:
+            losses = {k.named.name: k.loss for k in known if k.named in self._parents}
+            ranked = sorted(losses, key=lambda name: losses[name])
+            views = self._views(objective)
+            self._probed = probe(
+                self._plan.space, ranked, scorer=self._scorer, views=views, cost=self._plan.stacks
+            )
+            stacked = [] if self._probed.best is None else [self._probed.best]
+            found = self._known(objective, stacked, "stacks")
+            starts, spent = [*starts, *found], spent + self._probed.items
+            spent += sum(k.scores.items for k in found)
         for position, start in enumerate(starts):
             self._journal.record_entry("start", position, start.named)
         return starts, spent
@@ -506,6 +533,8 @@ class Search:
             if entry.genome is not None:
                 guide.learn(entry.genome, entry.scores)
         guide.begin()
+        for genome, scores in self._probed.examples:
+            guide.learn(genome, without(scores, self._dropped))
         return guide
 
     def _either_guide(

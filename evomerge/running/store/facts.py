@@ -171,6 +171,12 @@ WEIGHTING = Fact(
     "prepare",
     "the rule that weights tasks in the mean: `errors` (of the specialists' gains); none in runs before it",
 )
+STACKS = Fact(
+    "stacks",
+    int,
+    "prepare",
+    "evaluations that hand-made stacks may cost before a search of layer paths; none in runs before them",
+)
 OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
 ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
 FORWARD = Fact(
