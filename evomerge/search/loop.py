@@ -38,7 +38,7 @@ from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, ra
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.movement import stretched
 from evomerge.search.spaces.space import Genome, Space
-from evomerge.search.stacks import Outlook, Probe, probe
+from evomerge.search.stacks import Outlook, ScoredStacks, score_stacks
 from evomerge.search.surrogate.front_guide import FrontGuide, small
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.surrogate.improvement import FrontLoss
@@ -136,7 +136,7 @@ class Search:
         self._standard: Named | None = None  # the merge that sets the floors
         self._unlimited: Named | None = None  # the best by the mean alone
         self._descended = False  # whether the search begins where gradients led
-        self._probed = Probe(best=None)
+        self._stacks = ScoredStacks(best=None)
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
@@ -190,11 +190,6 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._either_guide(views, order, [*parents, *known], archive)
-        ends, sees = self._budget, self._observer
-        if self._probed.best is not None:
-            means = {k.named.name: views(views.blocks).mean(k.scores) for k in (*parents, *known)}
-            allowed = ends.evaluations(ledger.full, self._plan.population)
-            ends = sees = Outlook(ends, sees, means=means, stack=self._probed.best.name, allowed=allowed)
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -206,8 +201,8 @@ class Search:
             ),
             scorer=self._scorer,
             journal=self._journal,
-            budget=ends,
-            observer=sees,
+            budget=self._budget,
+            observer=self._observer,
             views=views,
             ledger=ledger,
             order=order,
@@ -389,10 +384,7 @@ class Search:
     def _score_starts(
         self, objective: Objective, known: Sequence[ScoredRecipe]
     ) -> tuple[list[ScoredRecipe], int]:
-        """Score the warm starts, hand-made stacks and the end points of gradients; leave out failures.
-
-        Also returns the cost of stacks and gradients, in items.
-        """
+        """Score warm starts, stacks and the ends of gradients; leave out failures. Also return the items."""
         warm = self._plan.warm
         starts, spent = self._known(objective, list(warm.recipes), "warm start"), 0
         if (spec := self._gradient_spec()) is not None:
@@ -407,19 +399,26 @@ class Search:
             spent = descent.items + sum(k.scores.items for k in scored)
             self._descended = spent > 0
         if self._plan.stacks:
-            losses = {k.named.name: k.loss for k in known if k.named in self._parents}
-            ranked = sorted(losses, key=lambda name: losses[name])
-            views = self._views(objective)
-            self._probed = probe(
-                self._plan.space, ranked, scorer=self._scorer, views=views, cost=self._plan.stacks
-            )
-            stacked = [] if self._probed.best is None else [self._probed.best]
-            found = self._known(objective, stacked, "stacks")
-            starts, spent = [*starts, *found], spent + self._probed.items
-            spent += sum(k.scores.items for k in found)
+            found = self._score_stacks(objective, [*known, *starts])
+            spent += self._stacks.items + sum(k.scores.items for k in found)
+            starts = [*starts, *found]
         for position, start in enumerate(starts):
             self._journal.record_entry("start", position, start.named)
         return starts, spent
+
+    def _score_stacks(self, objective: Objective, known: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
+        """Score hand-made stacks; return the best. With stacks the search may be given up early."""
+        ranked = [k.named.name for k in sorted(known, key=lambda k: k.loss) if k.named in self._parents]
+        views, (space, cost) = self._views(objective), (self._plan.space, self._plan.stacks)
+        self._stacks = score_stacks(space, ranked, scorer=self._scorer, views=views, cost=cost)
+        if (best := self._stacks.best) is None:
+            return []
+        found = self._known(objective, [best], "stacks")
+        means = {k.named.name: objective.mean(k.scores) for k in (*known, *found)}
+        sizes = {"full": sum(views.sizes), "population": self._plan.population}
+        outlook = Outlook(self._budget, self._observer, means=means, stack=best.name, **sizes)
+        self._observer = self._budget = outlook
+        return found
 
     def _measure(self) -> None:
         """Score base and parents on the other splits before the search, where the clock ends it.
@@ -489,8 +488,7 @@ class Search:
         blocks = range(self._plan.racing.count)
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
-        bases = [without(cast(Scores, part[0]), self._dropped) for part in parts]
-        views = Views(objective, bases, self._standard_scores(blocks))
+        views = self._views(objective)
         ledger = Ledger(views.sizes)
         for entry in (*unsearched, *starts):
             ledger.give(entry.named.recipe.hash, blocks)
@@ -533,7 +531,7 @@ class Search:
             if entry.genome is not None:
                 guide.learn(entry.genome, entry.scores)
         guide.begin()
-        for genome, scores in self._probed.examples:
+        for genome, scores in self._stacks.examples:
             guide.learn(genome, without(scores, self._dropped))
         return guide
 

@@ -39,7 +39,7 @@ class Stacking(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class ScoredStacks:
     """What hand-made stacks scored on one item block: the best one, all with their genomes, and the items."""
 
     best: Named | None
@@ -47,9 +47,9 @@ class Probe:
     items: int = 0
 
 
-def probe(
+def score_stacks(
     space: Space, models: Sequence[str], *, scorer: CandidateScorer, views: Views, cost: int, block: int = 0
-) -> Probe:
+) -> ScoredStacks:
     """Score hand-made stacks on one item block.
 
     Args:
@@ -62,7 +62,7 @@ def probe(
     """
     found = space.stacks(models, cost * len(views.blocks)) if isinstance(space, Stacking) else []
     if not found:
-        return Probe(best=None)
+        return ScoredStacks(best=None)
     recipes = [recipe for _, recipe in found]
     results = scorer.score(recipes, "search", "stacks", [block])
     losses = views([block]).losses(results, recipes)[:, 0]
@@ -72,7 +72,7 @@ def probe(
         if isinstance(result, Scores) and (genome := space.encode(recipe)) is not None
     ]
     name, recipe = found[int(np.argmin(losses))]
-    return Probe(
+    return ScoredStacks(
         best=Named(name=name, recipe=recipe) if examples else None,
         examples=tuple(examples),
         items=sum(scores.items for _, scores in examples),
@@ -83,7 +83,7 @@ class Outlook:
     """The budget of a search of layer paths, and the observer that tells it what was found.
 
     means: mean normalised score of everything that was known before the search, by name. stack: the best
-    hand-made stack among them. allowed: evaluations of the whole budget, None without such a limit.
+    hand-made stack among them. full: items of an evaluation. population: candidates of a generation.
     """
 
     def __init__(
@@ -93,9 +93,11 @@ class Outlook:
         *,
         means: Mapping[str, float],
         stack: str,
-        allowed: float | None,
+        full: int,
+        population: int,
     ) -> None:
-        self._budget, self._observer, self._allowed = budget, observer, allowed
+        self._budget, self._observer = budget, observer
+        self._allowed = budget.evaluations(full, population)
         self._best = means.get(stack, -np.inf)
         self._rival = max((name for name in means if name != stack), key=lambda name: means[name])
         self._needed = means[self._rival]

@@ -62,8 +62,12 @@ class Paths(FakeScorer):
 class Budget(FakeBudget):
     """Allows some evaluations as well."""
 
+    def __init__(self, generations: int, allowed: float | None = 40.0) -> None:
+        super().__init__(generations)
+        self.allowed = allowed
+
     def evaluations(self, full: int, population: int) -> float | None:
-        return 40.0
+        return self.allowed
 
 
 def search(
@@ -130,8 +134,9 @@ def test_a_space_without_stacks_is_searched_as_it_is() -> None:
     [(40, 99, 0.1, False), (40, 100, 0.1, True), (40, 100, 0.5, False), (None, 999, 0.1, False)],
 )
 def test_when_a_search_is_given_up(allowed: float | None, items: int, best: float, *, stops: bool) -> None:
+    budget = Budget(99, allowed)
     outlook = Outlook(
-        FakeBudget(99), Quiet(), means={"stack": 0.0, "merge": 0.5, "a": 0.3}, stack="stack", allowed=allowed
+        budget, Quiet(), means={"stack": 0.0, "merge": 0.5, "a": 0.3}, stack="stack", full=10, population=4
     )
     outlook.generation_done(0, 1.0, best)
     found = outlook.stop_reason(generations=1, items=items, forecast=0, full=10, stale=0)

@@ -37,15 +37,18 @@ STEP = 1e-3
 def movements(space: Space, norms: Norms) -> tuple[float, ...] | None:
     """Return for every coordinate how far it moves the model, damped; None where none moves anything.
 
-    The root mean square of the continuous coordinates is 1; choices and whole numbers have 1.
+    The root mean square of the continuous coordinates is 1; choices and whole numbers have 1. Layer paths
+    move no weights.
     """
     continuous = np.array([c.levels is None for c in space.coordinates])
+    if not continuous.any() or space.decode(_centre(space.coordinates, 0)).stacked:
+        return None
     most = max((c.levels for c in space.coordinates if c.levels is not None), default=1)
     found = np.zeros(space.dimension)
     for level in range(most):
         found = np.maximum(found, _moved(space, _centre(space.coordinates, level), norms, continuous))
     found = found**DAMPED
-    size = float(np.sqrt((found[continuous] ** 2).mean())) if continuous.any() else 0.0
+    size = float(np.sqrt((found[continuous] ** 2).mean()))
     if size == 0:
         return None
     scaled = np.where(continuous, found / size, 1.0)

@@ -7,6 +7,7 @@ import pytest
 
 from evomerge.search.spaces.movement import CUTTING, DAMPED, movements, stretched
 from evomerge.search.spaces.space import Coordinate
+from tests.search.spaces.test_layer_path import space as layer_path
 from tests.search.spaces.test_merge_space import TENSORS, inline, make
 
 NORMS = {
@@ -90,3 +91,8 @@ def test_tensors_of_no_group_are_left_out() -> None:
     space = make(inline(method="task_arithmetic", outside={"embeddings": ["embed"], "norm": []}))
     more = {source: by_tensor | {"visual.patch.weight": 9.0} for source, by_tensor in NORMS.items()}
     assert movements(space, more) is not None
+
+
+def test_layer_paths_have_no_movements() -> None:
+    assert movements(layer_path(), {}) is None
+    assert movements(layer_path(scale={"low": 0.5, "high": 2.0}), {}) is None
