@@ -3,7 +3,7 @@
 A step of a gene moves the model by the step times the length of the task vector that the gene scales, in
 the tensors of its group: a weight of attention in a layer that a fine-tune hardly changed does next to
 nothing. With many genes most are of that kind, and distances that count all genes alike are mostly noise. So
-coordinates are stretched by a power of what they move, on average by 1.
+coordinates are stretched by the square root of what they move, on average by 1.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SCALING = ("weight", "lambda", "t")
 CUTTING = 0.25
 """What a step of another parameter moves, relative to one of those: a density takes away small elements, a
 part of the task vector's length, times its weight."""
-DAMPED = 0.75
-"""Power of the movements that distances count: 0 would count all genes alike. What a model does is not
-proportional to how far its weights move."""
+DAMPED = 0.5
+"""Power of the movements that distances count: 0 would count all genes alike, 1 proportionally. Between them
+lies what explains scored items best, on every zoo looked at."""
 STEP = 1e-3
 """Half the distance between the two points of a central difference of `decode`."""
 
