@@ -37,7 +37,7 @@ from evomerge.search import baselines, optimizers, stacks
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.racing import RacingSpec, automatic_blocks
 from evomerge.search.spaces import kinds
-from evomerge.search.spaces.kinds import AnySpec
+from evomerge.search.spaces.kinds import AnySpec, gene_table
 from evomerge.search.spaces.layer_path import LayerPathSpec
 from evomerge.search.spaces.preset import SpaceSpec
 from evomerge.search.spaces.space import Space
@@ -373,6 +373,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
             facts.SUITE_DIGEST: prepared.inputs.suite,
             facts.TASK_FILES: dict(prepared.inputs.task_files),
             facts.OPTIMIZER: prepared.optimizer,
+            facts.GENES: gene_table(prepared.space),
             facts.BASELINES: prepared.baselines.as_data(),
             facts.LAYERS: prepared.layers,
             facts.FORWARD: forward.as_data(forward.find(prepared.worker)),

@@ -20,9 +20,12 @@ GATE_FAILED = 1
 """The exit code of a failed gate; mistakes have 2."""
 
 
-def show_report(folder: Path, rules_file: Path | None = None) -> None:
-    """Print a run's report, write its page, and check its winner against the rules of a gate file."""
-    from evomerge.delivery import gate
+def show_report(folder: Path, rules_file: Path | None = None, figures: Path | None = None) -> None:
+    """Print a run's report, write its page, and check its winner against the rules of a gate file.
+
+    figures: a folder for all charts as files, None for none.
+    """
+    from evomerge.delivery import gate, report_page
     from evomerge.delivery import report as delivery
     from evomerge.delivery.summary import Summary
     from evomerge.stored import StoredRun
@@ -35,13 +38,16 @@ def show_report(folder: Path, rules_file: Path | None = None) -> None:
         gated = {} if results is None else {"gate": gate.as_data(results)}
         output.data(delivery.as_data(summary) | gated)
         try:
-            page = delivery.write_html(summary, folder / "report.html")
+            page = report_page.write_html(summary, folder / "report.html")
         except DiskError as error:
             if os.access(folder, os.W_OK):  # a full disk, not a folder that may only be read
                 raise
             complain(f"no report page: {error.what} ({error.got})")
         else:
             output.say(f"report: {relative(page)}")
+        if figures is not None:
+            files = report_page.write_figures(summary, figures)
+            output.say(f"figures: {len(files)} files in {relative(figures)}")
     if results is not None:
         show_gate(results, summary.suite.name)
 

@@ -108,9 +108,18 @@ def samples(
 
 
 @command(app, "report")
-def report(run: RunArgument, gate: GateOption = None) -> None:
+def report(
+    run: RunArgument,
+    gate: GateOption = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Also write every chart there (SVG, PNG, CSV), and a card to share."
+        ),
+    ] = None,
+) -> None:
     """Print a run's tables and verdict, and write RUN/report.html."""
-    show_report(run, gate)
+    show_report(run, gate, figures)
 
 
 @command(app, "compare")

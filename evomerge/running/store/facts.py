@@ -177,6 +177,13 @@ STACKS = Fact(
     "prepare",
     "evaluations that hand-made stacks may cost before a search of layer paths; none in runs before them",
 )
+GENES = Fact(
+    "genes",
+    list[dict[str, Any]],
+    "prepare",
+    "per gene of the search space: name, kind, and bounds or choices, so that tables need no models",
+    in_digest=False,
+)
 OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
 ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
 FORWARD = Fact(
