@@ -1,11 +1,11 @@
-"""How genes should count in the surrogate's distances: generations of stored runs predicted from those before.
+"""How genes should count in the surrogate's distances: stored generations predicted from earlier ones.
 
     python benchmarks/perf/search.py run --space benchmarks/perf/fine_layers.yaml --methods ours-nogradients \
         --seeds 0 --evaluations 60 --keep runs/kept
     python benchmarks/perf/distances.py runs/kept/ours-nogradients-60-0
 
 For every way of counting: the mean rank correlation of predicted with measured mean scores over the
-generations, the root mean square error in points, and the marginal likelihood of all items (twice its negative
+generations, the root mean square error in points, and the marginal likelihood of all items (minus twice its
 logarithm per item; lower is better). On the two item blocks with most candidates; length and noise are chosen
 for each.
 """

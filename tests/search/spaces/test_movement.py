@@ -68,7 +68,7 @@ def test_points_of_a_curve_move_the_layers_they_reach() -> None:
 
 
 def test_choices_keep_their_length_and_genes_of_every_method_have_one() -> None:
-    space = make("mixed_layers")
+    space = make(inline(method={"choices": ["task_arithmetic", "ties"], "per": ["layers"]}, layers=1))
     found = movements(space, NORMS | {"b": NORMS["a"]})
     assert found is not None
     for gene, length in zip(space.genes, found, strict=True):
