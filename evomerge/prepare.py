@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import PERMISSIONS, ModelsSpec, RunConfig
+from evomerge.config import PERMISSIONS, ModelsSpec, RunConfig, load_suite
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation import sandbox
 from evomerge.evaluation.gains import ERRORS
@@ -210,7 +210,7 @@ def _baselines(config: RunConfig, template: Recipe, weights: int) -> baselines.C
 
 def _suite(config: RunConfig) -> Suite:
     """Return the config's suite; a run that was stored before goes on asking models as it began."""
-    suite = Suite.load(config.suite)
+    suite = load_suite(config.suite)
     folder = Path(config.out)
     if StoreReader.exists(folder):
         with (

@@ -136,6 +136,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
     front, surrogate = objectives.front(summary), guidance(store)
     return {
         "run": str(store.folder),
+        "suite": summary.suite.name,
         "digest": store.digest(),
         "stopped": facts.STOPPED.get(store),
         "verdict": None if verdict is None else verdict.as_data(),
