@@ -95,7 +95,7 @@ def execute(
                 store,
                 clock,
                 spec,
-                workers=workers,
+                workers=executors.at_once(prepared.config.executor),
                 finalists=prepared.config.finalists,
                 several=bool(prepared.config.objective.several),
             )

@@ -221,15 +221,18 @@ class RunConfig(Strict):
         return parse_space(space, "space") if isinstance(space, Mapping) else space
 
     @classmethod
-    def load(cls, path: Path, *, seed: int | None = None, out: str | None = None, **budget: Any) -> RunConfig:
+    def load(
+        cls, path: Path, *, seed: int | None = None, out: str | None = None, **replaced: Any
+    ) -> RunConfig:
         """Read a config file and resolve what it names; keyword arguments replace what it says.
 
-        budget: single limits, each replacing the file's, as in `running.budget.replaced`.
+        replaced: `workers` and `device` of the executor; the others are single limits of the budget, each
+        replacing the file's, as in `running.budget.replaced`.
         The result does not depend on the file any more: paths are absolute and the search space is
         written out. A packaged suite keeps its name.
         """
         folder = path.resolve().parent
-        return cls.of(load_yaml(path), folder=folder, where=str(path), seed=seed, out=out, **budget)
+        return cls.of(load_yaml(path), folder=folder, where=str(path), seed=seed, out=out, **replaced)
 
     @classmethod
     def of(
@@ -240,11 +243,14 @@ class RunConfig(Strict):
         where: str = "config",
         seed: int | None = None,
         out: str | None = None,
+        workers: int | None = None,
+        device: str | None = None,
         **budget: Any,
     ) -> RunConfig:
         """Check a config as plain data and resolve what it names; otherwise like `load`.
 
-        folder: where relative paths start. where: its name in messages. Raises ConfigError.
+        folder: where relative paths start. where: its name in messages. workers, device: of the executor.
+        Raises ConfigError.
         """
         _refuse_secrets(data, where)
         data = dict(data) if isinstance(data, Mapping) else data
@@ -252,6 +258,9 @@ class RunConfig(Strict):
             data["seed"] = seed
         if out is not None:
             data["out"] = out
+        chosen = {k: v for k, v in (("workers", workers), ("device", device)) if v is not None}
+        if chosen and isinstance(data.get("executor", {}), Mapping):
+            data["executor"] = {**data.get("executor", {}), **chosen}
         if any(value is not None for value in budget.values()):
             stored = data.get("budget") or {}
             data["budget"] = replaced(stored, budget, time.time()) if isinstance(stored, dict) else stored
@@ -376,7 +385,8 @@ def load_space(space: str | AnySpec, *, beside: Path | None = None) -> AnySpec:
 def resolve_location(location: str, folder: Path) -> str:
     """Return a model location with its local parts absolute; hub ids stay as they are.
 
-    A part counts as local if it exists beside the config file or looks like a path.
+    A part counts as local if it, or the folder it should be in, exists beside the config file, or if it
+    looks like a path.
     """
     return "+".join(_resolve_part(part, folder) for part in location.split("+"))
 
@@ -386,6 +396,13 @@ def _resolve_part(part: str, folder: Path) -> str:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
     path = expanded(part)
     beside = folder / path
-    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or split_id(part) is None:
+    mistyped = len(path.parts) > 1 and beside.parent.is_dir()  # its folder is here, so it is not the hub's
+    if (
+        path.is_absolute()
+        or beside.exists()
+        or mistyped
+        or part.startswith((".", "~"))
+        or split_id(part) is None
+    ):
         return str(beside.resolve())
     return part

@@ -77,6 +77,13 @@ def probe(prepared: Prepared) -> Probe:
     return replace(_estimated(prepared, items, seconds), test_items=test_items, gains=found)
 
 
+def again(prepared: Prepared, found: Probe) -> Probe:
+    """Return the estimate of another budget for the same candidates, from the seconds of an earlier probe."""
+    seconds: dict[Split, float] = {split: found.seconds[split] for split in SPLITS}
+    estimated = _estimated(prepared, found.items, seconds)
+    return replace(estimated, test_items=found.test_items, gains=found.gains)
+
+
 def refuse_nothing(prepared: Prepared, probe: Probe) -> None:
     """Raise ConfigError where a new run would measure hardly anything, unless its config allows it."""
     if prepared.config.weak_specialists == "refuse" and not StoreReader.exists(prepared.folder):
@@ -103,7 +110,7 @@ def _trial(prepared: Prepared, place: float, split: Split) -> Job:
 
 
 def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, float]) -> Probe:
-    config, workers, now = prepared.config, executors.worker_count(prepared.config.executor), time.time()
+    config, workers, now = prepared.config, executors.at_once(prepared.config.executor), time.time()
     sources = tuple(config.models.sources)
     parents = len(sources) + 1
     rows = baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0))
@@ -134,7 +141,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
         items=items,
         test_items={},
         seconds={str(split): mean for split, mean in seconds.items()},
-        workers=workers,
+        workers=executors.worker_count(config.executor),
         seconds_before=before,
         seconds_after=after,
         estimate=whole,

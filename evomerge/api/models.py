@@ -173,8 +173,7 @@ def analyze(
     if shown not in MEASURES:
         raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, MEASURES))
     models, origin = terminal.read_models(Path(config), base)
-    more = {} if progress is None else {"progress": progress}
-    found = measure(models, origin, threshold=threshold, top=top, **more)
+    found = measure(models, origin, threshold=threshold, top=top, progress=progress)
     advice = advise(found)
     return Analysis(
         terminal.as_data(found, advice),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from evomerge import compose
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
+from evomerge.running import executors
 from evomerge.running.batches import Batches
 from evomerge.running.executors import ExecutorSpec, devices, resolve, worker_count
 from evomerge.running.executors.contract import Orders
@@ -336,3 +337,15 @@ def test_address_and_resources_belong_to_ray() -> None:
         ExecutorSpec(resources={"GPU": 1})
     assert ExecutorSpec(name="ray", address="10.0.0.1:6379").needs == {"CPU": 1.0}
     assert ExecutorSpec(name="ray", threads=4, resources={"fast": 1}).needs == {"CPU": 4.0, "fast": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cores", "expected"), [(4, 1, 2, 2), (2, 1, 8, 2), (4, 4, 8, 2), (3, 16, 8, 1)]
+)
+def test_workers_on_one_processor_share_its_cores(
+    workers: int, threads: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "cores", lambda: cores)
+    spec = ExecutorSpec(name="local", device="cpu", workers=workers, threads=threads)
+    assert executors.at_once(spec) == expected
+    assert executors.at_once(ExecutorSpec(name="inline", device="cpu", threads=16)) == 1

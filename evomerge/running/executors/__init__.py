@@ -27,6 +27,7 @@ __all__ = [
     "LocalProcesses",
     "Result",
     "Runs",
+    "at_once",
     "build",
     "resolve",
     "trial",
@@ -126,6 +127,15 @@ def worker_count(spec: ExecutorSpec) -> int:
     if device == "cpu":
         return cores()
     return max(1, gpus()) if device == "cuda" else 1
+
+
+def at_once(spec: ExecutorSpec) -> int:
+    """Return how many workers compute at the same time: those of one machine's processor share its cores."""
+    workers = worker_count(spec)
+    if spec.name != "local":
+        return workers
+    device, _, threads = resolve(spec)
+    return min(workers, max(1, cores() // threads)) if device == "cpu" else workers
 
 
 def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:

@@ -19,7 +19,7 @@ from evomerge.merging.mergekit import read
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.beside import beside
 from evomerge.merging.sources.file_kinds import LARGEST
-from evomerge.merging.sources.hub import SINGLE, known_id, split_id
+from evomerge.merging.sources.hub import SINGLE, folder_of, known_id, split_id
 from evomerge.merging.sources.opening import open_source
 
 COMMIT = "0123abc"
@@ -193,6 +193,9 @@ def test_a_folder_with_an_at_sign_stays_a_folder(
 
 def test_a_config_stores_the_revision(tmp_path: Path) -> None:
     assert resolve_location("org/model@refs/pr/3", tmp_path) == "org/model@refs/pr/3"
+    assert resolve_location("org/modle", tmp_path) == str(tmp_path / "org" / "modle")  # the folder is here
+    with pytest.raises(ModelError, match=r"did you mean .*org/model@v1\?"):
+        folder_of(str(tmp_path / "org" / "modle@v1"))
     assert resolve_location("./model@v1", tmp_path) == str(tmp_path / "model@v1")
     text = "merge_method: linear\nmodels: [{model: org/a@v1}, {model: org/a@v2}]\ndtype: float32"
     assert dict(read(text).models) == {"a": "org/a@v1", "a-2": "org/a@v2"}
