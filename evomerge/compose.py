@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
 from evomerge.running.worker import item_notes
 from evomerge.search import baselines
 from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.spaces.movement import movements
 from evomerge.stored import StoredRun, config_to_resume
 
 Hashes = Mapping[str, Mapping[str, str]]
@@ -81,7 +82,7 @@ def execute(
     answers = _answers(prepared)
     executor = executors.build(prepared.config.executor, replace(prepared.worker, answers=answers))
     try:
-        task_vector_norms = norms(prepared)
+        measured = measure(prepared)
         with _open_store(prepared, executor.sharing) as store, RunLog(prepared.folder) as log:
             shown = Observers(log, observer)
             store.report_to(shown)
@@ -107,7 +108,7 @@ def execute(
                 for note in facts.ITEM_NOTES.require(store):
                     log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
-            _keep(task_vector_norms, answers, prepared, store, shown)
+            _keep(measured, answers, prepared, store, shown)
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
@@ -143,6 +144,8 @@ def _search(
             space=prepared.space,
             template=prepared.template,
             norms=facts.NORMS.require(store),
+            movements=facts.MOVEMENTS.get(store),
+            stacks=prepared.stacks,
             optimizer=prepared.config.optimizer,
             objective=prepared.config.objective,
             racing=prepared.config.racing,
@@ -167,29 +170,41 @@ def _search(
     )
 
 
-def norms(prepared: Prepared) -> dict[str, float]:
-    """Return the norm of each source's task vector, from the store or measured; ModelError where one is 0.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What the task vectors' lengths say: norms of the whole ones, and how far each gene moves the model.
+
+    movements: None where genes count alike, as in runs begun before they were measured.
+    """
+
+    norms: dict[str, float]
+    movements: tuple[float, ...] | None
+
+
+def measure(prepared: Prepared) -> Measured:
+    """Return the lengths of the task vectors, from the store or measured; ModelError where one is 0.
 
     Measuring reads every weight, so damaged files show before anything is stored.
     """
-    from evomerge.merging.analysis.norms import task_vector_norms
+    from evomerge.merging.analysis.norms import tensor_norms, whole
 
     if StoreReader.exists(prepared.folder):
         with StoreReader.read(prepared.folder) as store:
             if (stored := facts.NORMS.get(store)) is not None:
-                return dict(stored)
+                return Measured(norms=dict(stored), movements=None)
     config = prepared.config
-    measured = task_vector_norms(
+    by_tensor = tensor_norms(
         config.locations, BASE, tokenizer=config.tokenizer, experts=config.models.experts
     )
-    for name, norm in measured.items():
+    norms = {name: whole(parts) for name, parts in by_tensor.items()}
+    for name, norm in norms.items():
         if norm == 0:
             raise ModelError(
                 f"source {name!r} is identical to the base",
                 got=prepared.config.models.sources[name],
                 fix="leave it out: it adds nothing to a merge",
             )
-    return measured
+    return Measured(norms=norms, movements=movements(prepared.space, by_tensor))
 
 
 def _answers(prepared: Prepared) -> own_answers.Answers:
@@ -206,7 +221,7 @@ def _answers(prepared: Prepared) -> own_answers.Answers:
 
 
 def _keep(
-    task_vector_norms: Mapping[str, float],
+    measured: Measured,
     answers: own_answers.Answers,
     prepared: Prepared,
     store: RunStore,
@@ -214,7 +229,9 @@ def _keep(
 ) -> None:
     """Store what was measured before the first evaluation, unless an earlier session did."""
     if facts.NORMS.get(store) is None:
-        facts.NORMS.set(store, dict(task_vector_norms))
+        if measured.movements is not None:
+            facts.MOVEMENTS.set(store, list(measured.movements))
+        facts.NORMS.set(store, measured.norms)  # last: a store with it has all that was measured
     if answers and facts.ANSWERS.get(store) is None:
         facts.ANSWERS.set(store, dict(answers))
         for sentence in own_answers.sentences(prepared.suite, answers):

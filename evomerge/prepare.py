@@ -33,7 +33,7 @@ from evomerge.running.clock import moment, shown
 from evomerge.running.inputs import RunInputs, facts_of
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec, counted
-from evomerge.search import baselines, optimizers
+from evomerge.search import baselines, optimizers, stacks
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.racing import RacingSpec, automatic_blocks
 from evomerge.search.spaces import kinds
@@ -54,6 +54,7 @@ class Prepared:
     the base model's weights. layers: number of the base model's layers. optimizer: its name and the reason
     for it. notes: remarks on the models that are no errors. baselines: the hand-made merges to score.
     weighting: the rule that weights tasks in the mean, None in a run that was begun before there was one.
+    stacks: evaluations that hand-made stacks may cost before a search of layer paths, 0 in other searches.
     """
 
     config: RunConfig
@@ -69,6 +70,7 @@ class Prepared:
     warm: WarmStart = field(default_factory=WarmStart)
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
     weighting: str | None = ERRORS
+    stacks: int = 0
 
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:
@@ -134,6 +136,7 @@ def prepare(config: RunConfig) -> Prepared:
         warm=warm,
         baselines=_baselines(config, template, sum(header.count for header in headers.values())),
         weighting=_weighting(config),
+        stacks=_stacks(config),
     )
 
 
@@ -244,6 +247,19 @@ def _weighting(config: RunConfig) -> str | None:
     return ERRORS
 
 
+def _stacks(config: RunConfig) -> int:
+    """Return what hand-made stacks may cost: nothing where a run was begun without them."""
+    if not isinstance(config.space, LayerPathSpec) or config.objective.several:
+        return 0
+    if StoreReader.exists(Path(config.out)):
+        with (
+            contextlib.suppress(StoreError),  # as above
+            StoreReader.read(Path(config.out)) as store,
+        ):
+            return facts.STACKS.get(store) or 0
+    return stacks.COST
+
+
 def _sharing(config: RunConfig) -> Sharing | None:
     """Return whether requests share rows in a stored run; None in a new one, whose first worker decides."""
     if StoreReader.exists(Path(config.out)):
@@ -343,6 +359,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
     start: dict[facts.Fact[Any], Any] = (
         {} if prepared.weighting is None else {facts.WEIGHTING: prepared.weighting}
     )
+    start |= {facts.STACKS: prepared.stacks} if prepared.stacks else {}
     start |= {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
     return (
         start

@@ -155,7 +155,7 @@ def test_spaces_lists_the_presets(config: Callable[..., Path]) -> None:
     rows = {row["name"]: row for row in json.loads(succeed("spaces", "--json"))}
     assert rows["task_arithmetic_layers"]["dimension"] == 3 * (32 * 2 + 2)
     assert rows["slerp_layers"]["sources"] == 2
-    assert rows["mixed_layers"]["methods"] == ["task_arithmetic", "ties"]
+    assert rows["method_global"]["methods"][:3] == ["linear", "task_arithmetic", "ties"]
     assert all(name in text and row["about"] and not row["problem"] for name, row in rows.items())
     given = {row["name"]: row for row in json.loads(succeed("spaces", "--models", config(), "--json"))}
     assert given["global_weights"]["dimension"] == 2
@@ -163,7 +163,7 @@ def test_spaces_lists_the_presets(config: Callable[..., Path]) -> None:
 
 
 def test_spaces_show_prints_the_genes(config: Callable[..., Path], tmp_path: Path) -> None:
-    text = succeed("spaces", "show", "mixed_layers")
+    text = succeed("spaces", "show", "method_global")
     assert "method is ties" in text
     assert "0.1 ... 1" in text
     path = config()

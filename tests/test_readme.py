@@ -157,6 +157,6 @@ def test_the_file_tree_names_every_file_of_the_package() -> None:
     there = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*")
-        if path.suffix in (".py", ".c", ".jinja") and not path.name.startswith("__")
+        if path.suffix in (".py", ".c", ".jinja", ".css", ".js") and not path.name.startswith("__")
     }
     assert listed - {"zoo/demo.yaml"} == there

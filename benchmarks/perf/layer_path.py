@@ -210,6 +210,7 @@ def search(folder: Path, seed: int, candidates: int, sigma: float) -> None:
         },
         "space": "layer_path",
         "suite": str(folder / "tasks" / "suite.yaml"),
+        "weak_specialists": "allow",  # no model has the wanted skill: that is the point
         "optimizer": {"sigma": sigma},
         "budget": {"evaluations": candidates},
         "executor": {"name": "inline", "threads": 1, "batch_size": 100},

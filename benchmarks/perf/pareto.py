@@ -60,7 +60,7 @@ class Bench:
         self._known: dict[tuple[str, Split], Scores | Failure] = {}
         sources = self.prepared.space.sources
         self._parents = baselines.parents(self.prepared.template, sources)
-        norms = compose.norms(self.prepared)
+        norms = compose.measure(self.prepared).norms
         hand_made = baselines.hand_made(self.prepared.template, sources, norms)
         self.unsearched = [named.recipe for named in (*self._parents, *hand_made)]
         self.spec = ObjectiveSpec(several=self._several([named.recipe for named in hand_made]))

@@ -14,7 +14,8 @@ counts for nobody.
     cma, tpe, gp, ga, pso, turbo, saasbo, hebo, smac, random     see rivals.py; smac scores item blocks, too
     ours    the defaults: floors, gradients, then CMA-ES, surrogate, item blocks, selection on `select`
     ours-PART[-PART]  the same with other settings: mean, balanced, floors (the objective's kind); gradients,
-            nogradients; plain (no surrogate); async (no generations); or the name of a search space
+            nogradients; plain (no surrogate); async (no generations); alike (distances count all genes alike);
+            nostacks (a search of layer paths without hand-made stacks); or the name of a search space
 
 One run of a rival answers all its budgets, for it does not know them. Ours plans for its budget, so it runs
 once for each.
@@ -45,6 +46,7 @@ import numpy as np
 from rivals import RIVALS, Genome, Spent
 
 from evomerge import compose
+from evomerge import prepare as preparation
 from evomerge.config import DEMO_CONFIG, RunConfig, load_space
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation import statistics
@@ -63,6 +65,11 @@ from evomerge.search.warm_start import GradientSpec
 from evomerge.stored import StoredRun
 
 RESULTS = Path("runs/bench-search")
+LEFT_OUT: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "alike": (compose, "movements", lambda *_: None),
+    "nostacks": (preparation, "_stacks", lambda *_: 0),
+}
+"""Parts of the search that no setting switches off: what does nothing in their place."""
 
 
 class Remembered:
@@ -93,11 +100,38 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What all runs of a folder share: a config of models, its space or another, a folder."""
+    """What all runs of a folder share: a config of models, its space or another, a folder of results.
+
+    keep: where run folders are kept, None: nowhere.
+    """
 
     source: Path
     space: str | None
     results: Path
+    keep: Path | None = None
+
+    @contextlib.contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """Give a run its folder, which is kept where that was asked for."""
+        if self.keep is not None:
+            yield self.keep / name
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "run"
+
+
+@contextlib.contextmanager
+def left_out(method: str) -> Iterator[None]:
+    """Leave parts of the search out while a method runs."""
+    parts = [LEFT_OUT[part] for part in method.split("-")[1:] if part in LEFT_OUT]
+    before = [getattr(place, name) for place, name, _ in parts]
+    for place, name, nothing in parts:
+        setattr(place, name, nothing)
+    try:
+        yield
+    finally:
+        for (place, name, _), own in zip(parts, before, strict=True):
+            setattr(place, name, own)
 
 
 def configured(method: str, seed: int, evaluations: int, out: Path, case: Case) -> RunConfig:
@@ -122,6 +156,8 @@ def configured(method: str, seed: int, evaluations: int, out: Path, case: Case) 
             changes["optimizer"] = config.optimizer.model_copy(update={"async_": True})
         elif part == "plain":
             changes["surrogate"] = "off"
+        elif part in LEFT_OUT:
+            continue
         else:
             changes["space"] = load_space(part)
     return config.model_copy(update=changes)
@@ -260,8 +296,8 @@ def run_one(method: str, seed: int, budgets: Sequence[int], case: Case) -> None:
             flush=True,
         )
 
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(method, seed, max(budgets), Path(folder) / "run", case)
+    with case.folder(f"{method}-{max(budgets)}-{seed}") as folder, left_out(method):
+        bench = Bench(method, seed, max(budgets), folder, case)
         if method in RIVALS:
             loss = Counted(bench, budgets, done)
             with contextlib.suppress(Spent):
@@ -389,6 +425,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=DEMO_CONFIG, help="a run config of other models")
     parser.add_argument("--space", help="a search space's name or file; else that of the config")
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--keep", type=Path, help="a folder for the run folders (default: they are deleted)")
     parser.add_argument("--ceiling", type=float, help="the ceiling's mean on test, in [0, 1]")
     options = parser.parse_args()
     own = RESULTS if options.config == DEMO_CONFIG else RESULTS / options.config.resolve().parent.name
@@ -398,7 +435,7 @@ def main() -> None:
     if options.command == "table":
         table(results, options.ceiling)
         return
-    case = Case(source=options.config, space=options.space, results=results)
+    case = Case(source=options.config, space=options.space, results=results, keep=options.keep)
     budgets = [int(number) for number in options.evaluations.split(",")]
     for seed in map(int, options.seeds.split(",")):
         for method in options.methods.split(","):

@@ -18,8 +18,9 @@ from evomerge.merging.reading import read_recipe
 from evomerge.merging.recipe import Recipe
 from evomerge.prepare import Prepared
 from evomerge.running import warm_start
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 from evomerge.search import baselines
+from evomerge.search.spaces.movement import stretched
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate import prediction
 from evomerge.search.surrogate.guide import TRUSTED
@@ -91,7 +92,7 @@ def predict(summary: Summary, prepared: Prepared, name: str) -> Prediction:
     forecast = prediction.predict_score(
         genome,
         [e for e in examples if e.recipe != recipe.hash and e.genome.tobytes() != genome.tobytes()],
-        coordinates=prepared.space.coordinates,
+        coordinates=stretched(prepared.space.coordinates, facts.MOVEMENTS.get(store)),
         normaliser=normaliser,
         base=course.parts(summary.parents[0].recipe.hash),
     )

@@ -37,7 +37,9 @@ from evomerge.search.ports import (
 )
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
+from evomerge.search.spaces.movement import stretched
 from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.stacks import Outlook, ScoredStacks, score_stacks
 from evomerge.search.stream import Stream
 from evomerge.search.surrogate.front_guide import FrontGuide, small
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
@@ -59,6 +61,8 @@ class SearchPlan:
     surrogate: None where the optimizer works alone. population: candidates per generation. baselines: the
         hand-made merges that are scored. weighting: the rule that weights tasks in the mean, see
         `gains.trusts`. weak: whether to go on where hardly any specialist is better than the base.
+    movements: what distances between genomes count each coordinate by; None where all count alike.
+    stacks: evaluations that hand-made stacks may cost before a search of layer paths.
     """
 
     suite: Suite
@@ -77,6 +81,8 @@ class SearchPlan:
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
     weighting: str | None = None
     weak: bool = True
+    movements: Sequence[float] | None = None
+    stacks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +139,8 @@ class Search:
         self._counted_tasks: tuple[str, ...] = ()
         self._standard: Named | None = None  # the merge that sets the floors
         self._unlimited: Named | None = None  # the best by the mean alone
+        self._descended = False  # whether the search begins where gradients led
+        self._stacks = ScoredStacks(best=None)
 
     def run(self) -> Outcome:
         """Search, pick the winner on `select`, and score it with all references on `test`."""
@@ -201,7 +209,7 @@ class Search:
             guide=guide,
             archive=archive,
             counted=self._counted,
-            descended=spent > 0,
+            descended=self._descended,
         )
         searched = evolution.run()
         selection = Selection(
@@ -360,17 +368,22 @@ class Search:
         spec = self._racing
         if not self._plan.baselines.short or spec.count == 1 or objective.count > 1 or not rows:
             return rows
-        blocks = range(spec.count)
-        parts = [self._scorer.score([self._parents[0].recipe], "search", "baselines", [b])[0] for b in blocks]
         result = race(
             [row.recipe for row in rows],
             scorer=self._scorer,
-            views=Views(objective, cast(list[Scores], parts)),
+            views=self._views(objective),
             spec=spec,
-            order=blocks,
+            order=range(spec.count),
             phase="baselines",
         )
         return [row for row, complete in zip(rows, result.complete, strict=True) if complete]
+
+    def _views(self, objective: Objective) -> Views:
+        """Return the objective on any item blocks."""
+        base, blocks = [self._parents[0].recipe], range(self._plan.racing.count)
+        parts = [self._scorer.score(base, "search", "baselines", [block])[0] for block in blocks]
+        bases = [without(cast(Scores, part), self._dropped) for part in parts]
+        return Views(objective, bases, self._standard_scores(blocks))
 
     def _tested(self, hand_made: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
         """Return the baselines that are scored on `test`."""
@@ -381,10 +394,7 @@ class Search:
     def _score_starts(
         self, objective: Objective, known: Sequence[ScoredRecipe]
     ) -> tuple[list[ScoredRecipe], int]:
-        """Score the warm starts and the end points of the gradient descent; leave out failures.
-
-        Also returns the cost of the gradients, in items.
-        """
+        """Score warm starts, stacks and the ends of gradients; leave out failures. Also return the items."""
         warm = self._plan.warm
         starts, spent = self._known(objective, list(warm.recipes), "warm start"), 0
         if (spec := self._gradient_spec()) is not None:
@@ -397,9 +407,28 @@ class Search:
             scored = self._known(objective, distinct(reached), GRADIENT_START)
             starts += sorted(scored, key=lambda k: k.loss)[:1]
             spent = descent.items + sum(k.scores.items for k in scored)
+            self._descended = spent > 0
+        if self._plan.stacks:
+            found = self._score_stacks(objective, [*known, *starts])
+            spent += self._stacks.items + sum(k.scores.items for k in found)
+            starts = [*starts, *found]
         for position, start in enumerate(starts):
             self._journal.record_entry("start", position, start.named)
         return starts, spent
+
+    def _score_stacks(self, objective: Objective, known: Sequence[ScoredRecipe]) -> list[ScoredRecipe]:
+        """Score hand-made stacks; return the best. With stacks the search may be given up early."""
+        ranked = [k.named.name for k in sorted(known, key=lambda k: k.loss) if k.named in self._parents]
+        views, (space, cost) = self._views(objective), (self._plan.space, self._plan.stacks)
+        self._stacks = score_stacks(space, ranked, scorer=self._scorer, views=views, cost=cost)
+        if (best := self._stacks.best) is None:
+            return []
+        found = self._known(objective, [best], "stacks")
+        means = {k.named.name: objective.mean(k.scores) for k in (*known, *found)}
+        sizes = {"full": sum(views.sizes), "population": self._plan.population}
+        outlook = Outlook(self._budget, self._observer, means=means, stack=best.name, **sizes)
+        self._observer = self._budget = outlook
+        return found
 
     def _measure(self) -> None:
         """Score base and parents on the other splits before the search, where the clock ends it.
@@ -469,8 +498,7 @@ class Search:
         blocks = range(self._plan.racing.count)
         recipes = [k.named.recipe for k in unsearched]
         parts = [self._scorer.score(recipes, "search", "baselines", [block]) for block in blocks]
-        bases = [without(cast(Scores, part[0]), self._dropped) for part in parts]
-        views = Views(objective, bases, self._standard_scores(blocks))
+        views = self._views(objective)
         ledger = Ledger(views.sizes)
         for entry in (*unsearched, *starts):
             ledger.give(entry.named.recipe.hash, blocks)
@@ -502,7 +530,7 @@ class Search:
 
         guide = Guide(
             plan.surrogate,
-            coordinates=plan.space.coordinates,
+            coordinates=stretched(plan.space.coordinates, plan.movements),
             base=views.base,
             order=order,
             loss_on=loss_on,
@@ -513,6 +541,8 @@ class Search:
             if entry.genome is not None:
                 guide.learn(entry.genome, entry.scores)
         guide.begin()
+        for genome, scores in self._stacks.examples:
+            guide.learn(genome, without(scores, self._dropped))
         return guide
 
     def _either_guide(
@@ -531,7 +561,7 @@ class Search:
         whole = views(views.blocks)
         guide = FrontGuide(
             plan.surrogate,
-            coordinates=plan.space.coordinates,
+            coordinates=stretched(plan.space.coordinates, plan.movements),
             base=views.base,
             order=order,
             loss_on=lambda blocks: FrontLoss(views(blocks).normaliser, plan.objective),

@@ -75,8 +75,7 @@ def test_weights_first_then_paths_through_the_winner(
     (start,) = prepare(started).warm.recipes
     assert start.recipe.hash == chosen.hash  # what a run exports, the next one can begin with
     with RunStore.read(tmp_path / "paths") as store:
-        template = prepare(loaded).template
-        assert predict.find(store, template, str(out / "recipe.yaml")).hash == chosen.hash
+        assert predict.find(store, prepare(loaded), str(out / "recipe.yaml")).hash == chosen.hash
 
     compose.start(RunConfig.load(path), Silent())  # replayed: every ask is compared with the stored one
     with RunStore.read(tmp_path / "paths") as store:

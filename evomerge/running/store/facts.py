@@ -142,6 +142,13 @@ BASELINES = Fact(
     "names of the hand-made merges that are scored (null: all), and whether they are raced as a short list",
 )
 NORMS = Fact("norms", dict[str, float], "compose", "norm of each source's task vector")
+MOVEMENTS = Fact(
+    "movements",
+    list[float],
+    "compose",
+    "per gene, how far it moves the merged model, for the surrogate's distances; none in runs before it, "
+    "whose genes count alike",
+)
 ANSWERS = Fact(
     "answers",
     dict[str, list[str | None]],
@@ -163,6 +170,12 @@ WEIGHTING = Fact(
     str,
     "prepare",
     "the rule that weights tasks in the mean: `errors` (of the specialists' gains); none in runs before it",
+)
+STACKS = Fact(
+    "stacks",
+    int,
+    "prepare",
+    "evaluations that hand-made stacks may cost before a search of layer paths; none in runs before them",
 )
 GENES = Fact(
     "genes",

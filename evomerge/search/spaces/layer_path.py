@@ -33,6 +33,8 @@ OUTPUTS = {
 """Parts of the names of the tensors a layer's attention and MLP end with, whatever the family."""
 NORMALISED = ("post_feedforward_layernorm", "post_mlp_layernorm")
 """Norms behind those tensors: in layers that have them, scaling the tensors changes nothing."""
+CUTS = (0.5, 0.75, 0.25)
+"""Depths at which hand-made stacks go from one model to another."""
 UNDECIDED = 0.5
 """The canonical value of a coordinate that has no effect."""
 
@@ -239,6 +241,24 @@ class LayerPathSpace:
         groups = [group for key, run in runs for group in self._groups(*key, tuple(run))]
         groups.append(TensorGroup(method="passthrough", sources=(outside,), layers=OUTSIDE))
         return self._template.with_groups(groups, num_layers=len(layers))
+
+    def stacks(self, models: Sequence[str], most: int) -> list[tuple[str, Recipe]]:
+        """Return names and recipes of hand-made stacks: the lower layers of one model, the upper of another.
+
+        Cut in the middle, then lower and higher; pairs of the first models come first. models: names, the
+        best first. Those that are no path of this space are left out.
+        """
+        pairs = [(a, b) for a in range(len(models)) for b in range(len(models)) if a != b]
+        cuts = dict.fromkeys(round(part * self.num_blocks) for part in CUTS)
+        found = []
+        for low, high in sorted(pairs, key=lambda pair: (sum(pair), pair)):
+            for cut in (cut for cut in cuts if 0 < cut < self.num_blocks):
+                taken = (models[low] if block < cut else models[high] for block in range(self.num_blocks))
+                steps = [Step(model=model, block=block) for block, model in enumerate(taken)]
+                recipe = self.recipe(steps, models[high])
+                name = f"{models[low]} up to layer {cut * self.spec.block - 1}, then {models[high]}"
+                found.append((name, recipe))
+        return [(name, recipe) for name, recipe in found if self.encode(recipe) is not None][:most]
 
     def _groups(
         self, model: str, shift: int, attn: float, mlp: float, layers: tuple[int, ...]

@@ -26,6 +26,7 @@ class Coordinate:
     levels: None where it is continuous; else [0, 1] is cut into that many equal bins, all points of a
         bin mean the same, and its middle stands for it.
     ordered: whether neighbouring bins are alike (whole numbers are, names are not).
+    length: of the unit interval, where distances between genomes are measured (`movement.py`).
 
     >>> Coordinate(levels=4).level(0.6), Coordinate(levels=4).middle(2)
     (2, 0.625)
@@ -33,6 +34,7 @@ class Coordinate:
 
     levels: int | None = None
     ordered: bool = True
+    length: float = 1.0
 
     def level(self, u: float) -> int:
         """Return the bin of a value in [0, 1]."""

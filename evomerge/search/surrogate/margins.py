@@ -227,11 +227,11 @@ class Pending:
 
 
 class _Features:
-    """Genomes as points in which distances mean something: names one-hot, the rest as it is."""
+    """Genomes as points in which distances mean something: names one-hot, the rest times its length."""
 
     def __init__(self, coordinates: Sequence[Coordinate]) -> None:
         self._discrete = [(i, c) for i, c in enumerate(coordinates) if c.levels is not None]
-        self._moved = np.array([float(c.levels is None) for c in coordinates])
+        self._lengths = np.array([c.length if c.levels is None else 0.0 for c in coordinates])
         widths = [1 if c.levels is None or c.ordered else c.levels for c in coordinates]
         self._from = np.cumsum([0, *widths[:-1]])
         """Of every coordinate its first feature."""
@@ -239,12 +239,12 @@ class _Features:
 
     def back(self, slopes: Array) -> Array:
         """Return slopes in features, (n, features), as slopes in coordinates, 0 in those of bins."""
-        found: Array = slopes[:, self._from] * self._moved
+        found: Array = slopes[:, self._from] * self._lengths
         return found
 
     def __call__(self, genome: Genome) -> Array:
         found = np.zeros(self._width)
-        found[self._from] = genome
+        found[self._from] = genome * self._lengths
         for index, coordinate in self._discrete:
             assert coordinate.levels is not None
             at, level = self._from[index], coordinate.level(float(genome[index]))

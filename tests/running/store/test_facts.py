@@ -67,6 +67,7 @@ def test_the_values_of_a_finished_run_have_the_declared_types(finished_run: Path
         "full_hashes",
         "batch_sizes",
         "warm_start",
+        "stacks",
         "stop",
         "migrated",
         "sharing",

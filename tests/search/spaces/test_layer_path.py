@@ -229,3 +229,26 @@ def test_presets_fit_models_of_any_depth_and_start_from_a_parent(preset: str, la
     chosen = LayerPathSpace(spec, template=template("a", "b"), sources=("a", "b"), tensors=tensors)
     for parent in parents(template("a", "b"), ("a", "b"))[1:]:
         assert chosen.encode(parent.recipe) is not None
+
+
+def test_hand_made_stacks_put_one_model_under_another_best_pairs_first() -> None:
+    chosen = space(layers=8, sources=("a", "b", "c"))
+    found = chosen.stacks(("c", "a", "b"), most=100)
+    assert len(found) == len({recipe.hash for _, recipe in found}) == 6 * 3
+    assert found[0][0] == "c up to layer 3, then a"
+    expected = [Step(model="c" if block < 4 else "a", block=block) for block in range(8)]
+    assert found[0][1] == chosen.recipe(expected, "a")
+    assert [name for name, _ in found[:4]] == [
+        "c up to layer 3, then a",
+        "c up to layer 5, then a",
+        "c up to layer 1, then a",
+        "a up to layer 3, then c",
+    ]
+    assert [recipe.hash for _, recipe in found[:5]] == [r.hash for _, r in chosen.stacks(("c", "a", "b"), 5)]
+    assert all(chosen.encode(recipe) is not None for _, recipe in found)
+
+
+def test_stacks_that_are_no_paths_of_the_space_are_left_out() -> None:
+    assert space(longest=0.9, shortest=0.5).stacks(("a", "b"), most=10) == []
+    assert space(sources=("a",)).stacks(("a",), most=10) == []
+    assert len(space(layers=7, block=3).stacks(("a", "b"), most=10)) == 2 * 2  # three blocks have two cuts

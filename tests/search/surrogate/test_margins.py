@@ -256,3 +256,17 @@ def test_draws_are_joint_and_lie_around_the_prediction() -> None:
     assert (spread[1] < spread[3]).all()
     for task in range(3):
         assert np.corrcoef(draws[:, 1, task], draws[:, 2, task])[0, 1] > 0.9
+
+
+def test_lengths_of_coordinates_are_those_of_a_stretched_space() -> None:
+    lengths = np.array([0.5, 2.0, 1.0, 0.0])
+    found = fitted(taught(40, coordinates=tuple(Coordinate(length=length) for length in lengths)))
+    plain = Surrogate(CONTINUOUS, [OUTPUTS], tasks=3)
+    for genome in np.random.default_rng(1).random((40, DIMENSION)):
+        plain.learn(genome * lengths, 0, margins(genome))
+    expected = plain.fit(np.full(DIMENSION, 0.5) * lengths, [0])
+    assert expected is not None
+    genome = np.array([0.3, 0.6, 0.2, 0.9])
+    here, there = found.predict(genome), expected.predict(genome * lengths)
+    assert here.values == pytest.approx(there.values)
+    assert here.slopes == pytest.approx(there.slopes * lengths)
