@@ -182,6 +182,8 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         guide = self._either_guide(views, order, [*parents, *known], archive)
+        if isinstance(guide, Guide) and spent and self._continuous:
+            guide.frugal = self._journal.record_frugal()
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -225,6 +227,11 @@ class Search:
                 hand_made=[k.named.recipe for k in hand_made],
             )
         return winner, searched.stopped
+
+    @property
+    def _continuous(self) -> bool:
+        """Whether gradients can move all coordinates of the space."""
+        return all(c.levels in (None, 1) for c in self._plan.space.coordinates)
 
     @property
     def _racing(self) -> RacingSpec:

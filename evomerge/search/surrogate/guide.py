@@ -56,6 +56,8 @@ CHECKED_EVERY = 4
 """Generations between looks at the best genome on a block that the search does not use yet."""
 ADAPTED = 1.645
 """Standard errors by which the best genome must do worse there before blocks are added."""
+ADDED = 0.002
+"""Lead, in loss, on items it was not chosen on, up to which a best genome is no better than the last."""
 HOPELESS = 3
 """Generations in a row in which all items in use, all there are, hold no further improvement nearby."""
 PATIENCE = 6
@@ -250,7 +252,8 @@ class Guide(Learner):
     """The surrogate in a search with one objective.
 
     order: item blocks, the most informative first. loss_on: returns the loss of means on some blocks.
-    standard: the merge that sets the floors, on all blocks; None without floors.
+    standard: the merge that sets the floors, on all blocks; None without floors. Attribute frugal: whether
+    the best genome is compared on all items it was not chosen on, also before blocks are added.
     """
 
     def __init__(
@@ -264,6 +267,7 @@ class Guide(Learner):
         seed: np.random.SeedSequence,
         standard: Standard | None = None,
     ) -> None:
+        self.frugal = False
         self._spec, self._order, self._without_floors = spec, tuple(order), loss_on
         tasks = loss_on(order).tasks
         self._observed = Observed(tasks, base)
@@ -285,6 +289,8 @@ class Guide(Learner):
         self._stalled = self._spent = 0
         self._losses: dict[tuple[bytes, int], float] = {}
         self._references: tuple[bytes, ...] = ()
+        self._held: bytes | None = None
+        self._collapsed = False
 
     def begin(self) -> None:
         """Take what is known now, on all blocks, for what the best genome is compared with from now on."""
@@ -365,33 +371,66 @@ class Guide(Learner):
         if self._active == len(self._order):
             self._spent = self._spent + 1 if exhausted else 0
             return []
-        return self._widened() if exhausted else []
+        self._collapsed = exhausted
+        return self._widened() if exhausted and not self.frugal else []
 
     @property
     def hopeless(self) -> bool:
         """Whether nothing better is expected near the best genome, on all items there are."""
         return self._spent >= HOPELESS
 
-    def unseen(self) -> tuple[Genome, int] | None:
-        """Return the best genome and a block it should be scored on, which the search does not use yet.
+    @property
+    def checking(self) -> bool:
+        """Whether it is time to look at the best genome on items it was not chosen on."""
+        due = self._generation % CHECKED_EVERY == 0 or (self.frugal and self._collapsed)
+        return due and bool(self._references)
 
-        None where it is not the time, or no such block is left.
+    def unseen(self) -> tuple[Genome, tuple[int, ...]] | None:
+        """Return the best genome and the next block to score it on, which the search does not use yet.
+
+        All such blocks if it is frugal. None where it is not the time, or no such block is left.
         """
-        if self._generation % CHECKED_EVERY or not self._references:
-            return None
         best, left = self._best(self.blocks), self._order[self._active :]
-        if best is None:
+        if not self.checking or best is None:
             return None
         known = self._known[best[0].tobytes()][1]
-        return next(((best[0], block) for block in left if block not in known), None)
+        blocks = tuple(block for block in left if block not in known)
+        return (best[0], blocks if self.frugal else blocks[:1]) if blocks else None
 
-    def doubted(self, genome: Genome) -> list[Genome]:
+    def holds(self) -> bool:
+        """Return whether the best genome is better on items it was not chosen on than the last one that was.
+
+        At first that is the best one known before the search. All blocks count where the search uses all.
+        """
+        if self._held is None:
+            self._held = min(self._references, key=lambda key: self._loss(self._known[key][0], self._order))
+        best = self._best(self.blocks)
+        if best is None or best[0].tobytes() in (self._held, *self._references):
+            return False
+        (_, before), (_, now) = self._known[self._held], self._known[best[0].tobytes()]
+        blocks = self._order[self._active :] or self._order
+        blocks = tuple(block for block in blocks if block in now and block in before)
+        if not blocks:
+            return True
+        loss = self._loss_on(blocks)
+        was, is_now = (loss(self._observed.means(columns, blocks))[0] for columns in (before, now))
+        if was - is_now <= ADDED:
+            return False
+        self._held = best[0].tobytes()
+        return True
+
+    def doubted(self, genome: Genome | None) -> list[Genome]:
         """Compare a genome's lead on blocks that the search uses with that on others, once scored there.
 
         The lead is over what was scored on all blocks before the search. Where it is smaller by more than
         sampling error on the other blocks, the search has adapted to its items: blocks are added. Returns the
-        genomes that should be scored on them now.
+        genomes that should be scored on them now. genome: None where none was scored on others.
         """
+        if self._collapsed and self.frugal:
+            self._collapsed = False
+            return self._widened()
+        if genome is None:
+            return []
         known = self._known[genome.tobytes()][1]
         others = tuple(block for block in self._order[self._active :] if block in known)
         if not others or self._active == len(self._order):

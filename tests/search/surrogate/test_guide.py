@@ -365,9 +365,9 @@ def test_a_best_genome_that_is_better_only_where_it_was_chosen_leads_to_more_ite
         step(one, other, of=judge)
     unseen = one.unseen()
     assert unseen is not None
-    genome, block = unseen
-    assert block == 3  # the next in the order (2, 0, 3, 1)
-    one.learn(genome, judge(genome, [block]))
+    genome, blocks = unseen
+    assert blocks == (3,)  # the next in the order (2, 0, 3, 1)
+    one.learn(genome, judge(genome, blocks))
     widened = one.doubted(genome)
     assert bool(widened) == (not honest)
     assert one.blocks == ((2, 0) if honest else (2, 0, 3, 1))
@@ -385,6 +385,24 @@ def test_it_looks_every_few_generations_and_only_with_something_to_compare_with(
     for number in range(2 * CHECKED_EVERY):
         step(one, other)
         assert (one.unseen() is not None) == ((number + 1) % CHECKED_EVERY == 0)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_best_genome_holds_where_it_is_better_on_items_it_was_not_chosen_on(honest: bool) -> None:
+    one, other = guide(), optimizer()
+    one.begin()
+    one.frugal = True
+    judge = scores if honest else adapted
+    assert not one.holds()  # what is best was known before
+    for _ in range(CHECKED_EVERY):
+        step(one, other, of=judge)
+    unseen = one.unseen()
+    assert unseen is not None
+    genome, blocks = unseen
+    assert blocks == (3, 1)
+    one.learn(genome, judge(genome, blocks))
+    assert one.holds() == honest
+    assert not one.holds()  # it is no better than itself
 
 
 def test_nothing_better_on_all_items_is_a_reason_to_stop() -> None:
