@@ -181,9 +181,7 @@ class Search:
         ledger.spend(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
-        guide = self._either_guide(views, order, [*parents, *known], archive)
-        if isinstance(guide, Guide) and spent and self._continuous:
-            guide.frugal = self._journal.record_frugal()
+        guide = self._either_guide(views, order, [*parents, *known], archive, descended=spent > 0)
         evolution = Generations(
             space=self._plan.space,
             optimizer=create(
@@ -518,10 +516,15 @@ class Search:
         order: Sequence[int],
         known: Sequence[ScoredRecipe],
         archive: pareto.Archive | None,
+        *,
+        descended: bool,
     ) -> Guide | FrontGuide | None:
         """Return the guide for one objective, or that for several, if there is any."""
         if archive is None:
-            return self._guide(views, order, known)
+            guide = self._guide(views, order, known)
+            if guide is not None and descended and self._continuous:
+                guide.frugal = self._journal.record_frugal()
+            return guide
         plan = self._plan
         if plan.surrogate is None or not plan.surrogate.front or not plan.objective.items_decide_front:
             return None
