@@ -521,10 +521,10 @@ class Search:
     ) -> Guide | FrontGuide | None:
         """Return the guide for one objective, or that for several, if there is any."""
         if archive is None:
-            guide = self._guide(views, order, known)
-            if guide is not None and descended and self._continuous:
-                guide.frugal = self._journal.record_frugal()
-            return guide
+            single = self._guide(views, order, known)
+            if single is not None and descended and self._continuous:
+                single.frugal = self._journal.record_frugal()
+            return single
         plan = self._plan
         if plan.surrogate is None or not plan.surrogate.front or not plan.objective.items_decide_front:
             return None
