@@ -322,7 +322,7 @@ class Generations:
             self.ledger.charge([(recipe.hash, blocks)])
             if isinstance(result, Scores):
                 self.guide.learn(genome, result)
-        if frugal and self.guide.checking and not self.guide.holds():
+        if frugal and self.guide.checking and self.guide.check():
             return NOTHING_ADDED
         return self.guide.doubted(genome)
 

@@ -18,7 +18,7 @@ from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.space import Genome
-from evomerge.search.surrogate.guide import CHECKED_EVERY, SurrogateSpec
+from evomerge.search.surrogate.guide import CHECKED_EVERY, SETTLED, SurrogateSpec
 from evomerge.search.warm_start import GradientSpec, WarmStart
 from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
 from tests.search.spaces.test_merge_space import make
@@ -226,10 +226,11 @@ def test_a_search_ends_where_generations_add_nothing_to_gradients(frugal: bool) 
         def record_frugal(self) -> bool:
             return frugal  # a run of an older version has no such rule
 
-    outcome, journal = search(SurrogateSpec(), seed=0, scorer=Peak(), warm=DESCENDED, journal=Journal())
+    outcome, journal = search(
+        SurrogateSpec(), seed=0, scorer=Peak(), evaluations=100, warm=DESCENDED, journal=Journal()
+    )
     assert (outcome.stopped == NOTHING_ADDED) == frugal
-    assert (len(journal.tells) == CHECKED_EVERY) == frugal
-    assert outcome.winner.name == "gradient start" or not frugal
+    assert len(journal.tells) <= SETTLED * CHECKED_EVERY or not frugal
 
 
 def test_a_search_goes_on_where_generations_add_something_or_there_were_no_gradients() -> None:

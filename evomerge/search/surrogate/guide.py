@@ -57,7 +57,9 @@ CHECKED_EVERY = 4
 ADAPTED = 1.645
 """Standard errors by which the best genome must do worse there before blocks are added."""
 ADDED = 0.002
-"""Lead, in loss, on items it was not chosen on, up to which a best genome is no better than the last."""
+"""Lead, in loss on all items, up to which a best genome is no better than the last."""
+SETTLED = 2
+"""Looks in a row at which the best genome is no better on all items."""
 HOPELESS = 3
 """Generations in a row in which all items in use, all there are, hold no further improvement nearby."""
 PATIENCE = 6
@@ -253,7 +255,7 @@ class Guide(Learner):
 
     order: item blocks, the most informative first. loss_on: returns the loss of means on some blocks.
     standard: the merge that sets the floors, on all blocks; None without floors. Attribute frugal: whether
-    the best genome is compared on all items it was not chosen on, also before blocks are added.
+    the best genome is looked at on all items, also before blocks are added.
     """
 
     def __init__(
@@ -290,6 +292,7 @@ class Guide(Learner):
         self._losses: dict[tuple[bytes, int], float] = {}
         self._references: tuple[bytes, ...] = ()
         self._held: bytes | None = None
+        self._failed = 0
         self._collapsed = False
 
     def begin(self) -> None:
@@ -381,7 +384,7 @@ class Guide(Learner):
 
     @property
     def checking(self) -> bool:
-        """Whether it is time to look at the best genome on items it was not chosen on."""
+        """Whether it is time to look at the best genome on items that the search does not use."""
         due = self._generation % CHECKED_EVERY == 0 or (self.frugal and self._collapsed)
         return due and bool(self._references)
 
@@ -397,27 +400,22 @@ class Guide(Learner):
         blocks = tuple(block for block in left if block not in known)
         return (best[0], blocks if self.frugal else blocks[:1]) if blocks else None
 
-    def holds(self) -> bool:
-        """Return whether the best genome is better on items it was not chosen on than the last one that was.
+    def check(self) -> bool:
+        """Compare the best genome, once scored on all items, with the last one that was better there.
 
-        At first that is the best one known before the search. All blocks count where the search uses all.
+        At first that is the best one known before the search. Returns whether the search has settled: twice
+        in a row there was none that is better.
         """
         if self._held is None:
             self._held = min(self._references, key=lambda key: self._loss(self._known[key][0], self._order))
         best = self._best(self.blocks)
-        if best is None or best[0].tobytes() in (self._held, *self._references):
-            return False
-        (_, before), (_, now) = self._known[self._held], self._known[best[0].tobytes()]
-        blocks = self._order[self._active :] or self._order
-        blocks = tuple(block for block in blocks if block in now and block in before)
-        if not blocks:
-            return True
-        loss = self._loss_on(blocks)
-        was, is_now = (loss(self._observed.means(columns, blocks))[0] for columns in (before, now))
-        if was - is_now <= ADDED:
-            return False
-        self._held = best[0].tobytes()
-        return True
+        key = self._held if best is None else best[0].tobytes()
+        before, now = (self._loss(self._known[each][0], self._order) for each in (self._held, key))
+        if before - now > ADDED:  # it is not where it could not be scored on all items
+            self._held, self._failed = key, 0
+        else:
+            self._failed += 1
+        return self._failed >= SETTLED
 
     def doubted(self, genome: Genome | None) -> list[Genome]:
         """Compare a genome's lead on blocks that the search uses with that on others, once scored there.
