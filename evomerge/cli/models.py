@@ -35,7 +35,7 @@ from evomerge.cli.terminal import (
 from evomerge.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    pass
+    from evomerge.prepare import Prepared
 
 
 @command(app, "merge")
@@ -126,9 +126,17 @@ def analyze(
     top: Annotated[float, typer.Option(help="Share of largest elements compared between models.")] = 0.2,
     shown: Annotated[str, typer.Option("--map", help="conflict, cosine, overlap or norm.")] = "conflict",
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
+    gain: Annotated[
+        bool,
+        typer.Option(
+            "--gain", help="Also load the models of a run config and predict what merges of two of them gain."
+        ),
+    ] = False,
 ) -> None:
     """Show where fine-tunes agree or conflict, from their files alone, and which method to start from."""
+    from evomerge import pair_gains
     from evomerge.delivery.analyze import page as analysis_page
+    from evomerge.delivery.analyze import pairs
     from evomerge.delivery.analyze import terminal as delivery
     from evomerge.delivery.analyze.heat_map import MEASURES
     from evomerge.merging.analysis.advice import advise
@@ -136,6 +144,7 @@ def analyze(
 
     if shown not in MEASURES:
         raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, MEASURES))
+    prepared = _prepared_for_gains(config, base) if gain else None
     models, origin = delivery.read_models(config, base)
     with progress_bar("reading") as progress:
         interference = measure(models, origin, threshold=threshold, top=top, progress=progress)
@@ -144,7 +153,28 @@ def analyze(
     if html is not None:
         written = analysis_page.write_html(interference, advice, html)
         output.say(f"page: {relative(written)}")
-    output.data(delivery.as_data(interference, advice))
+    data = delivery.as_data(interference, advice)
+    if prepared is not None:
+        with progress_bar("gradients") as progress:
+            found = pair_gains.foresee(prepared, progress)
+        output.say(pairs.table(found))
+        data["gains"] = pairs.as_data(found)
+    output.data(data)
+
+
+def _prepared_for_gains(config: Path, base: str | None) -> Prepared:
+    """Return a run config whose models are to be loaded; ConfigError where the file is none."""
+    from evomerge.config import RunConfig
+    from evomerge.prepare import prepare
+    from evomerge.schema import load_yaml
+
+    if base is not None or {"groups", "merge_method"} & set(load_yaml(config)):
+        raise ConfigError(
+            "--gain needs a run config with models and a suite",
+            got="--base" if base is not None else str(config),
+            fix="evomerge init writes one",
+        )
+    return prepare(RunConfig.load(config))
 
 
 @command(app, "fisher")
