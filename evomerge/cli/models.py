@@ -148,15 +148,17 @@ def analyze(
     models, origin = delivery.read_models(config, base)
     with progress_bar("reading") as progress:
         interference = measure(models, origin, threshold=threshold, top=top, progress=progress)
+    found = None
+    if prepared is not None:
+        with progress_bar("gradients") as progress:
+            found = pair_gains.foresee(prepared, progress)
     advice = advise(interference)
     output.say(delivery.terminal(interference, advice, measure=shown, width=output.console.width))
     if html is not None:
         written = analysis_page.write_html(interference, advice, html)
         output.say(f"page: {relative(written)}")
     data = delivery.as_data(interference, advice)
-    if prepared is not None:
-        with progress_bar("gradients") as progress:
-            found = pair_gains.foresee(prepared, progress)
+    if found is not None:
         output.say(pairs.table(found))
         data["gains"] = pairs.as_data(found)
     output.data(data)
