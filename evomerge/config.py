@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation.permissions import Permissions
+from evomerge.evaluation.suite import Suite
 from evomerge.files import expanded
 from evomerge.merging.chat_templates import with_text
 from evomerge.merging.methods.declaration import FILES, FileKind
@@ -138,8 +139,9 @@ class RunConfig(Strict):
     """The base model and the models to merge."""
     space: str | AnySpec
     """What the search may vary: the name of a preset, the path of a file, or a space written out in place."""
-    suite: str
-    """What candidates are scored on: the name of a preset or the path of a file."""
+    suite: str | dict[str, Any]
+    """What candidates are scored on: the name of a preset, the path of a file, or a suite written out in
+    place, whose files start where this config lies."""
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     """The search algorithm."""
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
@@ -226,8 +228,26 @@ class RunConfig(Strict):
         The result does not depend on the file any more: paths are absolute and the search space is
         written out. A packaged suite keeps its name.
         """
-        data = load_yaml(path)
-        _refuse_secrets(data, str(path))
+        folder = path.resolve().parent
+        return cls.of(load_yaml(path), folder=folder, where=str(path), seed=seed, out=out, **budget)
+
+    @classmethod
+    def of(
+        cls,
+        data: Mapping[str, Any],
+        *,
+        folder: Path,
+        where: str = "config",
+        seed: int | None = None,
+        out: str | None = None,
+        **budget: Any,
+    ) -> RunConfig:
+        """Check a config as plain data and resolve what it names; otherwise like `load`.
+
+        folder: where relative paths start. where: its name in messages. Raises ConfigError.
+        """
+        _refuse_secrets(data, where)
+        data = dict(data) if isinstance(data, Mapping) else data
         if seed is not None:
             data["seed"] = seed
         if out is not None:
@@ -235,8 +255,7 @@ class RunConfig(Strict):
         if any(value is not None for value in budget.values()):
             stored = data.get("budget") or {}
             data["budget"] = replaced(stored, budget, time.time()) if isinstance(stored, dict) else stored
-        config = parse(cls, data, str(path))
-        folder = path.resolve().parent
+        config = parse(cls, data, where)
         return config.model_copy(
             update={
                 "models": config.models.model_copy(
@@ -251,7 +270,9 @@ class RunConfig(Strict):
                     }
                 ),
                 "space": load_space(config.space, beside=folder),
-                "suite": resolve_suite(config.suite, folder),
+                "suite": resolve_suite(config.suite, folder)
+                if isinstance(config.suite, str)
+                else {**config.suite, "folder": str((folder / config.suite.get("folder", ".")).resolve())},
                 "chat_template": with_text(config.chat_template, folder, config.locations),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
                 "out": str(expanded(config.out).absolute()),
@@ -334,6 +355,14 @@ def resolve_suite(name: str, folder: Path) -> str:
     """Return a packaged suite's name as it is, and of a file its absolute path."""
     path = find_preset("benchmarks/suites", name, beside=folder).resolve()
     return name if path.parent == preset_folder("benchmarks/suites").resolve() else str(path)
+
+
+def load_suite(suite: str | Mapping[str, Any]) -> Suite:
+    """Return the suite of a name, a path, or plain data, in which `folder` says where its files lie."""
+    if isinstance(suite, str):
+        return Suite.load(suite)
+    data = dict(suite)
+    return Suite.from_mapping(data, folder=Path(str(data.pop("folder", "."))), where="suite")
 
 
 def load_space(space: str | AnySpec, *, beside: Path | None = None) -> AnySpec:

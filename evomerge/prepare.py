@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.config import PERMISSIONS, ModelsSpec, RunConfig
+from evomerge.config import PERMISSIONS, ModelsSpec, RunConfig, load_suite
 from evomerge.errors import ConfigError, StoreError
 from evomerge.evaluation import sandbox
 from evomerge.evaluation.gains import ERRORS
@@ -37,7 +37,7 @@ from evomerge.search import baselines, optimizers
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.racing import RacingSpec, automatic_blocks
 from evomerge.search.spaces import kinds
-from evomerge.search.spaces.kinds import AnySpec
+from evomerge.search.spaces.kinds import AnySpec, gene_table
 from evomerge.search.spaces.layer_path import LayerPathSpec
 from evomerge.search.spaces.preset import SpaceSpec
 from evomerge.search.spaces.space import Space
@@ -207,7 +207,7 @@ def _baselines(config: RunConfig, template: Recipe, weights: int) -> baselines.C
 
 def _suite(config: RunConfig) -> Suite:
     """Return the config's suite; a run that was stored before goes on asking models as it began."""
-    suite = Suite.load(config.suite)
+    suite = load_suite(config.suite)
     folder = Path(config.out)
     if StoreReader.exists(folder):
         with (
@@ -356,6 +356,7 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
             facts.SUITE_DIGEST: prepared.inputs.suite,
             facts.TASK_FILES: dict(prepared.inputs.task_files),
             facts.OPTIMIZER: prepared.optimizer,
+            facts.GENES: gene_table(prepared.space),
             facts.BASELINES: prepared.baselines.as_data(),
             facts.LAYERS: prepared.layers,
             facts.FORWARD: forward.as_data(forward.find(prepared.worker)),

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge import __version__
 from evomerge.cli.options import (
     JsonOption,
     QuietOption,
@@ -14,6 +13,7 @@ from evomerge.cli.options import (
 from evomerge.cli.terminal import (
     output,
 )
+from evomerge.version import __version__
 
 if TYPE_CHECKING:
     pass

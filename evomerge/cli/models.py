@@ -35,7 +35,7 @@ from evomerge.cli.terminal import (
 from evomerge.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from evomerge.prepare import Prepared
+    pass
 
 
 @command(app, "merge")
@@ -48,44 +48,26 @@ def merge(
     shard_size: ShardSizeOption = None,
 ) -> None:
     """Merge by a recipe or a mergekit YAML: write a model, a LoRA adapter, or mergekit YAML."""
-    from evomerge.merging import mergekit
-    from evomerge.merging.compatibility import check
-    from evomerge.merging.export import writer
-    from evomerge.merging.export.folder import folder_notes
-    from evomerge.merging.reading import read_recipe
-    from evomerge.merging.sources.opening import open_used
-    from evomerge.merging.stages import merge_stages, read_stages
-    from evomerge.merging.tensors import kernels
+    from evomerge.api.models import FORMS
+    from evomerge.api.models import merge as merge_models
 
-    def say(note: str) -> None:
-        output.say(f"note: {note}")
-
-    check_form(form, ("model", "adapter", "mergekit"), rank, keep_rest, shard_size)
-    largest = shard_bytes(shard_size) or writer.MAX_SHARD_BYTES
-    if form == "model" and len(stages := read_stages(file)) > 1:
-        recipe = merge_stages(stages, out, root=file.parent, max_shard_bytes=largest, say=say)
-        output.say(f"wrote {relative(out)} (recipe {recipe.hash[:12]})")
-        output.data({"folder": str(out), "recipe": recipe.hash})
-        return
-    recipe = read_recipe(file, say=say)
-    if form == "adapter":
-        from evomerge.merging.export.adapter import write_adapter
-
-        report = write_adapter(recipe, out, rank=rank, keep_rest=keep_rest)
-        say_adapter(out, recipe.hash, report)
-        return
-    if form == "mergekit":
-        from evomerge.delivery.export import write_text
-
-        write_text(out, mergekit.write(recipe))
-        say_file(out, recipe.hash)
-        return
-    sources = open_used(recipe)
-    for note in (*check(recipe, sources), *folder_notes(recipe, sources), *kernels.notes()):
-        say(note)
-    writer.write(recipe, out, sources=sources, max_shard_bytes=largest)
-    output.say(f"wrote {relative(out)} (recipe {recipe.hash[:12]})")
-    output.data({"folder": str(out), "recipe": recipe.hash})
+    check_form(form, FORMS, rank, keep_rest, shard_size)
+    done = merge_models(
+        file,
+        out,
+        form=form,
+        rank=rank,
+        keep_rest=keep_rest,
+        max_shard_bytes=shard_bytes(shard_size),
+        say=lambda note: output.say(f"note: {note}"),
+    )
+    if done.adapter is not None:
+        say_adapter(out, done.recipe, done.adapter)
+    elif form == "mergekit":
+        say_file(out, done.recipe)
+    else:
+        output.say(f"wrote {relative(out)} (recipe {done.recipe[:12]})")
+        output.data({"folder": str(out), "recipe": done.recipe})
 
 
 @command(app, "import")
@@ -134,49 +116,16 @@ def analyze(
     ] = False,
 ) -> None:
     """Show where fine-tunes agree or conflict, from their files alone, and which method to start from."""
-    from evomerge import pair_gains
-    from evomerge.delivery.analyze import page as analysis_page
-    from evomerge.delivery.analyze import pairs
-    from evomerge.delivery.analyze import terminal as delivery
-    from evomerge.delivery.analyze.heat_map import MEASURES
-    from evomerge.merging.analysis.advice import advise
-    from evomerge.merging.analysis.interference import measure
+    from evomerge.api.models import analyze as analyze_models
 
-    if shown not in MEASURES:
-        raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, MEASURES))
-    prepared = _prepared_for_gains(config, base) if gain else None
-    models, origin = delivery.read_models(config, base)
-    with progress_bar("reading") as progress:
-        interference = measure(models, origin, threshold=threshold, top=top, progress=progress)
-    found = None
-    if prepared is not None:
-        with progress_bar("gradients") as progress:
-            found = pair_gains.foresee(prepared, progress)
-    advice = advise(interference)
-    output.say(delivery.terminal(interference, advice, measure=shown, width=output.console.width))
-    if html is not None:
-        written = analysis_page.write_html(interference, advice, html)
-        output.say(f"page: {relative(written)}")
-    data = delivery.as_data(interference, advice)
-    if found is not None:
-        output.say(pairs.table(found))
-        data["gains"] = pairs.as_data(found)
-    output.data(data)
-
-
-def _prepared_for_gains(config: Path, base: str | None) -> Prepared:
-    """Return a run config whose models are to be loaded; ConfigError where the file is none."""
-    from evomerge.config import RunConfig
-    from evomerge.prepare import prepare
-    from evomerge.schema import load_yaml
-
-    if base is not None or {"groups", "merge_method"} & set(load_yaml(config)):
-        raise ConfigError(
-            "--gain needs a run config with models and a suite",
-            got="--base" if base is not None else str(config),
-            fix="evomerge init writes one",
+    with progress_bar("gradients" if gain else "reading") as progress:
+        found = analyze_models(
+            config, base=base, threshold=threshold, top=top, shown=shown, gain=gain, progress=progress
         )
-    return prepare(RunConfig.load(config))
+    output.say(found.draw(output.console.width))
+    if html is not None:
+        output.say(f"page: {relative(found.save(html))}")
+    output.data(found.data)
 
 
 @command(app, "fisher")
@@ -266,22 +215,23 @@ def evaluate(
     permissions: Any = None,
 ) -> None:
     """Score one model on a suite, with --gate against the rules for the winner of a run."""
-    from evomerge.delivery import single
-    from evomerge.delivery.gate import GateRules
+    from evomerge.api.models import evaluate as evaluate_model
 
-    done = single.evaluate(
+    found = evaluate_model(
         model,
         suite,
-        split,
-        settings=single.Settings(batch_size=batch_size, dtype=dtype, device=device, max_length=max_length),
+        split=split,
         run=run,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
+        gate=gate,
         permissions=permissions,
-        rules=None if gate is None else GateRules.load(gate),
     )
-    output.say(single.table(done.data))
-    output.data(done.data)
-    if done.gate is not None:
-        show_gate(done.gate, done.data["suite"])
+    output.show(found)
+    if found.gate is not None:
+        show_gate(found.gate, found.data["suite"])
 
 
 @command(zoo, "build")

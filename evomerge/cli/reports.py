@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,53 +20,55 @@ GATE_FAILED = 1
 """The exit code of a failed gate; mistakes have 2."""
 
 
-def show_report(folder: Path, rules_file: Path | None = None) -> None:
-    """Print a run's report, write its page, and check its winner against the rules of a gate file."""
-    from evomerge.delivery import gate
-    from evomerge.delivery import report as delivery
-    from evomerge.delivery.summary import Summary
-    from evomerge.stored import StoredRun
+def show_report(folder: Path, rules_file: Path | None = None, figures: Path | None = None) -> None:
+    """Print a run's report, write its page, and check its winner against the rules of a gate file.
 
-    rules = None if rules_file is None else gate.GateRules.load(rules_file)
-    with StoredRun.read(folder) as stored:
-        summary = Summary(stored)
-        results = None if rules is None else gate.check(rules, summary)
-        output.say(delivery.terminal(summary, width=output.console.width))
-        gated = {} if results is None else {"gate": gate.as_data(results)}
-        output.data(delivery.as_data(summary) | gated)
-        try:
-            page = delivery.write_html(summary, folder / "report.html")
-        except DiskError as error:
-            if os.access(folder, os.W_OK):  # a full disk, not a folder that may only be read
-                raise
-            complain(f"no report page: {error.what} ({error.got})")
-        else:
-            output.say(f"report: {relative(page)}")
+    figures: a folder for all charts as files, None for none.
+    """
+    from evomerge.api.runs import load
+
+    run = load(folder)
+    results = None if rules_file is None else run.gate(rules_file)
+    found = run.report()
+    output.say(found.draw(output.console.width))
+    output.data(found.data | _gated(results))
+    try:
+        page = found.save()
+    except DiskError as error:
+        if os.access(folder, os.W_OK):  # a full disk, not a folder that may only be read
+            raise
+        complain(f"no report page: {error.what} ({error.got})")
+    else:
+        output.say(f"report: {relative(page)}")
+    if figures is not None:
+        files = found.figures(figures)
+        output.say(f"figures: {len(files)} files in {relative(figures)}")
     if results is not None:
-        show_gate(results, summary.suite.name)
+        show_gate(results, found.data["suite"])
+
+
+def _gated(results: list[RuleResult] | None) -> dict[str, Any]:
+    from evomerge.delivery.gate import as_data
+
+    return {} if results is None else {"gate": as_data(results)}
 
 
 def show_comparison(folders: Sequence[Path], rules_file: Path | None = None) -> None:
     """Print a comparison of runs, and check the last one's winner against the first one's."""
-    from evomerge.delivery import compare as delivery
-    from evomerge.delivery import gate
+    from evomerge.api.runs import compare
 
-    rules = None if rules_file is None else gate.GateRules.load(rules_file)
-    if rules is not None and len(folders) != 2:
+    if rules_file is not None and len(folders) != 2:
         raise ConfigError(
             "compare --gate: a gate compares two runs",
             expected="evomerge compare OLD NEW --gate FILE",
             got=f"{len(folders)} runs",
             fix="name two runs; for the rules of a single run use `evomerge report RUN --gate FILE`",
         )
-    with delivery.opened(folders) as summaries:
-        comparison = delivery.compare(summaries)
-        results = None if rules is None else gate.check(rules, summaries[-1], reference=summaries[0])
-    output.say(delivery.terminal(comparison))
-    gated = {} if results is None else {"gate": gate.as_data(results)}
-    output.data(comparison.as_data() | gated)
-    if results is not None:
-        show_gate(results, comparison.suite)
+    found = compare(folders, gate=rules_file)
+    output.say(found.draw(output.console.width))
+    output.data(found.data | _gated(found.gate))
+    if found.gate is not None:
+        show_gate(found.gate, found.suite)
 
 
 def show_gate(results: list[RuleResult], suite: str) -> None:

@@ -36,14 +36,9 @@ if TYPE_CHECKING:
 @command(app, "status")
 def status(run: RunArgument) -> None:
     """Show the progress of a run; works while it runs."""
-    from evomerge.delivery import status as delivery
-    from evomerge.delivery.summary import Summary
-    from evomerge.stored import StoredRun
+    from evomerge.api.runs import load
 
-    with StoredRun.read(run) as stored:
-        data = delivery.as_data(Summary(stored))
-    output.say(delivery.text(data))
-    output.data(data)
+    output.show(load(run).status())
 
 
 @command(app, "show")
@@ -62,16 +57,9 @@ def show(
     split: SplitOption = None,
 ) -> None:
     """Show one candidate of a run: recipe, scores, times and failures, with --items also item by item."""
-    from evomerge.delivery import candidate as delivery
-    from evomerge.delivery.summary import Summary
-    from evomerge.evaluation.scores import named_split
-    from evomerge.stored import StoredRun
+    from evomerge.api.runs import load
 
-    chosen = None if split is None else named_split(split)
-    with StoredRun.read(run) as stored:
-        data = delivery.as_data(Summary(stored), candidate, items=items, split=chosen)
-    output.say(delivery.text(data))
-    output.data(data)
+    output.show(load(run).show(candidate, items=items, split=split))
 
 
 @command(app, "samples")
@@ -93,24 +81,25 @@ def samples(
     limit: Annotated[int, typer.Option(min=0, help="Largest number of items; 0: all.")] = 10,
 ) -> None:
     """Show prompts, right answers and what candidates answered, item by item."""
-    from evomerge.delivery import samples as delivery
-    from evomerge.delivery.summary import Summary
-    from evomerge.evaluation.scores import named_split
-    from evomerge.stored import StoredRun
+    from evomerge.api.runs import load
 
-    chosen = None if split is None else named_split(split)
-    with StoredRun.read(run) as stored:
-        data = delivery.as_data(
-            Summary(stored), candidate, task, against=against, split=chosen, wrong=wrong, limit=limit
-        )
-    output.say(delivery.text(data))
-    output.data(data)
+    found = load(run).samples(candidate, task, against=against, split=split, wrong=wrong, limit=limit)
+    output.show(found)
 
 
 @command(app, "report")
-def report(run: RunArgument, gate: GateOption = None) -> None:
+def report(
+    run: RunArgument,
+    gate: GateOption = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Also write every chart there (SVG, PNG, CSV), and a card to share."
+        ),
+    ] = None,
+) -> None:
     """Print a run's tables and verdict, and write RUN/report.html."""
-    show_report(run, gate)
+    show_report(run, gate, figures)
 
 
 @command(app, "compare")
@@ -143,41 +132,36 @@ def export(
     permissions: Any = None,
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
-    from evomerge.delivery import export as delivery
-    from evomerge.delivery.rescore import comparison
-    from evomerge.delivery.summary import Summary
-    from evomerge.stored import StoredRun
+    from evomerge.api.runs import FORMS, load
 
-    check_form(form, ("model", "adapter", "recipe", "mergekit"), rank, keep_rest, shard_size)
-    largest = shard_bytes(shard_size)
-    with StoredRun.read(run) as stored:
-        summary = Summary(stored)
-        if form == "adapter":
-            made = delivery.export_adapter(
-                summary, out, pick=pick, rank=rank, keep_rest=keep_rest, permissions=permissions
-            )
-            output.say(comparison(made))
-            say_adapter(out, made.pick.recipe.hash, made.report, scores=made.rows())
-            say_notes(made.notes)
-            return
-        if form != "model":
-            written = delivery.export_text(summary, out, pick=pick, form=form)
-            say_file(out, written.recipe.hash)
-            return
-        done = delivery.export(
-            summary, out, pick=pick, accept_difference=accept_difference, max_shard_bytes=largest
-        )
-    output.say(f"exported {done.pick.name} to {relative(done.folder)}{COMPARED[done.equal]}")
-    for note in done.notes:
-        output.say(f"note: {note}")
+    check_form(form, FORMS, rank, keep_rest, shard_size)
+    done = load(run).export(
+        out,
+        pick=pick,
+        form=form,
+        rank=rank,
+        keep_rest=keep_rest,
+        max_shard_bytes=shard_bytes(shard_size),
+        accept_difference=accept_difference,
+        permissions=permissions,
+    )
+    if done.adapter is not None:
+        output.say(done.comparison)
+        say_adapter(out, done.recipe, done.adapter, scores=list(done.lost))
+        say_notes(done.notes)
+        return
+    if form != "model":
+        say_file(out, done.recipe)
+        return
+    output.say(f"exported {done.name} to {relative(done.place)}{COMPARED[done.equal]}")
+    say_notes(done.notes)
     if done.no_mergekit:
         output.say(f"no mergekit.yaml: {done.no_mergekit}")
-    say_notes(done.notes)
     output.data(
         {
-            "folder": str(done.folder),
-            "name": done.pick.name,
-            "recipe": done.pick.recipe.hash,
+            "folder": str(done.place),
+            "name": done.name,
+            "recipe": done.recipe,
             "equals_scored": done.equal,
         }
     )
@@ -192,12 +176,6 @@ def predict(
     ],
 ) -> None:
     """Predict the score of a merge, with an interval, from a run's scores; nothing is merged."""
-    from evomerge.delivery import predict as delivery
-    from evomerge.delivery.summary import Summary
-    from evomerge.prepare import prepare
-    from evomerge.stored import StoredRun
+    from evomerge.api.runs import load
 
-    with StoredRun.read(run) as stored:
-        predicted = delivery.predict(Summary(stored), prepare(stored.config()), recipe)
-    output.say(delivery.text(predicted))
-    output.data(delivery.as_data(predicted))
+    output.show(load(run).predict(recipe))

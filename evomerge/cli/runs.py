@@ -38,27 +38,16 @@ from evomerge.errors import ClusterError, ConfigError
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
-    from evomerge.delivery.tracking import Tracked
 
 
 @command(app, "check")
 def check(config: ConfigArgument, permissions: Any = None) -> None:
     """Check a run config (models, space, suite, tasks); estimate time and cost. Starts nothing."""
-    from evomerge.config import RunConfig
-    from evomerge.delivery import check as delivery
-    from evomerge.delivery.tracking import require_packages
-    from evomerge.prepare import check_folder, prepare
-    from evomerge.trial import probe, refuse_nothing
+    from evomerge.api.search import checked
 
-    loaded = RunConfig.load(config).permitting(permissions)
-    require_packages(loaded.tracking)
-    prepared = prepare(loaded)
-    check_folder(prepared)
-    items = delivery.asked(prepared)
-    estimate = probe(prepared)
-    output.say(delivery.text(prepared, estimate, items))
-    output.data(delivery.as_data(prepared, estimate, items))
-    refuse_nothing(prepared, estimate)
+    view, refuse = checked(config, permissions=permissions)
+    output.show(view)
+    refuse()
     output.say("ready to run")
 
 
@@ -72,11 +61,9 @@ def run(
     permissions: Any = None,
 ) -> None:
     """Run a config: baselines, search, selection, test, report. Continues the run in its folder, if any."""
-    from evomerge.config import RunConfig
+    from evomerge.api.configs import read
 
-    place = None if out is None else str(out)
-    loaded = RunConfig.load(config, seed=seed, out=place, **limits).permitting(permissions)
-    _run(loaded, full_hash=full_hash)
+    _run(read(config, seed=seed, out=out, **limits).permitting(permissions), full_hash=full_hash)
 
 
 @command(app, "resume", budget=True)
@@ -89,10 +76,12 @@ def resume(
     permissions: Any = None,
 ) -> None:
     """Continue a stored run after a crash, an interruption, or with a larger budget."""
-    from evomerge.stored import config_to_resume
+    from evomerge.api.search import resumed_config
 
-    config = config_to_resume(run, models=_locations(model or []), suite=suite, **limits)
-    _run(config.permitting(permissions), full_hash=full_hash)
+    config = resumed_config(
+        run, models=_locations(model or []), suite=suite, permissions=permissions, **limits
+    )
+    _run(config, full_hash=full_hash)
 
 
 def _locations(options: list[str]) -> dict[str, str]:
@@ -141,27 +130,21 @@ def doctor(run: RunArgument, salvage: SalvageOption = None, config: LostConfigOp
 
 
 def _run(config: RunConfig, *, full_hash: bool = False) -> None:
-    from evomerge import compose
-    from evomerge.delivery.summary import Summary
-    from evomerge.delivery.tracking import require_packages
-    from evomerge.evaluation import sandbox
-    from evomerge.merging.tensors import kernels
+    from evomerge.api.search import execute
     from evomerge.running.observers import Observers, StopsAtPhases
     from evomerge.running.store import StoreReader
-    from evomerge.stored import StoredRun, environment_note
 
-    for note in (*kernels.notes(), *sandbox.notes(config.permissions)):
-        output.say(f"note: {note}")
     folder = Path(config.out)
-    require_packages(config.tracking)
-    if (changed := environment_note(folder)) is not None:
-        complain(f"note: {changed}", style="yellow")
     try:
-        with _observer() as shown, _tracked(config) as tracked:
-            everyone = Observers(StopsAtPhases(raise_swallowed), shown, tracked)
-            compose.start(config, everyone, full_hash=full_hash)
-            with StoredRun.read(folder) as stored:
-                tracked.finish(Summary(stored), folder / "report.html")
+        with _observer() as shown:
+            execute(
+                config,
+                Observers(StopsAtPhases(raise_swallowed), shown),
+                full_hash=full_hash,
+                say=lambda note: output.say(f"note: {note}"),
+                changed=lambda note: complain(f"note: {note}", style="yellow"),
+                warn=warn,
+            )
         show_report(folder)
     except ClusterError as error:
         if StoreReader.exists(folder):
@@ -181,12 +164,6 @@ def _observer() -> AbstractContextManager[Live | Silent]:
     return Silent() if output.quiet or output.json else Live(output.console)
 
 
-def _tracked(config: RunConfig) -> Tracked:
-    from evomerge.delivery.tracking import Tracked
-
-    return Tracked(config.tracking, Path(config.out), warn=warn)
-
-
 @command(app, "demo")
 def demo(
     seed: SeedOption = None,
@@ -194,8 +171,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
 ) -> None:
     """Search, report, export and re-score on the models that come with evomerge (under five minutes)."""
-    from evomerge.config import DEMO_CONFIG, RunConfig
+    from evomerge.api.configs import read
+    from evomerge.config import DEMO_CONFIG
 
-    config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(out), evaluations=evaluations)
+    config = read(DEMO_CONFIG, seed=seed, out=out, evaluations=evaluations)
     _run(config)
     export_demo(config, out)

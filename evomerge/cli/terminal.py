@@ -75,6 +75,11 @@ class Output:
         if not (self.quiet or self.json):
             self.console.print(message, soft_wrap=isinstance(message, str))
 
+    def show(self, view: Any) -> None:
+        """Print a view: its text for people, its data for scripts."""
+        self.say(view.draw(self.console.width))
+        self.data(view.data)
+
     def data(self, data: Any) -> None:
         """Print the JSON document, with `--json`."""
         if self.json:

@@ -1,25 +1,22 @@
-"""The report: tables for the terminal, plain data, and one self-contained HTML page that needs no network."""
+"""The report of a run: tables for the terminal, and plain data."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.delivery import figures, objectives, samples, style
+from evomerge.delivery import objectives, style
 from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.notes import notes
 from evomerge.delivery.objectives import Front
-from evomerge.delivery.page import write_page
 from evomerge.delivery.style import percent, plus_minus, short_task
-from evomerge.delivery.summary import Claim, Row, Summary, kept_sentence
+from evomerge.delivery.summary import Row, Summary, kept_sentence
 from evomerge.delivery.verdict import STYLES
 from evomerge.running import forward
 from evomerge.running.store import facts
@@ -139,6 +136,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
     front, surrogate = objectives.front(summary), guidance(store)
     return {
         "run": str(store.folder),
+        "suite": summary.suite.name,
         "digest": store.digest(),
         "stopped": facts.STOPPED.get(store),
         "verdict": None if verdict is None else verdict.as_data(),
@@ -157,70 +155,3 @@ def as_data(summary: Summary) -> dict[str, Any]:
             for recipe, split, failure in store.failures()
         ],
     }
-
-
-def write_html(summary: Summary, out: Path) -> Path:
-    """Write the report as one HTML file with everything inside, plots included.
-
-    Args:
-        summary: of a finished or unfinished run.
-        out: the file to write; an existing one is replaced.
-
-    Returns:
-        `out`.
-
-    Raises:
-        DiskError: the disk can't take it.
-    """
-    store, course = summary.store, Course(summary)
-    rows = summary.rows()
-    front, surrogate, convergence = objectives.front(summary), guidance(store), course.convergence()
-    return write_page(
-        "report.html.jinja",
-        out,
-        figures={
-            "convergence": figures.convergence_figure(convergence),
-            "surrogate": None if surrogate is None else figures.surrogate_figure(surrogate),
-            "tasks": figures.tasks_figure(summary, rows),
-            "genome": None if summary.winner is None else figures.genome_figure(summary.winner.recipe),
-            "front": None if front is None else figures.front_figure(front),
-            "hypervolume": None if front is None else figures.hypervolume_figure(front),
-        },
-        summary=summary,
-        rows=rows,
-        best=summary.best_baseline(rows),
-        verdict=summary.verdict(rows),
-        weakest=summary.weakest(rows),
-        claims=_claims_by_task(summary, summary.claims(rows)),
-        shares=summary.shares(rows),
-        samples=samples.on_page(summary, best.name if (best := summary.best_baseline(rows)) else None),
-        optimism=course.optimism(),
-        notes=notes(summary),
-        cost=course.cost(),
-        finalists=course.finalists(),
-        convergence=convergence,
-        evaluations=course.evaluations(),
-        surrogate=surrogate,
-        front=front,
-        lengths=objectives.lengths(summary),
-        failures=store.failures(),
-        tasks=[(task.task, short_task(task.task, summary.suite.name)) for task in summary.shown_tasks],
-        config=json.dumps(facts.CONFIG.require(store), indent=2),
-        versions=store.versions(),
-        passes=forward.stored(store),
-        stopped=facts.STOPPED.get(store),
-        folder=store.folder,
-        command=shlex.quote(str(store.folder)),
-        winner_yaml=summary.winner.recipe.to_yaml() if summary.winner else None,
-    )
-
-
-def _claims_by_task(summary: Summary, claims: Sequence[Claim]) -> list[tuple[str, list[Claim]]]:
-    """Group claims by what they compare: the mean first, then task by task."""
-    groups: dict[str | None, list[Claim]] = {}
-    for claim in claims:
-        groups.setdefault(claim.task, []).append(claim)
-    return [
-        ("mean" if task is None else short_task(task, summary.suite.name), group)
-        for task, group in groups.items()
-    ]

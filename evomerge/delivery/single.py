@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from evomerge.config import load_suite
 from evomerge.delivery import gate, style
 from evomerge.delivery.gate import GateRules, RuleResult
 from evomerge.delivery.summary import Summary, raw_interval
@@ -93,7 +94,7 @@ def evaluate(
         config = None if stored is None else stored.config()
         spec = settings.over(executors.ExecutorSpec() if config is None else config.executor)
         name = suite_name or (config.suite if config is not None else "")
-        suite = Suite.load(name)
+        suite = load_suite(name)
         if stored is not None and suite_name is None:
             suite = suite.as_stored(facts.SUITE.require(stored.store))
             stored.refuse_other_tasks(suite)

@@ -1,29 +1,19 @@
-"""The common style of all output: how numbers, intervals and times are written, tables, colours, plots.
-
-Nothing here imports plotly, so that commands that draw no plot start fast.
-"""
+"""The common style of all output: how numbers, intervals and times are written, and tables."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+import shlex
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from evomerge.evaluation.statistics import Interval
 
 MISSING = "-"
 """What a table shows where a value does not exist."""
-
-INK, MUTED, GRID, PALE = "#1d2433", "#667085", "#e6e9ef", "#a9c3f8"
-ACCENT, ORANGE, SAND, GREY = "#2f6fed", "#d9822b", "#f3e3cf", "#c6ccd8"
-GREEN, RED = "#40916c", "#c84b3c"
-SERIES = (ACCENT, ORANGE, "#157347", "#8e44ad", "#c0392b", "#0e8a9a", "#7a6a00", MUTED)
-"""Colours of lines that are distinguished by colour alone, in this order."""
 
 
 # Numbers ------------------------------------------------------------------------------------------------
@@ -149,12 +139,22 @@ def capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
+def quoted(text: str) -> str:
+    """Return a text as a shell takes it for one word.
+
+    >>> quoted("TIES 0.4"), quoted("linear")
+    ("'TIES 0.4'", 'linear')
+    """
+    return shlex.quote(text)
+
+
 FILTERS = {
     "capital": capital,
     "decimal": decimal,
     "difference": difference,
     "p_value": p_value,
     "percent": percent,
+    "quoted": quoted,
 }
 """How templates write numbers and sentences."""
 
@@ -183,32 +183,3 @@ def table(*columns: Column, title: str | None = None, caption: str | None = None
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-
-
-# Plots --------------------------------------------------------------------------------------------------
-
-
-def with_layout(
-    figure: go.Figure, *, height: int, x: str | None = None, y: str | None = None, top: int = 40
-) -> go.Figure:
-    """Give a plotly figure the layout of all plots, in place, and return it.
-
-    Args:
-        figure: the figure; titles and ranges that it has already are kept.
-        height: in pixels.
-        x: title of the x axis, None to keep the figure's.
-        y: title of the y axis, None to keep the figure's.
-        top: margin above the plot for the legend, in pixels.
-    """
-    titles: dict[str, Any] = {"xaxis_title": x, "yaxis_title": y}
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "color": INK, "size": 13},
-        margin={"l": 60, "r": 20, "t": top, "b": 50},
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "traceorder": "normal"},
-        height=height,
-        **{name: title for name, title in titles.items() if title is not None},
-    )
-    figure.update_xaxes(gridcolor=GRID, automargin=True)
-    figure.update_yaxes(gridcolor=GRID, automargin=True)
-    return figure

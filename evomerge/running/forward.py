@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from evomerge import __version__
 from evomerge.errors import StoreError
 from evomerge.running.store import StoreReader, differences, facts
 from evomerge.running.worker import WorkerSpec
+from evomerge.version import __version__
 
 _LIBRARIES = (
     *("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy"),

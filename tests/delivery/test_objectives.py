@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from evomerge import compose
 from evomerge.config import RunConfig
-from evomerge.delivery import check, export, objectives, report, status
+from evomerge.delivery import check, export, objectives, report, report_page, status
 from evomerge.delivery.card import card
 from evomerge.delivery.notes import notes
 from evomerge.delivery.origins import origins
@@ -33,7 +32,6 @@ from evomerge.stored import StoredRun
 from evomerge.trial import Probe
 from tests.conftest import config_data, write_suite
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SEVERAL = ["demo_reverse", "demo_upper"]
 
 Opened = tuple[RunStore, Summary]
@@ -184,7 +182,7 @@ def test_nothing_to_pick_from_before_the_selection(plain: Opened, tmp_path: Path
         assert front is not None
         assert front.points == ()
         assert front.sentence in status.text(status.as_data(summary))
-        report.write_html(summary, tmp_path / "report.html")
+        report_page.write_html(summary, tmp_path / "report.html")
 
 
 def test_an_unmet_constraint_is_in_every_output(opened: Opened) -> None:
@@ -231,18 +229,12 @@ def test_the_page_shows_the_front(plain: Opened, tmp_path: Path, count: int) -> 
             config["objective"]["several"].append("retention")
             facts.CONFIG.set(copy, config)
         summary = Summary(StoredRun(copy))
-        page = report.write_html(summary, tmp_path / "report.html")
+        page = report_page.write_html(summary, tmp_path / "report.html")
         front = objectives.front(summary)
     assert front is not None
     assert front.sentence in page.read_text()
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9"]
-    flags += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
-    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120, check=True)
-    for figure in ("front", "hypervolume"):
-        assert re.search(rf'id="{figure}"[^>]*js-plotly-plot|js-plotly-plot[^>]*id="{figure}"', done.stdout)
+    for figure in ("front" if count == 2 else "front-0-1", "hypervolume"):
+        assert f'<figure id="{figure}">' in page.read_text()
 
 
 def test_an_objective_the_suite_can_not_measure_is_refused(config: Callable[..., Path]) -> None:
@@ -329,7 +321,7 @@ def test_the_length_of_answers_is_shown(written: Opened, tmp_path: Path) -> None
     text = console.export_text()
     assert f"100 = specialists; tokens: % of {name}'s tokens" in " ".join(text.split())
     assert front.axes[1] == f"tokens, % of {name}'s tokens"
-    page = report.write_html(summary, tmp_path / "page.html").read_text()
+    page = report_page.write_html(summary, tmp_path / "page.html").read_text()
     assert f"in % of {name}&#39;s tokens." in page
     assert re.search(r"model .* retention .* tokens", text)
     rows = report.as_data(summary)["rows"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from evomerge.delivery import predict, report, status
+from evomerge.delivery import predict, report, report_page, status
 from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.summary import Summary
@@ -182,7 +182,7 @@ def test_all_outputs_describe_the_surrogate_alike(guided: RunStore, tmp_path: Pa
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.terminal(summary, width=200))
     assert surrogate.sentence in " ".join(console.export_text().split())
-    page = report.write_html(summary, tmp_path / "page.html").read_text()
+    page = report_page.write_html(summary, tmp_path / "page.html").read_text()
     assert "<h2>Surrogate</h2>" in page
     assert 'id="surrogate"' in page
 
@@ -194,7 +194,7 @@ def test_a_run_without_a_surrogate_says_nothing_of_one(guided: RunStore, tmp_pat
     assert guidance(guided) is None
     assert report.as_data(summary)["surrogate"] is None
     assert "surrogate:" not in status.text(status.as_data(summary))
-    assert "<h2>Surrogate" not in report.write_html(summary, tmp_path / "page.html").read_text()
+    assert "<h2>Surrogate" not in report_page.write_html(summary, tmp_path / "page.html").read_text()
 
 
 def test_convergence_is_on_the_items_that_were_scored(opened: Opened) -> None:

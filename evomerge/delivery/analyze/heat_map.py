@@ -17,6 +17,8 @@ GOOD: Colour = (64, 145, 108)
 BAD: Colour = (200, 75, 60)
 STRONG: Colour = (47, 111, 237)
 _WHITE: Colour = (255, 255, 255)
+_NAMES = {GOOD: "green", BAD: "red", STRONG: "accent"}
+"""Names of the page's colours, which differ in the dark."""
 
 MEASURES = ("conflict", "cosine", "overlap", "norm")
 SHARES = ("unchanged", "changed by one", "by several, same direction", "by several, opposite directions")
@@ -54,13 +56,20 @@ class HeatMapMeasure:
         digits = 0 if self.unit == 100 and self.name != "norm" else 2 if self.unit == 1 else 1
         return decimal(self.unit * value, digits)
 
+    def tone(self, value: float) -> tuple[str, float]:
+        """Return the name of the page's colour for a value, and how much of it shows (0 to 1)."""
+        end = self.ends[value > self.middle]
+        return _NAMES.get(end, "grey"), 0.85 * self._strength(value)
+
+    def _strength(self, value: float) -> float:
+        reach = (self.high if value > self.middle else self.low) - self.middle
+        return min(1.0, abs(value - self.middle) / abs(reach)) if reach else 0.0
+
     def colour(self, value: float) -> Colour:
         """Return the background of a value (red, green, blue; 0 to 255), from white to one of the ends."""
         if math.isnan(value):
             return _WHITE
-        end = self.ends[value > self.middle]
-        reach = (self.high if value > self.middle else self.low) - self.middle
-        strength = min(1.0, abs(value - self.middle) / abs(reach)) if reach else 0.0
+        end, strength = self.ends[value > self.middle], self._strength(value)
         red, green, blue = (round(255 + strength * (channel - 255)) for channel in end)
         return red, green, blue
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
-
-import plotly.graph_objects as go
 
 from evomerge.delivery.analyze.heat_map import SHARES, HeatMapMeasure, grid, labels, measures, outside
 from evomerge.delivery.analyze.terminal import CAVEAT
+from evomerge.delivery.charts.chart import SERIES, Chart
+from evomerge.delivery.charts.plots import Line, Plane, heat_map, stacked_rows
 from evomerge.delivery.page import write_page
-from evomerge.delivery.style import GREEN, GRID, MUTED, PALE, RED, SERIES, decimal, with_layout
+from evomerge.delivery.style import decimal
 from evomerge.errors import DiskError
 from evomerge.merging.analysis.advice import RULES, Advised
 from evomerge.merging.analysis.interference import Interference, Tally
 
-_SHARE_COLOURS = (GRID, PALE, GREEN, RED)
+_SHARE_COLOURS = ("grey", "pale", "green", "red")
 _MATRIX_TITLES = {
     "cosine": "cosine",
     "conflict": "opposite, % of what both change",
@@ -44,9 +43,9 @@ def write_html(interference: Interference, advised: Advised, out: Path) -> Path:
     return write_page(
         "analyze/interference.html.jinja",
         out,
-        figures={
-            "pairs": _pairs_figure(interference, total),
-            "map": _map_figure(interference),
+        figures=_pairs_figures(interference, total)
+        | _map_figures(interference)
+        | {
             "norms": _norms_figure(interference),
             "shares": _shares_figure(interference),
         },
@@ -63,166 +62,107 @@ def write_html(interference: Interference, advised: Advised, out: Path) -> Path:
     )
 
 
-def _pairs_figure(interference: Interference, total: Tally) -> go.Figure:
+def _pairs_figures(interference: Interference, total: Tally) -> dict[str, Chart]:
     """Draw three matrices, models by models: cosine, conflict, overlap."""
-    by_name = measures(interference)
-    names, count = list(interference.models), len(interference.models)
-    figure = go.Figure()
-    for index, (name, values) in enumerate(
-        (("cosine", total.cosine), ("conflict", total.conflict), ("overlap", total.overlap))
-    ):
-        axis = "" if index == 0 else str(index + 1)
-        cells = [[float(values[i][j]) if i > j else math.nan for j in range(count)] for i in range(count)]
-        axes = {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
-        figure.add_trace(_heat_map(by_name[name], cells, names, names, **axes))
-        domain = [index * 0.36, index * 0.36 + 0.28]
-        figure.update_layout(
-            {
-                f"xaxis{axis}": {"domain": domain, "showgrid": False, "range": [-0.5, count - 1.5]},
-                f"yaxis{axis}": {
-                    "showgrid": False,
-                    "range": [count - 0.5, 0.5],
-                    "anchor": f"x{axis}",
-                },
-            }
+    by_name, names = measures(interference), list(interference.models)
+    found = {"cosine": total.cosine, "conflict": total.conflict, "overlap": total.overlap}
+    return {
+        f"pairs_{name}": _heat_map(
+            by_name[name],
+            f"{_MATRIX_TITLES[name]} of each pair of models",
+            [[float(values[i][j]) if i > j else math.nan for j in range(i)] for i in range(1, len(names))],
+            columns=names[:-1],
+            rows=names[1:],
+            corner=_MATRIX_TITLES[name],
         )
-        figure.add_annotation(
-            text=_MATRIX_TITLES[name],
-            font={"weight": "bold"},
-            x=domain[0],
-            y=1.0,
-            xref="paper",
-            yref="paper",
-            xanchor="left",
-            yanchor="bottom",
-            showarrow=False,
-        )
-    return with_layout(figure, height=max(230, 46 * count + 110))
+        for name, values in found.items()
+    }
 
 
-def _map_figure(interference: Interference) -> go.Figure:
-    """Draw layers by modules, one heat map per measure with a button each; other tensors on the right."""
+def _map_figures(interference: Interference) -> dict[str, Chart]:
+    """Draw layers by modules, a heat map per measure; tensors outside the layers have their own row."""
     kinds, short, cells = grid(interference)
     layers = sorted({layer for layer, _ in cells})
     rest = outside(interference)
     columns = [*short, *labels(list(rest))]
-    figure = go.Figure()
-    by_name = measures(interference)
-    for index, measure in enumerate(by_name.values()):
-        values = [[_value(measure, cells.get((layer, kind))) for kind in kinds] for layer in layers] or [[]]
-        for tally in rest.values():
-            values = [[*row, math.nan] for row in values]
-            values[0][-1] = measure.of(tally)
-        trace = _heat_map(measure, values, columns, [f"layer {layer}" for layer in layers] or ["-"])
-        trace.visible = index == 0
-        figure.add_trace(trace)
-    if rest:
-        figure.add_vline(x=len(kinds) - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"})
-        figure.add_annotation(
-            text="outside the layers",
-            x=len(kinds) - 0.45,
-            y=min(1, len(layers) - 1),
-            xanchor="left",
-            yanchor="top",
-            showarrow=False,
-            font={"color": MUTED, "size": 11},
-        )
-    figure.update_layout(updatemenus=[_buttons(list(by_name))])
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(side="top", showgrid=False, tickangle=0 if len(kinds) < 14 else -45)
-    return with_layout(figure, height=26 * len(layers) + 130, top=75)
-
-
-def _buttons(names: list[str]) -> dict[str, Any]:
-    """Return plotly's menu that shows one of several traces."""
-    return {
-        "type": "buttons",
-        "direction": "right",
-        "x": 0,
-        "xanchor": "left",
-        "y": 1.0,
-        "yanchor": "bottom",
-        "pad": {"b": 30},
-        "showactive": True,
-        "buttons": [
-            {"label": name, "method": "update", "args": [{"visible": [other == name for other in names]}]}
-            for name in names
-        ],
-    }
+    charts = {}
+    for name, measure in measures(interference).items():
+        values = [
+            [*(_value(measure, cells.get((layer, kind))) for kind in kinds), *(math.nan for _ in rest)]
+            for layer in layers
+        ]
+        rows = [f"layer {layer}" for layer in layers]
+        if rest:
+            values.append([*(math.nan for _ in kinds), *(measure.of(tally) for tally in rest.values())])
+            rows.append("outside")
+        charts[f"map_{name}"] = _heat_map(measure, measure.title, values, columns=columns, rows=rows)
+    return charts
 
 
 def _heat_map(
-    measure: HeatMapMeasure, values: list[list[float]], x: list[str], y: list[str], **axes: str
-) -> go.Heatmap:
-    scale, low, high = _colour_scale(measure)
-    return go.Heatmap(
-        z=[[None if math.isnan(value) else measure.unit * value for value in row] for row in values],
-        text=[["" if math.isnan(value) else measure.text(value) for value in row] for row in values],
-        x=x,
-        y=y,
-        texttemplate="%{text}",
-        hovertemplate=f"%{{y}}, %{{x}}<br>{measure.name} %{{z:.4g}}<extra></extra>",
-        colorscale=scale,
-        zmin=low,
-        zmax=high,
-        showscale=False,
-        xgap=1,
-        ygap=1,
-        **axes,
+    measure: HeatMapMeasure,
+    title: str,
+    values: list[list[float]],
+    *,
+    columns: list[str],
+    rows: list[str],
+    corner: str = "",
+) -> Chart:
+    return heat_map(
+        title,
+        columns,
+        rows,
+        [[None if math.isnan(value) else value for value in row] for row in values],
+        tone=measure.tone,
+        text=measure.text,
+        corner=corner,
     )
 
 
-def _colour_scale(measure: HeatMapMeasure) -> tuple[list[list[Any]], float, float]:
-    """Return plotly's colour scale of a measure and the values at its ends: the terminal's colours."""
-    low, high = measure.low, measure.high
-    colours = {  # a middle at one of the ends is that end
-        round((value - low) / (high - low), 6): f"rgb{measure.colour(value)}"
-        for value in (low, measure.middle, high)
-    }
-    return [[place, colour] for place, colour in colours.items()], measure.unit * low, measure.unit * high
-
-
-def _norms_figure(interference: Interference) -> go.Figure:
+def _norms_figure(interference: Interference) -> Chart:
     """Draw the norm of each model's task vector, layer by layer."""
     layers = {layer: t for layer, t in interference.by_layer().items() if layer is not None}
-    figure = go.Figure()
+    lines = []
     for index, name in enumerate(interference.models):
         norms = [100 * float(tally.relative[index]) for tally in layers.values()]
-        figure.add_scatter(
-            x=list(layers),
-            y=[norm if math.isfinite(norm) else None for norm in norms],
-            name=name,
-            mode="lines+markers",
-            line={"color": SERIES[index % len(SERIES)], "width": 2},
+        lines.append(
+            Line(
+                name=name,
+                xs=list(layers),
+                ys=[norm if math.isfinite(norm) else None for norm in norms],
+                colour=SERIES[index % len(SERIES)],
+                marked=True,
+            )
         )
-    figure.update_xaxes(dtick=1 if len(layers) < 20 else None)
-    figure.update_yaxes(rangemode="tozero")
-    return with_layout(figure, height=340, x="layer", y="norm, % of the base's")
+    highest = max((y for line in lines for y in line.ys if y is not None), default=1.0)
+    return Plane(
+        title="norm of each model's task vector, layer by layer",
+        x="layer",
+        y="norm, % of the base's",
+        lines=lines,
+        bounds=(0.0, 1.05 * highest or 1.0),
+    ).chart()
 
 
-def _shares_figure(interference: Interference) -> go.Figure:
+def _shares_figure(interference: Interference) -> Chart:
     """Draw per layer the share of parameters that none, one or several models change."""
     by_layer = interference.by_layer()
     layers = ["outside" if layer is None else f"layer {layer}" for layer in by_layer]
-    figure = go.Figure()
-    for index, (name, colour) in enumerate(zip(SHARES, _SHARE_COLOURS, strict=True)):
-        values = [100 * float(tally.shares[index]) / max(tally.count, 1) for tally in by_layer.values()]
-        figure.add_bar(
-            y=layers,
-            x=values,
-            name=name,
-            orientation="h",
-            marker_color=colour,
-            text=[f"{value:.0f}" for value in values],
-            textposition="inside",
-            insidetextanchor="middle",
-            textangle=0,
-            hovertemplate=f"%{{y}}: {name} %{{x:.1f}} %<extra></extra>",
+    parts = [
+        (
+            name,
+            colour,
+            [100 * float(tally.shares[index]) / max(tally.count, 1) for tally in by_layer.values()],
         )
-    figure.update_layout(barmode="stack", bargap=0.2)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(range=[0, 100])
-    return with_layout(figure, height=24 * len(layers) + 130, x="% of the parameters")
+        for index, (name, colour) in enumerate(zip(SHARES, _SHARE_COLOURS, strict=True))
+    ]
+    return stacked_rows(
+        "share of parameters that none, one or several models change, by layer",
+        layers,
+        parts,
+        x="% of the parameters",
+        text=lambda value: f"{value:.0f}",
+    )
 
 
 def _value(measure: HeatMapMeasure, tally: Tally | None) -> float:

@@ -26,7 +26,7 @@ from evomerge.schema import load_yaml
 CAVEAT = (
     "files do not show which skills a merge keeps: score it on items that nothing was tuned on (evomerge run)"
 )
-_DARK, _LIGHT = style.INK, "#ffffff"
+_DARK, _LIGHT = "#1d2433", "#ffffff"
 
 
 def read_models(path: Path, base: str | None = None) -> tuple[dict[str, str], str]:

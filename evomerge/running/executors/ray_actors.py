@@ -31,13 +31,13 @@ from typing import Any
 
 import tenacity
 
-from evomerge import __version__
 from evomerge.errors import ClusterError, ConfigError, ModelError, UserError
 from evomerge.evaluation.sharing import Sharing
 from evomerge.running.executors.contract import AnyJob, BuildWorker
 from evomerge.running.executors.devices import cores
 from evomerge.running.executors.pool import Died, Message, Pool
 from evomerge.running.worker import Result, Worker, WorkerSpec
+from evomerge.version import __version__
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a Ray of our own: only recipes and scores pass through it."""

@@ -164,6 +164,13 @@ WEIGHTING = Fact(
     "prepare",
     "the rule that weights tasks in the mean: `errors` (of the specialists' gains); none in runs before it",
 )
+GENES = Fact(
+    "genes",
+    list[dict[str, Any]],
+    "prepare",
+    "per gene of the search space: name, kind, and bounds or choices, so that tables need no models",
+    in_digest=False,
+)
 OPTIMIZER = Fact("optimizer", str, "prepare", "name of the optimizer and why it was chosen")
 ARITHMETIC = Fact("arithmetic", str, "prepare", "type of device, and dtype of the forward passes")
 FORWARD = Fact(
