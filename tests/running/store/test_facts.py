@@ -100,6 +100,7 @@ def test_facts_outside_the_digest_do_not_change_it(tmp_path: Path) -> None:
         "config",
         "forward",
         "full_hashes",
+        "genes",
         "item_notes",
         "migrated",
         "sharing",
