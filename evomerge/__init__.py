@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evomerge.api.models import analyze, evaluate, merge, predict
     from evomerge.api.runs import Run, compare, load
     from evomerge.api.search import check, optimize, resume
+    from evomerge.api.setup import doctor, init
     from evomerge.errors import UserError
     from evomerge.evaluation.permissions import Permissions
 
@@ -32,7 +33,9 @@ __all__ = [
     "analyze",
     "check",
     "compare",
+    "doctor",
     "evaluate",
+    "init",
     "load",
     "merge",
     "optimize",
@@ -44,6 +47,7 @@ _PLACES = {
     **dict.fromkeys(("analyze", "evaluate", "merge", "predict"), "evomerge.api.models"),
     **dict.fromkeys(("Run", "compare", "load"), "evomerge.api.runs"),
     **dict.fromkeys(("check", "optimize", "resume"), "evomerge.api.search"),
+    **dict.fromkeys(("doctor", "init"), "evomerge.api.setup"),
     "Permissions": "evomerge.evaluation.permissions",
     "UserError": "evomerge.errors",
 }

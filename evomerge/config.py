@@ -221,15 +221,18 @@ class RunConfig(Strict):
         return parse_space(space, "space") if isinstance(space, Mapping) else space
 
     @classmethod
-    def load(cls, path: Path, *, seed: int | None = None, out: str | None = None, **budget: Any) -> RunConfig:
+    def load(
+        cls, path: Path, *, seed: int | None = None, out: str | None = None, **replaced: Any
+    ) -> RunConfig:
         """Read a config file and resolve what it names; keyword arguments replace what it says.
 
-        budget: single limits, each replacing the file's, as in `running.budget.replaced`.
+        replaced: `workers` and `device` of the executor; the others are single limits of the budget, each
+        replacing the file's, as in `running.budget.replaced`.
         The result does not depend on the file any more: paths are absolute and the search space is
         written out. A packaged suite keeps its name.
         """
         folder = path.resolve().parent
-        return cls.of(load_yaml(path), folder=folder, where=str(path), seed=seed, out=out, **budget)
+        return cls.of(load_yaml(path), folder=folder, where=str(path), seed=seed, out=out, **replaced)
 
     @classmethod
     def of(
@@ -240,11 +243,14 @@ class RunConfig(Strict):
         where: str = "config",
         seed: int | None = None,
         out: str | None = None,
+        workers: int | None = None,
+        device: str | None = None,
         **budget: Any,
     ) -> RunConfig:
         """Check a config as plain data and resolve what it names; otherwise like `load`.
 
-        folder: where relative paths start. where: its name in messages. Raises ConfigError.
+        folder: where relative paths start. where: its name in messages. workers, device: of the executor.
+        Raises ConfigError.
         """
         _refuse_secrets(data, where)
         data = dict(data) if isinstance(data, Mapping) else data
@@ -252,6 +258,9 @@ class RunConfig(Strict):
             data["seed"] = seed
         if out is not None:
             data["out"] = out
+        chosen = {k: v for k, v in (("workers", workers), ("device", device)) if v is not None}
+        if chosen and isinstance(data.get("executor", {}), Mapping):
+            data["executor"] = {**data.get("executor", {}), **chosen}
         if any(value is not None for value in budget.values()):
             stored = data.get("budget") or {}
             data["budget"] = replaced(stored, budget, time.time()) if isinstance(stored, dict) else stored

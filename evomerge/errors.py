@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 from evomerge.text import redacted
 
@@ -35,6 +36,11 @@ class UserError(ValueError):
             if part is not None
         ]
         super().__init__("\n".join(lines))
+
+    def with_more(self, what: str) -> Self:
+        """Return the same error with one more thing to do."""
+        fix = what if self.fix is None else f"{self.fix}; {what}"
+        return type(self)(self.what, expected=self.expected, got=self.got, fix=fix)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.expected, self.got, self.fix)
@@ -64,11 +70,6 @@ class ReplayError(StoreError):
 
 class ClusterError(UserError):
     """A cluster that runs the workers and can't be reached, or was lost while they worked."""
-
-    def with_more(self, what: str) -> ClusterError:
-        """Return the same error with one more thing to do."""
-        fix = what if self.fix is None else f"{self.fix}; {what}"
-        return ClusterError(self.what, expected=self.expected, got=self.got, fix=fix)
 
 
 class BrokenRunError(UserError):

@@ -77,6 +77,13 @@ def probe(prepared: Prepared) -> Probe:
     return replace(_estimated(prepared, items, seconds), test_items=test_items, gains=found)
 
 
+def again(prepared: Prepared, found: Probe) -> Probe:
+    """Return the estimate of another budget for the same candidates, from the seconds of an earlier probe."""
+    seconds: dict[Split, float] = {split: found.seconds[split] for split in SPLITS}
+    estimated = _estimated(prepared, found.items, seconds)
+    return replace(estimated, test_items=found.test_items, gains=found.gains)
+
+
 def refuse_nothing(prepared: Prepared, probe: Probe) -> None:
     """Raise ConfigError where a new run would measure hardly anything, unless its config allows it."""
     if prepared.config.weak_specialists == "refuse" and not StoreReader.exists(prepared.folder):

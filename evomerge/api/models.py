@@ -182,8 +182,7 @@ def analyze(
         raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, MEASURES))
     prepared = _prepared_for_gains(Path(config), base) if gain else None
     models, origin = terminal.read_models(Path(config), base)
-    more = {} if progress is None else {"progress": progress}
-    found = measure(models, origin, threshold=threshold, top=top, **more)
+    found = measure(models, origin, threshold=threshold, top=top, progress=progress)
     gains = None if prepared is None else pair_gains.foresee(prepared, progress)
     advice = advise(found)
     data = terminal.as_data(found, advice)

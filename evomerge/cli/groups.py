@@ -23,7 +23,6 @@ app = typer.Typer(
     help="Search for the best merge of language models: per-layer weights, densities and methods.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 zoo = typer.Typer(help="The demo models: a small base and its specialists.", no_args_is_help=True)
 app.add_typer(zoo, name="zoo")

@@ -15,6 +15,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 SeedOption = Annotated[
     int | None, typer.Option("--seed", min=0, max=HIGHEST_SEED, help="Replace the config's seed.")
 ]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, max=1024, help="Replace the config's number of workers.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="Replace the config's device: auto, cpu, cuda, cuda:N or mps.")
+]
 FullHashOption = Annotated[
     bool,
     typer.Option("--full-hash", help="Hash every byte of the models and compare with the last such check."),
@@ -151,3 +157,42 @@ PERMISSIONS: dict[str, Any] = {
     ],
 }
 """Option name -> annotation: the fields of `evaluation.permissions.Permissions`."""
+
+BaseOption = Annotated[
+    str | None, typer.Option("--base", metavar="MODEL", help="What the others are fine-tunes of.")
+]
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option("--source", metavar="NAME=MODEL", help="A fine-tune to merge; once for each."),
+]
+ScoredOnOption = Annotated[
+    str | None, typer.Option("--suite", help="What to score on: a preset's name or a YAML file.")
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="[NAME=]FILE",
+        help="Or your own data (.jsonl, .csv), once for each file; NAME: the source that is good at it.",
+    ),
+]
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", metavar="COL", help="The column of prompts; default: guessed.")
+]
+AnswerOption = Annotated[
+    str | None, typer.Option("--answer", metavar="COL", help="The column of answers; default: guessed.")
+]
+ChoicesOption = Annotated[
+    str | None, typer.Option("--choices", metavar="COL", help="The column of choices, if there is one.")
+]
+MetricOption = Annotated[
+    str | None,
+    typer.Option("--metric", help="exact, contains, regex, number, json or choice; default: guessed."),
+]
+HoursOption = Annotated[
+    float | None, typer.Option("--hours", min=0.0, help="Limit of the budget; default: what ends in ten.")
+]
+TrialOption = Annotated[
+    bool, typer.Option("--trial/--no-trial", help="Score two candidates to estimate the time.")
+]
+NewConfigOption = Annotated[Path, typer.Option("--out", metavar="YAML", help="The config to write.")]

@@ -14,21 +14,36 @@ import typer
 
 from evomerge.cli.groups import app
 from evomerge.cli.options import (
+    AnswerOption,
+    BaseOption,
+    ChoicesOption,
     ConfigArgument,
+    DataOption,
+    DeviceOption,
     EvaluationsOption,
     FullHashOption,
+    HoursOption,
     LostConfigOption,
+    MetricOption,
     MovedModelsOption,
     MovedSuiteOption,
+    NewConfigOption,
+    PromptOption,
     RunArgument,
     SalvageOption,
+    ScoredOnOption,
     SeedOption,
+    SourceOption,
+    TrialOption,
+    WorkersOption,
 )
+from evomerge.cli.questions import asked_for
 from evomerge.cli.reports import export_demo, show_report
 from evomerge.cli.terminal import (
     command,
     complain,
     output,
+    progress_line,
     raise_swallowed,
     relative,
     warn,
@@ -38,6 +53,45 @@ from evomerge.errors import ClusterError, ConfigError
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Live, Silent
+
+
+@command(app, "init")
+def init(
+    base: BaseOption = None,
+    source: SourceOption = None,
+    suite: ScoredOnOption = None,
+    data: DataOption = None,
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    choices: ChoicesOption = None,
+    metric: MetricOption = None,
+    evaluations: EvaluationsOption = None,
+    hours: HoursOption = None,
+    trial: TrialOption = True,
+    out: NewConfigOption = Path("run.yaml"),
+) -> None:
+    """Write a run config for your models and data: space, suite and budget are chosen and explained."""
+    from evomerge.api.setup import init as write
+
+    base, named, suite, files = asked_for(base, source, suite, data)
+    with progress_line("reading the models") as progress:
+        done = write(
+            base,
+            named,
+            suite=suite,
+            data=files,
+            prompt=prompt,
+            answer=answer,
+            choices=choices,
+            metric=metric,
+            out=out,
+            evaluations=evaluations,
+            hours=hours,
+            try_out=trial,
+            progress=progress,
+        )
+    output.say(done.text)
+    output.data(done.as_data())
 
 
 @command(app, "check")
@@ -57,13 +111,16 @@ def run(
     seed: SeedOption = None,
     limits: Any = None,
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = None,
     full_hash: FullHashOption = False,
     permissions: Any = None,
 ) -> None:
     """Run a config: baselines, search, selection, test, report. Continues the run in its folder, if any."""
     from evomerge.api.configs import read
 
-    _run(read(config, seed=seed, out=out, **limits).permitting(permissions), full_hash=full_hash)
+    loaded = read(config, seed=seed, out=out, workers=workers, device=device, **limits)
+    _run(loaded.permitting(permissions), full_hash=full_hash)
 
 
 @command(app, "resume", budget=True)
@@ -113,9 +170,25 @@ def migrate(run: RunArgument) -> None:
 
 
 @command(app, "doctor")
-def doctor(run: RunArgument, salvage: SalvageOption = None, config: LostConfigOption = None) -> None:
-    """Check a run's store: every row by its checksum. Changes nothing; exit code 2 where it is damaged."""
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder; without it, this machine.")
+    ] = None,
+    salvage: SalvageOption = None,
+    config: LostConfigOption = None,
+) -> None:
+    """Check this machine, or every row of a run's store. Changes nothing; exit code 2 for faults."""
+    from evomerge.api.setup import doctor as look
+    from evomerge.api.setup import refuse_faults
     from evomerge.delivery import doctor as delivery
+
+    if run is None:
+        if salvage is not None or config is not None:
+            raise ConfigError("doctor: --salvage and --config are for a run", fix="name the run folder")
+        view = look()
+        output.show(view)
+        refuse_faults(view)
+        return
 
     diagnosis = delivery.examine(run)
     output.say(delivery.text(diagnosis))

@@ -289,6 +289,18 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def progress_line(label: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that says what is being done, visible on terminals only."""
+    from rich.status import Status
+
+    if output.quiet or output.json or not output.console.is_terminal:
+        yield lambda text: None
+        return
+    with Status(label, console=output.console) as status:
+        yield status.update
+
+
 def relative(path: Path) -> str:
     """Return a path relative to the working directory where it lies below it, else absolute."""
     try:

@@ -250,6 +250,13 @@ def _text(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def columns_of(path: Path) -> list[str]:
+    """Return the names of a data file's columns, as its first row has them; raise ConfigError without any."""
+    for _, row in _rows(path):
+        return list(row)
+    raise ConfigError(f"{path}: no rows", expected="one item per row")
+
+
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of the line and the columns of each row."""
     if path.suffix not in (".jsonl", ".csv"):

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -396,7 +397,8 @@ class Suite(Asking):
     @property
     def data_files(self) -> dict[str, Path]:
         """The files of the tasks' own data: as written in the suite -> path."""
-        return {task.data: self._folder / expanded(task.data) for task in self.tasks if task.data is not None}
+        names = (task.data for task in self.tasks if task.data is not None)
+        return {name: Path(os.path.normpath(self._folder / expanded(name))) for name in names}
 
     @property
     def scorer_files(self) -> dict[str, Path]:

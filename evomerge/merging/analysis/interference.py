@@ -31,6 +31,7 @@ from evomerge.merging.sources.arrays import to_tensor, widened
 from evomerge.merging.sources.experts import experts_of
 from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.sources.source import Source
+from evomerge.merging.sources.tensorfile import Header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -226,6 +227,7 @@ def measure(
     *,
     threshold: float = THRESHOLD,
     top: float = TOP,
+    sample: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Interference:
     """Measure every tensor of the fine-tunes of one base.
@@ -235,6 +237,8 @@ def measure(
         base: the name of the base model.
         threshold: an element counts as changed above this multiple of its tensor's mean |task vector|.
         top: share of largest elements that are compared, in (0, 1].
+        sample: measure only tensors with about this many elements together, spread over the model; None
+            measures all.
         progress: called after each tensor as `progress(elements done, elements in all)`.
 
     Raises:
@@ -249,19 +253,12 @@ def measure(
     sources = open_sources(models, base)
     notes = check_models({base: sources[base]} | sources)
     tensors: dict[str, Tally] = {}
-    done, whole = 0, sum(header.count for header in sources[base].headers.values())
-    for tensor, header in sources[base].headers.items():
+    chosen = _sampled(sources[base].headers, sample)
+    done, whole = 0, sum(header.count for header in chosen.values())
+    for tensor, header in chosen.items():
         origin, vectors = _read(sources, base, names, tensor)
         tensor_tally = tally(origin, vectors, threshold=threshold, top=top)
-        if not (math.isfinite(tensor_tally.base) and np.isfinite(tensor_tally.products).all()):
-            non_finite = [
-                n for n, ok in zip(names, np.isfinite(np.diag(tensor_tally.products)), strict=True) if not ok
-            ]
-            raise ModelError(
-                f"tensor {tensor!r} has elements that are NaN or infinite",
-                got=f"in {base if len(non_finite) != 1 else non_finite[0]}",
-                fix="use a sound copy of the model",
-            )
+        _refuse_non_finite(tensor, tensor_tally, base, names)
         tensors[tensor] = tensor_tally
         done += header.count
         if progress is not None:
@@ -278,6 +275,32 @@ def measure(
             name for experts in experts_of(sources[base].headers).values() for name in experts.routers
         ),
     )
+
+
+def _refuse_non_finite(tensor: str, found: Tally, base: str, names: Sequence[str]) -> None:
+    if math.isfinite(found.base) and np.isfinite(found.products).all():
+        return
+    non_finite = [n for n, ok in zip(names, np.isfinite(np.diag(found.products)), strict=True) if not ok]
+    raise ModelError(
+        f"tensor {tensor!r} has elements that are NaN or infinite",
+        got=f"in {base if len(non_finite) != 1 else non_finite[0]}",
+        fix="use a sound copy of the model",
+    )
+
+
+def _sampled(headers: Mapping[str, Header], sample: int | None) -> dict[str, Header]:
+    """Return tensors with about `sample` elements together, evenly spread in the model's order."""
+    whole = sum(header.count for header in headers.values())
+    if sample is None or whole <= sample:
+        return dict(headers)
+    chosen: dict[str, Header] = {}
+    passed, taken = 0, 0
+    for name, header in headers.items():
+        passed += header.count
+        if taken + header.count <= sample * passed / whole or not chosen:
+            chosen[name] = header
+            taken += header.count
+    return chosen
 
 
 def _fine_tunes(models: Mapping[str, str], base: str) -> tuple[str, ...]:
