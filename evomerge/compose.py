@@ -94,7 +94,7 @@ def execute(
                 store,
                 clock,
                 spec,
-                workers=workers,
+                workers=executors.at_once(prepared.config.executor),
                 finalists=prepared.config.finalists,
                 several=bool(prepared.config.objective.several),
             )
@@ -163,6 +163,7 @@ def _search(
         slopes=Slopes(store, scheduler, observer, batches),
         ahead=Foresight(store, scheduler, batches),
         guard=guard,
+        workers=scheduler.workers,
     )
 
 

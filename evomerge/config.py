@@ -385,7 +385,8 @@ def load_space(space: str | AnySpec, *, beside: Path | None = None) -> AnySpec:
 def resolve_location(location: str, folder: Path) -> str:
     """Return a model location with its local parts absolute; hub ids stay as they are.
 
-    A part counts as local if it exists beside the config file or looks like a path.
+    A part counts as local if it, or the folder it should be in, exists beside the config file, or if it
+    looks like a path.
     """
     return "+".join(_resolve_part(part, folder) for part in location.split("+"))
 
@@ -395,6 +396,13 @@ def _resolve_part(part: str, folder: Path) -> str:
         raise ConfigError("a model location is empty", expected="a folder, a hub id or path+adapter")
     path = expanded(part)
     beside = folder / path
-    if path.is_absolute() or beside.exists() or part.startswith((".", "~")) or split_id(part) is None:
+    mistyped = len(path.parts) > 1 and beside.parent.is_dir()  # its folder is here, so it is not the hub's
+    if (
+        path.is_absolute()
+        or beside.exists()
+        or mistyped
+        or part.startswith((".", "~"))
+        or split_id(part) is None
+    ):
         return str(beside.resolve())
     return part

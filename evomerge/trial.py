@@ -121,7 +121,7 @@ def _trial(prepared: Prepared, place: float, split: Split) -> Job:
 
 
 def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, float]) -> Probe:
-    config, workers, now = prepared.config, executors.worker_count(prepared.config.executor), time.time()
+    config, workers, now = prepared.config, executors.at_once(prepared.config.executor), time.time()
     sources = tuple(config.models.sources)
     parents = len(sources) + 1
     rows = baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0))
@@ -152,7 +152,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
         items=items,
         test_items={},
         seconds={str(split): mean for split, mean in seconds.items()},
-        workers=workers,
+        workers=executors.worker_count(config.executor),
         seconds_before=before,
         seconds_after=after,
         estimate=whole,

@@ -14,7 +14,7 @@ counts for nobody.
     cma, tpe, gp, ga, pso, turbo, saasbo, hebo, smac, random     see rivals.py; smac scores item blocks, too
     ours    the defaults: floors, gradients, then CMA-ES, surrogate, item blocks, selection on `select`
     ours-PART[-PART]  the same with other settings: mean, balanced, floors (the objective's kind); gradients,
-            nogradients; plain (no surrogate); or the name of a search space
+            nogradients; plain (no surrogate); async (no generations); or the name of a search space
 
 One run of a rival answers all its budgets, for it does not know them. Ours plans for its budget, so it runs
 once for each.
@@ -118,6 +118,8 @@ def configured(method: str, seed: int, evaluations: int, out: Path, case: Case) 
             changes["warm_start"] = config.warm_start.model_copy(update={"gradients": gradients})
         elif part in get_args(UtilityKind):
             changes["objective"] = config.objective.model_copy(update={"kind": part})
+        elif part == "async":
+            changes["optimizer"] = config.optimizer.model_copy(update={"async_": True})
         elif part == "plain":
             changes["surrogate"] = "off"
         else:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 AnyPath = str | PathLike[str]
+LOSS = 0.02
+"""Raw score that an adapter may lose on a task without a warning."""
 FORMS = ("model", "adapter", "recipe", "mergekit")
 """What `Run.export` writes."""
 
@@ -71,7 +73,7 @@ class Written:
     """What an export wrote.
 
     equal: whether the weights are those that were scored on `test`, bit for bit; None where they were not
-    compared. lost: of an adapter, per task the scores of merge and adapter on `test`. notes: what the user
+    compared. scores: of an adapter, per task those of merge and adapter on `test`. notes: what the user
     should know.
     """
 
@@ -79,11 +81,21 @@ class Written:
     name: str
     recipe: str
     equal: bool | None = None
-    lost: tuple[tuple[str, float, float], ...] = ()
+    scores: tuple[tuple[str, float, float], ...] = ()
     adapter: AdapterReport | None = None
     comparison: Table | None = None
     no_mergekit: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> str | None:
+        """What an adapter lost of the merge, as a sentence; None where no task lost LOSS or more."""
+        lost = [(task, merge, adapter) for task, merge, adapter in self.scores if merge - adapter >= LOSS]
+        if not lost:
+            return None
+        tasks = ", ".join(f"{task} {100 * a:.0f} instead of {100 * m:.0f}" for task, m, a in lost)
+        fix = "a larger --rank keeps more; --as model keeps all"
+        return f"the adapter is worse than the merge on `test`: {tasks} ({fix})"
 
 
 class Report(View):
@@ -383,7 +395,7 @@ def _adapter(
         place=place,
         name=made.pick.name,
         recipe=made.pick.recipe.hash,
-        lost=tuple(made.rows()),
+        scores=tuple(made.rows()),
         adapter=made.report,
         comparison=comparison(made),
         notes=tuple(made.notes),

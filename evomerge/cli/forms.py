@@ -39,9 +39,16 @@ def check_form(
 
 
 def say_adapter(
-    out: Path, recipe: str, report: AdapterReport, scores: list[tuple[str, float, float]] | None = None
+    out: Path,
+    recipe: str,
+    report: AdapterReport,
+    scores: list[tuple[str, float, float]] | None = None,
+    lossy: bool = False,
 ) -> None:
-    """Say what was written as an adapter; scores: task, score of the whole merge, score of the adapter."""
+    """Say what was written as an adapter; scores: task, score of the whole merge, score of the adapter.
+
+    lossy: whether the adapter is worse.
+    """
     output.say(f"wrote {relative(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
     output.say(report.summary())
     data: dict[str, Any] = {
@@ -55,6 +62,7 @@ def say_adapter(
         "lost": list(report.lost),
     }
     if scores is not None:
+        data["lossy"] = lossy
         data["test"] = [
             {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
         ]

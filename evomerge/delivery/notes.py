@@ -7,7 +7,17 @@ from evomerge.delivery.summary import Summary
 from evomerge.evaluation.gains import dud_sentences
 from evomerge.running import forward, looks, own_answers
 from evomerge.running.batches import decisions
-from evomerge.running.store import facts
+from evomerge.running.store import StoreReader, facts
+
+
+def stop_sentence(store: StoreReader) -> str | None:
+    """Return why the search ended, and why nothing more fitted into its budget; None while it goes on."""
+    stopped = facts.STOPPED.get(store)
+    if stopped is None or "in whole generations" not in stopped:
+        return stopped
+    generations = store.generations()
+    count = len(generations[-1].recipes) if generations else 0
+    return f"{stopped}; a further generation of {count} candidates would have gone beyond it"
 
 
 def notes(summary: Summary) -> list[str]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from evomerge.delivery import objectives, style
 from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
-from evomerge.delivery.notes import notes
+from evomerge.delivery.notes import notes, stop_sentence
 from evomerge.delivery.objectives import Front
 from evomerge.delivery.style import percent, plus_minus, short_task
 from evomerge.delivery.summary import Row, Summary, kept_sentence
@@ -40,7 +40,7 @@ def terminal(summary: Summary, *, width: int = 120) -> RenderableType:
     parts += _verdict(summary, course, rows)
     parts += [Text(f"note: {note}", style="yellow") for note in notes(summary)]
     details = [surrogate.sentence] if surrogate is not None else []
-    if stopped := facts.STOPPED.get(store):
+    if stopped := stop_sentence(store):
         details.append(f"search stopped: {stopped}")
     details += [cost.sentence] if cost.candidates else []
     details += [passes.sentence] if passes is not None else []

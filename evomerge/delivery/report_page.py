@@ -14,7 +14,7 @@ from evomerge.delivery.candidates import CandidateRow, Candidates, candidates, m
 from evomerge.delivery.charts.chart import Chart, png
 from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import Guidance, guidance
-from evomerge.delivery.notes import notes
+from evomerge.delivery.notes import notes, stop_sentence
 from evomerge.delivery.objectives import Front
 from evomerge.delivery.page import render
 from evomerge.delivery.spending import spending
@@ -192,7 +192,7 @@ def page(summary: Summary) -> str:
         config=json.dumps(facts.CONFIG.require(store), indent=2),
         versions=store.versions(),
         passes=forward.stored(store),
-        stopped=facts.STOPPED.get(store),
+        stopped=stop_sentence(store),
         folder=store.folder,
         command=shlex.quote(str(store.folder)),
         winner_yaml=winner.recipe.to_yaml() if winner else None,

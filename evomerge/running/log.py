@@ -184,6 +184,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "scored": _scored,
     "failed": lambda f: f"failed {f['id']} on {f['split']}: {f['reason']} ({f['kind']})",
     "asked": lambda f: f"generation {f['generation']} asks for {', '.join(f['ids'])}",
+    "arrived": lambda f: f"generation {f['generation']}, candidate {f['position']}: {f['id']}",
     "generation": lambda f: (
         f"generation {f['generation']} done, {f['evaluations']:g} evaluations"
         + ("" if f["best"] is None else f", best so far {100 * f['best']:.1f} points")

@@ -9,6 +9,8 @@ It does three things. None of them changes a score, because scores belong to (re
   candidate is left or all workers would wait for it, if the shared part takes WORTH times as long as the
   merge it costs. Where sharing can't be worth that, a worker gets all blocks at once. Pieces are joined
   again; a piece that fails is its candidate's failure.
+- **Streams.** Where jobs are submitted one by one, no generation waits for the last of them. Then a worker
+  stays with its candidate. Others help only when no new one is left: before, they would merge for nothing.
 - **Spare work.** Idle workers score what a later phase will certainly need. The results go to the store,
   where the later phase reads them; a job still running by then is awaited instead of started again. A failure
   is not recorded: the later phase tries the job again.
@@ -88,6 +90,8 @@ class Scheduler:
         self._fresh: collections.deque[_Pending] = collections.deque()
         self._begun: list[_Pending] = []
         """Jobs with blocks not handed out: `_fresh` all of them, `_begun` some."""
+        self._streaming = False
+        """Whether jobs are submitted one by one."""
         self._open: set[_Pending] = set()
         self._under_way: dict[Hashable, _Pending] = {}
         """Pieces handed out, by key."""
@@ -109,6 +113,20 @@ class Scheduler:
     def run(self, jobs: Iterable[AnyJob]) -> Iterator[Result]:
         """Run the jobs and yield a result for each as it completes."""
         self._begin(jobs)
+        yield from self._completed()
+
+    def submit(self, jobs: Iterable[Job], *, first: bool = False) -> None:
+        """Add jobs whose results `next` returns. first: before those that wait."""
+        self._streaming = True
+        added = [_Pending(job=job, left=job.blocks) for job in jobs]
+        self._open.update(added)
+        self._fresh = collections.deque([*added, *self._fresh] if first else [*self._fresh, *added])
+
+    def next(self) -> Result | None:
+        """Wait for the result of a submitted job, whichever completes first; None where none is left."""
+        return next(self._completed(), None)
+
+    def _completed(self) -> Iterator[Result]:
         while self._open:
             answered = False
             for result in self._executor.run(self):
@@ -135,12 +153,14 @@ class Scheduler:
         self._executor.close()
 
     @property
-    def _workers(self) -> int:
+    def workers(self) -> int:
+        """How many jobs the other executor runs at a time."""
         return getattr(self._executor, "workers", 1)
 
     # -- handing out --------------------------------------------------------------------------------
 
     def _begin(self, jobs: Iterable[AnyJob]) -> None:
+        self._streaming = False
         requested = [_Pending(job=job, left=getattr(job, "blocks", ())) for job in jobs]
         self._open, self._under_way = set(requested), {}
         asked = {key_of(pending.job): pending for pending in requested}
@@ -152,12 +172,17 @@ class Scheduler:
         rest.sort(key=lambda pending: -self._pace.expected(pending.job))
         self._fresh, self._begun = collections.deque(rest), []
 
+    @property
+    def ahead(self) -> bool:
+        """Whether jobs may be chosen for workers that still start: not where each stays with a candidate."""
+        return not self._streaming
+
     def after(self, last: AnyJob | None) -> AnyJob | None:
         """Return the next job for a worker whose last one was `last`; a scheduler is its own `Orders`."""
         pending, count = self._choose(last)
         if pending is not None:
             return self._piece(pending, count, last)
-        if self._spare and self._workers > 1:
+        if self._spare and self.workers > 1:
             job = self._spare.popleft()
             self._spare_out.add(key_of(job))
             return job
@@ -173,6 +198,10 @@ class Scheduler:
         same = next(
             (begun for begun in self._begun if last is not None and begun.job.recipe is last.recipe), None
         )
+        if self._streaming and same is None:
+            alone = next((begun for begun in self._begun if not begun.out), None)  # its worker died
+            if alone is not None:
+                return alone, self._at_once(alone)
         others = [begun for begun in self._begun if begun is not same]
         longest = max(others, key=self._rest, default=None)
         if longest is not None and ((same is None and not self._fresh) or self._awaited(longest)):
@@ -203,12 +232,14 @@ class Scheduler:
 
     def _at_once(self, pending: _Pending) -> int:
         """Return how many of a candidate's blocks its worker gets: one if others might help, else all."""
-        return 1 if self._workers > 1 and self._worth(pending) < len(pending.left) else len(pending.left)
+        return 1 if self.workers > 1 and self._worth(pending) < len(pending.left) else len(pending.left)
 
     def _awaited(self, pending: _Pending) -> bool:
         """Whether one worker needs longer for this candidate than all workers for everything else."""
+        if self._streaming:
+            return False
         fresh = sum(len(job.left) * self._block(job) for job in self._fresh)
-        return self._rest(pending) * self._workers > fresh + sum(map(self._rest, self._begun))
+        return self._rest(pending) * self.workers > fresh + sum(map(self._rest, self._begun))
 
     def _rest(self, pending: _Pending) -> float:
         return len(pending.left) * self._block(pending)

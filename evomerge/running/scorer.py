@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split, joined
@@ -11,7 +12,7 @@ from evomerge.evaluation.smooth_loss import Gradient
 from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches, Halved
 from evomerge.running.breaker import Breaker
-from evomerge.running.executors import Executor
+from evomerge.running.executors import Executor, Streaming, key_of
 from evomerge.running.observers import Observer
 from evomerge.running.store import RunStore
 from evomerge.running.worker import Job, NotBegun, Result
@@ -45,6 +46,15 @@ class Scorer:
         """Split -> blocks whose questions are stored."""
         self.seconds = 0.0
         """Time this process spent on the store, without waiting for workers."""
+        self._submitted: dict[Hashable, tuple[str, Job, list[Scores]]] = {}
+        """Key -> ticket, job and stored scores of what `submit` has begun."""
+        self._answered: collections.deque[tuple[str, Scores | Failure]] = collections.deque()
+        """Tickets of what `submit` found in the store."""
+        self._heard: collections.deque[Result] = collections.deque()
+        """Results of submitted jobs that came while `score` waited for its own."""
+        self._undone = False
+        """Whether something submitted was not begun because of `not_after`."""
+        self._too_large: set[int] = set()
 
     def score(
         self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
@@ -83,6 +93,84 @@ class Scorer:
                 )
             scores.append(result)
         return scores
+
+    def submit(self, ticket: str, recipe: Recipe, blocks: Sequence[int]) -> None:
+        """Begin to score a recipe on item blocks of `search`, unless they are stored; `next` has the result.
+
+        Nothing that is under way may be submitted again.
+        """
+        scores, failure, missing = self._stored(recipe.hash, "search", blocks)
+        if failure is not None or not missing:
+            self._answered.append((ticket, failure or joined(scores)))
+        elif self.not_after is not None and self._now() >= self.not_after:
+            self._undone = True
+        else:
+            job = Job(
+                recipe=recipe,
+                split="search",
+                blocks=missing,
+                batch_sizes=self._batches.sizes("search", missing),
+                not_after=self.not_after,
+                questions=self._wants("search", missing, [job for _, job, _ in self._submitted.values()]),
+            )
+            self._submitted[key_of(job)] = ticket, job, scores
+            self._stream.submit([job])
+
+    def next(self) -> tuple[str, Scores | Failure] | None:
+        """Wait for a submitted recipe, whichever completes first; return its ticket and result.
+
+        None where none is left. Raises OutOfTime where none is left and some were not begun because of
+        `not_after`, and the exceptions of `score`.
+        """
+        while True:
+            if self._answered and not self._too_large:
+                return self._answered.popleft()
+            result = self._heard.popleft() if self._heard else self._stream.next()
+            if result is None:
+                break
+            started = time.perf_counter()
+            ticket, job, scores = self._submitted[key_of(result.job)]
+            if self._batches.calls_for_halving(result):
+                assert result.block is not None
+                self._too_large.add(result.block)
+                continue  # wait for all others, or the first failure would decide
+            outcome = self._taken(result, {job.recipe.hash: scores}, keep_failures=True)
+            if not self._too_large:
+                del self._submitted[key_of(job)]
+            self.seconds += time.perf_counter() - started
+            if outcome is None:
+                self._undone = True
+            elif not self._too_large:
+                return ticket, outcome
+        if self._too_large:
+            jobs = [job for _, job, _ in self._submitted.values()]
+            new = {b: [j.recipe.hash for j in jobs if b in j.blocks] for b in sorted(self._too_large)}
+            self._batches.halve("search", new, "asynchronous search")
+            raise Halved
+        if self._undone:
+            raise OutOfTime
+        return None
+
+    @property
+    def _stream(self) -> Streaming:
+        assert isinstance(self._executor, Streaming)
+        return self._executor
+
+    def _run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+        """Run jobs, before those that `submit` has begun."""
+        if not self._submitted:
+            yield from self._executor.run(jobs)
+            return
+        left = {key_of(job) for job in jobs}
+        self._stream.submit(jobs, first=True)
+        while left:
+            result = self._stream.next()
+            assert result is not None
+            if key_of(result.job) in left:
+                left.remove(key_of(result.job))
+                yield result
+            else:
+                self._heard.append(result)
 
     def known(
         self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
@@ -131,7 +219,7 @@ class Scorer:
             raise OutOfTime
         self.seconds += time.perf_counter() - started
         too_large: set[int] = set()
-        for result in self._executor.run(list(jobs.values())):
+        for result in self._run(list(jobs.values())):
             started = time.perf_counter()
             if self._batches.calls_for_halving(result):
                 assert result.block is not None

@@ -266,6 +266,10 @@ class Generations:
         results = self.scorer.score(recipes, "search", "front", blocks) if recipes else []
         self.archive.add(every, self.views(blocks).losses(results, recipes))
 
+    def _owed(self) -> int:
+        """Return the items of candidates that are pending: none between generations."""
+        return 0
+
     def _blocks(self) -> tuple[int, ...]:
         return self.order if self.guide is None else self.guide.blocks
 
@@ -336,7 +340,7 @@ class Generations:
         return self.budget.stop_reason(
             generations=generation + 1,
             items=self.ledger.items,
-            forecast=self.ledger.price((recipe.hash, blocks) for recipe in recipes),
+            forecast=self.ledger.price((recipe.hash, blocks) for recipe in recipes) + self._owed(),
             full=self.ledger.full,
             stale=0,  # on more items there may be something better
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -25,7 +26,7 @@ from evomerge.search.descent import Descent, StepLosses, descend
 from evomerge.search.generations import Generations
 from evomerge.search.ledger import Ledger
 from evomerge.search.objective import Objective, ObjectiveSpec, check_tokens
-from evomerge.search.optimizers import OptimizerSpec, create
+from evomerge.search.optimizers import Optimizer, OptimizerSpec, create
 from evomerge.search.ports import (
     CandidateScorer,
     GradientSource,
@@ -37,6 +38,7 @@ from evomerge.search.ports import (
 from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.stream import Stream
 from evomerge.search.surrogate.front_guide import FrontGuide, small
 from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
 from evomerge.search.surrogate.improvement import FrontLoss
@@ -103,7 +105,8 @@ class Search:
 
     slopes: needed only for a plan with gradients. ahead: receives the recipes that will certainly be scored
     later, so that idle workers can begin; the search reads their scores only when it is due. guard: called
-    before a winner is declared, and again when it is scored; raises where the run's inputs changed.
+    before a winner is declared, and again when it is scored; raises where the run's inputs changed. workers:
+    how many score at a time.
     """
 
     def __init__(
@@ -117,11 +120,12 @@ class Search:
         slopes: GradientSource | None = None,
         ahead: Callable[[Sequence[Recipe], Split], None] = lambda recipes, split: None,
         guard: Callable[[], None] = lambda: None,
+        workers: int = 1,
     ) -> None:
         self._plan, self._scorer, self._journal, self._budget = plan, scorer, journal, budget
         self._observer = observer
         self._slopes = slopes
-        self._ahead, self._guard_inputs = ahead, guard
+        self._ahead, self._guard_inputs, self._workers = ahead, guard, workers
         self._parents = baselines.parents(plan.template, plan.space.sources)
         self._duds: tuple[str, ...] = ()
         self._trust: dict[str, float] | None = None
@@ -181,16 +185,12 @@ class Search:
         ledger.spend(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
-        guide = self._either_guide(views, order, [*parents, *known], archive, descended=spent > 0)
-        evolution = Generations(
+        is_async = self._plan.optimizer.async_
+        by_gradients = spent > 0 and not is_async
+        guide = self._either_guide(views, order, [*parents, *known], archive, descended=by_gradients)
+        evolution = (partial(Stream, workers=self._workers) if is_async else Generations)(
             space=self._plan.space,
-            optimizer=create(
-                small(self._plan.optimizer) if isinstance(guide, FrontGuide) else self._plan.optimizer,
-                coordinates=self._plan.space.coordinates,
-                objectives=objective.count,
-                starts=self._starts([*known, *parents[1:]]),
-                seed=self._seed(_OPTIMIZER),
-            ),
+            optimizer=self._optimizer(guide, objective, [*known, *parents[1:]]),
             scorer=self._scorer,
             journal=self._journal,
             budget=self._budget,
@@ -225,6 +225,17 @@ class Search:
                 hand_made=[k.named.recipe for k in hand_made],
             )
         return winner, searched.stopped
+
+    def _optimizer(
+        self, guide: Guide | FrontGuide | None, objective: Objective, known: Sequence[ScoredRecipe]
+    ) -> Optimizer:
+        return create(
+            small(self._plan.optimizer) if isinstance(guide, FrontGuide) else self._plan.optimizer,
+            coordinates=self._plan.space.coordinates,
+            objectives=objective.count,
+            starts=self._starts(known),
+            seed=self._seed(_OPTIMIZER),
+        )
 
     @property
     def _continuous(self) -> bool:

@@ -67,6 +67,18 @@ class CandidateScorer(Protocol):
         """Like `score` for recipes the run can't do without: the first failure raises UserError."""
         ...
 
+    def submit(self, ticket: str, recipe: Recipe, blocks: Sequence[int]) -> None:
+        """Begin to score a recipe on item blocks of `search`, and return at once; `next` has the result."""
+        ...
+
+    def next(self) -> tuple[str, Scores | Failure] | None:
+        """Wait for a submitted recipe, whichever completes first; return its ticket and result.
+
+        None where none is left. Raises OutOfTime where none is left and some were not begun because of
+        `not_after`.
+        """
+        ...
+
     def known(
         self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
     ) -> list[Scores | Failure | None]:
@@ -80,6 +92,34 @@ class Journal(Protocol):
     def record_ask(
         self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]
     ) -> None: ...
+
+    def record_arrival(
+        self, generation: int, position: int, genome: NDArray[np.float64], recipe: Recipe
+    ) -> None:
+        """Record the next candidate of an asynchronous search whose scores are complete.
+
+        position: in the generation that it will be told in.
+        """
+        ...
+
+    def arrivals(self) -> Sequence[str]:
+        """Return the recipes (hashes) of all recorded arrivals, in order."""
+        ...
+
+    def record_pending(self, arrived: int, count: int) -> Sequence[tuple[int, int]]:
+        """Record how many candidates are pending from an arrival on.
+
+        Returns all that was recorded, in order: (number of arrivals, candidates pending from then on).
+        """
+        ...
+
+    def record_proposed(self, count: int) -> None:
+        """Record how many candidates an asynchronous search has proposed; replays change nothing."""
+        ...
+
+    def proposed(self) -> int:
+        """Return how many candidates an asynchronous search had proposed, in any session."""
+        ...
 
     def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None: ...
 
@@ -146,6 +186,10 @@ class SearchBudget(Protocol):
 
 class SearchObserver(Protocol):
     """Receives the events of a search, for progress displays, logs and trackers."""
+
+    def phase(self, name: str, jobs: int, known: int) -> None:
+        """A batch of `jobs` recipes starts, of which `known` are answered from the store."""
+        ...
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
         """The losses of a generation were passed to the optimizer.

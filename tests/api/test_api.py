@@ -15,8 +15,10 @@ import yaml
 
 import evomerge
 from evomerge.api.configs import place_of, plain
+from evomerge.api.runs import Written
 from evomerge.api.view import View
 from evomerge.delivery import report_page
+from evomerge.delivery.notes import stop_sentence
 from evomerge.errors import ConfigError, StoreError
 from evomerge.merging.recipe import Recipe
 from evomerge.running.observers import Observer
@@ -297,3 +299,26 @@ def test_plain_data_stays_plain() -> None:
     assert plain(data, "config") == data
     assert plain({"a": (np.float64(0.5), Path("x"))}, "config") == {"a": [0.5, "x"]}
     assert SUITE["tasks"]
+
+
+def test_what_an_adapter_loses_is_a_sentence() -> None:
+    written = Written(place=Path("x"), name="n", recipe="r", scores=(("a", 0.95, 0.2), ("b", 0.5, 0.5)))
+    assert written.loss is not None
+    assert "a 20 instead of 95" in written.loss
+    assert Written(place=Path("x"), name="n", recipe="r", scores=(("a", 0.5, 0.49),)).loss is None
+
+
+def test_a_budget_that_fits_no_generation_says_so(finished_run: Path) -> None:
+    class Stored:
+        folder = finished_run
+
+        def read_value(self, key: str) -> str:
+            return "budget of 20 evaluations used (14 in whole generations)"
+
+        def generations(self) -> list[Any]:
+            with RunStore.read(finished_run) as store:
+                return store.generations()
+
+    assert stop_sentence(Stored()).endswith(  # type: ignore[arg-type, union-attr]
+        "a further generation of 4 candidates would have gone beyond it"
+    )

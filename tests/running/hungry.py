@@ -112,15 +112,15 @@ def in_two(small: Small) -> LocalProcesses:
     return LocalProcesses(spec(), workers=2, timeout=60, worker=partial(Hungry, small))
 
 
-def session(folder: Path, executor: Any) -> Outcome:
-    """Run, or continue, the search in a folder."""
+def session(folder: Path, executor: Any, *, workers: int = 0) -> Outcome:
+    """Run, or continue, the search in a folder; without generations where there are `workers`."""
     space = make("global_weights")
     plan = SearchPlan(
         suite=SUITE,
         space=space,
         template=space.decode(np.full(2, 0.5)),
         norms={"a": 1.0, "b": 2.0},
-        optimizer=OptimizerSpec(name="cma_es", population=6),
+        optimizer=OptimizerSpec.model_validate({"name": "cma_es", "population": 6, "async": workers > 0}),
         objective=ObjectiveSpec(),
         racing=RacingSpec(blocks=BLOCKS, error=0.5),
         surrogate=SurrogateSpec(),
@@ -139,6 +139,7 @@ def session(folder: Path, executor: Any) -> Outcome:
                 journal=store,
                 budget=Budget(BudgetSpec(generations=3), store.hours),
                 observer=Silent(),
+                workers=max(workers, 1),
             ).run()
 
         return begun_again(store, BATCH, search)

@@ -86,6 +86,30 @@ def test_the_driver_killed_at_every_kind_of_event(quick_config: Callable[..., Pa
     assert found["whole"]["failures"]
 
 
+ARRIVALS = ("arrival", "fact pending", "fact proposed", "fact spent", "scores search", "tell", "failure")
+
+
+def test_the_driver_of_an_asynchronous_search_killed(
+    quick_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = quick_config(optimizer={"population": 7, "async": True}, budget={"generations": 3})
+    struck(path, tmp_path, "chain", *ARRIVALS)
+
+
+@pytest.mark.slow
+def test_an_asynchronous_search_killed_at_each_kind_of_event(
+    quick_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "budget": {"generations": 6},
+        "optimizer": {"population": 7, "async": True},
+        "racing": {"blocks": 4},
+        "surrogate": {"blocks": 1},
+    }
+    found = struck(quick_config(**changes), tmp_path, "each")
+    assert set(ARRIVALS) <= set(found["kinds"])
+
+
 @pytest.mark.slow
 def test_the_driver_killed_where_it_decides_on_gradients_and_looks_at_unused_items(
     quick_config: Callable[..., Path], tmp_path: Path

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from evomerge import compose
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
+from evomerge.running import executors
 from evomerge.running.batches import Batches
 from evomerge.running.executors import ExecutorSpec, devices, resolve, worker_count
 from evomerge.running.executors.contract import Orders
@@ -196,6 +197,60 @@ def test_help_comes_to_a_candidate_that_all_would_wait_for() -> None:
     assert order.index(3) > max(i for i, number in enumerate(order) if number == 1) - 2
 
 
+@given(
+    arrivals=st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    workers=st.integers(1, 5),
+    failing=st.sets(st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_jobs_submitted_one_by_one_are_answered_once_as_if_run_alone(
+    arrivals: list[int], workers: int, failing: set[tuple[int, int]], seed: int
+) -> None:
+    scheduler = Scheduler(Crew(workers, seed=seed, failing=failing))
+    jobs = {number: job(number, blocks) for number, blocks in enumerate(arrivals)}
+    waiting = list(jobs.values())
+    found: dict[int, Result] = {}
+    scheduler.submit(waiting[:3])
+    waiting = waiting[3:]
+    while (result := scheduler.next()) is not None:
+        assert result.job.recipe.seed not in found
+        found[result.job.recipe.seed] = result
+        scheduler.submit(waiting[:1], first=len(waiting) % 2 == 0)
+        waiting = waiting[1:]
+    assert found.keys() == jobs.keys()
+    for number, result in found.items():
+        assert same(result, answer(jobs[number], failing=frozenset(failing), merge=0.1))
+    assert [r.job.recipe.seed for r in scheduler.run([job(99)])] == [99]  # and batches go on
+
+
+def test_where_jobs_come_one_by_one_a_worker_stays_with_its_candidate_while_there_are_others() -> None:
+    crew = Crew(3, seed=0)
+    scheduler = Scheduler(crew)
+    list(scheduler.run([job(0, 8)]))
+    scheduler.submit([job(number, 8) for number in range(1, 5)])
+    merges = 0.0
+    for number in range(5, 25):
+        result = scheduler.next()
+        assert result is not None
+        assert result.timing is not None
+        merges += result.timing.merge
+        scheduler.submit([job(number, 8)])
+    assert round(merges / crew.merge) == 20  # one for each
+
+
+def test_a_candidate_whose_worker_died_is_not_left_behind() -> None:
+    scheduler = Scheduler(Crew(2))
+    list(scheduler.run([job(0, 8)]))
+    scheduler._executor = Crew(2)
+    scheduler.submit([job(number, 8) for number in range(1, 30)])
+    begun = scheduler.after(None)
+    assert isinstance(begun, Job)
+    scheduler._take(answer(begun, failing=frozenset(), merge=0.1))  # and its worker is never heard of again
+    follows = scheduler.after(None)
+    assert follows is not None
+    assert follows.recipe is begun.recipe
+
+
 def test_the_longest_come_first() -> None:
     crew = Crew(1)
     list(Scheduler(crew).run([job(1, 2), job(2, 6), job(3, 4), job(4, 6)]))
@@ -336,3 +391,15 @@ def test_address_and_resources_belong_to_ray() -> None:
         ExecutorSpec(resources={"GPU": 1})
     assert ExecutorSpec(name="ray", address="10.0.0.1:6379").needs == {"CPU": 1.0}
     assert ExecutorSpec(name="ray", threads=4, resources={"fast": 1}).needs == {"CPU": 4.0, "fast": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cores", "expected"), [(4, 1, 2, 2), (2, 1, 8, 2), (4, 4, 8, 2), (3, 16, 8, 1)]
+)
+def test_workers_on_one_processor_share_its_cores(
+    workers: int, threads: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "cores", lambda: cores)
+    spec = ExecutorSpec(name="local", device="cpu", workers=workers, threads=threads)
+    assert executors.at_once(spec) == expected
+    assert executors.at_once(ExecutorSpec(name="inline", device="cpu", threads=16)) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,9 @@ class FakeScorer:
     def __init__(self, fail: frozenset[str] = frozenset(), fail_share: float = 0.0) -> None:
         self.asked: list[tuple[str, Split, str]] = []
         self.fail, self.fail_share = fail, fail_share
+        self.submitted: list[tuple[str, Recipe, tuple[int, ...]]] = []
+        self.pick: Callable[[int], int] = lambda count: 0
+        """Which of so many submitted recipes is done next."""
 
     def score(
         self, recipes: Sequence[Recipe], split: Split, phase: str, blocks: Sequence[int] | None = None
@@ -50,6 +53,16 @@ class FakeScorer:
     def require(self, named: Sequence[Named], split: Split, phase: str) -> list[Scores]:
         results = self.score([n.recipe for n in named], split, phase)
         return [r for r in results if isinstance(r, Scores)]
+
+    def submit(self, ticket: str, recipe: Recipe, blocks: Sequence[int]) -> None:
+        self.submitted.append((ticket, recipe, tuple(blocks)))
+
+    def next(self) -> tuple[str, Scores | Failure] | None:
+        if not self.submitted:
+            return None
+        ticket, recipe, blocks = self.submitted.pop(self.pick(len(self.submitted)))
+        (result,) = self.score([recipe], "search", "generation", blocks)
+        return ticket, result
 
     def known(
         self, recipes: Sequence[Recipe], split: Split, blocks: Sequence[int]
@@ -83,6 +96,10 @@ class FakeJournal:
         self.tells: list[NDArray[np.float64]] = []
         self.fronts: list[tuple[float, NDArray[np.float64], list[str]]] = []
         self.guides: list[GuideState] = []
+        self.order: list[str] = []
+        self.stored: list[str] = []
+        """Arrivals of an earlier session, by recipe."""
+        self.most_proposed = 0
 
     def record_ask(self, generation: int, genomes: NDArray[np.float64], recipes: Sequence[Recipe]) -> None:
         self.events.append(("ask", generation))
@@ -110,6 +127,24 @@ class FakeJournal:
 
     def has_ask(self, generation: int) -> bool:
         return False
+
+    def record_arrival(
+        self, generation: int, position: int, genome: NDArray[np.float64], recipe: Recipe
+    ) -> None:
+        self.events.append(("arrival", (generation, position)))
+        self.order.append(recipe.hash)
+
+    def arrivals(self) -> list[str]:
+        return list(self.stored)
+
+    def record_pending(self, arrived: int, count: int) -> list[tuple[int, int]]:
+        return [(0, count)]
+
+    def record_proposed(self, count: int) -> None:
+        self.most_proposed = max(self.most_proposed, count)
+
+    def proposed(self) -> int:
+        return self.most_proposed
 
     def record_chosen_on(self, blocks: Sequence[int]) -> None:
         self.chosen_on = tuple(blocks)
@@ -144,6 +179,8 @@ class FakeBudget:
 
 class Quiet:
     """An observer that looks away."""
+
+    def phase(self, name: str, jobs: int, known: int) -> None: ...
 
     def generation_done(self, generation: int, evaluations: float, best: float) -> None: ...
 

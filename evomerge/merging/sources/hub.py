@@ -8,6 +8,7 @@ states of trainings, no copies in other formats or folders.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -163,7 +164,10 @@ def _is_beside(file: str, large: Collection[str]) -> bool:
 
 
 def _no_folder(location: str) -> ModelError:
+    folder, name = expanded(location).parent, expanded(location).name
+    beside = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    close = [folder / found for found in difflib.get_close_matches(name, beside, n=1, cutoff=0.5)]
+    otherwise = "check the path, or give a Hugging Face hub id (owner/name or owner/name@revision)"
     return ModelError(
-        f"{location}: no such model folder",
-        fix="check the path, or give a Hugging Face hub id (owner/name or owner/name@revision)",
+        f"{location}: no such model folder", fix=f"did you mean {close[0]}?" if close else otherwise
     )

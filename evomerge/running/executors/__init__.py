@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evomerge.running.executors.contract import Executor, Runs
+from evomerge.running.executors.contract import Executor, Runs, Streaming, key_of
 from evomerge.running.executors.devices import automatic, check_device, cores, gpus, threads_each
 from evomerge.running.executors.inline import Inline
 from evomerge.running.executors.local import LocalProcesses
@@ -27,7 +27,10 @@ __all__ = [
     "LocalProcesses",
     "Result",
     "Runs",
+    "Streaming",
+    "at_once",
     "build",
+    "key_of",
     "resolve",
     "trial",
     "worker_count",
@@ -126,6 +129,15 @@ def worker_count(spec: ExecutorSpec) -> int:
     if device == "cpu":
         return cores()
     return max(1, gpus()) if device == "cuda" else 1
+
+
+def at_once(spec: ExecutorSpec) -> int:
+    """Return how many workers compute at the same time: those of one machine's processor share its cores."""
+    workers = worker_count(spec)
+    if spec.name != "local":
+        return workers
+    device, _, threads = resolve(spec)
+    return min(workers, max(1, cores() // threads)) if device == "cpu" else workers
 
 
 def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:

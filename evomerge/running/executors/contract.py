@@ -52,8 +52,28 @@ class Executor(Protocol):
 
 
 @runtime_checkable
+class Streaming(Protocol):
+    """An executor that also takes jobs one by one."""
+
+    def submit(self, jobs: Iterable[Job], *, first: bool = False) -> None:
+        """Add jobs whose results `next` returns. first: before those that wait."""
+        ...
+
+    def next(self) -> Result | None:
+        """Wait for the result of a submitted job, whichever completes first; None where none is left."""
+        ...
+
+
+@runtime_checkable
 class Orders(Protocol):
-    """Jobs chosen per worker: a worker continues cheaply with the weights in its live model."""
+    """Jobs chosen per worker: a worker continues cheaply with the weights in its live model.
+
+    ahead: whether a job may be chosen for a worker that still starts. The first idle worker takes it, and
+    leaves its own candidate to others.
+    """
+
+    @property
+    def ahead(self) -> bool: ...
 
     def after(self, last: AnyJob | None) -> AnyJob | None:
         """Return the next job for a worker whose last one was `last`, or None if there is none now."""

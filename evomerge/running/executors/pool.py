@@ -96,6 +96,8 @@ class _Member(Generic[H]):
 class _InOrder:
     """Jobs in one order, for any worker."""
 
+    ahead = True
+
     def __init__(self, jobs: Iterable[AnyJob]) -> None:
         self._jobs = iter(jobs)
 
@@ -160,7 +162,7 @@ class Pool(Generic[H]):
                     self._give(idle, self._waiting.popleft())
                 else:  # it died idle: no candidate's doing
                     self._lost(idle, "crash", "")
-            elif not idle and full and len(self._waiting) >= starting:
+            elif not idle and full and (len(self._waiting) >= starting or self._must_wait(orders)):
                 return
             elif not idle and len(self._waiting) > starting:
                 self._start()
@@ -168,6 +170,10 @@ class Pool(Generic[H]):
                 self._waiting.append(job)
             else:
                 return
+
+    def _must_wait(self, orders: Orders) -> bool:
+        """Say whether the next job is chosen only when a worker asks; some will, for they work."""
+        return not orders.ahead and any(member.job for member in self._members)
 
     def _give(self, member: _Member[H], job: AnyJob) -> None:
         member.job = member.last = job

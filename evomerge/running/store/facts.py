@@ -215,6 +215,18 @@ WEIGHTS = FactFamily(
     "type and SHA-256 of the merged weights that were scored on `test`, which an export must equal",
 )
 SPENT = Fact("spent", list[int], "running.store", "last told generation, and the items scored by then")
+PENDING = Fact(
+    "pending",
+    list[list[int]],
+    "running.store",
+    "of an asynchronous search: from which arrival on, how many candidates are pending",
+)
+PROPOSED = Fact(
+    "proposed",
+    int,
+    "running.store",
+    "of an asynchronous search: how many candidates it has proposed; the table `ask` has those that arrived",
+)
 ITEM_NOTES = Fact(
     "item_notes",
     list[str],

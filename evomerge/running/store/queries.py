@@ -199,6 +199,14 @@ class StoreReader:
         """Say whether the generation's genomes are stored."""
         return self._row("SELECT 1 FROM ask WHERE generation = ?", (generation,)) is not None
 
+    def arrivals(self) -> list[str]:
+        """Return the recipes (hashes) of all candidates asked, in order; asynchronous: in that of arrival."""
+        return [hash_ for (hash_,) in self._rows("SELECT recipe FROM ask ORDER BY generation, position")]
+
+    def proposed(self) -> int:
+        """Return how many candidates an asynchronous search has proposed, 0 for others."""
+        return facts.PROPOSED.get(self) or 0
+
     def generations(self) -> list[Generation]:
         """Return all generations in order; the last may not have been told."""
         asks: dict[int, list[tuple[bytes, str]]] = {}

@@ -167,6 +167,35 @@ class RunStore(StoreReader):
                 self._put(db, "ask", (generation, position, *row, now))
         self._report("asked", generation=generation, ids=[recipe.hash[:ID] for recipe in recipes])
 
+    def record_arrival(
+        self, generation: int, position: int, genome: NDArray[np.float64], recipe: Recipe
+    ) -> None:
+        """Store the next candidate of an asynchronous search that is scored, or check it bit for bit."""
+        row = (genome.astype("<f8").tobytes(), recipe.hash)
+        query = "SELECT genome, recipe FROM ask WHERE generation = ? AND position = ?"
+        stored = self._row(query, (generation, position))
+        if stored is not None:
+            if stored != row:
+                raise self._diverged(f"candidate {position} of generation {generation}")
+            return
+        with self._writing() as db:
+            self._put_recipes(db, [recipe])
+            self._put(db, "ask", (generation, position, *row, self._moment()))
+        self._report("arrived", generation=generation, position=position, id=recipe.hash[:ID])
+
+    def record_pending(self, arrived: int, count: int) -> list[tuple[int, int]]:
+        """Store how many candidates are pending from an arrival on, where it changes; return all changes."""
+        changes = facts.PENDING.get(self) or []
+        if not changes or changes[-1][1] != count:
+            changes = [*(change for change in changes if change[0] < arrived), [arrived, count]]
+            facts.PENDING.set(self, changes)
+        return [(first, number) for first, number in changes]
+
+    def record_proposed(self, count: int) -> None:
+        """Store how many candidates an asynchronous search has proposed; replays change nothing."""
+        if self.proposed() < count:
+            facts.PROPOSED.set(self, count)
+
     def record_tell(self, generation: int, losses: NDArray[np.float64], seconds: float) -> None:
         """Store the losses of a generation, shape (n, objectives), or check them bit for bit.
 
@@ -345,6 +374,13 @@ class RunStore(StoreReader):
         with self._writing() as db:
             db.execute("DELETE FROM failure WHERE at >= ?", (since,))
             if first:
+                if facts.PENDING.get(self):  # later arrivals of the generation rest on the failure, too
+                    db.execute(
+                        "DELETE FROM ask WHERE generation = ? AND position > (SELECT MIN(position) FROM ask "
+                        "WHERE generation = ? AND recipe IN (SELECT value FROM json_each(?)))",
+                        (min(first), min(first), json.dumps([recipe for recipe, _, _ in failed])),
+                    )
+                    db.execute("DELETE FROM run WHERE key = ?", (facts.PROPOSED.key,))
                 for table in ("tell", "front", "guide"):
                     db.execute(f"DELETE FROM {table} WHERE generation >= ?", (min(first),))
                 db.execute("DELETE FROM ask WHERE generation > ?", (min(first),))

@@ -8,10 +8,10 @@ calls, shapes, starts, injected points) is in ask_tell.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from evomerge.errors import ConfigError
 from evomerge.schema import Strict
@@ -42,6 +42,16 @@ class OptimizerSpec(Strict):
     restarts: Restarts = "ipop"
     """What cma_es does when it has converged: restart with twice the population (`ipop`), alternate large and
     small populations (`bipop`), or stop (`none`)."""
+    async_: bool = Field(default=False, alias="async")
+    """Whether there is always a next candidate to score, so that no worker waits for the end of a generation.
+    The optimizer learns from candidates in the order in which they are done, and no race stops one early. For
+    one objective, and for all optimizers but nsga2 and nsga3."""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Runs begun before `async` existed keep config and identity."""
+        data: dict[str, Any] = handler(self)
+        return data | {"async": True} if data.pop("async_", False) else data
 
 
 def choose(
@@ -101,6 +111,7 @@ def create(
     Raises:
         ConfigError: The optimizer can't search these coordinates or this number of objectives.
     """
+    _check_async(spec, objectives)
     spec, _ = choose(spec, coordinates, objectives)
     seed = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key)  # libraries spawn from theirs
     cube = Cube(coordinates)
@@ -148,6 +159,22 @@ def _algorithm(
             return Sobol(cube, population=population, seed=seed)
         case _:
             return Random(cube, population=population, seed=seed)
+
+
+def _check_async(spec: OptimizerSpec, objectives: int) -> None:
+    if not spec.async_:
+        return
+    if objectives > 1:
+        raise ConfigError(
+            f"optimizer.async: it is for one objective, and there are {objectives}",
+            fix="leave optimizer.async out",
+        )
+    if spec.name in ("nsga2", "nsga3"):
+        raise ConfigError(
+            f"optimizer.async: {spec.name} learns from whole generations only",
+            expected="cma_es, catcma, tpe, random or sobol",
+            fix="name one of these, or leave optimizer.async out",
+        )
 
 
 def _check_cma_es(cube: Cube, objectives: int) -> None:

@@ -64,6 +64,14 @@ class Optimizer(Protocol):
         """Put genomes of shape (k, dimension) first into the next generation, the rest into later ones."""
         ...
 
+    def draw(self, count: int) -> NDArray[np.float64]:
+        """Return genomes of shape (count, dimension) that belong to no generation: injected ones first."""
+        ...
+
+    def absorb(self, genomes: ArrayLike, losses: NDArray[np.float64]) -> None:
+        """Take the losses of `population` genomes, whenever they were drawn, as those of a generation."""
+        ...
+
     def stop_reason(self) -> str | None:
         """Return why another generation is pointless (one sentence), or None."""
         ...
@@ -86,7 +94,10 @@ class Algorithm(Protocol):
     def fixed(self) -> int: ...
 
     def sample(self, count: int, given: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return `count` rows, shape (count, dimension), of which the first ones are `given`."""
+        """Return `count` rows, shape (count, dimension), of which the first ones are `given`.
+
+        An asynchronous search calls it several times before `learn`, which is about the last call.
+        """
         ...
 
     def learn(self, chosen: NDArray[np.int_], losses: NDArray[np.float64]) -> None:
@@ -183,6 +194,20 @@ class AskTell:
                 f"got shape {points.shape}"
             )
         self._injected += list(points)
+
+    def draw(self, count: int) -> NDArray[np.float64]:
+        """Return genomes, shape (count, dimension), that belong to no generation."""
+        if self._asked is not None:
+            raise RuntimeError(f"{self._name}.draw: tell the losses of the last generation first")
+        with self._threads.limit(limits=1):
+            rows = self._algorithm.sample(count, self._given(count))
+        return self._cube.expand(self._cube.snap(rows))
+
+    def absorb(self, genomes: ArrayLike, losses: NDArray[np.float64]) -> None:
+        """Take the losses of `population` genomes as those of a generation."""
+        self.inject(genomes)
+        self.ask()
+        self.tell(losses)
 
     def stop_reason(self) -> str | None:
         """Say why another generation is pointless, or None."""

@@ -27,7 +27,6 @@ import scipy.stats
 from pydantic import Field
 from threadpoolctl import threadpool_limits
 
-from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Array, Scores
 from evomerge.schema import Strict
@@ -35,7 +34,8 @@ from evomerge.search.objective import FLOOR, SHORT, ObjectiveSpec, Standard
 from evomerge.search.optimizers import Optimizer
 from evomerge.search.ports import GuideState
 from evomerge.search.spaces.space import Coordinate, Genome
-from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
+from evomerge.search.surrogate.margins import Model, Surrogate
+from evomerge.search.surrogate.observed import Observed
 from evomerge.search.surrogate.trust_region import TrustRegion
 from evomerge.search.utility import Utility
 
@@ -150,77 +150,26 @@ class MeanLoss:
         return cost, change
 
 
-class Observed:
-    """Turns scores into what the surrogate learns: columns per block, and their means per task.
-
-    tasks: as in MeanLoss. base: the base's scores on every block, for the number of items in each.
-    """
-
-    def __init__(self, tasks: Sequence[str], base: Sequence[Scores]) -> None:
-        self._tasks = tuple(tasks)
-        self._counts = [[len(part[task].metric) for task in tasks] for part in base]
-        self._margins = [base[0][task].margin is not None for task in tasks]
-        self.outputs = tuple(
-            Outputs(
-                task=np.repeat(np.arange(len(tasks)), counts),
-                margins=np.repeat(np.array(self._margins), counts),
-            )
-            for counts in self._counts
-        )
-
-    def columns(self, scores: Scores) -> dict[int, Array]:
-        """Return the outputs of each block that scores hold."""
-        at = [0] * len(self._tasks)
-        columns: dict[int, Array] = {}
-        for block in scores.blocks:
-            parts = []
-            for index, (task, margins) in enumerate(zip(self._tasks, self._margins, strict=True)):
-                values = scores[task].margin if margins else scores[task].metric
-                assert values is not None
-                stop = at[index] + self._counts[block][index]
-                parts.append(values[at[index] : stop])
-                at[index] = stop
-            columns[block] = np.concatenate(parts)
-        return columns
-
-    def means(self, columns: dict[int, Array], blocks: Sequence[int]) -> Array:
-        """Return (tasks,) means over blocks, right answers counted as softly as the surrogate does."""
-        sums, counts = np.zeros(len(self._tasks)), np.zeros(len(self._tasks))
-        for block in blocks:
-            outputs, value = self.outputs[block], self._soft(columns, block)
-            sums += np.bincount(outputs.task, weights=value, minlength=len(sums))
-            counts += np.bincount(outputs.task, minlength=len(sums))
-        means: Array = sums / np.maximum(counts, 1)
-        return means
-
-    def errors(
-        self, columns: dict[int, Array], references: Sequence[dict[int, Array]], blocks: Sequence[int]
-    ) -> Array:
-        """Return (tasks,) standard errors of the means' differences to the references' mean, item by item."""
-        found = np.zeros(len(self._tasks))
-        tasks = np.concatenate([self.outputs[block].task for block in blocks])
-        parts = [
-            self._soft(columns, block) - np.mean([self._soft(each, block) for each in references], axis=0)
-            for block in blocks
-        ]
-        differences = np.concatenate(parts)
-        for task in range(len(found)):
-            own = differences[tasks == task]
-            found[task] = statistics.standard_error(own)
-        return found
-
-    def _soft(self, columns: dict[int, Array], block: int) -> Array:
-        values = columns[block]
-        soft = scipy.special.ndtr(np.clip(values, -CLIP, CLIP) / SOFTNESS)
-        return np.where(self.outputs[block].margins, soft, values)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Promise:
     """The guide's own proposals: their predicted losses, and the radii of the boxes they come from."""
 
     losses: tuple[float, ...]
     radii: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What the guide expected of a candidate of an asynchronous search.
+
+    loss: None where there was no model. promised, radius: of its own proposals, as in `_Promise`. box: how
+    often the box had changed by then.
+    """
+
+    loss: float | None = None
+    promised: float | None = None
+    radius: float = 0.0
+    box: int = 0
 
 
 class Learner:
@@ -283,13 +232,16 @@ class Guide(Learner):
         self._active = min(spec.blocks, len(order))
         self._known: dict[bytes, tuple[Genome, dict[int, Array]]] = {}
         self._pairs: list[tuple[float, float]] = []
-        self._predicted: list[float] | None = None
+        self._predicted: Sequence[float | None] | None = None
         self._proposed = 0
         self._promise: _Promise | None = None
         self._generation = 0
         self._told = 0
         self._stalled = self._spent = 0
         self._losses: dict[tuple[bytes, int], float] = {}
+        self._drawn = self._batch = self._boxes = self._missed = self._enough = 0
+        self._tuned = False
+        self._before: float | None = None
         self._references: tuple[bytes, ...] = ()
         self._held: bytes | None = None
         self._failed = 0
@@ -363,19 +315,105 @@ class Guide(Learner):
         for genome, scores in zip(genomes, results, strict=True):
             if scores is not None:
                 self.learn(genome, scores)
+        return self._judge(None if before is None else before[1], genomes, results, losses)
+
+    def _judge(
+        self, before: float | None, genomes: Array, results: Sequence[Scores | None], losses: Array
+    ) -> list[Genome]:
+        """Compare what was learned with what was expected; before: the best loss until then."""
         if self._predicted is not None:
             own = self._proposed if self._proposed < len(genomes) else 0
             self._pairs += [
                 (p, float(m))
                 for p, m, scores in zip(self._predicted[own:], losses[own:], results[own:], strict=True)
-                if scores is not None
+                if scores is not None and p is not None
             ]
-        exhausted = before is not None and self._exhausted(genomes, before[1])
+        exhausted = before is not None and self._exhausted(genomes, before)
         if self._active == len(self._order):
             self._spent = self._spent + 1 if exhausted else 0
             return []
         self._collapsed = exhausted
         return self._widened() if exhausted and not self.frugal else []
+
+    # -- an asynchronous search ----------------------------------------------------------------------
+
+    def ask_more(
+        self, optimizer: Optimizer, count: int, pending: Sequence[Genome]
+    ) -> tuple[Array, list[Expected]]:
+        """Return some candidates for a search without generations, and what is expected of them.
+
+        pending: all candidates whose scores are still to come. The model knows that they will be known.
+        """
+        best = self._best(self.blocks)
+        tune = self._generation % TUNED_EVERY == 1 and not self._tuned
+        ready = best is not None and self._told >= SCATTERED
+        model = self._surrogate.fit(best[0], self.blocks, tune=tune) if ready and best else None
+        if model is None or best is None:
+            return optimizer.draw(count), [Expected()] * count
+        self._tuned |= tune
+        loss = self._loss_on(self.blocks)
+        if not self.trusted:
+            genomes = optimizer.draw(count)
+            return genomes, [Expected(loss=each) for each in self._predict(model, loss, genomes)]
+        share, before = self._spec.share, self._drawn
+        self._drawn += count
+        own = round(share * self._drawn) - round(share * before)
+        expected: list[Expected] = []
+        if own:
+            proposals = self._region.propose(
+                model,
+                loss,
+                best[0],
+                own,
+                known={
+                    key
+                    for key, (genome, _) in self._known.items()
+                    if self._loss(genome, self.blocks) < np.inf
+                },
+                pending=pending,
+                first=self._batch,
+            )
+            self._batch = (self._batch + own) % max(round(share * optimizer.population), 1)
+            here, *there = self._predict(model, loss, [best[0], *proposals.genomes])
+            for value, radius in zip(there, proposals.radii, strict=True):
+                promised = best[1] + min(0.0, value - here)
+                expected.append(Expected(loss=value, promised=promised, radius=radius, box=self._boxes))
+            optimizer.inject(proposals.genomes)
+        own = len(expected)
+        pool = optimizer.draw(own + self._spec.oversample * (count - own))
+        predicted = np.array(self._predict(model, loss, pool[own:])) if count > own else np.empty(0)
+        rest = np.argsort(predicted, kind="stable")[: count - own]
+        chosen = [*range(own), *(own + int(i) for i in rest)]
+        return pool[chosen], expected + [Expected(loss=float(predicted[i])) for i in rest]
+
+    def learn_arrival(self, genome: Genome, scores: Scores | None) -> None:
+        """Learn from a candidate of an asynchronous search at once; None where it failed."""
+        if self._before is None and (best := self._best(self.blocks)) is not None:
+            self._before = best[1]
+        self._told += 1
+        if scores is not None:
+            self.learn(genome, scores)
+
+    def tell_arrived(
+        self, genomes: Array, results: Sequence[Scores | None], losses: Array, expected: Sequence[Expected]
+    ) -> list[Genome]:
+        """Judge as many arrivals as a generation has; as `tell`, which also learns from them.
+
+        The box shrinks after as many proposals from it as a generation has, and follows a better one at once.
+        """
+        rows = sorted(range(len(expected)), key=lambda row: expected[row].promised is None)
+        own = [(each.promised, each.radius) for each in expected if each.promised is not None]
+        self._proposed, self._promise = len(own), None
+        self._predicted = [expected[row].loss for row in rows]
+        if own:
+            promised, radii = zip(*own, strict=True)
+            self._promise = _Promise(losses=promised, radii=radii)
+        self._missed += sum(e.promised is not None and e.box == self._boxes for e in expected)
+        self._enough = max(round(self._spec.share * len(rows)), 1)
+        before, self._before = self._before, None
+        self._generation += 1
+        self._tuned = False
+        return self._judge(before, genomes[rows], [results[row] for row in rows], losses[rows])
 
     @property
     def hopeless(self) -> bool:
@@ -467,6 +505,9 @@ class Guide(Learner):
         if self._promise is None:
             self._stalled = 0 if min(reached) < before else self._stalled + 1
             return self._stalled >= PATIENCE
+        if min(reached) >= before and self._missed < self._enough:
+            return False
+        self._boxes, self._missed = self._boxes + 1, 0
         self._region.learn(
             before=before, promised=self._promise.losses, reached=reached, radii=self._promise.radii
         )

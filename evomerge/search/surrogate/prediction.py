@@ -29,8 +29,8 @@ from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser, TaskScale
 from evomerge.evaluation.scores import Array, Scores, joined
 from evomerge.search.spaces.space import Coordinate, Genome
-from evomerge.search.surrogate.guide import Observed
 from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
+from evomerge.search.surrogate.observed import Observed
 
 LEVEL = 0.95
 UNKNOWN = 0.02

@@ -66,22 +66,31 @@ class TrustRegion:
         self.radius = START / 2
 
     def propose(
-        self, model: Model, loss_of: LossOf, centre: Genome, count: int, *, known: Collection[bytes] = ()
+        self,
+        model: Model,
+        loss_of: LossOf,
+        centre: Genome,
+        count: int,
+        *,
+        known: Collection[bytes] = (),
+        pending: Sequence[Genome] = (),
+        first: int = 0,
     ) -> Proposals:
         """Return `count` genomes to score next, the most trusted first.
 
-        known: genomes scored already, as bytes. There are fewer than `count` where nothing else is in
-        reach, which discrete coordinates alone can come to.
+        known: genomes scored already, as bytes. pending: genomes whose scores are still to come. first: how
+        many of the batch were proposed before. There are fewer than `count` where nothing else is in reach,
+        which discrete coordinates alone can come to.
         """
-        taken = set(known)
+        taken = {*known, *(genome.tobytes() for genome in pending)}
         chosen: list[Genome] = []
         radii: list[float] = []
         with threadpool_limits(1):
-            for number in range(count):
+            for number in range(first, first + count):
                 radius = self.radius * LADDER[number % len(LADDER)]
                 jitter = 0.3 * radius * self._generator.standard_normal(len(centre))
                 optimism = 0.0 if number < len(LADDER) else OPTIMISM
-                predicted = _Predicted(model, loss_of, optimism=optimism, pending=chosen)
+                predicted = _Predicted(model, loss_of, optimism=optimism, pending=[*pending, *chosen])
                 proposal = self._best_in(predicted, centre, jitter, radius, taken)
                 if proposal is not None:
                     chosen.append(proposal)

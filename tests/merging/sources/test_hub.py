@@ -19,7 +19,7 @@ from evomerge.merging.mergekit import read
 from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.beside import beside
 from evomerge.merging.sources.file_kinds import LARGEST
-from evomerge.merging.sources.hub import SINGLE, known_id, split_id
+from evomerge.merging.sources.hub import SINGLE, folder_of, known_id, split_id
 from evomerge.merging.sources.opening import open_source
 
 COMMIT = "0123abc"
@@ -231,3 +231,11 @@ def test_an_adapter_of_a_revision_is_applied_to_it(
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     assert open_source(str(folder)).num_layers == 3
     assert {(name, revision) for name, revision, _ in hub.asked} == {("org/model", "v1")}
+
+
+def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert resolve_location("org/modle", tmp_path) == str(tmp_path / "org" / "modle")
+    assert resolve_location("other/modle", tmp_path) == "other/modle"
+    with pytest.raises(ModelError, match=r"did you mean .*org/model\?"):
+        folder_of(str(tmp_path / "org" / "modle"))

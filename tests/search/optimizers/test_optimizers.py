@@ -315,6 +315,27 @@ def test_injecting_more_than_a_generation_fills_the_next_ones(row: Row) -> None:
         assert (asked[:, continuous] == point[continuous]).all(axis=1).any()
 
 
+def test_told_what_was_drawn_long_before_it_learns_and_repeats_itself(row: Row) -> None:
+    """As in an asynchronous search: always more drawn than told."""
+    if row.objectives > 1 or row.spec.name in ("nsga2", "nsga3"):
+        return
+    ends = []
+    for _ in range(2):
+        optimizer = row.make(3)
+        waiting = list(optimizer.draw(20))
+        told = []
+        for _ in range(30):
+            group = np.array([waiting.pop(0) for _ in range(optimizer.population)])
+            told.append(row.losses(group))
+            optimizer.absorb(group, told[-1])
+            while len(waiting) < max(20, optimizer.population):
+                waiting += list(optimizer.draw(3))
+        ends.append(told)
+    assert same(*ends)
+    if row.beats:
+        assert np.median(ends[0][-1]) < np.median(ends[0][0])
+
+
 @pytest.mark.parametrize("points", [[0.5], [[0.5]], [[1.5] * 99]])
 def test_refuses_to_inject_points_of_another_space(points: object) -> None:
     with pytest.raises(ValueError, match="points have shape"):

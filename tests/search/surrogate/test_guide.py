@@ -23,9 +23,9 @@ from evomerge.search.surrogate.guide import (
     Asked,
     Guide,
     MeanLoss,
-    Observed,
     SurrogateSpec,
 )
+from evomerge.search.surrogate.observed import Observed
 from evomerge.search.surrogate.trust_region import SHRINK, SMALLEST, START
 
 SPLITS = {"search": "search", "select": "select", "test": "test"}

@@ -171,3 +171,16 @@ def test_the_same_seed_proposes_the_same_bits() -> None:
     used = region()
     used.propose(fitted, wrong, centre, 4)
     assert used.propose(fitted, wrong, centre, 4).genomes.tobytes() != first.tobytes()
+
+
+def test_what_is_pending_is_not_proposed_again_and_a_batch_may_be_proposed_in_parts() -> None:
+    fitted, centre = model(), np.full(3, 0.5)
+    batch = region().propose(fitted, wrong, centre, 5)
+    first = region().propose(fitted, wrong, centre, 1).genomes
+    again = region().propose(fitted, wrong, centre, 1, pending=first).genomes
+    assert again.tobytes() != first.tobytes()
+    parts = region()
+    found = [parts.propose(fitted, wrong, centre, 2)]
+    found.append(parts.propose(fitted, wrong, centre, 3, pending=found[0].genomes, first=2))
+    assert np.vstack([part.genomes for part in found]).tobytes() == batch.genomes.tobytes()
+    assert found[0].radii + found[1].radii == batch.radii
