@@ -90,18 +90,29 @@ def refuse_nothing(prepared: Prepared, probe: Probe) -> None:
         gains.refuse_nothing(probe.gains)
 
 
-def _gains(prepared: Prepared, executor: executors.Executor) -> tuple[Gain, ...]:
-    """Score base and sources on `search`; return what specialists gain, () where one can't be scored."""
+def references(prepared: Prepared, executor: executors.Executor) -> tuple[Scores, dict[str, Scores]]:
+    """Return the scores of base and sources on `search`; raise UserError where one can't be scored."""
     named = baselines.parents(prepared.template, prepared.space.sources)
     blocks = prepared.worker.blocks_of("search")
     jobs = [Job(recipe=each.recipe, split="search", blocks=blocks) for each in named]
     by_recipe = {result.job.recipe.hash: result.outcome for result in executor.run(jobs)}
-    outcomes = [by_recipe[each.recipe.hash] for each in named]
-    scores = [outcome for outcome in outcomes if isinstance(outcome, Scores)]
-    if len(scores) < len(named):
+    scores = []
+    for each in named:
+        outcome = by_recipe[each.recipe.hash]
+        if not isinstance(outcome, Scores):
+            reason = outcome.reason if isinstance(outcome, Failure) else "not begun"
+            raise UserError(f"{each.name} can't be scored on `search`: {reason}")
+        scores.append(outcome)
+    return scores[0], {each.name: one for each, one in zip(named[1:], scores[1:], strict=True)}
+
+
+def _gains(prepared: Prepared, executor: executors.Executor) -> tuple[Gain, ...]:
+    """Return what specialists gain over the base on `search`, () where one can't be scored."""
+    try:
+        base, parents = references(prepared, executor)
+    except UserError:
         return ()
-    parents = {each.name: one for each, one in zip(named[1:], scores[1:], strict=True)}
-    return gains.find_gains(prepared.suite, base=scores[0], parents=parents)
+    return gains.find_gains(prepared.suite, base=base, parents=parents)
 
 
 def _trial(prepared: Prepared, place: float, split: Split) -> Job:

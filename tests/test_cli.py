@@ -410,6 +410,18 @@ def test_mistakes_of_analyze(config: Callable[..., Path], tiny_zoo: Path, tmp_pa
     assert "did you mean 'conflict'?" in refuse("analyze", alone, "--map", "conflicts", folder=tmp_path)
     assert "top" in refuse("analyze", config(), "--top", "2", folder=tmp_path)
     assert "no such file" in refuse("analyze", tmp_path / "none.yaml", folder=tmp_path)
+    assert "no such file" in refuse("analyze", tmp_path / "none.yaml", "--gain", folder=tmp_path)
+    based = ("analyze", config(), "--gain", "--base", "upper")
+    assert "--gain needs a run config" in refuse(*based, folder=tmp_path)
+
+
+def test_analyze_predicts_what_a_pair_gains(config: Callable[..., Path]) -> None:
+    path = config()
+    assert "upper - reverse" in succeed("analyze", path, "--gain")
+    gains = json.loads(succeed("analyze", path, "--gain", "--json"))["gains"]
+    assert [pair["pair"] for pair in gains["pairs"]] == [["upper", "reverse"]]
+    assert gains["error"] > 0
+    assert "gains" not in json.loads(succeed("analyze", path, "--json"))
 
 
 def test_fisher_and_the_merge_that_uses_it(tiny_zoo: Path, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ Every pair of the sources of each config is merged over a small grid (task arith
 and 1, TIES with .8). The best on three blocks of `search` is scored on `test`: its gain is the mean
 normalised score of the two skills less the better parent's. Measured zoos are kept in runs/bench-pairs.
 
-The predictors, means over both directions of a pair, from 16 `search` items per skill:
+The predictors, means over both directions of a pair, from 64 `search` items per skill:
 
     cosine        of the task vectors, from the files
     interference  log mean square of the slope of a specialist's margins along the other's task vector
-    slack         its mean margin by the root mean square of these slopes
+    slack         log mean square of its margins less that, as `evomerge analyze --gain` takes it
 
-`fit`: a straight line of the gain over the slack, through the pairs of the other zoos.
+Pairs with a specialist that gains less than 10 points over the base on its metric are left out: a gain in
+units of such a headroom is noise. `fit`: a straight line of the gain over the slack, through the pairs of the
+other zoos; the line through all pairs is what `analyze` has.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from evomerge import pair_gains
 from evomerge.config import DEMO_CONFIG, RunConfig
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Array, Scores, Split
@@ -40,9 +43,8 @@ from evomerge.search import baselines
 
 RESULTS = Path("runs/bench-pairs")
 WEIGHTS = (0.4, 0.7, 1.0)
-BLOCKS, ITEMS = 3, 16
-LINEAR = 200.0
-"""Softness, in nats, at which a sigmoid of a margin is a straight line."""
+BLOCKS = 3
+LINEAR = pair_gains.LINEAR
 PREDICTORS = ("cosine", "interference", "slack")
 
 
@@ -101,12 +103,19 @@ class Zoo:
             self.score(self.parents[name], "test", pair) for name in pair
         )
 
+    def headroom(self, name: str) -> float:
+        """Return what a specialist gains over the base on `test`, on its metric's scale."""
+        task = self._tasks[name]
+        base, *_ = baselines.parents(self._template, self.names)
+        own, zero = (self._scores(r, "test")[task].mean for r in (self.parents[name], base.recipe))
+        return own - zero
+
     def slopes(self, name: str) -> Array:
         """Return (items, 1 + sources): a specialist's margins on its skill, and their slopes by source."""
         weights = tuple(float(other == name) for other in self.names)
         group = TensorGroup(method="task_arithmetic", sources=self.names, parameters={"weight": weights})
         recipe, task, rows = self._template.with_groups([group]), self._tasks[name], []
-        for item in range(ITEMS):
+        for item in range(pair_gains.ITEMS):
             part = SmoothTask(task=task, gain=-1.0, items=(item,))
             loss = SmoothLoss(tasks=(part,), price=0.0, softness=LINEAR)
             (result,) = self._executor.run([GradientJob(recipe=recipe, loss=loss)])
@@ -128,7 +137,7 @@ def measured(source: Path) -> list[dict[str, Any]]:
         pair = zoo.names[i], zoo.names[j]
         ways = [(slopes[pair[0]], 1 + j), (slopes[pair[1]], 1 + i)]
         squares = [float((rows[:, at] ** 2).mean()) for rows, at in ways]
-        margins = [float(rows[:, 0].mean()) for rows, _ in ways]
+        (slack,) = pair_gains.ranked(zoo.names, {name: slopes[name] for name in pair})
         a, b = (files.models.index(name) for name in pair)
         found.append(
             {
@@ -136,7 +145,8 @@ def measured(source: Path) -> list[dict[str, Any]]:
                 "gain": zoo.gain(pair),
                 "cosine": float(files.total.cosine[a, b]),
                 "interference": float(np.mean(np.log(squares))),
-                "slack": float(np.mean(np.array(margins) / np.sqrt(squares))),
+                "slack": slack.slack,
+                "headroom": min(zoo.headroom(name) for name in pair),
             }
         )
         print(found[-1], flush=True)
@@ -165,7 +175,8 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         if not path.exists():
             path.write_text(json.dumps(measured(source), indent=1))
-        zoos.append(json.loads(path.read_text()))
+        pairs = json.loads(path.read_text())
+        zoos.append([pair for pair in pairs if pair["headroom"] >= pair_gains.LEAST_GAIN])
     gains = np.concatenate([[pair["gain"] for pair in zoo] for zoo in zoos])
     columns = {name: np.concatenate([[pair[name] for pair in zoo] for zoo in zoos]) for name in PREDICTORS}
     if len(zoos) > 1:
@@ -182,6 +193,8 @@ def main() -> None:
         errors = 100 * (gains - columns["fit"])
         spread = 100 * gains.std()
         print(f"error of the fit: {np.sqrt((errors**2).mean()):.1f} points; the gains spread by {spread:.1f}")
+        slope, offset = np.polyfit(columns["slack"], gains, 1)
+        print(f"line through all pairs: {offset:.3f} + {slope:.3f} slack")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
+
+from evomerge import pair_gains
 from evomerge.api.runs import AnyPath, Run, Written
 from evomerge.api.view import View
+from evomerge.config import RunConfig
 from evomerge.delivery import single
-from evomerge.delivery.analyze import page, terminal
+from evomerge.delivery.analyze import page, pairs, terminal
 from evomerge.delivery.analyze.heat_map import MEASURES
 from evomerge.delivery.export import write_text
 from evomerge.delivery.gate import GateRules
@@ -28,6 +32,8 @@ from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.opening import open_used
 from evomerge.merging.stages import merge_stages, read_stages
 from evomerge.merging.tensors import kernels
+from evomerge.prepare import Prepared, prepare
+from evomerge.schema import load_yaml
 
 FORMS = ("model", "adapter", "mergekit")
 
@@ -155,6 +161,7 @@ def analyze(
     threshold: float = 1.0,
     top: float = 0.2,
     shown: str = "conflict",
+    gain: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Analysis:
     """Measure where fine-tunes agree or conflict, from their files alone.
@@ -165,6 +172,7 @@ def analyze(
         threshold: an element counts as changed above this multiple of its tensor's mean |task vector|.
         top: share of largest elements compared between models.
         shown: the map in the text: "conflict", "cosine", "overlap" or "norm".
+        gain: whether to load the models of a run config, too, and to predict what merges of two of them gain.
         progress: is called with the steps done and the steps in all.
 
     Raises:
@@ -172,14 +180,31 @@ def analyze(
     """
     if shown not in MEASURES:
         raise ConfigError(f"unknown map {shown!r}", fix=nearest(shown, MEASURES))
+    prepared = _prepared_for_gains(Path(config), base) if gain else None
     models, origin = terminal.read_models(Path(config), base)
     found = measure(models, origin, threshold=threshold, top=top, progress=progress)
+    gains = None if prepared is None else pair_gains.foresee(prepared, progress)
     advice = advise(found)
-    return Analysis(
-        terminal.as_data(found, advice),
-        lambda width: terminal.terminal(found, advice, measure=shown, width=width),
-        lambda path: page.write_html(found, advice, path),
-    )
+    data = terminal.as_data(found, advice)
+    if gains is not None:
+        data["gains"] = pairs.as_data(gains)
+
+    def draw(width: int) -> RenderableType:
+        shapes = terminal.terminal(found, advice, measure=shown, width=width)
+        return shapes if gains is None else Group(shapes, pairs.table(gains))
+
+    return Analysis(data, draw, lambda path: page.write_html(found, advice, path))
+
+
+def _prepared_for_gains(config: Path, base: str | None) -> Prepared:
+    """Return a run config whose models are to be loaded; ConfigError where the file is none."""
+    if base is not None or {"groups", "merge_method"} & set(load_yaml(config)):
+        raise ConfigError(
+            "--gain needs a run config with models and a suite",
+            got="--base" if base is not None else str(config),
+            fix="evomerge init writes one",
+        )
+    return prepare(RunConfig.load(config))
 
 
 def predict(run: AnyPath | Run, recipe: AnyPath) -> View:

@@ -108,13 +108,19 @@ def analyze(
     top: Annotated[float, typer.Option(help="Share of largest elements compared between models.")] = 0.2,
     shown: Annotated[str, typer.Option("--map", help="conflict, cosine, overlap or norm.")] = "conflict",
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with all maps.")] = None,
+    gain: Annotated[
+        bool,
+        typer.Option(
+            "--gain", help="Also load the models of a run config and predict what merges of two of them gain."
+        ),
+    ] = False,
 ) -> None:
     """Show where fine-tunes agree or conflict, from their files alone, and which method to start from."""
     from evomerge.api.models import analyze as analyze_models
 
-    with progress_bar("reading") as progress:
+    with progress_bar("gradients" if gain else "reading") as progress:
         found = analyze_models(
-            config, base=base, threshold=threshold, top=top, shown=shown, progress=progress
+            config, base=base, threshold=threshold, top=top, shown=shown, gain=gain, progress=progress
         )
     output.say(found.draw(output.console.width))
     if html is not None:

@@ -28,6 +28,7 @@ from evomerge.search.spaces.space import Genome, Space
 from evomerge.search.surrogate.front_guide import SURVIVORS, FrontGuide
 from evomerge.search.surrogate.guide import Asked, Guide
 
+NOTHING_ADDED = "evolution adds nothing to gradients here: budget saved"
 COMPLETED = 0.25
 """Share of the evaluations that is kept, at most, to score the front on all items."""
 
@@ -302,48 +303,68 @@ class Generations:
                 items=items,
             )
 
-    def _unseen(self, generation: int) -> list[Genome]:
+    def _unseen(self, generation: int) -> list[Genome] | str:
         """Now and then score the best genome on items that the search does not use.
 
-        Returns the genomes to score on more items, where it does worse there than its lead here promised.
+        Returns the genomes to score on more items, where it does worse there than its lead here promised, or
+        why the search stops.
         """
-        unseen = None if self.guide is None else self.guide.unseen()
-        if self.guide is None or unseen is None:
+        if not isinstance(self.guide, Guide):
             return []
-        genome, block = unseen
-        recipe = self.space.decode(genome)
-        try:
-            with self._until_deadline(generation + 1):
-                phase = f"generation {generation}, unused items"
-                (result,) = self.scorer.score([recipe], "search", phase, [block])
-        except OutOfTime:
-            return []  # and the next generation does not begin
-        self.ledger.charge([(recipe.hash, (block,))])
-        if not isinstance(result, Scores):
-            return []
-        self.guide.learn(genome, result)
+        frugal, unseen, genome = self.guide.frugal, self.guide.unseen(), None
+        if unseen is not None:
+            genome, blocks = unseen
+            recipe = self.space.decode(genome)
+            if frugal and self._unaffordable([recipe], blocks, generation):
+                return []  # and the next generation does not begin
+            try:
+                with self._until_deadline(generation + 1):
+                    phase = f"generation {generation}, unused items"
+                    (result,) = self.scorer.score([recipe], "search", phase, blocks)
+            except OutOfTime:
+                return []  # likewise
+            self.ledger.charge([(recipe.hash, blocks)])
+            if isinstance(result, Scores):
+                self.guide.learn(genome, result)
+        if frugal and self.guide.checking and self.guide.check():
+            return NOTHING_ADDED
         return self.guide.doubted(genome)
 
+    def _unaffordable(self, recipes: Sequence[Recipe], blocks: Sequence[int], generation: int) -> str | None:
+        """Return why the budget does not allow to score recipes on blocks after a generation, if so."""
+        known = self.scorer.known(recipes, "search", blocks)
+        if all(result is not None for result in known):
+            return None  # paid for by an earlier session
+        if self.journal.has_ask(generation + 1):
+            return None
+        return self.budget.stop_reason(
+            generations=generation + 1,
+            items=self.ledger.items,
+            forecast=self.ledger.price((recipe.hash, blocks) for recipe in recipes) + self._owed(),
+            full=self.ledger.full,
+            stale=0,  # on more items there may be something better
+        )
+
     def _score_again(
-        self, genomes: Sequence[Genome], candidates: dict[str, Candidate], generation: int, patience: Patience
+        self,
+        genomes: Sequence[Genome] | str,
+        candidates: dict[str, Candidate],
+        generation: int,
+        patience: Patience,
     ) -> str | None:
-        """Score genomes on all blocks used from now on; return why the search stops instead, if it does."""
+        """Score genomes on all blocks used from now on; return why the search stops instead, if it does.
+
+        genomes: or why it stops.
+        """
+        if isinstance(genomes, str):
+            return genomes
         if not genomes or self.guide is None:
             return None
         blocks = self._blocks()
         recipes = [self.space.decode(u) for u in genomes]
-        known = self.scorer.known(recipes, "search", blocks)
-        done = all(result is not None for result in known)  # paid for by an earlier session
-        if not done and not self.journal.has_ask(generation + 1):
-            stopped = self.budget.stop_reason(
-                generations=generation + 1,
-                items=self.ledger.items,
-                forecast=self.ledger.price((recipe.hash, blocks) for recipe in recipes) + self._owed(),
-                full=self.ledger.full,
-                stale=0,  # on more items there may be something better
-            )
-            if stopped is not None:
-                return stopped
+        stopped = self._unaffordable(recipes, blocks, generation)
+        if stopped is not None:
+            return stopped
         try:
             with self._until_deadline(generation + 1):
                 results = self.scorer.score(recipes, "search", f"generation {generation}, more items", blocks)

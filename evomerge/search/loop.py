@@ -193,8 +193,9 @@ class Search:
         ledger.spend(spent)
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
-        guide = self._either_guide(views, order, [*parents, *known], archive)
         is_async = self._plan.optimizer.async_
+        by_gradients = spent > 0 and not is_async
+        guide = self._either_guide(views, order, [*parents, *known], archive, descended=by_gradients)
         evolution = (partial(Stream, workers=self._workers) if is_async else Generations)(
             space=self._plan.space,
             optimizer=self._optimizer(guide, objective, [*known, *parents[1:]]),
@@ -243,6 +244,11 @@ class Search:
             starts=self._starts(known),
             seed=self._seed(_OPTIMIZER),
         )
+
+    @property
+    def _continuous(self) -> bool:
+        """Whether gradients can move all coordinates of the space."""
+        return all(c.levels in (None, 1) for c in self._plan.space.coordinates)
 
     @property
     def _racing(self) -> RacingSpec:
@@ -551,10 +557,15 @@ class Search:
         order: Sequence[int],
         known: Sequence[ScoredRecipe],
         archive: pareto.Archive | None,
+        *,
+        descended: bool,
     ) -> Guide | FrontGuide | None:
         """Return the guide for one objective, or that for several, if there is any."""
         if archive is None:
-            return self._guide(views, order, known)
+            single = self._guide(views, order, known)
+            if single is not None and descended and self._continuous:
+                single.frugal = self._journal.record_frugal()
+            return single
         plan = self._plan
         if plan.surrogate is None or not plan.surrogate.front or not plan.objective.items_decide_front:
             return None

@@ -148,6 +148,13 @@ class Journal(Protocol):
         """
         ...
 
+    def record_frugal(self) -> bool:
+        """Record that the search stops where generations add nothing to gradients.
+
+        Returns whether it does; a search that began before there was such a rule goes on without.
+        """
+        ...
+
 
 class SearchBudget(Protocol):
     """Says when to stop asking."""

@@ -258,8 +258,8 @@ class Stream(Generations):
         self._group = []
         ended = None
         if not last:
-            again = again or self._unseen(generation)
-            ended = self._score_again(again, self._candidates, generation, self._patience)
+            more = again or self._unseen(generation)
+            ended = self._score_again(more, self._candidates, generation, self._patience)
         if ended is not None or (last and again):
             self._last_blocks = blocks
         self.journal.record_spent(generation, self.ledger.items)

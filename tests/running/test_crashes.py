@@ -33,6 +33,7 @@ KINDS = {
     "fact clock",
     "fact spent",
     "fact chosen_on",
+    "fact frugal",
     "fact stopped",
     "scores search",
     "scores select",

@@ -153,6 +153,9 @@ class FakeJournal:
         self.steps, self.share = steps, share
         return steps, share
 
+    def record_frugal(self) -> bool:
+        return True
+
 
 class FakeBudget:
     """Stops after a number of generations."""

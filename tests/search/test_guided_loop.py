@@ -10,13 +10,16 @@ import pytest
 import scipy.special
 
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joined
+from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.merging.recipe import Recipe
+from evomerge.search.generations import NOTHING_ADDED
 from evomerge.search.loop import Outcome, Search, SearchPlan
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
 from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.space import Genome
-from evomerge.search.surrogate.guide import SurrogateSpec
+from evomerge.search.surrogate.guide import CHECKED_EVERY, SETTLED, SurrogateSpec
+from evomerge.search.warm_start import GradientSpec, WarmStart
 from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
 from tests.search.spaces.test_merge_space import make
 
@@ -74,6 +77,34 @@ class Landscape(FakeScorer):
         return Scores(split=split, tasks=tuple(tasks), blocks=(block,))
 
 
+class Level:
+    """Gradients that lead nowhere: a descent ends where it begins."""
+
+    not_after: float | None = None
+
+    def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient:
+        groups = tuple(
+            {"weight": (0.0,) * len(np.ravel(group.parameters["weight"]))} for group in recipe.groups
+        )
+        return Gradient(loss=0.0, groups=groups, values={})
+
+
+COLD, DESCENDED = WarmStart(), WarmStart(gradients=GradientSpec(steps=2))
+
+
+class Peak(Landscape):
+    """What generations find is worse than where they begin."""
+
+    def _part(self, recipe: Recipe, split: Split, block: int) -> Scores:
+        found = super()._part(recipe, split, block)
+        if not any(recipe.hash == executed for executed, _ in self.executed):
+            return found
+        tasks = [
+            TaskScores(task=t.task, metric=0 * t.metric, smooth=t.metric, margin=t.metric - 3) for t in found
+        ]
+        return Scores(split=split, tasks=tuple(tasks), blocks=(block,))
+
+
 class Items(FakeBudget):
     """Stops before the generation that would take more items than there are."""
 
@@ -95,9 +126,11 @@ def search(
     scorer: Landscape | None = None,
     racing: float = 1.0,
     optimizer: OptimizerSpec | None = None,
+    warm: WarmStart = COLD,
+    journal: FakeJournal | None = None,
     **objective: object,
 ) -> tuple[Outcome, FakeJournal]:
-    journal = FakeJournal()
+    journal = journal or FakeJournal()
     plan = SearchPlan(
         suite=SUITE,
         space=SPACE,
@@ -109,6 +142,7 @@ def search(
         surrogate=surrogate,
         finalists=3,
         seed=seed,
+        warm=warm,
     )
     found = Search(
         plan,
@@ -116,6 +150,7 @@ def search(
         journal=journal,
         budget=Items(evaluations * FULL),
         observer=Quiet(),
+        slopes=Level(),
     ).run()
     return found, journal
 
@@ -183,3 +218,22 @@ def test_is_left_out_where_margins_do_not_make_the_loss(objective: dict[str, obj
     _, journal = search(SurrogateSpec(front=False), seed=0, evaluations=5, **objective)
     assert journal.tells
     assert not journal.guides
+
+
+@pytest.mark.parametrize("frugal", [True, False])
+def test_a_search_ends_where_generations_add_nothing_to_gradients(frugal: bool) -> None:
+    class Journal(FakeJournal):
+        def record_frugal(self) -> bool:
+            return frugal  # a run of an older version has no such rule
+
+    outcome, journal = search(
+        SurrogateSpec(), seed=0, scorer=Peak(), evaluations=100, warm=DESCENDED, journal=Journal()
+    )
+    assert (outcome.stopped == NOTHING_ADDED) == frugal
+    assert len(journal.tells) <= SETTLED * CHECKED_EVERY or not frugal
+
+
+def test_a_search_goes_on_where_generations_add_something_or_there_were_no_gradients() -> None:
+    for scorer, warm in ((Landscape(), DESCENDED), (Peak(), COLD)):
+        outcome, _ = search(SurrogateSpec(), seed=0, scorer=scorer, warm=warm)
+        assert outcome.stopped == "enough"

@@ -219,6 +219,7 @@ DESCENT = Fact(
     "search",
     "how many gradient steps the search decided on by its budget, and the share of the items in each",
 )
+FRUGAL = Fact("frugal", bool, "search", "that the search stops where generations add nothing to gradients")
 WEIGHTS = FactFamily(
     "weights",
     ("RECIPE",),

@@ -261,6 +261,15 @@ class RunStore(StoreReader):
             facts.DESCENT.set(self, before)
         return int(before["steps"]), float(before["share"])
 
+    def record_frugal(self) -> bool:
+        """Store that the search stops where generations add nothing to gradients; return whether it does.
+
+        It does not where it began, by an older version, without that rule.
+        """
+        if facts.FRUGAL.get(self) is None and not self.has_ask(0):
+            facts.FRUGAL.set(self, True)
+        return bool(facts.FRUGAL.get(self))
+
     def record_spent(self, generation: int, items: int) -> None:
         """Store what the search had scored, in items, by the end of a generation; replays change nothing."""
         row = [generation, items]

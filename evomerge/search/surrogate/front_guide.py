@@ -22,7 +22,7 @@ from evomerge.evaluation.scores import Array, Scores
 from evomerge.search.optimizers import Optimizer, OptimizerSpec
 from evomerge.search.ports import GuideState
 from evomerge.search.spaces.space import Coordinate, Genome
-from evomerge.search.surrogate.guide import SCATTERED, TUNED_EVERY, WINDOW, Asked, Learner, Observed
+from evomerge.search.surrogate.guide import SCATTERED, TUNED_EVERY, WINDOW, Asked, Learner
 from evomerge.search.surrogate.guide import SurrogateSpec as Spec
 from evomerge.search.surrogate.improvement import (
     FrontLoss,
@@ -32,6 +32,7 @@ from evomerge.search.surrogate.improvement import (
     volume,
 )
 from evomerge.search.surrogate.margins import Model, Surrogate
+from evomerge.search.surrogate.observed import Observed
 from evomerge.search.surrogate.trust_region import LADDER, TrustRegion
 
 DRAWS = 64

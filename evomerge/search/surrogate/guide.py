@@ -27,7 +27,6 @@ import scipy.stats
 from pydantic import Field
 from threadpoolctl import threadpool_limits
 
-from evomerge.evaluation import statistics
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Array, Scores
 from evomerge.schema import Strict
@@ -35,7 +34,8 @@ from evomerge.search.objective import FLOOR, SHORT, ObjectiveSpec, Standard
 from evomerge.search.optimizers import Optimizer
 from evomerge.search.ports import GuideState
 from evomerge.search.spaces.space import Coordinate, Genome
-from evomerge.search.surrogate.margins import CLIP, SOFTNESS, Model, Outputs, Surrogate
+from evomerge.search.surrogate.margins import Model, Surrogate
+from evomerge.search.surrogate.observed import Observed
 from evomerge.search.surrogate.trust_region import TrustRegion
 from evomerge.search.utility import Utility
 
@@ -56,6 +56,10 @@ CHECKED_EVERY = 4
 """Generations between looks at the best genome on a block that the search does not use yet."""
 ADAPTED = 1.645
 """Standard errors by which the best genome must do worse there before blocks are added."""
+ADDED = 0.002
+"""Lead, in loss on all items, up to which a best genome is no better than the last."""
+SETTLED = 2
+"""Looks in a row at which the best genome is no better on all items."""
 HOPELESS = 3
 """Generations in a row in which all items in use, all there are, hold no further improvement nearby."""
 PATIENCE = 6
@@ -146,71 +150,6 @@ class MeanLoss:
         return cost, change
 
 
-class Observed:
-    """Turns scores into what the surrogate learns: columns per block, and their means per task.
-
-    tasks: as in MeanLoss. base: the base's scores on every block, for the number of items in each.
-    """
-
-    def __init__(self, tasks: Sequence[str], base: Sequence[Scores]) -> None:
-        self._tasks = tuple(tasks)
-        self._counts = [[len(part[task].metric) for task in tasks] for part in base]
-        self._margins = [base[0][task].margin is not None for task in tasks]
-        self.outputs = tuple(
-            Outputs(
-                task=np.repeat(np.arange(len(tasks)), counts),
-                margins=np.repeat(np.array(self._margins), counts),
-            )
-            for counts in self._counts
-        )
-
-    def columns(self, scores: Scores) -> dict[int, Array]:
-        """Return the outputs of each block that scores hold."""
-        at = [0] * len(self._tasks)
-        columns: dict[int, Array] = {}
-        for block in scores.blocks:
-            parts = []
-            for index, (task, margins) in enumerate(zip(self._tasks, self._margins, strict=True)):
-                values = scores[task].margin if margins else scores[task].metric
-                assert values is not None
-                stop = at[index] + self._counts[block][index]
-                parts.append(values[at[index] : stop])
-                at[index] = stop
-            columns[block] = np.concatenate(parts)
-        return columns
-
-    def means(self, columns: dict[int, Array], blocks: Sequence[int]) -> Array:
-        """Return (tasks,) means over blocks, right answers counted as softly as the surrogate does."""
-        sums, counts = np.zeros(len(self._tasks)), np.zeros(len(self._tasks))
-        for block in blocks:
-            outputs, value = self.outputs[block], self._soft(columns, block)
-            sums += np.bincount(outputs.task, weights=value, minlength=len(sums))
-            counts += np.bincount(outputs.task, minlength=len(sums))
-        means: Array = sums / np.maximum(counts, 1)
-        return means
-
-    def errors(
-        self, columns: dict[int, Array], references: Sequence[dict[int, Array]], blocks: Sequence[int]
-    ) -> Array:
-        """Return (tasks,) standard errors of the means' differences to the references' mean, item by item."""
-        found = np.zeros(len(self._tasks))
-        tasks = np.concatenate([self.outputs[block].task for block in blocks])
-        parts = [
-            self._soft(columns, block) - np.mean([self._soft(each, block) for each in references], axis=0)
-            for block in blocks
-        ]
-        differences = np.concatenate(parts)
-        for task in range(len(found)):
-            own = differences[tasks == task]
-            found[task] = statistics.standard_error(own)
-        return found
-
-    def _soft(self, columns: dict[int, Array], block: int) -> Array:
-        values = columns[block]
-        soft = scipy.special.ndtr(np.clip(values, -CLIP, CLIP) / SOFTNESS)
-        return np.where(self.outputs[block].margins, soft, values)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Promise:
     """The guide's own proposals: their predicted losses, and the radii of the boxes they come from."""
@@ -264,7 +203,8 @@ class Guide(Learner):
     """The surrogate in a search with one objective.
 
     order: item blocks, the most informative first. loss_on: returns the loss of means on some blocks.
-    standard: the merge that sets the floors, on all blocks; None without floors.
+    standard: the merge that sets the floors, on all blocks; None without floors. Attribute frugal: whether
+    the best genome is looked at on all items, also before blocks are added.
     """
 
     def __init__(
@@ -278,6 +218,7 @@ class Guide(Learner):
         seed: np.random.SeedSequence,
         standard: Standard | None = None,
     ) -> None:
+        self.frugal = False
         self._spec, self._order, self._without_floors = spec, tuple(order), loss_on
         tasks = loss_on(order).tasks
         self._observed = Observed(tasks, base)
@@ -302,6 +243,9 @@ class Guide(Learner):
         self._tuned = False
         self._before: float | None = None
         self._references: tuple[bytes, ...] = ()
+        self._held: bytes | None = None
+        self._failed = 0
+        self._collapsed = False
 
     def begin(self) -> None:
         """Take what is known now, on all blocks, for what the best genome is compared with from now on."""
@@ -388,7 +332,8 @@ class Guide(Learner):
         if self._active == len(self._order):
             self._spent = self._spent + 1 if exhausted else 0
             return []
-        return self._widened() if exhausted else []
+        self._collapsed = exhausted
+        return self._widened() if exhausted and not self.frugal else []
 
     # -- an asynchronous search ----------------------------------------------------------------------
 
@@ -475,26 +420,53 @@ class Guide(Learner):
         """Whether nothing better is expected near the best genome, on all items there are."""
         return self._spent >= HOPELESS
 
-    def unseen(self) -> tuple[Genome, int] | None:
-        """Return the best genome and a block it should be scored on, which the search does not use yet.
+    @property
+    def checking(self) -> bool:
+        """Whether it is time to look at the best genome on items that the search does not use."""
+        due = self._generation % CHECKED_EVERY == 0 or (self.frugal and self._collapsed)
+        return due and bool(self._references)
 
-        None where it is not the time, or no such block is left.
+    def unseen(self) -> tuple[Genome, tuple[int, ...]] | None:
+        """Return the best genome and the next block to score it on, which the search does not use yet.
+
+        All such blocks if it is frugal. None where it is not the time, or no such block is left.
         """
-        if self._generation % CHECKED_EVERY or not self._references:
-            return None
         best, left = self._best(self.blocks), self._order[self._active :]
-        if best is None:
+        if not self.checking or best is None:
             return None
         known = self._known[best[0].tobytes()][1]
-        return next(((best[0], block) for block in left if block not in known), None)
+        blocks = tuple(block for block in left if block not in known)
+        return (best[0], blocks if self.frugal else blocks[:1]) if blocks else None
 
-    def doubted(self, genome: Genome) -> list[Genome]:
+    def check(self) -> bool:
+        """Compare the best genome, once scored on all items, with the last one that was better there.
+
+        At first that is the best one known before the search. Returns whether the search has settled: twice
+        in a row there was none that is better.
+        """
+        if self._held is None:
+            self._held = min(self._references, key=lambda key: self._loss(self._known[key][0], self._order))
+        best = self._best(self.blocks)
+        key = self._held if best is None else best[0].tobytes()
+        before, now = (self._loss(self._known[each][0], self._order) for each in (self._held, key))
+        if before - now > ADDED:  # it is not where it could not be scored on all items
+            self._held, self._failed = key, 0
+        else:
+            self._failed += 1
+        return self._failed >= SETTLED
+
+    def doubted(self, genome: Genome | None) -> list[Genome]:
         """Compare a genome's lead on blocks that the search uses with that on others, once scored there.
 
         The lead is over what was scored on all blocks before the search. Where it is smaller by more than
         sampling error on the other blocks, the search has adapted to its items: blocks are added. Returns the
-        genomes that should be scored on them now.
+        genomes that should be scored on them now. genome: None where none was scored on others.
         """
+        if self._collapsed and self.frugal:
+            self._collapsed = False
+            return self._widened()
+        if genome is None:
+            return []
         known = self._known[genome.tobytes()][1]
         others = tuple(block for block in self._order[self._active :] if block in known)
         if not others or self._active == len(self._order):

@@ -201,21 +201,49 @@ class Model:
             )
         return found / self._counts
 
-    def left_out(self, uncertainty: float = 0.0) -> tuple[Array, NDArray[np.intp]]:
-        """Return (n, tasks), for each genome of the largest block what others, far from it, expect.
+    def deviations(self, genome: Genome, uncertainty: float) -> Array:
+        """Return (tasks,) how far values of expected margins move with one standard deviation of the margins.
+
+        The items of a task err together: what the kernel does not know about a genome it does not know about
+        any of them. uncertainty: of the margins, as in `PredictedMeans`.
+        """
+        here = self._features(genome)
+        found = np.zeros(self._tasks)
+        for block in self._blocks:
+            mean = block.mean + block.kernel(here[None], block.rows)[0] @ block.weights
+            block.move(found, mean, uncertainty)
+        return found / self._counts
+
+    def left_out(self, uncertainty: float = 0.0) -> LeftOut:
+        """Return, for each genome of the largest block, what others, far from it, expect.
 
         Those nearest to it are left out, itself and as many more as make it at least this uncertain (as in
-        `PredictedMeans`). The second array, (n,), counts those that are left to predict it from. Rows are in
-        the order in which they were learnt.
+        `PredictedMeans`). Rows are in the order in which they were learnt.
         """
         block = max(self._blocks, key=lambda b: len(b.rows))
         gram = block.kernel(block.rows, block.rows)
-        found, used = np.zeros((len(block.rows), self._tasks)), np.zeros(len(block.rows), dtype=np.intp)
-        for row in range(len(found)):
-            mean, used[row] = block.from_afar(row, gram, uncertainty)
-            _counted(found[row], block.outputs, mean)
+        count = len(block.rows)
+        values, deviations = np.zeros((count, self._tasks)), np.zeros((count, self._tasks))
+        used = np.zeros(count, dtype=np.intp)
+        for row in range(count):
+            mean, used[row], reached = block.from_afar(row, gram, uncertainty)
+            _counted(values[row], block.outputs, mean)
+            block.move(deviations[row], mean, reached)
         own = np.maximum(np.bincount(block.outputs.task, minlength=self._tasks), 1)
-        return found / own, used
+        return LeftOut(values=values / own, deviations=deviations / own, used=used)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """What a model expects of genomes that it was not told of.
+
+    values, deviations: (n, tasks) as `Model.expected` and `Model.deviations`. used: (n,) how many genomes
+    each was predicted from.
+    """
+
+    values: Array
+    deviations: Array
+    used: NDArray[np.intp]
 
 
 class Pending:
@@ -426,10 +454,19 @@ class _Block:
         rows = np.vstack([self.rows, extra])
         return _Rows.of(rows, _factor(self.kernel, rows))
 
-    def from_afar(self, row: int, gram: Array, uncertainty: float) -> tuple[Array, int]:
-        """Return (columns,) the means of a row that the rows farthest from it leave, and how many these are.
+    def move(self, sums: Array, mean: Array, uncertainty: float) -> None:
+        """Add to sums, (tasks,), how far values of means move with a standard deviation of all margins."""
+        step = uncertainty * np.sqrt(self.variance)
+        high, low = np.zeros_like(sums), np.zeros_like(sums)
+        _counted(high, self.outputs, mean + step)
+        _counted(low, self.outputs, mean - step)
+        sums += (high - low) / 2
 
-        gram: (n, n) the correlations of all rows. uncertainty: what the rows that are used leave at least.
+    def from_afar(self, row: int, gram: Array, uncertainty: float) -> tuple[Array, int, float]:
+        """Return (columns,) the means of a row that the rows farthest from it leave.
+
+        Also how many these are, and how uncertain they leave it. gram: (n, n) the correlations of all rows.
+        uncertainty: what the rows that are used leave at least.
         """
         order = np.argsort(gram[row], kind="stable")
         order = order[order != row]
@@ -443,7 +480,7 @@ class _Block:
             factor[:count, :count], near[:count], lower=True, trans="T", check_finite=False
         )
         found: Array = self.mean + used @ self.residuals[order[:count]]
-        return found, count
+        return found, count, float(np.sqrt(variances[count]))
 
 
 def _factor(kernel: _Kernel, rows: Array) -> Array:

@@ -2,8 +2,12 @@
 
 A Gaussian process knows how far away it is, not how wrong it is. How wrong it is where it is that uncertain
 is measured where the truth is known: every scored genome is predicted from those so far from it that they
-leave it as uncertain, and compared with the metric itself. Half the interval is what 95 % of those errors
-stay below. Leaving out one genome alone would measure errors beside its neighbours, which are many and near.
+leave it as uncertain, and compared with the metric itself. Leaving out one genome alone would measure errors
+beside its neighbours, which are many and near. The same uncertainty of margins moves a score little where
+most items are clearly right or wrong, and much where many are in doubt. So errors count in units of how far
+the score moves with one standard deviation of the margins, all items of a task together: half the interval is
+what 95 % of the errors stay below in those units, times the units of what is asked (split conformal
+prediction with normalised residuals; Lei et al. 2018, arXiv:1604.04173).
 
 Beyond an uncertainty of FAR, or where most scored genomes have hardly any others that far away, so that no
 error was measured, nothing near what is asked was scored, and no score is predicted.
@@ -25,10 +29,12 @@ from evomerge.errors import UserError
 from evomerge.evaluation.normalise import Normaliser, TaskScale
 from evomerge.evaluation.scores import Array, Scores, joined
 from evomerge.search.spaces.space import Coordinate, Genome
-from evomerge.search.surrogate.guide import Observed
 from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
+from evomerge.search.surrogate.observed import Observed
 
 LEVEL = 0.95
+UNKNOWN = 0.02
+"""In normalised scores: what errors are at least, whatever the model thinks."""
 FAR = 0.8
 """Uncertainty above which the scored genomes explain little, 36 % of the variance, of what is asked."""
 
@@ -105,10 +111,11 @@ def predict_score(
         assert model is not None
         uncertainty = model.predict(genome).uncertainty
         expected = model.expected(genome)
-        left_out, used = model.left_out(uncertainty)
-    guesses = np.array([_mean(values, skills) for values in left_out])
+        unit = _unit(model.deviations(genome, uncertainty), skills)
+        left_out = model.left_out(uncertainty)
+    guesses = np.array([_mean(values, skills) for values in left_out.values])
     measured = np.array([scale.mean(joined([e.parts[block] for block in blocks])) for e in known])
-    errors = measured - guesses
+    errors = (measured - guesses) / [_unit(moved, skills) for moved in left_out.deviations] * unit
     half = float(np.hypot(_quantile(errors), _unseen(examples, blocks, normaliser, scale, count=len(base))))
     mean, values = _mean(expected, skills), dict(zip(tasks, expected.tolist(), strict=True))
     return PredictedScore(
@@ -125,7 +132,7 @@ def predict_score(
         uncertainty=uncertainty,
         lowest=float(measured.min()),
         highest=float(measured.max()),
-        known=bool(uncertainty <= FAR and np.median(used) >= ENOUGH - 1),
+        known=bool(uncertainty <= FAR and np.median(left_out.used) >= ENOUGH - 1),
     )
 
 
@@ -182,6 +189,12 @@ def _nearest(genome: Genome, examples: Sequence[Example]) -> list[Example]:
 def _mean(values: Array, skills: Sequence[TaskScale]) -> float:
     """The mean normalised score of tasks' values, the skills first."""
     return sum(s.share * (float(v) - s.zero) / s.headroom for s, v in zip(skills, values, strict=False))
+
+
+def _unit(deviations: Array, skills: Sequence[TaskScale]) -> float:
+    """Return how far the mean normalised score moves with one standard deviation; tasks err independently."""
+    parts = [s.share * float(d) / s.headroom for s, d in zip(skills, deviations, strict=False)]
+    return float(np.sqrt(np.square([UNKNOWN, *parts]).sum()))
 
 
 def _quantile(errors: Array) -> float:

@@ -72,6 +72,7 @@ def test_the_values_of_a_finished_run_have_the_declared_types(finished_run: Path
         "migrated",
         "sharing",
         "descent_plan",
+        "frugal",
         "pending",
         "proposed",
         "gradient RECIPE LOSS",

@@ -232,3 +232,13 @@ def test_the_suite_says_how_many_items_a_split_has(tmp_path: Path) -> None:
     suite = {"name": "s", "tasks": [{"task": f"t{n}", "splits": part} for n, part in enumerate(splits)]}
     with RunStore.create(tmp_path / "run", {facts.CONFIG: CONFIG, facts.SUITE: suite}) as store:
         assert store.split_items() == {"search": 35, "select": 36}
+
+
+def test_a_search_that_began_without_the_rule_that_ends_it_early_goes_on_without(tmp_path: Path) -> None:
+    with filled(tmp_path / "old") as older:
+        assert not older.record_frugal()
+        assert not older.record_frugal()
+    with RunStore.create(tmp_path / "new", {facts.CONFIG: CONFIG}) as new:
+        assert new.record_frugal()
+        new.record_ask(0, GENOMES, [recipe(0), recipe(1)])
+        assert new.record_frugal()

@@ -23,9 +23,9 @@ from evomerge.search.surrogate.guide import (
     Asked,
     Guide,
     MeanLoss,
-    Observed,
     SurrogateSpec,
 )
+from evomerge.search.surrogate.observed import Observed
 from evomerge.search.surrogate.trust_region import SHRINK, SMALLEST, START
 
 SPLITS = {"search": "search", "select": "select", "test": "test"}
@@ -355,6 +355,11 @@ def adapted(genome: Genome, blocks: Sequence[int]) -> Scores:
     return joined(whole_)
 
 
+def nowhere_better(genome: Genome, blocks: Sequence[int]) -> Scores:
+    """As `adapted`, and on the others it is worse by more."""
+    return joined([part(2.5 if block in (2, 0) else -3.0, 0.0, block) for block in blocks])
+
+
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_best_genome_that_is_better_only_where_it_was_chosen_leads_to_more_items(honest: bool) -> None:
     one, other = guide(), optimizer()
@@ -365,9 +370,9 @@ def test_a_best_genome_that_is_better_only_where_it_was_chosen_leads_to_more_ite
         step(one, other, of=judge)
     unseen = one.unseen()
     assert unseen is not None
-    genome, block = unseen
-    assert block == 3  # the next in the order (2, 0, 3, 1)
-    one.learn(genome, judge(genome, [block]))
+    genome, blocks = unseen
+    assert blocks == (3,)  # the next in the order (2, 0, 3, 1)
+    one.learn(genome, judge(genome, blocks))
     widened = one.doubted(genome)
     assert bool(widened) == (not honest)
     assert one.blocks == ((2, 0) if honest else (2, 0, 3, 1))
@@ -385,6 +390,24 @@ def test_it_looks_every_few_generations_and_only_with_something_to_compare_with(
     for number in range(2 * CHECKED_EVERY):
         step(one, other)
         assert (one.unseen() is not None) == ((number + 1) % CHECKED_EVERY == 0)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_search_has_settled_where_nothing_is_better_on_all_items(honest: bool) -> None:
+    one, other = guide(), optimizer()
+    one.begin()
+    one.frugal = True
+    judge = scores if honest else nowhere_better
+    for _ in range(CHECKED_EVERY):
+        step(one, other, of=judge)
+    unseen = one.unseen()
+    assert unseen is not None
+    genome, blocks = unseen
+    assert blocks == (3, 1)
+    one.learn(genome, judge(genome, blocks))
+    assert not one.check()
+    assert one.check() != honest  # the second time in a row, or the first: it is no better than itself
+    assert one.check()
 
 
 def test_nothing_better_on_all_items_is_a_reason_to_stop() -> None:

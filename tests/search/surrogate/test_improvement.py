@@ -7,7 +7,6 @@ import pytest
 
 from evomerge.search import pareto
 from evomerge.search.objective import Objective, ObjectiveSpec
-from evomerge.search.surrogate.guide import Observed
 from evomerge.search.surrogate.improvement import (
     FrontLoss,
     most_improving,
@@ -15,6 +14,7 @@ from evomerge.search.surrogate.improvement import (
     undominated,
     volume,
 )
+from evomerge.search.surrogate.observed import Observed
 from tests.search.surrogate.test_guide import BASE, BLOCKS, NORMALISER, scores
 
 EVERYTHING = ("mean", "worst", "a", {"a": 1.0, "b": 3.0}, "retention", "coherence")

@@ -119,8 +119,9 @@ def test_left_out_is_what_the_others_predict() -> None:
     genomes = np.random.default_rng(1).random((count, DIMENSION))
     model = fitted(taught(count))
     block = model._blocks[0]
-    found, used = model.left_out()
-    assert used.tolist() == [count - 1] * count
+    left = model.left_out()
+    found = left.values
+    assert left.used.tolist() == [count - 1] * count
     for row in (0, 5, 13):  # from the definition: solve without the row, mean and kernel kept
         others = np.delete(np.arange(count), row)
         gram = block.kernel(genomes[others], genomes[others])
@@ -145,10 +146,27 @@ def test_left_out_are_as_many_neighbours_as_make_a_genome_as_uncertain_as_was_as
             noisy = gram[np.ix_(far, far)] + (block.kernel.noise + 1e-10) * np.eye(used)
             solved = np.linalg.solve(noisy, np.column_stack([gram[row, far], block.residuals[far]]))
             uncertainty = np.sqrt(1 - gram[row, far] @ solved[:, 0])
-            found, counted = block.from_afar(row, gram, uncertainty - 1e-9)
+            found, counted, reached = block.from_afar(row, gram, uncertainty - 1e-9)
             assert counted == used
+            assert reached == pytest.approx(uncertainty, abs=1e-6)
             assert found == pytest.approx(block.mean + gram[row, far] @ solved[:, 1:], abs=1e-6)
             assert used == 0 or block.from_afar(row, gram, uncertainty + 1e-9)[1] < used
+
+
+def test_deviations_are_what_a_standard_deviation_of_all_margins_moves() -> None:
+    model, genome = fitted(taught(14)), np.full(DIMENSION, 0.45)
+    (block,) = model._blocks
+    mean = block.mean + block.kernel(genome[None], block.rows)[0] @ block.weights
+    ends = []
+    for sign in (1, -1):
+        moved = mean + sign * 0.5 * np.sqrt(block.variance)
+        value = np.where(block.outputs.margins, scipy.special.ndtr(moved / SOFTNESS), moved)
+        ends.append([value[block.outputs.task == task].mean() for task in range(3)])
+    assert model.deviations(genome, 0.5) == pytest.approx(np.subtract(*ends) / 2)
+    assert model.deviations(genome, 0.0) == pytest.approx(0.0)
+    left = model.left_out(0.5)
+    assert left.deviations.shape == left.values.shape
+    assert (left.deviations > model.left_out().deviations).mean() > 0.9
 
 
 def test_the_expected_margins_are_those_of_the_prediction_where_they_are_certain() -> None:
@@ -224,7 +242,7 @@ def test_only_the_nearest_are_taken_in() -> None:
     surrogate = taught(NEAREST + 40)
     model = surrogate.fit(np.zeros(DIMENSION), [0])
     assert model is not None
-    assert len(model.left_out()[0]) == NEAREST
+    assert len(model.left_out().used) == NEAREST
     genomes = np.random.default_rng(1).random((NEAREST + 40, DIMENSION))
     far = np.argsort((genomes**2).sum(axis=1))[-1]
     near = np.argsort((genomes**2).sum(axis=1))[0]

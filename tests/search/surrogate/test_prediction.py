@@ -100,6 +100,30 @@ def test_candidates_of_another_search_are_predicted_as_well_as_promised() -> Non
     assert np.median(halves) < 4 * np.sqrt(np.mean(np.square(errors)))
 
 
+def test_the_interval_is_narrower_where_the_items_are_decided() -> None:
+    def decided(genome: np.ndarray) -> float:
+        return 20 * float(genome[0] - 0.5)  # far right of the middle all answers are right, whatever else
+
+    def of(genome: np.ndarray) -> Example:
+        found = [
+            Scores(
+                split="search",
+                tasks=tuple(
+                    TaskScores(task=t.task, metric=(m > 0).astype(float), margin=m)
+                    for t in part
+                    for m in [decided(genome) + 0.2 * np.asarray(t.margin)]
+                ),
+                blocks=part.blocks,
+            )
+            for part in parts(0.0, genome)
+        ]
+        return Example(recipe=genome.tobytes().hex(), genome=genome, parts=dict(enumerate(found)))
+
+    known = [of(np.random.default_rng(n).random(DIMENSION)) for n in range(40)]
+    sure, unsure = (predict(np.array([at, 0.5, 0.5]), known) for at in (0.95, 0.5))
+    assert sure.high - sure.low < 0.7 * (unsure.high - unsure.low)
+
+
 def test_where_nothing_near_was_scored_nothing_is_known() -> None:
     wide = np.full(40, 0.5)
     genomes = [wide + np.random.default_rng(n).normal(0, 0.05, 40) for n in range(20)]
