@@ -35,7 +35,8 @@ from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
 from evomerge.running.worker import item_notes
 from evomerge.search import baselines
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.spaces.movement import movements
 from evomerge.stored import StoredRun, config_to_resume
 

@@ -19,9 +19,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from evomerge.search.loop import Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import SearchPlan
 from evomerge.search.racing import RacingSpec
 from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.search.fakes import SUITE, Quiet

@@ -30,9 +30,10 @@ from evomerge.evaluation.scores import Array, Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.schema import preset_folder
-from evomerge.search.loop import Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import SearchPlan
 from evomerge.search.ports import GuideState, Named
 from evomerge.search.spaces.merge_space import SearchSpace
 

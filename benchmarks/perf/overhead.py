@@ -30,9 +30,10 @@ from evomerge.running.clock import Clock
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import BASE, RunStore, Timing, facts
 from evomerge.running.worker import Job, Result
-from evomerge.search.loop import Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, choose
+from evomerge.search.plan import SearchPlan
 from evomerge.search.spaces.merge_space import SearchSpace
 from evomerge.search.spaces.space import Coordinate
 from evomerge.search.surrogate.guide import SurrogateSpec

@@ -14,8 +14,8 @@ counts for nobody.
     cma, tpe, gp, ga, pso, turbo, saasbo, hebo, smac, random     see rivals.py; smac scores item blocks, too
     ours    the defaults: floors, gradients, then CMA-ES, surrogate, item blocks, selection on `select`
     ours-PART[-PART]  the same with other settings: mean, balanced, floors (the objective's kind); gradients,
-            nogradients; plain (no surrogate); async (no generations); alike (distances count all genes alike);
-            nostacks (a search of layer paths without hand-made stacks); or the name of a search space
+            nogradients; plain (no surrogate); async (no generations); alike (distances count all genes
+            alike); nostacks (a search of layer paths without hand-made stacks); or the name of a search space
 
 One run of a rival answers all its budgets, for it does not know them. Ours plans for its budget, so it runs
 once for each.

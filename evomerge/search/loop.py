@@ -7,8 +7,8 @@ each ask and tell with what is stored. So an interrupted run ends in the same bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -18,15 +18,15 @@ from evomerge.errors import UserError
 from evomerge.evaluation.gains import dud_sentences, find_gains, refuse_nothing, trusts
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, Split
-from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, pareto
 from evomerge.search.companions import companions, without
 from evomerge.search.descent import Descent, StepLosses, descend
 from evomerge.search.generations import Generations
 from evomerge.search.ledger import Ledger
-from evomerge.search.objective import Objective, ObjectiveSpec, check_tokens
-from evomerge.search.optimizers import Optimizer, OptimizerSpec, create
+from evomerge.search.objective import Objective, check_tokens
+from evomerge.search.optimizers import Optimizer, create
+from evomerge.search.plan import Outcome, ScoredRecipe, SearchPlan
 from evomerge.search.ports import (
     CandidateScorer,
     GradientSource,
@@ -35,75 +35,20 @@ from evomerge.search.ports import (
     SearchBudget,
     SearchObserver,
 )
-from evomerge.search.racing import NO_RACING, RacingSpec, Views, block_order, race
+from evomerge.search.racing import RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.movement import stretched
-from evomerge.search.spaces.space import Genome, Space
+from evomerge.search.spaces.space import Genome
 from evomerge.search.stacks import Outlook, ScoredStacks, score_stacks
 from evomerge.search.stream import Stream
 from evomerge.search.surrogate.front_guide import FrontGuide, small
-from evomerge.search.surrogate.guide import Guide, MeanLoss, SurrogateSpec
+from evomerge.search.surrogate.guide import Guide, MeanLoss
 from evomerge.search.surrogate.improvement import FrontLoss
-from evomerge.search.warm_start import GradientSpec, WarmStart, automatic, distinct
+from evomerge.search.warm_start import GradientSpec, automatic, distinct
 from evomerge.search.winner import GRADIENT_START, Selection
 
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
 """Spawn keys of the run's seed, one per component."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchPlan:
-    """Everything that determines the search: the same plan and seed end in the same winner.
-
-    template: models, base, dtype, tokenizer and seed of every recipe. norms: task-vector norm per source.
-    finalists: how many of the best candidates are scored again on `select`, beside their soup and the
-        optimizer's favourite. layers: number of the base model's layers, the unit of the depth objective.
-    surrogate: None where the optimizer works alone. population: candidates per generation. baselines: the
-        hand-made merges that are scored. weighting: the rule that weights tasks in the mean, see
-        `gains.trusts`. weak: whether to go on where hardly any specialist is better than the base.
-    movements: what distances between genomes count each coordinate by; None where all count alike.
-    stacks: evaluations that hand-made stacks may cost before a search of layer paths.
-    """
-
-    suite: Suite
-    space: Space
-    template: Recipe
-    norms: Mapping[str, float]
-    optimizer: OptimizerSpec
-    objective: ObjectiveSpec
-    finalists: int
-    seed: int
-    racing: RacingSpec = NO_RACING
-    surrogate: SurrogateSpec | None = None
-    warm: WarmStart = field(default_factory=WarmStart)
-    layers: int | None = None
-    population: int = 16
-    baselines: baselines.Choice = field(default_factory=baselines.Choice)
-    weighting: str | None = None
-    weak: bool = True
-    movements: Sequence[float] | None = None
-    stacks: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a search ended: the winner, and why there was no further generation."""
-
-    winner: Named
-    stopped: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredRecipe:
-    """A recipe scored on all `search` items before the first generation.
-
-    genome: None where the space can't express it.
-    """
-
-    named: Named
-    scores: Scores
-    loss: float
-    genome: Genome | None
 
 
 class Search:
@@ -194,7 +139,7 @@ class Search:
         known = [*starts, *hand_made]
         archive = self._archive(objective, [*parents, *known]) if objective.count > 1 else None
         is_async = self._plan.optimizer.async_
-        by_gradients = spent > 0 and not is_async
+        by_gradients = self._descended and not is_async
         guide = self._either_guide(views, order, [*parents, *known], archive, descended=by_gradients)
         evolution = (partial(Stream, workers=self._workers) if is_async else Generations)(
             space=self._plan.space,

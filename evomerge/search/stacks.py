@@ -132,6 +132,10 @@ class Outlook:
         """Return why the clock ends the search."""
         return self._budget.out_of_time(generations, cut=cut)
 
+    def phase(self, name: str, jobs: int, known: int) -> None:
+        """Pass it on."""
+        self._observer.phase(name, jobs, known)
+
     def generation_done(self, generation: int, evaluations: float, best: float) -> None:
         """Take in the best score so far, and pass it on."""
         self._best = max(self._best, best)

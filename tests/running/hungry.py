@@ -26,9 +26,10 @@ from evomerge.running.executors import LocalProcesses
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job, Result, WorkerSpec, failure_of
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.racing import RacingSpec
 from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.running.fakes import TIMING, spec

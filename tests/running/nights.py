@@ -23,9 +23,10 @@ from evomerge.running.observers import Observers
 from evomerge.running.scorer import Scorer
 from evomerge.running.store import RunStore, Timing, facts
 from evomerge.running.worker import GradientJob, Job, NotBegun, Result
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.racing import RacingSpec
 from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.search.fakes import SUITE

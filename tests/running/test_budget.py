@@ -24,7 +24,7 @@ from evomerge.running.observers import Estimate
 from evomerge.running.store import RunStore, facts
 from evomerge.running.worker import Job
 from evomerge.schema import parse
-from evomerge.search.loop import Outcome
+from evomerge.search.plan import Outcome
 from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.running.nights import POPULATION, Simulated, Time, course, spend_night
 from tests.search.test_guided_loop import BLOCKS, FULL

@@ -12,9 +12,10 @@ from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.search.companions import FEWEST, companions, without
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.surrogate.guide import SurrogateSpec
 from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
 from tests.search.spaces.test_merge_space import make

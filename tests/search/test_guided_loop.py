@@ -13,9 +13,10 @@ from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores, joine
 from evomerge.evaluation.smooth_loss import Gradient, SmoothLoss
 from evomerge.merging.recipe import Recipe
 from evomerge.search.generations import NOTHING_ADDED
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.space import Genome
 from evomerge.search.surrogate.guide import CHECKED_EVERY, SETTLED, SurrogateSpec

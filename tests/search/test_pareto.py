@@ -12,9 +12,10 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure, Scores, Split
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.search import loop, pareto
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.selection import Candidate
 from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
 from tests.search.spaces.test_merge_space import make

@@ -9,9 +9,10 @@ import pytest
 
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.merging.recipe import Recipe
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.layer_path import LayerPathSpace
 from evomerge.search.stacks import COST, Outlook

@@ -10,9 +10,10 @@ import pytest
 from evomerge.errors import ConfigError
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec, create
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.ports import OutOfTime
 from evomerge.search.racing import RacingSpec
 from evomerge.search.spaces.space import Coordinate

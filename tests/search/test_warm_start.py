@@ -15,9 +15,10 @@ from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.smooth_loss import PASSES, Gradient, SmoothLoss, SmoothTask, smooth_loss
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.search.descent import Chain, StepLosses, descend, parameters
-from evomerge.search.loop import Outcome, Search, SearchPlan
+from evomerge.search.loop import Search
 from evomerge.search.objective import FLOOR, Objective, ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
+from evomerge.search.plan import Outcome, SearchPlan
 from evomerge.search.ports import Named, OutOfTime
 from evomerge.search.spaces.merge_space import SearchSpace
 from evomerge.search.spaces.space import Coordinate, Genome
