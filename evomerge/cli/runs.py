@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evomerge import steps
 from evomerge.cli.groups import app
 from evomerge.cli.options import (
     AnswerOption,
@@ -74,7 +75,7 @@ def init(
     from evomerge.api.setup import init as write
 
     base, named, suite, files = asked_for(base, source, suite, data)
-    with progress_line("reading the models") as progress:
+    with progress_line("reading the models") as progress, steps.told(progress):
         done = write(
             base,
             named,
@@ -99,7 +100,8 @@ def check(config: ConfigArgument, permissions: Any = None) -> None:
     """Check a run config (models, space, suite, tasks); estimate time and cost. Starts nothing."""
     from evomerge.api.search import checked
 
-    view, refuse = checked(config, permissions=permissions)
+    with progress_line("reading the models") as say, steps.told(say):
+        view, refuse = checked(config, permissions=permissions)
     output.show(view)
     refuse()
     output.say("ready to run")
