@@ -86,7 +86,8 @@ class Live(Observer):
         if label != self._phase:
             self._phase = label
             if not self._console.is_terminal:
-                message = f"{label}: {jobs} models" if not generation else "search started"
+                models = f"{jobs} model{'s' * (jobs != 1)}"
+                message = "search started" if generation else f"{label}: {models}"
                 self._console.print(message, highlight=False, markup=False)
         self._bar.update(self._task, description=name, total=jobs, completed=known, note=self._note())
 
@@ -104,7 +105,7 @@ class Live(Observer):
         first = self._estimate is not None and not self._estimate_printed
         if not self._console.is_terminal and (first or (generation + 1) % 10 == 0):
             self._estimate_printed = True
-            self._console.print(f"generation {generation + 1}: {self._note()}", highlight=False)
+            self._console.print(f"generation {generation}: {self._note()}", highlight=False)
 
     def expected(self, estimate: Estimate) -> None:
         """Keep the estimate of the run's end, to show it."""

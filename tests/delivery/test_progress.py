@@ -39,7 +39,7 @@ def test_in_a_file_there_is_a_line_per_phase_and_per_failure() -> None:
     assert lines[2] == f"failed: {recipe(9).hash[:12]}: odd [/dev/shm/x] [red]"
     assert lines[3] == "tried again [twice]"
     assert lines[4].endswith("run ends about 03:40, cost 1.25 of about 5.20")
-    assert lines[4].startswith("generation 1: best 52 points, 1 failed, search ends in about 12 min, run")
+    assert lines[4].startswith("generation 0: best 52 points, 1 failed, search ends in about 12 min, run")
 
 
 def test_on_a_terminal_best_failures_and_time_left_are_shown() -> None:
