@@ -105,7 +105,7 @@ TOKENS = {
     "coding": (90_000, 80_000),
     "safety": (3_000, 10_000),
 }
-"""Tokens that an evaluation reads and, at most, writes on `search`: items times rough lengths of the tasks."""
+"""Tokens that an evaluation reads and, at most, writes on `search`: items times rough lengths."""
 
 
 def groups() -> list[tuple[str, ...]]:
