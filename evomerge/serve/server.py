@@ -1,0 +1,61 @@
+"""The servers: of the pages, and of optuna-dashboard; both on this machine only, until a signal ends them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from evomerge.delivery.run_list import find_runs
+from evomerge.errors import ConfigError
+from evomerge.serve.guard import HOST, Guard
+from evomerge.serve.pages import Pages
+from evomerge.serve.site import site
+
+
+def listening(port: int) -> socket.socket:
+    """Return a socket that listens on this machine; port 0 takes a free one. Raises ConfigError."""
+    try:
+        return socket.create_server((HOST, port))
+    except OSError as error:
+        raise ConfigError(
+            f"--port {port}: can't listen there",
+            got=os.strerror(error.errno or 0),
+            fix="choose another port, or leave the option out to get a free one",
+        ) from None
+
+
+def serve(places: Sequence[Path], *, port: int, say: Callable[[str, int], None]) -> None:
+    """Serve the pages of runs until SIGINT or SIGTERM.
+
+    Args:
+        places: run folders, and folders with runs.
+        port: 0 takes a free one.
+        say: receives the address and the number of runs before the first request.
+
+    Raises:
+        ConfigError: a place is no folder, or the port is taken.
+    """
+    runs = find_runs(places, none=True)
+    with listening(port) as bound:
+        guard = Guard(port=bound.getsockname()[1])
+        config = uvicorn.Config(
+            lambda: None,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=3,
+        )
+        server = uvicorn.Server(config)
+        config.app = site(Pages(places), guard, ended=lambda: server.should_exit)
+        say(guard.address, len(runs))
+        try:
+            server.run(sockets=[bound])
+        except KeyboardInterrupt:
+            return
