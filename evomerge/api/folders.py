@@ -10,9 +10,7 @@ from evomerge.api.view import View
 from evomerge.delivery import leftovers, run_diff, run_list
 
 
-def runs(
-    folder: AnyPath = "runs", *, progress: Callable[[int, int], None] = lambda done, of: None
-) -> View:
+def runs(folder: AnyPath = "runs", *, progress: Callable[[int, int], None] = lambda done, of: None) -> View:
     """List the runs in and below a folder: name, state, best, verdict, age and size.
 
     Raises:

@@ -26,7 +26,7 @@ class FolderGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Let the name of a command be no folder."""
         first = next((word for word in args if not word.startswith("-")), None)
-        if first in self.commands:
+        if first is not None and first in self.commands:
             place = args.index(first)
             args = [*args[:place], ".", *args[place:]]
         return super().parse_args(ctx, args)

@@ -45,7 +45,7 @@ def _text(name: str) -> str:
 
 @functools.cache
 def content_policy() -> str:
-    """Return the Content-Security-Policy of a page that is served: its own style and scripts, nothing else."""
+    """Return the Content-Security-Policy of served pages: their own style and scripts, nothing else."""
 
     def hashes(*names: str) -> str:
         digests = (hashlib.sha256(_text(name).encode()).digest() for name in names)

@@ -20,16 +20,16 @@ MOST = 30
 
 
 def as_data(first: Summary, second: Summary) -> dict[str, Any]:
-    """Return the differences of two runs as plain data: [value there, value here], None where it lacks one."""
+    """Return the differences of two runs as plain data: pairs of values, None where a run has none."""
     pair = (first, second)
     configs = [facts.CONFIG.require(summary.store) for summary in pair]
     recipes = [None if s.winner is None else _by_group(s.winner.recipe) for s in pair]
     return {
         "runs": [str(summary.store.folder) for summary in pair],
         "same_suite": len({facts.SUITE_DIGEST.require(summary.store) for summary in pair}) == 1,
-        "config": differences(*configs),
+        "config": differences(configs[0], configs[1]),
         "winners": [_winner(summary) for summary in pair],
-        "recipe": None if None in recipes else differences(*recipes),
+        "recipe": None if None in recipes else differences(recipes[0], recipes[1]),
     }
 
 
@@ -47,7 +47,7 @@ def differences(first: Any, second: Any, place: str = "") -> dict[str, list[Any]
     if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
         found = {}
         for number, values in enumerate(zip(first, second, strict=True)):
-            found |= differences(*values, f"{place}[{number}]")
+            found |= differences(values[0], values[1], f"{place}[{number}]")
         return found
     return {} if first == second else {place: [first, second]}
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -60,7 +59,7 @@ def _phase(folder: Path) -> str | None:
 
 
 def _progress(store: StoreReader, summary: Summary) -> list[Any] | None:
-    """Return [used, limit, unit] of the budget's limit that is nearest to its end; None without such limits."""
+    """Return [used, limit, unit] of the budget's limit that is nearest; None without such limits."""
     limits = facts.CONFIG.require(store)["budget"]
     told = sum(generation.losses is not None for generation in store.generations())
     used = {
@@ -68,11 +67,7 @@ def _progress(store: StoreReader, summary: Summary) -> list[Any] | None:
         "generations": told,
         "hours": store.hours(),
     }
-    shares = [
-        [round(count, 2), limits[unit], unit]
-        for unit, count in used.items()
-        if limits.get(unit)
-    ]
+    shares = [[round(count, 2), limits[unit], unit] for unit, count in used.items() if limits.get(unit)]
     return max(shares, key=lambda part: part[0] / part[1], default=None)
 
 
@@ -123,14 +118,11 @@ def text(data: dict[str, Any], now: float | None = None) -> RenderableType:
     return Group(*parts)
 
 
-def _bar(used: float, limit: float, unit: str, *, finished: bool) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
-    total = used if finished else limit
-    grid.add_row(
-        ProgressBar(total=max(total, 1e-9), completed=min(used, total), width=BAR),
-        Text(f"{used:.4g} of {limit:g} {unit}"),
+def _bar(used: float, limit: float, unit: str, *, finished: bool) -> Text:
+    done = BAR if finished else int(BAR * min(1.0, used / limit))
+    return Text.assemble(
+        ("━" * done, "cyan"), ("╌" * (BAR - done), "dim"), f" {used:.4g} of {limit:g} {unit}"
     )
-    return grid
 
 
 def _facts(data: dict[str, Any]) -> RenderableType:

@@ -8,11 +8,14 @@ refused, so that a foreign name that points to this machine (DNS rebinding) is o
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
+
+from evomerge.errors import ConfigError
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
@@ -85,3 +88,12 @@ def _cookie(header: str, name: str) -> str:
     except CookieError:
         return ""
     return str(getattr(cookies.get(name), "value", ""))
+
+
+def cannot_listen(port: int, error: OSError) -> ConfigError:
+    """Return the error for a port that a server can't have."""
+    return ConfigError(
+        f"--port {port}: can't listen there",
+        got=os.strerror(error.errno or 0),
+        fix="choose another port, or leave the option out to get a free one",
+    )

@@ -98,7 +98,8 @@ class Pages:
             with StoredRun.read(folder) as stored:
                 return report_page.page(Summary(stored), live=_live(number, name, stored, stamp))
 
-        return self._made("report", folder, make)
+        made: str = self._made("report", folder, make)
+        return made
 
     def candidates(self, number: int) -> str:
         """Return the table of all candidates of a run."""
@@ -120,7 +121,9 @@ def _line(folder: Path, name: str) -> Callable[[str], RunLine]:
 def _live(number: int, name: str, stored: StoredRun, stamp: str = "") -> Live:
     """Return what a page of a run needs; without a stamp it does not follow the run."""
     events = f"/run/{number}/events" if stamp else ""
-    return Live(stamp=stamp, events=events, run=f"/run/{number}", name=name, state=run_list.state_of(stored.store))
+    return Live(
+        stamp=stamp, events=events, run=f"/run/{number}", name=name, state=run_list.state_of(stored.store)
+    )
 
 
 def _state(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from evomerge.delivery.run_list import find_runs
-from evomerge.errors import ConfigError
-from evomerge.serve.guard import HOST, Guard
+from evomerge.serve.guard import HOST, Guard, cannot_listen
 from evomerge.serve.pages import Pages
 from evomerge.serve.site import site
 
@@ -21,11 +19,7 @@ def listening(port: int) -> socket.socket:
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
-        raise ConfigError(
-            f"--port {port}: can't listen there",
-            got=os.strerror(error.errno or 0),
-            fix="choose another port, or leave the option out to get a free one",
-        ) from None
+        raise cannot_listen(port, error) from None
 
 
 def serve(places: Sequence[Path], *, port: int, say: Callable[[str, int], None]) -> None:
