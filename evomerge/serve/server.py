@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -22,6 +23,24 @@ def listening(port: int) -> socket.socket:
         raise cannot_listen(port, error) from None
 
 
+def server(places: Sequence[Path], port: int) -> tuple[uvicorn.Server, Guard]:
+    """Return a server of the pages of runs that is not started yet, and its guard. port: it listens on."""
+    guard = Guard(port=port)
+    config = uvicorn.Config(
+        lambda: None,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+    )
+    made = uvicorn.Server(config)
+    config.app = site(Pages(places), guard, ended=lambda: made.should_exit)
+    return made, guard
+
+
 def serve(places: Sequence[Path], *, port: int, say: Callable[[str, int], None]) -> None:
     """Serve the pages of runs until SIGINT or SIGTERM.
 
@@ -34,22 +53,7 @@ def serve(places: Sequence[Path], *, port: int, say: Callable[[str, int], None])
         ConfigError: a place is no folder, or the port is taken.
     """
     runs = find_runs(places, none=True)
-    with listening(port) as bound:
-        guard = Guard(port=bound.getsockname()[1])
-        config = uvicorn.Config(
-            lambda: None,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=3,
-        )
-        server = uvicorn.Server(config)
-        config.app = site(Pages(places), guard, ended=lambda: server.should_exit)
+    with listening(port) as bound, suppress(KeyboardInterrupt):
+        made, guard = server(places, bound.getsockname()[1])
         say(guard.address, len(runs))
-        try:
-            server.run(sockets=[bound])
-        except KeyboardInterrupt:
-            return
+        made.run(sockets=[bound])
