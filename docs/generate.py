@@ -207,7 +207,8 @@ def commands_page() -> str:
         "Every command takes `--quiet` (`-q`: print nothing but errors) and `--json` (print one JSON",
         "document instead of text). A mistake in the input prints one message and exits with code 2. Ctrl-C",
         "exits with 130, SIGTERM with 143 and SIGHUP with 129; during a run all three print the command that",
-        "continues it. `evomerge --version` prints the version. The order in which commands are used:",
+        "continues it. They end `serve` and `dashboard` as these are meant to end, with 0.",
+        "`evomerge --version` prints the version. The order in which commands are used:",
         "[getting_started.md](getting_started.md).",
     ]
     for name, callback in commands(place(CLI)):

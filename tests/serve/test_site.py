@@ -22,6 +22,7 @@ from evomerge.config import RunConfig
 from evomerge.errors import ConfigError
 from evomerge.running.observers import Observer
 from evomerge.serve import pages, server, site
+from evomerge.serve.guard import Guard
 from tests.serve.conftest import Serve
 
 if TYPE_CHECKING:
@@ -217,14 +218,14 @@ def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens served pages; at the end no script has failed, and nothing was asked of another server."""
     contexts, wrong, asked = [], [], []
 
-    def open_page(client: httpx.Client, address: str, token: str, scheme: str = "light") -> Page:
+    def open_page(guard: Guard, address: str, scheme: str = "light") -> Page:
         context = browser.new_context(color_scheme=scheme)  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda sent: asked.append(sent.url))
-        page.goto(f"{client.base_url}{address}?token={token}")
+        page.goto(f"http://127.0.0.1:{guard.port}{address}?token={guard.token}")
         return page
 
     yield open_page
@@ -241,9 +242,9 @@ def test_pages_fit_every_width_and_axe_finds_nothing(
     from axe_playwright_python.sync_playwright import Axe
 
     client, guard = serve(folder)
-    run = f"run/{numbers(client)['first']}"
-    for address in ("", run, f"{run}/candidates", f"{run}/candidate/winner"):
-        page = opened(client, address, guard.token, scheme)
+    run = f"/run/{numbers(client)['first']}"
+    for address in ("/", run, f"{run}/candidates", f"{run}/candidate/winner"):
+        page = opened(guard, address, scheme)
         assert "token" not in page.url
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 900})
@@ -256,8 +257,8 @@ def test_an_open_page_follows_the_run(
     running: tuple[Path, Held, threading.Thread], serve: Serve, opened: Callable[..., Page]
 ) -> None:
     folder, held, thread = running
-    client, guard = serve(folder)
-    page = opened(client, "run/0", guard.token)
+    _, guard = serve(folder)
+    page = opened(guard, "/run/0")
     assert "The run is going on" in page.locator(".verdict").inner_text()
     page.locator("summary", has_text="Run config").click()
     page.locator("#candidates .wide [data-i]").last.click(force=True)
