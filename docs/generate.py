@@ -235,7 +235,9 @@ def _command(name: str, callback: Callable[..., Any]) -> Iterator[str]:
             continue
         kind, info = get_args(parameter.annotation)
         if not isinstance(info, OptionInfo):
-            arguments.append((info.metavar, info.help))
+            metavar = info.metavar if "list" not in str(kind) else f"{info.metavar.removesuffix('...')}..."
+            optional = parameter.default is not inspect.Parameter.empty
+            arguments.append((f"[{metavar}]" if optional else metavar, info.help))
             continue
         names = [n for n in (info.default, *(info.param_decls or ())) if isinstance(n, str)]
         flag = ", ".join(names or [f"--{parameter.name.replace('_', '-')}"])

@@ -14,7 +14,7 @@ from evomerge.cli.groups import runs
 from evomerge.cli.terminal import command, output, progress_bar
 
 RunsArgument = Annotated[
-    Path, typer.Argument(metavar="[FOLDER]", help="A folder with runs; default: runs.", show_default=False)
+    Path, typer.Argument(metavar="FOLDER", help="A folder with runs; default: runs.", show_default=False)
 ]
 
 

@@ -29,6 +29,8 @@ class FolderGroup(TyperGroup):
         if first is not None and first in self.commands:
             place = args.index(first)
             args = [*args[:place], ".", *args[place:]]
+        else:
+            ctx.allow_interspersed_args = True  # options after the folder
         return super().parse_args(ctx, args)
 
 

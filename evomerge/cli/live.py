@@ -53,7 +53,7 @@ def serve(
     places: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN|FOLDER...]",
+            metavar="RUN|FOLDER",
             help="Run folders, and folders with runs; default: runs.",
             show_default=False,
         ),

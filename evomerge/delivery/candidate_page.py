@@ -7,7 +7,7 @@ from typing import Any
 from evomerge.delivery import candidate
 from evomerge.delivery.candidates import candidates
 from evomerge.delivery.course import Course
-from evomerge.delivery.page import Live, render
+from evomerge.delivery.page import Served, render
 from evomerge.delivery.style import short_task
 from evomerge.delivery.summary import Summary
 
@@ -15,7 +15,7 @@ ITEMS, TEXT = 500, 600
 """Most items that a page lists, and most letters of a prompt, from its end."""
 
 
-def table(summary: Summary, live: Live) -> str:
+def table(summary: Summary, live: Served) -> str:
     """Return the page of all candidates that the optimizer asked for."""
     listed = candidates(summary, Course(summary))
     scored = next(iter(listed.scored), None)
@@ -30,7 +30,7 @@ def table(summary: Summary, live: Live) -> str:
     )
 
 
-def page(summary: Summary, pick: str, task: str | None, live: Live) -> str:
+def page(summary: Summary, pick: str, task: str | None, live: Served) -> str:
     """Return the page of one candidate; task: whose items are listed.
 
     Raises:

@@ -16,6 +16,7 @@
   let stamp = document.body.dataset.stamp;
   let shown = texts(main);
   let busy = false;
+  let again = false;
 
   const say = (text) => {
     const link = document.getElementById("link");
@@ -26,19 +27,20 @@
     const all = (selector) => [...part.querySelectorAll(selector)];
     return {
       scrolls: all(".scroll").map((box) => box.scrollLeft),
-      open: all("details").map((box) => box.open),
-      orders: all("table.sortable th").map((head) => head.getAttribute("aria-sort")),
+      open: all("details[open] > summary").map((line) => line.textContent),
+      orders: new Map(all("th[aria-sort]").map((head) => [head.textContent, head.getAttribute("aria-sort")])),
       focus: all(FOCUS).indexOf(document.activeElement),
     };
   };
   const restore = (part, { scrolls, open, orders, focus }) => {
-    const each = (selector, values, set) => [...part.querySelectorAll(selector)].forEach((box, n) => n in values && set(box, values[n]));
-    each(".scroll", scrolls, (box, left) => (box.scrollLeft = left));
-    each("details", open, (box, was) => (box.open = was));
-    each("table.sortable th", orders, (head, order) => {
+    const all = (selector) => [...part.querySelectorAll(selector)];
+    all(".scroll").forEach((box, n) => (box.scrollLeft = scrolls[n] ?? 0));
+    for (const line of all("details > summary")) if (open.includes(line.textContent)) line.parentElement.open = true;
+    for (const head of all("table.sortable th")) {
+      const order = orders.get(head.textContent);
       if (order) head.querySelector("button").click();
       if (order === "ascending") head.querySelector("button").click();
-    });
+    }
     if (focus >= 0) part.querySelectorAll(FOCUS)[focus]?.focus({ preventScroll: true });
   };
   const replace = (page) => {
@@ -69,6 +71,7 @@
     document.dispatchEvent(new Event("replaced"));
   };
   const refresh = async () => {
+    again = busy;
     if (busy) return;
     busy = true;
     try {
@@ -79,6 +82,7 @@
       say("no answer");
     }
     busy = false;
+    if (again) refresh(); // an event came meanwhile
   };
 
   // A browser keeps six connections to one server: only the pages that are seen hold one.

@@ -24,7 +24,7 @@ STYLE, SCRIPT, LIVE = "page.css", "page.js", "live.js"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Live:
+class Served:
     """What a page needs that is served rather than a file.
 
     stamp: of the run when the page was made. events: address of the stream of stamps; "" where the page does
@@ -79,7 +79,7 @@ def render(
     *,
     figures: Mapping[str, Chart | None],
     details: Mapping[str, Any] | None = None,
-    live: Live | None = None,
+    live: Served | None = None,
     **values: Any,
 ) -> str:
     """Return a page as text.

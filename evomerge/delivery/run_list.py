@@ -136,6 +136,7 @@ def line(folder: Path, name: str) -> RunLine:
             return RunLine(**common, **_facts(Summary(stored)))
     except (UserError, OSError) as error:
         what = error.what if isinstance(error, UserError) else str(error)
+        what = what.removeprefix(f"{folder / FILE}: ").removeprefix(f"{folder}: ")
         return RunLine(**common, state="unreadable", problem=what)
 
 

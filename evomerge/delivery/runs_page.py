@@ -7,11 +7,11 @@ from datetime import datetime
 
 from evomerge.delivery.charts.chart import SERIES, Chart
 from evomerge.delivery.charts.plots import Line, Plane
-from evomerge.delivery.page import Live, render
+from evomerge.delivery.page import Served, render
 from evomerge.delivery.run_list import RunLine
 
 
-def page(runs: Sequence[tuple[int, RunLine]], live: Live) -> str:
+def page(runs: Sequence[tuple[int, RunLine]], live: Served) -> str:
     """Return the page as HTML. runs: each with its number."""
     shown = sorted(runs, key=lambda entry: (entry[1].state != "running", -entry[1].changed))
     return render(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from socketserver import ThreadingMixIn
@@ -38,7 +39,9 @@ def storage(summary: Summary) -> tuple[optuna.storages.BaseStorage, int]:
         study = optuna.create_study(
             storage=memory, study_name=summary.store.folder.name, directions=["maximize"] * len(names)
         )
-        study.set_metric_names(list(names))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(names))
         as_study(table, study)
     finally:
         optuna.logging.set_verbosity(before)

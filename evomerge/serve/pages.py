@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.delivery import candidate_page, report_page, run_list, runs_page
-from evomerge.delivery.page import Live
+from evomerge.delivery.page import Served
 from evomerge.delivery.run_list import RunLine
 from evomerge.delivery.summary import Summary
 from evomerge.errors import ConfigError
@@ -88,7 +88,7 @@ class Pages:
         lines: list[tuple[int, RunLine]] = [
             (number, self._made("line", folder, _line(folder, name))) for number, folder, name in runs
         ]
-        return runs_page.page(lines, Live(stamp=stamp, events="/events"))
+        return runs_page.page(lines, Served(stamp=stamp, events="/events"))
 
     def report(self, number: int) -> str:
         """Return the report of a run as it is now."""
@@ -118,10 +118,10 @@ def _line(folder: Path, name: str) -> Callable[[str], RunLine]:
     return lambda stamp: run_list.line(folder, name)
 
 
-def _live(number: int, name: str, stored: StoredRun, stamp: str = "") -> Live:
+def _live(number: int, name: str, stored: StoredRun, stamp: str = "") -> Served:
     """Return what a page of a run needs; without a stamp it does not follow the run."""
     events = f"/run/{number}/events" if stamp else ""
-    return Live(
+    return Served(
         stamp=stamp, events=events, run=f"/run/{number}", name=name, state=run_list.state_of(stored.store)
     )
 

@@ -269,7 +269,8 @@ def test_an_open_page_follows_the_run(
     page.locator("section.verdict ul.tasks").wait_for(timeout=60_000)
     assert page.evaluate("window.stays")  # the page was not loaded again
     assert page.locator("dialog").is_visible()
-    assert page.locator("details", has_text="Run config").evaluate("part => part.open")
+    opened_parts = page.locator("details[open] > summary").all_inner_texts()
+    assert opened_parts == ["Run config"]
     assert page.locator("#state").inner_text() == "finished"
     page.get_by_role("link", name="Recipe, scores and items").click()
     page.get_by_role("heading", name=re.compile("^Candidate ")).wait_for()
