@@ -207,7 +207,8 @@ def commands_page() -> str:
         "Every command takes `--quiet` (`-q`: print nothing but errors) and `--json` (print one JSON",
         "document instead of text). A mistake in the input prints one message and exits with code 2. Ctrl-C",
         "exits with 130, SIGTERM with 143 and SIGHUP with 129; during a run all three print the command that",
-        "continues it. `evomerge --version` prints the version. The order in which commands are used:",
+        "continues it. They end `serve` and `dashboard` as these are meant to end, with 0.",
+        "`evomerge --version` prints the version. The order in which commands are used:",
         "[getting_started.md](getting_started.md).",
     ]
     for name, callback in commands(place(CLI)):
@@ -234,7 +235,9 @@ def _command(name: str, callback: Callable[..., Any]) -> Iterator[str]:
             continue
         kind, info = get_args(parameter.annotation)
         if not isinstance(info, OptionInfo):
-            arguments.append((info.metavar, info.help))
+            metavar = info.metavar if "list" not in str(kind) else f"{info.metavar.removesuffix('...')}..."
+            optional = parameter.default is not inspect.Parameter.empty
+            arguments.append((f"[{metavar}]" if optional else metavar, info.help))
             continue
         names = [n for n in (info.default, *(info.param_decls or ())) if isinstance(n, str)]
         flag = ", ".join(names or [f"--{parameter.name.replace('_', '-')}"])

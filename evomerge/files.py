@@ -155,6 +155,12 @@ def _begun(parent: Path, name: str) -> tuple[Path, int]:
 
 def remove_abandoned(parent: Path, name: str | None = None) -> None:
     """Remove drafts of `name` (None: all drafts) that killed processes of this machine left in a folder."""
+    for stale in abandoned(parent, name):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def abandoned(parent: Path, name: str | None = None) -> Iterator[Path]:
+    """Yield the drafts that killed processes of this machine left in a folder, each locked until the next."""
     drafted = ".+" if name is None else re.escape(name)
     pattern = re.compile(rf"\.{drafted}\.partial-{re.escape(socket.gethostname())}-\w+")
     for stale in parent.iterdir():
@@ -166,9 +172,11 @@ def remove_abandoned(parent: Path, name: str | None = None) -> None:
             continue  # another user's, or just removed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(stale, ignore_errors=True)
         except OSError:
-            continue  # its process lives, or that can't be known
+            os.close(lock)  # its process lives, or that can't be known
+            continue
+        try:
+            yield stale
         finally:
             os.close(lock)
 

@@ -25,7 +25,8 @@ from tests.conftest import write_suite
 
 NAMES = ["init", "check", "run", "resume", "migrate", "doctor", "demo"]
 NAMES += ["status", "show", "samples", "report", "compare", "export", "predict"]
-NAMES += ["merge", "import", "analyze", "fisher", "gram", "evaluate", "zoo", "spaces", "suite"]
+NAMES += ["watch", "serve", "dashboard"]
+NAMES += ["merge", "import", "analyze", "fisher", "gram", "evaluate", "zoo", "spaces", "suite", "runs"]
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # isort: off
 from evomerge.cli.groups import app
-from evomerge.cli import runs, results, models, suites  # noqa: F401  (their commands register themselves)
+from evomerge.cli import runs, results, live, models, suites, folders  # noqa: F401  (their commands register themselves)
 
 # isort: on
 from evomerge.cli.terminal import as_program

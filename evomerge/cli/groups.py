@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from evomerge.cli.options import (
     JsonOption,
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     pass
 
 
+class FolderGroup(TyperGroup):
+    """A group that takes a folder, or one of its commands: `runs FOLDER`, `runs diff A B`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Let the name of a command be no folder."""
+        first = next((word for word in args if not word.startswith("-")), None)
+        if first is not None and first in self.commands:
+            place = args.index(first)
+            args = [*args[:place], ".", *args[place:]]
+        else:
+            ctx.allow_interspersed_args = True  # options after the folder
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     help="Search for the best merge of language models: per-layer weights, densities and methods.",
     no_args_is_help=True,
@@ -30,6 +45,8 @@ spaces = typer.Typer(help="The search-space presets, and the genes of one.")
 app.add_typer(spaces, name="spaces")
 suite = typer.Typer(help="What models are scored on: a suite of your own data.", no_args_is_help=True)
 app.add_typer(suite, name="suite")
+runs = typer.Typer(help="The runs in a folder: a list, differences, what can be deleted.", cls=FolderGroup)
+app.add_typer(runs, name="runs")
 
 
 def _version(asked: bool) -> None:

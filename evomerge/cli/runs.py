@@ -174,7 +174,7 @@ def migrate(run: RunArgument) -> None:
 @command(app, "doctor")
 def doctor(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run folder; without it, this machine.")
+        Path | None, typer.Argument(metavar="RUN", help="A run folder; without it, this machine.")
     ] = None,
     salvage: SalvageOption = None,
     config: LostConfigOption = None,

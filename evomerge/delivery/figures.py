@@ -175,11 +175,11 @@ def parameter_table(recipe: Recipe) -> tuple[list[str], list[str], list[list[flo
         table.append(cells)
     varying = [c for c in columns if len({row.get(c) for row in table}) > 1]
     shown = varying or list(columns)
-    labels = [_group_label(recipe, index) for index in range(len(recipe.groups))]
+    labels = [group_label(recipe, index) for index in range(len(recipe.groups))]
     return shown, labels, [[row.get(c) for c in shown] for row in table]
 
 
-def _group_label(recipe: Recipe, index: int) -> str:
+def group_label(recipe: Recipe, index: int) -> str:
     """Return a short label of a group: its first filter, `... rest` where an earlier group has some of it."""
     group = recipe.groups[index]
     label = group.label().split("|")[0]

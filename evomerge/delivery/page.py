@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,41 @@ from evomerge.files import drafted_file
 from evomerge.text import printable
 
 TEMPLATES = jinja2.PackageLoader("evomerge", "delivery")
+STYLE, SCRIPT, LIVE = "page.css", "page.js", "live.js"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a page needs that is served rather than a file.
+
+    stamp: of the run when the page was made. events: address of the stream of stamps; "" where the page does
+    not follow the run. run: address of the run's page, None for the list of runs. name, state: of the run.
+    """
+
+    stamp: str
+    events: str
+    run: str | None = None
+    name: str = ""
+    state: str = ""
+
+
+@functools.cache
+def _text(name: str) -> str:
+    return resources.files("evomerge.delivery").joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def content_policy() -> str:
+    """Return the Content-Security-Policy of served pages: their own style and scripts, nothing else."""
+
+    def hashes(*names: str) -> str:
+        digests = (hashlib.sha256(_text(name).encode()).digest() for name in names)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes(SCRIPT, LIVE)}; style-src {hashes(STYLE)}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def write_page(template: str, out: Path, *, figures: Mapping[str, Chart | None], **values: Any) -> Path:
@@ -39,6 +79,7 @@ def render(
     *,
     figures: Mapping[str, Chart | None],
     details: Mapping[str, Any] | None = None,
+    live: Served | None = None,
     **values: Any,
 ) -> str:
     """Return a page as text.
@@ -51,6 +92,7 @@ def render(
         figures: id of the element that shows it -> chart; None leaves one out. The template's variable
             `figures` holds the elements of those that exist.
         details: candidates that charts point to with their numbers, for tips and the dialog.
+        live: what a page needs that is served; None for a file.
         **values: the template's variables.
     """
     environment = jinja2.Environment(
@@ -62,7 +104,14 @@ def render(
     )
     environment.filters |= FILTERS | {"breakable": breakable}
     drawn = {name: element(name, chart) for name, chart in figures.items() if chart is not None}
-    return environment.get_template(template).render(figures=drawn, details=_written(details), **values)
+    return environment.get_template(template).render(
+        figures=drawn,
+        details=_written(details),
+        live=live,
+        style=Markup(_text(STYLE)),
+        scripts=[Markup(_text(name)) for name in ((SCRIPT, LIVE) if live else (SCRIPT,))],
+        **values,
+    )
 
 
 def element(name: str, chart: Chart) -> Markup:

@@ -16,7 +16,7 @@ from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import Guidance, guidance
 from evomerge.delivery.notes import notes, stop_sentence
 from evomerge.delivery.objectives import Front
-from evomerge.delivery.page import render
+from evomerge.delivery.page import Served, render
 from evomerge.delivery.spending import spending
 from evomerge.delivery.study import importances
 from evomerge.delivery.style import short_task
@@ -155,16 +155,21 @@ def write_html(summary: Summary, out: Path) -> Path:
     return out
 
 
-def page(summary: Summary) -> str:
-    """Return the report of a finished or unfinished run as one HTML page."""
+def page(summary: Summary, live: Served | None = None) -> str:
+    """Return the report of a finished or unfinished run as one HTML page; live: what a served one needs."""
     contents = _Contents.of(summary)
     store, course, rows = summary.store, contents.course, contents.rows
     best = summary.best_baseline(rows)
     winner = summary.winner
+    details = contents.details()
+    if details is not None and live is not None:
+        details["page"] = f"{live.run}/candidate"
     return render(
         "report.html.jinja",
         figures=contents.charts(),
-        details=contents.details(),
+        details=details,
+        live=live,
+        running=store.held() and not facts.STOPPED.get(store),
         summary=summary,
         rows=_ordered(rows, best),
         best=best,

@@ -19,15 +19,26 @@ LEAST = 20
 
 
 def as_study(table: Candidates, study: optuna.Study) -> optuna.Study:
-    """Add a run's candidates to a study that maximises, as finished trials, and return it.
+    """Add a run's candidates to a study that maximises, as trials, and return it.
 
-    Values are mean normalised scores on `search`, in [0, 1] from base to specialists; scores per task and the
-    recipe's hash are attributes of the trial.
+    With one direction, values are mean normalised scores on `search`, in [0, 1] from base to specialists.
+    With several they are minus the losses that the optimizer got, in the order of the objectives. Scores per
+    task and the recipe's hash are attributes of the trial.
     """
     names = _names(table)
     fixed = {name: _distribution(gene) for name, gene in zip(names, table.genes, strict=True)}
-    study.add_trials([_trial(row, names, fixed, table) for row in table.rows])
+    several = len(study.directions) > 1
+    study.add_trials([_trial(row, _values(row, several), names, fixed, table) for row in table.rows])
     return study
+
+
+def _values(row: CandidateRow, several: bool) -> list[float] | None:
+    """Return the values of a candidate, None where it has none: it failed, or is not scored yet."""
+    if row.mean is None:
+        return None
+    if not several:
+        return [row.mean]
+    return None if row.losses is None else [-loss for loss in row.losses]
 
 
 def importances(table: Candidates) -> list[tuple[int, float]]:
@@ -75,12 +86,17 @@ def _distribution(gene: GeneOfRun) -> BaseDistribution:
 
 
 def _trial(
-    row: CandidateRow, names: list[str], distributions: dict[str, BaseDistribution], table: Candidates
+    row: CandidateRow,
+    values: list[float] | None,
+    names: list[str],
+    distributions: dict[str, BaseDistribution],
+    table: Candidates,
 ) -> Any:
-    done = row.mean is not None
+    states = optuna.trial.TrialState
+    missing = states.FAIL if row.failure else states.WAITING if row.losses is None else states.FAIL
     return optuna.trial.create_trial(
-        state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
-        value=row.mean if done else None,
+        state=missing if values is None else states.COMPLETE,
+        values=values,
         params={
             name: gene.value(float(u)) for name, gene, u in zip(names, table.genes, row.genome, strict=True)
         },

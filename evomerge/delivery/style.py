@@ -112,6 +112,33 @@ def elapsed(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def age(seconds: float) -> str:
+    """Return how long ago something was, in its largest unit.
+
+    >>> age(-0.1), age(59), age(600), age(9000), age(200000)
+    ('0 s', '59 s', '10 min', '2 h', '2 d')
+    """
+    passed = max(0, int(seconds))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if passed >= length:
+            return f"{passed // length} {unit}"
+    return f"{passed} s"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in its largest unit, of 1000 each.
+
+    >>> size(999), size(1500), size(10_768_384), size(3 * 10**12)
+    ('999 B', '1.5 kB', '11 MB', '3.0 TB')
+    """
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 10 else f"{value:.1f} {unit}"
+
+
 def of_blocks(scored: int, total: int) -> str:
     """Return on how many item blocks something was scored, nothing where it was all.
 
@@ -149,12 +176,14 @@ def quoted(text: str) -> str:
 
 
 FILTERS = {
+    "age": age,
     "capital": capital,
     "decimal": decimal,
     "difference": difference,
     "p_value": p_value,
     "percent": percent,
     "quoted": quoted,
+    "size": size,
 }
 """How templates write numbers and sentences."""
 

@@ -36,7 +36,7 @@ def rows(genomes: list[list[float]], means: list[float | None]) -> Candidates:
                 mean=mean,
                 tasks={},
                 blocks=1,
-                failure=None,
+                failure="broken" if mean is None else None,
             )
             for number, (genome, mean) in enumerate(zip(genomes, means, strict=True))
         ),

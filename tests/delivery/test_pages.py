@@ -155,7 +155,7 @@ def test_a_candidate_opens_with_its_genes_and_how_to_export_it(
     mark.click(force=True)
     shown = page.locator("dialog").inner_text()
     assert "evomerge export" in shown
-    identity = shown.split("CandidateRow ")[1].split()[0]
+    identity = shown.split("Candidate ")[1].split()[0]
     asked = {recipe for generation in summary.store.generations() for recipe in generation.recipes}
     assert any(recipe.startswith(identity) for recipe in asked)
     assert all(task in shown for task in ("demo_reverse", "demo_upper", "weight upper"))

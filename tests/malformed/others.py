@@ -248,6 +248,17 @@ def cli() -> Iterator[Case]:
         ("status", long),
         ("report", "/dev/null"),
         ("demo", "--evaluations", "0"),
+        ("watch", "no_run"),
+        ("watch", long, "--once"),
+        ("serve", "no_run"),
+        ("serve", "/dev/null"),
+        ("serve", "--port", "70000"),
+        ("dashboard", "no_run"),
+        ("runs", "no_folder"),
+        ("runs", ""),
+        ("runs", "diff", "no_run", "no_run"),
+        ("runs", "prune", "no_folder", "--yes"),
+        ("runs", "prune", "--runs", "no_run", "--yes"),
         ("demo", "--seed", huge),
     ]
     for line in lines:

@@ -77,7 +77,11 @@ class StoreReader:
         """Open a run for reading, damaged or of an older version as it may be."""
         check_file(folder)
         copy = None if holder(folder) is not None else snapshot(folder / FILE)
-        return StoreReader(folder, copy or connect(folder / FILE, readonly=True))
+        db = copy
+        if db is None:
+            db = connect(folder / FILE, readonly=True)
+            db.execute("BEGIN")  # all that is read is of one moment, while a process writes on
+        return StoreReader(folder, db)
 
     @staticmethod
     def rescued(folder: Path) -> StoreReader | None:
