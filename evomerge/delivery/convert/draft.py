@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from evomerge.delivery.config_file import placed
@@ -32,6 +33,9 @@ RANGES = {
     "scale": (0.5, 1.5),
 }
 """What a parameter is searched in; none of the other projects' files says it."""
+LINE = "task_arithmetic"
+"""What averages of the base and other models become, and the range of its weights then."""
+SHARES = (0.0, 1.0)
 NEGATIVE = -0.5
 """The lowest weight, where weights may be negative."""
 SUITES = ("math", "code", "medical", "general", "instruct", "japanese-math")
@@ -164,18 +168,39 @@ def method_of(name: str, draft: Draft) -> Method:
     return methods.get(name)
 
 
+def apart(places: Sequence[str], base: str, method: Method, draft: Draft) -> tuple[Method, list[str]]:
+    """Return method and locations of the sources, none of which is the base.
+
+    Methods that average whole models, the base among them, become task arithmetic: shares of models are
+    weights of task vectors from one of them.
+    """
+    places = list(dict.fromkeys(places))
+    others = [place for place in places if place != base]
+    if len(others) == len(places) or not others:
+        return method, others
+    if method.needs_base:
+        draft.note("the base is no source any more: its own task vector is zero")
+        return method, others
+    draft.note(
+        f"{method.name} over the base and others becomes {LINE} from {base}: a weight is a source's share, "
+        "on a straight line, not an arc; a base that is none of them keeps the method: --base MODEL"
+    )
+    return methods.get(LINE), others
+
+
 def genes(
     method: Method,
     names: Iterable[str],
     *,
     negative: bool = False,
-    values: Mapping[str, Sequence[float]] = {},
+    shares: bool = False,
+    values: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """Return ranges of a method's parameters.
 
     Args:
         names: of parameters that vary, where the method has them.
-        negative: whether weights may be negative.
+        negative: whether weights may be negative. shares: whether they are those of `apart`.
         values: parameter -> values that its range must hold.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -183,7 +208,7 @@ def genes(
         declared = method.parameters.get(name)
         if declared is None or name not in RANGES:
             continue
-        low, high = RANGES[name]
+        low, high = SHARES if shares and name == "weight" else RANGES[name]
         low = NEGATIVE if name == "weight" and negative else low
         inside = [declared.low, declared.high]
         low, high = min([low, *values.get(name, ())]), max([high, *values.get(name, ())])

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from evomerge.delivery.convert.draft import (
     Draft,
+    apart,
     filters,
     genes,
     layers_of,
@@ -24,7 +25,6 @@ from evomerge.delivery.convert.draft import (
 from evomerge.errors import ConfigError
 from evomerge.evaluation.suite import LOGLIKELIHOOD
 from evomerge.merging.methods import Method
-from evomerge.running.store import BASE
 from evomerge.schema import LARGEST_COUNT, Strict, parse
 
 TOOL = "mergekit-evolve"
@@ -87,7 +87,7 @@ def convert(data: Mapping[str, Any], draft: Draft) -> None:
     inner = without_unknown(inner, Genome.model_fields, "genome.", draft, TOOL)
     genome = parse(Genome, inner, f"{draft.kind}: genome")
     method = method_of(genome.merge_method, draft)
-    names = _models(genome, method, draft)
+    method, names = _models(genome, method, draft)
     draft.document["space"] = _space(genome, method, draft)
     _tokenizer(genome, names, draft)
     draft.suite("" if draft.has_suite else _suite(file, draft))
@@ -104,13 +104,21 @@ def convert(data: Mapping[str, Any], draft: Draft) -> None:
         draft.note("`shuffle` is left out: items are always drawn, by the seed")
 
 
-def _models(genome: Genome, method: Method, draft: Draft) -> dict[str, str]:
-    """Enter base and sources; return name -> location of the sources."""
+def _models(genome: Genome, method: Method, draft: Draft) -> tuple[Method, dict[str, str]]:
+    """Enter base and sources; return the method that merges them, and name -> location of the sources."""
     where = f"{draft.kind}: genome"
     places = [location(model, f"{where}.models", draft) for model in genome.models]
-    base = draft.options.base
-    if genome.base_model is not None:
-        base = base or location(genome.base_model, f"{where}.base_model", draft)
+    named_base = genome.base_model
+    base = None if named_base is None else location(named_base, f"{where}.base_model", draft)
+    if method.name == "slerp":
+        places = list(dict.fromkeys([*([] if base is None else [base]), *places]))
+        if len(places) != 2:
+            raise ConfigError(
+                f"{draft.kind}: slerp merges two models, of which base_model is one",
+                expected="base_model and one other model",
+                got=", ".join(places),
+            )
+    base = draft.options.base or base
     if base is None:
         if method.needs_base:
             raise ConfigError(
@@ -118,37 +126,21 @@ def _models(genome: Genome, method: Method, draft: Draft) -> dict[str, str]:
                 fix="add base_model to the file, or give --base MODEL",
             )
         base = places[0]
-        draft.note(
-            f"{method.name} needs no base, but scores are measured from one (0 is the base): {base} takes "
-            "that part; another one: --base MODEL"
-        )
-    places = _sources(places, base, method, draft)
+        draft.note(f"scores are measured from a base, which the file does not name: {base} takes that part")
+    method, places = apart(places, base, method, draft)
     names = named(places)
     draft.models(base, names)
-    return names
-
-
-def _sources(places: list[str], base: str, method: Method, draft: Draft) -> list[str]:
-    """Return the locations that are merged, each once."""
-    places = list(dict.fromkeys(places))
-    if method.name == "slerp":
-        places = [base, *(place for place in places if place != base)]
-        if len(places) != 2:
-            raise ConfigError(
-                f"{draft.kind}: slerp merges two models, of which base_model is one",
-                expected="base_model and one other model",
-                got=", ".join(places),
-            )
-        draft.note(f"slerp: t = 0 is {places[0]}, t = 1 is {places[1]}")
-    elif method.uses_base(BASE) and base in places and len(places) > 1:
-        places.remove(base)
-        draft.note("the base is no source any more: its own task vector is zero")
-    return places
+    return method, names
 
 
 def _space(genome: Genome, method: Method, draft: Draft) -> dict[str, Any]:
     layers = genome.layer_granularity or "all"
-    varied = genes(method, ("weight", "density", "t"), negative=bool(genome.allow_negative_weights))
+    varied = genes(
+        method,
+        ("weight", "density", "t"),
+        negative=bool(genome.allow_negative_weights),
+        shares=method.name != genome.merge_method,
+    )
     if not varied:
         raise ConfigError(f"{draft.kind}: {method.name} has no weight, density or t to search")
     if genome.smooth and layers != "all":
@@ -165,9 +157,11 @@ def _space(genome: Genome, method: Method, draft: Draft) -> dict[str, Any]:
         "layers": layers,
     }
     if genome.filters:
-        space["modules"] = space["outside"] = filters(genome.filters)
+        space |= {"modules": filters(genome.filters), "outside": filters(genome.filters)}
     space["genes"] = varied
-    if genome.normalize is not None and "normalize" in method.parameters:
+    if genome.normalize and method.name != genome.merge_method:
+        pass  # weights of task vectors are shares, which add up to 1 with that of the base
+    elif genome.normalize is not None and "normalize" in method.parameters:
         space["fixed"] = {"normalize": genome.normalize}
     elif genome.normalize is not None:
         draft.note(f"`normalize` is left out: {method.name} has no such parameter")

@@ -12,6 +12,7 @@ from pydantic import Field
 from evomerge.delivery.convert.draft import (
     TEST,
     Draft,
+    apart,
     filters,
     genes,
     location,
@@ -71,8 +72,9 @@ def convert(data: Mapping[str, Any], draft: Draft) -> None:
     file = parse(GeneticFile, without_unknown(data, GeneticFile.model_fields, "", draft, TOOL), draft.kind)
     names = _model_names(file, draft)
     method = _method(names, draft)
-    names = _models(file, names, method, draft)
-    draft.document["space"] = _slerp() if method.name == "slerp" else _space(method, draft)
+    graded = method.name == "slerp"
+    method, names = _models(file, names, method, draft)
+    draft.document["space"] = _slerp(method) if graded else _space(method, draft)
     draft.suite("" if draft.has_suite else _suite(file, names, draft))
     _objectives(draft)
     _budget(file, draft)
@@ -118,42 +120,38 @@ def _method(names: Mapping[str, str], draft: Draft) -> Method:
     return method_of(name, draft)
 
 
-def _models(file: GeneticFile, names: dict[str, str], method: Method, draft: Draft) -> dict[str, str]:
-    """Enter base and sources; return name -> location of the sources."""
-    base = draft.options.base or location(file.base_model, f"{draft.kind}: base_model", draft)
-    if method.uses_base(BASE):
-        same = [name for name, place in names.items() if place == base]
-        if same and len(same) < len(names):
-            names = {name: place for name, place in names.items() if place != base}
-            draft.note(
-                f"{', '.join(same)} is the base, whose own task vector is zero: it is no source any more"
-            )
-    elif base not in names.values():
-        first = next(iter(named([base])))
-        names = {first if first not in names else f"{first}-base": base, **names}
-        draft.note(
-            f"{method.name} merges whole models, so the base, {base}, is a source, too: {next(iter(names))}"
-        )
+def _models(
+    file: GeneticFile, names: dict[str, str], method: Method, draft: Draft
+) -> tuple[Method, dict[str, str]]:
+    """Enter base and sources; return the method that merges them, and name -> location of the sources."""
+    theirs = location(file.base_model, f"{draft.kind}: base_model", draft)
+    base = draft.options.base or theirs
+    if not method.uses_base(BASE) and theirs not in names.values():
+        first = next(iter(named([theirs])))  # whole models are merged, so theirs is one of them
+        names = {first if first not in names else f"{first}-base": theirs, **names}
     if method.name == "slerp" and len(names) != 2:
         raise ConfigError(
             f"{draft.kind}: slerp merges two models",
             expected="base_model and one model",
             got=f"{len(names)} models",
         )
+    method, places = apart(list(names.values()), base, method, draft)
+    names = {name: place for name, place in names.items() if place in places}
     draft.models(base, names)
-    return names
+    return method, names
 
 
-def _slerp() -> dict[str, Any]:
-    """Return the space of its SLERP: curves for attention and MLP."""
+def _slerp(method: Method) -> dict[str, Any]:
+    """Return the space of its SLERP: curves for attention and MLP. method: what carries it out here."""
     curve = {"points": POINTS, "kind": "linear"}
+    varied = genes(method, ("weight", "t"), shares=True)
     return {
         "name": "converted",
         "about": f"SLERP as in {TOOL}: {POINTS} points along the layers, for attention and MLP apart",
-        "method": "slerp",
+        "method": method.name,
         "layers": 1,
         "modules": filters(["self_attn", "mlp"]),
-        "genes": {"t": {"low": 0.0, "high": 1.0, "curve": curve}},
+        "genes": {name: {**gene, "curve": curve} for name, gene in varied.items()},
     }
 
 

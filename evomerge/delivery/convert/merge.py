@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.delivery.convert.draft import RANGES, Draft, filters, genes, location, method_of, named
+from evomerge.delivery.config_file import placed
+from evomerge.delivery.convert.draft import RANGES, Draft, apart, filters, genes, location, method_of, named
 from evomerge.errors import ConfigError
 from evomerge.merging.chat_templates import BUILT_IN
 from evomerge.merging.mergekit import reader
@@ -17,8 +18,6 @@ from evomerge.running.store import BASE
 EVALUATIONS = 120
 FALLBACK = "global_weights"
 """The search space of merges without a number to search."""
-STACK = "layer_path"
-"""That of stacked layers."""
 ALWAYS = ("weight", "density", "t", "select_topk")
 """Parameters that are searched; others only where the file sets them."""
 
@@ -35,8 +34,8 @@ def convert(data: Mapping[str, Any], draft: Draft, file: Path) -> None:
         raise ConfigError(
             f"{file}: a merge does not say what to score on", fix="give --suite NAME, or --data FILE"
         )
-    names = _models(data, method, draft)
-    draft.document["space"] = _space(data, method, draft)
+    ours, names = _models(data, method, draft)
+    draft.document["space"] = _space(data, ours, draft)
     draft.suite("")
     draft.document["warm_start"] = {
         "recipes": [os.path.relpath(file.absolute(), draft.options.out.absolute().parent)]
@@ -59,7 +58,8 @@ def _entries(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _entries(item)
 
 
-def _models(data: Mapping[str, Any], method: Method, draft: Draft) -> dict[str, str]:
+def _models(data: Mapping[str, Any], method: Method, draft: Draft) -> tuple[Method, dict[str, str]]:
+    """Enter base and sources; return the method of the search, and name -> location of all models."""
     where = f"{draft.kind}: models"
     places = [location(item["model"], where, draft) for item in _entries(data) if "model" in item]
     bases = [
@@ -74,23 +74,35 @@ def _models(data: Mapping[str, Any], method: Method, draft: Draft) -> dict[str, 
             f"the merge has no base, but scores are measured from one (0 is the base): {base} takes "
             "that part; another one: --base MODEL"
         )
-    if method.uses_base(BASE):
-        places = [place for place in places if place != base]
-    elif method.ordered and bases:
+    if method.ordered and bases:
         places = [bases[0], *(place for place in places if place != bases[0])]
-    names = named(places)
+    if not _is_stack(data):
+        method, places = apart(places, base, method, draft)
+    names = named(place for place in places if place != base)
     draft.models(base, names)
-    return {**names, BASE: base}
+    return method, {**names, BASE: base}
+
+
+def _is_stack(data: Mapping[str, Any]) -> bool:
+    return data["merge_method"] == "passthrough" or _stacked(data)
 
 
 def _space(data: Mapping[str, Any], method: Method, draft: Draft) -> str | dict[str, Any]:
-    if _stacked(data) or method.name == "passthrough":
-        draft.note(f"the merge stacks layers: the space {STACK} searches their order")
-        return STACK
+    if _is_stack(data):
+        draft.note("the merge stacks layers: the search varies their order")
+        return {
+            "kind": "layer_path",
+            "name": "converted",
+            "about": "layers of the merge's models in another order",
+            "base": draft.document["models"]["base"] in _places(data, draft),
+        }
     values, flags, parts, graded = _settings(data)
+    shares = method.name != data["merge_method"]
+    if shares and "t" in values:
+        values["weight"] = values.pop("t")  # 0 is the base, 1 the other model
     wanted = [name for name in RANGES if name in ALWAYS or name in values]
     negative = any(value < 0 for value in values.get("weight", ()))
-    varied = genes(method, wanted, negative=negative, values=values)
+    varied = genes(method, wanted, negative=negative, shares=shares, values=values)
     if not varied:
         draft.note(f"{method.name} has no weights to search, so the space is {FALLBACK}")
         return FALLBACK
@@ -101,9 +113,10 @@ def _space(data: Mapping[str, Any], method: Method, draft: Draft) -> str | dict[
         "layers": 1 if graded else "all",
     }
     if parts:
-        space["modules"] = space["outside"] = filters(parts)
+        space |= {"modules": filters(parts), "outside": filters(parts)}
     space["genes"] = varied
     declared = method.parameters
+    flags = {} if shares else flags
     fixed: dict[str, Any] = {
         n: bool(v) for n, v in flags.items() if n in declared and declared[n].kind == "flag"
     }
@@ -115,6 +128,12 @@ def _space(data: Mapping[str, Any], method: Method, draft: Draft) -> str | dict[
     if fixed:
         space["fixed"] = fixed
     return space
+
+
+def _places(data: Mapping[str, Any], draft: Draft) -> list[str]:
+    """Return the locations of the models that a file lists, as a config has them."""
+    listed = [item["model"] for item in _entries(data) if "model" in item]
+    return [placed(location(model, f"{draft.kind}: models", draft), draft.options.out) for model in listed]
 
 
 def _stacked(data: Mapping[str, Any]) -> bool:

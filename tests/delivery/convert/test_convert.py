@@ -15,7 +15,9 @@ from evomerge.cli import app
 from evomerge.config import RunConfig, load_suite
 from evomerge.delivery.convert.writer import Converted
 from evomerge.errors import ConfigError, DiskError, UserError
+from evomerge.prepare import prepare
 from evomerge.schema import preset_folder
+from evomerge.search.spaces.preset import SpaceSpec
 from evomerge.search.spaces.resolve import resolve
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -61,8 +63,9 @@ def test_every_published_example_becomes_a_valid_config(name: str, convert: Conv
     given = {"suite": "math"} if name.startswith("merge") else {}
     data, done = convert(name, **given)
     config = RunConfig.load(tmp_path / "ours.yaml")
-    if not isinstance(data["space"], str):
-        resolve(config.space)  # type: ignore[arg-type]
+    assert name != "merge_stacked.yml" or not isinstance(config.space, SpaceSpec)
+    if isinstance(config.space, SpaceSpec):
+        resolve(config.space)
     assert load_suite(config.suite).tasks
     assert all("forge/" in place for place in config.locations.values())
     comments = " ".join(line[2:].strip() for line in (tmp_path / "ours.yaml").read_text().splitlines())
@@ -121,11 +124,36 @@ def test_a_curve_has_a_point_for_each_of_mergekits_groups(tiny_zoo: Path, conver
     assert not Path(data["models"]["base"]).is_absolute()
 
 
-def test_slerp_goes_from_the_base_to_the_other_model(convert: Convert) -> None:
-    data, _ = convert("evolve_slerp.yml")
-    assert list(data["models"]["sources"]) == ["root-7b", "alpha-7b"]
-    assert data["models"]["base"] == "forge/root-7b"
+def test_slerp_from_the_base_is_a_line_and_between_two_others_an_arc(
+    convert: Convert, tmp_path: Path
+) -> None:
+    data, done = convert("evolve_slerp.yml")
+    assert data["models"] == {"base": "forge/root-7b", "sources": {"alpha-7b": "forge/alpha-7b"}}
+    assert (data["space"]["method"], data["space"]["layers"]) == ("task_arithmetic", 16)
+    assert data["space"]["genes"] == {"weight": {"low": 0.0, "high": 1.0}}
+    assert any("--base MODEL" in note for note in done.notes)
     assert data["suite"]["tasks"][0]["splits"]["test"]["from"] == "validation"
+    (tmp_path / "ours.yaml").unlink()
+    data, _ = convert("evolve_slerp.yml", base="forge/origin-7b")
+    assert list(data["models"]["sources"]) == ["root-7b", "alpha-7b"]
+    assert (data["space"]["method"], list(data["space"]["genes"])) == ("slerp", ["t"])
+
+
+def test_shares_of_models_without_a_base_are_measured_from_the_first(
+    convert: Convert, tmp_path: Path
+) -> None:
+    data, _ = convert("evolve_linear.yml")
+    assert data["models"] == {"base": "forge/alpha-7b", "sources": {"beta-7b": "forge/beta-7b"}}
+    assert data["space"]["method"] == "task_arithmetic"
+    (tmp_path / "ours.yaml").unlink()
+    data, _ = convert("evolve_linear.yml", base="forge/root-7b")
+    assert (data["space"]["method"], data["space"]["fixed"]) == ("linear", {"normalize": True})
+    assert list(data["models"]["sources"]) == ["alpha-7b", "beta-7b"]
+
+
+def test_stacked_layers_are_searched_as_a_layer_path(convert: Convert) -> None:
+    data, _ = convert("merge_stacked.yml", suite="math")
+    assert (data["space"]["kind"], data["space"]["base"]) == ("layer_path", True)
 
 
 def test_a_group_of_tasks_weighs_as_much_as_the_group(convert: Convert) -> None:
@@ -141,8 +169,8 @@ def test_a_misspelt_key_is_said_with_the_nearest_one(convert: Convert) -> None:
 
 def test_one_model_of_mergenetic_is_merged_by_slerp(convert: Convert) -> None:
     data, done = convert("genetic_one_model.yaml")
-    assert data["models"]["sources"] == {"sums-7b": "forge/sums-7b", "xx": "forge/speaks-xx-7b"}
-    assert data["space"]["genes"]["t"]["curve"]["points"] == 5
+    assert data["models"] == {"base": "forge/sums-7b", "sources": {"xx": "forge/speaks-xx-7b"}}
+    assert data["space"]["genes"]["weight"]["curve"]["points"] == 5
     assert (data["optimizer"], data["budget"]) == ({"population": 8}, {"generations": 6})
     assert (data["seed"], data["out"], data["dtype"]) == (7, "runs/sums-xx", "float16")
     assert data["executor"] == {"batch_size": 32}
@@ -283,7 +311,7 @@ def begun(path: Path) -> evomerge.Run:
     [
         ("ties", {"layer_granularity": 1, "filters": ["self_attn", "mlp"], "normalize": True}),
         ("slerp", {"layer_granularity": 1, "smooth": True}),
-        ("linear", {"base_model": None}),
+        ("linear", {"base_model": None, "normalize": True}),
     ],
 )
 def test_a_converted_config_runs(
@@ -295,8 +323,15 @@ def test_a_converted_config_runs(
     assert set(run.winner.tasks) == {"demo_upper", "demo_reverse"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "expressed"),
+    [
+        ({"merge_method": "ties"}, True),
+        ({"merge_method": "linear", "base_model": None}, False),  # shares, where the search has weights
+    ],
+)
 def test_the_merge_of_a_file_is_scored_and_seeds_the_search(
-    tiny_zoo: Path, convert: Convert, tmp_path: Path
+    changes: dict[str, Any], expressed: bool, tiny_zoo: Path, convert: Convert, tmp_path: Path
 ) -> None:
     (tmp_path / "suite.yaml").write_text(
         yaml.safe_dump(
@@ -313,16 +348,13 @@ def test_the_merge_of_a_file_is_scored_and_seeds_the_search(
         {"model": str(tiny_zoo / "upper"), "parameters": {"weight": [0.2, 0.9]}},
         {"model": str(tiny_zoo / "reverse"), "parameters": {"weight": 0.4, "density": 0.5}},
     ]
-    file = {
-        "merge_method": "ties",
-        "base_model": str(tiny_zoo / "base"),
-        "models": models,
-        "dtype": "bfloat16",
-    }
+    file = {"base_model": str(tiny_zoo / "base"), "models": models, "dtype": "bfloat16"} | changes
     convert(file, suite=str(tmp_path / "suite.yaml"))
     run = begun(tmp_path / "ours.yaml")
-    names = {name for row in run.report().data["rows"] for name in (row["name"],)}
-    assert any("theirs.yml" in name for name in names), names
+    with run.opened() as summary:
+        recipe = next(named.recipe for named in summary.named if "theirs.yml" in named.name)
+        space = prepare(summary.run.config()).space
+    assert (space.encode(recipe) is not None) == expressed
 
 
 def test_the_command_says_what_changed(tmp_path: Path) -> None:
