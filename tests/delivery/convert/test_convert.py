@@ -61,7 +61,7 @@ def merge(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", READ)
 def test_every_published_example_becomes_a_valid_config(name: str, convert: Convert, tmp_path: Path) -> None:
     given = {"suite": "math"} if name.startswith("merge") else {}
-    data, done = convert(name, **given)
+    _, done = convert(name, **given)
     config = RunConfig.load(tmp_path / "ours.yaml")
     assert name != "merge_stacked.yml" or not isinstance(config.space, SpaceSpec)
     if isinstance(config.space, SpaceSpec):
