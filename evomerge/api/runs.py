@@ -415,7 +415,7 @@ class Run:
             accept_difference: upload weights that are not those that were scored on `test`.
 
         Raises:
-            UserError: nobody is logged in, the folder is no export of this run, its weights are others than
+            UserError: no one is logged in, the folder is no export of this run, its weights are others than
                 those that were scored, or the hub refuses.
         """
         check_push(target, dry_run=dry_run)

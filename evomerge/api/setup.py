@@ -9,7 +9,7 @@ from evomerge.api.runs import AnyPath
 from evomerge.api.view import View
 from evomerge.delivery import environment, new_run
 from evomerge.delivery.convert import writer
-from evomerge.delivery.convert.draft import Options
+from evomerge.delivery.convert.draft import ConvertOptions
 from evomerge.delivery.convert.writer import Converted
 from evomerge.delivery.new_run import NewRun, OwnTask
 from evomerge.errors import UserError
@@ -96,7 +96,7 @@ def convert(
         UserError: the file is none of these or not valid, or something of it has no counterpart; nothing is
             written.
     """
-    options = Options(
+    options = ConvertOptions(
         out=Path(out),
         run_folder=run_folder,
         evaluations=evaluations,

@@ -34,7 +34,7 @@ class HandOff:
 
         Raises:
             ConfigError: options that need another one, or another form than a model.
-            UserError: nobody is logged in, or the GGUF file exists.
+            UserError: no one is logged in, or the GGUF file exists.
         """
         needs = (
             ("--private", self.private, "--push", self.push),

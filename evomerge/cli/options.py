@@ -90,6 +90,17 @@ LlamaCppOption = Annotated[
         help="With --gguf: llama.cpp's folder; default: $LLAMA_CPP, else the converter on the PATH.",
     ),
 ]
+PickOption = Annotated[
+    str,
+    typer.Option(
+        "--pick",
+        help="winner, best-baseline, knee, best:TASK, weights:TASK=0.7,OTHER=0.3, a row of the report, "
+        "or the start of a recipe hash.",
+    ),
+]
+AcceptDifferenceOption = Annotated[
+    bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
+]
 ModelsOption = Annotated[
     Path | None,
     typer.Option("--models", metavar="CONFIG", help="Count the genes for the models of a run config."),

@@ -14,6 +14,7 @@ from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file, say_
 from evomerge.cli.groups import app
 from evomerge.cli.hand_off import HandOff
 from evomerge.cli.options import (
+    AcceptDifferenceOption,
     DryRunOption,
     FormArgument,
     FormOption,
@@ -21,6 +22,7 @@ from evomerge.cli.options import (
     GgufOption,
     KeepRestOption,
     LlamaCppOption,
+    PickOption,
     PrivateOption,
     PushOption,
     RankOption,
@@ -122,13 +124,7 @@ def compare(
 def export(
     run: RunArgument,
     out: FormArgument,
-    pick: Annotated[
-        str,
-        typer.Option(
-            help="winner, best-baseline, knee, best:TASK, weights:TASK=0.7,OTHER=0.3, a row of the report, "
-            "or the start of a recipe hash."
-        ),
-    ] = "winner",
+    pick: PickOption = "winner",
     form: FormOption = "model",
     rank: RankOption = None,
     keep_rest: KeepRestOption = False,
@@ -138,9 +134,7 @@ def export(
     dry_run: DryRunOption = False,
     gguf: GgufOption = False,
     llama_cpp: LlamaCppOption = None,
-    accept_difference: Annotated[
-        bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
-    ] = False,
+    accept_difference: AcceptDifferenceOption = False,
     permissions: Any = None,
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""

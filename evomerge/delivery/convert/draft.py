@@ -15,6 +15,7 @@ from evomerge.delivery.new_run import OwnTask, entry
 from evomerge.errors import ConfigError, nearest
 from evomerge.files import expanded
 from evomerge.merging import methods
+from evomerge.merging.mergekit import reader
 from evomerge.merging.methods import Method
 from evomerge.merging.sources.hub import is_local, split_id
 from evomerge.running.store import BASE
@@ -43,7 +44,7 @@ SUITES = ("math", "code", "medical", "general", "instruct", "japanese-math")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class ConvertOptions:
     """What the command line says beside the file; None and () are not given.
 
     out: the config to write. method: of mergenetic's merger. tasks_dir: of lm-eval task files.
@@ -61,10 +62,15 @@ class Options:
 
 @dataclass(slots=True, kw_only=True)
 class Draft:
-    """A run config in the making. kind: what the file is. notes: what changed, for people."""
+    """A run config in the making.
+
+    kind: what the file is. root: its folder, where relative places of models may start. notes: what changed,
+    for people.
+    """
 
     kind: str
-    options: Options
+    root: Path
+    options: ConvertOptions
     document: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -112,9 +118,12 @@ def without_unknown(
 
 
 def location(value: object, where: str, draft: Draft) -> str:
-    """Return a model's location, written as text or as mergekit's mapping."""
+    """Return a model's location, written as text or as mergekit's mapping.
+
+    A local place starts at the file's folder if it exists there, else at the current folder.
+    """
     if isinstance(value, str) and value.strip():
-        return value
+        return reader.resolved(value, draft.root)
     if isinstance(value, Mapping) and (model := value.get("model", value.get("path"))) is not None:
         if value.get("override_architecture"):
             draft.note(

@@ -11,7 +11,7 @@ from typing import Any
 from evomerge.config import RunConfig, load_suite
 from evomerge.delivery.config_file import annotated
 from evomerge.delivery.convert import evolve, genetic, merge
-from evomerge.delivery.convert.draft import Draft, Options
+from evomerge.delivery.convert.draft import ConvertOptions, Draft
 from evomerge.errors import ConfigError, DiskError
 from evomerge.files import drafted_file
 from evomerge.schema import load_yaml_documents
@@ -46,7 +46,7 @@ class Converted:
         return {"config": str(self.path), "kind": self.kind, "notes": list(self.notes)}
 
 
-def convert(file: Path, options: Options) -> Converted:
+def convert(file: Path, options: ConvertOptions) -> Converted:
     """Write the run config that a file of another project stands for.
 
     Args:
@@ -63,7 +63,7 @@ def convert(file: Path, options: Options) -> Converted:
     if options.suite is not None and options.data:
         raise ConfigError("--suite and --data: both say what to score on", fix="leave one of them out")
     data = _read(file)
-    draft = Draft(kind=_kind(data, file), options=options)
+    draft = Draft(kind=_kind(data, file), root=file.parent, options=options)
     if draft.kind == evolve.TOOL:
         evolve.convert(data, draft)
     elif draft.kind == genetic.TOOL:
