@@ -64,19 +64,15 @@ def convert(file: Path, options: ConvertOptions) -> Converted:
         raise ConfigError("--suite and --data: both say what to score on", fix="leave one of them out")
     data = _read(file)
     draft = Draft(kind=_kind(data, file), root=file.parent, options=options)
-    if draft.kind == evolve.TOOL:
-        evolve.convert(data, draft)
-    elif draft.kind == genetic.TOOL:
-        genetic.convert(data, draft)
-    else:
-        merge.convert(data, draft, file)
+    try:
+        _fill(draft, data, file)
+    except ConfigError as error:
+        if str(file) in error.what:
+            raise
+        raise ConfigError(
+            f"{file}: {error.what}", expected=error.expected, got=error.got, fix=error.fix
+        ) from None
     document = draft.document
-    document.setdefault("seed", 0)
-    document.setdefault("out", f"runs/{options.out.stem}")
-    if options.run_folder is not None:
-        document["out"] = options.run_folder
-    _check(document, draft)
-    _refuse_unused(draft)
     ordered = {key: document[key] for key in ORDER if key in document}
     kind = (
         f"a config of {draft.kind}" if draft.kind in (evolve.TOOL, genetic.TOOL) else "a merge for mergekit"
@@ -86,6 +82,22 @@ def convert(file: Path, options: ConvertOptions) -> Converted:
         text = annotated(ordered, {}, head, draft.notes)
         part.write_text(text, encoding="utf-8")
     return Converted(path=options.out, kind=kind, notes=tuple(draft.notes))
+
+
+def _fill(draft: Draft, data: Mapping[str, Any], file: Path) -> None:
+    """Enter a file into a draft, and check the run config that it becomes."""
+    _refuse_unused(draft)
+    if draft.kind == evolve.TOOL:
+        evolve.convert(data, draft)
+    elif draft.kind == genetic.TOOL:
+        genetic.convert(data, draft)
+    else:
+        merge.convert(data, draft, file)
+    draft.document.setdefault("seed", 0)
+    draft.document.setdefault("out", f"runs/{draft.options.out.stem}")
+    if draft.options.run_folder is not None:
+        draft.document["out"] = draft.options.run_folder
+    _check(draft.document, draft)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -121,7 +133,7 @@ def _kind(data: Mapping[str, Any], file: Path) -> str:
 def _check(document: dict[str, Any], draft: Draft) -> None:
     """Raise ConfigError where the config is not valid, as far as no model is needed to see it."""
     out = draft.options.out
-    config = RunConfig.of(document, folder=out.absolute().parent, where=str(out))
+    config = RunConfig.of(document, folder=out.absolute().parent, where="the config made of it")
     if isinstance(config.space, SpaceSpec):
         resolve(config.space)
     suite = load_suite(config.suite)
