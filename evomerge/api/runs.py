@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from evomerge.api.gates import Gate
 from evomerge.api.view import View
 from evomerge.delivery import (
     candidate,
@@ -21,6 +22,7 @@ from evomerge.delivery import (
     objectives,
     report,
     report_page,
+    rescore,
     samples,
     status,
     upload,
@@ -317,11 +319,23 @@ class Run:
 
         return Report(data, draw, self.folder)
 
-    def gate(self, rules: AnyPath) -> list[gates.RuleResult]:
-        """Check the winner against the rules of a gate file; `gates.passed` says whether all hold."""
+    def gate(self, rules: AnyPath) -> Gate:
+        """Check the winner against the rules of a gate file."""
         loaded = gates.GateRules.load(Path(rules))
         with self.opened() as summary:
-            return gates.check(loaded, summary)
+            return Gate(gates.check(loaded, summary), summary.suite.name)
+
+    def check_export(self) -> Path:
+        """Export the winner into the run folder, load it back with transformers, and compare its scores.
+
+        Returns:
+            The model's folder.
+
+        Raises:
+            UserError: its scores on `test` are not those that were stored, in every item.
+        """
+        with self.opened() as summary:
+            return export_delivery.check_winner(summary)
 
     def predict(self, recipe: AnyPath) -> View:
         """Predict the score of a merge from the run's scores; nothing is merged.
@@ -462,8 +476,6 @@ def _adapter(
     keep_rest: bool,
     permissions: Permissions,
 ) -> Written:
-    from evomerge.delivery.rescore import comparison
-
     made = export_delivery.export_adapter(
         summary, place, pick=pick, rank=rank, keep_rest=keep_rest, permissions=permissions
     )
@@ -473,7 +485,7 @@ def _adapter(
         recipe=made.pick.recipe.hash,
         scores=tuple(made.rows()),
         adapter=made.report,
-        comparison=comparison(made),
+        comparison=rescore.comparison(made),
         notes=tuple(made.notes),
     )
 
@@ -483,7 +495,7 @@ class Compared(View):
 
     def __init__(self, found: compare_delivery.Comparison, results: list[gates.RuleResult] | None) -> None:
         super().__init__(found.as_data(), lambda width: compare_delivery.terminal(found))
-        self.suite, self.gate = found.suite, results
+        self.gate = None if results is None else Gate(results, found.suite)
 
 
 def compare(folders: Sequence[AnyPath], *, gate: AnyPath | None = None) -> Compared:

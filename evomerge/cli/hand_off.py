@@ -60,14 +60,13 @@ class HandOff:
             runs.check_push(self.push, dry_run=self.dry_run)
 
     def carry_out(self, run: Run, folder: Path, pick: str, accept_difference: bool) -> dict[str, Any]:
-        """Do it, say what was done, and return that as plain data."""
+        """Do it, say what was done, and return that as plain data.
+
+        The upload is first: where it stops, the same command goes on with it.
+        """
         from evomerge.api.runs import to_gguf
 
         data: dict[str, Any] = {}
-        if self.gguf:
-            made = to_gguf(folder, llama_cpp=self.llama_cpp)
-            output.say(made.text)
-            data["gguf"] = made.as_data()
         if self.push is not None:
             done = run.push(
                 folder,
@@ -79,6 +78,10 @@ class HandOff:
             )
             output.say(done.text)
             data["upload"] = done.as_data()
+        if self.gguf:
+            made = to_gguf(folder, llama_cpp=self.llama_cpp)
+            output.say(made.text)
+            data["gguf"] = made.as_data()
         return data
 
 
