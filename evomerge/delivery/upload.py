@@ -158,6 +158,8 @@ def _hub_errors(target: str, fix: str) -> Iterator[None]:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
         text = " ".join(str(getattr(error, "server_message", None) or error).split())[:300]
+        if error.__cause__ is not None:
+            text += f" ({type(error.__cause__).__name__}: {' '.join(str(error.__cause__).split())[:200]})"
         if status in (401, 403):
             fix = "hf auth login, with a token that may write there"
         raise UserError(

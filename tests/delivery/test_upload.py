@@ -20,6 +20,8 @@ from evomerge.errors import ConfigError, StoreError, UserError
 from tests.delivery.hub_stand_in import TOKEN, Hub, Repository, hub_stand_in
 
 TARGET = "forge/merged"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+"""huggingface_hub uses its HTTP library in an old way."""
 
 
 @pytest.fixture
