@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evomerge.api.models import analyze, evaluate, merge, predict
     from evomerge.api.runs import Run, compare, load
     from evomerge.api.search import check, optimize, resume
-    from evomerge.api.setup import doctor, init
+    from evomerge.api.setup import convert, doctor, init
     from evomerge.errors import UserError
     from evomerge.evaluation.permissions import Permissions
 
@@ -33,6 +33,7 @@ __all__ = [
     "analyze",
     "check",
     "compare",
+    "convert",
     "doctor",
     "evaluate",
     "init",
@@ -47,7 +48,7 @@ _PLACES = {
     **dict.fromkeys(("analyze", "evaluate", "merge", "predict"), "evomerge.api.models"),
     **dict.fromkeys(("Run", "compare", "load"), "evomerge.api.runs"),
     **dict.fromkeys(("check", "optimize", "resume"), "evomerge.api.search"),
-    **dict.fromkeys(("doctor", "init"), "evomerge.api.setup"),
+    **dict.fromkeys(("convert", "doctor", "init"), "evomerge.api.setup"),
     "Permissions": "evomerge.evaluation.permissions",
     "UserError": "evomerge.errors",
 }

@@ -23,7 +23,7 @@ from evomerge.prepare import prepare
 from evomerge.running.store import RunStore, StoreReader, facts
 from tests.conftest import write_suite
 
-NAMES = ["init", "check", "run", "resume", "migrate", "doctor", "demo"]
+NAMES = ["init", "convert", "check", "run", "resume", "migrate", "doctor", "demo"]
 NAMES += ["status", "show", "samples", "report", "compare", "export", "predict"]
 NAMES += ["watch", "serve", "dashboard"]
 NAMES += ["merge", "import", "analyze", "fisher", "gram", "evaluate", "zoo", "spaces", "suite", "runs"]

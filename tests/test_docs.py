@@ -63,6 +63,7 @@ def test_the_config_reference_has_every_model_of_a_user_s_file() -> None:
             yield from subclasses(each)
 
     ours = {model for model in subclasses(Strict) if model.__module__.startswith("evomerge.")}
+    ours = {model for model in ours if not model.__module__.startswith("evomerge.delivery.convert.")}
     assert ours - listed == set()
 
 

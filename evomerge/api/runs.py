@@ -18,12 +18,14 @@ from evomerge.api.view import View
 from evomerge.delivery import (
     candidate,
     candidates,
+    gguf,
     objectives,
     report,
     report_page,
     rescore,
     samples,
     status,
+    upload,
 )
 from evomerge.delivery import compare as compare_delivery
 from evomerge.delivery import export as export_delivery
@@ -398,6 +400,72 @@ class Run:
             no_mergekit=done.no_mergekit,
             notes=done.notes,
         )
+
+    def holds(self, folder: AnyPath, *, pick: str = "winner") -> bool:
+        """Say whether a folder is an export of a recipe of the run, by the recipe in it."""
+        with self.opened() as summary:
+            return export_delivery.holds(summary, Path(folder), pick=pick)
+
+    def push(
+        self,
+        folder: AnyPath,
+        target: str,
+        *,
+        private: bool = False,
+        dry_run: bool = False,
+        pick: str = "winner",
+        accept_difference: bool = False,
+    ) -> upload.Upload:
+        """Upload an exported model to the Hugging Face hub, after a look at its weights.
+
+        The login and the endpoint are those of huggingface_hub.
+
+        Args:
+            folder: what `export` wrote.
+            target: ORG/NAME; the repository is made where there is none.
+            private: make it so that only its owners see it.
+            dry_run: say what would be uploaded, and ask nothing of the network.
+            pick: what was exported.
+            accept_difference: upload weights that are not those that were scored on `test`.
+
+        Raises:
+            UserError: no one is logged in, the folder is no export of this run, its weights are others than
+                those that were scored, or the hub refuses.
+        """
+        check_push(target, dry_run=dry_run)
+        with self.opened() as summary:
+            recipe = export_delivery.verified(
+                summary, Path(folder), pick=pick, accept_difference=accept_difference
+            )
+        planned = upload.plan(Path(folder), target, private=private)
+        if dry_run:
+            return planned
+        return upload.upload(planned, message=f"Export by evomerge: recipe {recipe.hash[:ID]}")
+
+
+def check_push(target: str, *, dry_run: bool = False) -> None:
+    """Raise UserError unless a target has the form ORG/NAME and, except for a dry run, one is logged in."""
+    upload.check_target(target)
+    if not dry_run:
+        upload.check_login(target)
+
+
+def check_gguf(folder: AnyPath, *, llama_cpp: AnyPath | None = None) -> None:
+    """Raise UserError where `to_gguf` of a folder can't work, which need not be written yet."""
+    gguf.check(Path(folder), None if llama_cpp is None else Path(llama_cpp))
+
+
+def to_gguf(folder: AnyPath, *, llama_cpp: AnyPath | None = None) -> gguf.Gguf:
+    """Convert an exported model to GGUF by llama.cpp's converter, where it is installed.
+
+    Args:
+        folder: a model folder; the file is written beside it.
+        llama_cpp: llama.cpp's folder; None takes that of the variable LLAMA_CPP, else a program on the PATH.
+
+    Raises:
+        UserError: the converter fails, or the file exists.
+    """
+    return gguf.convert(Path(folder), llama_cpp=None if llama_cpp is None else Path(llama_cpp))
 
 
 def _adapter(

@@ -8,6 +8,9 @@ from pathlib import Path
 from evomerge.api.runs import AnyPath
 from evomerge.api.view import View
 from evomerge.delivery import environment, new_run
+from evomerge.delivery.convert import writer
+from evomerge.delivery.convert.draft import ConvertOptions
+from evomerge.delivery.convert.writer import Converted
 from evomerge.delivery.new_run import NewRun, OwnTask
 from evomerge.errors import UserError
 
@@ -63,6 +66,47 @@ def init(
         try_out=try_out,
         progress=progress,
     )
+
+
+def convert(
+    file: AnyPath,
+    *,
+    out: AnyPath = "run.yaml",
+    run_folder: str | None = None,
+    evaluations: int | None = None,
+    base: AnyPath | None = None,
+    method: str | None = None,
+    tasks_dir: AnyPath | None = None,
+    suite: str | None = None,
+    data: Mapping[str, AnyPath] | None = None,
+) -> Converted:
+    """Write the run config that a file of mergekit-evolve, mergenetic or mergekit stands for.
+
+    Args:
+        file: its config; a mergekit YAML becomes a warm start.
+        out: the YAML to write, which must not exist.
+        run_folder: where the run will be stored; None is `runs/` and a name of the file or of `out`.
+        evaluations: of the budget; None takes what the file says, or its project's default.
+        base: the base model, in place of the file's.
+        method: the merge method of a mergenetic config, which does not name it.
+        tasks_dir: the folder of lm-eval task files that the tasks come from.
+        suite, data: what to score on, as in `init`, in place of the file's tasks.
+
+    Raises:
+        UserError: the file is none of these or not valid, or something of it has no counterpart; nothing is
+            written.
+    """
+    options = ConvertOptions(
+        out=Path(out),
+        run_folder=run_folder,
+        evaluations=evaluations,
+        base=None if base is None else str(base),
+        method=method,
+        tasks_dir=None if tasks_dir is None else Path(tasks_dir),
+        suite=suite,
+        data=[OwnTask(name=name, file=Path(place)) for name, place in (data or {}).items()],
+    )
+    return writer.convert(Path(file), options)
 
 
 def doctor(folder: AnyPath = ".") -> View:

@@ -69,6 +69,38 @@ ShardSizeOption = Annotated[
         help="With --as model: the largest weight file, like 5GB or 500MB; default: 5GB.",
     ),
 ]
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        "--push", metavar="ORG/NAME", help="Upload the model to the Hugging Face hub (login: hf auth login)."
+    ),
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="With --push: in a private repository.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="With --push: say what would be uploaded, and upload nothing.")
+]
+GgufOption = Annotated[
+    bool, typer.Option("--gguf", help="Also write OUT.gguf by llama.cpp's converter, or say how.")
+]
+LlamaCppOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--llama-cpp",
+        metavar="FOLDER",
+        help="With --gguf: llama.cpp's folder; default: $LLAMA_CPP, else the converter on the PATH.",
+    ),
+]
+PickOption = Annotated[
+    str,
+    typer.Option(
+        "--pick",
+        help="winner, best-baseline, knee, best:TASK, weights:TASK=0.7,OTHER=0.3, a row of the report, "
+        "or the start of a recipe hash.",
+    ),
+]
+AcceptDifferenceOption = Annotated[
+    bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
+]
 ModelsOption = Annotated[
     Path | None,
     typer.Option("--models", metavar="CONFIG", help="Count the genes for the models of a run config."),

@@ -20,7 +20,7 @@ def asked_for(
     Raises:
         ConfigError: something is missing, and there is no terminal to ask on.
     """
-    sources, files = _pairs(source or [], "--source"), _files(data or [])
+    sources, files = _pairs(source or [], "--source"), named_files(data or [])
     if base is None:
         base = _ask("base model (a folder or a hub id)", "--base MODEL")
     while not sources:
@@ -31,7 +31,7 @@ def asked_for(
             "what to score on: a suite, or a .jsonl or .csv file of yours", "--suite NAME, or --data FILE"
         )
         own = given.endswith((".jsonl", ".csv"))
-        suite, files = (None, _files([given])) if own else (given, {})
+        suite, files = (None, named_files([given])) if own else (given, {})
     return base, sources, suite, files
 
 
@@ -56,7 +56,7 @@ def _pairs(given: list[str], option: str) -> dict[str, str]:
     return pairs
 
 
-def _files(given: list[str]) -> dict[str, str]:
+def named_files(given: list[str]) -> dict[str, str]:
     """Return name -> data file; a file alone is named like itself."""
     return {
         (name if equals else Path(text).stem): (place if equals else text)

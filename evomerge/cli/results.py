@@ -12,11 +12,19 @@ import typer
 
 from evomerge.cli.forms import COMPARED, check_form, say_adapter, say_file, say_notes, shard_bytes
 from evomerge.cli.groups import app
+from evomerge.cli.hand_off import HandOff
 from evomerge.cli.options import (
+    AcceptDifferenceOption,
+    DryRunOption,
     FormArgument,
     FormOption,
     GateOption,
+    GgufOption,
     KeepRestOption,
+    LlamaCppOption,
+    PickOption,
+    PrivateOption,
+    PushOption,
     RankOption,
     RunArgument,
     ShardSizeOption,
@@ -115,27 +123,31 @@ def compare(
 def export(
     run: RunArgument,
     out: FormArgument,
-    pick: Annotated[
-        str,
-        typer.Option(
-            help="winner, best-baseline, knee, best:TASK, weights:TASK=0.7,OTHER=0.3, a row of the report, "
-            "or the start of a recipe hash."
-        ),
-    ] = "winner",
+    pick: PickOption = "winner",
     form: FormOption = "model",
     rank: RankOption = None,
     keep_rest: KeepRestOption = False,
     shard_size: ShardSizeOption = None,
-    accept_difference: Annotated[
-        bool, typer.Option("--accept-difference", help="Write weights that differ from the scored ones.")
-    ] = False,
+    push: PushOption = None,
+    private: PrivateOption = False,
+    dry_run: DryRunOption = False,
+    gguf: GgufOption = False,
+    llama_cpp: LlamaCppOption = None,
+    accept_difference: AcceptDifferenceOption = False,
     permissions: Any = None,
 ) -> None:
     """Write a run's winner: as a model with recipe and model card, as a LoRA adapter, or as a YAML file."""
     from evomerge.api.runs import FORMS, load
 
     check_form(form, FORMS, rank, keep_rest, shard_size)
-    done = load(run).export(
+    after = HandOff(push=push, private=private, dry_run=dry_run, gguf=gguf, llama_cpp=llama_cpp)
+    after.check(form, out)
+    stored = load(run)
+    if after.asked and stored.holds(out, pick=pick):
+        output.say(f"{relative(out)} holds this export already")
+        output.data({"folder": str(out), **after.carry_out(stored, out, pick, accept_difference)})
+        return
+    done = stored.export(
         out,
         pick=pick,
         form=form,
@@ -162,6 +174,7 @@ def export(
             "name": done.name,
             "recipe": done.recipe,
             "equals_scored": done.equal,
+            **after.carry_out(stored, out, pick, accept_difference),
         }
     )
 

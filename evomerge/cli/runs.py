@@ -1,4 +1,4 @@
-"""Commands that search: check, run, resume, migrate, doctor, demo.
+"""Commands that search: init, convert, check, run, resume, migrate, doctor, demo.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 """
@@ -38,7 +38,7 @@ from evomerge.cli.options import (
     TrialOption,
     WorkersOption,
 )
-from evomerge.cli.questions import asked_for
+from evomerge.cli.questions import asked_for, named_files
 from evomerge.cli.reports import export_demo, show_report
 from evomerge.cli.terminal import (
     command,
@@ -91,6 +91,46 @@ def init(
             try_out=trial,
             progress=progress,
         )
+    output.say(done.text)
+    output.data(done.as_data())
+
+
+@command(app, "convert")
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A config of mergekit-evolve or mergenetic, or a mergekit YAML."),
+    ],
+    evaluations: Annotated[
+        int | None, typer.Option("--evaluations", min=1, help="Full evaluations of the run's budget.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="The base, in place of the file's.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="The merge method, which mergenetic's configs don't name.")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option("--tasks-dir", metavar="FOLDER", help="The folder of lm-eval task files of your own."),
+    ] = None,
+    suite: ScoredOnOption = None,
+    data: DataOption = None,
+    out: NewConfigOption = Path("run.yaml"),
+) -> None:
+    """Write a run config from one of mergekit-evolve or mergenetic, or one that starts from a merge."""
+    from evomerge.api.setup import convert as write
+
+    done = write(
+        file,
+        out=out,
+        evaluations=evaluations,
+        base=base,
+        method=method,
+        tasks_dir=tasks_dir,
+        suite=suite,
+        data=named_files(data or []),
+    )
     output.say(done.text)
     output.data(done.as_data())
 

@@ -127,6 +127,45 @@ def _equal(store: StoreReader, recipe: Recipe, folder: Path) -> bool | None:
     return folder_digest(folder, dtype) == scored
 
 
+def holds(summary: Summary, folder: Path, *, pick: str = "winner") -> bool:
+    """Say whether a folder is an export of a recipe, by the recipe in it. pick: as in `export`."""
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return False
+    try:
+        return Recipe.from_yaml(file.read_text(encoding="utf-8")).hash == find(summary, pick).recipe.hash
+    except (ConfigError, UnicodeDecodeError):
+        return False
+
+
+def verified(summary: Summary, folder: Path, *, pick: str, accept_difference: bool) -> Recipe:
+    """Return the recipe of an exported folder whose weights are those that were scored on `test`.
+
+    Args:
+        summary: of the run. folder: what `export` wrote. pick: as in `export`.
+        accept_difference: take weights that differ, or were never scored there.
+
+    Raises:
+        ConfigError: the folder is no export of that recipe.
+        StoreError: its weights are others than those that were scored.
+    """
+    chosen = find(summary, pick)
+    if not holds(summary, folder, pick=pick):
+        raise ConfigError(
+            f"{folder}: no export of {chosen.name}",
+            expected=f"a model folder of recipe {chosen.recipe.hash[:12]}",
+        )
+    equal = _equal(summary.store, chosen.recipe, folder)
+    if equal is False and not accept_difference:
+        raise _other_weights(summary.store, chosen)
+    if equal is None and not accept_difference:
+        raise StoreError(
+            f"{folder}: {chosen.name} was not scored on `test`, so its weights can't be compared",
+            fix="pick a row of the report; or take it as it is with --accept-difference",
+        )
+    return chosen.recipe
+
+
 def _other_weights(store: StoreReader, chosen: Named) -> StoreError:
     changes = forward.changes(store.versions(), forward.versions())
     return StoreError(

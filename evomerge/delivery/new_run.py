@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge import trial
 from evomerge.config import RunConfig
+from evomerge.delivery.config_file import annotated, placed
 from evomerge.errors import ConfigError, DiskError, UserError
 from evomerge.evaluation import own_data
 from evomerge.files import drafted_file
@@ -117,7 +115,7 @@ def write(
     _refuse(out, suite, data)
     document = _document(
         {BASE: base, **sources},
-        suite if suite is not None else [_task(task, sources, out) for task in data],
+        suite if suite is not None else [entry(task, sources, out) for task in data],
         out,
         run_folder,
         {"evaluations": evaluations or EVALUATIONS} | ({} if hours is None else {"hours": hours}),
@@ -135,7 +133,8 @@ def write(
             prepared, probe = _fitted(document, out, prepared, probe)
     lines = [*_lines(prepared, advised, document, data), _budget(document, probe)]
     with drafted_file(out) as draft:
-        draft.write_text(_annotated(document, lines), encoding="utf-8")
+        text = annotated(document, _comments(lines), "A run config by `evomerge init`.")
+        draft.write_text(text, encoding="utf-8")
     _refuse_nothing(prepared, probe, out)
     return NewRun(
         path=out,
@@ -174,7 +173,7 @@ def _document(
     budget: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the config as plain data, with the simplest search space. suite: its name, or own tasks."""
-    places = {name: _place(location, out) for name, location in models.items()}
+    places = {name: placed(location, out) for name, location in models.items()}
     return {
         "models": {"base": places.pop(BASE), "sources": places},
         "space": FALLBACK,
@@ -248,17 +247,18 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _task(task: OwnTask, sources: Mapping[str, str], out: Path) -> dict[str, Any]:
+def entry(task: OwnTask, sources: Mapping[str, str], out: Path) -> dict[str, Any]:
+    """Return a data file as an entry of a suite in the config at `out`; what is not given is guessed."""
     keys = guessed(
         task.file, prompt=task.prompt, answer=task.answer, choices=task.choices, metric=task.metric
     )
     place = os.path.relpath(task.file.absolute(), out.absolute().parent)
-    entry: dict[str, Any] = {"task": task.name, "data": place, **keys}
+    row: dict[str, Any] = {"task": task.name, "data": place, **keys}
     if "choices" not in keys:
-        entry |= _limit(task.file, keys)
+        row |= _limit(task.file, keys)
     if task.name in sources:
-        entry["specialist"] = task.name
-    return entry
+        row["specialist"] = task.name
+    return row
 
 
 def _limit(file: Path, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -266,16 +266,6 @@ def _limit(file: Path, keys: Mapping[str, str]) -> dict[str, Any]:
     columns = own_data.Columns(prompt=keys["prompt"], answer=keys["answer"])
     longest = max(len(item.answer) for item in own_data.read(file, columns, keys["metric"]).items)
     return {"gen_kwargs": {"max_gen_toks": longest + ROOM}} if longest + ROOM < DEFAULT else {}
-
-
-def _place(location: str, out: Path) -> str:
-    """Return a location as a config at `out` has it: local parts relative to it, hub ids as they are."""
-    parts = []
-    for part in location.split("+"):
-        path = Path(part).expanduser()
-        local = path.exists() or path.is_absolute()
-        parts.append(os.path.relpath(path.absolute(), out.absolute().parent) if local else part)
-    return "+".join(parts)
 
 
 def _config(document: Mapping[str, Any], out: Path) -> RunConfig:
@@ -339,20 +329,11 @@ def _lines(
     return lines
 
 
-def _annotated(document: Mapping[str, Any], lines: Sequence[str]) -> str:
-    """Return the config as YAML with a comment above each part."""
+def _comments(lines: Sequence[str]) -> dict[str, str]:
+    """Return what stands above each part of the config."""
     why = {line.partition(":")[0]: line.partition(":")[2].strip() for line in lines}
-    comments = {
+    return {
         "models": why.get("models", ""),
         "space": f"What the search may vary: {why.get('space', '')}",
-        "suite": "What candidates are scored on. Each task has items for search, select and test.",
         "budget": why.get("budget", ""),
-        "seed": "Another seed is another search.",
-        "out": "The run folder. `evomerge resume` goes on from it.",
     }
-    parts = ["# A run config by `evomerge init`. All keys: docs/config.md.\n"]
-    for key, value in document.items():
-        body = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=100)
-        comment = textwrap.fill(comments[key], 100, initial_indent="# ", subsequent_indent="# ")
-        parts.append(f"\n{comment}\n{body}")
-    return "".join(parts)

@@ -29,6 +29,8 @@ import yaml
 from hypothesis import strategies as st
 
 from evomerge.config import RunConfig
+from evomerge.delivery.convert.draft import ConvertOptions
+from evomerge.delivery.convert.writer import convert
 from evomerge.errors import UserError
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.reading import read_recipe
@@ -40,6 +42,8 @@ from evomerge.search.spaces.kinds import parse_space
 from tests.malformed.models import INDEX, shard
 from tests.malformed.workspace import (
     CONFIG,
+    EVOLVE,
+    GENETIC,
     MERGEKIT,
     PATH_SPACE,
     RECIPE,
@@ -167,6 +171,10 @@ def targets(folder: Path) -> dict[str, Target]:
         with StoreReader.read(stored.parent):
             pass
 
+    def converted(**options: Any) -> None:
+        (folder / "new.yaml").unlink(missing_ok=True)
+        convert(recipe, ConvertOptions(out=folder / "new.yaml", **options))
+
     add = folder / "add"
     return {
         "config": (texts(CONFIG), "config.yaml", lambda: RunConfig.load(config)),
@@ -175,6 +183,9 @@ def targets(folder: Path) -> dict[str, Target]:
         "layer path": (texts(PATH_SPACE), "space.yaml", read_space),
         "recipe": (texts(RECIPE), "recipe.yaml", lambda: read_recipe(recipe)),
         "mergekit": (texts(MERGEKIT), "recipe.yaml", lambda: read_recipe(recipe)),
+        "mergekit as a start": (texts(MERGEKIT), "recipe.yaml", lambda: converted(suite=str(suite))),
+        "mergekit-evolve": (texts(EVOLVE), "recipe.yaml", converted),
+        "mergenetic": (texts(GENETIC), "recipe.yaml", converted),
         "safetensors": (
             shards(data, weights),
             "add/model.safetensors",
@@ -259,6 +270,9 @@ PARSERS = (
     "layer path",
     "recipe",
     "mergekit",
+    "mergekit as a start",
+    "mergekit-evolve",
+    "mergenetic",
     "safetensors",
     "lora",
     "index",

@@ -35,6 +35,7 @@ KINDS = (
     texts.space,
     texts.recipe,
     texts.mergekit,
+    texts.converted,
     texts.task,
     models.safetensors,
     models.index,

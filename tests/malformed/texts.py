@@ -10,7 +10,11 @@ from tests.malformed.workspace import (
     ANALYZE,
     CHECK,
     CONFIG,
+    CONVERT,
+    CONVERT_ALONE,
     EVALUATE,
+    EVOLVE,
+    GENETIC,
     MERGE,
     MERGEKIT,
     MERGEKIT_OUT,
@@ -534,6 +538,48 @@ def mergekit() -> Iterator[Case]:
         yield Case(
             kind="mergekit", name=name, make=as_yaml("recipe.yaml", data), commands=commands[:1], message=""
         )
+
+
+def converted() -> Iterator[Case]:
+    """Configs of mergekit-evolve and mergenetic."""
+    of_genome: dict[str, Sequence[Any]] = {
+        "genome": (None, [], 7, {}),
+        "genome.models": (None, [], {}, "add", [7], [[]], [{"model": 7}], [{}], [""], ["base"]),
+        "genome.base_model": (None, 7, [], "", {"model": None}),
+        "genome.merge_method": (None, "tiess", 7, [], "model_stock", "passthrough", "slerp", LONG),
+        "genome.layer_granularity": (-1, 1.5, "all", [], NAN, 10**12),
+        "genome.tokenizer_source": (7, []),
+        "genome.filters": (7, "mlp", [7], [[]], {}),
+        "genome.normalize": ("x", 7, []),
+        "genome.smooth": ("x", [], 7),
+        "tasks": (None, [], {}, 7, [7], [None], [{}], [{"name": ""}], [{"name": "x", "weight": NAN}]),
+        "tasks.0.weight": (-1, "x", [], INF),
+        "tasks.0.metric": (7, [], {}),
+        "limit": (0, -1, "x", [], 1.5, 10**12),
+        "num_fewshot": (-1, "x", [], 10**12),
+        "apply_chat_template": (7, []),
+    }
+    of_config: dict[str, Sequence[Any]] = {
+        "base_model": (None, 7, [], ""),
+        "models": (None, [], {}, 7, [7], {"x": 7}, {"base": "base"}, [{}]),
+        "tasks": (7, {}, {"search": 7}, {"search": {}}),
+        "pop_size": (0, -1, "x", [], 10**12),
+        "n_iter": (0, "x", [], 10**12),
+        "n_samples": (-1, "x", [], 10**12),
+        "seed": (-1, "x", [], 10**30),
+        "dtype": ("int8", 7, []),
+        "eval_batch_size": (0, "x", 10**12),
+        "metric": (7, []),
+        "run_id": ([], {}),
+        "datasets": (7, []),
+    }
+    for kind, valid, table in (
+        ("mergekit-evolve", EVOLVE, of_genome),
+        ("mergenetic", GENETIC, of_config),
+        ("mergekit as a start", MERGEKIT, {"merge_method": ("tiess", 7), "models": ([{}], 7)}),
+    ):
+        command = CONVERT if valid is MERGEKIT else CONVERT_ALONE
+        yield from _values(kind, "recipe.yaml", valid, table, (command,))
 
 
 TASK: dict[str, Any] = {

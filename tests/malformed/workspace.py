@@ -65,11 +65,46 @@ MERGEKIT: dict[str, Any] = {
         }
     ],
 }
+EVOLVE: dict[str, Any] = {
+    "genome": {
+        "models": ["add", {"model": "reverse"}],
+        "base_model": "base",
+        "merge_method": "ties",
+        "tokenizer_source": "base",
+        "layer_granularity": 2,
+        "normalize": True,
+        "allow_negative_weights": False,
+        "smooth": True,
+        "filters": ["self_attn", "mlp"],
+    },
+    "tasks": [{"name": "demo_add", "weight": 1.0, "metric": "acc,none"}, {"name": "demo_reverse"}],
+    "limit": 9,
+    "num_fewshot": 1,
+    "apply_chat_template": True,
+    "fewshot_as_multiturn": True,
+}
+GENETIC: dict[str, Any] = {
+    "run_id": "x",
+    "pop_size": 8,
+    "n_iter": 2,
+    "n_samples": 5,
+    "seed": 1,
+    "dtype": "float16",
+    "eval_batch_size": 4,
+    "base_model": "base",
+    "models": {"add": "add", "reverse": "reverse"},
+    "tasks": {"search": {"add": "demo_add", "reverse": "demo_reverse"}, "test": {"add": "demo_add"}},
+    "additional_templates_folder": "tasks",
+    "metric": "acc",
+    "device": "cuda:0",
+}
 CHECK = ("check", "config.yaml")
 RUN = ("run", "config.yaml")
 MERGE = ("merge", "recipe.yaml", "merged")
 MERGEKIT_OUT = ("merge", "recipe.yaml", "out.yaml", "--as", "mergekit")
 ADAPTER_OUT = ("merge", "recipe.yaml", "merged", "--as", "adapter")
+CONVERT = ("convert", "recipe.yaml", "--suite", "suite.yaml", "--out", "new.yaml")
+CONVERT_ALONE = ("convert", "recipe.yaml", "--out", "new.yaml")
 ANALYZE = ("analyze", "recipe.yaml")
 EVALUATE = ("evaluate", "add", "--suite", "suite.yaml")
 FISHER = ("fisher", "add", "text.txt", "fisher.safetensors", "--sequences", "1")

@@ -1,0 +1,1 @@
+"""`evomerge convert`: configs of mergekit-evolve, mergenetic and mergekit become run configs."""
