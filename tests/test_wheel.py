@@ -66,3 +66,24 @@ def test_a_wheel_comes_with_a_bill_of_materials(tmp_path: Path) -> None:
     pins = (tmp_path / "dist" / "requirements.txt").read_text().split()
     assert pins == sorted(f"{name}=={version}" for name, version in parts.items())
     assert len(list((tmp_path / "dist").glob("*.whl"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_a_wheel_works_in_a_new_environment_outside_the_repository(version: str, tmp_path: Path) -> None:
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip(f"no Python {version} on this machine")
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    new = tmp_path / "venv" / "bin"
+    install = [new / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    for words in (["doctor"], ["spaces"], ["demo", "--evaluations", "4"]):
+        done = subprocess.run(
+            [new / "evomerge", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "it scores the same on every test item" in done.stdout

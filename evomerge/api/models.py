@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from evomerge import pair_gains
+from evomerge.api.gates import Gate
 from evomerge.api.runs import AnyPath, Run, Written
 from evomerge.api.view import View
 from evomerge.config import RunConfig
@@ -55,7 +56,7 @@ def merge(
         out: the folder to write, which must be new or empty; the file, for mergekit YAML.
         form: "model", "adapter" or "mergekit".
         rank, keep_rest, max_shard_bytes: as in `Run.export`.
-        say: gets each note when it is known; None keeps them for the result only.
+        say: gets each note when it is known; None keeps them for the result.
 
     Returns:
         What was written, with notes on what the user should know.
@@ -67,10 +68,7 @@ def merge(
         raise ConfigError(f"form {form!r}: no such form", fix=nearest(form, FORMS))
     place, notes = Path(out), list[str]()
 
-    def note(text: str) -> None:
-        notes.append(text)
-        if say is not None:
-            say(text)
+    note = notes.append if say is None else say
 
     largest = max_shard_bytes or writer.MAX_SHARD_BYTES
     if not isinstance(recipe, Recipe):
@@ -97,7 +95,7 @@ class Evaluated(View):
 
     def __init__(self, done: single.Evaluation) -> None:
         super().__init__(done.data, lambda width: single.table(done.data))
-        self.gate = done.gate
+        self.gate = None if done.gate is None else Gate(done.gate, done.data["suite"])
 
 
 def evaluate(

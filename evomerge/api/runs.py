@@ -13,8 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from evomerge.api.gates import Gate
 from evomerge.api.view import View
-from evomerge.delivery import candidate, candidates, objectives, report, report_page, samples, status
+from evomerge.delivery import (
+    candidate,
+    candidates,
+    objectives,
+    report,
+    report_page,
+    rescore,
+    samples,
+    status,
+)
 from evomerge.delivery import compare as compare_delivery
 from evomerge.delivery import export as export_delivery
 from evomerge.delivery import gate as gates
@@ -307,11 +317,23 @@ class Run:
 
         return Report(data, draw, self.folder)
 
-    def gate(self, rules: AnyPath) -> list[gates.RuleResult]:
-        """Check the winner against the rules of a gate file; `gates.passed` says whether all hold."""
+    def gate(self, rules: AnyPath) -> Gate:
+        """Check the winner against the rules of a gate file."""
         loaded = gates.GateRules.load(Path(rules))
         with self.opened() as summary:
-            return gates.check(loaded, summary)
+            return Gate(gates.check(loaded, summary), summary.suite.name)
+
+    def check_export(self) -> Path:
+        """Export the winner into the run folder, load it back with transformers, and compare its scores.
+
+        Returns:
+            The model's folder.
+
+        Raises:
+            UserError: its scores on `test` are not those that were stored, in every item.
+        """
+        with self.opened() as summary:
+            return export_delivery.check_winner(summary)
 
     def predict(self, recipe: AnyPath) -> View:
         """Predict the score of a merge from the run's scores; nothing is merged.
@@ -386,8 +408,6 @@ def _adapter(
     keep_rest: bool,
     permissions: Permissions,
 ) -> Written:
-    from evomerge.delivery.rescore import comparison
-
     made = export_delivery.export_adapter(
         summary, place, pick=pick, rank=rank, keep_rest=keep_rest, permissions=permissions
     )
@@ -397,7 +417,7 @@ def _adapter(
         recipe=made.pick.recipe.hash,
         scores=tuple(made.rows()),
         adapter=made.report,
-        comparison=comparison(made),
+        comparison=rescore.comparison(made),
         notes=tuple(made.notes),
     )
 
@@ -407,7 +427,7 @@ class Compared(View):
 
     def __init__(self, found: compare_delivery.Comparison, results: list[gates.RuleResult] | None) -> None:
         super().__init__(found.as_data(), lambda width: compare_delivery.terminal(found))
-        self.suite, self.gate = found.suite, results
+        self.gate = None if results is None else Gate(results, found.suite)
 
 
 def compare(folders: Sequence[AnyPath], *, gate: AnyPath | None = None) -> Compared:

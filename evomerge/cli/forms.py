@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.cli.terminal import output, relative
+from evomerge.cli.terminal import complain, output, relative
 from evomerge.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from evomerge.merging.export.adapter import AdapterReport
+    from evomerge.api.runs import Written
 
 COMPARED = {
     True: "; its weights are those that were scored on `test`, bit for bit",
@@ -38,21 +38,14 @@ def check_form(
         raise ConfigError("--shard-size is for models", got=f"--as {form}", fix="leave --shard-size out")
 
 
-def say_adapter(
-    out: Path,
-    recipe: str,
-    report: AdapterReport,
-    scores: list[tuple[str, float, float]] | None = None,
-    lossy: bool = False,
-) -> None:
-    """Say what was written as an adapter; scores: task, score of the whole merge, score of the adapter.
-
-    lossy: whether the adapter is worse.
-    """
-    output.say(f"wrote {relative(out)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
+def say_adapter(done: Written) -> None:
+    """Say what was written as an adapter, and in red what it lost of the merge."""
+    report, recipe = done.adapter, done.recipe
+    assert report is not None
+    output.say(f"wrote {relative(done.place)}, a LoRA adapter on {report.base} (recipe {recipe[:12]})")
     output.say(report.summary())
     data: dict[str, Any] = {
-        "folder": str(out),
+        "folder": str(done.place),
         "recipe": recipe,
         "base": report.base,
         "exact": report.exact,
@@ -61,12 +54,16 @@ def say_adapter(
         "whole": list(report.whole),
         "lost": list(report.lost),
     }
-    if scores is not None:
-        data["lossy"] = lossy
+    if done.scores:
+        data["lossy"] = done.loss is not None
         data["test"] = [
-            {"task": task, "merge": merge_score, "adapter": adapter} for task, merge_score, adapter in scores
+            {"task": task, "merge": merge_score, "adapter": adapter}
+            for task, merge_score, adapter in done.scores
         ]
     output.data(data)
+    say_notes(done.notes)
+    if done.loss is not None:
+        complain(f"WARNING: {done.loss}", style="bold red")
 
 
 def shard_bytes(size: str | None) -> int | None:

@@ -32,7 +32,6 @@ from evomerge.cli.terminal import (
     progress_bar,
     relative,
 )
-from evomerge.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     pass
@@ -62,7 +61,7 @@ def merge(
         say=lambda note: output.say(f"note: {note}"),
     )
     if done.adapter is not None:
-        say_adapter(out, done.recipe, done.adapter)
+        say_adapter(done)
     elif form == "mergekit":
         say_file(out, done.recipe)
     else:
@@ -79,11 +78,8 @@ def import_(
     ] = None,
 ) -> None:
     """Write a quantised, pickled or GGUF model as a folder that can be merged."""
-    from evomerge.merging.importing.folder import import_model
-    from evomerge.merging.recipe import DTYPES
+    from evomerge.api.tools import import_model
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r}", expected=", ".join(DTYPES), fix=nearest(dtype, DTYPES))
     done = import_model(model, out, dtype=dtype)
     how = "tensor by tensor" if done.streamed else "by transformers"
     output.say(f"wrote {relative(out)}: {done.form} weights as {done.dtype}, {how}")
@@ -140,10 +136,8 @@ def fisher(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Estimate a model's diagonal Fisher information on a text, for merges with the method `fisher`."""
-    from evomerge.merging.analysis.fisher import estimate
-    from evomerge.running.executors import ExecutorSpec, resolve
+    from evomerge.api.tools import fisher as estimate
 
-    place, _, _ = resolve(ExecutorSpec(device=device))
     with progress_bar("sequences") as progress:
         done = estimate(
             model,
@@ -153,7 +147,7 @@ def fisher(
             sequences=sequences,
             max_length=max_length,
             seed=seed,
-            device=place,
+            device=device,
             progress=progress,
         )
     output.say(
@@ -172,13 +166,11 @@ def gram(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Measure the inputs of a model's linear layers on a text, for merges with the method `regmean`."""
-    from evomerge.merging.analysis.gram import measure
-    from evomerge.running.executors import ExecutorSpec, resolve
+    from evomerge.api.tools import gram as measure
 
-    place, _, _ = resolve(ExecutorSpec(device=device))
     with progress_bar("sequences") as progress:
         done = measure(
-            model, text, out, sequences=sequences, max_length=max_length, device=place, progress=progress
+            model, text, out, sequences=sequences, max_length=max_length, device=device, progress=progress
         )
     output.say(
         f"wrote {relative(out)} ({done.sequences} sequences, {done.tokens} tokens, {done.matrices} matrices)"
@@ -231,7 +223,7 @@ def evaluate(
     )
     output.show(found)
     if found.gate is not None:
-        show_gate(found.gate, found.data["suite"])
+        show_gate(found.gate)
 
 
 @command(zoo, "build")
@@ -255,7 +247,7 @@ def zoo_build(
     demo's), subtract, rotate, shift, count, interleave, complement, cumulate, swap, double, skip.
     `evomerge run OUT/run.yaml` then merges the specialists.
     """
-    from evomerge.zoo.build import build_zoo
+    from evomerge.api.tools import build_zoo
 
     build_zoo(
         out,
@@ -271,13 +263,10 @@ def zoo_build(
 @command(spaces, "")
 def spaces_list(context: typer.Context, models: ModelsOption = None) -> None:
     """List the search-space presets: number of genes, methods, purpose."""
-    from evomerge.delivery import spaces as delivery
+    from evomerge.api.tools import spaces as presets
 
-    if context.invoked_subcommand is not None:
-        return
-    rows = delivery.presets(models)
-    output.say(delivery.presets_text(rows, models))
-    output.data(rows)
+    if context.invoked_subcommand is None:
+        output.show(presets(models))
 
 
 @command(spaces, "show")
@@ -286,8 +275,6 @@ def spaces_show(
     models: ModelsOption = None,
 ) -> None:
     """Print the genes of a search space: kind, values, where each applies and when it has an effect."""
-    from evomerge.delivery import spaces as delivery
+    from evomerge.api.tools import space
 
-    data = delivery.as_data(name, models)
-    output.say(delivery.text(data))
-    output.data(data)
+    output.show(space(name, models))

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from evomerge.cli.terminal import complain, output, relative
-from evomerge.errors import ConfigError, DiskError, UserError
+from evomerge.errors import ConfigError, DiskError
 
 if TYPE_CHECKING:
-    from evomerge.config import RunConfig
-    from evomerge.delivery.gate import RuleResult
+    from evomerge.api.gates import Gate
 
 GATE_FAILED = 1
 """The exit code of a failed gate; mistakes have 2."""
@@ -44,13 +43,11 @@ def show_report(folder: Path, rules_file: Path | None = None, figures: Path | No
         files = found.figures(figures)
         output.say(f"figures: {len(files)} files in {relative(figures)}")
     if results is not None:
-        show_gate(results, found.data["suite"])
+        show_gate(results)
 
 
-def _gated(results: list[RuleResult] | None) -> dict[str, Any]:
-    from evomerge.delivery.gate import as_data
-
-    return {} if results is None else {"gate": as_data(results)}
+def _gated(results: Gate | None) -> dict[str, Any]:
+    return {} if results is None else {"gate": results.data}
 
 
 def show_comparison(folders: Sequence[Path], rules_file: Path | None = None) -> None:
@@ -68,43 +65,21 @@ def show_comparison(folders: Sequence[Path], rules_file: Path | None = None) -> 
     output.say(found.draw(output.console.width))
     output.data(found.data | _gated(found.gate))
     if found.gate is not None:
-        show_gate(found.gate, found.suite)
+        show_gate(found.gate)
 
 
-def show_gate(results: list[RuleResult], suite: str) -> None:
+def show_gate(results: Gate) -> None:
     """Print a gate's results, and exit where a rule is violated."""
-    from evomerge.delivery import gate
-
-    output.say(gate.table(results, suite))
-    if not gate.passed(results):
+    output.say(results.draw(output.console.width))
+    if not results.passed:
         raise typer.Exit(GATE_FAILED)
 
 
-def export_demo(config: RunConfig, out: Path) -> None:
+def export_demo(out: Path) -> None:
     """Export the demo's winner, load it back and compare its scores."""
-    from evomerge.delivery import export as delivery
-    from evomerge.delivery.rescore import rescore
-    from evomerge.delivery.summary import Summary
-    from evomerge.evaluation.scores import Scores
-    from evomerge.prepare import prepare
-    from evomerge.running.batches import scoring_alike
-    from evomerge.stored import StoredRun
+    from evomerge.api.runs import load
 
-    with StoredRun.read(out) as run:
-        summary = Summary(run)
-        assert summary.winner is not None
-        model = out / f"model-{summary.winner.recipe.hash[:8]}"
-        if not model.exists():
-            delivery.export(summary, model)
-        scores = run.store.result(summary.winner.recipe.hash, "test")
-        assert isinstance(scores, Scores)
-        worker = scoring_alike(prepare(config).worker, run.store, "test")
-        same = rescore(model, worker, "test").same_as(scores)
-    if not same:
-        raise UserError(
-            f"{model}: the exported model's scores differ from the winner's",
-            fix="please report this as a bug",
-        )
+    model = load(out).check_export()
     output.say(
         f"exported the winner to {relative(model)}; loaded back, it scores the same on every test item"
     )

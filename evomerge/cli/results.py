@@ -25,7 +25,6 @@ from evomerge.cli.options import (
 from evomerge.cli.reports import show_comparison, show_report
 from evomerge.cli.terminal import (
     command,
-    complain,
     output,
     relative,
 )
@@ -148,10 +147,7 @@ def export(
     )
     if done.adapter is not None:
         output.say(done.comparison)
-        say_adapter(out, done.recipe, done.adapter, scores=list(done.scores), lossy=done.loss is not None)
-        say_notes(done.notes)
-        if done.loss is not None:
-            complain(f"WARNING: {done.loss}", style="bold red")
+        say_adapter(done)
         return
     if form != "model":
         say_file(out, done.recipe)

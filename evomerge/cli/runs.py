@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evomerge import steps
 from evomerge.cli.groups import app
 from evomerge.cli.options import (
     AnswerOption,
@@ -74,7 +75,7 @@ def init(
     from evomerge.api.setup import init as write
 
     base, named, suite, files = asked_for(base, source, suite, data)
-    with progress_line("reading the models") as progress:
+    with progress_line("reading the models") as progress, steps.told(progress):
         done = write(
             base,
             named,
@@ -99,7 +100,8 @@ def check(config: ConfigArgument, permissions: Any = None) -> None:
     """Check a run config (models, space, suite, tasks); estimate time and cost. Starts nothing."""
     from evomerge.api.search import checked
 
-    view, refuse = checked(config, permissions=permissions)
+    with progress_line("reading the models") as say, steps.told(say):
+        view, refuse = checked(config, permissions=permissions)
     output.show(view)
     refuse()
     output.say("ready to run")
@@ -152,9 +154,9 @@ def _locations(options: list[str]) -> dict[str, str]:
 @command(app, "migrate")
 def migrate(run: RunArgument) -> None:
     """Migrate a run stored by an older evomerge to the current format; the old store is kept as a copy."""
-    from evomerge.running.store import migrations
+    from evomerge.api import stores
 
-    done = migrations.migrate(run)
+    done = stores.migrate(run)
     if done is None:
         output.say(f"{relative(run)}: nothing to do, the store is up to date")
     else:
@@ -166,7 +168,7 @@ def migrate(run: RunArgument) -> None:
             output.say(
                 "this version can't replay its search: `report`, `show` and `export` work, `resume` does not"
             )
-    output.data({"run": str(run), "migrated": done is not None, **migrations.as_data(done)})
+    output.data({"run": str(run), "migrated": done is not None, **stores.migrated_data(done)})
 
 
 @command(app, "doctor")
@@ -178,28 +180,23 @@ def doctor(
     config: LostConfigOption = None,
 ) -> None:
     """Check this machine, or every row of a run's store. Changes nothing; exit code 2 for faults."""
-    from evomerge.api.setup import doctor as look
-    from evomerge.api.setup import refuse_faults
-    from evomerge.delivery import doctor as delivery
+    from evomerge.api import setup, stores
 
     if run is None:
         if salvage is not None or config is not None:
             raise ConfigError("doctor: --salvage and --config are for a run", fix="name the run folder")
-        view = look()
+        view = setup.doctor()
         output.show(view)
-        refuse_faults(view)
+        setup.refuse_faults(view)
         return
-
-    diagnosis = delivery.examine(run)
-    output.say(delivery.text(diagnosis))
-    if salvage is None:
-        output.data(delivery.as_data(diagnosis))
-        diagnosis.refuse()
-        output.say(f"{relative(run)}: whole")
+    found = stores.examine(run)
+    output.say(found.draw(output.console.width))
+    if salvage is not None:
+        output.show(found.salvage(salvage, config))
         return
-    saved = delivery.save(diagnosis, salvage, config)
-    output.say(delivery.saved_text(saved))
-    output.data(delivery.as_data(diagnosis, saved))
+    output.data(found.data)
+    found.refuse()
+    output.say(f"{relative(run)}: whole")
 
 
 def _run(config: RunConfig, *, full_hash: bool = False) -> None:
@@ -249,4 +246,4 @@ def demo(
 
     config = read(DEMO_CONFIG, seed=seed, out=out, evaluations=evaluations)
     _run(config)
-    export_demo(config, out)
+    export_demo(out)

@@ -42,9 +42,9 @@ def suite_new(
     ] = None,
 ) -> None:
     """Write a suite of your own data, and say what differences its `test` items can show."""
-    from evomerge.delivery import new_suite
+    from evomerge.api.tools import new_suite
 
-    written = new_suite.write(
+    written = new_suite(
         file,
         prompt=prompt,
         answer=answer,

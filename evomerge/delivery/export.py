@@ -16,8 +16,9 @@ from evomerge.delivery.card import card
 from evomerge.delivery.origins import Origin, licence, origins, published, with_published
 from evomerge.delivery.rescore import ScoredAdapter, rescore, scores_on_test
 from evomerge.delivery.summary import Summary
-from evomerge.errors import ConfigError, DiskError, StoreError, nearest
+from evomerge.errors import ConfigError, DiskError, StoreError, UserError, nearest
 from evomerge.evaluation.permissions import NOTHING, Permissions
+from evomerge.evaluation.scores import Scores
 from evomerge.files import drafted_file
 from evomerge.merging import mergekit
 from evomerge.merging.compatibility import with_fingerprints
@@ -276,3 +277,29 @@ def find(summary: Summary, pick: str) -> Named:
         "or 6 or more digits of a recipe hash",
         fix=nearest(pick, ["winner", "best-baseline", "knee", *by_name]),
     )
+
+
+def check_winner(summary: Summary) -> Path:
+    """Export a run's winner into the run folder, load it back, and compare its scores on `test`.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        UserError: an item's score differs from the stored one.
+    """
+    store, winner = summary.store, summary.winner
+    if winner is None:
+        raise UserError(f"{store.folder}: has no winner yet", fix="finish the run: evomerge resume")
+    model = store.folder / f"model-{winner.recipe.hash[:8]}"
+    if not model.exists():
+        export(summary, model)
+    scores = store.result(winner.recipe.hash, "test")
+    assert isinstance(scores, Scores)
+    worker = scoring_alike(prepare(summary.run.config()).worker, store, "test")
+    if not rescore(model, worker, "test").same_as(scores):
+        raise UserError(
+            f"{model}: the exported model's scores differ from the winner's",
+            fix="please report this as a bug",
+        )
+    return model

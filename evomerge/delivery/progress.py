@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from evomerge import steps
 from evomerge.delivery.style import elapsed, points
 from evomerge.evaluation.scores import Failure, Scores
 from evomerge.merging.recipe import Recipe
 from evomerge.running.clock import brief, span
 from evomerge.running.observers import Estimate, Observer
 from evomerge.running.store import Timing
+
+NARROW = 100
+"""Columns of a terminal below which the line is shortened, so that bar, best score and end stay in it."""
 
 
 class Silent(Observer):
@@ -42,9 +47,10 @@ class Live(Observer):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._narrow = console.width < NARROW
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8 if self._narrow else 24),
             MofNCompleteColumn(),
             _Elapsed(),
             TextColumn("{task.fields[note]}", markup=False),
@@ -58,13 +64,20 @@ class Live(Observer):
         self._estimate_printed = False
         self._best: float | None = None
         self._phase = ""
+        self._steps = ExitStack()
 
     def __enter__(self) -> Live:
         self._bar.start()
+        self._steps.enter_context(steps.told(self._step))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._steps.close()
         self._bar.stop()
+
+    def _step(self, text: str) -> None:
+        if not self._phase:
+            self._bar.update(self._task, note=text)
 
     def phase(self, name: str, jobs: int, known: int) -> None:
         """Start a new bar; `known` of `jobs` are in the store already."""
@@ -73,7 +86,8 @@ class Live(Observer):
         if label != self._phase:
             self._phase = label
             if not self._console.is_terminal:
-                message = f"{label}: {jobs} models" if not generation else "search started"
+                models = f"{jobs} model{'s' * (jobs != 1)}"
+                message = "search started" if generation else f"{label}: {models}"
                 self._console.print(message, highlight=False, markup=False)
         self._bar.update(self._task, description=name, total=jobs, completed=known, note=self._note())
 
@@ -91,7 +105,7 @@ class Live(Observer):
         first = self._estimate is not None and not self._estimate_printed
         if not self._console.is_terminal and (first or (generation + 1) % 10 == 0):
             self._estimate_printed = True
-            self._console.print(f"generation {generation + 1}: {self._note()}", highlight=False)
+            self._console.print(f"generation {generation}: {self._note()}", highlight=False)
 
     def expected(self, estimate: Estimate) -> None:
         """Keep the estimate of the run's end, to show it."""
@@ -106,13 +120,18 @@ class Live(Observer):
         if self._failures:
             parts.append(f"{self._failures} failed")
         if self._estimate is not None:
-            parts += outlook(self._estimate)
+            parts += outlook(self._estimate, short=self._narrow and self._console.is_terminal)
         return ", ".join(parts)
 
 
-def outlook(estimate: Estimate) -> list[str]:
-    """Return the expected end and cost of a run as short phrases; those that are unknown are left out."""
+def outlook(estimate: Estimate, *, short: bool = False) -> list[str]:
+    """Return the expected end and cost of a run as short phrases; those that are unknown are left out.
+
+    short: only the end of the run.
+    """
     phrases = []
+    if short and estimate.ends is not None:
+        return [f"ends {brief(estimate.ends, estimate.made)}"]
     if estimate.search_ends is not None and estimate.ends is not None:
         phrases.append(f"search ends in about {span(max(0.0, estimate.search_ends - estimate.made))}")
         phrases.append(f"run ends about {brief(estimate.ends, estimate.made)}")

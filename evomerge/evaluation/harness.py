@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from evomerge import steps
 from evomerge.errors import ConfigError
 from evomerge.evaluation import contamination, gradient, prefix_trees
 from evomerge.evaluation.coherence import coherence, drift, thoughts_open
@@ -147,11 +148,12 @@ class Harness:
             ConfigError: an item can't be scored, e.g. a text is empty.
         """
         if split not in self._items:
-            whole = [
-                with_companion(build_items(builder, split, self._lm), self._lm, self._own(builder, split))
-                for builder in self._builders
-                if split in builder.documents
-            ]
+            asked = [builder for builder in self._builders if split in builder.documents]
+            whole = []
+            for number, builder in enumerate(asked, start=1):
+                steps.say(f"tokenising {number}/{len(asked)} tasks for {split}")
+                built = build_items(builder, split, self._lm)
+                whole.append(with_companion(built, self._lm, self._own(builder, split)))
             self._items[split] = tuple(
                 Items(split=split, tasks=tasks, block=number)
                 for number, tasks in enumerate(cut_into_blocks(whole, self.blocks(split), self._block_seed))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from evomerge import steps
 from evomerge.errors import NonFiniteError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
@@ -227,7 +228,9 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self.name = name
         self._device, self._batch_size = spec.device, spec.batch_size
+        steps.say("reading tasks")
         self._harness = build_harness(spec)  # before the models are loaded, because it refuses suites
+        steps.say("loading models")
         self._bench = Workbench(
             spec.models,
             spec.base,
@@ -245,6 +248,7 @@ class Worker:
             self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
         with contextlib.suppress(NonFiniteError):  # then every candidate says so
             self._load(spec.base_alone())
+        steps.say("trying the model out")
         self._harness.try_out(self._bench.model)
         self.sharing: Sharing | None = self._harness.sharing
         self._guard = spec.guard()

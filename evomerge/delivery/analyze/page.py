@@ -16,6 +16,7 @@ from evomerge.merging.analysis.advice import RULES, Advised
 from evomerge.merging.analysis.interference import Interference, Tally
 
 _SHARE_COLOURS = ("grey", "pale", "green", "red")
+_CORNERS = {"cosine": "cosine", "conflict": "opposite %", "overlap": "overlap %"}
 _MATRIX_TITLES = {
     "cosine": "cosine",
     "conflict": "opposite, % of what both change",
@@ -73,7 +74,7 @@ def _pairs_figures(interference: Interference, total: Tally) -> dict[str, Chart]
             [[float(values[i][j]) if i > j else math.nan for j in range(i)] for i in range(1, len(names))],
             columns=names[:-1],
             rows=names[1:],
-            corner=_MATRIX_TITLES[name],
+            corner=_CORNERS[name],
         )
         for name, values in found.items()
     }

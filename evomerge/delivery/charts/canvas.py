@@ -18,9 +18,9 @@ def text_width(text: str, size: float = SIZE) -> float:
     """Return about how wide a text is, in pixels: fonts of systems differ.
 
     >>> text_width("abc")
-    20.52
+    21.6
     """
-    return round(0.57 * size * len(text), 2)
+    return round(0.6 * size * len(text), 2)
 
 
 def shortened(text: str, width: float, size: float = SIZE) -> str:

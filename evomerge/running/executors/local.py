@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver, get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 
+from evomerge import steps
 from evomerge.errors import UserError
 from evomerge.evaluation.sharing import Sharing
 from evomerge.running import sockets
 from evomerge.running.executors.contract import AnyJob, BuildWorker
 from evomerge.running.executors.devices import placed
-from evomerge.running.executors.pool import Died, Message, Pool
+from evomerge.running.executors.pool import Died, Message, Pool, WorkerStep
 from evomerge.running.worker import Worker, WorkerSpec
 
 TERMINATED = 143
@@ -169,7 +170,8 @@ def _serve(build_worker: BuildWorker, spec: WorkerSpec, name: str, pipe: connect
     _end_in_order_on_sigterm()
     with contextlib.suppress(EOFError, ConnectionError):  # the driver is gone
         try:
-            worker = build_worker(spec, name)
+            with steps.told(lambda text: pipe.send(WorkerStep(text=text))):
+                worker = build_worker(spec, name)
         except Exception as error:
             pipe.send(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
             return

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
+from evomerge import steps
 from evomerge.errors import UserError
 from evomerge.evaluation.scores import Failure
 from evomerge.evaluation.sharing import Sharing
@@ -37,9 +38,16 @@ class Died:
     kind: Literal["crash", "out_of_memory"] = "crash"
 
 
-Message = Literal[True] | Sharing | UserError | str | Result | Died
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStep:
+    """A step of a worker that starts; see `evomerge.steps`."""
+
+    text: str
+
+
+Message = Literal[True] | Sharing | UserError | str | Result | Died | WorkerStep
 """What is heard of a worker: that it is ready, or what it decided then; why it can't be (a mistake of the
-user's, or what else), a result, or its death."""
+user's, or what else), a result, its death, or a step on its way."""
 
 
 class WorkerBackend(Protocol[H]):
@@ -212,6 +220,9 @@ class Pool(Generic[H]):
             self._deaths.pop(key_of(member.job), None)
             self._done.append(dataclasses.replace(message, job=member.job))
             member.job = None
+        elif isinstance(message, WorkerStep):
+            if not any(other.ready for other in self._members):  # the first worker is waited for
+                steps.say(message.text)
         elif isinstance(message, UserError):
             raise message
         elif isinstance(message, str):

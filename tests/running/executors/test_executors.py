@@ -18,7 +18,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from evomerge import compose
+from evomerge import compose, steps
 from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
@@ -26,6 +26,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.scores import SPLITS, Failure, Scores
 from evomerge.evaluation.sharing import Sharing
 from evomerge.merging.recipe import Recipe
+from evomerge.prepare import prepare
 from evomerge.running.executors import Executor, Inline, LocalProcesses
 from evomerge.running.executors.pool import Died
 from evomerge.running.executors.ray_actors import Actors, RayActors
@@ -512,3 +513,13 @@ def test_the_first_worker_decides_for_all_of_them(tmp_path: Path) -> None:
     finally:
         pool.close()
     assert {result.weights for result in results} == {repr((None, first)), repr((first, first))}
+
+
+def test_the_first_worker_tells_its_steps(config: Callable[..., Path]) -> None:
+    prepared = prepare(RunConfig.load(config(generate=False)))
+    told: list[str] = []
+    with steps.told(told.append):
+        LocalProcesses(prepared.worker, workers=1, timeout=600).close()
+    assert told[0] == "reading tasks"
+    assert "tokenising 1/3 tasks for search" in told
+    assert told[-2:] == ["loading models", "trying the model out"]
