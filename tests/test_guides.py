@@ -109,6 +109,47 @@ def test_the_python_page_names_every_function() -> None:
     assert missing == []
 
 
+# Tutorial and recording ------------------------------------------------------------------------------
+
+
+FEWER = {r"--evaluations \d+": "--evaluations 6", r"^(evomerge run run.yaml)$": r"\1 --evaluations 6"}
+"""Budgets of the guides -> those of the tests."""
+
+
+def follow(commands: list[str], folder: Path) -> str:
+    """Run the commands of a guide one after the other, with small budgets; return what they print."""
+    for pattern, smaller in FEWER.items():
+        commands = [re.sub(pattern, smaller, command) for command in commands]
+    return "\n".join(shell(command, folder) for command in commands)
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path: Path) -> None:
+    checkout(tmp_path)
+    text = (DOCS / "tutorial.md").read_text()
+    scripts = re.findall(r"this as `(\w+\.py)`(?:(?!```).)*```python\n(.*?)```", text, flags=re.DOTALL)
+    assert [name for name, _ in scripts] == ["data.py", "train.py", "ask.py"]
+    for name, script in scripts:
+        (tmp_path / name).write_text(script)
+    printed = follow([line for _, block in blocks("tutorial.md", "bash") for line in lines(block)], tmp_path)
+    assert "over the best baseline" in " ".join(printed.split())
+    assert "upper k b d a q e = K B D A Q E" in printed
+    assert (tmp_path / "merged" / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_the_recording(tmp_path: Path) -> None:
+    checkout(tmp_path)
+    commands = [line for _, block in blocks("recording.md", "bash") for line in lines(block)]
+    clone, install, *ours = commands
+    assert clone.startswith("git clone ")
+    assert install.endswith("pip install -c constraints.txt .")
+    assert len(ours) == 3
+    printed = follow(ours, tmp_path)
+    assert "over the best baseline" in " ".join(printed.split())
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
 # Clusters -------------------------------------------------------------------------------------------
 
 
