@@ -143,7 +143,7 @@ def test_the_recording(tmp_path: Path) -> None:
     commands = [line for _, block in blocks("recording.md", "bash") for line in lines(block)]
     clone, install, *ours = commands
     assert clone.startswith("git clone ")
-    assert install.endswith("pip install -c constraints.txt .")
+    assert install.endswith("pip install -q -c constraints.txt .")
     assert len(ours) == 3
     printed = follow(ours, tmp_path)
     assert "over the best baseline" in " ".join(printed.split())
