@@ -47,6 +47,9 @@ from evomerge.search.surrogate.improvement import FrontLoss
 from evomerge.search.warm_start import GradientSpec, automatic, distinct
 from evomerge.search.winner import GRADIENT_START, Selection
 
+WORTHWHILE = 100
+"""Evaluations of a budget below which a search does not look whether it could end early: there is too little
+to save, and the looks cost it a generation."""
 _OPTIMIZER, _GRADIENTS, _GUIDE = (0,), (7,), (11,)
 """Spawn keys of the run's seed, one per component."""
 
@@ -509,7 +512,9 @@ class Search:
         if archive is None:
             single = self._guide(views, order, known)
             if single is not None and descended and self._continuous:
-                single.frugal = self._journal.record_frugal()
+                # Generations of so many candidates: a limit in generations alone never counts as small.
+                allowed = self._budget.evaluations(sum(views.sizes), WORTHWHILE)
+                single.frugal = self._journal.record_frugal(allowed is None or allowed >= WORTHWHILE)
             return single
         plan = self._plan
         if plan.surrogate is None or not plan.surrogate.front or not plan.objective.items_decide_front:

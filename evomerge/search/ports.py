@@ -148,7 +148,7 @@ class Journal(Protocol):
         """
         ...
 
-    def record_frugal(self) -> bool:
+    def record_frugal(self, worthwhile: bool) -> bool:
         """Record that the search stops where generations add nothing to gradients.
 
         Returns whether it does; a search that began before there was such a rule goes on without.

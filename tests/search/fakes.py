@@ -153,8 +153,8 @@ class FakeJournal:
         self.steps, self.share = steps, share
         return steps, share
 
-    def record_frugal(self) -> bool:
-        return True
+    def record_frugal(self, worthwhile: bool) -> bool:
+        return worthwhile
 
 
 class FakeBudget:

@@ -224,8 +224,8 @@ def test_is_left_out_where_margins_do_not_make_the_loss(objective: dict[str, obj
 @pytest.mark.parametrize("frugal", [True, False])
 def test_a_search_ends_where_generations_add_nothing_to_gradients(frugal: bool) -> None:
     class Journal(FakeJournal):
-        def record_frugal(self) -> bool:
-            return frugal  # a run of an older version has no such rule
+        def record_frugal(self, worthwhile: bool) -> bool:
+            return frugal and worthwhile  # a run of an older version has no such rule
 
     outcome, journal = search(
         SurrogateSpec(), seed=0, scorer=Peak(), evaluations=100, warm=DESCENDED, journal=Journal()

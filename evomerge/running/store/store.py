@@ -261,12 +261,13 @@ class RunStore(StoreReader):
             facts.DESCENT.set(self, before)
         return int(before["steps"]), float(before["share"])
 
-    def record_frugal(self) -> bool:
+    def record_frugal(self, worthwhile: bool) -> bool:
         """Store that the search stops where generations add nothing to gradients; return whether it does.
 
-        It does not where it began, by an older version, without that rule.
+        It does not where it began, by an older version or with a smaller budget, without that rule.
+        worthwhile: whether the budget is large enough for the rule.
         """
-        if facts.FRUGAL.get(self) is None and not self.has_ask(0):
+        if worthwhile and facts.FRUGAL.get(self) is None and not self.has_ask(0):
             facts.FRUGAL.set(self, True)
         return bool(facts.FRUGAL.get(self))
 

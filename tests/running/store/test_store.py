@@ -236,9 +236,10 @@ def test_the_suite_says_how_many_items_a_split_has(tmp_path: Path) -> None:
 
 def test_a_search_that_began_without_the_rule_that_ends_it_early_goes_on_without(tmp_path: Path) -> None:
     with filled(tmp_path / "old") as older:
-        assert not older.record_frugal()
-        assert not older.record_frugal()
+        assert not older.record_frugal(True)
+        assert not older.record_frugal(True)
     with RunStore.create(tmp_path / "new", {facts.CONFIG: CONFIG}) as new:
-        assert new.record_frugal()
+        assert not new.record_frugal(False)
+        assert new.record_frugal(True)
         new.record_ask(0, GENOMES, [recipe(0), recipe(1)])
-        assert new.record_frugal()
+        assert new.record_frugal(False)
