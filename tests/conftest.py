@@ -1,12 +1,13 @@
-"""What all tests share: the tiny zoo, a small suite on it, and run configs."""
+"""What all tests share: the tiny zoo, a small suite on it, run configs, and a browser."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[name] = "1"
@@ -21,6 +22,9 @@ import yaml
 
 from evomerge.schema import preset_folder
 from tests.zoo_fixture import tiny_zoo as build_tiny_zoo
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # By default examples are derived from the test, so that what passes here passes elsewhere. `make slow`
 # searches for new ones; what it finds is mended and kept as an @example.
@@ -115,3 +119,19 @@ def finished_run(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path.write_text(yaml.safe_dump(config_data(tiny_zoo, folder), sort_keys=False))
     compose.start(RunConfig.load(path), Silent())
     return folder / "run"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, once per process: a second one would find the first one's event loop running."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

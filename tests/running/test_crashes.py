@@ -34,6 +34,7 @@ KINDS = {
     "fact spent",
     "fact chosen_on",
     "fact frugal",
+    "fact movements",
     "fact stopped",
     "scores search",
     "scores select",

@@ -12,9 +12,6 @@ import pytest
 
 from evomerge.serve import server
 from evomerge.serve.guard import Guard
-from tests.delivery.conftest import browser
-
-__all__ = ["browser"]
 
 Serve = Callable[..., tuple[httpx.Client, Guard]]
 
