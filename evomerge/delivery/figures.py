@@ -447,20 +447,3 @@ def surrogate_figure(guidance: Guidance) -> Chart | None:
         bounds=(lowest, 1.05),
         height=280,
     ).chart()
-
-
-__all__ = [
-    "candidates_figure",
-    "convergence_figure",
-    "front_figures",
-    "genome_figure",
-    "hypervolume_figure",
-    "importance_figure",
-    "outcomes_figure",
-    "parallel_figure",
-    "parameter_table",
-    "spending_figure",
-    "surrogate_figure",
-    "task_curves_figure",
-    "tasks_figure",
-]

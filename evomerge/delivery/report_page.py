@@ -12,12 +12,12 @@ from typing import Any
 from evomerge.delivery import figures, objectives, samples, share_card
 from evomerge.delivery.candidates import CandidateRow, Candidates, candidates, most_important
 from evomerge.delivery.charts.chart import Chart, png
-from evomerge.delivery.course import Course
+from evomerge.delivery.course import Convergence, Course
 from evomerge.delivery.guidance import Guidance, guidance
 from evomerge.delivery.notes import notes, stop_sentence
 from evomerge.delivery.objectives import Front
 from evomerge.delivery.page import Served, render
-from evomerge.delivery.spending import spending
+from evomerge.delivery.spending import Spending, spending
 from evomerge.delivery.study import importances
 from evomerge.delivery.style import short_task
 from evomerge.delivery.summary import Claim, Row, Summary
@@ -31,12 +31,18 @@ DETAILED, GENES = 2000, 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Contents:
-    """What page and files show of a run. found: importances of genes."""
+    """What page and files show of a run, computed once. found: importances of genes.
+
+    detailed: the candidates with details on the page: all, or the best and the finalists of very many.
+    """
 
     summary: Summary
     course: Course
     rows: list[Row]
     table: Candidates
+    detailed: list[CandidateRow]
+    convergence: Convergence
+    spent: Spending
     found: list[tuple[int, float]]
     front: Front | None
     surrogate: Guidance | None
@@ -50,20 +56,13 @@ class _Contents:
             course=course,
             rows=summary.rows(),
             table=table,
+            detailed=_detailed(table),
+            convergence=course.convergence(),
+            spent=spending(summary),
             found=importances(table),
             front=objectives.front(summary),
             surrogate=guidance(summary.store),
         )
-
-    @property
-    def detailed(self) -> list[CandidateRow]:
-        """The candidates with details on the page: all, or the best and the finalists of very many."""
-        rows = self.table.scored
-        if len(rows) <= DETAILED:
-            return rows
-        best = sorted(rows, key=lambda row: (bool(row.names), row.mean or 0.0))[-DETAILED:]
-        kept = {row.recipe for row in best}
-        return [row for row in rows if row.recipe in kept]
 
     @property
     def unasked_winner(self) -> tuple[str, float] | None:
@@ -88,7 +87,7 @@ class _Contents:
 
     def charts(self) -> dict[str, Chart]:
         """Return all charts that the run has data for, by id."""
-        summary, rows, convergence = self.summary, self.rows, self.course.convergence()
+        summary, rows, convergence = self.summary, self.rows, self.convergence
         detailed = self.detailed
         shown = Candidates(genes=self.table.genes, rows=tuple(detailed), blocks=self.table.blocks)
         keys = {row.recipe: number for number, row in enumerate(detailed)}
@@ -103,7 +102,7 @@ class _Contents:
             "genome": None if summary.winner is None else figures.genome_figure(summary.winner.recipe),
             "surrogate": None if self.surrogate is None else figures.surrogate_figure(self.surrogate),
             "hypervolume": None if self.front is None else figures.hypervolume_figure(self.front),
-            "spending": figures.spending_figure(spending(summary)),
+            "spending": figures.spending_figure(self.spent),
         }
         fronts = {} if self.front is None else figures.front_figures(self.front)
         return {name: chart for name, chart in drawn.items() if chart is not None} | fronts
@@ -136,6 +135,15 @@ class _Contents:
         }
 
 
+def _detailed(table: Candidates) -> list[CandidateRow]:
+    rows = table.scored
+    if len(rows) <= DETAILED:
+        return rows
+    best = sorted(rows, key=lambda row: (bool(row.names), row.mean or 0.0))[-DETAILED:]
+    kept = {row.recipe for row in best}
+    return [row for row in rows if row.recipe in kept]
+
+
 def write_html(summary: Summary, out: Path) -> Path:
     """Write the report as one HTML file with everything inside, charts included.
 
@@ -149,10 +157,7 @@ def write_html(summary: Summary, out: Path) -> Path:
     Raises:
         DiskError: the disk can't take it.
     """
-    text = page(summary)
-    with drafted_file(out) as draft:
-        draft.write_text(text, encoding="utf-8")
-    return out
+    return _write(out, page(summary).encode())
 
 
 def page(summary: Summary, live: Served | None = None) -> str:
@@ -181,13 +186,13 @@ def page(summary: Summary, live: Served | None = None) -> str:
         optimism=course.optimism(),
         notes=notes(summary),
         cost=course.cost(),
-        spending=spending(summary),
+        spending=contents.spent,
         finalists=course.finalists(),
         genealogy=contents.genealogy,
         asked=contents.unasked_winner is None,
         candidates=len(contents.table),
         detailed=len(contents.detailed),
-        convergence=course.convergence(),
+        convergence=contents.convergence,
         evaluations=course.evaluations(),
         surrogate=contents.surrogate,
         front=contents.front,

@@ -205,7 +205,7 @@ def test_scores_are_the_stored_items(run: evomerge.Run) -> None:
     assert run.scores()["demo_upper"].max() <= 1
     assert set(run.scores("best-baseline", "test")) == set(scores)
     with pytest.raises(ConfigError, match="no recipe of this run"):
-        run.scores("nobody")
+        run.scores("no such candidate")
 
 
 def test_a_run_with_one_objective_has_no_front(run: evomerge.Run) -> None:

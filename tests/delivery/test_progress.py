@@ -67,6 +67,6 @@ def test_steps_of_the_start_are_shown_until_something_is_scored() -> None:
         live.phase("base and parents", 3, 0)
         steps.say("tokenising 4/7 tasks")
         live._bar.refresh()
-    steps.say("nobody listens")
+    steps.say("without a listener")
     assert "tokenising 3/7 tasks" in out.getvalue()
     assert "4/7" not in out.getvalue()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evomerge.delivery.charts.canvas import (
-    SIZE,
     Canvas,
     Scale,
     dash_of,
@@ -20,7 +19,7 @@ from evomerge.delivery.charts.canvas import (
     text_width,
     tipped,
 )
-from evomerge.delivery.charts.chart import NARROW, WIDE, Chart, Drawing
+from evomerge.delivery.charts.chart import NARROW, Chart, Drawing
 
 Style = Literal["solid", "dotted", "dashed"]
 Symbol = Literal["circle", "diamond", "cross", "star"]
@@ -402,23 +401,3 @@ def signed_tone(reach: float) -> Toned:
         return ("accent" if value >= 0 else "red", min(0.75, 0.75 * abs(value) / (reach or 1.0)))
 
     return tone
-
-
-__all__ = [
-    "NARROW",
-    "SIZE",
-    "WIDE",
-    "Axis",
-    "GuideLine",
-    "Line",
-    "Plane",
-    "Points",
-    "Strand",
-    "Whisker",
-    "heat_map",
-    "interval_chart",
-    "number",
-    "parallel_coordinates",
-    "signed_tone",
-    "stacked_rows",
-]
