@@ -90,6 +90,7 @@ def test_the_driver_killed_at_every_kind_of_event(quick_config: Callable[..., Pa
 ARRIVALS = ("arrival", "fact pending", "fact proposed", "fact spent", "scores search", "tell", "failure")
 
 
+@pytest.mark.slow  # test_asynchronous.py interrupts such a search in one process
 def test_the_driver_of_an_asynchronous_search_killed(
     quick_config: Callable[..., Path], tmp_path: Path
 ) -> None:
