@@ -11,7 +11,10 @@ from typing import Any
 from evomerge import files
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
+from evomerge.evaluation.asking import DISTRIBUTION
+from evomerge.evaluation.distributions import packed, unpacked
 from evomerge.evaluation.sharing import Sharing
+from evomerge.merging.recipe import Recipe
 from evomerge.prepare import (
     Prepared,
     check_folder,
@@ -80,8 +83,9 @@ def execute(
     workers = executors.worker_count(prepared.config.executor)
     guard = prepared.worker.guard()
     assert guard is not None
-    answers = _answers(prepared)
-    executor = executors.build(prepared.config.executor, replace(prepared.worker, answers=answers))
+    answers, expected = _answers(prepared), _expected(prepared)
+    worker = replace(prepared.worker, answers=answers, distributions=expected)
+    executor = executors.build(prepared.config.executor, worker)
     try:
         measured = measure(prepared)
         with _open_store(prepared, executor.sharing) as store, RunLog(prepared.folder) as log:
@@ -109,7 +113,7 @@ def execute(
                 for note in facts.ITEM_NOTES.require(store):
                     log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
-            _keep(measured, answers, prepared, store, shown)
+            _keep(measured, answers, expected, prepared, store, shown)
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
@@ -216,14 +220,30 @@ def _answers(prepared: Prepared) -> own_answers.Answers:
         with StoreReader.read(prepared.folder) as store:
             if (stored := facts.ANSWERS.get(store)) is not None:
                 return stored
+    return own_answers.generate(prepared.worker, prepared.config.executor, _sources(prepared))
+
+
+def _expected(prepared: Prepared) -> own_answers.Expected:
+    """Return the distributions that gradients follow, from the store or computed; {} where none are."""
+    if prepared.warm.gradients is None or not own_answers.followed(prepared.suite, DISTRIBUTION):
+        return {}
+    if StoreReader.exists(prepared.folder):
+        with StoreReader.read(prepared.folder) as store:
+            if (stored := facts.DISTRIBUTIONS.get(store)) is not None:
+                return {task: unpacked(data) for task, data in stored.items()}
+    return own_answers.expect(prepared.worker, prepared.config.executor, _sources(prepared))
+
+
+def _sources(prepared: Prepared) -> dict[str, Recipe]:
+    """Return name -> recipe of each source as it is."""
     _, *sources = baselines.parents(prepared.template, prepared.space.sources)
-    recipes = {named.name: named.recipe for named in sources}
-    return own_answers.generate(prepared.worker, prepared.config.executor, recipes)
+    return {named.name: named.recipe for named in sources}
 
 
 def _keep(
     measured: Measured,
     answers: own_answers.Answers,
+    expected: own_answers.Expected,
     prepared: Prepared,
     store: RunStore,
     observer: Observer,
@@ -236,6 +256,11 @@ def _keep(
     if answers and facts.ANSWERS.get(store) is None:
         facts.ANSWERS.set(store, dict(answers))
         for sentence in own_answers.sentences(prepared.suite, answers):
+            observer.noted(f"note: {sentence}")
+    if expected and facts.DISTRIBUTIONS.get(store) is None:
+        data = {task: packed(rows) for task, rows in expected.items()}
+        facts.DISTRIBUTIONS.set(store, data)
+        for sentence in own_answers.distribution_sentences(prepared.suite, data):
             observer.noted(f"note: {sentence}")
 
 

@@ -135,14 +135,19 @@ def test_the_driver_killed_where_there_is_a_front(quick_config: Callable[..., Pa
 
 
 @pytest.mark.slow
-def test_the_driver_killed_where_specialists_answer(config: Callable[..., Path], tmp_path: Path) -> None:
-    path = config(budget={"generations": 2})
+@pytest.mark.parametrize(
+    ("companion", "fact"), [("specialist", "fact answers"), ("distribution", "fact distributions")]
+)
+def test_the_driver_killed_where_specialists_answer(
+    config: Callable[..., Path], tmp_path: Path, companion: str, fact: str
+) -> None:
+    path = config(budget={"generations": 2}, warm_start={"gradients": {"steps": 2, "share": 0.5}})
     suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
     (task,) = (task for task in suite["tasks"] if task["metric"] == "exact_match")
     task |= {"weight": 1, "specialist": "upper", "splits": {"search": 12, "select": 8, "test": 8}}
-    answering = {"companion": "specialist", "tasks": [task]}
+    answering = {"companion": companion, "tasks": [task]}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite | answering))
-    struck(path, tmp_path, "chain", "create", "fact norms", "fact answers", "scores search")
+    struck(path, tmp_path, "chain", "create", "fact norms", fact, "scores search")
 
 
 @pytest.mark.slow
