@@ -30,6 +30,7 @@ from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
+from evomerge.running.executors import memory
 from evomerge.running.inputs import RunInputs, facts_of
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec, counted
@@ -63,7 +64,8 @@ class Prepared:
     template: Recipe
     worker: WorkerSpec
     inputs: RunInputs
-    parameters: int
+    executor: executors.ExecutorSpec
+    models: executors.Models
     layers: int
     optimizer: str
     notes: tuple[str, ...]
@@ -71,6 +73,16 @@ class Prepared:
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
     weighting: str | None = ERRORS
     stacks: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of each model."""
+        return self.models.parameters
+
+    @property
+    def size(self) -> memory.Size:
+        """What the models take of a machine's memory."""
+        return self.models.size(self.worker.dtype)
 
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:
@@ -120,7 +132,12 @@ def prepare(config: RunConfig) -> Prepared:
         check(recipe, sources)
     warm = _with_gradients(warm, space, config.objective)
     _check_engine(config)
-    worker = _worker(config, suite, inputs)
+    models = executors.Models(
+        parameters=sum(header.count for header in headers.values()),
+        dtype=config.dtype,
+        files=_nbytes({source.folder for source in sources.values()}),
+    )
+    executor, worker = _worker(config, suite, inputs, models)
     racing = _racing(config, worker)
     return Prepared(
         config=config.model_copy(update={"racing": racing}),
@@ -129,15 +146,21 @@ def prepare(config: RunConfig) -> Prepared:
         template=template,
         worker=replace(worker, blocks=racing.count, sharing=_sharing(config)),
         inputs=inputs,
-        parameters=sum(header.count for header in headers.values()),
+        executor=executor,
+        models=models,
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
         layers=sources[BASE].num_layers,
         notes=notes,
         warm=warm,
-        baselines=_baselines(config, template, sum(header.count for header in headers.values())),
+        baselines=_baselines(config, template, models.parameters),
         weighting=_weighting(config),
         stacks=_stacks(config),
     )
+
+
+def _nbytes(folders: Iterable[Path]) -> int:
+    """Return the bytes of the weight files in some model folders."""
+    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
 
 
 def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
@@ -271,12 +294,23 @@ def _sharing(config: RunConfig) -> Sharing | None:
     return None
 
 
-def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
-    """Return what workers need to score this run's candidates, with all items in one block."""
-    device, dtype, threads = executors.resolve(config.executor)
-    if config.executor.threads is None:  # a run keeps the number it was begun with
-        threads = forward.kept_threads(Path(config.out)) or threads
-    return WorkerSpec(
+def _worker(
+    config: RunConfig, suite: Suite, inputs: RunInputs, models: executors.Models
+) -> tuple[executors.ExecutorSpec, WorkerSpec]:
+    """Return where workers run, and what they need to score candidates, with all items in one block.
+
+    A run keeps the dtype and the number of threads that it was begun with.
+    """
+    kept = forward.kept(Path(config.out))
+    spec = config.executor
+    device, dtype, _ = executors.resolve(spec, models)
+    if kept is not None and spec.dtype == "auto":
+        dtype = kept.dtype
+    spec = executors.fitted(spec, models, dtype)
+    threads = executors.resolve(spec, models)[2]
+    if kept is not None and spec.threads is None:
+        threads = kept.threads or threads
+    return spec, WorkerSpec(
         models=config.locations,
         base=BASE,
         tokenizer=config.tokenizer,

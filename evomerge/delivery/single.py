@@ -20,7 +20,7 @@ from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
-from evomerge.running import executors, looks
+from evomerge.running import executors, forward, looks
 from evomerge.running.batches import sizes_in_force
 from evomerge.running.store import facts
 from evomerge.running.worker import Job, Worker, WorkerSpec
@@ -93,6 +93,11 @@ def evaluate(
     with contextlib.nullcontext() if stored is None else stored:
         config = None if stored is None else stored.config()
         spec = settings.over(executors.ExecutorSpec() if config is None else config.executor)
+        passes = None if stored is None else forward.stored(stored.store)
+        if passes is not None:  # what the run found is not asked of this machine again
+            same: dict[str, Any] = {"dtype": passes.dtype} if spec.dtype == "auto" else {}
+            same |= {"threads": passes.threads} if spec.threads is None else {}
+            spec = spec.model_copy(update=same)
         name = suite_name or (config.suite if config is not None else "")
         suite = load_suite(name)
         if stored is not None and suite_name is None:
@@ -154,7 +159,10 @@ def _refuse_gate(rules: GateRules | None, run: Path | None, suite_name: str | No
 def _worker(
     recipe: Recipe, suite: Suite, spec: executors.ExecutorSpec, permissions: Permissions
 ) -> WorkerSpec:
-    device, dtype, threads = executors.resolve(spec)
+    source = open_source(recipe.models["model"])
+    parameters = sum(header.count for header in source.headers.values())
+    models = executors.Models(parameters=parameters, dtype=recipe.dtype, files=0)
+    device, dtype, threads = executors.resolve(spec, models)
     return WorkerSpec(
         models=recipe.models,
         base="model",
