@@ -53,7 +53,9 @@ def dtypes(rounds: int) -> None:
                         start = time.perf_counter()
                         model(ids)
                         best[at] = min(best[at], time.perf_counter() - start)
-            print(f"| {size} | {name} | {best[0]:.4f} | {best[1]:.4f} | {best[0] / best[1]:.2f} |", flush=True)
+            print(
+                f"| {size} | {name} | {best[0]:.4f} | {best[1]:.4f} | {best[0] / best[1]:.2f} |", flush=True
+            )
 
 
 def work(dtype: str, threads: int, seconds: float, ready: Any, tokens: Any) -> None:

@@ -191,7 +191,7 @@ def search(options: argparse.Namespace, name: str) -> None:
         return
     data = config(options, name)
     estimate: Any = None
-    if not out.exists():
+    if name == "seed-0" and not out.exists():
         with noted(options, f"check of {name}"):
             estimate = evomerge.check(data)
         print(estimate)
@@ -232,6 +232,48 @@ def export(options: argparse.Namespace) -> None:
             print(f"{topic} | {name}: {answers[name][topic]!r}")
 
 
+def table(options: argparse.Namespace) -> None:
+    """Print what docs/real.md shows: scores, verdicts, seconds, memory, estimates, answers."""
+    runs = [*(f"seed-{seed}" for seed in range(options.seeds)), "cma"]
+    runs = [name for name in runs if (options.out / name / "run.sqlite").exists()]
+    notes = json.loads((options.out / "notes.json").read_text("utf-8"))
+    found = {name: evomerge.load(options.out / name).report().data for name in runs}
+    tasks = [task["task"] for task in suite(options.out)["tasks"] if "role" not in task]
+    print(f"| run | model | {' | '.join(tasks)} | mean | retention |\n|{'---|' * (len(tasks) + 4)}")
+    for name, data in found.items():
+        wanted = {"base", *SPECIALISTS, "winner", (data["verdict"] or {}).get("best_baseline")}
+        for row in data["rows"]:
+            if row["role"] != "winner" and row["name"] not in wanted:
+                continue
+            cells = [f"{100 * row['tasks'][task][0]:.0f}" for task in tasks]
+            mean = (
+                " [".join(f"{100 * value:.0f}" for value in row["mean"][:2])
+                + f", {100 * row['mean'][2]:.0f}]"
+            )
+            print(f"| {name} | {row['name']} | {' | '.join(cells)} | {mean} | {100 * row['retention']:.0f} |")
+    print("\n| run | verdict | stopped | search minus test, points |\n|---|---|---|---|")
+    for name, data in found.items():
+        gap = data["optimism"] and 100 * (data["optimism"]["chosen"] - data["optimism"]["test"])
+        verdict = (data["verdict"] or {}).get("sentence")
+        print(f"| {name} | {verdict} | {data['stopped']} | {gap and f'{gap:.1f}'} |")
+    print("\n| run | part | items | worker seconds |\n|---|---|---|---|")
+    for name, data in found.items():
+        for part in data["spending"]["parts"]:
+            seconds = "" if part["seconds"] is None else f"{part['seconds']:.0f}"
+            print(f"| {name} | {part['part']} | {part['items']} | {seconds} |")
+        split = {key: f"{value / 1000:.2f} s" for key, value in data["milliseconds_per_candidate"].items()}
+        print(f"| {name} | a candidate | | {split} |")
+    head = ("step", "minutes", "estimated", "memory of all, GB", "of the largest process", "load")
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, note in notes.items():
+        estimated = (note.get("estimate") or {}).get("estimated_minutes")
+        sizes = [f"{note['memory'].get(key, 0) / 1e9:.1f}" for key in ("whole", "largest")]
+        print(
+            f"| {name} | {note['seconds'] / 60:.1f} | {'' if estimated is None else f'{estimated:.1f}'} | "
+            f"{' | '.join(sizes)} | {note['load']:.1f} |"
+        )
+
+
 def main() -> None:
     """Run the steps that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -248,6 +290,8 @@ def main() -> None:
         search(options, "cma")
     if "export" in options.only:
         export(options)
+    if "table" in options.only:
+        table(options)
 
 
 if __name__ == "__main__":
