@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import methods, modules
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.sources.source import Source
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
@@ -65,7 +66,7 @@ class Prepared:
     worker: WorkerSpec
     inputs: RunInputs
     executor: executors.ExecutorSpec
-    models: executors.Models
+    models: executors.ModelSizes
     layers: int
     optimizer: str
     notes: tuple[str, ...]
@@ -132,11 +133,7 @@ def prepare(config: RunConfig) -> Prepared:
         check(recipe, sources)
     warm = _with_gradients(warm, space, config.objective)
     _check_engine(config)
-    models = executors.Models(
-        parameters=sum(header.count for header in headers.values()),
-        dtype=config.dtype,
-        files=_nbytes({source.folder for source in sources.values()}),
-    )
+    models = _sizes(config, sources)
     executor, worker = _worker(config, suite, inputs, models)
     racing = _racing(config, worker)
     return Prepared(
@@ -158,9 +155,14 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
-def _nbytes(folders: Iterable[Path]) -> int:
-    """Return the bytes of the weight files in some model folders."""
-    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+def _sizes(config: RunConfig, sources: Mapping[str, Source]) -> executors.ModelSizes:
+    """Return what of the models matters to a machine; adapters count as their bases' files."""
+    folders = {source.folder for source in sources.values()}
+    return executors.ModelSizes(
+        parameters=sum(header.count for header in sources[BASE].headers.values()),
+        dtype=config.dtype,
+        files=sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")),
+    )
 
 
 def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
@@ -295,7 +297,7 @@ def _sharing(config: RunConfig) -> Sharing | None:
 
 
 def _worker(
-    config: RunConfig, suite: Suite, inputs: RunInputs, models: executors.Models
+    config: RunConfig, suite: Suite, inputs: RunInputs, models: executors.ModelSizes
 ) -> tuple[executors.ExecutorSpec, WorkerSpec]:
     """Return where workers run, and what they need to score candidates, with all items in one block.
 

@@ -34,7 +34,7 @@ __all__ = [
     "ExecutorSpec",
     "Inline",
     "LocalProcesses",
-    "Models",
+    "ModelSizes",
     "Result",
     "Runs",
     "Streaming",
@@ -53,7 +53,7 @@ WORTH_BFLOAT16 = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Models:
+class ModelSizes:
     """What of a run's models matters to a machine. parameters: of each. dtype: of the merged model. files:
     bytes of all weight files."""
 
@@ -172,7 +172,7 @@ def at_once(spec: ExecutorSpec) -> int:
     return min(workers, max(1, cores() // threads)) if device == "cpu" else workers
 
 
-def fitted(spec: ExecutorSpec, models: Models, dtype: str) -> ExecutorSpec:
+def fitted(spec: ExecutorSpec, models: ModelSizes, dtype: str) -> ExecutorSpec:
     """Return a config's executor with fewer workers than cores, where no more fit into this machine's memory.
 
     A number of workers in the config stays as it is. dtype: of the forward pass.
@@ -185,7 +185,7 @@ def fitted(spec: ExecutorSpec, models: Models, dtype: str) -> ExecutorSpec:
     return spec.model_copy(update={"workers": most})
 
 
-def resolve(spec: ExecutorSpec, models: Models | None = None) -> tuple[str, str, int]:
+def resolve(spec: ExecutorSpec, models: ModelSizes | None = None) -> tuple[str, str, int]:
     """Return (device, dtype of the forward pass, threads per worker) of a config on this machine.
 
     On Ray the device is one of its nodes': a worker that asks for a GPU computes on it. models: what the

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from evomerge.running import executors
-from evomerge.running.executors import ExecutorSpec, Models, devices, memory
+from evomerge.running.executors import ExecutorSpec, ModelSizes, devices, memory
 
 GB = 10**9
-LARGE = Models(parameters=7 * GB, dtype="bfloat16", files=42 * GB)
+LARGE = ModelSizes(parameters=7 * GB, dtype="bfloat16", files=42 * GB)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_config_without_workers_has_one_per_core_or_fewer_where_memory_is_shor
     few = executors.fitted(ExecutorSpec(), LARGE, "bfloat16")
     assert executors.worker_count(few) == 2
     assert executors.resolve(few, LARGE)[2] == 8  # threads
-    small = Models(parameters=135_000_000, dtype="bfloat16", files=GB)
+    small = ModelSizes(parameters=135_000_000, dtype="bfloat16", files=GB)
     assert executors.worker_count(executors.fitted(ExecutorSpec(), small, "bfloat16")) == 16
     named = ExecutorSpec(workers=12)
     assert executors.fitted(named, LARGE, "bfloat16") is named
@@ -57,7 +57,7 @@ def test_bfloat16_on_a_cpu_needs_instructions_a_large_model_and_weights_that_los
 ) -> None:
     monkeypatch.setattr(executors, "automatic", lambda: "cpu")
     monkeypatch.setattr(executors, "multiplies_bfloat16", lambda: able)
-    models = Models(parameters=parameters, dtype=merged, files=0)
+    models = ModelSizes(parameters=parameters, dtype=merged, files=0)
     assert executors.resolve(ExecutorSpec(), models)[1] == dtype
     assert executors.resolve(ExecutorSpec(dtype="float32"), models)[1] == "float32"
     assert executors.resolve(ExecutorSpec())[1] == "float32"
