@@ -80,12 +80,12 @@ def execute(
     the stored ones.
     """
     started = time.time() if started is None else started
-    workers = executors.worker_count(prepared.config.executor)
+    workers = executors.worker_count(prepared.executor)
     guard = prepared.worker.guard()
     assert guard is not None
     answers, expected = _answers(prepared), _expected(prepared)
     worker = replace(prepared.worker, answers=answers, distributions=expected)
-    executor = executors.build(prepared.config.executor, worker)
+    executor = executors.build(prepared.executor, worker)
     try:
         measured = measure(prepared)
         with _open_store(prepared, executor.sharing) as store, RunLog(prepared.folder) as log:
@@ -100,7 +100,7 @@ def execute(
                 store,
                 clock,
                 spec,
-                workers=executors.at_once(prepared.config.executor),
+                workers=executors.at_once(prepared.executor),
                 finalists=prepared.config.finalists,
                 several=bool(prepared.config.objective.several),
             )
@@ -220,7 +220,7 @@ def _answers(prepared: Prepared) -> own_answers.Answers:
         with StoreReader.read(prepared.folder) as store:
             if (stored := facts.ANSWERS.get(store)) is not None:
                 return stored
-    return own_answers.generate(prepared.worker, prepared.config.executor, _sources(prepared))
+    return own_answers.generate(prepared.worker, prepared.executor, _sources(prepared))
 
 
 def _expected(prepared: Prepared) -> own_answers.Expected:
@@ -231,7 +231,7 @@ def _expected(prepared: Prepared) -> own_answers.Expected:
         with StoreReader.read(prepared.folder) as store:
             if (stored := facts.DISTRIBUTIONS.get(store)) is not None:
                 return {task: unpacked(data) for task, data in stored.items()}
-    return own_answers.expect(prepared.worker, prepared.config.executor, _sources(prepared))
+    return own_answers.expect(prepared.worker, prepared.executor, _sources(prepared))
 
 
 def _sources(prepared: Prepared) -> dict[str, Recipe]:
