@@ -36,7 +36,7 @@ from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
-from evomerge.running.worker import item_notes
+from evomerge.running.worker import WorkerSpec, item_notes
 from evomerge.search import baselines
 from evomerge.search.loop import Search
 from evomerge.search.plan import Outcome, SearchPlan
@@ -83,8 +83,7 @@ def execute(
     workers = executors.worker_count(prepared.executor)
     guard = prepared.worker.guard()
     assert guard is not None
-    answers, expected = _answers(prepared), _expected(prepared)
-    worker = replace(prepared.worker, answers=answers, distributions=expected)
+    worker = replace(prepared.worker, answers=_answers(prepared), distributions=_expected(prepared))
     executor = executors.build(prepared.executor, worker)
     try:
         measured = measure(prepared)
@@ -113,7 +112,7 @@ def execute(
                 for note in facts.ITEM_NOTES.require(store):
                     log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
-            _keep(measured, answers, expected, prepared, store, shown)
+            _keep(measured, worker, store, shown)
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
@@ -240,28 +239,22 @@ def _sources(prepared: Prepared) -> dict[str, Recipe]:
     return {named.name: named.recipe for named in sources}
 
 
-def _keep(
-    measured: Measured,
-    answers: own_answers.Answers,
-    expected: own_answers.Expected,
-    prepared: Prepared,
-    store: RunStore,
-    observer: Observer,
-) -> None:
+def _keep(measured: Measured, worker: WorkerSpec, store: RunStore, observer: Observer) -> None:
     """Store what was measured before the first evaluation, unless an earlier session did."""
     if facts.NORMS.get(store) is None:
         if measured.movements is not None:
             facts.MOVEMENTS.set(store, list(measured.movements))
         facts.NORMS.set(store, measured.norms)  # last: a store with it has all that was measured
-    if answers and facts.ANSWERS.get(store) is None:
-        facts.ANSWERS.set(store, dict(answers))
-        for sentence in own_answers.sentences(prepared.suite, answers):
-            observer.noted(f"note: {sentence}")
-    if expected and facts.DISTRIBUTIONS.get(store) is None:
-        data = {task: packed(rows) for task, rows in expected.items()}
+    said: list[str] = []
+    if worker.answers and facts.ANSWERS.get(store) is None:
+        facts.ANSWERS.set(store, {task: list(row) for task, row in worker.answers.items()})
+        said += own_answers.sentences(worker.suite, worker.answers)
+    if worker.distributions and facts.DISTRIBUTIONS.get(store) is None:
+        data = {task: packed(rows) for task, rows in worker.distributions.items()}
         facts.DISTRIBUTIONS.set(store, data)
-        for sentence in own_answers.distribution_sentences(prepared.suite, data):
-            observer.noted(f"note: {sentence}")
+        said += own_answers.distribution_sentences(worker.suite, data)
+    for sentence in said:
+        observer.noted(f"note: {sentence}")
 
 
 def _open_store(prepared: Prepared, sharing: Sharing | None) -> RunStore:

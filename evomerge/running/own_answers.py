@@ -19,10 +19,10 @@ from evomerge.evaluation.scores import Failure, Scores, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
 from evomerge.running.executors import ExecutorSpec, build
-from evomerge.running.worker import DistributionsJob, Job, WorkerSpec, Written
+from evomerge.running.worker import DistributionsJob, Job, WorkerSpec, WrittenAnswers
 from evomerge.schema import LARGEST_COUNT
 
-Answers = Mapping[str, list[str | None]]
+Answers = Mapping[str, Sequence[str | None]]
 """Task -> for each item of `search` the specialist's answer, None where it is not right."""
 Expected = Mapping[str, Sequence[Distributions]]
 """Task -> for each item of `search` the specialist's answer and what it expected at each token."""
@@ -41,7 +41,7 @@ def sentences(suite: Suite, answers: Answers) -> list[str]:
     """Return how many answers each companion follows, one sentence per task."""
     specialist_of = followed(suite)
     return [
-        f"{task}: {len(row) - row.count(None)} of the {len(row)} answers of the specialist "
+        f"{task}: {len(row) - list(row).count(None)} of the {len(row)} answers of the specialist "
         f"({specialist_of[task]}) on `search` are right; the companion follows these, else the gold answer"
         for task, row in answers.items()
     ]
@@ -102,7 +102,7 @@ def expect(spec: WorkerSpec, executor: ExecutorSpec, sources: Mapping[str, Recip
                     f"{name} could not answer the items of search: {result.outcome.reason}",
                     fix="remove the cause, or set `companion: off` in the suite",
                 )
-            assert isinstance(result.outcome, Written)
+            assert isinstance(result.outcome, WrittenAnswers)
             found |= result.outcome.rows
     return {task: found[task] for task in sorted(found)}
 

@@ -75,7 +75,7 @@ class DistributionsJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class WrittenAnswers:
     """The outcome of a DistributionsJob: task -> for each item what was written, with its distributions."""
 
     rows: Mapping[str, Sequence[Distributions]]
@@ -100,7 +100,7 @@ class Result:
     """
 
     job: _AnyJob
-    outcome: Scores | Gradient | Written | Failure | NotBegun
+    outcome: Scores | Gradient | WrittenAnswers | Failure | NotBegun
     timing: Timing | None = None
     parts: tuple[Scores, ...] = ()
     faults: tuple[str, ...] = ()
@@ -363,10 +363,10 @@ class Worker:
             return {}
         return {block: self._harness.questions(job.split, block) for block in job.blocks}
 
-    def _distributions(self, job: DistributionsJob) -> Written | Failure:
+    def _distributions(self, job: DistributionsJob) -> WrittenAnswers | Failure:
         try:
             self._load(job.recipe)
-            return Written(rows=self._harness.distributions(self._bench.model, job.tasks))
+            return WrittenAnswers(rows=self._harness.distributions(self._bench.model, job.tasks))
         except Exception as error:
             if retries.transient(error):
                 raise

@@ -24,7 +24,7 @@ from evomerge.running import own_answers
 from evomerge.running.executors import ExecutorSpec
 from evomerge.running.slopes import PHASE
 from evomerge.running.store import RunStore, facts
-from evomerge.running.worker import DistributionsJob, Job, Result, WorkerSpec, Written
+from evomerge.running.worker import DistributionsJob, Job, Result, WorkerSpec, WrittenAnswers
 from evomerge.stored import StoredRun
 from tests.conftest import config_data, write_suite
 
@@ -63,7 +63,7 @@ class Writing:
             self.asked.append(name)
             if isinstance(job, DistributionsJob):
                 rows = {task: [ROW] for task in job.tasks if task != "plain"}
-                yield Result(job=job, outcome=self.outcome or Written(rows=rows))
+                yield Result(job=job, outcome=self.outcome or WrittenAnswers(rows=rows))
                 continue
             metric = np.array([1.0, 0.0, 1.0])
             texts = ((f"{name} 0",), (f"{name} 1",), (f"{name} 2",))
