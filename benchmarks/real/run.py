@@ -76,6 +76,15 @@ def suite(folder: Path) -> dict[str, Any]:
                 "prompt": "question",
                 "answer": "answer",
                 "choices": "choices",
+                "weight": 0,  # reported: no specialist learned it, and none should lose it
+                "splits": {"search": 24, "select": 24, "test": 60},
+            },
+            {
+                "task": "chat_answers",
+                "data": str(folder / "tasks/chat.jsonl"),
+                "role": "retention",
+                "prompt": "question",
+                "answer": "answer",
                 "splits": {"search": 24, "select": 24, "test": 60},
             },
             {"task": "prose", "role": "retention", "chat_template": "off", "splits": named},
@@ -287,7 +296,8 @@ def main() -> None:
     if "seeds" in options.only:
         for seed in range(options.seeds):
             search(options, f"seed-{seed}")
-        search(options, "cma")
+            if seed == 0:
+                search(options, "cma")
     if "export" in options.only:
         export(options)
     if "table" in options.only:
