@@ -77,7 +77,6 @@ def suite(folder: Path) -> dict[str, Any]:
                 "answer": "answer",
                 "choices": "choices",
                 "weight": 0,  # reported: no specialist learned it, and none should lose it
-                "splits": {"search": 24, "select": 24, "test": 60},
             },
             {
                 "task": "chat_answers",
@@ -85,7 +84,6 @@ def suite(folder: Path) -> dict[str, Any]:
                 "role": "retention",
                 "prompt": "question",
                 "answer": "answer",
-                "splits": {"search": 24, "select": 24, "test": 60},
             },
             {"task": "prose", "role": "retention", "chat_template": "off", "splits": named},
         ],
