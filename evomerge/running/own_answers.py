@@ -29,11 +29,16 @@ Expected = Mapping[str, Sequence[Distributions]]
 
 
 def followed(suite: Suite, companion: str = SPECIALIST) -> dict[str, str]:
-    """Return task -> specialist whose own answers are followed, for tasks with that kind of companion."""
+    """Return task -> specialist whose own answers are followed, for tasks with that kind of companion.
+
+    Gradients have no use for distributions of tasks that don't count.
+    """
     return {
         spec.task: spec.specialist
         for spec in suite.of("search")
-        if spec.specialist is not None and suite.asking(spec.task).companion == companion
+        if spec.specialist is not None
+        and suite.asking(spec.task).companion == companion
+        and (companion != DISTRIBUTION or (spec.role == "skill" and spec.counted))
     }
 
 

@@ -39,6 +39,7 @@ def suite_of(companion: str = "specialist") -> Suite:
         {"task": "plain", "specialist": "q"},
         {"task": "gold"},
         {"task": "off", "specialist": "q", "companion": "off"},
+        {"task": "reported", "specialist": "q", "weight": 0},
     ]
     tasks = [{"metric": "exact_match", "splits": SPLITS} | task for task in tasks]
     return Suite.model_validate({"name": "s", "companion": companion, "tasks": tasks})
@@ -68,7 +69,7 @@ class Writing:
             metric = np.array([1.0, 0.0, 1.0])
             texts = ((f"{name} 0",), (f"{name} 1",), (f"{name} 2",))
             rows = [TaskScores(task=t, metric=metric, texts=texts) for t in ("a", "b", "gold", "off")]
-            rows.append(TaskScores(task="plain", metric=metric))
+            rows += [TaskScores(task=t, metric=metric) for t in ("plain", "reported")]
             yield Result(job=job, outcome=self.outcome or Scores(split="search", tasks=tuple(rows)))
 
     def close(self) -> None:
@@ -125,7 +126,7 @@ def test_a_task_that_asks_for_it_names_its_specialist(companion: str) -> None:
 
 
 def test_nobody_answers_unless_a_suite_asks_for_it() -> None:
-    assert own_answers.followed(suite_of()) == {"a": "p", "b": "q", "plain": "q"}
+    assert own_answers.followed(suite_of()) == {"a": "p", "b": "q", "plain": "q", "reported": "q"}
     assert own_answers.followed(suite_of("auto")) == {}
     assert own_answers.followed(suite_of("distribution")) == {}
     assert own_answers.followed(suite_of("distribution"), "distribution") == {
