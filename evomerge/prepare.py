@@ -162,7 +162,21 @@ def _sizes(config: RunConfig, sources: Mapping[str, Source]) -> executors.ModelS
         parameters=sum(header.count for header in sources[BASE].headers.values()),
         dtype=config.dtype,
         files=sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")),
+        cached=_cached(sources[BASE].config),
+        batch=config.executor.batch_size,
     )
+
+
+def _cached(config: Mapping[str, Any]) -> int:
+    """Return how many numbers a model keeps per token (keys and values of all layers), 0 where unknown."""
+    layers, hidden, heads = (
+        value if isinstance(value := config.get(name), int) else 0
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    if heads <= 0:
+        return 0
+    size = config.get("head_dim") or hidden // heads
+    return int(2 * layers * (config.get("num_key_value_heads") or heads) * size)
 
 
 def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:

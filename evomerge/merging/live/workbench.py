@@ -94,7 +94,9 @@ class Workbench:
         self.notes = check_models(pattern | self.sources)
         chosen = self.sources[self._pattern]
         self._headers = {**chosen.headers, **chosen.copied}
-        self._inputs = WarmInputs(self.sources, low_memory=low_memory)
+        elements = sum(header.count for header in chosen.headers.values())
+        size = elements * (4 if compute_dtype == "float32" else 2)  # of the live model
+        self._inputs = WarmInputs(self.sources, low_memory=low_memory, most=size)
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
         pattern_source = self.sources[self._pattern]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -92,13 +94,16 @@ class WarmInputs:
     """Takes tensors from mapped files and caches statistics: for merging many candidates.
 
     Cached: inner products that methods used (a few numbers per tensor), and the sorted magnitudes of each
-    task vector that was trimmed (see `Spectrum`), until no candidate has needed them for a while. With
-    `low_memory` those are computed again for every trim.
+    task vector that was trimmed (see `Spectrum`), until no candidate has needed them for a while. What would
+    take more than `most` bytes together, and with `low_memory` all of them, is computed again for every trim.
     Adapter updates stay factored; their product is computed for each candidate that uses it.
     """
 
-    def __init__(self, sources: Mapping[str, Source], *, low_memory: bool = False) -> None:
-        self._sources, self._low_memory = sources, low_memory
+    def __init__(
+        self, sources: Mapping[str, Source], *, low_memory: bool = False, most: float = math.inf
+    ) -> None:
+        self._sources, self._most = sources, 0.0 if low_memory else most
+        self._kept, self._lock = 0, threading.Lock()
         self._grams: dict[tuple[Difference, ...], Gram] = {}
         self._spectra: dict[Difference, Spectrum] = {}
         self._used: dict[Difference, int] = {}
@@ -108,7 +113,7 @@ class WarmInputs:
     @property
     def nbytes(self) -> int:
         """The memory the statistics take."""
-        return sum(spectrum.nbytes for spectrum in self._spectra.values())
+        return self._kept
 
     def next_candidate(self) -> None:
         """Begin a candidate, and forget magnitudes that the last `KEPT` candidates did not need.
@@ -118,7 +123,8 @@ class WarmInputs:
         """
         self._candidates += 1
         for place in [place for place, used in self._used.items() if used < self._candidates - KEPT]:
-            del self._used[place], self._spectra[place]
+            self._kept -= self._spectra.pop(place).nbytes
+            del self._used[place]
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         place = (source, tensor), base
@@ -144,10 +150,15 @@ class WarmInputs:
         return self._grams[places]
 
     def boundary(self, place: Difference, rank: int, magnitudes: Callable[[], WeightArray]) -> Boundary:
-        if self._low_memory:
-            return boundary(magnitudes(), rank, reorder=True)
         if place not in self._spectra:
-            self._spectra[place] = Spectrum(magnitudes())
+            if self._kept >= self._most:
+                return boundary(magnitudes(), rank, reorder=True)
+            spectrum = Spectrum(magnitudes())
+            with self._lock:  # tensors are merged by several threads
+                if self._kept + spectrum.nbytes > self._most:
+                    return spectrum.boundary(rank)
+                self._spectra[place] = spectrum
+                self._kept += spectrum.nbytes
         self._used[place] = self._candidates
         return self._spectra[place].boundary(rank)
 

@@ -55,16 +55,25 @@ WORTH_BFLOAT16 = 10_000_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
     """What of a run's models matters to a machine. parameters: of each. dtype: of the merged model. files:
-    bytes of all weight files."""
+    bytes of all weight files. cached: numbers that a model keeps per token while it reads. batch: requests
+    per forward pass."""
 
     parameters: int
     dtype: str
     files: int
+    cached: int = 0
+    batch: int = 1
 
     def size(self, dtype: str) -> memory.Size:
         """Return their size with forward passes in a dtype."""
         forward = 4 if dtype == "float32" else 2
-        return memory.Size(parameters=self.parameters, forward=forward, files=self.files)
+        return memory.Size(
+            parameters=self.parameters,
+            forward=forward,
+            files=self.files,
+            cached=self.cached,
+            batch=self.batch,
+        )
 
 
 class ExecutorSpec(Strict):

@@ -10,6 +10,9 @@ PROGRAM = 0.6e9
 """Bytes of a process beside its model: torch, transformers, lm-eval, items, and a batch's intermediate values
 (a small model's; see `Size.worker`)."""
 
+TOKENS = 512
+"""Tokens of a request for which memory is planned; longer ones take more."""
+
 SPARE = 0.9
 """The part of the free memory that workers may take."""
 
@@ -17,20 +20,24 @@ SPARE = 0.9
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """The size of a run's models. parameters: of each. forward: bytes that one takes in the forward pass.
-    files: bytes of all mapped files, which the workers of a machine share."""
+    files: bytes of all mapped files, which the workers of a machine share. cached: numbers that a model keeps
+    per token while it reads (keys and values). batch: requests per forward pass."""
 
     parameters: int
     forward: int
     files: int
+    cached: int = 0
+    batch: int = 1
 
     @property
     def worker(self) -> int:
-        """Bytes of a worker: its live model, as much again for what is computed with it, and the program.
+        """Bytes of a worker at its peak: the program, its live model, as much again, and a batch.
 
-        Beside the weights stand a gradient of each, or keys, values and intermediate values of a batch, or
-        the statistics of trimmed task vectors; never all of them at once (docs/performance.md).
+        Beside the weights stand a gradient of each or the statistics of trimmed task vectors, which are kept
+        up to that size. Of a batch of `TOKENS` each, keys and values stand twice while they grow.
         """
-        return int(PROGRAM + 2 * self.parameters * self.forward)
+        batch = 2 * self.cached * self.batch * TOKENS * self.forward
+        return int(PROGRAM + 2 * self.parameters * self.forward + batch)
 
     def fitting(self, free: int | None) -> int | None:
         """Return how many workers fit into free bytes, at least one; None where they are not known.

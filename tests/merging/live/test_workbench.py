@@ -20,7 +20,7 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.opening import open_source
 from evomerge.merging.tensors.digest import folder_digest
-from evomerge.merging.tensors.inputs import KEPT
+from evomerge.merging.tensors.inputs import KEPT, WarmInputs
 from evomerge.merging.tensors.merge_tensor import NonFiniteWeights
 from tests.merging.conftest import llama, save
 
@@ -192,6 +192,21 @@ def test_statistics_that_no_candidate_needs_any_more_are_forgotten(models: dict[
     assert bench.nbytes == 0
     bench.load(trimmed)
     assert (bench.digest(trimmed), bench.nbytes) == (first, size)
+
+
+def test_statistics_are_kept_up_to_a_size(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    group = TensorGroup(method="ties", sources=("a", "b"), parameters={"density": 0.5})
+    recipe = Recipe(models=models, base="base", groups=(group,))
+    whole = Workbench(models, "base")
+    whole.load(recipe)
+    most = whole.nbytes // 2
+    monkeypatch.setattr(workbench, "WarmInputs", lambda sources, **_: WarmInputs(sources, most=most))
+    bench = Workbench(models, "base")
+    for _ in range(2):
+        bench.load(recipe)
+        assert bench.digest(recipe) == whole.digest(recipe)
+        assert 0 < bench.nbytes <= most
+        bench.load(recipe.with_groups([TensorGroup(method="linear", sources=("a", "b"))]))
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear"])
