@@ -273,7 +273,11 @@ def _sharing(config: RunConfig) -> Sharing | None:
 
 def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
     """Return what workers need to score this run's candidates, with all items in one block."""
+    from evomerge.merging.tensors.on_device import merges_there
+
     device, dtype, threads = executors.resolve(config.executor)
+    if config.executor.name != "ray":  # whose workers look on their own machines
+        merges_there(config.executor.merge_on, device)
     if config.executor.threads is None:  # a run keeps the number it was begun with
         threads = forward.kept_threads(Path(config.out)) or threads
     return WorkerSpec(
@@ -290,6 +294,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         max_length=config.executor.max_length,
         attention=config.executor.attention,
         low_memory=config.executor.low_memory,
+        merge_on=config.executor.merge_on,
         block_seed=config.seed,
         generation=config.executor.generation,
         permissions=config.permissions,

@@ -6,7 +6,7 @@ lowest index. Triton compiles one kernel for each form of a blend: number and ty
 masks. With TRITON_INTERPRET=1 it runs the same code on tensors in main memory, slowly, for tests.
 
 A program merges one block of `CHUNK` elements, as two rows: the halves of a block share the hashes of their
-draws (see `draws`).
+draws (see `draws`). bfloat16 is passed as its bits in int16.
 """
 
 from __future__ import annotations
@@ -25,6 +25,25 @@ _GUARD = tl.constexpr(GUARD)
 
 
 @triton.jit
+def _wide(x):
+    """Return stored weights in float32."""
+    if x.dtype == tl.int16:
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _rounded(x, type_: tl.constexpr):
+    """Return float32 rounded to a type, ties to even."""
+    if type_ == tl.int16:
+        bits = x.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    else:
+        return x.to(type_)
+
+
+@triton.jit(do_not_specialize=["blocks"])
 def count_equal(xs, base_, reals, counts, blocks, n, K: tl.constexpr, MINUS: tl.constexpr):
     """Count the elements of each block whose magnitude is a source's limit, or its top.
 
@@ -35,9 +54,9 @@ def count_equal(xs, base_, reals, counts, blocks, n, K: tl.constexpr, MINUS: tl.
     there = start + inside < n
     base = 0.0
     if base_ is not None:
-        base = tl.load(base_ + start + inside, mask=there, other=0.0).to(tl.float32)
+        base = _wide(tl.load(base_ + start + inside, mask=there, other=0))
     for k in tl.static_range(K):
-        d = tl.load(xs[k] + start + inside, mask=there, other=0.0).to(tl.float32)
+        d = _wide(tl.load(xs[k] + start + inside, mask=there, other=0))
         if MINUS[k]:
             d = d - base
         for which in tl.static_range(2):
@@ -98,18 +117,7 @@ def _drawn(d, reals, whole, start, half: tl.constexpr):
     return tl.where(draws < tl.load(whole + 4).to(tl.uint32), d * tl.load(reals + 2), 0.0)
 
 
-@triton.jit
-def _rounded(x, type_: tl.constexpr):
-    """Return float32 rounded to a type, ties to even."""
-    if type_ == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(type_)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def blend(
     xs,
     base_,
@@ -131,7 +139,7 @@ def blend(
     MEAN: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Write one block of a blend to `out_`, rounded to TYPE; write 1 to `bad_` where it is not finite.
+    """Write one block of a blend to `out_`, rounded to TYPE first; write 1 to `bad_` where it is not finite.
 
     xs: the K sources. reals, whole: (K, FIELDS). until: running sums of `count_equal`, None without ties.
     """
@@ -140,10 +148,10 @@ def blend(
     there = start + inside < n
     base = 0.0
     if base_ is not None:
-        base = tl.load(base_ + start + inside, mask=there, other=0.0).to(tl.float32)
+        base = _wide(tl.load(base_ + start + inside, mask=there, other=0))
     parts = ()
     for k in tl.static_range(K):
-        d = tl.load(xs[k] + start + inside, mask=there, other=0.0).to(tl.float32)
+        d = _wide(tl.load(xs[k] + start + inside, mask=there, other=0))
         if MINUS[k]:
             d = d - base
         real, number = reals + k * _FIELDS, whole + k * _FIELDS
@@ -176,7 +184,7 @@ def blend(
     if ADD:
         mix = mix + base
     rounded = _rounded(mix, TYPE)
-    again = rounded.to(tl.float32)
+    again = _wide(rounded)
     finite = (tl.abs(mix) < float("inf")) & (tl.abs(again) < float("inf"))
     bad = tl.max(tl.max((there & ~finite).to(tl.int32), axis=1), axis=0)
     tl.store(bad_, 1, mask=bad > 0)

@@ -9,7 +9,8 @@ What a method knows of whole tensors (inner products, sorted magnitudes) is comp
 code and cached in `WarmInputs`. Nothing waits for the GPU before all tensors of a recipe are under way.
 
 Sources are kept on the GPU from their first use on while `ROOM` of its memory stays free for forward passes;
-the others are sent through pinned memory, tensor by tensor, each time they are read. `give_way` frees them.
+the others are sent through pinned memory, tensor by tensor, each time they are read. `give_way` frees them, and
+so does lack of memory while merging.
 
 Before a form of kernel is trusted, the processor merges one of its tensors, too. Where a bit differs, the
 processor merges everything from then on, and the log says so.
@@ -53,29 +54,30 @@ NO_TOP = Boundary(math.nan, EVERYTHING.ties)
 EXACT: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
 
 
-def available(device: str) -> bool:
-    """Say whether candidates can be merged on a device: Triton is installed, and there is a GPU.
+def installed() -> bool:
+    """Say whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
-    With TRITON_INTERPRET=1 any device will do, for tests.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.startswith("cuda") or os.environ.get("TRITON_INTERPRET") == "1"
+
+def available(device: str) -> bool:
+    """Say whether candidates can be merged on a device: a GPU, or any with TRITON_INTERPRET=1 (for tests)."""
+    return installed() and (device.startswith("cuda") or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def merges_there(merge_on: str, device: str) -> bool:
     """Say whether candidates are merged on the live model's device.
 
-    merge_on: as in the executor's settings. Raises ConfigError where that can't be.
+    merge_on: as in the executor's settings. Raises ConfigError for "device" where that can't be.
     """
     if merge_on == "device" and not available(device):
+        on_gpu = device.startswith("cuda")
         raise ConfigError(
-            f"executor.merge_on: candidates can't be merged on {device}",
-            expected="merge_on: device with a CUDA GPU and Triton",
-            got="no module triton" if importlib.util.find_spec("triton") is None else f"device {device}",
-            fix="pip install 'evomerge[triton]' (Linux)"
-            if device.startswith("cuda")
-            else "set executor.merge_on: auto, or executor.device: cuda",
+            f"executor.merge_on: device, but candidates can't be merged on {device}",
+            expected="a CUDA GPU, and Triton",
+            got="Triton is not installed" if on_gpu else f"device {device}",
+            fix="pip install 'evomerge[triton]' (on Linux), or set executor.merge_on: auto"
+            if on_gpu
+            else "set executor.merge_on: auto",
         )
     return merge_on == "device" or (merge_on == "auto" and device.startswith("cuda") and available(device))
 
@@ -171,8 +173,10 @@ class DeviceMerger:
             except (UserError, OSError, MemoryError):
                 raise
             except Exception as error:
-                if "out of memory" in str(error).lower():
-                    raise
+                if "out of memory" in str(error).lower() and self._keeps:
+                    self.give_way()
+                    _release(self._device)
+                    return list(places)
                 self._fail(f"a kernel failed ({type(error).__name__}: {error})")
         # Where two tensors lie in one place, the last one stays, so the processor then makes both.
         theirs = {_address(place) for name, place in places.items() if name not in merged}
@@ -313,22 +317,25 @@ class DeviceMerger:
                 "DRAWN": bool(blend.masks) and not tensor.ranked,
                 "ELECT": blend.elect,
                 "MEAN": blend.elect and blend.mean,
-                "TYPE": getattr(tl, dtype),
+                "TYPE": tl.int16 if dtype == "bfloat16" else getattr(tl, dtype),
             }
             gpu_kernels.blend[(blocks,)](
-                xs, base, *tables, until, out, flag, blocks, n, float(blend.scale), **form, **EXACT
+                xs, base, *tables, until, _bits(out), flag, blocks, n, float(blend.scale), **form, **EXACT
             )
         types = tuple(None if x is None else x.dtype for x in (*xs, base, out))
         return (*types, until is None, n % 16 == 0, *map(str, form.values()))
 
     def _vector(self, place: Difference) -> tuple[Tensor, bool] | None:
-        """Return a source's weights on the device, and whether the base is to be subtracted; None: zeros."""
+        """Return a source's weights on the device, and whether the base is to be subtracted; None: zeros.
+
+        bfloat16 as its bits in int16.
+        """
         source, base = place
         computed = base is not None and self._inputs.computed(place)
         stored = place if computed else (source, None)
         if stored not in self._kept:
             array = self._inputs.weights(stored)
-            sent = None if array is None else _sent(to_tensor(array).reshape(-1), self._device)
+            sent = None if array is None else _sent(_bits(to_tensor(array).reshape(-1)), self._device)
             if sent is not None and not (self._keeps and self._spare()):
                 return sent, base is not None and not computed
             self._kept[stored] = sent
@@ -345,6 +352,13 @@ def _direct(place: Storage) -> Tensor | None:
     if place.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     return place.detach().view(-1)
+
+
+def _bits(weights: Tensor) -> Tensor:
+    """Return bfloat16 as its bits in int16, and other types as they are."""
+    import torch
+
+    return weights.view(torch.int16) if weights.dtype == torch.bfloat16 else weights
 
 
 def _address(place: Storage) -> Hashable:
@@ -374,6 +388,14 @@ def _spare(device: str) -> bool:
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused >= ROOM * total
+
+
+def _release(device: str) -> None:
+    """Give memory back to a GPU that nothing uses any more."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def _on(device: str) -> contextlib.AbstractContextManager[object]:
