@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.delivery.verdict import resolution
 from evomerge.evaluation.gains import Gain, dud_sentences
+from evomerge.merging.tensors.on_device import merges_there
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.running.worker import build_harness
@@ -81,6 +82,8 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "items": probe.items,
         "seconds_per_candidate": probe.seconds,
         "workers": probe.workers,
+        "merge_on": "cpu" if (taken := gpu_memory(prepared)) is None else "device",
+        "gpu_gigabytes": None if taken is None else {"model": taken[0] / 1e9, "sources": taken[1] / 1e9},
         "estimated_minutes": None if probe.estimate is None else probe.estimate / 60,
         "ends": None if probe.ends is None else datetime.fromtimestamp(probe.ends).astimezone().isoformat(),
         "estimated_cost": probe.cost,
@@ -115,6 +118,13 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
         f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
         f"out:    {prepared.folder}",
     ]
+    if (taken := gpu_memory(prepared)) is not None:
+        live, kept = (f"{size / 1e9:.1f} GB" for size in taken)
+        lines.insert(
+            -1,
+            f"merge:  on {worker.device}, where a worker takes {live} for its live model and up to {kept} "
+            "for base and sources",
+        )
     if probe.estimate is None or probe.ends is None:
         lines.append("cost:   unknown (the budget sets only `patience`)")
     else:
@@ -132,6 +142,22 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
     lines += [f"note:   {note}" for note in visible.notes]
     notes = (f"note:   {note}" for note in (*prepared.notes, *questions.notes, *_gain_notes(probe)))
     return "\n".join([*lines, *_specialists(probe.gains), *notes, *_prompts(questions.prompts)])
+
+
+def gpu_memory(prepared: Prepared) -> tuple[int, int] | None:
+    """Return the bytes of a worker's live model and of base and sources on a GPU that merges, else None."""
+    from evomerge.merging.sources.opening import open_sources
+    from evomerge.merging.sources.tensorfile import ITEM_SIZES
+
+    config, worker = prepared.config, prepared.worker
+    if not merges_there(worker.merge_on, worker.device):
+        return None
+    sources = open_sources(
+        config.locations, worker.base, tokenizer=config.tokenizer, experts=config.models.experts
+    )
+    headers = [header for source in sources.values() for header in source.headers.values()]
+    live = prepared.parameters * (4 if worker.dtype == "float32" else 2)
+    return live, sum(header.count * ITEM_SIZES[header.dtype] for header in headers)
 
 
 def _goal(objective: ObjectiveSpec) -> str:

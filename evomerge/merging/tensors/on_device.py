@@ -9,8 +9,8 @@ What a method knows of whole tensors (inner products, sorted magnitudes) is comp
 code and cached in `WarmInputs`. Nothing waits for the GPU before all tensors of a recipe are under way.
 
 Sources are kept on the GPU from their first use on while `ROOM` of its memory stays free for forward passes;
-the others are sent through pinned memory, tensor by tensor, each time they are read. `give_way` frees them, and
-so does lack of memory while merging.
+the others are sent through pinned memory, tensor by tensor, each time they are read. `give_way` and
+lack of memory while merging free them.
 
 Before a form of kernel is trusted, the processor merges one of its tensors, too. Where a bit differs, the
 processor merges everything from then on, and the log says so.

@@ -10,7 +10,7 @@ from evomerge.errors import ConfigError
 from evomerge.merging.export.writer import write
 from evomerge.merging.live import workbench
 from evomerge.merging.live.workbench import Workbench
-from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.tensors.digest import folder_digest
 from evomerge.merging.tensors.merge_tensor import NonFiniteWeights
 from evomerge.merging.tensors.on_device import DeviceMerger, available
