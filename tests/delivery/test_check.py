@@ -24,7 +24,7 @@ def test_the_memory_of_a_gpu_that_merges_is_shown(config: Callable[..., Path]) -
     assert check.gpu_memory(merging) == (4 * count, 3 * count * 2)  # float32 live, stored in bfloat16
     probe = Probe(
         items={"search": 8, "select": 8, "test": 8},
-        test_items={"demo_reverse": 8},
+        test_items={"demo_reverse": 8, "demo_upper": 8},
         seconds=dict.fromkeys(("search", "select", "test"), 1.0),
         workers=1,
         seconds_before=1.0,

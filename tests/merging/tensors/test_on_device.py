@@ -305,38 +305,49 @@ def test_where_candidates_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 COMPILE = """
 import re
-import triton
+import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from evomerge.merging.tensors import gpu_kernels
 from evomerge.merging.tensors.on_device import EXACT
 
-names, K = gpu_kernels.blend.arg_names, 3
-whole = {"K": K, "MINUS": (True,) * K, "ADD": True, "RANKED": True, "TOP": True, "DRAWN": False}
-whole |= {"ELECT": True, "MEAN": True, "TYPE": tl.int16}
-types = {"xs": ("*i16",) * K, "base_": "*i16", "reals": "*fp32", "whole": "*i64", "until": "*i64"}
-types |= {"out_": "*i16", "bad_": "*i32", "blocks": "i32", "n": "i64", "scale": "fp32"}
-types |= dict.fromkeys(whole, "constexpr")
-aligned = {
-    (i, *place): [["tt.divisibility", 16]]
-    for i, name in enumerate(names)
-    if types[name] == "i64" or types[name][0].startswith("*") or name == "xs"
-    for place in ([(k,) for k in range(K)] if name == "xs" else [()])
-}
-source = ASTSource(
-    gpu_kernels.blend, types, constexprs={(names.index(n),): v for n, v in whole.items()}, attrs=aligned
+
+class Absent:
+    def get_current_target(self):
+        return GPUTarget("cuda", 80, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver.set_active(Absent())
+x, reals, whole = torch.zeros(4096, dtype=torch.int16), torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.int64)
+until, flag = torch.zeros(6, 2, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+form = {"K": 3, "MINUS": (True, False, True), "ADD": True, "ELECT": True, "MEAN": True, "TYPE": tl.int16}
+ranked = {**form, "RANKED": True, "TOP": True, "DRAWN": False}
+drawn = {**form, "MINUS": (False,) * 3, "ADD": False, "RANKED": False, "TOP": False, "DRAWN": True}
+three, rest = (x, x.float(), x), (flag, 2, 4096, 1.5)
+kernels = (
+    gpu_kernels.blend.warmup(three, x, reals, whole, until, x, *rest, grid=(2,), **ranked, **EXACT),
+    gpu_kernels.blend.warmup((x,) * 3, None, reals, whole, None, x.half(), *rest, grid=(2,), **drawn, **EXACT),
+    gpu_kernels.count_equal.warmup(
+        three, x, reals, until.int(), 2, 4096, K=3, MINUS=(True,) * 3, grid=(2,), **EXACT
+    ),
 )
-code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=EXACT).asm["ptx"]
-print(re.findall(r"fma|ftz|div[.]full|div[.]approx", code))
-print("div.rn.f32" in code, "mul.rn.f32" in code or "mul.f32" in code)
-print(len(re.findall(r"ld[.]global[.]v4[.]b32", code)) == 2 * (K + 1))
+for kernel in kernels:
+    code = kernel.asm["ptx"]
+    wide = len(re.findall(r"ld[.]global[.]v4[.]b32", code))
+    print(re.findall(r"fma|ftz|div[.]full|div[.]approx", code), "div.rn.f32" in code, wide)
 """
 
 
 def test_the_code_for_a_gpu_fuses_nothing_and_reads_whole_words() -> None:
-    """Triton compiles for a GPU without one. 16 bytes a read: two rows of base and sources."""
+    """Triton compiles for a GPU without one. 16 bytes a read: both rows of the base and of each source."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = [sys.executable, "-c", COMPILE]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "True True", "True"]
+    assert done.stdout.splitlines() == ["[] True 10", "[] True 6", "[] False 10"]
