@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +122,9 @@ def test_every_blend_has_the_bits_of_the_processor(method: str) -> None:
 def test_only_blends_are_merged_on_the_device() -> None:
     blends = {name for name in methods.names() if methods.get(name).blend is not None}
     assert blends == ON_DEVICE
+    page = (Path(__file__).parents[3] / "docs" / "devices.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| the GPU |"))
+    assert set(re.findall(r"`(\w+)`", row)) == ON_DEVICE
     held = Held(models(*[torch.bfloat16] * 4))
     merger, place = DeviceMerger(held, "cpu"), {NAME: torch.zeros(SIZE)}
     for method in ("della", "sce", "nearswap"):
@@ -325,7 +330,8 @@ class Absent:
 
 
 driver.set_active(Absent())
-x, reals, whole = torch.zeros(4096, dtype=torch.int16), torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.int64)
+x, reals = torch.zeros(4096, dtype=torch.int16), torch.zeros(4, 5)
+whole = torch.zeros(4, 5, dtype=torch.int64)
 until, flag = torch.zeros(6, 2, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
 form = {"K": 3, "MINUS": (True, False, True), "ADD": True, "ELECT": True, "MEAN": True, "TYPE": tl.int16}
 ranked = {**form, "RANKED": True, "TOP": True, "DRAWN": False}
@@ -333,7 +339,9 @@ drawn = {**form, "MINUS": (False,) * 3, "ADD": False, "RANKED": False, "TOP": Fa
 three, rest = (x, x.float(), x), (flag, 2, 4096, 1.5)
 kernels = (
     gpu_kernels.blend.warmup(three, x, reals, whole, until, x, *rest, grid=(2,), **ranked, **EXACT),
-    gpu_kernels.blend.warmup((x,) * 3, None, reals, whole, None, x.half(), *rest, grid=(2,), **drawn, **EXACT),
+    gpu_kernels.blend.warmup(
+        (x,) * 3, None, reals, whole, None, x.half(), *rest, grid=(2,), **drawn, **EXACT
+    ),
     gpu_kernels.count_equal.warmup(
         three, x, reals, until.int(), 2, 4096, K=3, MINUS=(True,) * 3, grid=(2,), **EXACT
     ),
