@@ -244,8 +244,8 @@ def markdown() -> str:
         "",
         "Generated from the code by `python docs/generate.py`; do not edit.",
         "",
-        "How the methods compare on two zoos: [at the end](#how-the-methods-compare). What *runs on a GPU* is merged "
-        "there [where there is one](devices.md#merging-on-the-gpu), to the same bits.",
+        "How the methods compare on two zoos: [at the end](#how-the-methods-compare). What *runs on a GPU* "
+        "is merged there [where there is one](devices.md#merging-on-the-gpu), to the same bits.",
         "",
         "Also known as:",
         "",

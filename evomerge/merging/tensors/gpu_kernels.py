@@ -117,6 +117,38 @@ def _drawn(d, reals, whole, start, half: tl.constexpr):
     return tl.where(draws < tl.load(whole + 4).to(tl.uint32), d * tl.load(reals + 2), 0.0)
 
 
+@triton.jit
+def _elected(total, parts, reals, K: tl.constexpr, MEAN: tl.constexpr):
+    """Return the sum, or the mean, of the parts that have the sign of their total."""
+    sign = total.to(tl.uint32, bitcast=True) & 0x80000000
+    mix = tl.full(total.shape, 0.0, tl.float32)
+    divisor, size = mix, mix
+    for k in tl.static_range(K):
+        agreeing = (parts[k].to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        mix = mix + tl.where(agreeing < 0.0, 0.0, agreeing)
+        if MEAN:
+            divisor = divisor + tl.where(agreeing > 0.0, tl.load(reals + k * _FIELDS), 0.0)
+            size = size + tl.where(agreeing > 0.0, tl.load(reals + k * _FIELDS + 1), 0.0)
+    mix = (mix.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    if MEAN:
+        inverse = tl.div_rn(tl.full(total.shape, 1.0, tl.float32), divisor)
+        mix = mix * tl.where(tl.abs(divisor) <= size * _GUARD, 1.0, inverse)
+    return mix
+
+
+@triton.jit
+def _write(mix, places, bad_, there, TYPE: tl.constexpr, OUT: tl.constexpr):
+    """Write a result, rounded to TYPE first; write 1 to `bad_` where it is not finite."""
+    rounded = _rounded(mix, TYPE)
+    again = _wide(rounded)
+    finite = (tl.abs(mix) < float("inf")) & (tl.abs(again) < float("inf"))
+    bad = tl.max(tl.max((there & ~finite).to(tl.int32), axis=1), axis=0)
+    tl.store(bad_, 1, mask=bad > 0)
+    if OUT != TYPE:
+        rounded = _rounded(again, OUT)
+    tl.store(places, rounded, mask=there)
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def blend(
     xs,
@@ -167,27 +199,8 @@ def blend(
     for k in tl.static_range(1, K):
         mix = mix + parts[k]
     if ELECT:
-        sign = mix.to(tl.uint32, bitcast=True) & 0x80000000
-        mix = tl.full([2, _HALF], 0.0, tl.float32)
-        divisor, size = mix, mix
-        for k in tl.static_range(K):
-            agreeing = (parts[k].to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-            mix = mix + tl.where(agreeing < 0.0, 0.0, agreeing)
-            if MEAN:
-                divisor = divisor + tl.where(agreeing > 0.0, tl.load(reals + k * _FIELDS), 0.0)
-                size = size + tl.where(agreeing > 0.0, tl.load(reals + k * _FIELDS + 1), 0.0)
-        mix = (mix.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-        if MEAN:
-            inverse = tl.div_rn(tl.full([2, _HALF], 1.0, tl.float32), divisor)
-            mix = mix * tl.where(tl.abs(divisor) <= size * _GUARD, 1.0, inverse)
+        mix = _elected(mix, parts, reals, K, MEAN)
     mix = mix * scale
     if ADD:
         mix = mix + base
-    rounded = _rounded(mix, TYPE)
-    again = _wide(rounded)
-    finite = (tl.abs(mix) < float("inf")) & (tl.abs(again) < float("inf"))
-    bad = tl.max(tl.max((there & ~finite).to(tl.int32), axis=1), axis=0)
-    tl.store(bad_, 1, mask=bad > 0)
-    if out_.dtype.element_ty != TYPE:
-        rounded = _rounded(again, out_.dtype.element_ty)
-    tl.store(out_ + start + inside, rounded, mask=there)
+    _write(mix, out_ + start + inside, bad_, there, TYPE, out_.dtype.element_ty)
