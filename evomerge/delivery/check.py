@@ -12,6 +12,7 @@ from evomerge.evaluation.gains import Gain, dud_sentences
 from evomerge.merging.tensors.on_device import merges_there
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
+from evomerge.running.executors import memory
 from evomerge.running.worker import build_harness
 from evomerge.search.objective import ObjectiveSpec, check_tokens
 from evomerge.search.racing import FULL, full_blocks
@@ -21,6 +22,8 @@ from evomerge.trial import Probe, descent
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
 
+GPU = ("model", "sources")
+"""What a GPU that merges holds."""
 _LONGEST = 1200
 """Characters of a prompt, or of an answer, that are shown; of longer ones the middle is left out."""
 
@@ -82,8 +85,12 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "items": probe.items,
         "seconds_per_candidate": probe.seconds,
         "workers": probe.workers,
-        "merge_on": "cpu" if (taken := gpu_memory(prepared)) is None else "device",
-        "gpu_gigabytes": None if taken is None else {"model": taken[0] / 1e9, "sources": taken[1] / 1e9},
+        "memory": {
+            "worker": prepared.size.worker,
+            "files": prepared.size.files,
+            "free": memory.free(),
+            "gpu": None if (taken := gpu_memory(prepared)) is None else dict(zip(GPU, taken, strict=True)),
+        },
         "estimated_minutes": None if probe.estimate is None else probe.estimate / 60,
         "ends": None if probe.ends is None else datetime.fromtimestamp(probe.ends).astimezone().isoformat(),
         "estimated_cost": probe.cost,
@@ -115,7 +122,9 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
             f"        {name} stands for {len(tasks)} tasks: {', '.join(tasks)}"
             for name, tasks in prepared.suite.groups.items()
         ),
-        f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
+        f"device: {worker.device}, forward passes in {worker.dtype}, "
+        f"{probe.workers} worker{'s' * (probe.workers > 1)}",
+        f"memory: {_memory(prepared, probe.workers)}",
         f"out:    {prepared.folder}",
     ]
     if (taken := gpu_memory(prepared)) is not None:
@@ -146,18 +155,22 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
 
 def gpu_memory(prepared: Prepared) -> tuple[int, int] | None:
     """Return the bytes of a worker's live model and of base and sources on a GPU that merges, else None."""
-    from evomerge.merging.sources.opening import open_sources
-    from evomerge.merging.sources.tensorfile import ITEM_SIZES
-
-    config, worker = prepared.config, prepared.worker
-    if not merges_there(worker.merge_on, worker.device):
+    if not merges_there(prepared.worker.merge_on, prepared.worker.device):
         return None
-    sources = open_sources(
-        config.locations, worker.base, tokenizer=config.tokenizer, experts=config.models.experts
+    return prepared.size.parameters * prepared.size.forward, prepared.size.files
+
+
+def _memory(prepared: Prepared, workers: int) -> str:
+    """Return what a run takes of this machine's memory, in one line."""
+    size, free = prepared.size, memory.free()
+    each = "" if workers == 1 else f"each of {workers} workers "
+    parts = f"{each}about {size.worker / 1e9:.1f} GB, and {size.files / 1e9:.1f} GB of files"
+    if free is None or prepared.worker.device != "cpu":
+        return parts
+    short = size.worker * workers > free
+    return f"{parts}; {free / 1e9:.1f} GB are free here" + (
+        ", too little: lower executor.workers" if short else ""
     )
-    headers = [header for source in sources.values() for header in source.headers.values()]
-    live = prepared.parameters * (4 if worker.dtype == "float32" else 2)
-    return live, sum(header.count * ITEM_SIZES[header.dtype] for header in headers)
 
 
 def _goal(objective: ObjectiveSpec) -> str:
