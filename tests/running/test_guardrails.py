@@ -122,7 +122,7 @@ class Judge:
 def worker(trouble: Fails, kept: int = 0) -> Worker:
     made = Worker.__new__(Worker)
     made.name, made._bench, made._harness = "0", Bench(trouble, kept), Judge()  # type: ignore[assignment]
-    made._device, made._batch_size = "cpu", 8
+    made._device, made._batch_size, made._large = "cpu", 8, False
     return made
 
 
