@@ -317,13 +317,24 @@ class DeviceMerger:
                 "DRAWN": bool(blend.masks) and not tensor.ranked,
                 "ELECT": blend.elect,
                 "MEAN": blend.elect and blend.mean,
-                "TYPE": tl.int16 if dtype == "bfloat16" else getattr(tl, dtype),
             }
+            type_ = tl.int16 if dtype == "bfloat16" else getattr(tl, dtype)
             gpu_kernels.blend[(blocks,)](
-                xs, base, *tables, until, _bits(out), flag, blocks, n, float(blend.scale), **form, **EXACT
+                xs,
+                base,
+                *tables,
+                until,
+                _bits(out),
+                flag,
+                blocks,
+                n,
+                float(blend.scale),
+                TYPE=type_,
+                **form,
+                **EXACT,
             )
         types = tuple(None if x is None else x.dtype for x in (*xs, base, out))
-        return (*types, until is None, n % 16 == 0, *map(str, form.values()))
+        return (*types, dtype, until is None, n % 16 == 0, *form.values())
 
     def _vector(self, place: Difference) -> tuple[Tensor, bool] | None:
         """Return a source's weights on the device, and whether the base is to be subtracted; None: zeros.
