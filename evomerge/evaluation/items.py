@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.likelihood import Plan, check_answer, plan
 from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates, no_room
 from evomerge.evaluation.scores import Question, Split
@@ -30,6 +31,7 @@ class TaskItems:
     pairs: for each request its tokens (likelihood tasks), or those of a right answer (tasks that generate and
     have a companion). texts: for each item its tokens (rolling tasks).
     gold: for each item the indices of its right choices (multiple choice).
+    taught: for each item what its specialist wrote after the prompt, with its distributions, for gradients.
     """
 
     builder: TaskBuilder
@@ -38,10 +40,17 @@ class TaskItems:
     pairs: tuple[Pair, ...] = ()
     texts: tuple[tuple[int, ...], ...] = ()
     gold: tuple[tuple[int, ...], ...] = ()
+    taught: tuple[tuple[Pair, Distributions], ...] = ()
 
     @property
     def name(self) -> str:
         return self.builder.spec.task
+
+    @property
+    def right(self) -> list[int]:
+        """For each item the number of the pair with its right answer, the first of several."""
+        starts = np.cumsum([0, *(len(group) for group in self.groups)]).tolist()
+        return [starts[item] + (self.gold[item][0] if self.gold else 0) for item in range(len(self.groups))]
 
     def twin(self, earlier: Sequence[TaskItems]) -> TaskItems | None:
         """Return an earlier task of the suite with the same requests, whose answers serve this one too."""
@@ -147,6 +156,7 @@ def merged(blocks: Sequence[Items]) -> Items:
             pairs=tuple(pair for row in rows for pair in row.pairs),
             texts=tuple(text for row in rows for text in row.texts),
             gold=tuple(gold for row in rows for gold in row.gold),
+            taught=tuple(item for row in rows for item in row.taught),
         )
         for rows in zip(*(block.tasks for block in blocks), strict=True)
     )
@@ -320,6 +330,7 @@ def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
         pairs=tuple(pair for part in pairs for pair in part),
         texts=tuple(task.texts[item] for item in chosen) if task.texts else (),
         gold=tuple(task.gold[item] for item in chosen) if task.gold else (),
+        taught=tuple(task.taught[item] for item in chosen) if task.taught else (),
     )
 
 

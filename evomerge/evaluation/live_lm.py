@@ -220,6 +220,15 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                     _log.info("the model does not take shared prompts: transformers generates its answers")
         return requests if self.continues else [None] * len(instances)
 
+    def written(self, instance: Any, answer: Sequence[int]) -> Pair:
+        """Return the tokens of a request's prompt, and those of an answer that was generated to it.
+
+        An answer of no tokens becomes the token that ends a text.
+        """
+        limit = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
+        prompt = self._prompt(instance.args[0], self.max_length - limit)
+        return list(prompt), list(answer) or [self.eot_token_id]
+
     def _prompt(self, text: str, most: int) -> tuple[int, ...]:
         """Return the last `most` tokens of a prompt, tokenised as lm-eval does."""
         key = text, most
@@ -268,9 +277,13 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         limits = normalize_gen_kwargs(options, self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stops = handle_stop_sequences(list(limits["until"]), eos=eos)
-        text = self._text(list(tokens[: limits["max_gen_toks"]]), stops)
-        # `pairs` moves spaces at the end of a prompt into the answer.
-        return text.removeprefix(prompt[len(prompt.rstrip()) :])
+        tokens = list(tokens)
+        # `pairs` moves spaces at the end of a prompt into the answer, also a chat template's line break.
+        moved, first = prompt[len(prompt.rstrip()) :], 0
+        while first < len(tokens) and moved.startswith(self.tok_decode(tokens[: first + 1])):
+            first += 1
+        text = self._text(tokens[first : first + limits["max_gen_toks"]], stops)
+        return text if first or not moved else text.removeprefix(moved)
 
     def _by_transformers(self, instances: Sequence[Any], seed: int) -> list[Generated]:
         """Generate with lm-eval's loop around transformers' `generate`, or around the engine."""

@@ -42,14 +42,14 @@ from pydantic import (
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation import task_files, task_groups
-from evomerge.evaluation.asking import AUTO, OFF, SPECIALIST, Asking, with_template_text
+from evomerge.evaluation.asking import AUTO, DISTRIBUTION, OFF, SPECIALIST, Asking, with_template_text
 from evomerge.evaluation.own_data import METRICS, Columns
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.files import expanded
 from evomerge.schema import LARGEST_COUNT, LARGEST_FACTOR, Strict, find_preset, load_yaml, parse
 
 LOGLIKELIHOOD = "loglikelihood"
-"""The one metric of likelihood (rolling) tasks: mean log-likelihood per token, in nats."""
+"""The one metric of retention tasks: mean log-likelihood per token of texts or of right answers, in nats."""
 
 COHERENCE = "coherence"
 """The one metric of coherence tasks: see `evomerge.evaluation.coherence`."""
@@ -186,10 +186,12 @@ class SuiteTask(Asking):
     @model_validator(mode="before")
     @classmethod
     def _own_metric(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and (metric := _OWN_METRIC.get(str(data.get("role")))):
-            return {"metric": metric, **data}
+        role_metric = _OWN_METRIC.get(str(data.get("role"))) if isinstance(data, Mapping) else None
+        if isinstance(data, Mapping) and role_metric and "data" not in data:
+            return {"metric": role_metric, **data}
         if isinstance(data, Mapping) and isinstance(file := data.get("data"), str):
             metric = _SCORED if data.get("scorer") else "choice" if data.get("choices") else "exact"
+            metric = role_metric or metric
             return {"task": Path(file).stem, "metric": metric, "splits": _BY_CONTENT, **data}
         return data
 
@@ -208,6 +210,12 @@ class SuiteTask(Asking):
             raise ValueError(f"a {self.role} task is compared with the base model; it has no specialist")
         return self
 
+    def _check_retention_data(self) -> None:
+        if wrong := next((key for key in _DATA_KEYS[2:] if getattr(self, key) is not None), None):
+            raise ValueError(f"a retention task asks how likely the right answers are; remove {wrong}")
+        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
+            raise ValueError("splits of a task with `data` are numbers of items, or left out")
+
     def _check_data(self) -> None:
         keys = [key for key in _DATA_KEYS if getattr(self, key) is not None]
         if self.data is None:
@@ -216,8 +224,11 @@ class SuiteTask(Asking):
             return
         if missing := [key for key in ("prompt", "answer") if key not in keys]:
             raise ValueError(f"a task with `data` needs {missing[0]}")
-        if self.of is not None or self.role != "skill":
-            raise ValueError("a task with `data` is a skill, without `of`")
+        if self.of is not None or self.role == "coherence":
+            raise ValueError("a task with `data` is a skill or measures retention, without `of`")
+        if self.role == "retention":
+            self._check_retention_data()
+            return
         if self.scorer is not None:
             if self.choices is not None:
                 raise ValueError("a scorer reads generated answers; remove choices")
@@ -266,7 +277,7 @@ class Suite(Asking):
     tasks_dir: Path | None = None
     """Folder of lm-eval task YAMLs, relative to the suite's file. Other tasks are lm-eval's own."""
     chat_template: str | None = Field(AUTO, min_length=1)
-    companion: Literal["auto", "off", "specialist"] | None = "auto"
+    companion: Literal["auto", "off", "specialist", "distribution"] | None = "auto"
     long_prompts: Literal["refuse", "cut"] | None = "refuse"
     near_duplicates: Literal["drop", "refuse", "keep"] = "drop"
     """What happens to `search` and `select` items that ask nearly the same as one in a later split, in any
@@ -288,8 +299,10 @@ class Suite(Asking):
         for task in self.tasks:
             if (problem := self.asking(task.task).contradiction()) is not None:
                 raise ValueError(f"task {task.task!r}: {problem}")
-            if task.companion == SPECIALIST and task.specialist is None:
-                raise ValueError(f"task {task.task!r}: `companion: specialist`, but it names no `specialist`")
+            if task.companion in (SPECIALIST, DISTRIBUTION) and task.specialist is None:
+                raise ValueError(
+                    f"task {task.task!r}: `companion: {task.companion}`, but it names no `specialist`"
+                )
         return self
 
     @classmethod
