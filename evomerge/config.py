@@ -316,7 +316,8 @@ class RunConfig(Strict):
         data["models"] = list(self.models.sources)  # in order, because genomes follow it
         if measured:
             data["measured"] = measured
-        for name in ("name", "workers", "threads", "timeout", "low_memory", "address", "resources"):
+        places = ("name", "workers", "threads", "timeout", "low_memory", "merge_on", "address", "resources")
+        for name in places:
             del data["executor"][name]
         if self.executor.generation == "transformers":
             del data["executor"]["generation"]  # runs begun before this setting existed keep their identity

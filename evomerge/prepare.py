@@ -317,12 +317,16 @@ def _worker(
 
     A run keeps the dtype and the number of threads that it was begun with.
     """
+    from evomerge.merging.tensors.on_device import merges_there
+
     kept = forward.kept(Path(config.out))
     spec = config.executor
     device, dtype, _ = executors.resolve(spec, models)
     if kept is not None and spec.dtype == "auto":
         dtype = kept.dtype
     spec = executors.fitted(spec, models, dtype)
+    if spec.name != "ray":  # whose workers look on their own machines
+        merges_there(spec.merge_on, device)
     threads = executors.resolve(spec, models)[2]
     if kept is not None and spec.threads is None:
         threads = kept.threads or threads
@@ -340,6 +344,7 @@ def _worker(
         max_length=config.executor.max_length,
         attention=config.executor.attention,
         low_memory=config.executor.low_memory,
+        merge_on=config.executor.merge_on,
         block_seed=config.seed,
         generation=config.executor.generation,
         permissions=config.permissions,

@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
 os.environ["EVOMERGE_STATE"] = tempfile.mkdtemp(prefix="evomerge-state-")
 os.environ["OMP_NUM_THREADS"] = "1"  # test processes share the cores
+os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run on tensors in main memory
 
 import hypothesis
 import pytest

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.delivery.verdict import resolution
 from evomerge.evaluation.gains import Gain, dud_sentences
+from evomerge.merging.tensors.on_device import merges_there
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
 from evomerge.running.executors import memory
@@ -21,6 +22,8 @@ from evomerge.trial import Probe, descent
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
 
+GPU = ("model", "sources")
+"""What a GPU that merges holds."""
 _LONGEST = 1200
 """Characters of a prompt, or of an answer, that are shown; of longer ones the middle is left out."""
 
@@ -86,6 +89,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
             "worker": prepared.size.worker,
             "files": prepared.size.files,
             "free": memory.free(),
+            "gpu": None if (taken := gpu_memory(prepared)) is None else dict(zip(GPU, taken, strict=True)),
         },
         "estimated_minutes": None if probe.estimate is None else probe.estimate / 60,
         "ends": None if probe.ends is None else datetime.fromtimestamp(probe.ends).astimezone().isoformat(),
@@ -123,6 +127,13 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
         f"memory: {_memory(prepared, probe.workers)}",
         f"out:    {prepared.folder}",
     ]
+    if (taken := gpu_memory(prepared)) is not None:
+        live, kept = (f"{size / 1e9:.1f} GB" for size in taken)
+        lines.insert(
+            -1,
+            f"merge:  on {worker.device}, where a worker takes {live} for its live model and up to {kept} "
+            "for base and sources",
+        )
     if probe.estimate is None or probe.ends is None:
         lines.append("cost:   unknown (the budget sets only `patience`)")
     else:
@@ -140,6 +151,13 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
     lines += [f"note:   {note}" for note in visible.notes]
     notes = (f"note:   {note}" for note in (*prepared.notes, *questions.notes, *_gain_notes(probe)))
     return "\n".join([*lines, *_specialists(probe.gains), *notes, *_prompts(questions.prompts)])
+
+
+def gpu_memory(prepared: Prepared) -> tuple[int, int] | None:
+    """Return the bytes of a worker's live model and of base and sources on a GPU that merges, else None."""
+    if not merges_there(prepared.worker.merge_on, prepared.worker.device):
+        return None
+    return prepared.size.parameters * prepared.size.forward, prepared.size.files
 
 
 def _memory(prepared: Prepared, workers: int) -> str:

@@ -25,6 +25,7 @@ Level = Literal["ok", "note", "fault"]
 EXTRAS = {
     "ray": "ray",
     "vllm": "vllm",
+    "triton": "triton",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",

@@ -116,6 +116,7 @@ class WorkerSpec:
     models, base, tokenizer, chat_template: as in a Recipe. dtype: the type of the forward pass ("float32",
     "bfloat16"); weights are rounded to the recipe's own dtype before. batch_size: requests per forward
     pass, unless a job says otherwise; part of a run's identity because it changes the last bits of scores.
+    merge_on: where candidates are merged, as in Workbench.
     max_length: in tokens; None takes the model's. threads: of each worker. blocks, block_seed: as in
     Harness. generation: what continues prompts, the live model ("transformers") or an engine beside it
     ("vllm"). permissions: which code of the tasks may run. inputs: what models and task files were when the
@@ -133,6 +134,7 @@ class WorkerSpec:
     max_length: int | None = None
     attention: str | None = None
     low_memory: bool = False
+    merge_on: str = "cpu"
     tokenizer: str = ""
     experts: str = STORED
     chat_template: str = ""
@@ -268,6 +270,7 @@ class Worker:
             compute_dtype=spec.dtype,
             attn_implementation=spec.attention,
             low_memory=spec.low_memory,
+            merge_on=spec.merge_on,
         )
         if spec.generation != "transformers":
             from evomerge.evaluation.engine import TOLERANCE
@@ -310,6 +313,9 @@ class Worker:
         faults: list[str] = []
         try:
             found = retries.insist(lambda: self._attempt(job), faults)
+            if _lacks_memory(found.outcome) and self._bench.give_way():
+                self._make_room(found.outcome)  # which the sources took, that merging can do without
+                found = retries.insist(lambda: self._attempt(job), faults)
         except Exception as error:
             found = Result(job=job, outcome=failure_of(error, attempts=len(faults) + 1))
         return replace(found, faults=tuple(faults))
@@ -400,8 +406,12 @@ class Worker:
 
     def _make_room(self, outcome: object) -> None:
         """Free the memory of an attempt that ran out of it; call it after its exception was handled."""
-        if isinstance(outcome, Failure) and outcome.kind == "out_of_memory":
+        if _lacks_memory(outcome):
             out_of_memory.release(self._device)
+
+
+def _lacks_memory(outcome: object) -> bool:
+    return isinstance(outcome, Failure) and outcome.kind == "out_of_memory"
 
 
 def _engine(spec: WorkerSpec) -> Engine:

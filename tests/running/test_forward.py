@@ -21,7 +21,7 @@ from evomerge.delivery.notes import notes
 from evomerge.delivery.origins import origins
 from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
-from evomerge.errors import StoreError
+from evomerge.errors import ConfigError, StoreError
 from evomerge.prepare import check_folder, prepare, run_facts
 from evomerge.running import executors, forward, out_of_memory
 from evomerge.running.store import RunStore, facts
@@ -134,6 +134,19 @@ def test_what_changes_bits_is_part_of_the_identity(
     with pytest.raises(StoreError, match="holds a run of another config") as caught:
         compose.start(other, Silent())
     assert f"executor.{name}" in str(caught.value)
+
+
+def test_where_candidates_are_merged_may_change_on_resume(
+    begun: tuple[Path, Path], config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights have the same bits."""
+    executor = {**INLINE, "threads": 2, "merge_on": "cpu"}
+    check_folder(prepare(RunConfig.load(config(generate=False, executor=executor))))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(
+        ConfigError, match=r"executor\.merge_on: device, but candidates can't be merged on cpu"
+    ):
+        prepare(RunConfig.load(config(generate=False, executor={**executor, "merge_on": "device"})))
 
 
 def test_an_attention_that_transformers_chooses_otherwise_now_is_refused(

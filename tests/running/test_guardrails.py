@@ -93,11 +93,15 @@ class Bench:
 
     model = None
 
-    def __init__(self, trouble: Fails) -> None:
-        self._trouble = trouble
+    def __init__(self, trouble: Fails, kept: int = 0) -> None:
+        self._trouble, self.kept = trouble, kept
 
     def load(self, recipe: object) -> None:
         self._trouble()
+
+    def give_way(self) -> bool:
+        kept, self.kept = self.kept, 0
+        return kept > 0
 
 
 class Judge:
@@ -115,10 +119,10 @@ class Judge:
         return dataclasses.replace(scores(1, items[0]), blocks=(items[1],))
 
 
-def worker(trouble: Fails) -> Worker:
+def worker(trouble: Fails, kept: int = 0) -> Worker:
     made = Worker.__new__(Worker)
-    made.name, made._bench, made._harness = "0", Bench(trouble), Judge()  # type: ignore[assignment]
-    made._device, made._batch_size = "cpu", 8
+    made.name, made._bench, made._harness = "0", Bench(trouble, kept), Judge()  # type: ignore[assignment]
+    made._device, made._batch_size, made._large = "cpu", 8, False
     return made
 
 
@@ -151,6 +155,18 @@ def test_a_worker_gives_up_in_the_end(error: Exception, reason: str, asked: int)
     assert isinstance(outcome, Failure)
     assert outcome.reason.endswith(reason)
     assert trouble.asked == asked
+
+
+def test_sources_leave_a_gpu_before_a_candidate_fails_for_lack_of_memory() -> None:
+    job = Job(recipe=recipe(1), split="search")
+    lucky, unlucky = Fails(MemoryError("no room"), 1), Fails(MemoryError("no room"), 9)
+    crowded = worker(lucky, kept=5)
+    assert isinstance(crowded.run(job).outcome, Scores)
+    assert lucky.asked == 2
+    assert crowded._bench.kept == 0  # type: ignore[attr-defined]
+    outcome = worker(unlucky, kept=5).run(job).outcome
+    assert outcome == Failure(kind="out_of_memory", reason="out of memory while merging")
+    assert unlucky.asked == 2
 
 
 def test_a_worker_begins_nothing_after_the_deadline() -> None:

@@ -34,15 +34,12 @@ from evomerge.merging.tensors.derivatives import Derivatives, added, tensor_deri
 from evomerge.merging.tensors.digest import exact_dtype, weights_digest
 from evomerge.merging.tensors.inputs import WarmInputs
 from evomerge.merging.tensors.merge_tensor import Storage, merge_array, merge_tensor
-from evomerge.merging.tensors.threads import pool, threads
+from evomerge.merging.tensors.on_device import DeviceMerger, merges_there
+from evomerge.merging.tensors.threads import WORTH_THREADS, pool, threads
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-WORTH_THREADS = 1_000_000
-"""Number of parameters from which several threads merge faster than one."""
 
 
 class Workbench:
@@ -57,6 +54,8 @@ class Workbench:
         attn_implementation: transformers' name of an attention; None lets it choose.
         low_memory: don't keep the sorted magnitudes of trimmed task vectors. Methods that trim then take
             longer per candidate.
+        merge_on: "device" merges on the live model's GPU, "auto" where that can be done (see
+            `tensors.on_device`). It changes no weights.
 
     Attributes:
         model: the live model, with the weights of the last `load`.
@@ -80,6 +79,7 @@ class Workbench:
         compute_dtype: str = "float32",
         attn_implementation: str | None = None,
         low_memory: bool = False,
+        merge_on: str = "cpu",
     ) -> None:
         if base is not None and base not in models:
             raise ConfigError(f"workbench: unknown model {base!r}", fix=nearest(base, models))
@@ -97,6 +97,7 @@ class Workbench:
         elements = sum(header.count for header in chosen.headers.values())
         size = elements * (4 if compute_dtype == "float32" else 2)  # of the live model
         self._inputs = WarmInputs(self.sources, low_memory=low_memory, most=size)
+        self._on_device = DeviceMerger(self._inputs, device) if merges_there(merge_on, device) else None
         self._loaded: dict[str, Hashable] = {}
         self._checked: set[Hashable] = set()
         pattern_source = self.sources[self._pattern]
@@ -114,7 +115,7 @@ class Workbench:
             compute_dtype=compute_dtype,
             attn_implementation=attn_implementation,
             generation=generation,
-            merge=self._merge,
+            merge=self._merge_here,
         )
         self.model: PreTrainedModel = self._plain
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -130,6 +131,10 @@ class Workbench:
     def nbytes(self) -> int:
         """The memory kept beside the live model and the mapped files, in bytes."""
         return self._inputs.nbytes + self._rewiring.nbytes
+
+    def give_way(self) -> bool:
+        """Free the memory of the device that sources take, for good; say whether that freed anything."""
+        return self._on_device is not None and self._on_device.give_way()
 
     def load(self, recipe: Recipe) -> None:
         """Make `model` a live model with a recipe's weights.
@@ -209,6 +214,24 @@ class Workbench:
         note: Callable[[str], object],
     ) -> None:
         """Merge tensors into their places, and call `note` with the name of each finished tensor."""
+        ordered = {name: places[name] for name in sorted(places, key=lambda name: -sizes[name])}
+        if self._on_device is None:
+            self._merge_here(recipe, ordered, sizes, note)
+            return
+        left = dict.fromkeys(self._on_device.merge(recipe, ordered, sizes))
+        for name in ordered:
+            if name not in left:
+                note(name)
+        self._merge_here(recipe, {name: places[name] for name in left}, {n: sizes[n] for n in left}, note)
+
+    def _merge_here(
+        self,
+        recipe: Recipe,
+        places: Mapping[str, Storage],
+        sizes: Mapping[str, int],
+        note: Callable[[str], object],
+    ) -> None:
+        """Merge tensors on the processor, as `_merge` does."""
         waiting = iter(sorted(places, key=lambda name: -sizes[name]))
 
         def work() -> None:

@@ -244,7 +244,8 @@ def markdown() -> str:
         "",
         "Generated from the code by `python docs/generate.py`; do not edit.",
         "",
-        "How the methods compare on two zoos: [at the end](#how-the-methods-compare).",
+        "How the methods compare on two zoos: [at the end](#how-the-methods-compare). What *runs on a GPU* "
+        "is merged there [where there is one](devices.md#merging-on-the-gpu), to the same bits.",
         "",
         "Also known as:",
         "",
@@ -266,7 +267,8 @@ def markdown() -> str:
             f"{'; needs a base' if declared.needs_base else ''}"
             f"{'; draws masks from the recipe seed' if declared.random else ''}"
             f"{'; all must be LoRA adapters on the base' if declared.factored else ''}"
-            f"{f'; needs a {declared.file.title()} file per source' if declared.file else ''}. "
+            f"{f'; needs a {declared.file.title()} file per source' if declared.file else ''}"
+            f"{'; runs on a GPU' if declared.blend is not None else ''}. "
             f"Paper: {declared.paper}.",
         ]
         if declared.parameters:

@@ -24,12 +24,10 @@ from evomerge.merging import methods
 from evomerge.merging.methods.blend import GUARD, Blend, Statistics, keep
 from evomerge.merging.methods.declaration import Method
 from evomerge.merging.methods.reduction import BLOCK
-from evomerge.merging.modules import shifted
 from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.arrays import WeightArray, of_tensor, to_tensor, widened
-from evomerge.merging.tensors.application import arguments
 from evomerge.merging.tensors.inputs import Inputs
-from evomerge.merging.tensors.merge_tensor import StoredStatistics, alone
+from evomerge.merging.tensors.merge_tensor import StoredStatistics, Task, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,13 +74,11 @@ def tensor_derivatives(
     method = methods.get(group.method)
     if method.blend is None:
         return None
-    base, at_base = recipe.base_of(group), shifted(tensor, group.base_shift)
-    subtracted = None if base is None or not method.uses_task_vectors(base) else (base, at_base)
-    reads = group.reads(tensor)
-    operands = [inputs.operand(*read, subtracted) for read in reads]
-    origin = None if base is None else inputs.operand(base, at_base, None)
-    settings = arguments(group, seed=recipe.seed, tensor=tensor)
-    measure = StoredStatistics(inputs, [(read, subtracted) for read in reads], operands, origin)
+    task = Task.of(recipe, tensor)
+    settings = task.settings
+    operands = [inputs.operand(*read, task.subtracted) for read in task.reads]
+    origin = None if task.base is None else inputs.operand(*task.base, None)
+    measure = StoredStatistics(inputs, task.places, operands[0].data.size, lambda: (origin, operands))
     blend = method.blend(measure, **settings)
     if blend is None:
         return None

@@ -135,6 +135,14 @@ class WarmInputs:
             self._mapped[place] = operand  # a view of the file: keeping it costs nothing
         return operand
 
+    def computed(self, place: Difference) -> bool:
+        """Say whether a difference is computed from an adapter's factors, not from weights and the base's."""
+        return _computed(self._sources, *place)
+
+    def weights(self, place: Difference) -> WeightArray | None:
+        """Return a tensor in its stored type, or a computed difference; None for one of zeros."""
+        return _weights(self._sources, *place, mapped=True)
+
     def copied(self, recipe: Recipe, tensor: str) -> WeightArray | None:
         return _copied(self._sources, recipe, tensor)
 
@@ -191,10 +199,24 @@ def _operand(
     sources: Mapping[str, Source], source: str, tensor: str, base: TensorKey | None, *, mapped: bool
 ) -> Operand:
     """Return a model's tensor, or a task vector: as a difference to be computed, or an adapter's update."""
-    model = sources[source]
-    if base is None or base[1] != tensor or not isinstance(model, AdaptedCheckpoint):
-        return Operand(computable(model.array(tensor, mapped=mapped)), base is not None)
-    vector = task_vector(model, sources[base[0]], tensor)
-    if vector is None:
-        return Operand(numpy.zeros(model.headers[tensor].shape, dtype=numpy.float32), False)
-    return Operand(of_tensor(vector), False)
+    place = source, tensor
+    if base is None or not _computed(sources, place, base):
+        return Operand(computable(sources[source].array(tensor, mapped=mapped)), base is not None)
+    weights = _weights(sources, place, base, mapped=mapped)
+    if weights is None:
+        return Operand(numpy.zeros(sources[source].headers[tensor].shape, dtype=numpy.float32), False)
+    return Operand(weights, False)
+
+
+def _computed(sources: Mapping[str, Source], place: TensorKey, base: TensorKey | None) -> bool:
+    return base is not None and base[1] == place[1] and isinstance(sources[place[0]], AdaptedCheckpoint)
+
+
+def _weights(
+    sources: Mapping[str, Source], place: TensorKey, base: TensorKey | None, *, mapped: bool
+) -> WeightArray | None:
+    """Return stored weights or a computed task vector; None for a vector of zeros."""
+    if base is None or not _computed(sources, place, base):
+        return sources[place[0]].array(place[1], mapped=mapped)
+    vector = task_vector(sources[place[0]], sources[base[0]], place[1])
+    return None if vector is None else of_tensor(vector)

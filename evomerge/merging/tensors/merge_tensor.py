@@ -7,7 +7,9 @@ are called directly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy
@@ -23,7 +25,7 @@ from evomerge.merging.recipe import Recipe
 from evomerge.merging.sources.arrays import DTYPES, WeightArray, is_finite, of_tensor, to_tensor, widened
 from evomerge.merging.tensors import kernels
 from evomerge.merging.tensors.application import arguments
-from evomerge.merging.tensors.inputs import Difference, Inputs
+from evomerge.merging.tensors.inputs import Difference, Inputs, TensorKey
 from evomerge.merging.tensors.kernels import Operand
 
 if TYPE_CHECKING:
@@ -42,6 +44,40 @@ class Storage(Protocol):
     """The place of a checkpoint tensor in a live model: a view of a parameter, or an index per element."""
 
     def copy_(self, weights: Tensor, /) -> object: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be done for one output tensor: a method, the tensors it reads, and its arguments.
+
+    base: the base's tensor, if the group has one. subtracted: the same where the method works on differences
+    from it; it then is added to the result.
+    """
+
+    method: Method
+    reads: tuple[TensorKey, ...]
+    base: TensorKey | None
+    subtracted: TensorKey | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, recipe: Recipe, tensor: str) -> Task:
+        group = recipe.group_for(tensor)
+        method = methods.get(group.method)
+        name = recipe.base_of(group)
+        base = None if name is None else (name, shifted(tensor, group.base_shift))
+        return cls(
+            method=method,
+            reads=tuple(group.reads(tensor)),
+            base=base,
+            subtracted=base if method.uses_task_vectors(name) else None,
+            settings=arguments(group, seed=recipe.seed, tensor=tensor),
+        )
+
+    @property
+    def places(self) -> list[Difference]:
+        """The inputs of the method."""
+        return [(read, self.subtracted) for read in self.reads]
 
 
 def merge_tensor(recipe: Recipe, tensor: str, inputs: Inputs, *, out: Storage | None = None) -> Tensor:
@@ -77,23 +113,19 @@ def merge_array(
     """
     if (copied := inputs.copied(recipe, tensor)) is not None:
         return copied
-    group = recipe.group_for(tensor)
-    method = methods.get(group.method)
-    base, at_base = recipe.base_of(group), shifted(tensor, group.base_shift)
-    subtracted = None if base is None or not method.uses_task_vectors(base) else (base, at_base)
-    reads = group.reads(tensor)
-    settings = arguments(group, seed=recipe.seed, tensor=tensor)
-    updates = inputs.updates(reads) if method.factored else None
+    task = Task.of(recipe, tensor)
+    method, base, settings = task.method, task.base, task.settings
+    updates = inputs.updates(task.reads) if method.factored else None
     if base is not None and updates is not None:
-        full = to_tensor(widened(inputs.operand(base, at_base, None).data))
+        full = to_tensor(widened(inputs.operand(*base, None).data))
         moved = method.function(full, (), updates=updates, **settings)
         return _finished(of_tensor(moved.to(_type(recipe.dtype))), out, tensor, recipe, inputs)
-    operands = [inputs.operand(*read, subtracted) for read in reads]
-    origin = None if base is None else inputs.operand(base, at_base, None)
+    operands = [inputs.operand(*read, task.subtracted) for read in task.reads]
+    origin = None if base is None else inputs.operand(*base, None)
     if kind := method.file:
         files = recipe.files(kind)
-        settings[f"{kind}s"] = [inputs.measured(kind, files[source], name) for source, name in reads]
-    measure = StoredStatistics(inputs, [(read, subtracted) for read in reads], operands, origin)
+        settings[f"{kind}s"] = [inputs.measured(kind, files[source], name) for source, name in task.reads]
+    measure = StoredStatistics(inputs, task.places, operands[0].data.size, lambda: (origin, operands))
     plan = None if method.blend is None else method.blend(measure, **settings)
     finite = None
     if plan is not None and kernels.available():
@@ -107,7 +139,7 @@ def merge_array(
                 operands,
                 measure.boundary,
                 merged,
-                add_base=subtracted is not None,
+                add_base=task.subtracted is not None,
                 rounded=recipe.dtype == "bfloat16",
             )
         if finite and computed != recipe.dtype:
@@ -116,7 +148,8 @@ def merge_array(
             finite = is_finite(merged)
     if finite is None:
         bases = [] if origin is None else [origin.data]
-        del origin, measure
+        origin = None
+        del measure
         merged = _in_torch(method, plan, bases, operands, settings, recipe.dtype)
         return _finished(merged, out, tensor, recipe, inputs)
     if not finite:
@@ -270,20 +303,21 @@ class StoredStatistics:
         self,
         inputs: Inputs,
         places: list[Difference],
-        operands: list[Operand],
-        origin: Operand | None,
+        size: int,
+        operands: Callable[[], tuple[Operand | None, list[Operand]]],
     ) -> None:
-        self._inputs, self._operands, self._origin = inputs, operands, origin
-        self._places = places
-        self.count, self.size = len(operands), operands[0].data.size
+        """Describe the inputs at some places; operands: returns the base, if there is one, and the inputs."""
+        self._inputs, self._places, self._operands = inputs, places, operands
+        self.count, self.size = len(places), size
 
     def gram(self) -> list[list[float]]:
         def compute() -> list[list[float]]:
+            origin, operands = self._operands()
             if kernels.available():
                 with suppress(kernels.NoKernelError):
-                    return kernels.gram(self._origin, self._operands)
-            base = None if self._origin is None else to_tensor(widened(self._origin.data))
-            return gram([alone(operand, base) for operand in self._operands])
+                    return kernels.gram(origin, operands)
+            base = None if origin is None else to_tensor(widened(origin.data))
+            return gram([alone(operand, base) for operand in operands])
 
         return self._inputs.gram(tuple(self._places), compute)
 
@@ -293,7 +327,13 @@ class StoredStatistics:
             return NOTHING
         if rank >= self.size:
             return EVERYTHING
-        operand = self._operands[index]
-        return self._inputs.boundary(
-            self._places[index], rank, lambda: kernels.magnitudes(operand, self._origin)
-        )
+
+        def magnitudes() -> WeightArray:
+            origin, operands = self._operands()
+            if kernels.available():
+                with suppress(kernels.NoKernelError):
+                    return kernels.magnitudes(operands[index], origin)
+            base = None if origin is None else to_tensor(widened(origin.data))
+            return of_tensor(alone(operands[index], base).abs().reshape(-1))
+
+        return self._inputs.boundary(self._places[index], rank, magnitudes)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+WORTH_THREADS = 1_000_000
+"""Number of parameters from which several threads merge faster than one."""
 
 
 def pool() -> ThreadPoolExecutor:
@@ -20,6 +27,14 @@ def threads() -> int:
     if asked.isdecimal() and int(asked):
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def each(work: Callable[[Item], Made], items: Sequence[Item], *, total: int) -> list[Made]:
+    """Return the results of some work on each item, in order; total: the number of parameters in all."""
+    if threads() == 1 or total < WORTH_THREADS:
+        return [work(item) for item in items]
+    with pool() as workers:
+        return list(workers.map(work, items))
 
 
 def _one_thread_each() -> None:

@@ -105,6 +105,9 @@ class ExecutorSpec(Strict):
     choice."""
     low_memory: bool = False
     """Keep no statistics of trimmed task vectors: less memory, slower TIES, the same weights."""
+    merge_on: Literal["auto", "cpu", "device"] = "auto"
+    """Where candidates are merged: on the processor, or on the GPU of the live model, to the same weights.
+    `auto` is the GPU where there is one and Triton is installed."""
     generation: Literal["transformers", "vllm"] = "transformers"
     """What generates text in `generate_until` tasks: the live model, or vLLM beside it."""
     address: str = "auto"
