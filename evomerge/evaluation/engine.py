@@ -13,7 +13,7 @@ identity.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +37,7 @@ class Engine(Protocol):
     """A program that generates text with given weights."""
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights in place; names are the live model's."""
+        """Replace all weights in place; names are those of a checkpoint."""
         ...
 
     def forget(self) -> None:
@@ -66,11 +66,20 @@ class Mirror:
     """Keep an engine's weights equal to the live model's.
 
     canary: two or more token ids. tolerance: allowed mean difference of their log-probabilities, in nats.
+    weights: returns a live model's weights under the names of its checkpoint, as engines know them.
     """
 
-    def __init__(self, engine: Engine, canary: Sequence[int], *, tolerance: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        canary: Sequence[int],
+        *,
+        tolerance: float,
+        weights: Callable[[Any], Iterable[tuple[str, torch.Tensor]]],
+    ) -> None:
         assert len(canary) > 1, "a canary of one token has no log-probabilities"
         self._engine, self._canary, self._tolerance = engine, list(canary), tolerance
+        self._weights = weights
         self._current = False
         self._names: frozenset[str] | None = None
 
@@ -107,7 +116,7 @@ class Mirror:
         return self._engine.generate(prompts, limit=limit, stop=stop)
 
     def _load(self, model: Any) -> None:
-        pairs = list(weights(model))
+        pairs = list(self._weights(model))
         names = frozenset(name for name, _ in pairs)
         if self._names is None:
             self._names = names
@@ -126,14 +135,6 @@ class Mirror:
         assert logprobs.shape == expected.shape, "one log-probability for each token but the first"
         difference = float(np.abs(logprobs - expected).mean())
         return difference if np.isfinite(difference) else np.inf
-
-
-def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of a live model by name, with tied ones only once."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            yield name, tensor
 
 
 def canary_logprobs(model: Any, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -240,10 +240,16 @@ class Harness:
         repeated = [note for builder in self._builders for note in builder.notes]
         return [*contamination.summary(found), *repeated]
 
-    def mirror(self, engine: Engine, *, tolerance: float) -> None:
+    def mirror(
+        self,
+        engine: Engine,
+        *,
+        tolerance: float,
+        weights: Callable[[Any], Iterable[tuple[str, torch.Tensor]]],
+    ) -> None:
         """Make an engine generate instead of the live model from now on.
 
-        Its canary is the longest prompt of the tasks that generate. tolerance: as in Mirror.
+        Its canary is the longest prompt of the tasks that generate. tolerance, weights: as in Mirror.
         Raises ConfigError if a task does not generate greedily.
         """
         prompts = []
@@ -257,7 +263,7 @@ class Harness:
                     prompts.append(self._lm.tok_encode(instance.args[0]))
         if prompts:
             canary = [self._lm.prefix_token_id, *max(prompts, key=len)][:CANARY]
-            self._lm.mirror = Mirror(engine, canary, tolerance=tolerance)
+            self._lm.mirror = Mirror(engine, canary, tolerance=tolerance, weights=weights)
 
     def weights_changed(self) -> None:
         """Record that the live model's weights have changed."""

@@ -245,7 +245,10 @@ class Worker:
         if spec.generation != "transformers":
             from evomerge.evaluation.engine import TOLERANCE
 
-            self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
+            bench = self._bench
+            self._harness.mirror(
+                _engine(spec), tolerance=TOLERANCE[spec.dtype], weights=lambda _: bench.tensors()
+            )
         with contextlib.suppress(NonFiniteError):  # then every candidate says so
             self._load(spec.base_alone())
         steps.say("trying the model out")

@@ -14,14 +14,14 @@ that `export.writer.write` writes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.live.live_weights import address, gradient_at, locate, weights_at
+from evomerge.merging.live.live_weights import Spread, address, gradient_at, locate, weights_at
 from evomerge.merging.live.stacked_models import Rewiring, build
 from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.recipe import STORED, Recipe, TensorGroup, tokenizer_of
@@ -219,6 +219,13 @@ class Workbench:
             with pool() as workers:
                 for done in [workers.submit(work) for _ in range(threads())]:
                     done.result()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the live weights by their names in a checkpoint, as views where they are parts of parameters."""
+        assert self.model is self._plain, "stacked layers have no names in the models' checkpoints"
+        for name, place in self._targets.items():
+            shape = self._headers[name].shape
+            yield name, weights_at(place, shape) if isinstance(place, Spread) else place.detach().view(shape)
 
     def digest(self, recipe: Recipe) -> str:
         """Return a hash of the live weights that equals that of the exported folder.
