@@ -8,7 +8,6 @@ the run folder exists.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -320,14 +319,12 @@ def _with_gradients(warm: WarmStart, space: Space, objective: ObjectiveSpec) -> 
 
 
 def _check_engine(config: RunConfig) -> None:
-    """Refuse a generation engine that is not installed, or that can't hold this run's models."""
+    """Refuse a generation engine that is not installed or too old, or that can't hold this run's models."""
     if config.executor.generation == "transformers":
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "executor.generation: vllm is not installed",
-            fix="pip install 'evomerge[vllm]', or set executor.generation: transformers",
-        )
+    from evomerge.evaluation.vllm_engine import check_installed
+
+    check_installed()
     if config.chat_template not in ("", BASE):
         raise ConfigError(
             "executor.generation: vllm ends answers as the base does",

@@ -112,7 +112,8 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
             f"        {name} stands for {len(tasks)} tasks: {', '.join(tasks)}"
             for name, tasks in prepared.suite.groups.items()
         ),
-        f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers",
+        f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers"
+        + (f", generation by {worker.generation}" if worker.generation != "transformers" else ""),
         f"out:    {prepared.folder}",
     ]
     if probe.estimate is None or probe.ends is None:

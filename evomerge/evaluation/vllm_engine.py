@@ -11,13 +11,15 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from evomerge.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 SUPPORTED = (0, 32)
 """The oldest vLLM whose weight updates are those used here, and the one that was run."""
@@ -30,7 +32,7 @@ _INSTEAD = "or set executor.generation: transformers"
 
 
 class VllmEngine:
-    """Generate with vLLM.
+    """Generate with vLLM. A process has one: a new engine ends the one before.
 
     Args:
         folder: of the base model, for config and tokenizer; its weights are not read.
@@ -42,6 +44,8 @@ class VllmEngine:
         ConfigError: another device, a vLLM of another version or for other devices, or one that can't start.
     """
 
+    _end: ClassVar[weakref.finalize[..., Any] | None] = None
+
     def __init__(self, folder: Path, *, dtype: str, max_length: int | None, device: str) -> None:
         if device not in ("cpu", "cuda", "cuda:0"):
             raise ConfigError(
@@ -52,6 +56,7 @@ class VllmEngine:
         check_installed()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # both are read when vllm is imported
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import torch
         import vllm
         from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform
@@ -65,8 +70,12 @@ class VllmEngine:
                 fix=f"install vllm for {kind}, {_INSTEAD}",
             )
         memory: dict[str, Any] = {"gpu_memory_utilization": SHARE}
-        if kind == "cpu":  # kernels are compiled for GPUs only; VLLM_CPU_KVCACHE_SPACE, in GiB, has precedence
+        if (
+            kind == "cpu"
+        ):  # kernels are compiled for GPUs only; VLLM_CPU_KVCACHE_SPACE, in GiB, has precedence
             memory = {"kv_cache_memory_bytes": CACHE, "enforce_eager": True}
+        if VllmEngine._end is not None:
+            VllmEngine._end()
         set_threads = torch.set_num_threads
         try:
             self._llm: Any = vllm.LLM(
@@ -87,6 +96,7 @@ class VllmEngine:
             ) from error
         finally:
             torch.set_num_threads = set_threads  # which vLLM replaces on a CPU
+        VllmEngine._end = weakref.finalize(self, self._llm.llm_engine.engine_core.shutdown)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place."""

@@ -1,9 +1,9 @@
 """Fifty candidates swapped into one running vLLM, compared with a fresh vLLM of each export, and the canary.
 
-    .venv-vllm/bin/python -m tests.evaluation.vllm_swaps --family llama --dtype float32 --out FOLDER
+    .venv-vllm/bin/python -m tests.evaluation.vllm_swaps --family llama --dtype float32
 
-prints the figures of benchmarks/perf/LOG.md. Models are random: a base and three fine-tunes of it with heads of
-64, the smallest that vLLM's attention takes on a CPU.
+prints the figures of benchmarks/perf/LOG.md. Models are random: a base and three fine-tunes of it, with heads
+of 64, because vLLM's attention on a CPU takes no small ones.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ METHODS: tuple[tuple[str, dict[str, Any], int], ...] = (
 
 
 def make_zoo(family: str, folder: Path, *, step: float = 0.15, **sizes: Any) -> dict[str, str]:
-    """Write a base and its fine-tunes `a`, `b`, `c`; return name -> folder. step: how far they are from it."""
+    """Write a base and its fine-tunes `a`, `b`, `c`; return name -> folder. step: how far those are."""
     kind = transformers.CONFIG_MAPPING[family]
     config = kind(**{**SIZES, **FAMILIES[family], **sizes})
     tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -94,7 +94,11 @@ def make_zoo(family: str, folder: Path, *, step: float = 0.15, **sizes: Any) -> 
                     parameter.add_(torch.randn(parameter.shape) * step * bool(seed))
         model.to(torch.bfloat16).save_pretrained(folder / name)
         transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
         ).save_pretrained(folder / name)
         made[name] = str(folder / name)
     return made
@@ -168,7 +172,11 @@ def greedy(model: Any) -> list[list[int]]:
     found = []
     for prompt in prompts():
         tokens = model.generate(
-            input_ids=torch.tensor([prompt]), max_new_tokens=LIMIT, do_sample=False, eos_token_id=2, pad_token_id=0
+            input_ids=torch.tensor([prompt]),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=0,
         )[0].tolist()[len(prompt) :]
         found.append(tokens)
     return found
@@ -229,6 +237,9 @@ def swaps(
 def close(engine: VllmEngine) -> None:
     """End an engine. Only one can live in a process: the end of one takes the distributed state of all."""
     engine._llm.llm_engine.engine_core.shutdown()
+    if VllmEngine._end is not None:
+        VllmEngine._end.detach()
+        VllmEngine._end = None
     del engine._llm
     gc.collect()
 
@@ -266,7 +277,9 @@ def figures(found: list[Swap]) -> dict[str, Any]:
         "swaps": len(found),
         "different answers": len({json.dumps(swap.answers) for swap in found}),
         "equal to a fresh vLLM": f"{sum(s.answers == s.fresh for s in compared)} of {len(compared)}",
-        "largest difference to a fresh vLLM's canary": max((s.fresh_logprobs or 0 for s in compared), default=0),
+        "largest difference to a fresh vLLM's canary": max(
+            (s.fresh_logprobs or 0 for s in compared), default=0
+        ),
         "equal to transformers": f"{sum(s.answers == s.live for s in found)} of {len(found)}",
         "right, nats per token (median, largest)": (
             float(np.median([s.right for s in found])),

@@ -221,7 +221,7 @@ class Workbench:
                     done.result()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the live weights by their names in a checkpoint, as views where they are parts of parameters."""
+        """Yield the live weights by their names in a checkpoint; parts of parameters are views."""
         assert self.model is self._plain, "stacked layers have no names in the models' checkpoints"
         for name, place in self._targets.items():
             shape = self._headers[name].shape
