@@ -54,6 +54,7 @@ class Prepared:
     for it. notes: remarks on the models that are no errors. baselines: the hand-made merges to score.
     weighting: the rule that weights tasks in the mean, None in a run that was begun before there was one.
     stacks: evaluations that hand-made stacks may cost before a search of layer paths, 0 in other searches.
+    judges: task -> what its judge's server serves, once it was asked.
     """
 
     config: RunConfig
@@ -70,6 +71,7 @@ class Prepared:
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
     weighting: str | None = ERRORS
     stacks: int = 0
+    judges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:
@@ -137,6 +139,22 @@ def prepare(config: RunConfig) -> Prepared:
         weighting=_weighting(config),
         stacks=_stacks(config),
     )
+
+
+def with_judges(prepared: Prepared) -> Prepared:
+    """Ask the servers of the suite's judges what they serve; raise UserError where one can't judge."""
+    specs = {task.task: task.judge for task in prepared.suite.tasks if task.judge is not None}
+    if not specs:
+        return prepared
+    from evomerge.evaluation.judge import serving
+
+    if prepared.config.executor.name == "ray":
+        raise ConfigError(
+            "judges keep their verdicts in the run folder, which workers on a Ray cluster don't share",
+            expected="executor: {name: local}, or inline",
+        )
+    permissions = prepared.config.permissions
+    return replace(prepared, judges={name: serving(name, spec, permissions) for name, spec in specs.items()})
 
 
 def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
@@ -294,6 +312,7 @@ def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
         permissions=config.permissions,
         inputs=inputs,
         stored_text=config.stored_text,
+        judgements=Path(config.out),
     )
 
 
@@ -357,6 +376,11 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         {} if prepared.weighting is None else {facts.WEIGHTING: prepared.weighting}
     )
     start |= {facts.STACKS: prepared.stacks} if prepared.stacks else {}
+    start |= (
+        {facts.JUDGES: {name: dict(judge) for name, judge in prepared.judges.items()}}
+        if prepared.judges
+        else {}
+    )
     start |= {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
     return (
         start

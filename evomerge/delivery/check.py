@@ -15,7 +15,7 @@ from evomerge.running.worker import build_harness
 from evomerge.search.objective import ObjectiveSpec, check_tokens
 from evomerge.search.racing import FULL, full_blocks
 from evomerge.text import one_line, printable
-from evomerge.trial import Probe, descent
+from evomerge.trial import Probe, descent, requests
 
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
@@ -91,6 +91,11 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
             {**asdict(gain), "weight": gain.trust if gain.shown else 0.0} for gain in probe.gains
         ],
         "notes": [*prepared.notes, *questions.notes, *_gain_notes(probe)],
+        "judges": {
+            name: {**judge, "url": getattr(prepared.suite[name].judge, "url", None), "requests": count}
+            for name, count in requests(prepared, probe).items()
+            for judge in (prepared.judges[name],)
+        },
         "prompts": [asdict(prompt) for prompt in questions.prompts],
     }
 
@@ -128,11 +133,28 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
         lines.append(
             f"note:   the budget's time is too short: baselines, one generation and test take {needed}"
         )
+    lines += _judges(prepared, probe)
     visible = resolution(prepared.suite, probe.test_items)
     lines.append(f"test:   {visible.sentence}")
     lines += [f"note:   {note}" for note in visible.notes]
     notes = (f"note:   {note}" for note in (*prepared.notes, *questions.notes, *_gain_notes(probe)))
     return "\n".join([*lines, *_specialists(probe.gains), *notes, *_prompts(questions.prompts)])
+
+
+def _judges(prepared: Prepared, probe: Probe) -> Iterator[str]:
+    """Say what is sent to judges, where, and how often at most."""
+    counts = requests(prepared, probe)
+    for task in prepared.suite.tasks:
+        if (judge := task.judge) is None:
+            continue
+        count = counts[task.task]
+        often = "an unknown number of requests" if count is None else f"at most {count:,} requests"
+        yield (
+            f"judge:  {task.task}: prompts, right answers and the models' answers are sent to {judge.url}, "
+            f"where {judge.model} judges them{f' (key in ${judge.key})' if judge.key else ''}"
+        )
+        limit = f"the run stops at {judge.most_requests:,} (most_requests)"
+        yield f"        {often}, with replies of at most {judge.max_tokens} tokens; {limit}"
 
 
 def _goal(objective: ObjectiveSpec) -> str:

@@ -16,6 +16,7 @@ import logging
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,6 +265,13 @@ class Harness:
         if prompts:
             canary = [self._lm.prefix_token_id, *max(prompts, key=len)][:CANARY]
             self._lm.mirror = Mirror(engine, canary, tolerance=tolerance, weights=weights)
+
+    def judged_in(self, folder: Path) -> None:
+        """Keep the verdicts of the tasks' judges in a run folder, as soon as there is one."""
+        everything = (self.items(split, block) for split in SPLITS for block in range(self.blocks(split)))
+        for task in (task for items in everything for task in items.tasks):
+            if (judge := getattr(task.task, "judge", None)) is not None:
+                judge.keep_in(folder)
 
     def weights_changed(self) -> None:
         """Record that the live model's weights have changed."""

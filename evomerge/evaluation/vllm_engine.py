@@ -70,9 +70,7 @@ class VllmEngine:
                 fix=f"install vllm for {kind}, {_INSTEAD}",
             )
         memory: dict[str, Any] = {"gpu_memory_utilization": SHARE}
-        if (
-            kind == "cpu"
-        ):  # kernels are compiled for GPUs only; VLLM_CPU_KVCACHE_SPACE, in GiB, has precedence
+        if kind == "cpu":  # where VLLM_CPU_KVCACHE_SPACE has precedence
             memory = {"kv_cache_memory_bytes": CACHE, "enforce_eager": True}
         if VllmEngine._end is not None:
             VllmEngine._end()

@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge import steps
-from evomerge.errors import NonFiniteError, UserError
+from evomerge.errors import JudgeError, NonFiniteError, UserError
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
 from evomerge.evaluation.sharing import Sharing
@@ -95,7 +96,8 @@ class WorkerSpec:
     Harness. generation: what continues prompts, the live model ("transformers") or an engine beside it
     ("vllm"). permissions: which code of the tasks may run. inputs: what models and task files were when the
     run began, None where they are not compared. stored_text, answers,
-    sharing: as in Harness; a run's first worker decides on `sharing`.
+    sharing: as in Harness; a run's first worker decides on `sharing`. judgements: the run folder, where
+    verdicts of judges are kept; None keeps none.
     """
 
     models: Mapping[str, str]
@@ -119,6 +121,7 @@ class WorkerSpec:
     stored_text: int = 0
     answers: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     sharing: Sharing | None = None
+    judgements: Path | None = None
 
     def guard(self) -> InputGuard | None:
         """Return what compares models and task files with `inputs`, None without any."""
@@ -230,6 +233,8 @@ class Worker:
         self._device, self._batch_size = spec.device, spec.batch_size
         steps.say("reading tasks")
         self._harness = build_harness(spec)  # before the models are loaded, because it refuses suites
+        if spec.judgements is not None:
+            self._harness.judged_in(spec.judgements)
         steps.say("loading models")
         self._bench = Workbench(
             spec.models,
@@ -268,7 +273,8 @@ class Worker:
             The outcome (scores, gradient or failure) with its times in seconds.
 
         Raises:
-            UserError: the models changed since the run began, so that nothing can be scored.
+            UserError: the models changed since the run began, or a judge can't be asked, so that nothing can
+                be scored.
         """
         if self._guard is not None:
             self._guard.check()
@@ -283,6 +289,8 @@ class Worker:
         faults: list[str] = []
         try:
             found = retries.insist(lambda: self._attempt(job), faults)
+        except JudgeError:
+            raise
         except Exception as error:
             found = Result(job=job, outcome=failure_of(error, attempts=len(faults) + 1))
         return replace(found, faults=tuple(faults))
@@ -306,7 +314,7 @@ class Worker:
                 parts.append(self._harness.evaluate(self._bench.model, items, batch_size=size))
                 forward += self._harness.forward_seconds
         except Exception as error:
-            if retries.transient(error):
+            if retries.transient(error) or isinstance(error, JudgeError):
                 raise
             failure = failure_of(error, f"at batch size {size}" if at is not None else "while merging")
         if failure is not None:

@@ -48,7 +48,9 @@ def test_fifty_swaps_answer_as_a_fresh_vllm_of_each_export(family: str, tmp_path
     print(family, json.dumps(vllm_swaps.figures(found), indent=1))
     assert len(found) == vllm_swaps.COUNT
     assert [swap.answers for swap in found] == [swap.fresh for swap in found]
-    assert len({json.dumps(swap.answers) for swap in found}) > vllm_swaps.COUNT // 2  # or stale ones would pass
+    assert (
+        len({json.dumps(swap.answers) for swap in found}) > vllm_swaps.COUNT // 2
+    )  # or stale ones would pass
     assert max(swap.right for swap in found) < TOLERANCE["float32"]
     assert min(swap.stale for swap in found[1:] if swap.stale is not None) > TOLERANCE["float32"]
     assert np.mean([swap.grown for swap in found[5:]]) < MOST_MEMORY
@@ -120,15 +122,16 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(tmp_path: Path) -> None:
     checked = run("check", config, folder=tmp_path)
     assert "generation by vllm" in checked
     run("run", config, folder=tmp_path)
+    log = tmp_path / "killed.txt"
     killed = subprocess.Popen(
         [*MAIN, "run", str(config), "--out", "killed"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
     )
     while generations(tmp_path / "killed") < 2:
-        assert killed.poll() is None, "it ended before it was killed"
+        assert killed.poll() is None, f"it ended before it was killed: {log.read_text()}"
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
