@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -376,11 +376,8 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         {} if prepared.weighting is None else {facts.WEIGHTING: prepared.weighting}
     )
     start |= {facts.STACKS: prepared.stacks} if prepared.stacks else {}
-    start |= (
-        {facts.JUDGES: {name: dict(judge) for name, judge in prepared.judges.items()}}
-        if prepared.judges
-        else {}
-    )
+    if prepared.judges:
+        start[facts.JUDGES] = {name: dict(judge) for name, judge in prepared.judges.items()}
     start |= {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
     return (
         start

@@ -1,8 +1,8 @@
 """Judges: a model behind an OpenAI-compatible server scores answers. It is asked only with permission.
 
-Every verdict is kept by a hash of judge and question (which holds the prompt and the answer), in the run folder's
-`judgements.sqlite`. So an answer that was judged once keeps its score, in a resumed run and for an export. Requests
-of a block of items are sent together, by threads; results do not depend on their order.
+Every verdict is kept by a hash of judge and question (which holds the prompt and the answer), in the run
+folder's `judgements.sqlite`. So an answer that was judged once keeps its score, in a resumed run and for an
+export. Requests of a block of items are sent together, by threads; results do not depend on their order.
 """
 
 from __future__ import annotations
@@ -284,8 +284,9 @@ def refuse_unasked(task: str, spec: JudgeSpec, permissions: Permissions) -> None
     """Raise ConfigError where a judge may not be asked, or its key is not there."""
     if not permissions.ask_judges:
         raise ConfigError(
-            f"task {task!r} sends its prompts and the models' answers to {spec.url}, where {spec.model} judges them",
+            f"task {task!r} sends its prompts and the models' answers to a judge",
             expected="your permission",
+            got=f"{spec.model} at {spec.url}" + (f", with the key in ${spec.key}" if spec.key else ""),
             fix="if you want that, set ask_judges: true in the run config, or add --ask-judges",
         )
     if spec.key is not None and not os.environ.get(spec.key):

@@ -1,4 +1,4 @@
-"""Judge: a model behind an OpenAI-compatible server that scores answers, as a suite says it. No network here."""
+"""Judge: a model behind an OpenAI-compatible server that scores answers, as a suite says it, as data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class JudgeSpec(Strict):
     """A judge: a model behind an OpenAI-compatible server that gives each answer a number."""
 
     url: str = Field(min_length=1)
-    """Where the server is, with its version: `http://127.0.0.1:8000/v1`. Prompts and answers are sent there."""
+    """Where the server is: `http://127.0.0.1:8000/v1`. Prompts and answers are sent there."""
     model: str = Field(min_length=1)
     """The server's name of the model."""
     prompt: str = Field(PROMPT, min_length=1)

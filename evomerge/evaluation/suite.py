@@ -223,6 +223,12 @@ class SuiteTask(Asking):
             raise ValueError(f"a task with `data` needs {missing[0]}")
         if self.of is not None or self.role != "skill":
             raise ValueError("a task with `data` is a skill, without `of`")
+        self._check_metric()
+        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
+            raise ValueError("splits of a task with `data` are numbers of items, or left out")
+
+    def _check_metric(self) -> None:
+        """Refuse keys of `data` that say in two ways how its answers are scored."""
         if self.judge is not None:
             if self.choices is not None or self.scorer is not None:
                 raise ValueError("a judge reads generated answers; remove choices and scorer")
@@ -237,8 +243,6 @@ class SuiteTask(Asking):
             raise ValueError(f"metric: {nearest(self.metric, METRICS)}")
         elif (self.metric == "choice") != (self.choices is not None):
             raise ValueError("the metric choice and the key choices need each other")
-        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
-            raise ValueError("splits of a task with `data` are numbers of items, or left out")
 
     @property
     def columns(self) -> Columns:

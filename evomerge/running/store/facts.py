@@ -139,7 +139,7 @@ JUDGES = Fact(
     "judges",
     dict[str, dict[str, Any]],
     "prepare",
-    "per task with a judge: the served model, where its server says that is from, and a hash of how it is asked",
+    "per task with a judge: the served model, its origin as the server says it, a hash of how it is asked",
 )
 BASELINES = Fact(
     "baselines",
