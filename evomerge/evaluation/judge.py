@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,18 +74,16 @@ class Judgements:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
+        self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._kept = False
 
     def find(self, key: str) -> Verdict | None:
         """Return a verdict, None where there is none."""
-        row = (
-            self._open()
-            .execute(
+        with self._writing() as db:
+            row = db.execute(
                 "SELECT verdict, score, prompt_tokens, reply_tokens FROM judgement WHERE key = ?", (key,)
-            )
-            .fetchone()
-        )
+            ).fetchone()
         if row is None:
             return None
         return Verdict(text=row[0], score=row[1], prompt_tokens=row[2], reply_tokens=row[3])
@@ -92,18 +91,18 @@ class Judgements:
     def keep(self, key: str, judge: str, verdict: Verdict) -> None:
         """Store a verdict; the first one of a key stays."""
         row = (key, judge, verdict.text, verdict.score, verdict.prompt_tokens, verdict.reply_tokens)
-        with self._open() as db:
+        with self._writing() as db:
             db.execute("INSERT OR IGNORE INTO judgement VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def served(self, judge: str, model: str) -> str:
         """Return the model that served a judge's first reply; this one, if it is the first."""
-        with self._open() as db:
+        with self._writing() as db:
             db.execute("INSERT OR IGNORE INTO judge VALUES (?, ?)", (judge, model))
             return str(db.execute("SELECT served FROM judge WHERE judge = ?", (judge,)).fetchone()[0])
 
     def reserve(self, judge: str, most: int) -> bool:
         """Count one more request; return False, and count nothing, where it would be one too many."""
-        with self._open() as db:
+        with self._writing() as db:
             db.execute("INSERT OR IGNORE INTO sent VALUES (?, 0)", (judge,))
             done = db.execute(
                 "UPDATE sent SET requests = requests + 1 WHERE judge = ? AND requests < ?", (judge, most)
@@ -112,7 +111,14 @@ class Judgements:
 
     def spent(self, judge: str) -> Spent:
         """Return what a judge was asked."""
-        return _spent(self._open(), judge)
+        with self._writing() as db:
+            return _spent(db, judge)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One thread's transaction after the other: they share the connection."""
+        with self._lock, self._open() as db:
+            yield db
 
     def _open(self) -> sqlite3.Connection:
         """Return the database; what was kept in memory moves to the run folder as soon as there is one."""

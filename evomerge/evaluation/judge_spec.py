@@ -33,7 +33,7 @@ Answer to grade:
 _ENDING = (
     "\nEnd your reply with one line: `Score: N`, where N is a number from {low:g} (worst) to {high:g} (best)."
 )
-_SCORE = re.compile(r"score\W{0,4}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"score[\s*_:=`'\"]{0,6}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _ALONE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*\.?\s*")
 _PLACES = {"url", "key", "parallel", "timeout", "most_requests"}
 """Keys that say how the judge is reached, not who it is."""
