@@ -189,9 +189,9 @@ class Judge:
             self.kept.keep(key, self._spec.hash, verdict)
             found[key] = self.kept.find(key)
         scores = []
-        for key in keys:
-            verdict = None if key is None else found[key]
-            scores.append(0.0 if verdict is None or verdict.score is None else verdict.score)
+        for asked in keys:
+            known = None if asked is None else found[asked]
+            scores.append(0.0 if known is None or known.score is None else known.score)
         return scores
 
     def _question(self, prompt: str, answer: str, right: str, item: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ def by_length(question: str) -> str:
 class JudgeServer:
     """What the server does. failing: how many of the next requests answer 503.
 
-    asked: what it was asked. waiting: the most requests at one time. key: the one it wants.
+    last: number of requests after which all answer 503. asked: what it was asked. most: requests at one time.
+    key: the one it wants.
     """
 
     url: str = ""
@@ -37,6 +38,7 @@ class JudgeServer:
     root: str = "/models/judge-7b"
     key: str | None = None
     failing: int = 0
+    last: int = 10**9
     delay: float = 0.0
     asked: list[dict[str, Any]] = field(default_factory=list)
     waiting: int = 0
@@ -53,7 +55,8 @@ class JudgeServer:
             self.asked.append(body)
             self.waiting += 1
             self.most = max(self.most, self.waiting)
-            failing, self.failing = self.failing > 0, max(0, self.failing - 1)
+            failing = self.failing > 0 or len(self.asked) > self.last
+            self.failing = max(0, self.failing - 1)
         time.sleep(self.delay)
         with self.lock:
             self.waiting -= 1

@@ -21,7 +21,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.merging import methods
 from evomerge.merging.chat_templates import chosen_template
 from evomerge.merging.compatibility import check, check_models
-from evomerge.merging.live.live_weights import Spread, address, gradient_at, locate, weights_at
+from evomerge.merging.live.live_weights import address, gradient_at, locate, weights_at
 from evomerge.merging.live.stacked_models import Rewiring, build
 from evomerge.merging.methods.declaration import FILES
 from evomerge.merging.recipe import STORED, Recipe, TensorGroup, tokenizer_of
@@ -222,10 +222,15 @@ class Workbench:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the live weights by their names in a checkpoint; parts of parameters are views."""
+        import torch
+
         assert self.model is self._plain, "stacked layers have no names in the models' checkpoints"
         for name, place in self._targets.items():
             shape = self._headers[name].shape
-            yield name, weights_at(place, shape) if isinstance(place, Spread) else place.detach().view(shape)
+            if isinstance(place, torch.Tensor):
+                yield name, place.detach().view(shape)
+            else:
+                yield name, weights_at(place, shape)
 
     def digest(self, recipe: Recipe) -> str:
         """Return a hash of the live weights that equals that of the exported folder.
