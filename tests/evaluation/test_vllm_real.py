@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,9 @@ import pytest
 import yaml
 
 from evomerge.evaluation.engine import TOLERANCE
+from evomerge.evaluation.judge import Judge, serving, spent_in
+from evomerge.evaluation.judge_spec import JudgeSpec
+from evomerge.evaluation.permissions import Permissions
 from evomerge.evaluation.vllm_engine import VllmEngine
 from evomerge.running.store import StoreReader
 from tests.evaluation import vllm_swaps
@@ -142,3 +146,53 @@ def test_a_run_that_is_killed_ends_as_the_unbroken_one(tmp_path: Path) -> None:
             found[name] = store.digest()
             assert "vllm" in store.versions()
     assert found["whole"] == found["killed"]
+
+
+def test_vllm_serve_as_a_judge(tmp_path: Path) -> None:
+    """A random model's verdicts have no number; what counts is that it is asked, and asked once."""
+    models = vllm_swaps.make_zoo("llama", tmp_path / "models")
+    (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "--served-model-name": "judge",
+        "--dtype": "float32",
+        "--max-model-len": "128",
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--chat-template": str(tmp_path / "chat.jinja"),
+    }
+    words = [word for option in options.items() for word in option]
+    log = tmp_path / "serve.txt"
+    server = subprocess.Popen(
+        [str(Path(sys.executable).parent / "vllm"), "serve", models["base"], "--enforce-eager", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    spec = JudgeSpec(
+        url=f"http://127.0.0.1:{port}/v1", model="judge", prompt="{{ prompt }} {{ answer }}", max_tokens=8
+    )
+    allowed = Permissions(ask_judges=True)
+    try:
+        while b"startup complete" not in log.read_bytes():
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.5)
+        served = serving("t", spec, allowed)
+        assert served["root"] == models["base"]
+        judge = Judge("t", spec, allowed)
+        judge.keep_in(tmp_path)
+        asked = [("w1 w2", f"w{number}", "w3", {}) for number in range(4, 12)]
+        first = judge.ahead(asked)
+        spent = spent_in(tmp_path, spec)
+        assert spent is not None
+        assert (spent.requests, spent.verdicts) == (8, 8)
+        assert spent.tokens > 8 * 10
+        again = Judge("t", spec, allowed)
+        again.keep_in(tmp_path)
+        assert again.ahead(asked) == first
+        assert spent_in(tmp_path, spec) == spent
+    finally:
+        server.terminate()
+        server.wait()

@@ -2,8 +2,8 @@
 
     .venv-vllm/bin/python -m tests.evaluation.vllm_swaps --family llama --dtype float32
 
-prints the figures of benchmarks/perf/LOG.md. Models are random: a base and three fine-tunes of it, with heads
-of 64, because vLLM's attention on a CPU takes no small ones.
+prints the figures of benchmarks/perf/LOG.md. Models are random, with heads of 64, because vLLM's attention on
+a CPU takes no small ones.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from evomerge.evaluation.engine import CANARY, canary_logprobs
+from evomerge.evaluation.generation import Generator, Request
 from evomerge.evaluation.vllm_engine import VllmEngine
 from evomerge.merging.export.writer import write
 from evomerge.merging.live.workbench import Workbench
@@ -73,8 +74,12 @@ METHODS: tuple[tuple[str, dict[str, Any], int], ...] = (
 """Method, parameters and number of sources; weights are drawn for every candidate."""
 
 
-def make_zoo(family: str, folder: Path, *, step: float = 0.15, **sizes: Any) -> dict[str, str]:
-    """Write a base and its fine-tunes `a`, `b`, `c`; return name -> folder. step: how far those are."""
+def make_zoo(family: str, folder: Path, *, step: float | None = None, **sizes: Any) -> dict[str, str]:
+    """Write a base and models `a`, `b`, `c`; return name -> folder.
+
+    step: standard deviation of their differences from the base; None makes models that have little in common,
+    so that candidates differ much.
+    """
     kind = transformers.CONFIG_MAPPING[family]
     config = kind(**{**SIZES, **FAMILIES[family], **sizes})
     tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -84,14 +89,16 @@ def make_zoo(family: str, folder: Path, *, step: float = 0.15, **sizes: Any) -> 
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config)
-            torch.manual_seed(seed + 1)
+            torch.manual_seed(seed + 1 if step is None else 1)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn(parameter.shape) * 0.15)  # or all answers are one word
             torch.manual_seed(seed + 10)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_(torch.randn(parameter.shape) * step * bool(seed))
+                    parameter.add_(
+                        torch.randn(parameter.shape) * (0.15 if step is None else step) * bool(seed)
+                    )
         model.to(torch.bfloat16).save_pretrained(folder / name)
         transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -300,21 +307,48 @@ def figures(found: list[Swap]) -> dict[str, Any]:
     }
 
 
+def speed(models: dict[str, str], dtype: str, *, rows: int = 64, limit: int = 32) -> dict[str, float]:
+    """Return the processor's seconds in which both programs continue `rows` prompts by `limit` tokens."""
+    draws = np.random.default_rng(4)
+    asked = [draws.integers(4, len(WORDS), 24).tolist() for _ in range(rows)]
+    bench = Workbench(models, "base", compute_dtype=dtype)
+    bench.load(candidates(models, 1)[0])
+    engine = VllmEngine(Path(models["base"]), dtype=dtype, max_length=LENGTH, device="cpu")
+    engine.load(bench.tensors())
+    live = Generator(bench.model, str, ends=frozenset(), batch_size=rows)
+    requests = [Request(prompt=tuple(prompt), limit=limit) for prompt in asked]
+    found: dict[str, float] = {}
+    for _ in range(3):
+        for name, work in (
+            ("vllm", lambda: engine.generate(asked, limit=limit, stop=[])),
+            ("live model", lambda: live.answer(requests)),
+        ):
+            engine.forget()
+            started = time.process_time()
+            work()
+            found[name] = min(found.get(name, np.inf), time.process_time() - started)
+    return found
+
+
 def main() -> None:
     """Print the figures of one family in one type."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--family", default="llama", choices=FAMILIES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--count", type=int, default=COUNT)
-    parser.add_argument("--step", type=float, default=0.15)
+    parser.add_argument("--step", type=float, help="how far the models are from the base")
     parser.add_argument("--one-stale", type=int, default=0)
     parser.add_argument("--no-fresh", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="only compare the speed of generation")
     parser.add_argument("--sizes", default="{}", help="JSON, changes of the config")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="evomerge-vllm-") as folder:
         models = make_zoo(asked.family, Path(folder), step=asked.step, **json.loads(asked.sizes))
+        if asked.speed:
+            print(speed(models, asked.dtype))
+            return
         found = swaps(
             models,
             dtype=asked.dtype,
