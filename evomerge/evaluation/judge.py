@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS sent (judge TEXT PRIMARY KEY, requests INTEGER NOT NU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Judgement:
     """A judge's reply. score: from 0 to 1, None where it has none. Tokens as the server counts them."""
 
     text: str
@@ -57,7 +57,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spent:
+class JudgeCost:
     """What a judge was asked so far. unreadable: verdicts without a score, which count 0."""
 
     requests: int
@@ -78,7 +78,7 @@ class Judgements:
         self._db: sqlite3.Connection | None = None
         self._kept = False
 
-    def find(self, key: str) -> Verdict | None:
+    def find(self, key: str) -> Judgement | None:
         """Return a verdict, None where there is none."""
         with self._writing() as db:
             row = db.execute(
@@ -86,9 +86,9 @@ class Judgements:
             ).fetchone()
         if row is None:
             return None
-        return Verdict(text=row[0], score=row[1], prompt_tokens=row[2], reply_tokens=row[3])
+        return Judgement(text=row[0], score=row[1], prompt_tokens=row[2], reply_tokens=row[3])
 
-    def keep(self, key: str, judge: str, verdict: Verdict) -> None:
+    def keep(self, key: str, judge: str, verdict: Judgement) -> None:
         """Store a verdict; the first one of a key stays."""
         row = (key, judge, verdict.text, verdict.score, verdict.prompt_tokens, verdict.reply_tokens)
         with self._writing() as db:
@@ -109,7 +109,7 @@ class Judgements:
             )
             return done.rowcount == 1
 
-    def spent(self, judge: str) -> Spent:
+    def spent(self, judge: str) -> JudgeCost:
         """Return what a judge was asked."""
         with self._writing() as db:
             return _spent(db, judge)
@@ -204,7 +204,7 @@ class Judge:
                 fix="it has prompt, answer, right, and item, the row of the data file",
             ) from None
 
-    def _asked(self, questions: Mapping[str, str]) -> Iterator[tuple[str, Verdict]]:
+    def _asked(self, questions: Mapping[str, str]) -> Iterator[tuple[str, Judgement]]:
         """Yield the verdict of each question in order; after an error those that follow are not sent."""
         if not questions:
             return
@@ -223,7 +223,7 @@ class Judge:
                         self.kept.keep(key, self._spec.hash, verdict.result())
                 raise
 
-    def _verdict(self, client: httpx.Client, question: str) -> Verdict:
+    def _verdict(self, client: httpx.Client, question: str) -> Judgement:
         spec = self._spec
         body = {
             "model": spec.model,
@@ -259,12 +259,12 @@ class Judge:
                 fix="serve the same model again, or start a new run in another folder",
             )
         verdict = str(text)[:LARGEST_REPLY]
-        return Verdict(
+        return Judgement(
             text=verdict, score=spec.score(verdict), prompt_tokens=tokens[0], reply_tokens=tokens[1]
         )
 
 
-def spent_in(folder: Path, spec: JudgeSpec) -> Spent | None:
+def spent_in(folder: Path, spec: JudgeSpec) -> JudgeCost | None:
     """Return what a judge was asked in a run, None where nothing was; the folder is only read."""
     if not (folder / FILE).is_file():
         return None
@@ -274,14 +274,14 @@ def spent_in(folder: Path, spec: JudgeSpec) -> Spent | None:
         return _spent(db, spec.hash)
 
 
-def _spent(db: sqlite3.Connection, judge: str) -> Spent:
+def _spent(db: sqlite3.Connection, judge: str) -> JudgeCost:
     sent = db.execute("SELECT requests FROM sent WHERE judge = ?", (judge,)).fetchone()
     verdicts, scored, tokens = db.execute(
         "SELECT count(*), count(score), coalesce(sum(prompt_tokens + reply_tokens), 0) FROM judgement "
         "WHERE judge = ?",
         (judge,),
     ).fetchone()
-    return Spent(
+    return JudgeCost(
         requests=sent[0] if sent else 0, verdicts=verdicts, unreadable=verdicts - scored, tokens=tokens
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import reload
 
 
@@ -39,8 +40,18 @@ class WeightsAtHand(WeightTransferEngine[Nothing, Weights]):  # type: ignore[mis
         self.model.load_weights(iter(update_info.weights))
 
     def finish_weight_update(self) -> None:
-        """Prepare the layers for the kernels, in the memory that they had before."""
+        """Prepare the layers for the kernels, in the memory that they had before.
+
+        A head that is tied to the embedding has no weights of its own in a checkpoint. vLLM 0.32 then keeps
+        what it had prepared of it for the CPU: the head of the weights before.
+        """
         reload.finalize_layerwise_reload(self.model, self.model_config)
+        owners: dict[int, list[torch.nn.Module]] = {}
+        for layer in self.model.modules():
+            if isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
+                owners.setdefault(id(layer.weight), []).append(layer)
+        for layer in (layer for layers in owners.values() if len(layers) > 1 for layer in layers):
+            layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         """Give back nothing."""

@@ -216,6 +216,24 @@ def test_an_engine_of_nan_does_not_pass(tiny_zoo: Path) -> None:
     assert "0.001 nats" in str(caught.value)
 
 
+def test_an_engine_that_does_not_move_does_not_pass_whatever_the_tolerance(tiny_zoo: Path) -> None:
+    """In bfloat16 rounding is larger than the difference of two candidates that are near each other."""
+    bench = bench_of(tiny_zoo)
+    engine = Fake(bench.model, lambda new, stop: False)
+    mirror = Mirror(engine, CANARY, tolerance=10.0, weights=state)
+    mirror.sync(bench.model)
+    with torch.no_grad():
+        for parameter in bench.model.parameters():
+            parameter.mul_(1.02)
+    engine.deaf = 2
+    mirror.weights_changed()
+    with pytest.raises(EngineMismatch) as caught:
+        mirror.sync(bench.model)
+    assert "the same numbers as with the weights before" in str(caught.value)
+    mirror.sync(bench.model)
+    mirror.sync(bench.model)
+
+
 def test_a_model_of_other_layers_is_refused(tiny_zoo: Path) -> None:
     bench = bench_of(tiny_zoo)
     mirror = Mirror(Fake(bench.model, lambda new, stop: False), CANARY, tolerance=1e-3, weights=state)

@@ -45,10 +45,12 @@ def _one_engine() -> Iterator[None]:
         VllmEngine._end()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "mixtral"])
 def test_fifty_swaps_answer_as_a_fresh_vllm_of_each_export(family: str, tmp_path: Path) -> None:
     models = vllm_swaps.make_zoo(family, tmp_path)
-    found = vllm_swaps.swaps(models, dtype="float32", recipes=vllm_swaps.candidates(models))
+    attention = vllm_swaps.ATTENTION.get(family)
+    recipes = vllm_swaps.candidates(models)
+    found = vllm_swaps.swaps(models, dtype="float32", recipes=recipes, attention=attention)
     print(family, json.dumps(vllm_swaps.figures(found), indent=1))
     assert len(found) == vllm_swaps.COUNT
     assert [swap.answers for swap in found] == [swap.fresh for swap in found]

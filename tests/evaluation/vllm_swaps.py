@@ -57,6 +57,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {**_EXPERTS, "sliding_window": None},
     "qwen3_moe": {**_EXPERTS, "mlp_only_layers": [], "decoder_sparse_step": 1},
 }
+ATTENTION = {"gemma2": "eager"}
+"""Family -> attention of the live model: transformers' default leaves out Gemma 2's cap on attention scores."""
 METHODS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("linear", {}, 3),
     ("task_arithmetic", {}, 2),
@@ -196,9 +198,13 @@ def swaps(
     recipes: list[Recipe],
     fresh: bool = True,
     one_stale: int = 0,
+    attention: str | None = None,
 ) -> list[Swap]:
-    """Swap all candidates into one engine. one_stale: try single stale tensors for so many candidates."""
-    bench = Workbench(models, "base", compute_dtype=dtype)
+    """Swap all candidates into one engine.
+
+    one_stale: try single stale tensors for so many candidates. attention: of the live model.
+    """
+    bench = Workbench(models, "base", compute_dtype=dtype, attn_implementation=attention)
     engine = VllmEngine(Path(models["base"]), dtype=dtype, max_length=LENGTH, device="cpu")
     found: list[Swap] = []
     before: dict[str, torch.Tensor] = {}
@@ -355,6 +361,7 @@ def main() -> None:
             recipes=candidates(models, asked.count),
             fresh=not asked.no_fresh,
             one_stale=asked.one_stale,
+            attention=ATTENTION.get(asked.family),
         )
     for name, value in {
         **figures(found),
