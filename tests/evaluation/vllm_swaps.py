@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_EXPERTS, "mlp_only_layers": [], "decoder_sparse_step": 1},
 }
 ATTENTION = {"gemma2": "eager"}
-"""Family -> attention of the live model: transformers' default leaves out Gemma 2's cap on attention scores."""
+"""Family -> attention of the live model: transformers' default leaves out the cap on Gemma 2's scores."""
 METHODS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("linear", {}, 3),
     ("task_arithmetic", {}, 2),
