@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 INSTALLED := $(VENV)/.installed
 DIST := dist
 
-.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge vllm clean help
+.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge real vllm clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -65,6 +65,9 @@ bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its o
 	  && $(MERGEKIT)/bin/python -m pip install -q --disable-pip-version-check mergekit==0.1.4 torch==2.13.0 transformers==4.52.4; } \
 	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
 	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
+
+real: $(INSTALLED)    ## a real pretrained chat model and three specialists of it, trained, searched, exported: an hour; goes on where it stopped
+	$(BIN)/python benchmarks/real/run.py
 
 vllm: $(VLLM)    ## vLLM itself on the CPU, in an environment of its own (3.5 GB): swaps, canary, a killed run
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow -s tests/evaluation/test_vllm_real.py

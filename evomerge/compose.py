@@ -78,11 +78,11 @@ def execute(
     the stored ones.
     """
     started = time.time() if started is None else started
-    workers = executors.worker_count(prepared.config.executor)
+    workers = executors.worker_count(prepared.executor)
     guard = prepared.worker.guard()
     assert guard is not None
     answers = _answers(prepared)
-    executor = executors.build(prepared.config.executor, replace(prepared.worker, answers=answers))
+    executor = executors.build(prepared.executor, replace(prepared.worker, answers=answers))
     try:
         measured = measure(prepared)
         with _open_store(prepared, executor.sharing) as store, RunLog(prepared.folder) as log:
@@ -97,7 +97,7 @@ def execute(
                 store,
                 clock,
                 spec,
-                workers=executors.at_once(prepared.config.executor),
+                workers=executors.at_once(prepared.executor),
                 finalists=prepared.config.finalists,
                 several=bool(prepared.config.objective.several),
             )
@@ -219,7 +219,7 @@ def _answers(prepared: Prepared) -> own_answers.Answers:
                 return stored
     _, *sources = baselines.parents(prepared.template, prepared.space.sources)
     recipes = {named.name: named.recipe for named in sources}
-    return own_answers.generate(prepared.worker, prepared.config.executor, recipes)
+    return own_answers.generate(prepared.worker, prepared.executor, recipes)
 
 
 def _keep(

@@ -26,9 +26,11 @@ from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import methods, modules
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
+from evomerge.merging.sources.source import Source
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
+from evomerge.running.executors import memory
 from evomerge.running.inputs import RunInputs, facts_of
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec, counted
@@ -63,7 +65,8 @@ class Prepared:
     template: Recipe
     worker: WorkerSpec
     inputs: RunInputs
-    parameters: int
+    executor: executors.ExecutorSpec
+    models: executors.ModelSizes
     layers: int
     optimizer: str
     notes: tuple[str, ...]
@@ -72,6 +75,16 @@ class Prepared:
     weighting: str | None = ERRORS
     stacks: int = 0
     judges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of each model."""
+        return self.models.parameters
+
+    @property
+    def size(self) -> memory.Size:
+        """What the models take of a machine's memory."""
+        return self.models.size(self.worker.dtype)
 
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:
@@ -121,7 +134,8 @@ def prepare(config: RunConfig) -> Prepared:
         check(recipe, sources)
     warm = _with_gradients(warm, space, config.objective)
     _check_engine(config)
-    worker = _worker(config, suite, inputs)
+    models = _sizes(config, sources)
+    executor, worker = _worker(config, suite, inputs, models)
     racing = _racing(config, worker)
     return Prepared(
         config=config.model_copy(update={"racing": racing}),
@@ -130,12 +144,13 @@ def prepare(config: RunConfig) -> Prepared:
         template=template,
         worker=replace(worker, blocks=racing.count, sharing=_sharing(config)),
         inputs=inputs,
-        parameters=sum(header.count for header in headers.values()),
+        executor=executor,
+        models=models,
         optimizer=optimizers.choose(config.optimizer, space.coordinates, config.objective.count)[1],
         layers=sources[BASE].num_layers,
         notes=notes,
         warm=warm,
-        baselines=_baselines(config, template, sum(header.count for header in headers.values())),
+        baselines=_baselines(config, template, models.parameters),
         weighting=_weighting(config),
         stacks=_stacks(config),
     )
@@ -155,6 +170,17 @@ def with_judges(prepared: Prepared) -> Prepared:
         )
     permissions = prepared.config.permissions
     return replace(prepared, judges={name: serving(name, spec, permissions) for name, spec in specs.items()})
+
+
+def _sizes(config: RunConfig, sources: Mapping[str, Source]) -> executors.ModelSizes:
+    """Return what of the models matters to a machine; adapters count as their bases' files."""
+    folders = {source.folder for source in sources.values()}
+    return executors.ModelSizes(
+        parameters=sum(header.count for header in sources[BASE].headers.values()),
+        dtype=config.dtype,
+        files=sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")),
+        engine=config.executor.generation != "transformers",
+    )
 
 
 def _template(config: RunConfig, tensors: tuple[str, ...]) -> Recipe:
@@ -288,12 +314,23 @@ def _sharing(config: RunConfig) -> Sharing | None:
     return None
 
 
-def _worker(config: RunConfig, suite: Suite, inputs: RunInputs) -> WorkerSpec:
-    """Return what workers need to score this run's candidates, with all items in one block."""
-    device, dtype, threads = executors.resolve(config.executor)
-    if config.executor.threads is None:  # a run keeps the number it was begun with
-        threads = forward.kept_threads(Path(config.out)) or threads
-    return WorkerSpec(
+def _worker(
+    config: RunConfig, suite: Suite, inputs: RunInputs, models: executors.ModelSizes
+) -> tuple[executors.ExecutorSpec, WorkerSpec]:
+    """Return where workers run, and what they need to score candidates, with all items in one block.
+
+    A run keeps the dtype and the number of threads that it was begun with.
+    """
+    kept = forward.kept(Path(config.out))
+    spec = config.executor
+    device, dtype, _ = executors.resolve(spec, models)
+    if kept is not None and spec.dtype == "auto":
+        dtype = kept.dtype
+    spec = executors.fitted(spec, models, dtype)
+    threads = executors.resolve(spec, models)[2]
+    if kept is not None and spec.threads is None:
+        threads = kept.threads or threads
+    return spec, WorkerSpec(
         models=config.locations,
         base=BASE,
         tokenizer=config.tokenizer,

@@ -1,10 +1,10 @@
-"""Trial: two candidates scored on every split before a run, and an estimate of the run from their seconds."""
+"""Trial: candidates scored on every split before a run, and an estimate of the run from their seconds."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,10 +23,14 @@ from evomerge.running.worker import Job
 from evomerge.search import baselines
 from evomerge.search.warm_start import GradientSpec, automatic
 
+COSTLY = 5.0
+"""Seconds of one model on `search` from which a trial is one candidate, on the splits that nothing was scored
+on. Shorter times vary too much for one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Items and mean seconds of two trial candidates per split, and what the whole run will take.
+    """Items and mean seconds of the trial candidates per split, and what the whole run will take.
 
     test_items: per task. seconds_before: until the end of the first generation, which always runs.
     seconds_after: after the search. estimate: seconds of the whole run, None where only `patience` ends it.
@@ -53,35 +57,39 @@ def probe(prepared: Prepared) -> Probe:
     """Load the models, build all tasks, and score two candidates of the space on every split.
 
     Base and sources are scored on `search` before them, which shows whether the run can measure anything; and
-    the first candidates of a process are slower than the rest.
+    the first candidates of a process are slower than the rest. Where these take long, they stand for the
+    candidates on `search`, and one candidate is scored on the other splits.
     """
     check_time(prepared)
     items: dict[str, int] = {}
     task_items: dict[str, dict[str, int]] = {}
     seconds: dict[Split, float] = {}
-    with executors.trial(prepared.config.executor, prepared.worker) as executor:
-        found = _gains(prepared, executor)
+    with executors.trial(prepared.executor, prepared.worker) as executor:
+        references = _references(prepared, executor)
+        found = _gains(prepared, references)
+        costly = _seconds(references) >= COSTLY
         for split in SPLITS:
-            results = list(executor.run([_trial(prepared, place, split) for place in (0.3, 0.7)]))
+            places = (0.3,) if costly else (0.3, 0.7)
+            results = (
+                references
+                if costly and split == "search"
+                else list(executor.run([_trial(prepared, place, split) for place in places]))
+            )
             scored = [result for result in results if isinstance(result.outcome, Scores)]
             if not scored:
                 (failure,) = {r.outcome.reason for r in results[:1] if isinstance(r.outcome, Failure)}
                 raise UserError(
                     f"no candidate could be scored on {split}: {failure}",
-                    expected="one of two points of the search space to work",
+                    expected=f"{'a point' if costly else 'one of two points'} of the search space to work",
                     fix="narrow the space to what can be scored",
                 )
             for result in scored:
                 assert isinstance(result.outcome, Scores)
                 items[split] = result.outcome.items
                 task_items[split] = {task.task: len(task.metric) for task in result.outcome}
-            seconds[split] = sum(r.timing.total for r in scored if r.timing is not None) / len(scored)
-    return replace(
-        _estimated(prepared, items, seconds),
-        test_items=task_items["test"],
-        gains=found,
-        task_items=task_items,
-    )
+            seconds[split] = _seconds(scored)
+    estimated = _estimated(prepared, items, seconds)
+    return replace(estimated, test_items=task_items["test"], gains=found, task_items=task_items)
 
 
 def again(prepared: Prepared, found: Probe) -> Probe:
@@ -99,10 +107,20 @@ def refuse_nothing(prepared: Prepared, probe: Probe) -> None:
 
 def references(prepared: Prepared, executor: executors.Executor) -> tuple[Scores, dict[str, Scores]]:
     """Return the scores of base and sources on `search`; raise UserError where one can't be scored."""
+    return _outcomes(prepared, _references(prepared, executor))
+
+
+def _references(prepared: Prepared, executor: executors.Executor) -> list[executors.Result]:
+    """Return the results of base and sources on `search`."""
     named = baselines.parents(prepared.template, prepared.space.sources)
     blocks = prepared.worker.blocks_of("search")
-    jobs = [Job(recipe=each.recipe, split="search", blocks=blocks) for each in named]
-    by_recipe = {result.job.recipe.hash: result.outcome for result in executor.run(jobs)}
+    return list(executor.run([Job(recipe=each.recipe, split="search", blocks=blocks) for each in named]))
+
+
+def _outcomes(prepared: Prepared, results: Sequence[executors.Result]) -> tuple[Scores, dict[str, Scores]]:
+    """Return the scores of base and sources; raise UserError where one can't be scored."""
+    named = baselines.parents(prepared.template, prepared.space.sources)
+    by_recipe = {result.job.recipe.hash: result.outcome for result in results}
     scores = []
     for each in named:
         outcome = by_recipe[each.recipe.hash]
@@ -113,13 +131,19 @@ def references(prepared: Prepared, executor: executors.Executor) -> tuple[Scores
     return scores[0], {each.name: one for each, one in zip(named[1:], scores[1:], strict=True)}
 
 
-def _gains(prepared: Prepared, executor: executors.Executor) -> tuple[Gain, ...]:
+def _gains(prepared: Prepared, results: Sequence[executors.Result]) -> tuple[Gain, ...]:
     """Return what specialists gain over the base on `search`, () where one can't be scored."""
     try:
-        base, parents = references(prepared, executor)
+        base, parents = _outcomes(prepared, results)
     except UserError:
         return ()
     return gains.find_gains(prepared.suite, base=base, parents=parents)
+
+
+def _seconds(results: Sequence[executors.Result]) -> float:
+    """Return the mean seconds of results that have a time, 0 without any."""
+    times = [result.timing.total for result in results if result.timing is not None]
+    return sum(times) / max(1, len(times))
 
 
 def _trial(prepared: Prepared, place: float, split: Split) -> Job:
@@ -128,7 +152,7 @@ def _trial(prepared: Prepared, place: float, split: Split) -> Job:
 
 
 def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, float]) -> Probe:
-    config, workers, now = prepared.config, executors.at_once(prepared.config.executor), time.time()
+    config, workers, now = prepared.config, executors.at_once(prepared.executor), time.time()
     sources = tuple(config.models.sources)
     parents = len(sources) + 1
     rows = baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0))
@@ -159,7 +183,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
         items=items,
         test_items={},
         seconds={str(split): mean for split, mean in seconds.items()},
-        workers=executors.worker_count(config.executor),
+        workers=executors.worker_count(prepared.executor),
         seconds_before=before,
         seconds_after=after,
         estimate=whole,

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner, Result
 
+from evomerge import trial
 from evomerge.cli import app
 from evomerge.config import RunConfig
 from evomerge.merging.reading import read_recipe
 from evomerge.prepare import prepare
+from evomerge.running.executors import Inline
 from evomerge.running.store import RunStore, StoreReader, facts
 from tests.conftest import write_suite
 
@@ -83,6 +85,31 @@ def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: 
     assert f"  {task}: {prompt['prompt_tokens']} tokens, then {len(prompt['answer'])} that are scored" in text
     assert "".join(f"[{token}]" for token in prompt["answer"]) in text
     assert not any("answers to generate" in note for note in data["notes"])
+
+
+def test_check_scores_less_where_a_model_takes_long(
+    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[str] = []
+    whole = Inline.run
+
+    def counted(self: Inline, wanted: Iterable[Any]) -> Iterator[Any]:
+        for result in whole(self, wanted):
+            jobs.append(result.job.split)
+            yield result
+
+    monkeypatch.setattr(Inline, "run", counted)
+    path = config(budget={"evaluations": 40})
+    usual = json.loads(succeed("check", path, "--json"))
+    assert jobs == ["search"] * 5 + ["select"] * 2 + ["test"] * 2  # base, two sources, two candidates
+    jobs.clear()
+    monkeypatch.setattr(trial, "COSTLY", 0.0)
+    few = json.loads(succeed("check", path, "--json"))
+    assert jobs == ["search"] * 3 + ["select", "test"]
+    for same in ("items", "resolution", "specialists", "blocks"):
+        assert few[same] == usual[same]
+    assert few["estimated_minutes"] > 0
+    assert few["memory"]["worker"] > 0
 
 
 def test_check_says_where_batches_are_small(config: Callable[..., Path], tmp_path: Path) -> None:

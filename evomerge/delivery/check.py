@@ -11,6 +11,7 @@ from evomerge.delivery.verdict import resolution
 from evomerge.evaluation.gains import Gain, dud_sentences
 from evomerge.prepare import Prepared
 from evomerge.running.clock import shown, span
+from evomerge.running.executors import memory
 from evomerge.running.worker import build_harness
 from evomerge.search.objective import ObjectiveSpec, check_tokens
 from evomerge.search.racing import FULL, full_blocks
@@ -81,6 +82,11 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "items": probe.items,
         "seconds_per_candidate": probe.seconds,
         "workers": probe.workers,
+        "memory": {
+            "worker": prepared.size.worker,
+            "files": prepared.size.files,
+            "free": memory.free(),
+        },
         "estimated_minutes": None if probe.estimate is None else probe.estimate / 60,
         "ends": None if probe.ends is None else datetime.fromtimestamp(probe.ends).astimezone().isoformat(),
         "estimated_cost": probe.cost,
@@ -117,8 +123,10 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
             f"        {name} stands for {len(tasks)} tasks: {', '.join(tasks)}"
             for name, tasks in prepared.suite.groups.items()
         ),
-        f"device: {worker.device}, forward passes in {worker.dtype}, {probe.workers} workers"
+        f"device: {worker.device}, forward passes in {worker.dtype}, "
+        f"{probe.workers} worker{'s' * (probe.workers > 1)}"
         + (f", generation by {worker.generation}" if worker.generation != "transformers" else ""),
+        f"memory: {_memory(prepared, probe.workers)}",
         f"out:    {prepared.folder}",
     ]
     if probe.estimate is None or probe.ends is None:
@@ -155,6 +163,19 @@ def _judges(prepared: Prepared, probe: Probe) -> Iterator[str]:
         )
         limit = f"the run stops at {judge.most_requests:,} (most_requests)"
         yield f"        {often}, with replies of at most {judge.max_tokens} tokens; {limit}"
+
+
+def _memory(prepared: Prepared, workers: int) -> str:
+    """Return what a run takes of this machine's memory, in one line."""
+    size, free = prepared.size, memory.free()
+    each = "" if workers == 1 else f"each of {workers} workers "
+    parts = f"{each}about {size.worker / 1e9:.1f} GB, and {size.files / 1e9:.1f} GB of files"
+    if free is None or prepared.worker.device != "cpu":
+        return parts
+    short = size.worker * workers > free
+    return f"{parts}; {free / 1e9:.1f} GB are free here" + (
+        ", too little: lower executor.workers" if short else ""
+    )
 
 
 def _goal(objective: ObjectiveSpec) -> str:

@@ -15,6 +15,7 @@ from evomerge.delivery.course import Course
 from evomerge.delivery.guidance import guidance
 from evomerge.delivery.notes import notes, stop_sentence
 from evomerge.delivery.objectives import Front
+from evomerge.delivery.spending import spending
 from evomerge.delivery.style import percent, plus_minus, short_task
 from evomerge.delivery.summary import Row, Summary, kept_sentence
 from evomerge.delivery.verdict import STYLES
@@ -145,6 +146,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "optimism": None if optimism is None else optimism.as_data(),
         "rows": [row.as_data() for row in rows],
         "milliseconds_per_candidate": course.cost().as_data(),
+        "spending": spending(summary).as_data(),
         "notes": notes(summary),
         "forward": facts.FORWARD.get(store),
         "surrogate": None if surrogate is None else surrogate.as_data(),

@@ -20,7 +20,7 @@ from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import DTYPES, Recipe
 from evomerge.merging.sources.opening import open_source
-from evomerge.running import executors, looks
+from evomerge.running import executors, forward, looks
 from evomerge.running.batches import sizes_in_force
 from evomerge.running.store import facts
 from evomerge.running.worker import Job, Worker, WorkerSpec
@@ -92,7 +92,7 @@ def evaluate(
     stored = None if run is None else StoredRun.read(run)
     with contextlib.nullcontext() if stored is None else stored:
         config = None if stored is None else stored.config()
-        spec = settings.over(executors.ExecutorSpec() if config is None else config.executor)
+        spec = _as_run(settings, stored)
         name = suite_name or (config.suite if config is not None else "")
         suite = load_suite(name)
         if stored is not None and suite_name is None:
@@ -113,6 +113,17 @@ def evaluate(
     if split == "test":
         looks.note(suite.test_digest(), f"evaluate {location}" if run is None else run)
     return _gated(_as_data(location, suite, scores), rules, run, scores)
+
+
+def _as_run(settings: Settings, stored: StoredRun | None) -> executors.ExecutorSpec:
+    """Return how to score: as a run did, what this machine would choose included; else by default."""
+    spec = settings.over(executors.ExecutorSpec() if stored is None else stored.config().executor)
+    passes = None if stored is None else forward.stored(stored.store)
+    if passes is None:
+        return spec
+    same: dict[str, Any] = {"dtype": passes.dtype} if spec.dtype == "auto" else {}
+    same |= {"threads": passes.threads} if spec.threads is None else {}
+    return spec.model_copy(update=same)
 
 
 def _scored(location: str, worker: WorkerSpec, job: Job) -> Scores:
@@ -154,7 +165,10 @@ def _refuse_gate(rules: GateRules | None, run: Path | None, suite_name: str | No
 def _worker(
     recipe: Recipe, suite: Suite, spec: executors.ExecutorSpec, permissions: Permissions
 ) -> WorkerSpec:
-    device, dtype, threads = executors.resolve(spec)
+    source = open_source(recipe.models["model"])
+    parameters = sum(header.count for header in source.headers.values())
+    models = executors.ModelSizes(parameters=parameters, dtype=recipe.dtype, files=0)
+    device, dtype, threads = executors.resolve(spec, models)
     return WorkerSpec(
         models=recipe.models,
         base="model",

@@ -99,16 +99,15 @@ def stored(store: StoreReader) -> Forward | None:
     return None if data is None else Forward(**data)
 
 
-def kept_threads(folder: Path) -> int | None:
-    """Return the stored number of threads per worker of the run in a folder, None without one."""
+def kept(folder: Path) -> Forward | None:
+    """Return the forward settings of the run in a folder, None without one."""
     if not StoreReader.exists(folder):
         return None
     with (
         contextlib.suppress(StoreError),
         StoreReader.read(folder) as store,
     ):  # opening the run for work raises the same error with its reason
-        passes = stored(store)
-        return None if passes is None else passes.threads
+        return stored(store)
     return None
 
 

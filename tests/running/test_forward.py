@@ -23,7 +23,7 @@ from evomerge.delivery.progress import Silent
 from evomerge.delivery.summary import Summary
 from evomerge.errors import StoreError
 from evomerge.prepare import check_folder, prepare, run_facts
-from evomerge.running import forward, out_of_memory
+from evomerge.running import executors, forward, out_of_memory
 from evomerge.running.store import RunStore, facts
 from evomerge.stored import StoredRun, environment_note
 from tests.test_cli import invoke, refuse
@@ -103,6 +103,18 @@ def test_a_run_keeps_its_threads_and_another_number_is_refused(
             check_folder(other)
         assert "expected: 2" in str(caught.value)
         assert "set executor.threads: 2" in str(caught.value)
+
+
+def test_a_run_keeps_the_dtype_that_another_processor_would_choose_otherwise(
+    begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = begun
+    monkeypatch.setattr(executors, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(executors, "WORTH_BFLOAT16", 0)
+    prepared = prepare(RunConfig.load(path))
+    assert prepared.worker.dtype == "float32"
+    check_folder(prepared)
+    assert prepare(RunConfig.load(path, out="elsewhere")).worker.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(

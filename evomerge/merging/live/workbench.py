@@ -145,6 +145,7 @@ class Workbench:
             ModelError: stacked layers can't be combined.
         """
         self._refuse_others(recipe)
+        self._inputs.next_candidate()
         if recipe.stacked:
             check(recipe, self.sources)
             keys = {id(group): _key(recipe, position) for position, group in enumerate(recipe.groups)}

@@ -84,11 +84,16 @@ class FileInputs:
         return boundary(magnitudes(), rank, reorder=True)
 
 
+KEPT = 16
+"""Candidates after which statistics that none of them needed are forgotten."""
+
+
 class WarmInputs:
     """Takes tensors from mapped files and caches statistics: for merging many candidates.
 
     Cached: inner products that methods used (a few numbers per tensor), and the sorted magnitudes of each
-    task vector that was trimmed (see `Spectrum`). With `low_memory` those are computed again for every trim.
+    task vector that was trimmed (see `Spectrum`), until no candidate has needed them for a while. With
+    `low_memory` those are computed again for every trim.
     Adapter updates stay factored; their product is computed for each candidate that uses it.
     """
 
@@ -96,12 +101,24 @@ class WarmInputs:
         self._sources, self._low_memory = sources, low_memory
         self._grams: dict[tuple[Difference, ...], Gram] = {}
         self._spectra: dict[Difference, Spectrum] = {}
+        self._used: dict[Difference, int] = {}
+        self._candidates = 0
         self._mapped: dict[Difference, Operand] = {}
 
     @property
     def nbytes(self) -> int:
         """The memory the statistics take."""
         return sum(spectrum.nbytes for spectrum in self._spectra.values())
+
+    def next_candidate(self) -> None:
+        """Begin a candidate, and forget magnitudes that the last `KEPT` candidates did not need.
+
+        A search that trims needs all of them for each candidate; where only baselines trim, they would take
+        memory for nothing.
+        """
+        self._candidates += 1
+        for place in [place for place, used in self._used.items() if used < self._candidates - KEPT]:
+            del self._used[place], self._spectra[place]
 
     def operand(self, source: str, tensor: str, base: TensorKey | None) -> Operand:
         place = (source, tensor), base
@@ -131,6 +148,7 @@ class WarmInputs:
             return boundary(magnitudes(), rank, reorder=True)
         if place not in self._spectra:
             self._spectra[place] = Spectrum(magnitudes())
+        self._used[place] = self._candidates
         return self._spectra[place].boundary(rank)
 
 

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from evomerge.running.executors import memory
 from evomerge.running.executors.contract import Executor, Runs, Streaming, key_of
-from evomerge.running.executors.devices import automatic, check_device, cores, gpus, threads_each
+from evomerge.running.executors.devices import (
+    automatic,
+    check_device,
+    cores,
+    gpus,
+    multiplies_bfloat16,
+    threads_each,
+)
 from evomerge.running.executors.inline import Inline
 from evomerge.running.executors.local import LocalProcesses
 from evomerge.running.worker import Result, WorkerSpec
@@ -25,16 +34,38 @@ __all__ = [
     "ExecutorSpec",
     "Inline",
     "LocalProcesses",
+    "ModelSizes",
     "Result",
     "Runs",
     "Streaming",
     "at_once",
     "build",
+    "fitted",
     "key_of",
     "resolve",
     "trial",
     "worker_count",
 ]
+
+
+WORTH_BFLOAT16 = 10_000_000
+"""Parameters from which a forward pass in bfloat16 is faster on processors that multiply in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """What of a run's models matters to a machine. parameters: of each. dtype: of the merged model. files:
+    bytes of all weight files. engine: whether vLLM generates."""
+
+    parameters: int
+    dtype: str
+    files: int
+    engine: bool = False
+
+    def size(self, dtype: str) -> memory.Size:
+        """Return their size with forward passes in a dtype."""
+        forward = 4 if dtype == "float32" else 2
+        return memory.Size(parameters=self.parameters, forward=forward, files=self.files, engine=self.engine)
 
 
 class ExecutorSpec(Strict):
@@ -44,7 +75,8 @@ class ExecutorSpec(Strict):
     """Worker processes on this machine, the search's own process (for debugging), or actors of a Ray
     cluster."""
     workers: int | None = Field(default=None, ge=1, le=1024)
-    """Number of workers. Default: one per GPU, else one per core; on Ray as many as fit into the cluster."""
+    """Number of workers. Default: one per GPU, else one per core, or as many as fit into memory; on Ray as
+    many as fit into the cluster."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of each worker. Default: the cores divided among the workers, or OMP_NUM_THREADS; on Ray its
     CPUs."""
@@ -54,7 +86,8 @@ class ExecutorSpec(Strict):
     """`cpu`, `cuda`, `cuda:N` or `mps`. `auto` is every GPU where there is one, else the CPU. More workers
     than GPUs share them in turn."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the forward pass. `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """Type of the forward pass. `auto` is bfloat16 on a GPU. On a CPU it is float32, or bfloat16 where the
+    processor multiplies in it and the merged model has it and at least 10 million parameters."""
     batch_size: int = Field(default=64, ge=1, le=65_536)
     """Requests per forward pass."""
     max_length: int | None = Field(default=None, ge=8, le=2**24)
@@ -140,10 +173,24 @@ def at_once(spec: ExecutorSpec) -> int:
     return min(workers, max(1, cores() // threads)) if device == "cpu" else workers
 
 
-def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
+def fitted(spec: ExecutorSpec, models: ModelSizes, dtype: str) -> ExecutorSpec:
+    """Return a config's executor with fewer workers than cores, where no more fit into this machine's memory.
+
+    A number of workers in the config stays as it is. dtype: of the forward pass.
+    """
+    if spec.name != "local" or spec.workers is not None or resolve(spec, models)[0] != "cpu":
+        return spec
+    most = models.size(dtype).fitting(memory.free())
+    if most is None or most >= cores():
+        return spec
+    return spec.model_copy(update={"workers": most})
+
+
+def resolve(spec: ExecutorSpec, models: ModelSizes | None = None) -> tuple[str, str, int]:
     """Return (device, dtype of the forward pass, threads per worker) of a config on this machine.
 
-    On Ray the device is one of its nodes': a worker that asks for a GPU computes on it.
+    On Ray the device is one of its nodes': a worker that asks for a GPU computes on it. models: what the
+    forward passes are of; None for what has none.
     """
     device = spec.device
     if spec.name == "ray":
@@ -157,4 +204,7 @@ def resolve(spec: ExecutorSpec) -> tuple[str, str, int]:
     dtype = spec.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
+        large = models is not None and models.dtype == "bfloat16" and models.parameters >= WORTH_BFLOAT16
+        if large and spec.name != "ray" and multiplies_bfloat16():  # nodes of a cluster can be of any kind
+            dtype = "bfloat16"
     return device, dtype, threads

@@ -51,6 +51,13 @@ def check_device(device: str) -> None:
         ) from None
 
 
+def multiplies_bfloat16() -> bool:
+    """Say whether this machine's processor has instructions for products of bfloat16 matrices."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

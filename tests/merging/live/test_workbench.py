@@ -20,6 +20,7 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.opening import open_source
 from evomerge.merging.tensors.digest import folder_digest
+from evomerge.merging.tensors.inputs import KEPT
 from evomerge.merging.tensors.merge_tensor import NonFiniteWeights
 from tests.merging.conftest import llama, save
 
@@ -173,6 +174,24 @@ def test_adapters_are_loaded_as_they_are_written_and_cost_their_factors(
     bench = Workbench(places, "base", low_memory=True)
     bench.load(recipe)
     assert bench.nbytes == 0
+
+
+def test_statistics_that_no_candidate_needs_any_more_are_forgotten(models: dict[str, str]) -> None:
+    def merged(method: str, weight: float) -> Recipe:
+        parameters = {"weight": weight} | ({"density": 0.5} if method == "ties" else {})
+        group = TensorGroup(method=method, sources=("a", "b"), parameters=parameters)
+        return Recipe(models=models, base="base", groups=(group,))
+
+    bench, trimmed = Workbench(models, "base"), merged("ties", 0.5)
+    bench.load(trimmed)
+    first, size = bench.digest(trimmed), bench.nbytes
+    for number in range(KEPT):
+        assert bench.nbytes == size > 0
+        bench.load(merged("task_arithmetic", 0.5 + number / 100))
+    bench.load(merged("task_arithmetic", 0.1))
+    assert bench.nbytes == 0
+    bench.load(trimmed)
+    assert (bench.digest(trimmed), bench.nbytes) == (first, size)
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear"])
