@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine
@@ -46,7 +47,7 @@ class WeightsAtHand(WeightTransferEngine[Nothing, Weights]):  # type: ignore[mis
         what it had prepared of it for the CPU: the head of the weights before.
         """
         reload.finalize_layerwise_reload(self.model, self.model_config)
-        owners: dict[int, list[torch.nn.Module]] = {}
+        owners: dict[int, list[Any]] = {}
         for layer in self.model.modules():
             if isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
                 owners.setdefault(id(layer.weight), []).append(layer)
