@@ -22,11 +22,11 @@ import torch
 from evomerge.errors import ConfigError, UserError
 from evomerge.evaluation.scores import NonFiniteScores
 
-TOLERANCE = {"float32": 2e-4, "float16": 0.1, "bfloat16": 0.5}
+TOLERANCE = {"float32": 5e-4, "float16": 0.1, "bfloat16": 0.5}
 """Type of the forward pass -> allowed mean difference of the two programs, in nats per canary token.
 
-At least twice the largest difference that was measured with right weights, on a CPU: 8e-6, .035 and .24 nats
-(benchmarks/perf/LOG.md).
+About twice the largest difference that was measured with right weights, on a CPU (.035 in float16, .26 in
+bfloat16), and in float32 ten times (5e-5): see benchmarks/perf/LOG.md.
 """
 MOVED = 1e-3
 """If the live model's canary moves by more nats per token between candidates, the engine's moves, too."""

@@ -33,8 +33,16 @@ class WeightsAtHand(WeightTransferEngine[Nothing, Weights]):  # type: ignore[mis
         """Connect to nothing."""
 
     def start_weight_update(self) -> None:
-        """Bring the layers back to the form of a checkpoint."""
+        """Bring the layers back to the form of a checkpoint.
+
+        On a CPU vLLM 0.32 packs the weights of experts only when it makes their kernel, so this is made anew.
+        """
         reload.initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu":
+            for layer in self.model.modules():
+                method: Any = getattr(layer, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
 
     def receive_weights(self, update_info: Weights) -> None:
         """Load the weights."""
