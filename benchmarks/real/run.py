@@ -76,7 +76,14 @@ def suite(folder: Path) -> dict[str, Any]:
                 "prompt": "question",
                 "answer": "answer",
                 "choices": "choices",
-                "splits": {"search": 24, "select": 24, "test": 60},
+                "weight": 0,  # reported: no specialist learned it, and none should lose it
+            },
+            {
+                "task": "chat_answers",
+                "data": str(folder / "tasks/chat.jsonl"),
+                "role": "retention",
+                "prompt": "question",
+                "answer": "answer",
             },
             {"task": "prose", "role": "retention", "chat_template": "off", "splits": named},
         ],
@@ -287,7 +294,8 @@ def main() -> None:
     if "seeds" in options.only:
         for seed in range(options.seeds):
             search(options, f"seed-{seed}")
-        search(options, "cma")
+            if seed == 0:
+                search(options, "cma")
     if "export" in options.only:
         export(options)
     if "table" in options.only:

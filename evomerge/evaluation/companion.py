@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lm_eval.api.utils import maybe_delimit
+from lm_eval.utils import apply_template
 
 from evomerge.evaluation.asking import OFF
 from evomerge.evaluation.items import TaskItems
@@ -37,10 +38,13 @@ def with_companion(task: TaskItems, lm: LiveLM, answers: Sequence[str | None] = 
         return task
     with compiled_templates():
         gold = [_target(task, group[0].doc) for group in task.groups]
+        whole = [_rendered(task, group[0].doc) for group in task.groups]
     own = [answer or target for answer, target in zip(answers, gold, strict=True)] if answers else gold
-    for targets, delimited in itertools.product((own, gold) if own != gold else (gold,), (True, False)):
-        if not all(targets):
+    tried: list[object] = []
+    for targets, delimited in itertools.product((own, whole, gold), (True, False)):
+        if not all(targets) or (repeated := [*targets, delimited]) in tried:
             continue
+        tried.append(repeated)
         requests = [
             SimpleNamespace(args=(group[0].args[0], _written(task, group[0], str(target), delimited)))
             for group, target in zip(task.groups, targets, strict=True)
@@ -74,6 +78,18 @@ def _target(task: TaskItems, document: Any) -> str | None:
         if isinstance(target, int) and task.task.config.doc_to_choice is not None:
             target = task.task.doc_to_choice(document)[target]
         return str(target)
+    return None
+
+
+def _rendered(task: TaskItems, document: Any) -> str | None:
+    """Return the text of a document's target as its template gives it, None without one.
+
+    lm-eval reads a text in square brackets as a list of right answers; it can be one, a JSON list of calls.
+    """
+    template = task.task.config.doc_to_target
+    if isinstance(template, str) and template not in task.task.features:
+        with contextlib.suppress(Exception):  # as above
+            return str(apply_template(template, document))
     return None
 
 

@@ -206,10 +206,15 @@ def _retention(
 def _windows(
     task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int
 ) -> tuple[Plan, Any]:
-    """Return the batches of a task's text windows, and (pairs,) their weights in the mean per token."""
+    """Return the batches of a task's text windows or right answers, and (pairs,) their weights in the mean
+    per token."""
     pairs: list[Pair] = []
     weights: list[float] = []
-    for number in part.items:
+    right = task.right
+    for number in part.items if not task.texts else ():
+        pairs.append(task.pairs[right[number]])
+        weights.append(1.0 / (len(pairs[-1][1]) * len(part.items)))
+    for number in part.items if task.texts else ():
         text = task.texts[number]
         rolled = get_rolling_token_windows(list(text), prefix, max_length, 1)
         windows = [make_disjoint_window(window) for window in rolled]

@@ -415,6 +415,9 @@ class Harness:
         if task.texts:
             sums = np.add.reduceat(ll, layout.windows[task.name])
             return TaskScores(task=task.name, metric=sums / [len(text) for text in task.texts])
+        if task.builder.spec.role == "retention":
+            lengths = [len(task.pairs[number][1]) for number in task.right]
+            return TaskScores(task=task.name, metric=ll[task.right] / lengths)
         return _answered(task, ll, greedy, margin)
 
 

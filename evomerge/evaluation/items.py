@@ -44,6 +44,12 @@ class TaskItems:
     def name(self) -> str:
         return self.builder.spec.task
 
+    @property
+    def right(self) -> list[int]:
+        """For each item the number of the pair with its right answer, the first of several."""
+        starts = np.cumsum([0, *(len(group) for group in self.groups)]).tolist()
+        return [starts[item] + (self.gold[item][0] if self.gold else 0) for item in range(len(self.groups))]
+
     def twin(self, earlier: Sequence[TaskItems]) -> TaskItems | None:
         """Return an earlier task of the suite with the same requests, whose answers serve this one too."""
         spec, end = self.builder.spec, self.builder.asked.think_end_token

@@ -268,9 +268,13 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         limits = normalize_gen_kwargs(options, self.max_gen_toks)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stops = handle_stop_sequences(list(limits["until"]), eos=eos)
-        text = self._text(list(tokens[: limits["max_gen_toks"]]), stops)
-        # `pairs` moves spaces at the end of a prompt into the answer.
-        return text.removeprefix(prompt[len(prompt.rstrip()) :])
+        tokens = list(tokens)
+        # `pairs` moves spaces at the end of a prompt into the answer, also a chat template's line break.
+        moved, first = prompt[len(prompt.rstrip()) :], 0
+        while first < len(tokens) and moved.startswith(self.tok_decode(tokens[: first + 1])):
+            first += 1
+        text = self._text(tokens[first : first + limits["max_gen_toks"]], stops)
+        return text if first or not moved else text.removeprefix(moved)
 
     def _by_transformers(self, instances: Sequence[Any], seed: int) -> list[Generated]:
         """Generate with lm-eval's loop around transformers' `generate`, or around the engine."""

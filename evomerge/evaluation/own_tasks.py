@@ -31,7 +31,8 @@ def own_task(suite: Suite, spec: SuiteTask, permissions: Permissions) -> Any:
     """Return the lm-eval task of an entry with `data`; raise ConfigError as in `own_data.read`."""
     assert spec.data is not None
     path = suite.data_files[spec.data]
-    data = own_data.read(path, spec.columns, spec.metric.partition("_")[0])
+    metric = "exact" if spec.role == "retention" else spec.metric.partition("_")[0]
+    data = own_data.read(path, spec.columns, metric)
     by_split: dict[str, list[own_data.OwnItem]] = {_ALL: list(data.items)}
     if not spec.splits.drawn:
         by_split = {split: [item for item in data.items if item.split == split] for split in SPLITS}
@@ -97,6 +98,13 @@ def _config(
         "num_fewshot": 0,
         "metric_list": [{"metric": spec.metric, "aggregation": "mean", "higher_is_better": True}],
     }
+    if spec.role == "retention":
+        return config | {  # a choice of one, because lm-eval puts choices behind prompts of any kind
+            "output_type": "multiple_choice",
+            "doc_to_target": 0,
+            "doc_to_choice": lambda document: [document["answer"]],
+            "process_results": lambda document, results: {spec.metric: results[0][0]},
+        }
     if spec.choices is not None:
         return config | {
             "output_type": "multiple_choice",

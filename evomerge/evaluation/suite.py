@@ -50,7 +50,7 @@ from evomerge.files import expanded
 from evomerge.schema import LARGEST_COUNT, LARGEST_FACTOR, Strict, find_preset, load_yaml, parse
 
 LOGLIKELIHOOD = "loglikelihood"
-"""The one metric of likelihood (rolling) tasks: mean log-likelihood per token, in nats."""
+"""The one metric of retention tasks: mean log-likelihood per token of texts or of right answers, in nats."""
 
 COHERENCE = "coherence"
 """The one metric of coherence tasks: see `evomerge.evaluation.coherence`."""
@@ -190,11 +190,13 @@ class SuiteTask(Asking):
     @model_validator(mode="before")
     @classmethod
     def _own_metric(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and (metric := _OWN_METRIC.get(str(data.get("role")))):
-            return {"metric": metric, **data}
+        role_metric = _OWN_METRIC.get(str(data.get("role"))) if isinstance(data, Mapping) else None
+        if isinstance(data, Mapping) and role_metric and "data" not in data:
+            return {"metric": role_metric, **data}
         if isinstance(data, Mapping) and isinstance(file := data.get("data"), str):
             scored = data.get("scorer") or data.get("judge")
             metric = _SCORED if scored else "choice" if data.get("choices") else "exact"
+            metric = role_metric or metric
             return {"task": Path(file).stem, "metric": metric, "splits": _BY_CONTENT, **data}
         return data
 
@@ -213,6 +215,10 @@ class SuiteTask(Asking):
             raise ValueError(f"a {self.role} task is compared with the base model; it has no specialist")
         return self
 
+    def _check_retention_data(self) -> None:
+        if wrong := next((key for key in _DATA_KEYS[2:] if getattr(self, key) is not None), None):
+            raise ValueError(f"a retention task asks how likely the right answers are; remove {wrong}")
+
     def _check_data(self) -> None:
         keys = [key for key in _DATA_KEYS if getattr(self, key) is not None]
         if self.data is None:
@@ -221,9 +227,12 @@ class SuiteTask(Asking):
             return
         if missing := [key for key in ("prompt", "answer") if key not in keys]:
             raise ValueError(f"a task with `data` needs {missing[0]}")
-        if self.of is not None or self.role != "skill":
-            raise ValueError("a task with `data` is a skill, without `of`")
-        self._check_metric()
+        if self.of is not None or self.role == "coherence":
+            raise ValueError("a task with `data` is a skill or measures retention, without `of`")
+        if self.role == "retention":
+            self._check_retention_data()
+        else:
+            self._check_metric()
         if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
             raise ValueError("splits of a task with `data` are numbers of items, or left out")
 

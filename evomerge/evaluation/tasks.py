@@ -299,18 +299,20 @@ class TaskBuilder:
             if name != LOGLIKELIHOOD:
                 raise self._unknown_metric(name, [LOGLIKELIHOOD])
             return name, None
+        generates = self.output_type == "generate_until"
+        if self.spec.role != "skill" and generates != (self.spec.role == "coherence"):
+            expected = {
+                "retention": "a task with output_type: loglikelihood_rolling (texts), loglikelihood or "
+                "multiple_choice (right answers), or `data` with prompts and answers",
+                "coherence": "a task with output_type: generate_until",
+            }
+            raise ConfigError(
+                f"task {self.spec.task!r} can't measure {self.spec.role}",
+                expected=expected[self.spec.role],
+                got=f"output_type: {self.output_type}",
+            )
         if self.spec.role == "retention":
-            raise ConfigError(
-                f"task {self.spec.task!r} can't measure retention",
-                expected="a task with output_type: loglikelihood_rolling",
-                got=f"output_type: {self.output_type}",
-            )
-        if self.spec.role == "coherence" and self.output_type != "generate_until":
-            raise ConfigError(
-                f"task {self.spec.task!r} can't measure coherence",
-                expected="a task with output_type: generate_until",
-                got=f"output_type: {self.output_type}",
-            )
+            return LOGLIKELIHOOD, None
         view = self._view("test", self.documents["test"][:_SAMPLE])
         self.sample = tuple(view.instances)
         first = [instance for instance in view.instances if instance.doc_id == 0]

@@ -65,5 +65,6 @@ def test_the_suite_is_a_valid_one(skills: ModuleType, tmp_path: Path) -> None:
         "tool_single",
         "dates",
         "chat",
+        "chat_answers",
         "prose",
     ]

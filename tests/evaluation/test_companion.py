@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation.harness import Harness
@@ -238,3 +241,50 @@ def test_the_specialist_whose_answers_are_followed_must_be_named(make_suite: Mak
     suite = make_suite(entry("write"), entry("write") | {"task": "b", "of": "write", "specialist": "p"})
     of_all = suite.model_copy(update={"companion": "specialist"})
     assert of_all.asking("b").companion == "specialist"
+
+
+def chatml() -> Any:
+    """A tokenizer of bytes, whose template ends prompts with a line break."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=letters, chat_template=template, **tokens)
+
+
+@pytest.mark.parametrize(
+    ("answer", "keys"),
+    [
+        ("2021-03-09", {"metric": "exact"}),
+        ("2021-03-09", {"metric": "exact", "gen_kwargs": {"until": ["\n\n", "\n"], "max_gen_toks": 10}}),
+        ('[{"name": "call", "arguments": {"to": "Ines"}}]', {"metric": "json"}),
+    ],
+    ids=["until a line break", "no token more", "a JSON list"],
+)
+def test_a_template_that_ends_with_a_line_break_has_companions(
+    tmp_path: Path, answer: str, keys: dict[str, Any]
+) -> None:
+    rows = [{"ask": f"question {number}", "reply": answer} for number in range(12)]
+    (tmp_path / "own.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    splits = {"search": 4, "select": 4, "test": 4}
+    task = {"data": "own.jsonl", "prompt": "ask", "answer": "reply", "splits": splits, **keys}
+    suite = Suite.from_mapping({"name": "own", "tasks": [task]}, folder=tmp_path, where="suite.yaml")
+    tokenizer = chatml()
+    (task_items,) = harness_of(suite, tokenizer).items("search").tasks
+    assert len(task_items.pairs) == 4
+    assert {tokenizer.decode(answer_tokens) for _, answer_tokens in task_items.pairs} == {f"\n{answer}"}
+
+
+def test_a_target_in_square_brackets_can_be_one_answer(
+    make_suite: MakeSuite, tmp_path: Path, tokenizer: Any
+) -> None:
+    """lm-eval reads it as a list of right answers."""
+    quoted = {"doc_to_target": "{{ [letters[0], letters[0]] }}"}
+    suite = make_suite(entry("write"), folder=folder_of(tmp_path, **quoted))
+    (task,) = harness_of(suite, tokenizer).items("search").tasks
+    assert {len(answer) for _, answer in task.pairs} == {1}  # the first of two right answers

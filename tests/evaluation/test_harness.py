@@ -395,11 +395,12 @@ class TestErrors:
         assert text.startswith("task 'first': lower is better for its metric 'acc'\n")
 
     def test_retention_of_a_skill_task(self, make_suite: MakeSuite) -> None:
-        suite = make_suite(entry("first"), entry("copy", role="retention", metric="loglikelihood"))
+        suite = make_suite(entry("first"), entry("write", role="retention", metric="loglikelihood"))
         assert self.text(suite) == (
-            "task 'copy' can't measure retention\n"
-            "  expected: a task with output_type: loglikelihood_rolling\n"
-            "  got: output_type: loglikelihood"
+            "task 'write' can't measure retention\n"
+            "  expected: a task with output_type: loglikelihood_rolling (texts), loglikelihood or "
+            "multiple_choice (right answers), or `data` with prompts and answers\n"
+            "  got: output_type: generate_until"
         )
 
     def test_unknown_dataset_split(self, make_suite: MakeSuite) -> None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.gradient import differentiable
 from evomerge.evaluation.harness import Harness
+from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.own_data import Columns, read, scorer
+from evomerge.evaluation.scores import Scores
+from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 from evomerge.evaluation.suite import Suite
 
 QA = Columns(prompt="q", answer="a")
@@ -197,11 +204,76 @@ def test_too_few_items_for_three_splits_are_refused(tmp_path: Path, tokenizer: A
         Harness(suite(tmp_path, answer="a"), tokenizer=tokenizer, batch_size=16, max_length=None)
 
 
+def test_retention_of_answers_is_their_likelihood_per_token(
+    tmp_path: Path, tokenizer: Any, model: Any
+) -> None:
+    """The base's chat answers, for example: what must not be lost, and no text to read from its start."""
+    jsonl(tmp_path, rows(120))
+    skill = {"data": "items.jsonl", "prompt": "q", "answer": "right", "choices": "options"}
+    kept = {
+        "task": "kept",
+        "data": "items.jsonl",
+        "prompt": "q",
+        "answer": "{{ options[right] }}",
+        "role": "retention",
+    }
+    data = {"name": "own", "tasks": [skill, kept]}
+    own = Suite.from_mapping(data, folder=tmp_path, where="suite.yaml")
+    assert own["kept"].metric == "loglikelihood"
+    harness = Harness(own, tokenizer=tokenizer, batch_size=16, max_length=None)
+    items = harness.items("search")
+    scores = harness.evaluate(model, items)
+    (task,) = (task for task in items.tasks if task.name == "kept")
+    expected = []
+    for context, answer in task.pairs:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
+        tokens = range(len(context), len(context) + len(answer))
+        expected.append(np.mean([float(logits[at - 1, (*context, *answer)[at]]) for at in tokens]))
+    np.testing.assert_allclose(scores["kept"].metric, expected, atol=1e-5)
+    better = replace(scores["items"], metric=scores["items"].metric + 1)
+    parent = Scores(split="search", tasks=(better, scores["kept"]))
+    normaliser = Normaliser(own, base=scores, parents={"p": parent})
+    lower = replace(scores["kept"], metric=scores["kept"].metric - 1)
+    worse = Scores(split="search", tasks=(scores["items"], lower))
+    assert normaliser.retention(scores) == pytest.approx(1)
+    assert normaliser.retention(worse) == pytest.approx(np.exp(-1))
+
+
+def test_retention_of_answers_has_a_gradient(tmp_path: Path, tokenizer: Any, model: Any) -> None:
+    jsonl(tmp_path, rows(120))
+    entry = {"task": "kept", "answer": "{{ options[right] }}", "role": "retention"}
+    skill = {"task": "skill", "data": "items.jsonl", "prompt": "q", "answer": "right", "choices": "options"}
+    data = {"name": "own", "tasks": [skill, {"data": "items.jsonl", "prompt": "q", **entry}]}
+    own = Suite.from_mapping(data, folder=tmp_path, where="suite.yaml")
+    harness = Harness(own, tokenizer=tokenizer, batch_size=16, max_length=None)
+    before = harness.evaluate(model, harness.items("search"))["kept"].metric
+    part = SmoothTask(task="kept", gain=1.0, items=(0, 2, 5), base=float(before[[0, 2, 5]].mean()) + 0.5)
+    loss = SmoothLoss(tasks=(part,), price=2.0, softness=1.0)
+    weight = model.lm_head.weight
+    with differentiable(model):
+        value, _ = harness.backward(model, "search", loss)
+        slope = weight.grad.clone()
+    assert value == pytest.approx(2 * (1 - np.exp(-0.5)), rel=1e-4)
+    step = 1e-3 * slope / slope.norm()
+    with torch.no_grad():
+        weight += step
+    with differentiable(model):
+        above, _ = harness.backward(model, "search", loss)
+    with torch.no_grad():
+        weight -= step
+    assert above - value == pytest.approx(float((slope * step).sum()), rel=0.02)
+
+
 ENTRIES = [
     ({}, "needs answer"),
     ({"answer": "a", "metric": "exactly"}, "did you mean 'exact'"),
     ({"answer": "a", "metric": "choice"}, "need each other"),
     ({"answer": "a", "of": "gsm8k"}, "without `of`"),
+    ({"answer": "a", "role": "coherence"}, "is a skill or measures retention"),
+    ({"answer": "right", "role": "retention", "choices": "options"}, "remove choices"),
+    ({"answer": "a", "role": "retention", "metric": "exact"}, "measured by 'loglikelihood'"),
+    ({"answer": "a", "role": "retention", "scorer": "a:b"}, "remove scorer"),
     ({"answer": "a", "splits": {"search": "x", "select": "y", "test": "z"}}, "numbers of items, or left out"),
     ({"answer": "a", "scorer": "mine"}, "module:function or file.py:function"),
     ({"answer": "a", "data": "other.jsonl"}, "data is not a file"),
