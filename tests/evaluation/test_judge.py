@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from evomerge.evaluation.judge import FILE, Judge, Judgements, serving, spent_in
 from evomerge.evaluation.judge_spec import JudgeSpec
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.suite import Suite
+from evomerge.prepare import with_judges
 from evomerge.running.store import StoreReader
 from evomerge.zoo.skills import vocabulary
 from tests.conftest import config_data
@@ -283,3 +285,14 @@ def test_a_run_whose_judge_goes_away_stops_and_goes_on(
             assert not store.failures()
             digests.append(store.digest())
     assert digests[0] == digests[1]
+
+
+def test_judges_need_a_run_folder_that_workers_share(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"q": "x", "a": "y"}\n')
+    judge = {"url": "http://127.0.0.1:9/v1", "model": "m"}
+    task = {"data": "q.jsonl", "prompt": "q", "answer": "a", "judge": judge}
+    suite = Suite.from_mapping({"name": "s", "tasks": [task]}, folder=tmp_path, where="s.yaml")
+    config = SimpleNamespace(executor=SimpleNamespace(name="ray"), permissions=ALLOWED)
+    prepared: Any = SimpleNamespace(suite=suite, config=config)
+    with pytest.raises(ConfigError, match="workers on a Ray cluster don't share"):
+        with_judges(prepared)
