@@ -11,7 +11,10 @@ from typing import Any
 from evomerge import files
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
+from evomerge.evaluation.asking import DISTRIBUTION
+from evomerge.evaluation.distributions import packed, unpacked
 from evomerge.evaluation.sharing import Sharing
+from evomerge.merging.recipe import Recipe
 from evomerge.prepare import (
     Prepared,
     check_folder,
@@ -34,7 +37,7 @@ from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Scorer
 from evomerge.running.slopes import Slopes
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
-from evomerge.running.worker import item_notes
+from evomerge.running.worker import WorkerSpec, item_notes
 from evomerge.search import baselines
 from evomerge.search.loop import Search
 from evomerge.search.plan import Outcome, SearchPlan
@@ -81,8 +84,8 @@ def execute(
     workers = executors.worker_count(prepared.executor)
     guard = prepared.worker.guard()
     assert guard is not None
-    answers = _answers(prepared)
-    executor = executors.build(prepared.executor, replace(prepared.worker, answers=answers))
+    worker = replace(prepared.worker, answers=_answers(prepared), distributions=_expected(prepared))
+    executor = executors.build(prepared.executor, worker)
     try:
         measured = measure(prepared)
         with _open_store(prepared, executor.sharing) as store, RunLog(prepared.folder) as log:
@@ -110,7 +113,7 @@ def execute(
                 for note in facts.ITEM_NOTES.require(store):
                     log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
-            _keep(measured, answers, prepared, store, shown)
+            _keep(measured, worker, store, shown)
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
@@ -217,27 +220,42 @@ def _answers(prepared: Prepared) -> own_answers.Answers:
         with StoreReader.read(prepared.folder) as store:
             if (stored := facts.ANSWERS.get(store)) is not None:
                 return stored
+    return own_answers.generate(prepared.worker, prepared.executor, _sources(prepared))
+
+
+def _expected(prepared: Prepared) -> own_answers.Expected:
+    """Return the distributions that gradients follow, from the store or computed; {} where none are."""
+    if prepared.warm.gradients is None or not own_answers.followed(prepared.suite, DISTRIBUTION):
+        return {}
+    if StoreReader.exists(prepared.folder):
+        with StoreReader.read(prepared.folder) as store:
+            if (stored := facts.DISTRIBUTIONS.get(store)) is not None:
+                return {task: unpacked(data) for task, data in stored.items()}
+    return own_answers.expect(prepared.worker, prepared.executor, _sources(prepared))
+
+
+def _sources(prepared: Prepared) -> dict[str, Recipe]:
+    """Return name -> recipe of each source as it is."""
     _, *sources = baselines.parents(prepared.template, prepared.space.sources)
-    recipes = {named.name: named.recipe for named in sources}
-    return own_answers.generate(prepared.worker, prepared.executor, recipes)
+    return {named.name: named.recipe for named in sources}
 
 
-def _keep(
-    measured: Measured,
-    answers: own_answers.Answers,
-    prepared: Prepared,
-    store: RunStore,
-    observer: Observer,
-) -> None:
+def _keep(measured: Measured, worker: WorkerSpec, store: RunStore, observer: Observer) -> None:
     """Store what was measured before the first evaluation, unless an earlier session did."""
     if facts.NORMS.get(store) is None:
         if measured.movements is not None:
             facts.MOVEMENTS.set(store, list(measured.movements))
         facts.NORMS.set(store, measured.norms)  # last: a store with it has all that was measured
-    if answers and facts.ANSWERS.get(store) is None:
-        facts.ANSWERS.set(store, dict(answers))
-        for sentence in own_answers.sentences(prepared.suite, answers):
-            observer.noted(f"note: {sentence}")
+    said: list[str] = []
+    if worker.answers and facts.ANSWERS.get(store) is None:
+        facts.ANSWERS.set(store, {task: list(row) for task, row in worker.answers.items()})
+        said += own_answers.sentences(worker.suite, worker.answers)
+    if worker.distributions and facts.DISTRIBUTIONS.get(store) is None:
+        data = {task: packed(rows) for task, rows in worker.distributions.items()}
+        facts.DISTRIBUTIONS.set(store, data)
+        said += own_answers.distribution_sentences(worker.suite, data)
+    for sentence in said:
+        observer.noted(f"note: {sentence}")
 
 
 def _open_store(prepared: Prepared, sharing: Sharing | None) -> RunStore:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 import yaml
 
 from evomerge import compose
-from evomerge.config import DEMO_CONFIG, RunConfig
+from evomerge.config import DEMO_CONFIG, RunConfig, load_suite
 from evomerge.delivery.progress import Silent
 from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores
@@ -40,28 +39,38 @@ from evomerge.running.store import BASE
 from evomerge.running.worker import Job, Result
 from evomerge.search import baselines
 
-SKILLS = ("add", "reverse", "translate", "upper", "sort")
-TASKS = Path(__file__).parents[1] / "tasks" / "demo"
 LONGEST = 12
 GOLD = "{{answer}}"
 STEP = 50
 
 
-def write_suite(folder: Path, companion: str, gold: str) -> Path:
-    """Write the demo's skills as generation tasks, with their suite; return the suite's file."""
+def write_suite(
+    run: RunConfig, folder: Path, companion: str, gold: str, items: int | None, judged: int | None = None
+) -> Path:
+    """Write the skills of a zoo as generation tasks, with their suite; return the suite's file.
+
+    items: of `search`, at most; judged: of `test`.
+    """
     (folder / "data").mkdir(parents=True)
+    suite = load_suite(run.suite)
+    places = Path(str(suite.tasks_dir))
+    (written,) = (task.task for task in suite.tasks if task.task.endswith("_generate"))
+    generating = yaml.safe_load((places / f"{written}.yaml").read_text())
     rows = []
-    for skill in SKILLS:
-        config = yaml.safe_load((TASKS / f"demo_{skill}.yaml").read_text())
-        generating = yaml.safe_load((TASKS / "demo_upper_generate.yaml").read_text())
+    for spec in suite.tasks:
+        if spec.role != "skill" or not spec.weight:
+            continue
+        skill = str(spec.specialist)
+        config = yaml.safe_load((places / f"{spec.task}.yaml").read_text())
         config |= {"task": f"write_{skill}", "doc_to_target": gold}
         config |= {key: generating[key] for key in ("output_type", "target_delimiter", "metric_list")}
         if gold != GOLD:
             config["metric_list"] = [config["metric_list"][0] | {"regexes_to_ignore": ["= "]}]
         config["generation_kwargs"] = generating["generation_kwargs"] | {"max_gen_toks": LONGEST}
         (folder / f"write_{skill}.yaml").write_text(yaml.safe_dump(config))
-        for split in config["dataset_kwargs"]["data_files"].values():
-            shutil.copy(TASKS / split, folder / split)
+        for name, split in config["dataset_kwargs"]["data_files"].items():
+            lines = (places / split).read_text().splitlines(keepends=True)
+            (folder / split).write_text("".join(lines[: {"search": items, "test": judged}.get(name)]))
         splits = {"search": "search", "select": "select", "test": "test"}
         rows.append(
             {"task": f"write_{skill}", "metric": "exact_match", "specialist": skill, "splits": splits}
@@ -88,6 +97,9 @@ class Counting:
     def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Score jobs like the executor inside."""
         for job in jobs:
+            if not isinstance(job, Job):  # a gradient generates nothing
+                yield from self._executor.run([job])
+                continue
             key = (job.recipe.hash, job.split, job.blocks)
             if key in self._known:
                 yield replace(self._known[key], job=job)
@@ -123,10 +135,14 @@ class Bench:
         alone: bool,
         companion: str = "auto",
         gold: str = GOLD,
+        config: Path = DEMO_CONFIG,
+        items: int | None = None,
+        gradients: str = "auto",
     ) -> None:
-        config = RunConfig.load(DEMO_CONFIG, seed=seed, out=str(folder / "run"), evaluations=evaluations)
+        config = RunConfig.load(config, seed=seed, out=str(folder / "run"), evaluations=evaluations)
         changes: dict[str, Any] = {
-            "suite": str(write_suite(folder / "suite", companion, gold)),
+            "suite": str(write_suite(config, folder / "suite", companion, gold, items)),
+            "warm_start": config.warm_start.model_copy(update={"gradients": gradients}),
             "executor": config.executor.model_copy(update={"name": "inline", "threads": 1}),
         }
         if alone:
@@ -195,7 +211,7 @@ def ours(bench: Bench) -> list[tuple[float, Recipe]]:
         executors.build = built
 
 
-def run_one(method: str, seed: int, evaluations: int, results: Path, **settings: str) -> dict[str, Any]:
+def run_one(method: str, seed: int, evaluations: int, results: Path, **settings: Any) -> dict[str, Any]:
     """Run a method with a seed, or read its earlier result."""
     path = results / f"{method}-{evaluations}-{seed}.json"
     if path.exists():
@@ -224,12 +240,16 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.15, help="of these evaluations, for ours")
     parser.add_argument("--results", type=Path, default=Path("runs/bench-generation"))
     parser.add_argument("--only", choices=("pycma", "ours"), help="run one method, with --evaluations")
-    parser.add_argument("--companion", choices=("auto", "off", "specialist"), default="auto")
+    parser.add_argument("--companion", choices=("auto", "off", "specialist", "distribution"), default="auto")
+    parser.add_argument("--config", type=Path, default=DEMO_CONFIG, help="the run config of another zoo")
+    parser.add_argument("--items", type=int, help="of `search`, at most")
+    parser.add_argument("--gradients", choices=("auto", "off"), default="auto")
     parser.add_argument(
         "--gold", default=GOLD, help="another text of a right answer; the metric then ignores '= '"
     )
     options = parser.parse_args()
-    settings = {"companion": options.companion, "gold": options.gold}
+    names = ("companion", "gold", "config", "items", "gradients")
+    settings = {name: getattr(options, name) for name in names}
     options.results.mkdir(parents=True, exist_ok=True)
     if options.only:
         for seed in map(int, options.seeds.split(",")):

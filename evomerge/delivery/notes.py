@@ -29,6 +29,7 @@ def notes(summary: Summary) -> list[str]:
     if summary.weighting is not None:
         sentences += [gain.sentence for gain in summary.gains() if gain.shown and gain.trust < 1]
     sentences += own_answers.sentences(summary.suite, facts.ANSWERS.get(store) or {})
+    sentences += own_answers.distribution_sentences(summary.suite, facts.DISTRIBUTIONS.get(store) or {})
     sentences += _judges(summary)
     sentences += [companion.sentence for companion in summary.companions()]
     for task in normaliser.floored if normaliser is not None else ():

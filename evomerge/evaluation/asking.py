@@ -16,7 +16,7 @@ from evomerge.errors import ConfigError
 from evomerge.files import expanded, read_regular
 from evomerge.schema import LARGEST_COUNT, LARGEST_FACTOR, Strict
 
-AUTO, OFF, SPECIALIST = "auto", "off", "specialist"
+AUTO, OFF, SPECIALIST, DISTRIBUTION = "auto", "off", "specialist", "distribution"
 LARGEST_TEMPLATE = 1_000_000
 """Bytes of a template file; the longest ones of the hub have some 20,000."""
 
@@ -93,10 +93,11 @@ class Asking(Strict):
     """The text or token that ends the reasoning. Only what follows it is scored."""
     filters: tuple[FilterSpec, ...] | None = None
     """Replaces the task's own `filter_list`: what is taken from an answer before it is scored."""
-    companion: Literal["auto", "off", "specialist"] | None = None
+    companion: Literal["auto", "off", "specialist", "distribution"] | None = None
     """`auto` (the suite's default): the search also sees the likelihood of the gold answer of tasks that
     generate, which costs one forward pass more; `specialist`: on `search` of its specialist's own answer
-    where that is right; `off`: their exact metric alone."""
+    where that is right; `distribution`: the exact metric alone, but gradients follow what its specialist
+    expects at each token of its own answers, which needs no right ones; `off`: the exact metric alone."""
     long_prompts: Literal["refuse", "cut"] | None = None
     """A prompt longer than the model's context is an error (the suite's default), or loses its start."""
 

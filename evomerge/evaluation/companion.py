@@ -19,7 +19,7 @@ from typing import Any
 from lm_eval.api.utils import maybe_delimit
 from lm_eval.utils import apply_template
 
-from evomerge.evaluation.asking import OFF
+from evomerge.evaluation.asking import DISTRIBUTION, OFF
 from evomerge.evaluation.items import TaskItems
 from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates
 
@@ -63,7 +63,7 @@ def _wanted(task: TaskItems) -> bool:
         task.generates
         and spec.role == "skill"
         and spec.counted
-        and asked.companion != OFF
+        and asked.companion not in (OFF, DISTRIBUTION)
         and not thinks
         and all(len(group) == 1 for group in task.groups)
     )

@@ -16,6 +16,7 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from evomerge.evaluation.agreement import agreements
 from evomerge.evaluation.items import Items, TaskItems
 from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
 from evomerge.evaluation.live_lm import Pair
@@ -70,10 +71,18 @@ def backward(
         NonFiniteScores: the loss is NaN or infinite.
     """
     by_name = {task.name: task for task in items.tasks}
-    skills = [item for part in loss.tasks if part.base is None for item in _items(by_name[part.task], part)]
+    taught = [(by_name[part.task], part) for part in loss.tasks if by_name[part.task].taught]
+    skills = [
+        item
+        for part in loss.tasks
+        if part.base is None and not by_name[part.task].taught
+        for item in _items(by_name[part.task], part)
+    ]
     total, right = 0.0, {part.task: 0.0 for part in loss.tasks if part.base is None}
     for chunk in _chunks(skills, batch_size):
         total -= _skills(model, chunk, loss.softness, max_length, right)
+    for task, part in taught:
+        total -= _taught(model, task, part, batch_size, max_length, right)
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
     if texts and (loss.price or loss.limit):
         total += _retention(model, texts, loss, batch_size, max_length, prefix)
@@ -143,6 +152,27 @@ def _skills(
         right_by_task[item.task] += part
     (-value).backward()  # type: ignore[no-untyped-call]
     return float(value.detach())
+
+
+def _taught(
+    model: Any,
+    task: TaskItems,
+    part: SmoothTask,
+    batch_size: int,
+    max_length: int,
+    agreement_by_task: dict[str, float],
+) -> float:
+    """Return the weighted sum of the items' agreements; the gradient of its negative is added."""
+    chosen = sorted((task.taught[number] for number in part.items), key=lambda item: -sum(map(len, item[0])))
+    total = 0.0
+    for start in range(0, len(chosen), batch_size):
+        pairs, rows = zip(*chosen[start : start + batch_size], strict=True)
+        found = agreements(model, pairs, rows, max_length=max_length, name=task.name)
+        value = found.sum() * (part.gain / len(part.items))
+        (-value).backward()  # type: ignore[no-untyped-call]
+        total += float(value.detach())
+        agreement_by_task[task.name] += float(found.detach().sum())
+    return total
 
 
 def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:

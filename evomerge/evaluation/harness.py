@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +27,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from evomerge import steps
 from evomerge.errors import ConfigError
 from evomerge.evaluation import contamination, gradient, prefix_trees
+from evomerge.evaluation.agreement import read_off
 from evomerge.evaluation.coherence import coherence, drift, thoughts_open
 from evomerge.evaluation.companion import with_companion
+from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
 from evomerge.evaluation.examples import RenderedItem, example
 from evomerge.evaluation.generation import Generated
@@ -89,6 +91,7 @@ class Harness:
         permissions: which code of the tasks may run.
         stored_text: how many characters of a generated answer or a prompt are returned; 0 returns none.
         answers: task -> for each `search` item the right answer that its companion follows, None for gold.
+        distributions: task -> for each `search` item what its specialist wrote and expected, for gradients.
         sharing: whether requests share rows; None finds it out with the first model, best in `try_out`.
 
     Attributes:
@@ -113,6 +116,7 @@ class Harness:
         stored_text: int = 0,
         answers: Mapping[str, Sequence[str | None]] = types.MappingProxyType({}),
         sharing: Sharing | None = None,
+        distributions: Mapping[str, Sequence[Distributions]] = types.MappingProxyType({}),
     ) -> None:
         if batch_size < 1:
             raise ConfigError("the batch size must be 1 or more", got=str(batch_size))
@@ -120,6 +124,7 @@ class Harness:
         self.batch_size = batch_size
         self.forward_seconds = 0.0
         self._seed, self._stored_text, self._answers = seed, stored_text, answers
+        self._distributions = distributions
         self._lm = LiveLM(tokenizer, batch_size=batch_size, max_length=max_length)
         self._builders = build(suite, lm=self._lm, seed=seed, permissions=permissions)
         for builder in self._builders:
@@ -154,7 +159,8 @@ class Harness:
             for number, builder in enumerate(asked, start=1):
                 steps.say(f"tokenising {number}/{len(asked)} tasks for {split}")
                 built = build_items(builder, split, self._lm)
-                whole.append(with_companion(built, self._lm, self._own(builder, split)))
+                built = with_companion(built, self._lm, self._own(builder, split))
+                whole.append(self._with_distributions(built, split))
             self._items[split] = tuple(
                 Items(split=split, tasks=tasks, block=number)
                 for number, tasks in enumerate(cut_into_blocks(whole, self.blocks(split), self._block_seed))
@@ -163,6 +169,40 @@ class Harness:
 
     def _own(self, builder: TaskBuilder, split: Split) -> Sequence[str | None]:
         return self._answers.get(builder.spec.task, ()) if split == "search" else ()
+
+    def _with_distributions(self, task: TaskItems, split: Split) -> TaskItems:
+        rows = self._distributions.get(task.name, ()) if split == "search" else ()
+        if not rows:
+            return task
+        pairs = (
+            (self._lm.written(group[0], row.answer), row)
+            for group, row in zip(task.groups, rows, strict=True)
+        )
+        return replace(task, taught=tuple(pairs))
+
+    def distributions(self, model: Any, names: Collection[str]) -> dict[str, list[Distributions]]:
+        """Let a model answer all `search` items of some tasks; return what it expects at its answers' tokens.
+
+        names: of tasks; those that don't generate are left out. Raises what `evaluate` does.
+        """
+        lm, whole = self._lm, self._whole("search")
+        tasks = tuple(task for task in whole.tasks if task.name in names and task.generates)
+        lm.attach(model)
+        lm.batch_size_per_gpu = self.batch_size
+        try:
+            written: dict[str, list[Generated]] = {}
+            for task in tasks:  # one after the other: twins are answered together
+                written |= self._write(Items(split="search", tasks=(task,)))
+            found = {}
+            for task in tasks:
+                answers, repeats = iter(written[task.name]), task.groups[0][0].repeats or 1
+                first = itertools.islice(answers, 0, None, repeats)
+                pairs = [lm.written(g[0], a.ids) for g, a in zip(task.groups, first, strict=True)]
+                options: Any = {"batch_size": self.batch_size, "max_length": lm.max_length}
+                found[task.name] = read_off(model, pairs, name=task.name, **options)
+            return found
+        finally:
+            lm.detach()
 
     def written(self, split: Split, block: int = 0) -> int:
         """Return how many answers the model writes on a block of a split."""

@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evomerge.errors import ConfigError
+from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.likelihood import Plan, check_answer, plan
 from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates, no_room
 from evomerge.evaluation.own_tasks import judged_ahead
@@ -31,6 +32,7 @@ class TaskItems:
     pairs: for each request its tokens (likelihood tasks), or those of a right answer (tasks that generate and
     have a companion). texts: for each item its tokens (rolling tasks).
     gold: for each item the indices of its right choices (multiple choice).
+    taught: for each item what its specialist wrote after the prompt, with its distributions, for gradients.
     """
 
     builder: TaskBuilder
@@ -39,6 +41,7 @@ class TaskItems:
     pairs: tuple[Pair, ...] = ()
     texts: tuple[tuple[int, ...], ...] = ()
     gold: tuple[tuple[int, ...], ...] = ()
+    taught: tuple[tuple[Pair, Distributions], ...] = ()
 
     @property
     def name(self) -> str:
@@ -155,6 +158,7 @@ def merged(blocks: Sequence[Items]) -> Items:
             pairs=tuple(pair for row in rows for pair in row.pairs),
             texts=tuple(text for row in rows for text in row.texts),
             gold=tuple(gold for row in rows for gold in row.gold),
+            taught=tuple(item for row in rows for item in row.taught),
         )
         for rows in zip(*(block.tasks for block in blocks), strict=True)
     )
@@ -328,6 +332,7 @@ def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
         pairs=tuple(pair for part in pairs for pair in part),
         texts=tuple(task.texts[item] for item in chosen) if task.texts else (),
         gold=tuple(task.gold[item] for item in chosen) if task.gold else (),
+        taught=tuple(task.taught[item] for item in chosen) if task.taught else (),
     )
 
 

@@ -220,6 +220,15 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                     _log.info("the model does not take shared prompts: transformers generates its answers")
         return requests if self.continues else [None] * len(instances)
 
+    def written(self, instance: Any, answer: Sequence[int]) -> Pair:
+        """Return the tokens of a request's prompt, and those of an answer that was generated to it.
+
+        An answer of no tokens becomes the token that ends a text.
+        """
+        limit = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
+        prompt = self._prompt(instance.args[0], self.max_length - limit)
+        return list(prompt), list(answer) or [self.eot_token_id]
+
     def _prompt(self, text: str, most: int) -> tuple[int, ...]:
         """Return the last `most` tokens of a prompt, tokenised as lm-eval does."""
         key = text, most

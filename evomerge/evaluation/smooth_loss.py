@@ -6,7 +6,8 @@ The gradient of an accuracy is zero. So each item counts as
 
 where the margin, in nats, is the lead of the right answer (see `TaskScores`). Items near the border have the
 largest gradient, and items far from it almost none; in the limit of softness 0 this is the accuracy. The rest
-is as in the objective: each task is divided by its headroom, and lost retention has a price.
+is as in the objective: each task is divided by its headroom, and lost retention has a price. Items that
+have their specialist's distributions count by the agreement with these instead, see `agreement`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,7 +75,8 @@ class Gradient:
 
     groups: for each tensor group, parameter -> one derivative per source, or a single one for a parameter of
         the group; empty for a group whose method can't be differentiated.
-    values: skill task -> mean of sigmoid(margin / softness) over the items that took part.
+    values: skill task -> mean of sigmoid(margin / softness), or of the agreement, over the items that took
+        part.
     """
 
     loss: float
@@ -92,11 +94,12 @@ def smooth_loss(
     share: float,
     rng: np.random.Generator,
     limit: tuple[float, float] | None = None,
+    taught: Collection[str] = (),
 ) -> SmoothLoss:
     """Return the surrogate of minus what the skills are worth plus the price of lost retention.
 
-    Tasks whose answers have no likelihood (free generation without a companion) can't be differentiated
-    and are left out.
+    Other tasks whose answers have no likelihood (free generation without a companion) can't be
+    differentiated and are left out.
 
     Args:
         normaliser: of the split whose items are used.
@@ -107,10 +110,11 @@ def smooth_loss(
         share: share of each task's items that take part, drawn by `rng`; 1 takes all items and draws nothing.
         rng: draws the items.
         limit: least retention, and the price of a unit below it.
+        taught: skill tasks whose items count by the agreement with their specialist, see `agreement`.
     """
     tasks = []
     for name, gain in gains.items():
-        if base[name].margin is not None:
+        if base[name].margin is not None or name in taught:
             items = _drawn(len(base[name].metric), share, rng)
             tasks.append(SmoothTask(task=name, gain=gain, items=items))
     for name, part in normaliser.retention_shares().items() if price or limit else ():

@@ -42,7 +42,7 @@ from pydantic import (
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation import task_files, task_groups
-from evomerge.evaluation.asking import AUTO, OFF, SPECIALIST, Asking, with_template_text
+from evomerge.evaluation.asking import AUTO, DISTRIBUTION, OFF, SPECIALIST, Asking, with_template_text
 from evomerge.evaluation.judge_spec import JudgeSpec, of_suite
 from evomerge.evaluation.own_data import METRICS, Columns
 from evomerge.evaluation.scores import SPLITS, Split
@@ -289,7 +289,7 @@ class Suite(Asking):
     tasks_dir: Path | None = None
     """Folder of lm-eval task YAMLs, relative to the suite's file. Other tasks are lm-eval's own."""
     chat_template: str | None = Field(AUTO, min_length=1)
-    companion: Literal["auto", "off", "specialist"] | None = "auto"
+    companion: Literal["auto", "off", "specialist", "distribution"] | None = "auto"
     long_prompts: Literal["refuse", "cut"] | None = "refuse"
     near_duplicates: Literal["drop", "refuse", "keep"] = "drop"
     """What happens to `search` and `select` items that ask nearly the same as one in a later split, in any
@@ -311,8 +311,10 @@ class Suite(Asking):
         for task in self.tasks:
             if (problem := self.asking(task.task).contradiction()) is not None:
                 raise ValueError(f"task {task.task!r}: {problem}")
-            if task.companion == SPECIALIST and task.specialist is None:
-                raise ValueError(f"task {task.task!r}: `companion: specialist`, but it names no `specialist`")
+            if task.companion in (SPECIALIST, DISTRIBUTION) and task.specialist is None:
+                raise ValueError(
+                    f"task {task.task!r}: `companion: {task.companion}`, but it names no `specialist`"
+                )
         return self
 
     @classmethod

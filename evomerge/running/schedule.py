@@ -30,7 +30,7 @@ from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches
 from evomerge.running.executors.contract import AnyJob, Executor, key_of
 from evomerge.running.store import RunStore, Timing
-from evomerge.running.worker import GradientJob, Job, NotBegun, Result
+from evomerge.running.worker import Job, NotBegun, Result
 
 WORTH = 2.0
 """Least ratio of a piece's scoring time to the time of its merge."""
@@ -48,7 +48,7 @@ class Pace:
     def learn(self, result: Result, *, warm: bool = False) -> None:
         """Add the times of a job. warm: its worker already had the weights."""
         timing, job = result.timing, result.job
-        if timing is None or isinstance(job, GradientJob):
+        if timing is None or not isinstance(job, Job):
             return
         if not warm:
             self.merge = _mean(self.merge, timing.merge)
@@ -57,7 +57,7 @@ class Pace:
 
     def expected(self, job: AnyJob) -> float:
         """Return the expected time of a job, in seconds once a job of its split was timed."""
-        if isinstance(job, GradientJob):
+        if not isinstance(job, Job):
             return math.inf
         return (self.merge or 0.0) + len(job.blocks) * self.blocks.get(job.split, 1.0)
 

@@ -15,7 +15,7 @@ from evomerge.running.breaker import Breaker
 from evomerge.running.executors import Executor, Streaming, key_of
 from evomerge.running.observers import Observer
 from evomerge.running.store import RunStore
-from evomerge.running.worker import Job, NotBegun, Result
+from evomerge.running.worker import Job, NotBegun, Result, WrittenAnswers
 from evomerge.search.ports import Named, OutOfTime
 
 
@@ -259,7 +259,7 @@ class Scorer:
     ) -> Scores | Failure | None:
         """Store a result; return it joined with what was stored before, None where nothing was done."""
         recipe, outcome = result.job.recipe, result.outcome
-        assert not isinstance(outcome, Gradient)
+        assert not isinstance(outcome, Gradient | WrittenAnswers)
         if isinstance(outcome, NotBegun):
             if result.parts and result.timing is not None:
                 self._store.record_scores(recipe, result.parts, result.timing, questions=result.questions)

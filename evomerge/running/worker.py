@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge import steps
 from evomerge.errors import JudgeError, NonFiniteError, UserError
+from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
 from evomerge.evaluation.sharing import Sharing
@@ -66,6 +67,25 @@ class GradientJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistributionsJob:
+    """A job: let a model answer all `search` items of some tasks, with what it expects at each token."""
+
+    recipe: Recipe
+    tasks: tuple[str, ...]
+    split: Split = "search"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenAnswers:
+    """The outcome of a DistributionsJob: task -> for each item what was written, with its distributions."""
+
+    rows: Mapping[str, Sequence[Distributions]]
+
+
+_AnyJob = Job | GradientJob | DistributionsJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NotBegun:
     """The outcome of a job, or of the rest of one, that reached a worker after its `not_after`."""
 
@@ -80,8 +100,8 @@ class Result:
     questions: block -> task -> what was asked, where the job wants it.
     """
 
-    job: Job | GradientJob
-    outcome: Scores | Gradient | Failure | NotBegun
+    job: _AnyJob
+    outcome: Scores | Gradient | WrittenAnswers | Failure | NotBegun
     timing: Timing | None = None
     parts: tuple[Scores, ...] = ()
     faults: tuple[str, ...] = ()
@@ -101,8 +121,8 @@ class WorkerSpec:
     Harness. generation: what continues prompts, the live model ("transformers") or an engine beside it
     ("vllm"). permissions: which code of the tasks may run. inputs: what models and task files were when the
     run began, None where they are not compared. stored_text, answers,
-    sharing: as in Harness; a run's first worker decides on `sharing`. judgements: the run folder, where
-    verdicts of judges are kept; None keeps none.
+    distributions, sharing: as in Harness; a run's first worker decides on `sharing`. judgements: the run folder,
+    where verdicts of judges are kept; None keeps none.
     """
 
     models: Mapping[str, str]
@@ -125,6 +145,7 @@ class WorkerSpec:
     inputs: RunInputs | None = None
     stored_text: int = 0
     answers: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    distributions: Mapping[str, Sequence[Distributions]] = field(default_factory=dict)
     sharing: Sharing | None = None
     judgements: Path | None = None
 
@@ -191,6 +212,7 @@ def _harness(spec: WorkerSpec, tokenizer: Any) -> Harness:
         permissions=spec.permissions,
         stored_text=spec.stored_text,
         answers=spec.answers,
+        distributions=spec.distributions,
         sharing=spec.sharing,
     )
 
@@ -270,14 +292,14 @@ class Worker:
         if self._guard is not None:
             self._guard.compare()
 
-    def run(self, job: Job | GradientJob) -> Result:
+    def run(self, job: _AnyJob) -> Result:
         """Run one job. An exception becomes a Failure; after transient faults the job is tried again.
 
         Args:
-            job: A recipe to score on item blocks, or a loss to differentiate.
+            job: A recipe to score on item blocks, a loss to differentiate, or answers to write.
 
         Returns:
-            The outcome (scores, gradient or failure) with its times in seconds.
+            The outcome (scores, gradient, answers or failure) with its times in seconds.
 
         Raises:
             UserError: the models changed since the run began, or a judge can't be asked, so that nothing can
@@ -291,7 +313,7 @@ class Worker:
             self._guard.check()  # again, because the files are mapped: a change reaches the merge
         return result
 
-    def _run(self, job: Job | GradientJob) -> Result:
+    def _run(self, job: _AnyJob) -> Result:
         if isinstance(job, Job) and job.not_after is not None and time.time() >= job.not_after:
             return Result(job=job, outcome=NotBegun())
         faults: list[str] = []
@@ -303,8 +325,10 @@ class Worker:
             found = Result(job=job, outcome=failure_of(error, attempts=len(faults) + 1))
         return replace(found, faults=tuple(faults))
 
-    def _attempt(self, job: Job | GradientJob) -> Result:
+    def _attempt(self, job: _AnyJob) -> Result:
         """Run one job once; raise transient faults only."""
+        if isinstance(job, DistributionsJob):
+            return Result(job=job, outcome=self._distributions(job))
         if isinstance(job, GradientJob):
             outcome = self._gradient(job)
             self._make_room(outcome)
@@ -349,6 +373,15 @@ class Worker:
         if not job.questions:
             return {}
         return {block: self._harness.questions(job.split, block) for block in job.blocks}
+
+    def _distributions(self, job: DistributionsJob) -> WrittenAnswers | Failure:
+        try:
+            self._load(job.recipe)
+            return WrittenAnswers(rows=self._harness.distributions(self._bench.model, job.tasks))
+        except Exception as error:
+            if retries.transient(error):
+                raise
+            return failure_of(error, "while writing answers")
 
     def _gradient(self, job: GradientJob) -> Gradient | Failure:
         from evomerge.evaluation.gradient import differentiable

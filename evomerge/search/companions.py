@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.stats
 
-from evomerge.evaluation.asking import OFF
+from evomerge.evaluation.asking import DISTRIBUTION, OFF
 from evomerge.evaluation.scores import Scores, TaskScores
 from evomerge.evaluation.suite import Suite
 
@@ -65,12 +65,15 @@ class Companion:
 def companions(suite: Suite, models: Sequence[Scores]) -> list[Companion]:
     """Return the companions of the counted tasks that generate, with their rank correlations.
 
-    models: scores on all `search` items, the base's first; tasks with `companion: off` are left out.
+    models: scores on all `search` items, the base's first; tasks with `companion: off` or
+        `distribution` are left out.
     """
     rows = []
     for spec in suite.of("search"):
         tasks = [scores[spec.task] for scores in models]
-        if spec.role != "skill" or not spec.counted or suite.asking(spec.task).companion == OFF:
+        if spec.role != "skill" or not spec.counted:
+            continue
+        if suite.asking(spec.task).companion in (OFF, DISTRIBUTION):
             continue
         if tasks[0].tokens is not None:
             rows.append(_companion(spec.task, tasks))
@@ -86,6 +89,18 @@ def _companion(task: str, tasks: Sequence[TaskScores]) -> Companion:
     if len(np.unique(exact)) >= FEWEST:
         correlation = float(scipy.stats.spearmanr(exact, smooth).statistic) if np.ptp(smooth) else 0.0
     return Companion(task=task, exists=True, correlation=correlation, models=len(both))
+
+
+def taught(suite: Suite, base: Scores, tasks: Sequence[str]) -> list[str]:
+    """Return those tasks whose gradients follow what their specialists expect, not a likelihood."""
+    specialist_of = {spec.task: spec.specialist for spec in suite.of("search")}
+    return [
+        task
+        for task in tasks
+        if suite.asking(task).companion == DISTRIBUTION
+        and specialist_of.get(task) is not None
+        and base[task].tokens is not None
+    ]
 
 
 def without(scores: Scores, tasks: Collection[str]) -> Scores:

@@ -17,7 +17,7 @@ only when a skill is below it, and then a skill that is nearly lost has no slope
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -177,7 +177,9 @@ class StepLosses:
     of the differences is added to the start's score on all items.
 
     objective: on all `search` items. base, start: scores of the base and of the first point, on all items.
-    price: the loss per unit of lost retention. least: the least retention that constraints allow.
+    price: the loss per unit of lost retention. least: the least retention that constraints allow. taught:
+    tasks whose items count by the agreement with their specialist. How far it moved since the first step is
+    added to the start's exact score, because the agreement of the start is no score that the run has.
     """
 
     def __init__(
@@ -190,13 +192,17 @@ class StepLosses:
         price: float,
         least: float | None = None,
         seeds: list[np.random.SeedSequence],
+        taught: Collection[str] = (),
     ) -> None:
         normaliser = objective.normaliser
         self._normaliser, self._base, self._price = normaliser, base, price
-        self._spec, self._seeds = spec, seeds
+        self._spec, self._seeds, self._taught = spec, seeds, taught
+        self._agreed: dict[str, float] = {}
         self._limit = None if least is None else (least, SHORT)
         self._tasks = normaliser.counted
         self._headroom = np.array([skill.headroom for skill in normaliser.skills])
+        # A whole agreement counts like a whole headroom: the specialist has both.
+        self._units = np.where([task in taught for task in self._tasks], 1.0, self._headroom)
         self._start = [self._soft(start, task) for task in self._tasks]
         zero = np.array([self._soft(base, task).mean() for task in self._tasks])
         self._first: Array = (np.array([values.mean() for values in self._start]) - zero) / self._headroom
@@ -226,12 +232,13 @@ class StepLosses:
         return smooth_loss(
             self._normaliser,
             self._base,
-            gains=dict(zip(self._tasks, (slopes / self._headroom).tolist(), strict=True)),
+            gains=dict(zip(self._tasks, (slopes / self._units).tolist(), strict=True)),
             price=self._price,
             softness=self._spec.softness,
             share=self._spec.share,
             rng=np.random.default_rng(self._seeds[step]),
             limit=self._limit,
+            taught=self._taught,
         )
 
     def learn(self, loss: SmoothLoss, gradient: Gradient) -> None:
@@ -239,9 +246,14 @@ class StepLosses:
         drawn = {part.task: list(part.items) for part in loss.tasks}
         moved = np.zeros(len(self._tasks))
         for index, task in enumerate(self._tasks):
-            if task in gradient.values:
-                moved[index] = gradient.values[task] - self._start[index][drawn[task]].mean()
-        self._moved = KEPT * self._moved + (1 - KEPT) * moved / self._headroom
+            if task not in gradient.values:
+                continue
+            value = gradient.values[task]
+            if task in self._taught:
+                moved[index] = value - self._agreed.setdefault(task, value)
+            else:
+                moved[index] = value - self._start[index][drawn[task]].mean()
+        self._moved = KEPT * self._moved + (1 - KEPT) * moved / self._units
         self._weight = KEPT * self._weight + (1 - KEPT)
 
     def _soft(self, scores: Scores, task: str) -> Array:

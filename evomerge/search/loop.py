@@ -20,7 +20,7 @@ from evomerge.evaluation.normalise import Normaliser
 from evomerge.evaluation.scores import Scores, Split
 from evomerge.merging.recipe import Recipe
 from evomerge.search import baselines, pareto
-from evomerge.search.companions import companions, without
+from evomerge.search.companions import companions, taught, without
 from evomerge.search.descent import Descent, StepLosses, descend
 from evomerge.search.generations import Generations
 from evomerge.search.ledger import Ledger
@@ -399,7 +399,9 @@ class Search:
         if spec is None or not warm.automatic:
             return spec
         base, _ = self._scored_parents("search")
-        if all(base[task].margin is None for task in self._counted_tasks):
+        if all(base[task].margin is None for task in self._counted_tasks) and not taught(
+            self._plan.suite, base, self._counted_tasks
+        ):
             return None
         allowed = self._budget.evaluations(base.items, self._plan.population)
         smallest = min(len(base[task].metric) for task in self._counted_tasks)
@@ -413,7 +415,8 @@ class Search:
         # What an earlier session had no time for stays undone once the search has begun.
         self._slopes.not_after = 0.0 if self._journal.has_ask(0) else self._budget.deadline()
         base, _ = self._scored_parents("search")
-        if all(base[task].margin is None for task in objective.normaliser.counted):
+        followed = taught(self._plan.suite, base, self._counted_tasks)
+        if all(base[task].margin is None for task in objective.normaliser.counted) and not followed:
             raise UserError(
                 "warm_start.gradients: no task on `search` has answers with a likelihood",
                 expected="at least one loglikelihood or multiple_choice task: others have no gradient",
@@ -429,6 +432,7 @@ class Search:
             price=self._plan.objective.retention,
             least=self._plan.objective.constraints.retention,
             seeds=self._seed(_GRADIENTS).spawn(spec.steps),
+            taught=followed,
         )
         start = self._starts(known)[0]
         return descend(self._plan.space, start, spec, losses, self._slopes, losses.learn)

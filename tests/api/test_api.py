@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import evomerge
+from evomerge import compose
 from evomerge.api.configs import place_of, plain
 from evomerge.api.runs import Written
 from evomerge.api.view import View
@@ -25,6 +26,7 @@ from evomerge.running.observers import Observer
 from evomerge.running.store import RunStore
 from tests.api.answer_scorer import closeness
 from tests.conftest import SUITE, config_data, write_suite
+from tests.running import quick
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,25 @@ def run(finished_run: Path) -> evomerge.Run:
 # One config, two forms ------------------------------------------------------------------------------
 
 
-def test_a_dict_runs_like_its_yaml(tiny_zoo: Path, tmp_path: Path, finished_run: Path) -> None:
+@pytest.fixture(scope="module")
+def of_formula(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a YAML file whose models are a formula, as they are in the tests that use it."""
+    folder = tmp_path_factory.mktemp("formula")
+    write_suite(folder)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config_data(tiny_zoo, folder), sort_keys=False))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compose.executors, "build", quick.build(0))
+        return evomerge.optimize(path).folder
+
+
+@pytest.fixture
+def _formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose.executors, "build", quick.build(0))
+
+
+@pytest.mark.usefixtures("_formula")
+def test_a_dict_runs_like_its_yaml(tiny_zoo: Path, tmp_path: Path, of_formula: Path) -> None:
     write_suite(tmp_path)
     data = config_data(tiny_zoo, tmp_path)
     data["models"] = {"base": tiny_zoo / "base", "sources": data["models"]["sources"]}  # a Path is a text
@@ -43,7 +63,7 @@ def test_a_dict_runs_like_its_yaml(tiny_zoo: Path, tmp_path: Path, finished_run:
     events: list[str] = []
     run = evomerge.optimize(data, generations=3, callbacks=[lambda event, values: events.append(event)])
     assert run.folder == tmp_path / "run"
-    with RunStore.read(run.folder) as mine, RunStore.read(finished_run) as theirs:
+    with RunStore.read(run.folder) as mine, RunStore.read(of_formula) as theirs:
         assert mine.digest() == theirs.digest()
     assert {"phase", "scored", "generation"} <= set(events)
     assert events.count("generation") == 3
@@ -52,15 +72,16 @@ def test_a_dict_runs_like_its_yaml(tiny_zoo: Path, tmp_path: Path, finished_run:
     assert "4" in again.stopped
 
 
+@pytest.mark.usefixtures("_formula")
 def test_a_suite_written_out_in_a_config_is_that_of_a_file(
-    config: Callable[..., Path], tmp_path: Path, finished_run: Path
+    config: Callable[..., Path], of_formula: Path
 ) -> None:
     path = config()
     data = yaml.safe_load(path.read_text())
     data["suite"] = yaml.safe_load(Path(data["suite"]).read_text())
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     run = evomerge.optimize(path)
-    with RunStore.read(run.folder) as mine, RunStore.read(finished_run) as theirs:
+    with RunStore.read(run.folder) as mine, RunStore.read(of_formula) as theirs:
         assert mine.digest() == theirs.digest()
 
 
@@ -152,7 +173,8 @@ def test_a_scorer_of_a_script_is_found_by_its_file(tmp_path: Path) -> None:
     assert place_of(closeness) == "tests.api.answer_scorer:closeness"
 
 
-def test_a_callback_that_raises_loses_nothing(config: Callable[..., Path], finished_run: Path) -> None:
+@pytest.mark.usefixtures("_formula")
+def test_a_callback_that_raises_loses_nothing(config: Callable[..., Path], of_formula: Path) -> None:
     class Enough(Exception):
         pass
 
@@ -164,7 +186,7 @@ def test_a_callback_that_raises_loses_nothing(config: Callable[..., Path], finis
     with pytest.raises(Enough):
         evomerge.optimize(path, callbacks=[stop, Observer()])
     run = evomerge.optimize(path)
-    with RunStore.read(run.folder) as mine, RunStore.read(finished_run) as theirs:
+    with RunStore.read(run.folder) as mine, RunStore.read(of_formula) as theirs:
         assert mine.digest() == theirs.digest()
 
 

@@ -160,7 +160,8 @@ def main(config_path: Path, folder: Path, workers: int, mode: str, kinds: list[s
                 assert is_killed(struck(name, {kind: (middle, before)}, target)), name
                 assert forked(lambda name=name: go_on(name)) == 0, name  # type: ignore[misc]
                 found[name] = facts(folder / name)
-    print(json.dumps({"whole": facts(folder / "whole"), "struck": found, "kinds": kinds}))
+    stored = {"kinds": kinds, "events": sorted(set(events))}
+    print(json.dumps({"whole": facts(folder / "whole"), "struck": found, **stored}))
 
 
 def wait_for_end(pids: list[int], seconds: float = 60.0) -> list[int]:

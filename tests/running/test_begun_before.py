@@ -12,6 +12,7 @@ from evomerge import compose, prepare
 from evomerge.config import RunConfig
 from evomerge.delivery.progress import Silent
 from evomerge.running.store import StoreReader, facts
+from tests.running import quick
 
 PATHS = {"kind": "layer_path", "name": "paths", "about": "two or three layers", "longest": 1.5}
 
@@ -33,6 +34,8 @@ def begun(path: Path) -> Path:
 def test_genes_count_alike_in_a_run_that_began_so(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compose.executors, "build", quick.build(0))
+
     def at(name: str, generations: int) -> Path:
         return config(generate=False, budget={"generations": generations}, out=str(tmp_path / name))
 

@@ -76,7 +76,7 @@ def shown_exactly(at: float) -> str:
     return datetime.fromtimestamp(at).isoformat()
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     kind=st.sampled_from(["hours", "cost", "until"]),
     seconds=st.floats(1.0, 1.5),
@@ -107,7 +107,7 @@ def test_the_clock_ends_the_search_early_enough_for_the_finish(
         assert stop["reason"] == outcome.stopped  # type: ignore[index]
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=1, deadline=None)
 @given(seconds=st.integers(2000, 3000), seed=st.integers(0, 1), guided=st.booleans())
 @example(seconds=2420, seed=0, guided=True)  # it ends right after the best met further items
 def test_a_night_cut_short_and_gone_on_with_ends_like_an_unbroken_one(
@@ -139,10 +139,10 @@ def test_a_night_cut_short_and_gone_on_with_ends_like_an_unbroken_one(
 def test_what_was_scored_in_full_of_a_generation_cut_short_may_win(tmp_path: Path) -> None:
     """One candidate after another: the last generation is cut somewhere, and its best is not lost."""
     cut = chosen = 0
-    for number in range(6):
+    for number in range(4):
         executor = Simulated(Time(EVENING), workers=1)
         folder = tmp_path / str(number)
-        spend_night(folder, executor, BudgetSpec(hours=(3900 + 30 * number) / 3600))
+        spend_night(folder, executor, BudgetSpec(hours=(3900 + 45 * number) / 3600))
         with RunStore.read(folder) as store:
             last = store.generations()[-1]
             finalists = {entry.recipe.hash for entry in store.entries("finalist")}
@@ -197,7 +197,7 @@ def test_hours_and_cost_count_all_sessions(tmp_path: Path) -> None:
 # -- limits that count ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(limit=st.integers(6, 24), guided=st.booleans(), keep=st.sampled_from([0.3, 1.0]))
 def test_no_count_is_overshot_by_more_than_a_generation(limit: int, guided: bool, keep: float) -> None:
     surrogate = SurrogateSpec(blocks=1, share=0.0) if guided else None

@@ -11,7 +11,7 @@ import pytest
 from evomerge.evaluation.scores import Failure, Scores, Split, TaskScores
 from evomerge.evaluation.suite import Suite
 from evomerge.merging.recipe import Recipe
-from evomerge.search.companions import FEWEST, companions, without
+from evomerge.search.companions import FEWEST, companions, taught, without
 from evomerge.search.loop import Search
 from evomerge.search.objective import ObjectiveSpec
 from evomerge.search.optimizers import OptimizerSpec
@@ -63,6 +63,17 @@ def test_the_rank_correlation_decides(smooth: list[float], correlation: float, d
     assert found.dropped is dropped
     assert f"{found.correlation:.2f} (6 models)" in found.sentence
     assert ("has the exact metric alone" in found.sentence) is dropped
+
+
+def test_gradients_follow_a_specialist_where_a_task_asks_for_it_and_generates() -> None:
+    asked = suite_of(companion="distribution", specialist="p")
+    tasks = ["t", "other"]
+    assert taught(asked, model(0.5, None), tasks) == ["t"]
+    assert taught(asked, model(0.5, None), ["other"]) == []
+    assert taught(asked, model(0.5, None, tokens=False), tasks) == []
+    assert taught(suite_of(companion="off", specialist="p"), model(0.5, None), tasks) == []
+    assert taught(suite_of(specialist="p"), model(0.5, None), tasks) == []
+    assert companions(asked, [model(0.5, None)]) == []  # it is no score
 
 
 def test_a_few_different_models_decide_nothing() -> None:

@@ -235,6 +235,35 @@ def test_a_step_follows_the_objective_at_the_scores_that_the_steps_before_had() 
     assert gains(floored(3))["b"] < 1.0
 
 
+def test_a_task_without_right_answers_moves_by_the_agreement_with_its_specialist() -> None:
+    """From the start's exact score on; a whole agreement counts like a whole headroom."""
+    exact = {split: {"a": value, "b": value} for split, value in (("base", 0.2), ("parent", 0.8))}
+
+    def scores(values: dict[str, float]) -> Scores:
+        rows = (TaskScores(task=task, metric=np.full(10, value)) for task, value in values.items())
+        return Scores(split="search", tasks=tuple(rows))
+
+    base, parent = scores(exact["base"]), scores(exact["parent"])
+    normaliser = Normaliser(SUITE, base=base, parents={"a": parent, "b": parent})
+    spec = GradientSpec(steps=4, share=0.5)
+    losses = StepLosses(
+        Objective(ObjectiveSpec(kind="mean"), normaliser),
+        base=base,
+        start=scores({"a": 0.5, "b": 0.2}),
+        spec=spec,
+        price=0.2,
+        seeds=np.random.SeedSequence(0).spawn(4),
+        taught=["a"],
+    )
+    loss = losses(0)
+    assert [(task.task, task.gain) for task in loss.tasks] == [("a", 0.5)]  # `b` has no likelihood
+    losses.learn(loss, Gradient(loss=0.0, groups=(), values={"a": 0.3}))
+    assert losses.scores == pytest.approx([0.5, 0.0])
+    for _ in range(40):
+        losses.learn(loss, Gradient(loss=0.0, groups=(), values={"a": 0.5}))
+    assert losses.scores == pytest.approx([0.7, 0.0], abs=1e-3)
+
+
 def test_how_many_steps_a_budget_pays_for_is_recorded_once() -> None:
     class Small(FakeBudget):
         def evaluations(self, full: int, population: int) -> float | None:

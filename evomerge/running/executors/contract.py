@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from evomerge.evaluation.sharing import Sharing
-from evomerge.running.worker import GradientJob, Job, Result, WorkerSpec
+from evomerge.running.worker import DistributionsJob, GradientJob, Job, Result, WorkerSpec
 
-AnyJob = Job | GradientJob
+AnyJob = Job | GradientJob | DistributionsJob
 
 
 class Runs(Protocol):
@@ -86,4 +86,6 @@ def key_of(job: AnyJob) -> Hashable:
     """Return a key that identifies a job within a run."""
     if isinstance(job, GradientJob):
         return job.recipe.hash, job.split, job.loss.key
+    if isinstance(job, DistributionsJob):
+        return job.recipe.hash, job.tasks
     return job.recipe.hash, job.split, job.blocks, tuple(sorted(job.batch_sizes.items()))

@@ -161,6 +161,13 @@ ANSWERS = Fact(
     "compose",
     "per task with `companion: specialist`, the specialist's right answers on `search`",
 )
+DISTRIBUTIONS = Fact(
+    "distributions",
+    dict[str, dict[str, Any]],
+    "compose",
+    "per task with `companion: distribution`, the specialist's answers on `search` as tokens, and at each of "
+    "them the likeliest ones (`ids`, int32) with their log-probabilities (`logs`, float32), both in base64",
+)
 LAYERS = Fact("layers", int, "prepare", "number of the base model's layers")
 BLOCKS = Fact("blocks", int, "prepare", "item blocks of `search`; `select` and `test` are one block each")
 SHARING = Fact(

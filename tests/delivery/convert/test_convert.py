@@ -310,8 +310,8 @@ def begun(path: Path) -> evomerge.Run:
     ("method", "genome"),
     [
         ("ties", {"layer_granularity": 1, "filters": ["self_attn", "mlp"], "normalize": True}),
-        ("slerp", {"layer_granularity": 1, "smooth": True}),
-        ("linear", {"base_model": None, "normalize": True}),
+        pytest.param("slerp", {"layer_granularity": 1, "smooth": True}, marks=pytest.mark.slow),
+        pytest.param("linear", {"base_model": None, "normalize": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_converted_config_runs(

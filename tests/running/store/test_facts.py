@@ -64,6 +64,7 @@ def test_the_values_of_a_finished_run_have_the_declared_types(finished_run: Path
         undeclared = {key for (key,) in store._db.execute("SELECT key FROM run")} - present
     later = {
         "answers",
+        "distributions",
         "full_hashes",
         "batch_sizes",
         "warm_start",
