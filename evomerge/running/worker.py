@@ -121,8 +121,8 @@ class WorkerSpec:
     Harness. generation: what continues prompts, the live model ("transformers") or an engine beside it
     ("vllm"). permissions: which code of the tasks may run. inputs: what models and task files were when the
     run began, None where they are not compared. stored_text, answers,
-    distributions, sharing: as in Harness; a run's first worker decides on `sharing`. judgements: the run folder,
-    where verdicts of judges are kept; None keeps none.
+    distributions, sharing: as in Harness; a run's first worker decides on `sharing`. judgements: the run
+    folder, where verdicts of judges are kept; None keeps none.
     """
 
     models: Mapping[str, str]
