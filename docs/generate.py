@@ -45,6 +45,7 @@ RUN_CONFIG = (
 SUITE = (
     ("Suite", "evomerge.evaluation.suite:Suite", "your_models.md"),
     ("tasks", "evomerge.evaluation.suite:SuiteTask", "your_models.md"),
+    ("judge", "evomerge.evaluation.judge_spec:JudgeSpec", "your_data.md"),
     ("tasks.splits", "evomerge.evaluation.suite:Splits", "your_models.md"),
     ("drawn items", "evomerge.evaluation.suite:DrawnItems", "suites.md"),
     ("asking", "evomerge.evaluation.asking:Asking", "evaluation.md"),

@@ -23,6 +23,7 @@ from evomerge.prepare import (
     optimizer_of,
     prepare,
     run_facts,
+    with_judges,
 )
 from evomerge.running import executors, forward, looks, own_answers
 from evomerge.running.batches import Batches, begun_again
@@ -53,7 +54,7 @@ def start(config: RunConfig, observer: Observer, *, full_hash: bool = False) -> 
     full_hash: hash every byte of the models first, and refuse any that changed since the run stored hashes.
     """
     started = time.time()
-    prepared = prepare(config)
+    prepared = with_judges(prepare(config))
     check_folder(prepared)
     check_time(prepared)
     hashes = full_hashes(prepared.config) if full_hash else None

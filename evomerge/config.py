@@ -180,6 +180,8 @@ class RunConfig(Strict):
     allow_code_execution: bool = False
     """Allow tasks that execute the models' answers; they run in a process with limits. Not stored with the
     run."""
+    ask_judges: bool = False
+    """Allow prompts and answers to be sent to the servers of the suite's judges. Not stored with the run."""
     stored_text: int = Field(default=4000, ge=0, le=LARGEST_COUNT)
     """How many characters of every generated answer, and of every item's prompt, the run stores; 0 stores
     neither."""
@@ -290,7 +292,7 @@ class RunConfig(Strict):
 
     @property
     def permissions(self) -> Permissions:
-        """Which code of the suite's tasks may run."""
+        """Which code of the suite's tasks may run, and whether its judges may be asked."""
         return Permissions(**{name: getattr(self, name) for name in PERMISSIONS})
 
     def permitting(self, permissions: Permissions) -> RunConfig:

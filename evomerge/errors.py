@@ -98,3 +98,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     start = f"did you mean {close[0]!r}? " if close else ""
     return f"{start}Valid: {', '.join(names)}"
+
+
+class JudgeError(UserError):
+    """The judge of a suite can't be asked, so that nothing can be scored now; it is no candidate's fault."""

@@ -8,7 +8,6 @@ the run folder exists.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -57,6 +56,7 @@ class Prepared:
     for it. notes: remarks on the models that are no errors. baselines: the hand-made merges to score.
     weighting: the rule that weights tasks in the mean, None in a run that was begun before there was one.
     stacks: evaluations that hand-made stacks may cost before a search of layer paths, 0 in other searches.
+    judges: task -> what its judge's server serves, once it was asked.
     """
 
     config: RunConfig
@@ -74,6 +74,7 @@ class Prepared:
     baselines: baselines.Choice = field(default_factory=baselines.Choice)
     weighting: str | None = ERRORS
     stacks: int = 0
+    judges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -155,6 +156,22 @@ def prepare(config: RunConfig) -> Prepared:
     )
 
 
+def with_judges(prepared: Prepared) -> Prepared:
+    """Ask the servers of the suite's judges what they serve; raise UserError where one can't judge."""
+    specs = {task.task: task.judge for task in prepared.suite.tasks if task.judge is not None}
+    if not specs:
+        return prepared
+    from evomerge.evaluation.judge import serving
+
+    if prepared.config.executor.name == "ray":
+        raise ConfigError(
+            "judges keep their verdicts in the run folder, which workers on a Ray cluster don't share",
+            expected="executor: {name: local}, or inline",
+        )
+    permissions = prepared.config.permissions
+    return replace(prepared, judges={name: serving(name, spec, permissions) for name, spec in specs.items()})
+
+
 def _sizes(config: RunConfig, sources: Mapping[str, Source]) -> executors.ModelSizes:
     """Return what of the models matters to a machine; adapters count as their bases' files."""
     folders = {source.folder for source in sources.values()}
@@ -164,6 +181,7 @@ def _sizes(config: RunConfig, sources: Mapping[str, Source]) -> executors.ModelS
         files=sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")),
         cached=_cached(sources[BASE].config),
         batch=config.executor.batch_size,
+        engine=config.executor.generation != "transformers",
     )
 
 
@@ -350,6 +368,7 @@ def _worker(
         permissions=config.permissions,
         inputs=inputs,
         stored_text=config.stored_text,
+        judgements=Path(config.out),
     )
 
 
@@ -375,14 +394,12 @@ def _with_gradients(warm: WarmStart, space: Space, objective: ObjectiveSpec) -> 
 
 
 def _check_engine(config: RunConfig) -> None:
-    """Refuse a generation engine that is not installed, or that can't hold this run's models."""
+    """Refuse a generation engine that is not installed or too old, or that can't hold this run's models."""
     if config.executor.generation == "transformers":
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "executor.generation: vllm is not installed",
-            fix="pip install 'evomerge[vllm]', or set executor.generation: transformers",
-        )
+    from evomerge.evaluation.vllm_engine import check_installed
+
+    check_installed()
     if config.chat_template not in ("", BASE):
         raise ConfigError(
             "executor.generation: vllm ends answers as the base does",
@@ -415,6 +432,8 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
         {} if prepared.weighting is None else {facts.WEIGHTING: prepared.weighting}
     )
     start |= {facts.STACKS: prepared.stacks} if prepared.stacks else {}
+    if prepared.judges:
+        start[facts.JUDGES] = {name: dict(judge) for name, judge in prepared.judges.items()}
     start |= {facts.WARM_START: warm_start.to_data(prepared.warm)} if prepared.warm.recipes else {}
     return (
         start

@@ -107,6 +107,19 @@ class StoredRun:
                 fix="restore what was there, or start a new run in another folder",
             )
         forward.check_same(self.store, forward.Forward(**begun[facts.FORWARD]))
+        self._refuse_other_judges(begun.get(facts.JUDGES) or {})
+
+    def _refuse_other_judges(self, judges: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse judges other than those of the run; raise StoreError."""
+        before = facts.JUDGES.get(self.store) or {}
+        for name in before:
+            if name in judges and judges[name] != before[name]:
+                raise StoreError(
+                    f"{self.folder}: task {name!r} has another judge than the run began with",
+                    expected=str(before[name]),
+                    got=str(judges[name]),
+                    fix="serve the model that the run began with, or start a new run in another folder",
+                )
 
     def check_models(self) -> None:
         """Refuse models whose files are not those the run scored.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Probe:
     seconds_after: after the search. estimate: seconds of the whole run, None where only `patience` ends it.
     ends: its end in epoch seconds, if it started now. cost: None without a price. late: whether a limit of
     the clock comes too early for a single generation. gains: what specialists gain over the base on `search`.
+    task_items: per split and task.
     """
 
     items: dict[str, int]
@@ -49,6 +50,7 @@ class Probe:
     cost: float | None
     late: bool
     gains: tuple[Gain, ...] = ()
+    task_items: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def probe(prepared: Prepared) -> Probe:
@@ -60,7 +62,7 @@ def probe(prepared: Prepared) -> Probe:
     """
     check_time(prepared)
     items: dict[str, int] = {}
-    test_items: dict[str, int] = {}
+    task_items: dict[str, dict[str, int]] = {}
     seconds: dict[Split, float] = {}
     with executors.trial(prepared.executor, prepared.worker) as executor:
         references = _references(prepared, executor)
@@ -84,17 +86,17 @@ def probe(prepared: Prepared) -> Probe:
             for result in scored:
                 assert isinstance(result.outcome, Scores)
                 items[split] = result.outcome.items
-                if split == "test":
-                    test_items = {task.task: len(task.metric) for task in result.outcome}
+                task_items[split] = {task.task: len(task.metric) for task in result.outcome}
             seconds[split] = _seconds(scored)
-    return replace(_estimated(prepared, items, seconds), test_items=test_items, gains=found)
+    estimated = _estimated(prepared, items, seconds)
+    return replace(estimated, test_items=task_items["test"], gains=found, task_items=task_items)
 
 
 def again(prepared: Prepared, found: Probe) -> Probe:
     """Return the estimate of another budget for the same candidates, from the seconds of an earlier probe."""
     seconds: dict[Split, float] = {split: found.seconds[split] for split in SPLITS}
     estimated = _estimated(prepared, found.items, seconds)
-    return replace(estimated, test_items=found.test_items, gains=found.gains)
+    return replace(estimated, test_items=found.test_items, gains=found.gains, task_items=found.task_items)
 
 
 def refuse_nothing(prepared: Prepared, probe: Probe) -> None:
@@ -189,6 +191,30 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
         cost=None if cost is None or whole is None else cost.per_hour * whole / 3600,
         late=limit is not None and limit.at < now + before + after,
     )
+
+
+def requests(prepared: Prepared, found: Probe) -> dict[str, int | None]:
+    """Return, per task with a judge, the most requests that the run sends; None without a limit in work.
+
+    An answer that was judged before is not sent again, so there are fewer in a run.
+    """
+    config, sources = prepared.config, tuple(prepared.config.models.sources)
+    rows = baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0))
+    known = (
+        len(sources) + 1 + sum(row.name in prepared.baselines for row in rows) + len(prepared.warm.recipes)
+    )
+    searched = _searched(prepared, found.items["search"])
+    if searched is None:
+        return dict.fromkeys(prepared.judges)
+    counts: dict[Split, int] = {
+        "search": math.ceil(known + len(sources) + config.finalists + searched),
+        "select": config.finalists + EXTRA + known,
+        "test": known + 2,
+    }
+    return {
+        name: sum(found.task_items.get(split, {}).get(name, 0) * count for split, count in counts.items())
+        for name in prepared.judges
+    }
 
 
 def descent(prepared: Prepared, full: int) -> GradientSpec | None:

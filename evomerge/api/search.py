@@ -18,7 +18,7 @@ from evomerge.delivery.tracking import Tracked, require_packages
 from evomerge.evaluation import sandbox
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.merging.tensors import kernels
-from evomerge.prepare import check_folder, prepare
+from evomerge.prepare import check_folder, prepare, with_judges
 from evomerge.running.observers import Observer, Observers
 from evomerge.stored import StoredRun, config_to_resume, environment_note
 from evomerge.trial import probe, refuse_nothing
@@ -153,7 +153,7 @@ def checked(
     """Return what `check` says, and what raises where the run would measure hardly anything."""
     loaded = read(config, **replaced).permitting(permissions)
     require_packages(loaded.tracking)
-    prepared = prepare(loaded)
+    prepared = with_judges(prepare(loaded))
     check_folder(prepared)
     items = check_delivery.asked(prepared)
     estimate = probe(prepared)

@@ -187,6 +187,9 @@ PERMISSIONS: dict[str, Any] = {
             "--allow-code-execution", help="Allow tasks that execute the models' answers, in a sandbox."
         ),
     ],
+    "ask_judges": Annotated[
+        bool, typer.Option("--ask-judges", help="Allow prompts and answers to be sent to the suite's judges.")
+    ],
 }
 """Option name -> annotation: the fields of `evaluation.permissions.Permissions`."""
 

@@ -17,7 +17,7 @@ from evomerge.running.worker import build_harness
 from evomerge.search.objective import ObjectiveSpec, check_tokens
 from evomerge.search.racing import FULL, full_blocks
 from evomerge.text import one_line, printable
-from evomerge.trial import Probe, descent
+from evomerge.trial import Probe, descent, requests
 
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
@@ -101,6 +101,11 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
             {**asdict(gain), "weight": gain.trust if gain.shown else 0.0} for gain in probe.gains
         ],
         "notes": [*prepared.notes, *questions.notes, *_gain_notes(probe)],
+        "judges": {
+            name: {**judge, "url": getattr(prepared.suite[name].judge, "url", None), "requests": count}
+            for name, count in requests(prepared, probe).items()
+            for judge in (prepared.judges[name],)
+        },
         "prompts": [asdict(prompt) for prompt in questions.prompts],
     }
 
@@ -123,7 +128,8 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
             for name, tasks in prepared.suite.groups.items()
         ),
         f"device: {worker.device}, forward passes in {worker.dtype}, "
-        f"{probe.workers} worker{'s' * (probe.workers > 1)}",
+        f"{probe.workers} worker{'s' * (probe.workers > 1)}"
+        + (f", generation by {worker.generation}" if worker.generation != "transformers" else ""),
         f"memory: {_memory(prepared, probe.workers)}",
         f"out:    {prepared.folder}",
     ]
@@ -146,6 +152,7 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
         lines.append(
             f"note:   the budget's time is too short: baselines, one generation and test take {needed}"
         )
+    lines += _judges(prepared, probe)
     visible = resolution(prepared.suite, probe.test_items)
     lines.append(f"test:   {visible.sentence}")
     lines += [f"note:   {note}" for note in visible.notes]
@@ -158,6 +165,22 @@ def gpu_memory(prepared: Prepared) -> tuple[int, int] | None:
     if not merges_there(prepared.worker.merge_on, prepared.worker.device):
         return None
     return prepared.size.parameters * prepared.size.forward, prepared.size.files
+
+
+def _judges(prepared: Prepared, probe: Probe) -> Iterator[str]:
+    """Say what is sent to judges, where, and how often at most."""
+    counts = requests(prepared, probe)
+    for task in prepared.suite.tasks:
+        if (judge := task.judge) is None:
+            continue
+        count = counts[task.task]
+        often = "an unknown number of requests" if count is None else f"at most {count:,} requests"
+        yield (
+            f"judge:  {task.task}: prompts, right answers and the models' answers are sent to {judge.url}, "
+            f"where {judge.model} judges them{f' (key in ${judge.key})' if judge.key else ''}"
+        )
+        limit = f"the run stops at {judge.most_requests:,} (most_requests)"
+        yield f"        {often}, with replies of at most {judge.max_tokens} tokens; {limit}"
 
 
 def _memory(prepared: Prepared, workers: int) -> str:

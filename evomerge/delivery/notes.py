@@ -30,6 +30,7 @@ def notes(summary: Summary) -> list[str]:
         sentences += [gain.sentence for gain in summary.gains() if gain.shown and gain.trust < 1]
     sentences += own_answers.sentences(summary.suite, facts.ANSWERS.get(store) or {})
     sentences += own_answers.distribution_sentences(summary.suite, facts.DISTRIBUTIONS.get(store) or {})
+    sentences += _judges(summary)
     sentences += [companion.sentence for companion in summary.companions()]
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(
@@ -59,5 +60,23 @@ def notes(summary: Summary) -> list[str]:
         sentences.append(
             f"this `test` was looked at by {runs} runs on this machine: the best of several runs on it is "
             "chosen by luck, too"
+        )
+    return sentences
+
+
+def _judges(summary: Summary) -> list[str]:
+    """Say what the judges of a run's tasks were asked, and how many verdicts had no score."""
+    specs = {task.task: task.judge for task in summary.suite.tasks if task.judge is not None}
+    if not specs:
+        return []
+    from evomerge.evaluation.judge import spent_in
+
+    sentences = []
+    for name, spec in specs.items():
+        if (spent := spent_in(summary.store.folder, spec)) is None:
+            continue
+        sentences.append(
+            f"{name}: judged by {spec.model}, {spent.verdicts:,} answers in {spent.requests:,} requests "
+            f"({spent.tokens:,} tokens); {spent.unreadable:,} verdicts had no score and count 0"
         )
     return sentences

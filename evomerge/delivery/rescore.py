@@ -101,6 +101,8 @@ def rescore(folder: Path, worker: WorkerSpec, split: Split, *, base: Path | None
         stored_text=worker.stored_text,
         sharing=worker.sharing,
     )
+    if worker.judgements is not None:
+        harness.judged_in(worker.judgements)
     return harness.evaluate_split(model.to(worker.device), split)
 
 

@@ -103,7 +103,7 @@ def evaluate(
         if stored is not None and config is not None:
             blocks = facts.BLOCKS.get(stored.store) or 1
             sharing = Sharing.of_run(facts.SHARING.get(stored.store))
-            worker = replace(worker, blocks=blocks, block_seed=config.seed, sharing=sharing)
+            worker = replace(worker, blocks=blocks, block_seed=config.seed, sharing=sharing, judgements=run)
             recipe_blocks = worker.blocks_of(split)
             sizes = sizes_in_force(stored.store, spec.batch_size, split, recipe_blocks)
         else:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import itertools
 import logging
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -280,10 +281,16 @@ class Harness:
         repeated = [note for builder in self._builders for note in builder.notes]
         return [*contamination.summary(found), *repeated]
 
-    def mirror(self, engine: Engine, *, tolerance: float) -> None:
+    def mirror(
+        self,
+        engine: Engine,
+        *,
+        tolerance: float,
+        weights: Callable[[Any], Iterable[tuple[str, torch.Tensor]]],
+    ) -> None:
         """Make an engine generate instead of the live model from now on.
 
-        Its canary is the longest prompt of the tasks that generate. tolerance: as in Mirror.
+        Its canary is the longest prompt of the tasks that generate. tolerance, weights: as in Mirror.
         Raises ConfigError if a task does not generate greedily.
         """
         prompts = []
@@ -297,7 +304,14 @@ class Harness:
                     prompts.append(self._lm.tok_encode(instance.args[0]))
         if prompts:
             canary = [self._lm.prefix_token_id, *max(prompts, key=len)][:CANARY]
-            self._lm.mirror = Mirror(engine, canary, tolerance=tolerance)
+            self._lm.mirror = Mirror(engine, canary, tolerance=tolerance, weights=weights)
+
+    def judged_in(self, folder: Path) -> None:
+        """Keep the verdicts of the tasks' judges in a run folder, as soon as there is one."""
+        everything = (self.items(split, block) for split in SPLITS for block in range(self.blocks(split)))
+        for task in (task for items in everything for task in items.tasks):
+            if (judge := getattr(task.task, "judge", None)) is not None:
+                judge.keep_in(folder)
 
     def weights_changed(self) -> None:
         """Record that the live model's weights have changed."""

@@ -19,6 +19,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.likelihood import Plan, check_answer, plan
 from evomerge.evaluation.live_lm import LiveLM, Pair, compiled_templates, no_room
+from evomerge.evaluation.own_tasks import judged_ahead
 from evomerge.evaluation.scores import Question, Split
 from evomerge.evaluation.tasks import TaskBuilder, is_number
 
@@ -93,6 +94,7 @@ class TaskItems:
                 instance.filtered_resps = {}
         self.task.apply_filters()
         name, chosen = other or self.builder.metric, self.builder.filter
+        judged_ahead(self.task, [(g[0].doc, g[0].filtered_resps[chosen]) for g in self.groups])
         for item, group in enumerate(self.groups):
             results = [instance.filtered_resps[chosen] for instance in group]
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -17,6 +17,9 @@ from evomerge.evaluation.permissions import Permissions
 from evomerge.evaluation.scorers import AnswerScorer
 from evomerge.evaluation.scores import SPLITS
 from evomerge.evaluation.suite import Suite, SuiteTask
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.judge import Judge
 
 _ALL = "all"
 """The one dataset split, where the suite gives numbers of items."""
@@ -49,8 +52,30 @@ def own_task(suite: Suite, spec: SuiteTask, permissions: Permissions) -> Any:
     scorer = None
     if spec.scorer is not None:
         scorer = AnswerScorer(spec.task, suite.scorer_place(spec.scorer), permissions)
+    judge = None
+    if spec.judge is not None:
+        from evomerge.evaluation.judge import Judge  # and its HTTP client, which few suites need
+
+        judge = Judge(spec.task, spec.judge, permissions)
     with quiet():
-        return ConfigurableTask(config=_config(spec, datasets.DatasetDict(tables), data, scorer))
+        task = ConfigurableTask(config=_config(spec, datasets.DatasetDict(tables), data, scorer or judge))
+    task.judge = judge
+    return task
+
+
+def judged_ahead(task: Any, answers: Sequence[tuple[Mapping[str, Any], str]]) -> None:
+    """Let a task's judge, if it has one, score many answers at the same time; raise JudgeError.
+
+    answers: document and answer of each.
+    """
+    judge = getattr(task, "judge", None)
+    if judge is not None:
+        judge.ahead([_asked(document, answer) for document, answer in answers])
+
+
+def _asked(document: Mapping[str, Any], answer: str) -> tuple[str, str, str, dict[str, Any]]:
+    """Return prompt, answer, right answer and row, as a judge is asked."""
+    return document["prompt"], answer, document["answer"], json.loads(document["row"])
 
 
 def _document(item: own_data.OwnItem) -> dict[str, Any]:
@@ -62,7 +87,7 @@ def _document(item: own_data.OwnItem) -> dict[str, Any]:
 
 
 def _config(
-    spec: SuiteTask, dataset: Any, data: own_data.OwnData, scorer: AnswerScorer | None
+    spec: SuiteTask, dataset: Any, data: own_data.OwnData, scorer: AnswerScorer | Judge | None
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "task": spec.task,
@@ -100,9 +125,14 @@ def _config(
     }
 
 
-def _generated(spec: SuiteTask, scorer: AnswerScorer | None) -> Callable[[Any, Any], dict[str, float]]:
+def _generated(
+    spec: SuiteTask, scorer: AnswerScorer | Judge | None
+) -> Callable[[Any, Any], dict[str, float]]:
     """Return what scores a generated answer."""
-    if scorer is not None:
+    if spec.judge is not None:
+        judge: Any = scorer
+        return lambda document, answers: {spec.metric.partition(",")[0]: judge(*_asked(document, answers[0]))}
+    if isinstance(scorer, AnswerScorer):
         return lambda document, answers: scorer(answers[0], json.loads(document["row"]))
     compare = own_data.scorer(spec.metric.partition("_")[0])
     return lambda document, answers: compare(answers[0], document["answer"])

@@ -1,4 +1,4 @@
-"""Permissions: which code of a suite's tasks may run, as the user said in the run config or a command.
+"""Permissions: which code of a suite's tasks may run, and whether its judges may be asked, as the user said.
 
 A task file can name Python code, and a task can execute a model's answers. Neither runs unless the user
 allows it. The files are checked as text, before lm-eval reads them, because lm-eval imports the code that a
@@ -27,20 +27,26 @@ class Permissions:
     """What the user allowed.
 
     trust_tasks: Python code that task files name may run. allow_code_execution: models' answers may be
-    executed, in a process with limits (see `evaluation.sandbox`).
+    executed, in a process with limits (see `evaluation.sandbox`). ask_judges: prompts and answers may be sent
+    to the servers of the suite's judges.
     """
 
     trust_tasks: bool = False
     allow_code_execution: bool = False
+    ask_judges: bool = False
 
     @property
     def options(self) -> str:
         """The options of a command line that give them."""
-        return " --trust-tasks" * self.trust_tasks + " --allow-code-execution" * self.allow_code_execution
+        return (
+            " --trust-tasks" * self.trust_tasks
+            + " --allow-code-execution" * self.allow_code_execution
+            + " --ask-judges" * self.ask_judges
+        )
 
 
 NOTHING = Permissions()
-"""The default: no code runs."""
+"""The default: no code runs, and no judge is asked."""
 
 
 def executes_answers(config: Mapping[str, Any]) -> bool:

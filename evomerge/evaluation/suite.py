@@ -43,6 +43,7 @@ from pydantic import (
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation import task_files, task_groups
 from evomerge.evaluation.asking import AUTO, DISTRIBUTION, OFF, SPECIALIST, Asking, with_template_text
+from evomerge.evaluation.judge_spec import JudgeSpec, of_suite
 from evomerge.evaluation.own_data import METRICS, Columns
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.files import expanded
@@ -58,8 +59,8 @@ _OWN_METRIC = {"retention": LOGLIKELIHOOD, "coherence": COHERENCE}
 
 _BY_CONTENT = {split: split for split in SPLITS}
 _SCORED = "score"
-"""The metric of a scorer that returns one number."""
-_DATA_KEYS = ("prompt", "answer", "choices", "scorer")
+"""The metric of a scorer that returns one number, and of a judge."""
+_DATA_KEYS = ("prompt", "answer", "choices", "scorer", "judge")
 
 _BEFORE = {"chat_template": OFF, "companion": OFF, "long_prompts": "cut", "near_duplicates": "keep"}
 """How models were asked before a suite could say it: runs stored then have none of these keys."""
@@ -182,6 +183,9 @@ class SuiteTask(Asking):
     """The column of the choices in `data`: lists, or in CSV texts separated by `|`."""
     scorer: str | None = Field(None, min_length=1)
     """A Python function `module:function` or `file.py:function` that scores the answers to `data`."""
+    judge: JudgeSpec | None = None
+    """A model behind an OpenAI-compatible server that scores the answers to `data`. It is asked only with
+    `ask_judges`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -190,7 +194,8 @@ class SuiteTask(Asking):
         if isinstance(data, Mapping) and role_metric and "data" not in data:
             return {"metric": role_metric, **data}
         if isinstance(data, Mapping) and isinstance(file := data.get("data"), str):
-            metric = _SCORED if data.get("scorer") else "choice" if data.get("choices") else "exact"
+            scored = data.get("scorer") or data.get("judge")
+            metric = _SCORED if scored else "choice" if data.get("choices") else "exact"
             metric = role_metric or metric
             return {"task": Path(file).stem, "metric": metric, "splits": _BY_CONTENT, **data}
         return data
@@ -213,8 +218,6 @@ class SuiteTask(Asking):
     def _check_retention_data(self) -> None:
         if wrong := next((key for key in _DATA_KEYS[2:] if getattr(self, key) is not None), None):
             raise ValueError(f"a retention task asks how likely the right answers are; remove {wrong}")
-        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
-            raise ValueError("splits of a task with `data` are numbers of items, or left out")
 
     def _check_data(self) -> None:
         keys = [key for key in _DATA_KEYS if getattr(self, key) is not None]
@@ -228,8 +231,19 @@ class SuiteTask(Asking):
             raise ValueError("a task with `data` is a skill or measures retention, without `of`")
         if self.role == "retention":
             self._check_retention_data()
-            return
-        if self.scorer is not None:
+        else:
+            self._check_metric()
+        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
+            raise ValueError("splits of a task with `data` are numbers of items, or left out")
+
+    def _check_metric(self) -> None:
+        """Refuse keys of `data` that say in two ways how its answers are scored."""
+        if self.judge is not None:
+            if self.choices is not None or self.scorer is not None:
+                raise ValueError("a judge reads generated answers; remove choices and scorer")
+            if self.metric.partition(",")[0] != _SCORED:
+                raise ValueError(f"a judge's metric is {_SCORED!r}; remove metric")
+        elif self.scorer is not None:
             if self.choices is not None:
                 raise ValueError("a scorer reads generated answers; remove choices")
             if not all(part.strip() for part in self.scorer.partition(":")):
@@ -238,8 +252,6 @@ class SuiteTask(Asking):
             raise ValueError(f"metric: {nearest(self.metric, METRICS)}")
         elif (self.metric == "choice") != (self.choices is not None):
             raise ValueError("the metric choice and the key choices need each other")
-        if not self.splits.drawn and any(self.splits[split] not in (None, split) for split in SPLITS):
-            raise ValueError("splits of a task with `data` are numbers of items, or left out")
 
     @property
     def columns(self) -> Columns:
@@ -487,10 +499,14 @@ def comparable(digest: str, other: str) -> bool:
 
 
 def _without_unset(content: dict[str, Any]) -> dict[str, Any]:
-    """Leave out keys of `Asking`, `of`, `smooth` and those of `data` that are not set; and `long_prompts`."""
+    """Leave out keys of `Asking`, `of`, `smooth` and those of `data` that are not set; and `long_prompts`.
+
+    Of a judge, what says how it is reached is left out, too.
+    """
     asking = {*Asking.model_fields, "of", "smooth", "data", *_DATA_KEYS}
-    return {
+    kept = {
         key: value
         for key, value in content.items()
         if key != "long_prompts" and not (key in asking and value is None)
     }
+    return kept | ({"judge": of_suite(kept["judge"])} if "judge" in kept else {})

@@ -20,6 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from evomerge.errors import StoreError
+from evomerge.evaluation import vllm_engine
 from evomerge.running.store import StoreReader, differences, facts
 from evomerge.running.worker import WorkerSpec
 from evomerge.version import __version__
@@ -163,8 +164,8 @@ def simd() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of everything that can change the bits of a run."""
     libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        libraries["vllm"] = importlib.metadata.version("vllm")
+    if (vllm := vllm_engine.version()) is not None:
+        libraries["vllm"] = vllm
     software = {"evomerge": __version__, "python": platform.python_version(), **libraries}
     return software | {"processor": processor(), "blas": blas(), "simd": simd()}
 

@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge import steps
-from evomerge.errors import NonFiniteError, UserError
+from evomerge.errors import JudgeError, NonFiniteError, UserError
 from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import Failure, Question, Scores, Split, joined
@@ -121,7 +122,8 @@ class WorkerSpec:
     Harness. generation: what continues prompts, the live model ("transformers") or an engine beside it
     ("vllm"). permissions: which code of the tasks may run. inputs: what models and task files were when the
     run began, None where they are not compared. stored_text, answers,
-    distributions, sharing: as in Harness; a run's first worker decides on `sharing`.
+    distributions, sharing: as in Harness; a run's first worker decides on `sharing`. judgements: the run
+    folder, where verdicts of judges are kept; None keeps none.
     """
 
     models: Mapping[str, str]
@@ -147,6 +149,7 @@ class WorkerSpec:
     answers: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     distributions: Mapping[str, Sequence[Distributions]] = field(default_factory=dict)
     sharing: Sharing | None = None
+    judgements: Path | None = None
 
     def guard(self) -> InputGuard | None:
         """Return what compares models and task files with `inputs`, None without any."""
@@ -259,6 +262,8 @@ class Worker:
         self._device, self._batch_size = spec.device, spec.batch_size
         steps.say("reading tasks")
         self._harness = build_harness(spec)  # before the models are loaded, because it refuses suites
+        if spec.judgements is not None:
+            self._harness.judged_in(spec.judgements)
         steps.say("loading models")
         self._bench = Workbench(
             spec.models,
@@ -275,7 +280,10 @@ class Worker:
         if spec.generation != "transformers":
             from evomerge.evaluation.engine import TOLERANCE
 
-            self._harness.mirror(_engine(spec), tolerance=TOLERANCE[spec.dtype])
+            bench = self._bench
+            self._harness.mirror(
+                _engine(spec), tolerance=TOLERANCE[spec.dtype], weights=lambda _: bench.tensors()
+            )
         with contextlib.suppress(NonFiniteError):  # then every candidate says so
             self._load(spec.base_alone())
         self._large = sum(parameter.numel() for parameter in self._bench.model.parameters()) >= WORTH_TRIMMING
@@ -297,7 +305,8 @@ class Worker:
             The outcome (scores, gradient, answers or failure) with its times in seconds.
 
         Raises:
-            UserError: the models changed since the run began, so that nothing can be scored.
+            UserError: the models changed since the run began, or a judge can't be asked, so that nothing can
+                be scored.
         """
         if self._guard is not None:
             self._guard.check()
@@ -316,6 +325,8 @@ class Worker:
             if _lacks_memory(found.outcome) and self._bench.give_way():
                 self._make_room(found.outcome)  # which the sources took, that merging can do without
                 found = retries.insist(lambda: self._attempt(job), faults)
+        except JudgeError:
+            raise
         except Exception as error:
             found = Result(job=job, outcome=failure_of(error, attempts=len(faults) + 1))
         return replace(found, faults=tuple(faults))
@@ -341,7 +352,7 @@ class Worker:
                 parts.append(self._harness.evaluate(self._bench.model, items, batch_size=size))
                 forward += self._harness.forward_seconds
         except Exception as error:
-            if retries.transient(error):
+            if retries.transient(error) or isinstance(error, JudgeError):
                 raise
             failure = failure_of(error, f"at batch size {size}" if at is not None else "while merging")
         if failure is not None:

@@ -120,7 +120,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"tasks": [skill(wieght=1)]},
         "unknown key 'tasks.0.wieght' (did you mean 'weight'? "
         f"Valid: {ASKING}, task, of, metric, smooth, role, weight, specialist, splits, "
-        "data, prompt, answer, choices, scorer)",
+        "data, prompt, answer, choices, scorer, judge)",
     ),
     ("no metric", {"tasks": [skill(metric=None)]}, "missing key 'tasks.0.metric'"),
     (

@@ -14,7 +14,7 @@ that `export.writer.write` writes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.errors import ConfigError, nearest
@@ -245,6 +245,18 @@ class Workbench:
             with pool() as workers:
                 for done in [workers.submit(work) for _ in range(threads())]:
                     done.result()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the live weights by their names in a checkpoint; parts of parameters are views."""
+        import torch
+
+        assert self.model is self._plain, "stacked layers have no names in the models' checkpoints"
+        for name, place in self._targets.items():
+            shape = self._headers[name].shape
+            if isinstance(place, torch.Tensor):
+                yield name, place.detach().view(shape)
+            else:
+                yield name, weights_at(place, shape)
 
     def digest(self, recipe: Recipe) -> str:
         """Return a hash of the live weights that equals that of the exported folder.

@@ -56,13 +56,14 @@ WORTH_BFLOAT16 = 10_000_000
 class ModelSizes:
     """What of a run's models matters to a machine. parameters: of each. dtype: of the merged model. files:
     bytes of all weight files. cached: numbers that a model keeps per token while it reads. batch: requests
-    per forward pass."""
+    per forward pass. engine: whether vLLM generates."""
 
     parameters: int
     dtype: str
     files: int
     cached: int = 0
     batch: int = 1
+    engine: bool = False
 
     def size(self, dtype: str) -> memory.Size:
         """Return their size with forward passes in a dtype."""
@@ -73,6 +74,7 @@ class ModelSizes:
             files=self.files,
             cached=self.cached,
             batch=self.batch,
+            engine=self.engine,
         )
 
 

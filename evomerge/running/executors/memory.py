@@ -13,6 +13,9 @@ PROGRAM = 0.6e9
 TOKENS = 512
 """Tokens of a request for which memory is planned; longer ones take more."""
 
+ENGINE = 1.5e9
+"""Bytes of vLLM beside the live model on a CPU, without its weights: its program, and its keys and values."""
+
 SPARE = 0.9
 """The part of the free memory that workers may take."""
 
@@ -21,13 +24,15 @@ SPARE = 0.9
 class Size:
     """The size of a run's models. parameters: of each. forward: bytes that one takes in the forward pass.
     files: bytes of all mapped files, which the workers of a machine share. cached: numbers that a model keeps
-    per token while it reads (keys and values). batch: requests per forward pass."""
+    per token while it reads (keys and values). batch: requests per forward pass. engine: whether vLLM stands
+    beside the live model."""
 
     parameters: int
     forward: int
     files: int
     cached: int = 0
     batch: int = 1
+    engine: bool = False
 
     @property
     def worker(self) -> int:
@@ -36,8 +41,9 @@ class Size:
         Beside the weights stand a gradient of each or the statistics of trimmed task vectors, which are kept
         up to that size. Of a batch of `TOKENS` each, keys and values stand twice while they grow.
         """
+        weights = self.parameters * self.forward
         batch = 2 * self.cached * self.batch * TOKENS * self.forward
-        return int(PROGRAM + 2 * self.parameters * self.forward + batch)
+        return int(PROGRAM + 2 * weights + batch + self.engine * (ENGINE + weights))
 
     def fitting(self, free: int | None) -> int | None:
         """Return how many workers fit into free bytes, at least one; None where they are not known.

@@ -135,6 +135,12 @@ FULL_HASHES = Fact(
     "per model and file, hash of every byte (with `--full-hash`)",
     in_digest=False,
 )
+JUDGES = Fact(
+    "judges",
+    dict[str, dict[str, Any]],
+    "prepare",
+    "per task with a judge: the served model, its origin as the server says it, a hash of how it is asked",
+)
 BASELINES = Fact(
     "baselines",
     dict[str, Any],

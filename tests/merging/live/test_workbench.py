@@ -235,3 +235,14 @@ def test_infinite_numbers_that_all_models_share_are_kept(
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(NonFiniteWeights):
         write(recipe, tmp_path / "other")
+
+
+def test_its_tensors_are_those_of_an_export(models: dict[str, str], tmp_path: Path) -> None:
+    recipe = layered(models, 0.2, 0.4, 0.6, 0.8, dtype="float32")
+    bench = Workbench(models, "base")
+    bench.load(recipe)
+    exported = open_source(str(write(recipe, tmp_path / "out")))
+    found = dict(bench.tensors())
+    assert found.keys() == exported.headers.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, exported.stored(name)), name

@@ -34,6 +34,8 @@ def test_a_config_without_workers_has_one_per_core_or_fewer_where_memory_is_shor
     few = executors.fitted(ExecutorSpec(), LARGE, "bfloat16")
     assert executors.worker_count(few) == 2
     assert executors.resolve(few, LARGE)[2] == 8  # threads
+    engine = ModelSizes(parameters=7 * GB, dtype="bfloat16", files=42 * GB, engine=True)
+    assert engine.size("bfloat16").worker > LARGE.size("bfloat16").worker + 14 * GB
     small = ModelSizes(parameters=135_000_000, dtype="bfloat16", files=GB)
     assert executors.worker_count(executors.fitted(ExecutorSpec(), small, "bfloat16")) == 16
     named = ExecutorSpec(workers=12)

@@ -75,6 +75,7 @@ def test_the_values_of_a_finished_run_have_the_declared_types(finished_run: Path
         "descent_plan",
         "frugal",
         "pending",
+        "judges",
         "proposed",
         "gradient RECIPE LOSS",
         "weights RECIPE",
