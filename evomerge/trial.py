@@ -198,6 +198,8 @@ def requests(prepared: Prepared, found: Probe) -> dict[str, int | None]:
 
     An answer that was judged before is not sent again, so there are fewer in a run.
     """
+    if not prepared.judges:
+        return {}
     config, sources = prepared.config, tuple(prepared.config.models.sources)
     rows = baselines.hand_made(prepared.template, sources, dict.fromkeys(sources, 1.0))
     known = (

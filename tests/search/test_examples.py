@@ -14,6 +14,7 @@ MODULES = [
     found.name
     for room in (search, evaluation)
     for found in pkgutil.walk_packages(room.__path__, f"{room.__name__}.")
+    if found.name != "evomerge.evaluation.vllm_weights"  # only vLLM imports it
 ]
 
 
