@@ -16,7 +16,7 @@ help:            ## list the targets
 demo: $(INSTALLED)   ## search, report and export on the models that come with evomerge
 	$(BIN)/evomerge demo
 
-test: $(INSTALLED)   ## the default tests, about seven minutes on two cores
+test: $(INSTALLED)   ## the default tests, about ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
 slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, install a wheel; random examples for the property tests
@@ -66,7 +66,7 @@ bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its o
 	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
 	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
-real: $(INSTALLED)    ## a real pretrained chat model and three specialists of it, trained, searched, exported: an hour; goes on where it stopped
+real: $(INSTALLED)    ## a real pretrained chat model and three specialists of it, trained, searched, exported: some hours on two cores; goes on where it stopped
 	$(BIN)/python benchmarks/real/run.py
 
 vllm: $(VLLM)    ## vLLM itself on the CPU, in an environment of its own (3.5 GB): swaps, canary, a killed run
