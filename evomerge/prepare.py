@@ -30,7 +30,6 @@ from evomerge.merging.sources.source import Source
 from evomerge.merging.tensors import kernels
 from evomerge.running import executors, forward, warm_start
 from evomerge.running.clock import moment, shown
-from evomerge.running.executors import memory
 from evomerge.running.inputs import RunInputs, facts_of
 from evomerge.running.store import BASE, StoreReader, facts
 from evomerge.running.worker import WorkerSpec, counted
@@ -80,11 +79,6 @@ class Prepared:
     def parameters(self) -> int:
         """The number of parameters of each model."""
         return self.models.parameters
-
-    @property
-    def size(self) -> memory.Size:
-        """What the models take of a machine's memory."""
-        return self.models.size(self.worker.dtype)
 
     @property
     def model_facts(self) -> dict[facts.Fact[Any], Any]:

@@ -86,8 +86,8 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
         "seconds_per_candidate": probe.seconds,
         "workers": probe.workers,
         "memory": {
-            "worker": prepared.size.worker,
-            "files": prepared.size.files,
+            "worker": prepared.models.worker(prepared.worker.dtype),
+            "files": prepared.models.files,
             "free": memory.free(),
             "gpu": None if (taken := gpu_memory(prepared)) is None else dict(zip(GPU, taken, strict=True)),
         },
@@ -164,7 +164,7 @@ def gpu_memory(prepared: Prepared) -> tuple[int, int] | None:
     """Return the bytes of a worker's live model and of base and sources on a GPU that merges, else None."""
     if not merges_there(prepared.worker.merge_on, prepared.worker.device):
         return None
-    return prepared.size.parameters * prepared.size.forward, prepared.size.files
+    return prepared.models.live(prepared.worker.dtype), prepared.models.files
 
 
 def _judges(prepared: Prepared, probe: Probe) -> Iterator[str]:
@@ -185,12 +185,12 @@ def _judges(prepared: Prepared, probe: Probe) -> Iterator[str]:
 
 def _memory(prepared: Prepared, workers: int) -> str:
     """Return what a run takes of this machine's memory, in one line."""
-    size, free = prepared.size, memory.free()
+    size, free = prepared.models.worker(prepared.worker.dtype), memory.free()
     each = "" if workers == 1 else f"each of {workers} workers "
-    parts = f"{each}about {size.worker / 1e9:.1f} GB, and {size.files / 1e9:.1f} GB of files"
+    parts = f"{each}about {size / 1e9:.1f} GB, and {prepared.models.files / 1e9:.1f} GB of files"
     if free is None or prepared.worker.device != "cpu":
         return parts
-    short = size.worker * workers > free
+    short = size * workers > free
     return f"{parts}; {free / 1e9:.1f} GB are free here" + (
         ", too little: lower executor.workers" if short else ""
     )

@@ -21,8 +21,8 @@ def test_the_memory_of_a_gpu_that_merges_is_shown(config: Callable[..., Path]) -
     merging = prepare(RunConfig.load(config(generate=False, executor={**executor, "merge_on": "device"})))
     count = plain.parameters
     assert check.gpu_memory(plain) is None
-    assert check.gpu_memory(merging) == (4 * count, merging.size.files)
-    assert merging.size.files >= 6 * count  # three in bfloat16
+    assert check.gpu_memory(merging) == (4 * count, merging.models.files)
+    assert merging.models.files >= 6 * count  # three in bfloat16
     probe = Probe(
         items={"search": 8, "select": 8, "test": 8},
         test_items={"demo_reverse": 8, "demo_upper": 8},
@@ -42,4 +42,4 @@ def test_the_memory_of_a_gpu_that_merges_is_shown(config: Callable[..., Path]) -
     )
     assert check.as_data(plain, probe, nothing)["memory"]["gpu"] is None
     taken = check.as_data(merging, probe, nothing)["memory"]["gpu"]
-    assert taken == {"model": 4 * count, "sources": merging.size.files}
+    assert taken == {"model": 4 * count, "sources": merging.models.files}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -26,6 +25,7 @@ from evomerge.running.executors.devices import (
 )
 from evomerge.running.executors.inline import Inline
 from evomerge.running.executors.local import LocalProcesses
+from evomerge.running.executors.memory import ModelSizes
 from evomerge.running.worker import Result, WorkerSpec
 from evomerge.schema import Strict
 
@@ -50,32 +50,6 @@ __all__ = [
 
 WORTH_BFLOAT16 = 10_000_000
 """Parameters from which a forward pass in bfloat16 is faster on processors that multiply in it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSizes:
-    """What of a run's models matters to a machine. parameters: of each. dtype: of the merged model. files:
-    bytes of all weight files. cached: numbers that a model keeps per token while it reads. batch: requests
-    per forward pass. engine: whether vLLM generates."""
-
-    parameters: int
-    dtype: str
-    files: int
-    cached: int = 0
-    batch: int = 1
-    engine: bool = False
-
-    def size(self, dtype: str) -> memory.Size:
-        """Return their size with forward passes in a dtype."""
-        forward = 4 if dtype == "float32" else 2
-        return memory.Size(
-            parameters=self.parameters,
-            forward=forward,
-            files=self.files,
-            cached=self.cached,
-            batch=self.batch,
-            engine=self.engine,
-        )
 
 
 class ExecutorSpec(Strict):
@@ -193,7 +167,7 @@ def fitted(spec: ExecutorSpec, models: ModelSizes, dtype: str) -> ExecutorSpec:
     """
     if spec.name != "local" or spec.workers is not None or resolve(spec, models)[0] != "cpu":
         return spec
-    most = models.size(dtype).fitting(memory.free())
+    most = models.fitting(memory.free(), dtype)
     if most is None or most >= cores():
         return spec
     return spec.model_copy(update={"workers": most})

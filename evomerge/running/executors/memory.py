@@ -21,42 +21,50 @@ SPARE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """The size of a run's models. parameters: of each. forward: bytes that one takes in the forward pass.
+class ModelSizes:
+    """What of a run's models matters to a machine. parameters: of each. dtype: of the merged model.
     files: bytes of all mapped files, which the workers of a machine share. cached: numbers that a model keeps
     per token while it reads (keys and values). batch: requests per forward pass. engine: whether vLLM stands
     beside the live model."""
 
     parameters: int
-    forward: int
+    dtype: str
     files: int
     cached: int = 0
     batch: int = 1
     engine: bool = False
 
-    @property
-    def worker(self) -> int:
-        """Bytes of a worker at its peak: the program, its live model, as much again, and a batch.
+    def live(self, dtype: str) -> int:
+        """Return the bytes of a live model with forward passes in a dtype."""
+        return self.parameters * _bytes(dtype)
+
+    def worker(self, dtype: str) -> int:
+        """Return the bytes of a worker at its peak: the program, its live model, as much again, and a batch.
 
         Beside the weights stand a gradient of each or the statistics of trimmed task vectors, which are kept
         up to that size. Of a batch of `TOKENS` each, keys and values stand twice while they grow.
         """
-        weights = self.parameters * self.forward
-        batch = 2 * self.cached * self.batch * TOKENS * self.forward
+        weights = self.live(dtype)
+        batch = 2 * self.cached * self.batch * TOKENS * _bytes(dtype)
         return int(PROGRAM + 2 * weights + batch + self.engine * (ENGINE + weights))
 
-    def fitting(self, free: int | None) -> int | None:
+    def fitting(self, free: int | None, dtype: str) -> int | None:
         """Return how many workers fit into free bytes, at least one; None where they are not known.
 
         The files are not counted beyond half of the memory: what does not fit of them is read again.
 
-        >>> Size(parameters=7_000_000_000, forward=4, files=42_000_000_000).fitting(256_000_000_000)
+        >>> models = ModelSizes(parameters=7_000_000_000, dtype="bfloat16", files=42_000_000_000)
+        >>> models.fitting(256_000_000_000, "float32")
         3
         """
         if free is None:
             return None
         left = SPARE * max(free - self.files, free / 2)
-        return max(1, int(left // self.worker))
+        return max(1, int(left // self.worker(dtype)))
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def free() -> int | None:

@@ -20,7 +20,7 @@ LARGE = ModelSizes(parameters=7 * GB, dtype="bfloat16", files=42 * GB)
     ids=["not known", "too little for one", "less than files and one", "two", "six"],
 )
 def test_as_many_workers_as_fit_beside_the_files(free: int | None, workers: int | None) -> None:
-    assert LARGE.size("bfloat16").fitting(free) == workers
+    assert LARGE.fitting(free, "bfloat16") == workers
 
 
 def test_a_config_without_workers_has_one_per_core_or_fewer_where_memory_is_short(
@@ -35,7 +35,7 @@ def test_a_config_without_workers_has_one_per_core_or_fewer_where_memory_is_shor
     assert executors.worker_count(few) == 2
     assert executors.resolve(few, LARGE)[2] == 8  # threads
     engine = ModelSizes(parameters=7 * GB, dtype="bfloat16", files=42 * GB, engine=True)
-    assert engine.size("bfloat16").worker > LARGE.size("bfloat16").worker + 14 * GB
+    assert engine.worker("bfloat16") > LARGE.worker("bfloat16") + 14 * GB
     small = ModelSizes(parameters=135_000_000, dtype="bfloat16", files=GB)
     assert executors.worker_count(executors.fitted(ExecutorSpec(), small, "bfloat16")) == 16
     named = ExecutorSpec(workers=12)
