@@ -36,10 +36,10 @@ class Probe:
     seconds_after: after the search. estimate: seconds of the whole run, None where only `patience` ends it.
     ends: its end in epoch seconds, if it started now. cost: None without a price. late: whether a limit of
     the clock comes too early for a single generation. gains: what specialists gain over the base on `search`.
-    task_items: per split and task.
+    task_items: per split and task. gradients: how the run follows gradients, at most; None where it does not.
     """
 
-    items: dict[str, int]
+    items: Mapping[str, int]
     test_items: dict[str, int]
     seconds: dict[str, float]
     workers: int
@@ -51,6 +51,7 @@ class Probe:
     late: bool
     gains: tuple[Gain, ...] = ()
     task_items: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    gradients: GradientSpec | None = None
 
 
 def probe(prepared: Prepared) -> Probe:
@@ -64,7 +65,8 @@ def probe(prepared: Prepared) -> Probe:
     items: dict[str, int] = {}
     task_items: dict[str, dict[str, int]] = {}
     seconds: dict[Split, float] = {}
-    with executors.trial(prepared.executor, prepared.worker) as executor:
+    parameters = prepared.models.parameters
+    with executors.trial(prepared.executor, prepared.worker, parameters=parameters) as executor:
         references = _references(prepared, executor)
         found = _gains(prepared, references)
         costly = _seconds(references) >= COSTLY
@@ -88,15 +90,15 @@ def probe(prepared: Prepared) -> Probe:
                 items[split] = result.outcome.items
                 task_items[split] = {task.task: len(task.metric) for task in result.outcome}
             seconds[split] = _seconds(scored)
-    estimated = _estimated(prepared, items, seconds)
-    return replace(estimated, test_items=task_items["test"], gains=found, task_items=task_items)
+    estimated = _estimated(prepared, items, seconds, task_items)
+    return replace(estimated, test_items=task_items["test"], gains=found)
 
 
 def again(prepared: Prepared, found: Probe) -> Probe:
     """Return the estimate of another budget for the same candidates, from the seconds of an earlier probe."""
     seconds: dict[Split, float] = {split: found.seconds[split] for split in SPLITS}
-    estimated = _estimated(prepared, found.items, seconds)
-    return replace(estimated, test_items=found.test_items, gains=found.gains, task_items=found.task_items)
+    estimated = _estimated(prepared, found.items, seconds, found.task_items)
+    return replace(estimated, test_items=found.test_items, gains=found.gains)
 
 
 def refuse_nothing(prepared: Prepared, probe: Probe) -> None:
@@ -151,7 +153,12 @@ def _trial(prepared: Prepared, place: float, split: Split) -> Job:
     return Job(recipe=recipe, split=split, blocks=prepared.worker.blocks_of(split))
 
 
-def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, float]) -> Probe:
+def _estimated(
+    prepared: Prepared,
+    items: Mapping[str, int],
+    seconds: dict[Split, float],
+    task_items: Mapping[str, Mapping[str, int]],
+) -> Probe:
     config, workers, now = prepared.config, executors.at_once(prepared.executor), time.time()
     sources = tuple(config.models.sources)
     parents = len(sources) + 1
@@ -159,7 +166,8 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     hand_made = sum(row.name in prepared.baselines for row in rows)
     starts = len(prepared.warm.recipes)
     beforehand = math.ceil((parents + hand_made + starts) / workers) + len(sources)  # the soup, one by one
-    slopes = _slopes(prepared, items["search"])
+    gradients = _descent(prepared, items["search"], task_items)
+    slopes = _cost(gradients)
     beforehand += math.ceil(slopes)
     first = math.ceil(optimizer_of(config, prepared.space).population / workers)
     before = (beforehand + first) * seconds["search"]
@@ -171,7 +179,7 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
         + (min(hand_made, baselines.TESTED) if prepared.baselines.short else hand_made + 1)
         + starts,
     ).seconds(seconds, workers)
-    searched = _searched(prepared, items["search"])
+    searched = _searched(prepared, items["search"], slopes)
     whole = None
     if searched is not None:
         whole = max(before, (beforehand + max(0.0, searched - slopes) / workers) * seconds["search"]) + after
@@ -182,6 +190,8 @@ def _estimated(prepared: Prepared, items: dict[str, int], seconds: dict[Split, f
     return Probe(
         items=items,
         test_items={},
+        task_items=task_items,
+        gradients=gradients,
         seconds={str(split): mean for split, mean in seconds.items()},
         workers=executors.worker_count(prepared.executor),
         seconds_before=before,
@@ -205,7 +215,7 @@ def requests(prepared: Prepared, found: Probe) -> dict[str, int | None]:
     known = (
         len(sources) + 1 + sum(row.name in prepared.baselines for row in rows) + len(prepared.warm.recipes)
     )
-    searched = _searched(prepared, found.items["search"])
+    searched = _searched(prepared, found.items["search"], _cost(found.gradients))
     if searched is None:
         return dict.fromkeys(prepared.judges)
     counts: dict[Split, int] = {
@@ -219,31 +229,36 @@ def requests(prepared: Prepared, found: Probe) -> dict[str, int | None]:
     }
 
 
-def descent(prepared: Prepared, full: int) -> GradientSpec | None:
+def _descent(
+    prepared: Prepared, full: int, task_items: Mapping[str, Mapping[str, int]]
+) -> GradientSpec | None:
     """Return how the run would follow gradients, None if not; full: items of an evaluation."""
     spec = prepared.warm.gradients
     if spec is None or not prepared.warm.automatic:
         return spec
     population = optimizer_of(prepared.config, prepared.space).population
-    return automatic(spec, prepared.config.budget.allowed(full, population))
+    counted = [task.task for task in prepared.suite.of("search") if task.role == "skill" and task.counted]
+    sizes = [count for task, count in task_items["search"].items() if task in counted]
+    allowed = prepared.config.budget.allowed(full, population)
+    return automatic(spec, allowed, min(sizes, default=None))
 
 
-def _slopes(prepared: Prepared, full: int) -> float:
-    """Return the cost of the gradient warm start, in full evaluations."""
-    spec = descent(prepared, full)
-    return 0.0 if spec is None else PASSES * spec.steps * spec.share
+def _cost(gradients: GradientSpec | None) -> float:
+    """Return the cost of following gradients, in full evaluations."""
+    return 0.0 if gradients is None else PASSES * gradients.steps * gradients.share
 
 
-def _searched(prepared: Prepared, full: int) -> float | None:
+def _searched(prepared: Prepared, full: int, slopes: float) -> float | None:
     """Return how many full evaluations the budget allows, None where only time limits it.
 
-    full: items of one. A limit in generations counts as if no candidate stopped early.
+    full: items of one. slopes: cost of following gradients. A limit in generations counts as if no candidate
+    stopped early.
     """
     budget = prepared.config.budget
     optimizer = optimizer_of(prepared.config, prepared.space)
     limits = [
         budget.evaluations,
         budget.items and budget.items / full,
-        budget.generations and budget.generations * optimizer.population + _slopes(prepared, full),
+        budget.generations and budget.generations * optimizer.population + slopes,
     ]
     return min((limit for limit in limits if limit), default=None)

@@ -17,7 +17,7 @@ from evomerge.running.worker import build_harness
 from evomerge.search.objective import ObjectiveSpec, check_tokens
 from evomerge.search.racing import FULL, full_blocks
 from evomerge.text import one_line, printable
-from evomerge.trial import Probe, descent, requests
+from evomerge.trial import Probe, requests
 
 if TYPE_CHECKING:
     from evomerge.evaluation.examples import RenderedItem
@@ -68,7 +68,7 @@ def as_data(prepared: Prepared, probe: Probe, questions: Questions) -> dict[str,
     Returns:
         Values that JSON can hold; times in the unit their key names, costs in the budget's currency.
     """
-    steps = descent(prepared, probe.items["search"])
+    steps = probe.gradients
     return {
         "models": prepared.config.locations,
         "parameters": prepared.parameters,
@@ -120,7 +120,7 @@ def text(prepared: Prepared, probe: Probe, questions: Questions) -> str:
         "architectures, shapes and vocabularies match",
         f"space:  {prepared.space.describe()}",
         f"search: {prepared.optimizer}",
-        f"        {_search_settings(prepared)}",
+        f"        {_search_settings(prepared, probe)}",
         f"goal:   {_goal(config.objective)}",
         f"suite:  {prepared.suite.name}; one candidate takes {items}",
         *(
@@ -259,7 +259,7 @@ def _uses_surrogate(prepared: Prepared) -> bool:
     return objective.items_decide or (surrogate.front and objective.items_decide_front)
 
 
-def _search_settings(prepared: Prepared) -> str:
+def _search_settings(prepared: Prepared, probe: Probe) -> str:
     """Return racing, surrogate and starting points in one line."""
     config, warm = prepared.config, prepared.warm
     blocks = config.racing.count
@@ -277,7 +277,7 @@ def _search_settings(prepared: Prepared) -> str:
     starts = ["baselines"]
     if warm.recipes:
         starts.append(f"{len(warm.recipes)} recipe{'s' if len(warm.recipes) > 1 else ''}")
-    if warm.gradients is not None:
+    if (gradients := probe.gradients) is not None:
         most = "at most " if warm.automatic else ""
-        starts.append(f"{most}{warm.gradients.steps} gradient steps")
+        starts.append(f"{most}{gradients.steps} gradient steps on {gradients.share:.0%} of the items each")
     return f"{scoring}; surrogate {surrogate}; starts from {', '.join(starts)}"

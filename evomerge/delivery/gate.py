@@ -21,6 +21,7 @@ from evomerge.delivery.style import difference, p_value, percent, short_task
 from evomerge.delivery.summary import Row, Summary
 from evomerge.errors import ConfigError, nearest
 from evomerge.evaluation import statistics
+from evomerge.evaluation.normalise import kept_share
 from evomerge.evaluation.scores import Array, Scores
 from evomerge.evaluation.statistics import Span
 from evomerge.schema import Strict, load_yaml, parse
@@ -40,8 +41,8 @@ class GateRules(Strict):
     against: Literal["base", "best_baseline", "parents"] = "best_baseline"
     """What a loss is measured against; `parents`: the task's specialist, and the best parent for `mean`.
     `compare` measures against the first run's winner."""
-    min_retention: float | None = Field(default=None, gt=0, le=100)
-    """Least retention, relative to the base."""
+    min_retention: float | None = Field(default=None, gt=0, le=1)
+    """Least retention: 1 where nothing of the base is lost."""
     min_points: float | None = Field(default=None, ge=-1000, le=1000)
     """Least mean in points: 0 is the base, 100 the specialists."""
     confidence: float = Field(default=0.95, ge=0.5, le=0.9999)
@@ -246,7 +247,7 @@ def _retention(rules: GateRules, summary: Summary, winner: Scores) -> list[Limit
     samples = []
     for part in scale.retained:
         lost = winner[part.task].metric - base[part.task].metric
-        kept = np.exp(lost.mean())
+        kept = kept_share(float(lost.mean()))
         samples.append(kept * (1 + lost - lost.mean()))
     return [
         Limit(

@@ -9,9 +9,10 @@ depends on the requests and the weights only, so the same weights give the same 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from evomerge.evaluation import prefix_trees
+from evomerge.evaluation import gold_tokens, prefix_trees
 from evomerge.evaluation.scores import NonFiniteScores
 
 _SPARE = 32
@@ -58,6 +59,7 @@ class Request:
 
     prompt: token ids, at least one. limit: most new tokens. stops: strings that end the answer. sampling:
     None takes the likeliest token. seed: of the draws; equal prompts and seeds draw equal answers.
+    companion: token ids of a text whose last `scored` tokens are scored in the pass that reads the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -65,14 +67,27 @@ class Request:
     stops: tuple[str, ...] = ()
     sampling: Sampling | None = None
     seed: tuple[int, ...] = ()
+    companion: tuple[int, ...] = ()
+    scored: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldAnswer:
+    """What a model says of a request's companion: the sum of its tokens' log-likelihoods, and their smallest
+    lead over the best other token, in nats."""
+
+    ll: float
+    lead: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """A request's new tokens, with the one that ended the answer; ended: whether before the limit."""
+    """A request's new tokens, with the one that ended the answer; ended: whether before the limit.
+    companion: of a request that has one."""
 
     tokens: tuple[int, ...]
     ended: bool
+    companion: GoldAnswer | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +95,13 @@ class Generated:
     """A finished answer.
 
     text: as it is scored. ids: the new tokens, with thoughts. ended: whether before the length limit.
+    companion: of a request that has one.
     """
 
     text: str
     ids: tuple[int, ...]
     ended: bool
+    companion: GoldAnswer | None = None
 
     @property
     def tokens(self) -> int:
@@ -124,6 +141,7 @@ class Generator:
         self._model, self._decode, self._ends, self._batch_size = model, decode, ends, batch_size
         self._trims = prefix_trees.accepts(model, "logits_to_keep")
         self._endings: dict[tuple[str, ...], _Ending] = {}
+        self._companions: dict[int, GoldAnswer] = {}
         self.forward_seconds = 0.0
 
     def answer(self, requests: Sequence[Request]) -> list[Continuation]:
@@ -153,7 +171,9 @@ class Generator:
                 if not kept or (len(rows) - len(kept)) * _COMPACT >= len(rows):
                     rows = [rows[index] for index in kept]
                     cache.keep(kept, max((row.length for row in rows), default=0))
-        return [found[number] for number in range(len(requests))]
+        return [
+            replace(found[number], companion=self._companions.get(number)) for number in range(len(requests))
+        ]
 
     def _call(self, **inputs: Any) -> Any:
         start = time.perf_counter()
@@ -167,25 +187,38 @@ class Generator:
         """Compute the prompts of new rows; return (rows, vocabulary) logits, and the prompts' states."""
         model = self._model
         asking: dict[tuple[int, ...], list[int]] = {}
+        companions: dict[tuple[int, ...], list[_Row]] = {}
         for index, row in enumerate(new):
             asking.setdefault(row.request.prompt, []).append(index)
+            if row.request.companion:
+                companions.setdefault(row.request.companion[:-1], []).append(row)
         order: list[int] = []
         logits: list[torch.Tensor] = []
         prompts: dict[int, _Prompt] = {}
-        for sequences in prefix_trees.in_rows(sorted(asking), len(new)):
+        for sequences in prefix_trees.in_rows(sorted({*asking, *companions}), 2 * len(new)):
             tree = prefix_trees.row(sequences)
-            lasts = torch.stack([path[-1] for path in tree.paths]).to(model.device)
+            lasts = [path[-1:] for path, each in zip(tree.paths, sequences, strict=True) if each in asking]
+            scored = [
+                (row, path[len(path) - row.request.scored :])
+                for path, each in zip(tree.paths, sequences, strict=True)
+                for row in companions.get(each, ())
+            ]
+            wanted = {place for places in (*lasts, *(own for _, own in scored)) for place in places.tolist()}
+            columns = torch.tensor(sorted(wanted), device=model.device)
             inputs = tree.inputs(model.device, model.dtype)
             filled = DynamicCache()
             if self._trims:
-                scores = self._call(**inputs, past_key_values=filled, logits_to_keep=lasts).logits[0]
+                scores = self._call(**inputs, past_key_values=filled, logits_to_keep=columns).logits[0]
             else:
-                scores = self._call(**inputs, past_key_values=filled).logits[0, lasts]
-            for number, sequence in enumerate(sequences):
-                for index in asking[sequence]:
+                scores = self._call(**inputs, past_key_values=filled).logits[0, columns]
+            for path, sequence in zip(tree.paths, sequences, strict=True):
+                for index in asking.get(sequence, ()):
                     order.append(index)
-                    logits.append(scores[number])
-                    prompts[index] = filled, tree.paths[number]
+                    logits.append(scores[torch.searchsorted(columns, path[-1].to(columns))])
+                    prompts[index] = filled, path
+            for row, places in scored:
+                chosen = scores[torch.searchsorted(columns, places.to(columns))]
+                self._companions[row.number] = _companion(chosen, row.request)
         back = torch.tensor(order).argsort().to(model.device)
         return torch.stack(logits)[back], [prompts[index] for index in range(len(new))]
 
@@ -222,6 +255,18 @@ class Generator:
         if stops not in self._endings:
             self._endings[stops] = _Ending(stops, self._decode)
         return self._endings[stops].reached(row.tokens)
+
+
+def _companion(logits: torch.Tensor, request: Request) -> GoldAnswer:
+    """Read a request's companion from the (scored, vocabulary) logits before its tokens."""
+    gold = torch.tensor(request.companion[len(request.companion) - request.scored :], device=logits.device)
+    likelihood, _, leads = gold_tokens.read(logits.float(), gold)
+    found = GoldAnswer(ll=float(likelihood.cpu().double().sum()), lead=float(leads.min()))
+    if not math.isfinite(found.ll):
+        raise NonFiniteScores(
+            "the model's logits are not finite", got=f"{found.ll} for an answer of {request.scored} tokens"
+        )
+    return found
 
 
 class _Ending:

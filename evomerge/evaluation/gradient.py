@@ -20,6 +20,7 @@ from evomerge.evaluation.agreement import agreements
 from evomerge.evaluation.items import Items, TaskItems
 from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
 from evomerge.evaluation.live_lm import Pair
+from evomerge.evaluation.normalise import kept_share
 from evomerge.evaluation.scores import NonFiniteScores
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 
@@ -213,16 +214,17 @@ def _retention(
     laid = [_windows(task, part, batch_size, max_length, prefix) for task, part in texts]
     parts = [part for _, part in texts]
     means = [float(windows.score(model).ll @ weights) for windows, weights in laid]
-    retained = [
-        part.gain * math.exp(mean - (part.base or 0.0)) for part, mean in zip(parts, means, strict=True)
-    ]
-    kept = math.fsum(retained)
+    gained = [mean - (part.base or 0.0) for part, mean in zip(parts, means, strict=True)]
+    ratios = [part.gain * kept_share(gain) for part, gain in zip(parts, gained, strict=True)]
+    kept = math.fsum(ratios)
     least, short = loss.limit or (0.0, 0.0)
     price = loss.price * (kept < 1.0) + short * (kept < least)
     if not price:
         return 0.0
     trimmed = trims(model)
-    for (windows, weights), slope in zip(laid, retained, strict=True):
+    for (windows, weights), gain, slope in zip(laid, gained, ratios, strict=True):
+        if gain >= 0.0:
+            continue
         start = 0
         by_token = torch.from_numpy(weights[windows.order]).repeat_interleave(_lengths(windows))
         for batch in windows.batches:

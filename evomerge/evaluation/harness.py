@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -28,7 +27,6 @@ from evomerge import steps
 from evomerge.errors import ConfigError
 from evomerge.evaluation import contamination, gradient, prefix_trees
 from evomerge.evaluation.agreement import read_off
-from evomerge.evaluation.coherence import coherence, drift, thoughts_open
 from evomerge.evaluation.companion import with_companion
 from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.engine import CANARY, Engine, Mirror, refuse_sampling
@@ -48,31 +46,25 @@ from evomerge.evaluation.items import (
     refuse_long,
     refuse_long_answers,
 )
-from evomerge.evaluation.likelihood import Likelihoods
-from evomerge.evaluation.live_lm import LiveLM
+from evomerge.evaluation.live_lm import LiveLM, Pair
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import (
     SPLITS,
-    Array,
     NonFiniteScores,
     Question,
     Scores,
     Split,
-    TaskScores,
     joined,
 )
+from evomerge.evaluation.scoring import repeated_requests, score
 from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.smooth_loss import SmoothLoss
 from evomerge.evaluation.suite import Suite
 from evomerge.evaluation.tasks import TaskBuilder, build
 
 _log = logging.getLogger(__name__)
-PROMPT_END = 64
-"""Last characters of a prompt where a chat template may begin or end the thoughts."""
 _PROMPT = 2000
 """Characters of a task's text by which tokenizers are compared."""
-_SURE = 1e3
-"""Margins, in nats, are limited to this size."""
 
 
 class Harness:
@@ -136,6 +128,7 @@ class Harness:
         # Whether models take prefix trees; None: not tried yet.
         self._shares = None if sharing is None else sharing.scored
         self._lm.continues = None if sharing is None else sharing.generated
+        self._companions = None if sharing is None else sharing.companions
 
     def blocks(self, split: Split) -> int:
         """Return the number of item blocks of a split."""
@@ -159,7 +152,8 @@ class Harness:
             for number, builder in enumerate(asked, start=1):
                 steps.say(f"tokenising {number}/{len(asked)} tasks for {split}")
                 built = build_items(builder, split, self._lm)
-                built = with_companion(built, self._lm, self._own(builder, split))
+                if split != "test":  # where nothing is decided by a companion
+                    built = with_companion(built, self._lm, self._own(builder, split))
                 whole.append(self._with_distributions(built, split))
             self._items[split] = tuple(
                 Items(split=split, tasks=tasks, block=number)
@@ -238,7 +232,9 @@ class Harness:
     @property
     def sharing(self) -> Sharing:
         """Whether requests share rows, after `try_out`."""
-        return Sharing(scored=bool(self._shares), generated=bool(self._lm.continues))
+        generated = bool(self._lm.continues)
+        companions = generated and self._companions is not False
+        return Sharing(scored=bool(self._shares), generated=generated, companions=companions)
 
     def try_out(self, model: Any) -> None:
         """Find out what the model can't do (see `prefix_trees`), where it is not known.
@@ -253,10 +249,11 @@ class Harness:
                 for block in range(self.blocks(split)):
                     items = self.items(split, block)
                     try:
-                        self._layout(items, self._lm.max_length, self.batch_size)
                         self._lm.try_out([i for _, _, asked in _asked(items) for i in asked], seed=self._seed)
+                        self._layout(items, self._lm.max_length, self.batch_size)
                     except NonFiniteScores:
                         self._shares = self._lm.continues = False
+                        self._forget_layouts()
                         self._layout(items, self._lm.max_length, self.batch_size)
             self._shares, self._lm.continues = bool(self._shares), bool(self._lm.continues)
         finally:
@@ -305,6 +302,7 @@ class Harness:
         if prompts:
             canary = [self._lm.prefix_token_id, *max(prompts, key=len)][:CANARY]
             self._lm.mirror = Mirror(engine, canary, tolerance=tolerance, weights=weights)
+            self._forget_layouts()
 
     def judged_in(self, folder: Path) -> None:
         """Keep the verdicts of the tasks' judges in a run folder, as soon as there is one."""
@@ -340,9 +338,10 @@ class Harness:
         try:
             layout = self._layout(items, lm.max_length, size)
             likelihoods = layout.plan.score(model) if layout.plan is not None else None
-            written = self._write(items)
+            written = self._write(items, layout.beside)
+            options: Any = {"lm": lm, "stored_text": self._stored_text}
             scores = [
-                self._score(task, layout, likelihoods, written, twin=task.twin(items.tasks[:number]))
+                score(task, layout, likelihoods, written, twin=task.twin(items.tasks[:number]), **options)
                 for number, task in enumerate(items.tasks)
             ]
         finally:
@@ -389,6 +388,11 @@ class Harness:
         finally:
             lm.detach()
 
+    def _forget_layouts(self) -> None:
+        """Let batches be laid out anew, after what requests share has changed."""
+        for items in itertools.chain(*self._items.values()):
+            items.plans.clear()
+
     def _whole(self, split: Split) -> Items:
         """Return all blocks of a split as one block."""
         parts = [self.items(split, block) for block in range(self.blocks(split))]
@@ -403,188 +407,61 @@ class Harness:
             if self._shares is not False and prefix_trees.takes(model):
                 reached = prefix_trees.reach(model)
                 share = max_length if reached is None else min(max_length, reached)
-            layout = lay_out(items, self._lm, batch_size, max_length, share)
+            beside = self._beside(items)
+            layout = lay_out(items, self._lm, batch_size, max_length, share, beside)
             if self._shares is None and layout.plan is not None and (sample := layout.plan.sample()):
                 self._shares = prefix_trees.agree(model, sample)
                 if not self._shares:
                     _log.info("the model scores shared prefixes differently: every request has its own row")
-                    layout = lay_out(items, self._lm, batch_size, max_length, 0)
+                    layout = lay_out(items, self._lm, batch_size, max_length, 0, beside)
             items.plans[key] = layout
         return items.plans[key]
 
-    def _write(self, items: Items) -> dict[str, list[Generated]]:
-        """Let the attached model write the answers of all tasks, as many together as can be."""
+    def _beside(self, items: Items) -> frozenset[str]:
+        """Return the tasks whose right answers are scored in the passes that read their prompts."""
+        if self._companions is False:
+            return frozenset()
+        return frozenset(
+            task.name
+            for task, _, asked in _asked(items)
+            if task.pairs and self._lm.carries(asked, _companions(task))
+        )
+
+    def _write(self, items: Items, beside: Collection[str] = ()) -> dict[str, list[Generated]]:
+        """Let the attached model write the answers of all tasks, as many together as can be.
+
+        beside: tasks whose right answers are scored, too.
+        """
         together: dict[int | str | None, list[tuple[TaskItems, int]]] = {}
         requests: dict[int | str | None, list[Any]] = {}
+        companions: dict[int | str | None, list[Pair | None]] = {}
         for task, end, asked in _asked(items):
             together.setdefault(end, []).append((task, len(asked)))
             requests.setdefault(end, []).extend(asked)
+            pairs = _companions(task) if task.name in beside else [None] * len(asked)
+            companions.setdefault(end, []).extend(pairs)
         written: dict[str, list[Generated]] = {}
         for end, tasks in together.items():
             with self._lm.dropping_thoughts(end):
-                answers = iter(self._lm.generate(requests[end], seed=self._seed))
+                found = self._lm.generate(requests[end], seed=self._seed, companions=companions[end])
+            answers = iter(found)
             written |= {task.name: list(itertools.islice(answers, count)) for task, count in tasks}
         return written
-
-    def _score(
-        self,
-        task: TaskItems,
-        layout: BatchLayout,
-        likelihoods: Likelihoods | None,
-        written: Mapping[str, Sequence[Generated]],
-        *,
-        twin: TaskItems | None,
-    ) -> TaskScores:
-        """Score a task's items.
-
-        written: task -> its generated answers. twin: a task that was scored just before from the same
-        requests, if there is one.
-        """
-        generated = None
-        if task.generates:
-            generated = _generated(task, written[(twin or task).name], self._lm, self._stored_text)
-        if task.name not in layout.bounds:
-            return generated or _requested(task, self._lm, twin)
-        assert likelihoods is not None
-        start, stop = layout.bounds[task.name]
-        ll, greedy = likelihoods.ll[start:stop], likelihoods.greedy[start:stop]
-        margin = likelihoods.margin[start:stop]
-        if generated is not None:
-            smooth = _probability(task, ll) if generated.smooth is None else generated.smooth
-            return replace(generated, smooth=smooth, margin=margin)
-        if task.texts:
-            sums = np.add.reduceat(ll, layout.windows[task.name])
-            return TaskScores(task=task.name, metric=sums / [len(text) for text in task.texts])
-        if task.builder.spec.role == "retention":
-            lengths = [len(task.pairs[number][1]) for number in task.right]
-            return TaskScores(task=task.name, metric=ll[task.right] / lengths)
-        return _answered(task, ll, greedy, margin)
-
-
-def _answered(
-    task: TaskItems, ll: Array, greedy: np.ndarray[Any, np.dtype[np.bool_]], margin: Array
-) -> TaskScores:
-    """Score a loglikelihood or multiple-choice task from the results of its requests."""
-    answers = iter(zip(ll.tolist(), greedy.tolist(), strict=True))
-    for group in task.groups:
-        for instance in group:
-            instance.resps = [next(answers)]
-    if task.gold:
-        smooth, margin = _choices(task, ll)
-    else:
-        smooth = _probability(task, ll)
-    return TaskScores(task=task.name, metric=_metric(task), smooth=smooth, margin=margin)
-
-
-def _probability(task: TaskItems, ll: Array) -> Array:
-    """Return (n,) the geometric mean probability of the answers' tokens."""
-    means: Array = np.exp(ll / [len(continuation) for _, continuation in task.pairs])
-    return means
-
-
-def _choices(task: TaskItems, ll: Array) -> tuple[Array, Array]:
-    """Return (n,) the right choices' share of all choices' probability, and their lead in nats."""
-    choices = [len(task.task.doc_to_choice(group[0].doc)) for group in task.groups]
-    table = np.full((len(choices), max(choices)), -np.inf)
-    right = np.zeros_like(table)
-    start = 0
-    for row, (group, count) in enumerate(zip(task.groups, choices, strict=True)):
-        # Requests past the choices are the unconditional ones of acc_mutual_info.
-        table[row, :count] = ll[start : start + count]
-        start += len(group)
-        right[row, [index for index in task.gold[row] if 0 <= index < count]] = 1.0
-    probability = np.exp(table - table.max(axis=1, keepdims=True))
-    share: Array = (probability * right).sum(axis=1) / probability.sum(axis=1)
-    best = np.where(right > 0, table, -np.inf).max(axis=1)
-    wrong = np.where(right > 0, -np.inf, table).max(axis=1)
-    return share, np.clip(best - wrong, -_SURE, _SURE)  # an item may have no wrong choice
 
 
 def _asked(items: Items) -> list[tuple[TaskItems, int | str | None, list[Any]]]:
     """Return each task that generates, what ends its thoughts, and its requests; of twins only the first."""
     return [
-        (task, task.builder.asked.think_end_token, _repeated(task))
+        (task, task.builder.asked.think_end_token, repeated_requests(task))
         for number, task in enumerate(items.tasks)
         if task.generates and task.twin(items.tasks[:number]) is None
     ]
 
 
-def _repeated(task: TaskItems) -> list[Any]:
-    """Return a task's requests, each as often as the task repeats it."""
-    flat = (instance for group in task.groups for instance in group)
-    return [instance for instance in flat for _ in range(instance.repeats or 1)]
-
-
-def _requested(task: TaskItems, lm: LiveLM, twin: TaskItems | None) -> TaskScores:
-    """Score a task whose requests lm-eval sends one by one. twin: as in `Harness._score`."""
-    repeated = _repeated(task)
-    if twin is not None:
-        answered = [instance for group in twin.groups for instance in group]
-        answers = [answer for instance in answered for answer in instance.resps]
-    else:
-        answers = getattr(lm, repeated[0].request_type)(repeated, disable_tqdm=True)
-    _give(repeated, answers)
-    return TaskScores(task=task.name, metric=_metric(task))
-
-
-def _give(repeated: Sequence[Any], answers: Sequence[Any]) -> None:
-    for instance in repeated:
-        instance.resps = []
-    for instance, answer in zip(repeated, answers, strict=True):
-        instance.resps.append(answer)
-
-
-def _generated(task: TaskItems, answers: Sequence[Generated], lm: LiveLM, stored_text: int) -> TaskScores:
-    """Score a task whose answers the model wrote. stored_text: as in Harness."""
-    repeated = _repeated(task)
-    if task.builder.spec.role == "coherence":
-        by_item: dict[int, list[float]] = {}
-        for request, answer in zip(repeated, answers, strict=True):
-            by_item.setdefault(request.doc_id, []).append(_coherence(task, request, answer, lm))
-        metric = np.array([np.mean(values) for values in by_item.values()])
-        smooth = None
-    else:
-        _give(repeated, [answer.text for answer in answers])
-        metric = _metric(task)
-        smooth = None if (partial := task.builder.spec.smooth) is None else _smooth(task, partial)
-    left = iter(answers)
-    counts = [sum(instance.repeats or 1 for instance in group) for group in task.groups]
-    by_group = [list(itertools.islice(left, count)) for count in counts]
-    return TaskScores(
-        task=task.name,
-        metric=metric,
-        smooth=smooth,
-        tokens=np.array([np.mean([answer.tokens for answer in group]) for group in by_group]),
-        texts=tuple(tuple(answer.text[:stored_text] for answer in group) for group in by_group)
-        if stored_text
-        else None,
-    )
-
-
-def _smooth(task: TaskItems, name: str) -> Array:
-    """Return (n,) the partial credit of each item. name: of the metric."""
-    values = _metric(task, name)
-    if wrong := [value for value in values.tolist() if not 0 <= value <= 1]:
-        raise ConfigError(
-            f"task {task.name!r}: smooth metric {name!r}", expected="numbers from 0 to 1", got=str(wrong[0])
-        )
-    return values
-
-
-def _coherence(task: TaskItems, request: Any, answer: Generated, lm: LiveLM) -> float:
-    """Return the coherence of one answer."""
-    end = task.builder.asked.think_end_token
-    if isinstance(end, int):
-        end = lm.tok_decode([end], skip_special_tokens=False)
-    written = request.args[0][-PROMPT_END:] + lm.tok_decode(list(answer.ids), skip_special_tokens=False)
-    return coherence(
-        lm.tok_encode(answer.text, add_special_tokens=False),
-        ended=answer.ended,
-        drifted=drift(answer.text, task.question(request.doc)),
-        thinking=thoughts_open(written, end),
-    )
-
-
-def _metric(task: TaskItems, other: str | None = None) -> Array:
-    """Return (n,) the metric of each item. other: the name of another metric of the task."""
-    return np.fromiter(task.metrics(other), dtype=np.float64, count=len(task.groups))
+def _companions(task: TaskItems) -> list[Any]:
+    """Return for each of a task's requests the right answer to score beside it; None where it is repeated."""
+    return [
+        pair if number == 0 else None
+        for group, pair in zip(task.groups, task.pairs, strict=True)
+        for number in range(group[0].repeats or 1)
+    ]

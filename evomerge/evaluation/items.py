@@ -7,7 +7,7 @@ import copy
 import hashlib
 import math
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,12 +141,14 @@ class BatchLayout:
     """The batches of a block's likelihood pairs, for one context length and batch size.
 
     plan: None if no task has pairs. bounds: task -> (start, stop) of its pairs. windows: rolling task -> the
-    offsets of its items' first windows, from the task's first pair.
+    offsets of its items' first windows, from the task's first pair. beside: tasks that generate, whose right
+    answers are scored while their prompts are read.
     """
 
     plan: Plan | None
     bounds: Mapping[str, tuple[int, int]]
     windows: Mapping[str, np.ndarray[Any, np.dtype[np.intp]]]
+    beside: frozenset[str] = frozenset()
 
 
 def merged(blocks: Sequence[Items]) -> Items:
@@ -336,11 +338,19 @@ def _sliced(task: TaskItems, chosen: Sequence[int]) -> TaskItems:
     )
 
 
-def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int, share: int) -> BatchLayout:
+def lay_out(
+    items: Items,
+    lm: LiveLM,
+    batch_size: int,
+    max_length: int,
+    share: int,
+    beside: Collection[str] = (),
+) -> BatchLayout:
     """Return the batches of a block's likelihood pairs. Raises ConfigError for answers that are too long.
 
-    share: as in `likelihood.plan`.
+    share: as in `likelihood.plan`. beside: tasks whose right answers are scored elsewhere.
     """
+    beside = set(beside)
     pairs: list[Pair] = []
     names: list[str] = []
     bounds: dict[str, tuple[int, int]] = {}
@@ -348,6 +358,10 @@ def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int, share: i
     for number, task in enumerate(items.tasks):
         start = len(pairs)
         twin = task.twin(items.tasks[:number]) if task.pairs or task.texts else None
+        if twin is not None and twin.pairs == task.pairs and twin.name in beside:
+            beside.add(task.name)
+        if task.name in beside:
+            continue
         if twin is not None and twin.pairs == task.pairs:
             bounds[task.name] = bounds[twin.name]
             windows |= {task.name: windows[twin.name]} if task.texts else {}
@@ -365,4 +379,4 @@ def lay_out(items: Items, lm: LiveLM, batch_size: int, max_length: int, share: i
             names += [task.name] * (len(pairs) - start)
     options: Any = {"batch_size": batch_size, "max_length": max_length, "names": names, "share": share}
     laid = plan(pairs, **options) if pairs else None
-    return BatchLayout(plan=laid, bounds=bounds, windows=windows)
+    return BatchLayout(plan=laid, bounds=bounds, windows=windows, beside=frozenset(beside))

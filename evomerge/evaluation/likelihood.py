@@ -22,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from evomerge.errors import ConfigError
-from evomerge.evaluation import prefix_trees
+from evomerge.evaluation import gold_tokens, prefix_trees
 from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.scores import Array, NonFiniteScores
 
 _PADDING = 0
+TOKENS = 128
+"""Tokens that a row of a batch has on average at most, padding included."""
 WORTH_SHARING = 16
 """Length in tokens from which a common prefix is shared; shorter ones cost more to share than to repeat."""
 
@@ -160,7 +162,7 @@ def plan(
     trees = _trees(sorted(rows), batch_size, share)
     in_trees = {tokens for tree in trees for tokens in tree}
     alone = sorted(rows.keys() - in_trees, key=lambda tokens: (-len(tokens), tokens))
-    groups = [alone[start : start + batch_size] for start in range(0, len(alone), batch_size)]
+    groups = _rows(alone, batch_size)
     order = [index for group in [*trees, *groups] for tokens in group for index in rows[tokens]]
     lengths = [len(pairs[index][1]) for index in order]
     return Plan(
@@ -171,6 +173,25 @@ def plan(
         order=np.array(order, dtype=np.intp),
         starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.intp),
     )
+
+
+def _rows(inputs: Sequence[tuple[int, ...]], batch_size: int) -> list[list[tuple[int, ...]]]:
+    """Return batches of inputs, longest first: of `batch_size`, or fewer where they are long.
+
+    A pass over long inputs is as fast with fewer rows, and its memory grows with its tokens.
+
+    >>> [len(rows) for rows in _rows([(1,) * 300] * 5 + [(1,) * 100] * 6, batch_size=4)]
+    [1, 1, 1, 1, 1, 4, 2]
+    """
+    groups: list[list[tuple[int, ...]]] = []
+    for tokens in inputs:
+        last = groups[-1] if groups else []
+        fits = len(last) < batch_size and (len(last) + 1) * len((last or [tokens])[0]) <= batch_size * TOKENS
+        if last and fits:
+            last.append(tokens)
+        else:
+            groups.append([tokens])
+    return groups
 
 
 def _trees(inputs: Sequence[tuple[int, ...]], batch_size: int, share: int) -> list[list[tuple[int, ...]]]:
@@ -250,9 +271,4 @@ def _read(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     """Return (tokens,) each gold token's log-likelihood in float32, whether it is the arg-max, its lead."""
     device = logits.device
     gold = batch.gold.to(device)
-    scored = logits[batch.row.to(device), batch.column.to(device)].float()
-    gold_logits = scored.gather(1, gold[:, None])
-    likelihood = gold_logits[:, 0] - scored.logsumexp(1)
-    hit = scored.argmax(1) == gold
-    others = scored.scatter_(1, gold[:, None], -torch.inf).amax(1)  # `scored` is a copy of the logits
-    return likelihood, hit, gold_logits[:, 0] - others
+    return gold_tokens.read(logits[batch.row.to(device), batch.column.to(device)].float(), gold)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import threading
 import time
@@ -156,10 +157,13 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         # same tokens, so the tokens are returned instead.
         return requests
 
-    def generate(self, instances: Sequence[Any], *, seed: int) -> list[Generated]:
+    def generate(
+        self, instances: Sequence[Any], *, seed: int, companions: Sequence[Pair | None] = ()
+    ) -> list[Generated]:
         """Generate answers, the same as lm-eval's loop does.
 
-        seed: of answers that are drawn at random.
+        seed: of answers that are drawn at random. companions: for each request a right answer that is scored
+        in the same pass, or None; only such requests that `carries`.
 
         Raises:
             ConfigError: the answer's length limit leaves no room for the prompt.
@@ -169,7 +173,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             budget = normalize_gen_kwargs(instance.args[1], self.max_gen_toks)["max_gen_toks"]
             if budget >= self.max_length:
                 raise no_room(str(instance.task_name), budget, self.max_length)
-        requests = self._requests(instances, seed)
+        requests = self._requests(instances, seed, companions)
         own = [number for number, request in enumerate(requests) if request is not None]
         others = [number for number, request in enumerate(requests) if request is None]
         found: dict[int, Generated] = {}
@@ -181,12 +185,18 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             found |= zip(others, self._by_transformers(asked, seed), strict=True)
         return [found[number] for number in range(len(instances))]
 
+    def carries(self, instances: Sequence[Any], companions: Sequence[Pair | None]) -> bool:
+        """Say whether answers can be generated, and right ones scored in the passes that read the prompts."""
+        return None not in self._requests(instances, 0, companions)
+
     def try_out(self, instances: Sequence[Any], *, seed: int) -> None:
         """Find out whether `generation` continues the attached model's prompts, where it is not known yet."""
         if self.continues is None:
             self._requests(instances, seed)
 
-    def _requests(self, instances: Sequence[Any], seed: int) -> list[Request | None]:
+    def _requests(
+        self, instances: Sequence[Any], seed: int, companions: Sequence[Pair | None] = ()
+    ) -> list[Request | None]:
         """Return the requests that `generation` can carry out, None for others."""
         requests: list[Request | None] = [None] * len(instances)
         if self.mirror is not None:
@@ -195,7 +205,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         met: dict[str, int] = {}
         reached = prefix_trees.reach(self._model)
-        for number, instance in enumerate(instances):
+        for number, (instance, pair) in enumerate(itertools.zip_longest(instances, companions)):
             prompt, options = instance.args
             if (key := repr(options)) not in known:
                 known[key] = options_of(self._model, options, self.max_gen_toks)
@@ -209,8 +219,11 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                 stops=tuple(handle_stop_sequences(list(wanted.until), eos=eos)),
                 sampling=wanted.sampling,
                 seed=(seed, met[prompt]),
+                companion=() if pair is None else tuple((pair[0] + pair[1])[-(self.max_length + 1) :]),
+                scored=0 if pair is None else len(pair[1]),
             )
-            if request.prompt and (reached is None or len(request.prompt) + request.limit <= reached):
+            longest = max(len(request.prompt) + request.limit, len(request.companion))
+            if request.prompt and (reached is None or longest <= reached):
                 requests[number] = request
         if self.continues is None:
             prompts = sorted((request.prompt for request in requests if request is not None), key=len)
@@ -253,6 +266,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
                 text=self._text(list(answer.tokens), request.stops),
                 ids=answer.tokens,
                 ended=answer.ended,
+                companion=answer.companion,
             )
             for request, answer in zip(requests, answers, strict=True)
         ]

@@ -54,6 +54,14 @@ class TaskScale:
     headroom: float
 
 
+def kept_share(gained: float) -> float:
+    """Return what a model keeps of one retention task, in (0, 1].
+
+    gained: its mean log-likelihood minus the base's.
+    """
+    return math.exp(min(gained, 0.0))
+
+
 def check_specialists(suite: Suite, sources: Mapping[str, object]) -> None:
     """Check that every specialist of a suite is among the sources, which are the keys of a mapping.
 
@@ -219,7 +227,7 @@ class Normaliser:
 
     @property
     def retained(self) -> tuple[TaskScale, ...]:
-        """The retention tasks: retention is the sum of share * exp(task's mean - zero)."""
+        """The retention tasks: retention is the sum of share * min(1, exp(task's mean - zero))."""
         shares = self.retention_shares()
         return tuple(
             TaskScale(task=spec.task, share=shares[spec.task], zero=mean, headroom=1.0)
@@ -228,7 +236,7 @@ class Normaliser:
 
     @property
     def coherent(self) -> tuple[TaskScale, ...]:
-        """The coherence tasks: coherence is the sum of share * task's mean / zero."""
+        """The coherence tasks: coherence is the sum of share * min(1, task's mean / zero)."""
         total = math.fsum(spec.weight for spec, _ in self._coherence)
         return tuple(
             TaskScale(task=spec.task, share=spec.weight / total, zero=mean, headroom=1.0)
@@ -259,20 +267,16 @@ class Normaliser:
                 second = (task.smooth - smooth_scale.zero) / smooth_scale.headroom
                 values = (1 - smooth) * values + smooth * second
             contributions.append(-weight * values)
-        retained, total = self.retention(scores), math.fsum(spec.weight for spec, _ in self._retention)
-        for spec, base_mean in self._retention:
-            assert retained is not None
-            task, share = scores[spec.task], spec.weight / total
-            slope = share * math.exp(task.mean - base_mean) if retained < 1 else 0.0
-            lost = share * max(0.0, 1 - retained)
-            contributions.append(retention * (lost - slope * (task.metric - task.mean)))
-        coherent = self.coherence(scores)
-        for part in self.coherent:
-            assert coherent is not None
+        for part in self.retained:
             task = scores[part.task]
-            slope = part.share / part.zero if coherent < 1 else 0.0
-            lost = part.share * max(0.0, 1 - coherent)
-            contributions.append(coherence * (lost - slope * (task.metric - task.mean)))
+            kept = kept_share(task.mean - part.zero)
+            slope = part.share * kept if kept < 1 else 0.0
+            contributions.append(retention * (part.share * (1 - kept) - slope * (task.metric - task.mean)))
+        for part in self.coherent:
+            task = scores[part.task]
+            kept = min(1.0, task.mean / part.zero)
+            slope = part.share / part.zero if kept < 1 else 0.0
+            contributions.append(coherence * (part.share * (1 - kept) - slope * (task.metric - task.mean)))
         return contributions
 
     def _check(self, scores: Scores) -> None:
@@ -326,35 +330,29 @@ class Normaliser:
         return self._weighted([tasks[spec.task] for spec in self._counted])
 
     def retention(self, scores: Scores) -> float | None:
-        """Return how much of the base's abilities a model keeps: exp(mean log-likelihood - the base's).
+        """Return how much of the base's abilities a model keeps, in (0, 1]; None without retention tasks.
 
-        1 is as good as the base, and lower is worse. It is the weighted mean over the retention tasks, or
-        None if there are none. For one task it is the ratio of perplexities, base / model.
+        It is the weighted mean over the retention tasks of exp(mean log-likelihood - the base's), the ratio
+        of perplexities base / model. A task counts 1 at most, so that more likelihood of one text (a
+        specialist's style, say) never makes up for what is lost of another.
         """
         self._check(scores)
         if not self._retention:
             return None
-        total = math.fsum(spec.weight for spec, _ in self._retention)
-        return (
-            math.fsum(
-                spec.weight * math.exp(scores[spec.task].mean - base_mean)
-                for spec, base_mean in self._retention
-            )
-            / total
+        return math.fsum(
+            part.share * kept_share(scores[part.task].mean - part.zero) for part in self.retained
         )
 
     def coherence(self, scores: Scores) -> float | None:
-        """Return the coherence of a model's free generations relative to the base's.
+        """Return the coherence of a model's free generations relative to the base's, in [0, 1].
 
-        1 is as coherent as the base, and lower is worse. It is the weighted mean over the coherence tasks,
-        or None if there are none.
+        It is the weighted mean over the coherence tasks, each of which counts 1 at most; None if there are
+        none.
         """
         self._check(scores)
         if not self._coherence:
             return None
-        total = math.fsum(spec.weight for spec, _ in self._coherence)
-        shares = (spec.weight * scores[spec.task].mean / base_mean for spec, base_mean in self._coherence)
-        return math.fsum(shares) / total
+        return math.fsum(part.share * min(1.0, scores[part.task].mean / part.zero) for part in self.coherent)
 
     def tokens(self, scores: Scores) -> float | None:
         """Return the mean number of generated tokens per item, relative to the base's or a parent's.

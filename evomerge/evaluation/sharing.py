@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
-    """Where requests share rows: scored: for likelihoods; generated: for answers that the model writes."""
+    """Where requests share rows: scored: for likelihoods; generated: for answers that the model writes;
+    companions: for these and the right answers to the same prompts."""
 
     scored: bool
     generated: bool
+    companions: bool = False
 
     def as_data(self) -> dict[str, bool]:
         """Return it as a fact for the store."""

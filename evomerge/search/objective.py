@@ -53,10 +53,10 @@ class ConstraintsSpec(Strict):
     tasks: Least | dict[str, Least] | None = None
     """Least normalised score (0 is the base, 1 the specialist) of every task of the mean; or `{task:
     score}`."""
-    retention: float | None = Field(default=None, gt=0, le=100)
-    """Least retention, relative to the base."""
-    coherence: float | None = Field(default=None, gt=0, le=100)
-    """Least coherence, relative to the base."""
+    retention: float | None = Field(default=None, gt=0, le=1)
+    """Least retention: 1 where nothing of the base is lost."""
+    coherence: float | None = Field(default=None, gt=0, le=1)
+    """Least coherence: 1 where nothing of the base's is lost."""
     tokens: float | None = Field(default=None, gt=0, le=100)
     """Most generated tokens per item, relative to the model of `tokens_of`."""
 

@@ -17,8 +17,9 @@ BUDGET = 2 / 3
 """Share of a budget that gradients may take by default."""
 ENDS = 2
 """Points that a descent leads to, which are scored on all items."""
-FEWEST_STEPS, FEWEST_ITEMS = 8, 8
-"""Steps below which a descent is not begun by default, and items of a task that a step has at least."""
+FEWEST_STEPS, FEWEST_ITEMS, WANTED_ITEMS = 8, 2, 8
+"""Steps below which a descent is not begun by default, the items of the smallest task that a step has at
+least, and those that it has where the budget allows."""
 SMALLEST_SHARE = 0.05
 """Share of the items below which steps are left out rather than items."""
 
@@ -66,7 +67,7 @@ def automatic(spec: GradientSpec, evaluations: float | None, items: int | None =
     """Return what a share of a budget pays for, of `spec`; None where too few steps would be left.
 
     Steps with fewer items come before fewer steps: 64 steps on 5 % of the items each lead nearly as far as
-    64 on 20 %.
+    64 on 20 %. Small tasks have larger shares, for a step on one item of a task follows that item.
 
     evaluations: the whole budget; None where it has no such limit. items: of the smallest task.
 
@@ -76,13 +77,18 @@ def automatic(spec: GradientSpec, evaluations: float | None, items: int | None =
     (40, None)
     >>> automatic(GradientSpec(), None, items=40).share  # 8 items of the smallest task
     0.2
+    >>> few = automatic(GradientSpec(), 20, items=16)  # 2 items of it
+    >>> few.share, few.steps
+    (0.125, 30)
     """
-    least = SMALLEST_SHARE if items is None else max(SMALLEST_SHARE, min(1.0, FEWEST_ITEMS / items))
-    share = max(least, spec.share)
+    least, wanted = (
+        0.0 if items is None else min(1.0, count / items) for count in (FEWEST_ITEMS, WANTED_ITEMS)
+    )
+    least, wanted = max(SMALLEST_SHARE, least), max(spec.share, wanted)
     if evaluations is None:
-        return spec.model_copy(update={"share": share})
+        return spec.model_copy(update={"share": wanted})
     allowed = (BUDGET * evaluations - ENDS) / PASSES
-    share = round(min(share, max(least, allowed / spec.steps)), 4)
+    share = round(min(wanted, max(least, allowed / spec.steps)), 4)
     steps = min(spec.steps, int(allowed / share + 1e-9))
     return spec.model_copy(update={"share": share, "steps": steps}) if steps >= FEWEST_STEPS else None
 

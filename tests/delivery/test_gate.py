@@ -87,7 +87,7 @@ def test_the_exit_code_is_the_gate_s(finished_run: Path, tmp_path: Path) -> None
     done = invoke(app, ["report", str(finished_run), "--gate", str(passing)])
     assert done.exit_code == 0, done.output
     assert "gate: passed" in done.output
-    failing = rules(tmp_path, "min_points: 900\nmin_retention: 50")
+    failing = rules(tmp_path, "min_points: 900\nmin_retention: 1")
     done = invoke(app, ["report", str(finished_run), "--gate", str(failing)])
     assert done.exit_code == 1, done.output
     assert "gate: FAILED" in done.output

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from evomerge.errors import ConfigError
 from evomerge.evaluation.harness import Harness
-from evomerge.evaluation.scores import Scores
+from evomerge.evaluation.scores import SPLITS, Scores
+from evomerge.evaluation.sharing import Sharing
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 from evomerge.evaluation.suite import Suite
 
@@ -46,12 +47,47 @@ def test_it_is_what_a_likelihood_task_of_the_same_items_has(
 ) -> None:
     suite = make_suite(entry("write"), entry("first"), folder=folder_of(tmp_path))
     found = scored(suite, tokenizer, model)
-    for name in ("smooth", "margin"):
-        np.testing.assert_array_equal(getattr(found["write"], name), getattr(found["first"], name))
+    for name in ("smooth", "margin"):  # scored in other passes: with the prompts that are continued
+        np.testing.assert_allclose(getattr(found["write"], name), getattr(found["first"], name), rtol=1e-4)
     assert found["write"].tokens is not None
     assert found["write"].margin is not None
     # An answer of one token is right exactly where the right token leads.
     np.testing.assert_array_equal(found["write"].margin > 0, found["write"].metric == 1)
+
+
+def test_it_is_scored_while_the_prompt_is_read(make_suite: MakeSuite, tokenizer: Any, model: Any) -> None:
+    suite = make_suite(entry("write"), entry("write") | {"task": "again", "of": "write"})
+
+    def found(sharing: Sharing | None) -> tuple[Scores, int, Sharing]:
+        harness = harness_of(suite, tokenizer, sharing=sharing)
+        if sharing is None:
+            harness.try_out(model)
+        read = 0
+
+        def count(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+            nonlocal read
+            read += named["input_ids"].numel()
+
+        with model.register_forward_pre_hook(count, with_kwargs=True):
+            return harness.evaluate(model, harness.items("search")), read, harness.sharing
+
+    together, few, decided = found(None)
+    assert decided.companions
+    apart, many, _ = found(Sharing(scored=True, generated=True))  # as runs that were stored before decided
+    for task in ("write", "again"):
+        for name in ("smooth", "margin"):
+            np.testing.assert_allclose(getattr(together[task], name), getattr(apart[task], name), rtol=1e-4)
+        np.testing.assert_array_equal(together[task].metric, apart[task].metric)
+    assert few < many
+    assert not Sharing.of_run({"scored": True, "generated": True}).companions
+
+
+def test_nothing_is_decided_by_it_on_test(make_suite: MakeSuite, tokenizer: Any, model: Any) -> None:
+    harness = harness_of(make_suite(entry("write")), tokenizer)
+    with_companions = {
+        split: harness.evaluate(model, harness.items(split))["write"].margin is not None for split in SPLITS
+    }
+    assert with_companions == {"search": True, "select": True, "test": False}
 
 
 def test_blocks_and_a_twin_that_is_only_reported(make_suite: MakeSuite, tokenizer: Any, model: Any) -> None:

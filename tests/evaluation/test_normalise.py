@@ -102,6 +102,25 @@ def test_retention_is_the_ratio_of_perplexities() -> None:
     assert NORMALISER.retention(MERGED) == pytest.approx(math.exp(2.0) / math.exp(2.05))
 
 
+def test_what_one_text_gains_does_not_make_up_for_what_another_loses() -> None:
+    suite = suite_of(
+        {"task": "add"},
+        {"task": "answers", "role": "retention", "weight": 3},
+        {"task": "prose", "role": "retention"},
+        {"task": "story", "role": "coherence"},
+        {"task": "letter", "role": "coherence"},
+    )
+    base = scores_of(add=0.0, answers=-4.0, prose=-2.0, story=0.5, letter=0.8)
+    normaliser = Normaliser(suite, base=base, parents={"p": base})
+    merged = scores_of(add=0.0, answers=-1.0, prose=-2.5, story=0.9, letter=0.4)
+    assert normaliser.retention(merged) == pytest.approx(0.75 + 0.25 * math.exp(-0.5))
+    assert normaliser.coherence(merged) == pytest.approx(0.5 + 0.5 * 0.5)
+    parts = normaliser.contributions(merged, smooth=0.0, retention=2.0, coherence=4.0)
+    lost = 2.0 * 0.25 * (1 - math.exp(-0.5)) + 4.0 * 0.25
+    assert sum(float(part.mean()) for part in parts) == pytest.approx(lost)
+    assert [len(set(part.tolist())) for part in parts[1:]] == [1, 2, 1, 2]  # what is not lost has no error
+
+
 def test_no_retention_task() -> None:
     suite = suite_of({"task": "add"})
     normaliser = Normaliser(suite, base=BASE, parents=PARENTS)

@@ -244,17 +244,20 @@ def test_retention_of_answers_has_a_gradient(tmp_path: Path, tokenizer: Any, mod
     jsonl(tmp_path, rows(120))
     entry = {"task": "kept", "answer": "{{ options[right] }}", "role": "retention"}
     skill = {"task": "skill", "data": "items.jsonl", "prompt": "q", "answer": "right", "choices": "options"}
-    data = {"name": "own", "tasks": [skill, {"data": "items.jsonl", "prompt": "q", **entry}]}
+    text = {"data": "items.jsonl", "prompt": "q"}
+    data = {"name": "own", "tasks": [skill, text | entry, text | entry | {"task": "gained"}]}
     own = Suite.from_mapping(data, folder=tmp_path, where="suite.yaml")
     harness = Harness(own, tokenizer=tokenizer, batch_size=16, max_length=None)
     before = harness.evaluate(model, harness.items("search"))["kept"].metric
-    part = SmoothTask(task="kept", gain=1.0, items=(0, 2, 5), base=float(before[[0, 2, 5]].mean()) + 0.5)
-    loss = SmoothLoss(tasks=(part,), price=2.0, softness=1.0)
+    mean = float(before[[0, 2, 5]].mean())
+    part = SmoothTask(task="kept", gain=0.75, items=(0, 2, 5), base=mean + 0.5)
+    gained = SmoothTask(task="gained", gain=0.25, items=(1,), base=mean - 20)  # makes up for nothing
+    loss = SmoothLoss(tasks=(part, gained), price=2.0, softness=1.0)
     weight = model.lm_head.weight
     with differentiable(model):
         value, _ = harness.backward(model, "search", loss)
         slope = weight.grad.clone()
-    assert value == pytest.approx(2 * (1 - np.exp(-0.5)), rel=1e-4)
+    assert value == pytest.approx(1.5 * (1 - np.exp(-0.5)), rel=1e-4)
     step = 1e-3 * slope / slope.norm()
     with torch.no_grad():
         weight += step

@@ -48,6 +48,9 @@ __all__ = [
 ]
 
 
+WORTH_PROCESSES = 50_000_000
+"""Parameters from which a trial starts the run's worker processes."""
+
 WORTH_BFLOAT16 = 10_000_000
 """Parameters from which a forward pass in bfloat16 is faster on processors that multiply in it."""
 
@@ -124,10 +127,16 @@ def build(spec: ExecutorSpec, worker: WorkerSpec) -> Executor:
 
 
 @contextlib.contextmanager
-def trial(spec: ExecutorSpec, worker: WorkerSpec) -> Iterator[Executor]:
-    """Provide a single worker for a trial: in this process, or on the run's Ray cluster."""
-    alone = spec.model_copy(update={"workers": 1})
-    executor = build(alone, worker) if spec.name == "ray" else Inline(worker)
+def trial(spec: ExecutorSpec, worker: WorkerSpec, *, parameters: int = 0) -> Iterator[Executor]:
+    """Provide an executor for a trial: a single worker, in this process or on the run's Ray cluster.
+
+    parameters: of the models. Large ones are tried by the run's own workers together, which takes less time
+    than starting them, and is how fast each is in the run.
+    """
+    if spec.name == "ray":
+        executor = build(spec.model_copy(update={"workers": 1}), worker)
+    else:
+        executor = build(spec, worker) if parameters >= WORTH_PROCESSES else Inline(worker)
     try:
         yield executor
     finally:

@@ -103,6 +103,7 @@ class MeanLoss:
         self._kept_shares = np.array([k.share for k in kept])
         self._kept_base = np.array([k.zero for k in kept])
         self._coherence = np.array([c.share / c.zero for c in coherent])
+        self._coherent_shares = np.array([c.share for c in coherent])
         self._spec = spec
         self._utility = utility
 
@@ -125,17 +126,19 @@ class MeanLoss:
         stop = count + len(self._kept_shares)
         if stop > count:
             gained = values[count:stop] - self._kept_base
-            ratios = self._kept_shares * np.exp(np.minimum(gained, 1.0))
+            ratios = self._kept_shares * np.exp(np.minimum(gained, 0.0))
             cost, change = self._cost(
                 float(ratios.sum()), self._spec.retention, self._spec.constraints.retention
             )
             loss += cost
-            slope[count:stop] = change * np.where(gained < 1.0, ratios, 0.0)
+            slope[count:stop] = change * np.where(gained < 0.0, ratios, 0.0)
         if len(values) > stop:
-            kept = float(self._coherence @ values[stop:])
-            cost, change = self._cost(kept, self._spec.coherence, self._spec.constraints.coherence)
+            parts = np.minimum(values[stop:] * self._coherence, self._coherent_shares)
+            cost, change = self._cost(
+                float(parts.sum()), self._spec.coherence, self._spec.constraints.coherence
+            )
             loss += cost
-            slope[stop:] = change * self._coherence
+            slope[stop:] = change * np.where(parts < self._coherent_shares, self._coherence, 0.0)
         return loss, slope
 
     def _scores(self, values: Array) -> Array:

@@ -46,6 +46,7 @@ class FrontLoss:
         self._kept_shares = np.array([k.share for k in kept])
         self._kept_base = np.array([k.zero for k in kept])
         self._coherence = np.array([c.share / c.zero for c in coherent])
+        self._coherent_shares = np.array([c.share for c in coherent])
         self._mean = levels_of(self._skills, dict(zip(normaliser.counted, normaliser.shares, strict=True)))
         self._mean = np.where(np.isfinite(self._mean), self._mean, 0.0)
         self._weakest = np.flatnonzero([task in normaliser.weakest for task in self._skills])
@@ -110,17 +111,18 @@ class FrontLoss:
         """Return (n,) the retention, and its (n, tasks) slopes."""
         start, stop = len(self._skills), len(self._skills) + len(self._kept_shares)
         gained = values[:, start:stop] - self._kept_base
-        ratios = self._kept_shares * np.exp(np.minimum(gained, 1.0))
+        ratios = self._kept_shares * np.exp(np.minimum(gained, 0.0))
         slopes = np.zeros_like(values)
-        slopes[:, start:stop] = np.where(gained < 1.0, ratios, 0.0)
+        slopes[:, start:stop] = np.where(gained < 0.0, ratios, 0.0)
         return ratios.sum(axis=1), slopes
 
     def _coherent(self, values: Array) -> tuple[Array, Array]:
         """Return (n,) the coherence, and its (n, tasks) slopes."""
         start = len(self._skills) + len(self._kept_shares)
         slopes = np.zeros_like(values)
-        slopes[:, start:] = self._coherence
-        return values[:, start:] @ self._coherence, slopes
+        parts = np.minimum(values[:, start:] * self._coherence, self._coherent_shares)
+        slopes[:, start:] = np.where(parts < self._coherent_shares, self._coherence, 0.0)
+        return parts.sum(axis=1), slopes
 
     def _short(self, values: Array) -> tuple[Array, Array]:
         """Return (n,) the sum of what values (n, tasks) are short of limits, and its (n, tasks) slopes."""

@@ -26,7 +26,7 @@ import scipy.stats
 from threadpoolctl import threadpool_limits
 
 from evomerge.errors import UserError
-from evomerge.evaluation.normalise import Normaliser, TaskScale
+from evomerge.evaluation.normalise import Normaliser, TaskScale, kept_share
 from evomerge.evaluation.scores import Array, Scores, joined
 from evomerge.search.spaces.space import Coordinate, Genome
 from evomerge.search.surrogate.margins import ENOUGH, NEAREST, Outputs, Surrogate
@@ -124,7 +124,7 @@ def predict_score(
         high=mean + half,
         tasks={s.task: (values[s.task] - s.zero) / s.headroom for s in skills},
         values=values,
-        retention=sum(k.share * float(np.exp(values[k.task] - k.zero)) for k in kept) if kept else None,
+        retention=sum(k.share * kept_share(values[k.task] - k.zero) for k in kept) if kept else None,
         learnt=len(known),
         blocks=blocks,
         error=float(np.sqrt((errors**2).mean())),

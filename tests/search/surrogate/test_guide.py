@@ -25,6 +25,7 @@ from evomerge.search.surrogate.guide import (
     MeanLoss,
     SurrogateSpec,
 )
+from evomerge.search.surrogate.improvement import FrontLoss
 from evomerge.search.surrogate.observed import Observed
 from evomerge.search.surrogate.trust_region import SHRINK, SMALLEST, START
 
@@ -160,6 +161,39 @@ def test_of_measured_means_it_is_the_objective(blocks: tuple[int, ...]) -> None:
     means = np.array([found[task].mean for task in loss.tasks])
     assert loss(means)[0] == pytest.approx(objective.loss(found))
     assert objective.loss(found) != pytest.approx(-objective.mean(found))  # something is lost, too
+
+
+def test_each_task_can_only_lose() -> None:
+    """A retention and a coherence task above the base's do not make up for another of each below it."""
+    rest = [("text", "retention"), ("prose", "retention"), ("free", "coherence"), ("story", "coherence")]
+    tasks = [{"task": name, "role": role, "splits": SPLITS} for name, role in rest]
+    suite = Suite.model_validate({"name": "s", "tasks": [SUITE.tasks[0].model_dump(), *tasks]})
+
+    def of(skill: float, *values: float) -> Scores:
+        names = ("a", *(name for name, _ in rest))
+        return Scores(
+            split="search",
+            tasks=tuple(
+                TaskScores(task=name, metric=np.full(4, value))
+                for name, value in zip(names, (skill, *values), strict=True)
+            ),
+        )
+
+    normaliser = Normaliser(
+        suite, base=of(0.0, -2.0, -3.0, 0.5, 0.5), parents={"p": of(1.0, -2.0, -3.0, 0.5, 0.5)}
+    )
+    found = of(0.6, -1.0, -3.5, 0.9, 0.3)
+    one = ObjectiveSpec(smooth=0.0)
+    objective = Objective(one, normaliser)
+    loss = MeanLoss(normaliser, one, objective.utility)
+    means = np.array([found[task].mean for task in loss.tasks])
+    assert loss(means)[0] == pytest.approx(objective.loss(found))
+    assert loss(means)[0] == pytest.approx(-0.6 + 0.2 * (1 - np.exp(-0.5)) / 2 + 0.2 * 0.2)
+    assert (loss(means)[1] == 0).tolist() == [False, True, False, True, False]
+    several = ObjectiveSpec(several=("mean", "retention", "coherence"), smooth=0.0)
+    front = FrontLoss(normaliser, several)
+    assert front(means) == pytest.approx(Objective(several, normaliser).point(found))
+    assert (front.slopes(means[None])[1][0] == 0).sum(axis=1).tolist() == [4, 4, 4]
 
 
 def test_what_is_observed_is_what_was_scored_block_by_block() -> None:
