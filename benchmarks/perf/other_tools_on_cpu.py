@@ -1,0 +1,181 @@
+"""Starts the other tools of `other_tools.py` on a CPU. Runs in the tools' environment; evomerge is not used.
+
+    PYTHON -P other_tools_on_cpu.py search mergekit-evolve|mergenetic SEED EVALUATIONS
+    PYTHON -P other_tools_on_cpu.py score MODEL...
+
+`-P`: scripts beside this one have names of libraries. The working directory is one that `other_tools.py`
+prepared: `setup.json`, `genome.yaml`, `tasks/`. What is changed, at run
+time only:
+
+- lm-eval's vLLM module, which both tools import, is replaced by a class that loads the model with
+  transformers in bfloat16.
+- ray is told of one GPU, so that mergekit-evolve's actor, which asks for one, starts.
+- mergekit-evolve: `torch.cpu` gets the `empty_cache` that it calls; lm-eval gets `device="cpu"`; pycma gets
+  the seed, for which the tool has no option.
+
+`search` leaves the best of the first N evaluations in `best/N.json` (mergenetic: weights) or `best/N.yaml`.
+`score` prints per model what each tool scores it, as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+BATCH = 64
+
+
+def patch() -> None:
+    """Change lm-eval and torch as the module's text says. Also called in each worker process of ray."""
+    import lm_eval
+    import lm_eval.models
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class VLLM(HFLM):  # type: ignore[misc]
+        def __init__(self, pretrained: str, **_: Any) -> None:
+            super().__init__(pretrained=pretrained, device="cpu", dtype="bfloat16", batch_size=BATCH)
+
+    module: Any = types.ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = VLLM
+    sys.modules[module.__name__] = lm_eval.models.vllm_causallms = module
+    lm_eval.simple_evaluate = functools.partial(lm_eval.simple_evaluate, device="cpu")
+    torch.cpu.empty_cache = lambda: None
+
+
+def mergekit_evolve(seed: int, evaluations: int) -> None:
+    """Run the command `mergekit-evolve`; after each generation keep its best configuration so far."""
+    import cma
+    import ray
+
+    best = Path("storage/best_config.yaml")
+    fmin2, count = cma.fmin2, 0
+
+    def seeded(*args: Any, parallel_objective: Any, options: Any, callback: Any, **others: Any) -> Any:
+        def counted(genomes: Any) -> Any:
+            nonlocal count
+            losses = parallel_objective(genomes)
+            count += len(genomes)
+            return losses
+
+        def kept(search: Any) -> None:
+            callback(search)
+            shutil.copy(best, f"best/{count}.yaml")
+
+        options = {**options, "seed": seed + 1, "verb_log": 0}
+        return fmin2(*args, parallel_objective=counted, options=options, callback=kept, **others)
+
+    cma.fmin2 = seeded
+    hook = {"worker_process_setup_hook": patch}
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, runtime_env=hook)
+    patch()
+    from mergekit.scripts.evolve import main
+
+    try:
+        main(
+            [
+                "genome.yaml",
+                "--storage-path=storage",
+                "--task-search-path=tasks",
+                f"--max-fevals={evaluations}",
+                f"--batch-size={BATCH}",
+                "--num-gpus=1",
+                "--no-merge-cuda",
+                "--no-save-final-model",
+            ],
+            standalone_mode=False,
+        )
+    finally:
+        ray.shutdown()
+
+
+def problem() -> Any:
+    """Return mergenetic's problem with one objective: the accuracy on all items."""
+    from mergenetic.merging import TaskArithmeticMerger
+    from mergenetic.optimization.predefined_problems import ConfigPE, CrossLingualMathProblem
+
+    setup = json.loads(Path("setup.json").read_text())
+    merger = TaskArithmeticMerger("run", setup["base"], setup["models"], "yaml", "merged", "bfloat16")
+    ids = list(range(setup["items"]))
+    tasks = {"all": setup["task"]}
+    return CrossLingualMathProblem(
+        merger,
+        None,
+        None,
+        "all",
+        ConfigPE(thetas=None, sample_ids=ids, weights=None, correct_metric="acc", mode="mean"),
+        lm_eval_tasks={"search": tasks, "test": tasks},
+        n_var=len(setup["models"]),
+        n_obj=1,
+        eval_batch_size=BATCH,
+        detect_lang=False,
+        additional_templates_folder="tasks",
+        device="cpu",
+        load_in_4bit=False,
+    )
+
+
+def mergenetic(seed: int, evaluations: int) -> None:
+    """Run mergenetic's Searcher with pymoo's GA, 16 in a generation; keep the best after each generation."""
+    patch()
+    from mergenetic.searcher import Searcher
+    from pymoo.algorithms.soo.nonconvex.ga import GA
+
+    size = 16
+    found = Searcher(problem(), GA(pop_size=size), ".", evaluations // size, seed, "run").search()
+    genes = [name for name in found.columns if name.startswith("genotype")]
+    for end in range(size, len(found) + 1, size):
+        first = found.iloc[:end]
+        row = first.loc[first["objective_1"].astype(float).idxmin(), genes]
+        Path(f"best/{end}.json").write_text(json.dumps([float(value) for value in row]))
+
+
+def score(models: list[str]) -> None:
+    """Print what each tool scores models: the mean accuracy of the tasks."""
+    patch()
+    import lm_eval.tasks
+    import yaml
+    from mergekit.evo.config import EvolMergeConfiguration
+    from mergekit.evo.helpers import evaluate_model
+
+    config = EvolMergeConfiguration.model_validate(yaml.safe_load(Path("genome.yaml").read_text()))
+    manager, theirs = lm_eval.tasks.TaskManager(include_path="tasks"), problem()
+    for model in models:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "model"  # evaluate_model deletes what it scored
+            shutil.copytree(model, copy)
+            result = evaluate_model(
+                str(copy),
+                config.tasks,
+                num_fewshot=None,
+                limit=None,
+                vllm=False,
+                batch_size=BATCH,
+                task_manager=manager,
+                apply_chat_template=False,
+                fewshot_as_multiturn=False,
+            )
+        (loss,), _ = theirs.metrics_4_genotype(theirs.load_model(model))
+        row = {"mergekit-evolve": result["score"] / len(config.tasks), "mergenetic": -float(loss)}
+        print(json.dumps({"model": model, **row}), flush=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    command, *words = sys.argv[1:]
+    if command == "score":
+        score(words)
+        return
+    Path("best").mkdir(exist_ok=True)
+    tool = {"mergekit-evolve": mergekit_evolve, "mergenetic": mergenetic}[words[0]]
+    tool(int(words[1]), int(words[2]))
+
+
+if __name__ == "__main__":
+    main()
