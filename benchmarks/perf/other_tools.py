@@ -1,6 +1,6 @@
 """mergekit-evolve and mergenetic themselves beside our search: the demo's models, items counted alike.
 
-    python benchmarks/perf/other_tools.py run mergekit-evolve --python OTHER/bin/python --evaluations 60,120
+    python benchmarks/perf/other_tools.py run mergekit-evolve --python OTHER/bin/python --evaluations 61
     python benchmarks/perf/other_tools.py run mergenetic --python OTHER/bin/python --evaluations 64,128
     python benchmarks/perf/other_tools.py run ours --evaluations 20,50
     python benchmarks/perf/other_tools.py check --python OTHER/bin/python
@@ -15,13 +15,14 @@ The other tools live in an environment of their own:
 
 Nothing of theirs is changed on disk: `other_tools_on_cpu.py` starts them and says what it replaces at run
 time. They maximise the mean accuracy of the five skills on the `search` documents, which they get as lm-eval
-tasks with the prompts and the metric of ours; one document scored once is one item. Their searches do not
-depend on the budget, so one search answers all budgets: its best candidate so far.
+tasks with the prompts and the metric of ours; one document scored once is one item.
 
     mergekit-evolve   its own CMA-ES from equal weights; one weight per source and layer, attention apart
-                      (40 genes), the other options as they are
+                      (40 genes), the other options as they are. It scores the mean of its last generation,
+                      so each budget has a search of its own: 1 + 15 per generation (61, 136)
     mergenetic        the class of its README's example with pymoo's GA, 16 in a generation; one weight in
-                      [0, 1] per source (5 genes: its merger has no other), the LoRA adapter merged before
+                      [0, 1] per source (5 genes: its merger has no other), the LoRA adapter merged before.
+                      One search answers all budgets: its best candidate so far
     ours              the defaults: 50 genes
 
 The winners are scored on `test` by our harness. `check` scores base and sources in all three tools.
@@ -184,7 +185,7 @@ def run_other(tool: str, seed: int, budgets: Sequence[int], options: argparse.Na
     """Let another tool search once; judge its best candidate after each budget."""
     bench = _bench(seed, max(budgets), options.results)
     zoo = Zoo(bench, options.results)
-    folder = options.results / f"{tool}-{seed}"
+    folder = options.results / f"{tool}-{max(budgets)}-{seed}"
     items = prepare_folder(folder, zoo)
     if not (folder / "ended").exists():
         began = time.perf_counter()
@@ -199,16 +200,9 @@ def run_other(tool: str, seed: int, budgets: Sequence[int], options: argparse.Na
             merge = arithmetic(zoo.base, zoo.folders, json.loads(path.read_text()))
             path = folder / f"{count}.yaml"
             path.write_text(yaml.safe_dump(merge))
-        recipe = read_recipe(_rooted(path, folder))
+        recipe = read_recipe(path)
         counted = dict.fromkeys(PARTS, count * items)
         _keep(tool, seed, budget, counted, seconds * count / max(best), judge(bench, recipe), options.results)
-
-
-def _rooted(path: Path, folder: Path) -> Path:
-    """Return a copy of a mergekit configuration whose models lie where the tool had its working directory."""
-    copy = folder / "winner.yaml"
-    copy.write_text(path.read_text())
-    return copy
 
 
 def run_own(seed: int, budget: int, options: argparse.Namespace) -> None:
@@ -259,8 +253,8 @@ def check(options: argparse.Namespace) -> None:
     theirs = [json.loads(line) for line in lines if line.startswith('{"model"')]
     print("| model | ours | mergekit-evolve | mergenetic |\n|---|---|---|---|")
     for parent, row in zip(bench.parents, theirs, strict=True):
-        scores = bench.score(parent.recipe, "search")
-        ours = np.mean([np.mean(scores.tasks[skill].values) for skill in SKILLS])
+        tasks = bench.score(parent.recipe, "search").tasks
+        ours = np.mean([np.mean(task.metric) for task in tasks if task.task in SKILLS])
         cells = (ours, row["mergekit-evolve"], row["mergenetic"])
         print(f"| {parent.name} | " + " | ".join(f"{100 * cell:.2f}" for cell in cells) + " |")
 

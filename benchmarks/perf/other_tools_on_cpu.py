@@ -4,22 +4,24 @@
     PYTHON -P other_tools_on_cpu.py score MODEL...
 
 `-P`: scripts beside this one have names of libraries. The working directory is one that `other_tools.py`
-prepared: `setup.json`, `genome.yaml`, `tasks/`. What is changed, at run
-time only:
+prepared: `setup.json`, `genome.yaml`, `tasks/`. What is changed, at run time only:
 
 - lm-eval's vLLM module, which both tools import, is replaced by a class that loads the model with
   transformers in bfloat16.
 - ray is told of one GPU, so that mergekit-evolve's actor, which asks for one, starts.
 - mergekit-evolve: `torch.cpu` gets the `empty_cache` that it calls; lm-eval gets `device="cpu"`; pycma gets
-  the seed, for which the tool has no option.
+  the seed, for which the tool has no option, and stops after exactly as many evaluations.
 
-`search` leaves the best of the first N evaluations in `best/N.json` (mergenetic: weights) or `best/N.yaml`.
+`search` leaves the best candidate as `best/EVALUATIONS.yaml`, or the weights as `best/EVALUATIONS.json`
+(mergenetic: of each generation so far).
 `score` prints per model what each tool scores it, as one line of JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import shutil
 import sys
@@ -50,26 +52,19 @@ def patch() -> None:
 
 
 def mergekit_evolve(seed: int, evaluations: int) -> None:
-    """Run the command `mergekit-evolve`; after each generation keep its best configuration so far."""
+    """Run the command `mergekit-evolve`; keep the configuration that it prints in the end.
+
+    pycma ends a generation later than `maxfevals` says, and scores the mean of the last one, too.
+    """
     import cma
     import ray
 
-    best = Path("storage/best_config.yaml")
-    fmin2, count = cma.fmin2, 0
+    fmin2 = cma.fmin2
 
-    def seeded(*args: Any, parallel_objective: Any, options: Any, callback: Any, **others: Any) -> Any:
-        def counted(genomes: Any) -> Any:
-            nonlocal count
-            losses = parallel_objective(genomes)
-            count += len(genomes)
-            return losses
-
-        def kept(search: Any) -> None:
-            callback(search)
-            shutil.copy(best, f"best/{count}.yaml")
-
-        options = {**options, "seed": seed + 1, "verb_log": 0}
-        return fmin2(*args, parallel_objective=counted, options=options, callback=kept, **others)
+    def seeded(*args: Any, x0: Any, options: Any, **others: Any) -> Any:
+        size = cma.CMAEvolutionStrategy(x0, 1, {"verbose": -9}).popsize
+        asked = {"seed": seed + 1, "maxfevals": evaluations - 1 - size, "verb_log": 0}
+        return fmin2(*args, x0=x0, options={**options, **asked}, **others)
 
     cma.fmin2 = seeded
     hook = {"worker_process_setup_hook": patch}
@@ -77,22 +72,16 @@ def mergekit_evolve(seed: int, evaluations: int) -> None:
     patch()
     from mergekit.scripts.evolve import main
 
-    try:
-        main(
-            [
-                "genome.yaml",
-                "--storage-path=storage",
-                "--task-search-path=tasks",
-                f"--max-fevals={evaluations}",
-                f"--batch-size={BATCH}",
-                "--num-gpus=1",
-                "--no-merge-cuda",
-                "--no-save-final-model",
-            ],
-            standalone_mode=False,
-        )
-    finally:
-        ray.shutdown()
+    options = ["--storage-path=storage", "--task-search-path=tasks", f"--batch-size={BATCH}", "--num-gpus=1"]
+    options += ["--no-merge-cuda", "--no-save-final-model"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            main(["genome.yaml", *options], standalone_mode=False)
+        finally:
+            ray.shutdown()
+            Path("printed.txt").write_text(printed.getvalue())
+    best = printed.getvalue().rpartition("Best merge configuration:\n")[2]
+    Path(f"best/{evaluations}.yaml").write_text(best)
 
 
 def problem() -> Any:
