@@ -115,14 +115,16 @@ def mergenetic(seed: int, evaluations: int) -> None:
     patch()
     from mergenetic.searcher import Searcher
     from pymoo.algorithms.soo.nonconvex.ga import GA
+    from pymoo.core.callback import Callback
+
+    class Kept(Callback):  # type: ignore[misc]
+        def notify(self, algorithm: Any) -> None:
+            best = json.dumps(algorithm.opt.get("X")[0].tolist())
+            Path(f"best/{algorithm.evaluator.n_eval}.json").write_text(best)
 
     size = 16
-    found = Searcher(problem(), GA(pop_size=size), ".", evaluations // size, seed, "run").search()
-    genes = [name for name in found.columns if name.startswith("genotype")]
-    for end in range(size, len(found) + 1, size):
-        first = found.iloc[:end]
-        row = first.loc[first["objective_1"].astype(float).idxmin(), genes]
-        Path(f"best/{end}.json").write_text(json.dumps([float(value) for value in row]))
+    algorithm = GA(pop_size=size, callback=Kept())
+    Searcher(problem(), algorithm, ".", evaluations // size, seed, "run").search()
 
 
 def score(models: list[str]) -> None:

@@ -20,9 +20,8 @@ counts for nobody.
 One run of a rival answers all its budgets, for it does not know them. Ours plans for its budget, so it runs
 once for each.
 
-Not among the rivals: mergenetic 0.1.1 pins transformers 4.45 and vLLM, which can't stand beside ours (its
-search is pymoo's `ga`); mergekit-evolve 0.1.5 imports a class of vLLM when it starts and asks ray for a
-GPU per evaluation (its search is `cma`).
+mergekit-evolve and mergenetic themselves: `other_tools.py`. Their searches are `cma` and `ga`, here on our
+engine, from our starts.
 
 Of the demo's models, or of those of any run config (`--config zoo/run.yaml`), and of any search space
 (`--space global_weights`: 5 genes; `--space benchmarks/perf/fine_layers.yaml`: 250), whose results then go
