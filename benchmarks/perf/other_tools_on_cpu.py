@@ -11,6 +11,7 @@ prepared: `setup.json`, `genome.yaml`, `tasks/`. What is changed, at run time on
 - ray is told of one GPU, so that mergekit-evolve's actor, which asks for one, starts.
 - mergekit-evolve: `torch.cpu` gets the `empty_cache` that it calls; lm-eval gets `device="cpu"`; pycma gets
   the seed, for which the tool has no option, and stops after exactly as many evaluations.
+- mergenetic: lm-eval's index of tasks, which it makes for every candidate, is made once.
 
 `search` leaves the best candidate as `best/EVALUATIONS.yaml`, or the weights as `best/EVALUATIONS.json`
 (mergenetic: of each generation so far).
@@ -86,9 +87,11 @@ def mergekit_evolve(seed: int, evaluations: int) -> None:
 
 def problem() -> Any:
     """Return mergenetic's problem with one objective: the accuracy on all items."""
+    from mergenetic.evaluation import lm_harness
     from mergenetic.merging import TaskArithmeticMerger
     from mergenetic.optimization.predefined_problems import ConfigPE, CrossLingualMathProblem
 
+    lm_harness.TaskManager = functools.cache(lm_harness.TaskManager)
     setup = json.loads(Path("setup.json").read_text())
     merger = TaskArithmeticMerger("run", setup["base"], setup["models"], "yaml", "merged", "bfloat16")
     ids = list(range(setup["items"]))
