@@ -2,7 +2,7 @@
 
     python benchmarks/perf/other_tools.py run mergekit-evolve --python OTHER/bin/python --evaluations 61
     python benchmarks/perf/other_tools.py run mergenetic --python OTHER/bin/python --evaluations 64,128
-    python benchmarks/perf/other_tools.py run ours --evaluations 20,50
+    python benchmarks/perf/other_tools.py run ours --evaluations 120      (what `evomerge demo` runs)
     python benchmarks/perf/other_tools.py check --python OTHER/bin/python
     python benchmarks/perf/other_tools.py table
 
@@ -206,14 +206,16 @@ def run_other(tool: str, seed: int, budgets: Sequence[int], options: argparse.Na
 
 
 def run_own(seed: int, budget: int, options: argparse.Namespace) -> None:
-    """Run evomerge with its defaults and judge its winner."""
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        bench = _bench(seed, budget, options.results, Path(folder) / "run")
-        winner, _ = run_ours(bench)
-        seconds = time.perf_counter() - began
-        counted = items_of(evomerge.load(bench.prepared.folder).report().data["spending"]["parts"])
-        _keep("ours", seed, budget, counted, seconds, judge(bench, winner), options.results)
+    """Run evomerge with its defaults, unless the run has ended, and judge its winner."""
+    out = options.results / f"ours-{budget}-{seed}"
+    bench = _bench(seed, budget, options.results, out)
+    if not out.exists() or evomerge.load(out).winner is None:
+        run_ours(bench)
+    run = evomerge.load(out)
+    assert run.winner is not None
+    spent = run.report().data["spending"]
+    judged = judge(bench, run.winner.recipe)
+    _keep("ours", seed, budget, items_of(spent["parts"]), 3600 * spent["hours"], judged, options.results)
 
 
 def _bench(seed: int, evaluations: int, results: Path, out: Path | None = None) -> Bench:
