@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evomerge.evaluation.agreement import agreements
 from evomerge.evaluation.items import Items, TaskItems
-from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims, whole
+from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
 from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.normalise import kept_share
 from evomerge.evaluation.scores import NonFiniteScores
@@ -57,7 +57,14 @@ def differentiable(model: Any) -> Iterator[None]:
 
 
 def backward(
-    model: Any, items: Items, loss: SmoothLoss, *, batch_size: int, max_length: int, prefix: int
+    model: Any,
+    items: Items,
+    loss: SmoothLoss,
+    *,
+    batch_size: int,
+    max_length: int,
+    prefix: int,
+    share: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Return a loss on some items, and the skill tasks' soft accuracies there.
 
@@ -70,6 +77,7 @@ def backward(
         batch_size: pairs per forward pass.
         max_length: longest input in tokens.
         prefix: the token in front of a text's first token.
+        share: as in `likelihood.plan`.
 
     Raises:
         NonFiniteScores: the loss is NaN or infinite.
@@ -84,7 +92,7 @@ def backward(
     ]
     total, right = 0.0, {part.task: 0.0 for part in loss.tasks if part.base is None}
     for chunk in _chunks(skills, batch_size):
-        total -= _skills(model, chunk, loss.softness, max_length, right)
+        total -= _skills(model, chunk, loss.softness, max_length, share, right)
     for task, part in taught:
         total -= _taught(model, task, part, batch_size, max_length, right)
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
@@ -129,7 +137,12 @@ def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
 
 
 def _skills(
-    model: Any, chunk: Sequence[_Item], softness: float, max_length: int, right_by_task: dict[str, float]
+    model: Any,
+    chunk: Sequence[_Item],
+    softness: float,
+    max_length: int,
+    share: int,
+    right_by_task: dict[str, float],
 ) -> float:
     """Return the weighted sum of the items' soft accuracies; the gradient of its negative is added.
 
@@ -137,7 +150,7 @@ def _skills(
     """
     pairs = [pair for item in chunk for pair in item.pairs]
     names = [item.task for item in chunk for _ in item.pairs]
-    laid = whole(pairs, max_length=max_length, names=names)
+    laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names, share=share)
     ll, lead = _answers(model, laid)
     margins, start = [], 0
     for item in chunk:
@@ -184,8 +197,8 @@ def _taught(
 
 def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
     """Return (pairs,) differentiable log-likelihoods and smallest leads in nats, in the pairs' order."""
-    (batch,) = laid.batches
-    likelihood, lead = _tokens(model, batch, trims(model))
+    read = [_tokens(model, batch, trims(model)) for batch in laid.batches]
+    likelihood, lead = (torch.cat(parts) for parts in zip(*read, strict=True))
     count = len(laid.order)
     pair = torch.zeros(len(likelihood), dtype=torch.long)
     pair[torch.from_numpy(laid.starts[1:])] = 1
