@@ -58,7 +58,9 @@ def working(config: Callable[..., Path], tmp_path: Path) -> Callable[..., subpro
 
     def begin(**options: Any) -> subprocess.Popen[str]:
         executor = {"name": "local", "workers": 2, "threads": 1, "batch_size": 32}
-        path = config(executor=executor, budget={"generations": 200}, optimizer={"population": 32})
+        path = config(
+            generate=False, executor=executor, baselines=[], budget={"generations": 200}, optimizer={"population": 32}
+        )
         process = start("run", path, **options)
         end = time.monotonic() + 120
         while time.monotonic() < end and process.poll() is None:

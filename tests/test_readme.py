@@ -55,14 +55,14 @@ def run(command: str) -> str:
 
 
 def demo_on_few_items(folder: Path) -> None:
-    """Write the demo's run config, on its models, with a suite of a tenth of its items."""
+    """Write the demo's run config, on its models, with a suite of few of its items."""
     folder.mkdir(parents=True)
     (folder / "demo").symlink_to(ROOT / "evomerge" / "zoo" / "demo")
     config = (ROOT / "evomerge" / "zoo" / "demo.yaml").read_text()
     assert "\nsuite: demo " in config
     (folder / "demo.yaml").write_text(config.replace("\nsuite: demo ", "\nsuite: few.yaml "))
     suite = yaml.safe_load((ROOT / "benchmarks" / "suites" / "demo.yaml").read_text())
-    few = {"search": 32, "select": 24, "test": 48}
+    few = {"search": 12, "select": 8, "test": 16}
     for task in suite["tasks"]:
         task["splits"] = {split: few[split] for split in task["splits"]}
     suite["tasks_dir"] = str(ROOT / "benchmarks" / "tasks" / "demo")
