@@ -72,7 +72,7 @@ def working(config: Callable[..., Path], tmp_path: Path) -> Callable[..., subpro
         while time.monotonic() < end and process.poll() is None:
             if RunStore.exists(tmp_path / "run"):
                 with RunStore.read(tmp_path / "run") as store:
-                    if len(store.generations()):
+                    if store.scored_blocks("search"):
                         return process
             time.sleep(0.05)
         raise AssertionError(process.communicate())

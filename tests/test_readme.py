@@ -56,7 +56,7 @@ def run(command: str) -> str:
 
 
 def demo_on_few_items(folder: Path) -> None:
-    """Write the demo's run config, on its models, with a suite of few of its items and no worker processes."""
+    """Write the demo's run config, on its models, with few items and without worker processes."""
     folder.mkdir(parents=True)
     (folder / "demo").symlink_to(ROOT / "evomerge" / "zoo" / "demo")
     config = (ROOT / "evomerge" / "zoo" / "demo.yaml").read_text()
