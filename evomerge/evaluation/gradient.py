@@ -1,7 +1,7 @@
 """Differentiate a smooth loss: forward and backward over some items, with gradients in the weights.
 
-Memory: gradients as large as the live weights, and the activations of one batch. The pairs of one item are
-always in the same batch, because its loss compares them.
+Memory: gradients as large as the live weights, and the activations of one batch, which has few tokens where
+inputs are long. The pairs of one item are always in the same batch, because its loss compares them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from evomerge.evaluation.agreement import agreements
 from evomerge.evaluation.items import Items, TaskItems
-from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
+from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims, whole
 from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.normalise import kept_share
 from evomerge.evaluation.scores import NonFiniteScores
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
+
+TOKENS = 32
+"""Tokens that a row of a batch has on average at most, padding included: all layers' activations are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +113,13 @@ def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
 
 
 def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
-    """Cut items, longest first, into chunks of at most `batch_size` pairs and at least one item."""
+    """Cut items, longest first, into chunks of at most `batch_size` pairs, fewer where they are long, and at
+    least one item."""
     chunk: list[_Item] = []
     held = 0
     for item in sorted(items, key=lambda item: -item.length):
-        if chunk and held + len(item.pairs) > batch_size:
+        pairs = held + len(item.pairs)
+        if chunk and (pairs > batch_size or pairs * chunk[0].length > batch_size * TOKENS):
             yield chunk
             chunk, held = [], 0
         chunk.append(item)
@@ -132,7 +137,7 @@ def _skills(
     """
     pairs = [pair for item in chunk for pair in item.pairs]
     names = [item.task for item in chunk for _ in item.pairs]
-    laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names)
+    laid = whole(pairs, max_length=max_length, names=names)
     ll, lead = _answers(model, laid)
     margins, start = [], 0
     for item in chunk:
@@ -166,8 +171,9 @@ def _taught(
     """Return the weighted sum of the items' agreements; the gradient of its negative is added."""
     chosen = sorted((task.taught[number] for number in part.items), key=lambda item: -sum(map(len, item[0])))
     total = 0.0
-    for start in range(0, len(chosen), batch_size):
-        pairs, rows = zip(*chosen[start : start + batch_size], strict=True)
+    while chosen:
+        rows_of_it = max(1, min(batch_size, batch_size * TOKENS // sum(map(len, chosen[0][0]))))
+        (pairs, rows), chosen = zip(*chosen[:rows_of_it], strict=True), chosen[rows_of_it:]
         found = agreements(model, pairs, rows, max_length=max_length, name=task.name)
         value = found.sum() * (part.gain / len(part.items))
         (-value).backward()  # type: ignore[no-untyped-call]
@@ -252,7 +258,8 @@ def _windows(
         windows = [make_disjoint_window(window) for window in rolled]
         pairs += windows
         weights += [1.0 / (len(text) * len(part.items))] * len(windows)
-    laid = plan(pairs, batch_size=batch_size, max_length=max_length, names=[task.name] * len(pairs))
+    options: Any = {"batch_size": batch_size, "most_tokens": batch_size * TOKENS}
+    laid = plan(pairs, max_length=max_length, names=[task.name] * len(pairs), **options)
     return laid, torch.tensor(weights, dtype=torch.float64).numpy()
 
 
