@@ -68,13 +68,14 @@ def working(config: Callable[..., Path], tmp_path: Path) -> Callable[..., subpro
             optimizer={"population": 32},
         )
         process = start("run", path, **options)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while time.monotonic() < end and process.poll() is None:
             if RunStore.exists(tmp_path / "run"):
                 with RunStore.read(tmp_path / "run") as store:
                     if store.scored_blocks("search"):
                         return process
             time.sleep(0.05)
+        process.kill()
         raise AssertionError(process.communicate())
 
     return begin
