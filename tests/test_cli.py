@@ -689,9 +689,9 @@ def test_moved_models_can_be_named_again_and_exported(
         place: _models(**{name: tmp_path / place / name for name in ("base", "reverse", "upper")})
         for place in ("old", "new")
     }
-    succeed("run", config(generate=False, models=named["old"], budget={"generations": 1}))
+    succeed("run", config(models=named["old"], budget={"generations": 1}))
     shutil.rmtree(tmp_path / "old")
-    succeed("run", config(generate=False, models=named["new"], budget={"generations": 1}))
+    succeed("run", config(models=named["new"], budget={"generations": 1}))
     succeed("export", tmp_path / "run", tmp_path / "exported")
     assert str(tmp_path / "new") in (tmp_path / "exported" / "recipe.yaml").read_text()
 
