@@ -66,8 +66,8 @@ bench-merge: $(INSTALLED) ## merging beside mergekit (in an environment of its o
 	  || echo "mergekit can't be installed here: measuring evomerge alone" >&2
 	$(BIN)/python benchmarks/perf/merge.py --mergekit $(MERGEKIT)/bin/mergekit-yaml
 
-real: $(INSTALLED)    ## a real pretrained chat model and three specialists of it, trained, searched, exported: some hours on two cores; goes on where it stopped
-	$(BIN)/python benchmarks/real/run.py
+real: $(INSTALLED)    ## a real pretrained chat model and three specialists of it, trained, searched, exported: goes on where it stopped; SEEDS=3 for more searches
+	$(BIN)/python benchmarks/real/run.py --seeds $(or $(SEEDS),1)
 
 vllm: $(VLLM)    ## vLLM itself on the CPU, in an environment of its own (3.5 GB): swaps, canary, a killed run
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m slow -s tests/evaluation/test_vllm_real.py

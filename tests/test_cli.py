@@ -290,7 +290,9 @@ def test_a_run_in_a_mixed_space(config: Callable[..., Path], tmp_path: Path) -> 
             "max_iter": {"low": 1, "high": 5, "per": []},
         },
     }
-    succeed("run", config(space=mixed, optimizer={"population": 4}, budget={"generations": 2}))
+    succeed(
+        "run", config(generate=False, space=mixed, optimizer={"population": 4}, budget={"generations": 2})
+    )
     with RunStore.read(tmp_path / "run") as store:
         recipes = [store.recipe(name) for generation in store.generations() for name in generation.recipes]
         assert not store.failures()
@@ -507,7 +509,7 @@ def test_task_vectors_are_added_negated_and_scaled_by_a_recipe(tiny_zoo: Path, t
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, calls = config(), 0
+    path, calls = config(generate=False), 0
     record = RunStore.record_scores
 
     def interrupted(self: RunStore, *args: Any, **options: Any) -> None:
@@ -743,8 +745,8 @@ def test_truncated_weights(config: Callable[..., Path], tiny_zoo: Path, tmp_path
 
 
 def test_a_run_folder_of_another_config(config: Callable[..., Path], tmp_path: Path) -> None:
-    succeed("run", config(budget={"generations": 1}))
-    message = refuse("run", config(seed=5), folder=tmp_path)
+    succeed("run", config(generate=False, budget={"generations": 1}))
+    message = refuse("run", config(generate=False, seed=5), folder=tmp_path)
     assert "holds a run of another config" in message
     assert "seed 0 there, 5 here" in message
 

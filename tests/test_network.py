@@ -72,8 +72,7 @@ def test_the_audit_sees_what_is_asked(asked: Callable[..., list[str]], tmp_path:
 
 
 def test_a_local_check_asks_nothing(asked: Callable[..., list[str]], config: Callable[..., Path]) -> None:
-    path = config(executor={"name": "local", "workers": 1, "threads": 1, "batch_size": 32})
-    assert asked("check", path) == []
+    assert asked("check", config()) == []
 
 
 @pytest.mark.skipif(not _no_route(), reason="namespaces are forbidden here")

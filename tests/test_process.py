@@ -36,7 +36,9 @@ def start(*words: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("words", [["--help"], ["report"], ["report", "--json"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], pytest.param(["report"], marks=pytest.mark.slow), ["report", "--json"]]
+)
 def test_a_reader_that_goes_away_ends_a_command_silently(words: list[str], finished_run: Path) -> None:
     """As in `evomerge report RUN | head -1`."""
     with start(*words, *([] if words == ["--help"] else [finished_run])) as process:
@@ -54,19 +56,26 @@ def semaphores() -> set[str]:
 
 @pytest.fixture
 def working(config: Callable[..., Path], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start a run with two worker processes, and return it when the first scores are stored."""
+    """Start a run with a worker process, and return it when the first scores are stored."""
 
     def begin(**options: Any) -> subprocess.Popen[str]:
-        executor = {"name": "local", "workers": 2, "threads": 1, "batch_size": 32}
-        path = config(executor=executor, budget={"generations": 200}, optimizer={"population": 32})
+        executor = {"name": "local", "workers": 1, "threads": 1, "batch_size": 32}
+        path = config(
+            generate=False,
+            executor=executor,
+            baselines=[],
+            budget={"generations": 200},
+            optimizer={"population": 32},
+        )
         process = start("run", path, **options)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while time.monotonic() < end and process.poll() is None:
             if RunStore.exists(tmp_path / "run"):
                 with RunStore.read(tmp_path / "run") as store:
-                    if len(store.generations()):
+                    if store.scored_blocks("search"):
                         return process
             time.sleep(0.05)
+        process.kill()
         raise AssertionError(process.communicate())
 
     return begin

@@ -31,8 +31,9 @@ INSTALL = [
 SMALLER = {
     "evomerge run evomerge/zoo/demo.yaml": "evomerge run evomerge/zoo/demo.yaml --evaluations 4",
     "evomerge resume runs/demo --evaluations 150": "evomerge resume runs/demo --evaluations 6",
+    "evomerge evaluate merged --suite demo": "evomerge evaluate merged --suite evomerge/zoo/few.yaml",
 }
-"""Commands that are run with a smaller budget than a reader would."""
+"""Commands that are run with a smaller budget, or on fewer items, than a reader would."""
 SLOW = ("evomerge zoo build", "evomerge demo", "make")
 """Commands with tests of their own: the slow tests (tests/zoo, and below), and make's targets."""
 
@@ -55,14 +56,15 @@ def run(command: str) -> str:
 
 
 def demo_on_few_items(folder: Path) -> None:
-    """Write the demo's run config, on its models, with a suite of a tenth of its items."""
+    """Write the demo's run config, on its models, with few items and without worker processes."""
     folder.mkdir(parents=True)
     (folder / "demo").symlink_to(ROOT / "evomerge" / "zoo" / "demo")
     config = (ROOT / "evomerge" / "zoo" / "demo.yaml").read_text()
     assert "\nsuite: demo " in config
-    (folder / "demo.yaml").write_text(config.replace("\nsuite: demo ", "\nsuite: few.yaml "))
+    config = config.replace("\nsuite: demo ", "\nsuite: few.yaml ")
+    (folder / "demo.yaml").write_text(f"{config}executor: {{name: inline, threads: 1}}\n")
     suite = yaml.safe_load((ROOT / "benchmarks" / "suites" / "demo.yaml").read_text())
-    few = {"search": 32, "select": 24, "test": 48}
+    few = {"search": 12, "select": 8, "test": 16}
     for task in suite["tasks"]:
         task["splits"] = {split: few[split] for split in task["splits"]}
     suite["tasks_dir"] = str(ROOT / "benchmarks" / "tasks" / "demo")

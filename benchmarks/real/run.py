@@ -1,6 +1,6 @@
 """A real pretrained chat model, three real specialists, the search at defaults: `make real`.
 
-    python benchmarks/real/run.py [--out runs/real] [--seeds 3] [--evaluations 24] [--only base ...]
+    python benchmarks/real/run.py [--out runs/real] [--seeds 1] [--evaluations 24] [--only base ...]
 
 Steps: base, persona, tools, dates (the models), seeds (the searches, and plain CMA-ES on as many items),
 export (written, loaded by plain transformers, asked), table. What an earlier call finished is kept; a search
@@ -127,7 +127,7 @@ def noted(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
     peaks: dict[str, int] = {}
 
     def watch() -> None:
-        while not ended.wait(0.5):
+        while not ended.wait(5.0):  # reading the maps of large processes takes the system long
             found = memory()
             for key, value in found.items():
                 peaks[key] = max(peaks.get(key, 0), value)
@@ -285,7 +285,7 @@ def main() -> None:
     """Run the steps that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--evaluations", type=int, default=24)
     parser.add_argument("--only", nargs="*", choices=STEPS, default=list(STEPS))
     options = parser.parse_args()

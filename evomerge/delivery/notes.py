@@ -31,6 +31,10 @@ def notes(summary: Summary) -> list[str]:
     sentences += own_answers.sentences(summary.suite, facts.ANSWERS.get(store) or {})
     sentences += own_answers.distribution_sentences(summary.suite, facts.DISTRIBUTIONS.get(store) or {})
     sentences += _judges(summary)
+    for followed, reason in store.gradient_failures():
+        planned = (facts.DESCENT.get(store) or {}).get("steps")
+        of = "" if planned is None else f" of {planned}"
+        sentences.append(f"gradients were followed for {followed}{of} steps only: {reason}")
     sentences += [companion.sentence for companion in summary.companions()]
     for task in normaliser.floored if normaliser is not None else ():
         sentences.append(

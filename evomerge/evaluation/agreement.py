@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from evomerge.evaluation.distributions import LIKELIEST, Distributions
-from evomerge.evaluation.likelihood import Batch, forward, plan, trims
+from evomerge.evaluation.likelihood import Batch, forward, plan, trims, whole
 from evomerge.evaluation.live_lm import Pair
 
 LEAST = 1e-7
@@ -53,7 +53,7 @@ def agreements(
     model: Any, pairs: Sequence[Pair], rows: Sequence[Distributions], *, max_length: int, name: str
 ) -> Tensor:
     """Return (pairs,) how far a model agrees with distributions at the pairs' continuations, in one batch."""
-    laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=[name] * len(pairs))
+    laid = whole(pairs, max_length=max_length, names=[name] * len(pairs))
     (batch,) = laid.batches
     expected = _expected(model, batch, trims(model))
     device, order = expected.device, laid.order.tolist()

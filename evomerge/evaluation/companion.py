@@ -37,7 +37,7 @@ def with_companion(task: TaskItems, lm: LiveLM, answers: Sequence[str | None] = 
     if not _wanted(task):
         return task
     with compiled_templates():
-        gold = [_target(task, group[0].doc) for group in task.groups]
+        gold = [gold_text(task, group[0].doc) for group in task.groups]
         whole = [_rendered(task, group[0].doc) for group in task.groups]
     own = [answer or target for answer, target in zip(answers, gold, strict=True)] if answers else gold
     tried: list[object] = []
@@ -69,12 +69,14 @@ def _wanted(task: TaskItems) -> bool:
     )
 
 
-def _target(task: TaskItems, document: Any) -> str | None:
+def gold_text(task: TaskItems, document: Any) -> str | None:
     """Return the text of a document's first gold answer, None without one."""
     with contextlib.suppress(Exception):  # a task that checks the answer alone may have no target
         target = task.task.doc_to_target(document)
         if isinstance(target, list):
             target = target[0]
+            if not isinstance(target, str | int) and (text := _rendered(task, document)):
+                return text  # a JSON list, which lm-eval took for a list of answers
         if isinstance(target, int) and task.task.config.doc_to_choice is not None:
             target = task.task.doc_to_choice(document)[target]
         return str(target)

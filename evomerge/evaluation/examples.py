@@ -7,6 +7,7 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from evomerge.evaluation.companion import gold_text
 from evomerge.evaluation.items import TaskItems
 from evomerge.evaluation.live_lm import LiveLM
 
@@ -40,16 +41,16 @@ def example(task: TaskItems, lm: LiveLM) -> RenderedItem:
         return _example(task, lm, context, continuation)
     prompt, options = group[0].args[:2]
     limits = normalize_gen_kwargs(options, lm.max_gen_toks)
-    target = task.task.doc_to_target(group[0].doc)
-    if isinstance(target, list) and target:
-        target = target[0]
-    if isinstance(target, int) and task.task.config.doc_to_choice is not None:
-        target = task.task.doc_to_choice(group[0].doc)[target]
-    reference = lm.tok_encode(str(target), add_special_tokens=False)
+    asked = lm.tok_encode(prompt)
+    whole = [token for part in task.pairs[:1] for tokens in part for token in tokens]
+    if whole[: len(asked)] == asked:  # the right answer that its companion follows
+        reference = whole[len(asked) :]
+    else:
+        reference = lm.tok_encode(gold_text(task, group[0].doc) or "", add_special_tokens=False)
     return _example(
         task,
         lm,
-        lm.tok_encode(prompt),
+        asked,
         reference,
         until=tuple(limits["until"]),
         limit=limits["max_gen_toks"],

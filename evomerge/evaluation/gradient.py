@@ -1,7 +1,7 @@
 """Differentiate a smooth loss: forward and backward over some items, with gradients in the weights.
 
-Memory: gradients as large as the live weights, and the activations of one batch. The pairs of one item are
-always in the same batch, because its loss compares them.
+Memory: gradients as large as the live weights, and the activations of one batch, which has few tokens where
+inputs are long. The pairs of one item are always in the same batch, because its loss compares them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from evomerge.evaluation.live_lm import Pair
 from evomerge.evaluation.normalise import kept_share
 from evomerge.evaluation.scores import NonFiniteScores
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
+
+TOKENS = 32
+"""Tokens that a row of a batch has on average at most, padding included: all layers' activations are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,14 @@ def differentiable(model: Any) -> Iterator[None]:
 
 
 def backward(
-    model: Any, items: Items, loss: SmoothLoss, *, batch_size: int, max_length: int, prefix: int
+    model: Any,
+    items: Items,
+    loss: SmoothLoss,
+    *,
+    batch_size: int,
+    max_length: int,
+    prefix: int,
+    share: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Return a loss on some items, and the skill tasks' soft accuracies there.
 
@@ -67,6 +77,7 @@ def backward(
         batch_size: pairs per forward pass.
         max_length: longest input in tokens.
         prefix: the token in front of a text's first token.
+        share: as in `likelihood.plan`.
 
     Raises:
         NonFiniteScores: the loss is NaN or infinite.
@@ -81,7 +92,7 @@ def backward(
     ]
     total, right = 0.0, {part.task: 0.0 for part in loss.tasks if part.base is None}
     for chunk in _chunks(skills, batch_size):
-        total -= _skills(model, chunk, loss.softness, max_length, right)
+        total -= _skills(model, chunk, loss.softness, max_length, share, right)
     for task, part in taught:
         total -= _taught(model, task, part, batch_size, max_length, right)
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
@@ -110,11 +121,13 @@ def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
 
 
 def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
-    """Cut items, longest first, into chunks of at most `batch_size` pairs and at least one item."""
+    """Cut items, longest first, into chunks of at most `batch_size` pairs, fewer where they are long, and at
+    least one item."""
     chunk: list[_Item] = []
     held = 0
     for item in sorted(items, key=lambda item: -item.length):
-        if chunk and held + len(item.pairs) > batch_size:
+        pairs = held + len(item.pairs)
+        if chunk and (pairs > batch_size or pairs * chunk[0].length > batch_size * TOKENS):
             yield chunk
             chunk, held = [], 0
         chunk.append(item)
@@ -124,7 +137,12 @@ def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
 
 
 def _skills(
-    model: Any, chunk: Sequence[_Item], softness: float, max_length: int, right_by_task: dict[str, float]
+    model: Any,
+    chunk: Sequence[_Item],
+    softness: float,
+    max_length: int,
+    share: int,
+    right_by_task: dict[str, float],
 ) -> float:
     """Return the weighted sum of the items' soft accuracies; the gradient of its negative is added.
 
@@ -132,7 +150,7 @@ def _skills(
     """
     pairs = [pair for item in chunk for pair in item.pairs]
     names = [item.task for item in chunk for _ in item.pairs]
-    laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names)
+    laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names, share=share)
     ll, lead = _answers(model, laid)
     margins, start = [], 0
     for item in chunk:
@@ -166,8 +184,9 @@ def _taught(
     """Return the weighted sum of the items' agreements; the gradient of its negative is added."""
     chosen = sorted((task.taught[number] for number in part.items), key=lambda item: -sum(map(len, item[0])))
     total = 0.0
-    for start in range(0, len(chosen), batch_size):
-        pairs, rows = zip(*chosen[start : start + batch_size], strict=True)
+    while chosen:
+        rows_of_it = max(1, min(batch_size, batch_size * TOKENS // sum(map(len, chosen[0][0]))))
+        (pairs, rows), chosen = zip(*chosen[:rows_of_it], strict=True), chosen[rows_of_it:]
         found = agreements(model, pairs, rows, max_length=max_length, name=task.name)
         value = found.sum() * (part.gain / len(part.items))
         (-value).backward()  # type: ignore[no-untyped-call]
@@ -178,8 +197,8 @@ def _taught(
 
 def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
     """Return (pairs,) differentiable log-likelihoods and smallest leads in nats, in the pairs' order."""
-    (batch,) = laid.batches
-    likelihood, lead = _tokens(model, batch, trims(model))
+    read = [_tokens(model, batch, trims(model)) for batch in laid.batches]
+    likelihood, lead = (torch.cat(parts) for parts in zip(*read, strict=True))
     count = len(laid.order)
     pair = torch.zeros(len(likelihood), dtype=torch.long)
     pair[torch.from_numpy(laid.starts[1:])] = 1
@@ -252,7 +271,8 @@ def _windows(
         windows = [make_disjoint_window(window) for window in rolled]
         pairs += windows
         weights += [1.0 / (len(text) * len(part.items))] * len(windows)
-    laid = plan(pairs, batch_size=batch_size, max_length=max_length, names=[task.name] * len(pairs))
+    options: Any = {"batch_size": batch_size, "most_tokens": batch_size * TOKENS}
+    laid = plan(pairs, max_length=max_length, names=[task.name] * len(pairs), **options)
     return laid, torch.tensor(weights, dtype=torch.float64).numpy()
 
 

@@ -382,7 +382,8 @@ class Harness:
         items, lm = self._whole(split), self._lm
         lm.attach(model)
         try:
-            frame = {"max_length": lm.max_length, "prefix": lm.prefix_token_id}
+            share = self._sharing_up_to(lm.max_length) if self._shares else 0
+            frame = {"max_length": lm.max_length, "prefix": lm.prefix_token_id, "share": share}
             size = self.batch_size if batch_size is None else batch_size
             return gradient.backward(model, items, loss, batch_size=size, **frame)
         finally:
@@ -403,10 +404,7 @@ class Harness:
         key = max_length, batch_size
         if key not in items.plans:
             model = self._lm.model
-            share = 0
-            if self._shares is not False and prefix_trees.takes(model):
-                reached = prefix_trees.reach(model)
-                share = max_length if reached is None else min(max_length, reached)
+            share = 0 if self._shares is False else self._sharing_up_to(max_length)
             beside = self._beside(items)
             layout = lay_out(items, self._lm, batch_size, max_length, share, beside)
             if self._shares is None and layout.plan is not None and (sample := layout.plan.sample()):
@@ -416,6 +414,13 @@ class Harness:
                     layout = lay_out(items, self._lm, batch_size, max_length, 0, beside)
             items.plans[key] = layout
         return items.plans[key]
+
+    def _sharing_up_to(self, max_length: int) -> int:
+        """Return how long inputs that share a row may be, for the attached model; 0 where none may."""
+        if not prefix_trees.takes(self._lm.model):
+            return 0
+        reached = prefix_trees.reach(self._lm.model)
+        return max_length if reached is None else min(max_length, reached)
 
     def _beside(self, items: Items) -> frozenset[str]:
         """Return the tasks whose right answers are scored in the passes that read their prompts."""

@@ -133,13 +133,20 @@ def check_answer(task: str, continuation: Sequence[int], max_length: int) -> Non
 
 
 def plan(
-    pairs: Sequence[Pair], *, batch_size: int, max_length: int, names: Sequence[str], share: int = 0
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int,
+    max_length: int,
+    names: Sequence[str],
+    share: int = 0,
+    most_tokens: int | None = None,
 ) -> Plan:
     """Arrange pairs in batches: longest first, equal inputs only once.
 
     pairs: token ids of each context (at least one) and continuation.
     names: the task of each pair, for errors.
     share: inputs of up to this number of tokens may be laid out as prefix trees.
+    most_tokens: of a batch of several rows, padding included; by default TOKENS for each row.
 
     The input of a pair is its last `max_length + 1` tokens without the final one; the continuation's
     tokens are read from its last positions, as in HFLM. Pairs that share an input, such as one-token
@@ -162,7 +169,7 @@ def plan(
     trees = _trees(sorted(rows), batch_size, share)
     in_trees = {tokens for tree in trees for tokens in tree}
     alone = sorted(rows.keys() - in_trees, key=lambda tokens: (-len(tokens), tokens))
-    groups = _rows(alone, batch_size)
+    groups = _rows(alone, batch_size, batch_size * TOKENS if most_tokens is None else most_tokens)
     order = [index for group in [*trees, *groups] for tokens in group for index in rows[tokens]]
     lengths = [len(pairs[index][1]) for index in order]
     return Plan(
@@ -175,19 +182,25 @@ def plan(
     )
 
 
-def _rows(inputs: Sequence[tuple[int, ...]], batch_size: int) -> list[list[tuple[int, ...]]]:
+def whole(pairs: Sequence[Pair], *, max_length: int, names: Sequence[str]) -> Plan:
+    """Return a plan of one batch with all pairs."""
+    longest = max(len(context) + len(continuation) for context, continuation in pairs)
+    size, tokens = len(pairs), longest * len(pairs)
+    return plan(pairs, batch_size=size, max_length=max_length, names=names, most_tokens=tokens)
+
+
+def _rows(inputs: Sequence[tuple[int, ...]], batch_size: int, most: int) -> list[list[tuple[int, ...]]]:
     """Return batches of inputs, longest first: of `batch_size`, or fewer where they are long.
 
-    A pass over long inputs is as fast with fewer rows, and its memory grows with its tokens.
+    A pass over long inputs is as fast with fewer rows, and its memory grows with its tokens. most: tokens.
 
-    >>> [len(rows) for rows in _rows([(1,) * 300] * 5 + [(1,) * 100] * 6, batch_size=4)]
+    >>> [len(rows) for rows in _rows([(1,) * 300] * 5 + [(1,) * 100] * 6, batch_size=4, most=512)]
     [1, 1, 1, 1, 1, 4, 2]
     """
     groups: list[list[tuple[int, ...]]] = []
     for tokens in inputs:
         last = groups[-1] if groups else []
-        fits = len(last) < batch_size and (len(last) + 1) * len((last or [tokens])[0]) <= batch_size * TOKENS
-        if last and fits:
+        if last and len(last) < batch_size and (len(last) + 1) * len(last[0]) <= most:
             last.append(tokens)
         else:
             groups.append([tokens])

@@ -54,6 +54,7 @@ class Slopes:
             outcome = self._executed(recipe, loss)
         if isinstance(outcome, Failure):
             self._observer.scored(recipe, outcome, None)
+            self._observer.noted(f"gradients end at step {step + 1} of {steps}: {outcome.reason}")
             fact = dataclasses.asdict(outcome)
         else:
             groups = tuple(dict(group) for group in outcome.groups)

@@ -43,7 +43,7 @@ def sources(zoo: Path) -> dict[str, str]:
 
 
 def test_a_config_of_own_data_runs_to_a_verdict(tiny_zoo: Path, tmp_path: Path) -> None:
-    files = {skill: own_file(tmp_path, skill) for skill in ("upper", "reverse")}
+    files = {skill: own_file(tmp_path, skill, rows=16) for skill in ("upper", "reverse")}
     out = tmp_path / "new" / "mine.yaml"
     run_folder = str(tmp_path / "run")
     done = evomerge.init(tiny_zoo / "base", sources(tiny_zoo), data=files, out=out, run_folder=run_folder)

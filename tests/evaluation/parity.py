@@ -200,7 +200,7 @@ class Way:
     tasks: tuple[str, ...] = field(default=(*SHAPES, "own_class"))
 
 
-QUICK = ("plain", "template", "thinking to a text")
+QUICK = ("plain", "template")
 """Ways of the default test suite; the others are slow tests."""
 TEXTS = tuple(name for name in SHAPES if "generate" in SHAPES[name]["output_type"])
 WAYS: dict[str, Way] = {

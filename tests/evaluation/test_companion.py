@@ -311,9 +311,12 @@ def test_a_template_that_ends_with_a_line_break_has_companions(
     task = {"data": "own.jsonl", "prompt": "ask", "answer": "reply", "splits": splits, **keys}
     suite = Suite.from_mapping({"name": "own", "tasks": [task]}, folder=tmp_path, where="suite.yaml")
     tokenizer = chatml()
-    (task_items,) = harness_of(suite, tokenizer).items("search").tasks
+    harness = harness_of(suite, tokenizer)
+    (task_items,) = harness.items("search").tasks
     assert len(task_items.pairs) == 4
     assert {tokenizer.decode(answer_tokens) for _, answer_tokens in task_items.pairs} == {f"\n{answer}"}
+    (shown,) = harness.examples()
+    assert "".join(shown.answer) == answer
 
 
 def test_a_target_in_square_brackets_can_be_one_answer(

@@ -23,9 +23,11 @@ from lm_eval.tasks import TaskManager
 from evomerge.errors import ConfigError
 from evomerge.evaluation import builtin_tasks
 from evomerge.evaluation import tasks as tasks_module
+from evomerge.evaluation.gradient import differentiable
 from evomerge.evaluation.harness import Harness
 from evomerge.evaluation.scores import NonFiniteScores, Scores
 from evomerge.evaluation.sharing import Sharing
+from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 from evomerge.evaluation.suite import Suite
 from tests.rounding import of_log_likelihoods
 
@@ -564,3 +566,30 @@ def test_a_name_that_no_file_holds_is_refused_without_indexing_all_of_them(
         tasks_module.build(suite, lm=None, seed=0)
     assert all(options.get("include_defaults") is False for options in made)
     assert builtin_tasks.mentioned("anli")  # a group
+
+
+def test_gradients_read_a_prompt_that_choices_share_once(make_suite: MakeSuite, tmp_path: Path) -> None:
+    docs = {split: documents("choice", split, 10) for split in ITEMS}
+    long = TASKS["choice"] | {"doc_to_text": "a b c d e f g h a b c d e f g h {{ prompt[:1] }} ="}
+    write_task(tmp_path, "long", long, **docs)
+    suite = make_suite(entry("long", metric="acc"), folder=tmp_path)
+    part = SmoothTask(task="long", gain=1.0, items=(0, 3, 7))
+    loss = SmoothLoss(tasks=(part,), price=0.0, softness=0.5)
+    found = []
+    for shared in (True, False):
+        model, read = new_model(), 0
+
+        def count(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+            nonlocal read
+            read += named["input_ids"].numel()
+
+        sharing = Sharing(scored=shared, generated=False)
+        harness = Harness(suite, tokenizer=new_tokenizer(), batch_size=8, max_length=None, sharing=sharing)
+        with model.register_forward_pre_hook(count, with_kwargs=True), differentiable(model):
+            value, _ = harness.backward(model, "search", loss)
+            found.append((read, value, [parameter.grad.clone() for parameter in model.parameters()]))
+    (few, value, slopes), (many, expected, wanted) = found
+    assert few < many / 2
+    assert value == pytest.approx(expected, rel=1e-5)
+    for one, other in zip(slopes, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

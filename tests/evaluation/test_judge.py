@@ -220,7 +220,7 @@ def judged(tiny_zoo: Path, tmp_path: Path, server: JudgeServer) -> Callable[...,
     """Write a config whose suite has a judge; keyword arguments are keys of the judge."""
 
     def write(**judge: Any) -> Path:
-        words = [word for word in vocabulary() if word.isalpha() and len(word) > 2][:60]
+        words = [word for word in vocabulary() if word.isalpha() and len(word) > 2][:18]
         rows = [{"q": f"upper {word} =", "a": word.upper()} for word in words]
         (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         entry = {"url": server.url, "model": MODEL, "key": "MY_KEY", **judge}

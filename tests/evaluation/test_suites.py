@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 PACKAGED = sorted(path.stem for path in (FOLDER / "suites").glob("*.yaml"))
 SUITES = [name for name in PACKAGED if name != "demo"]  # the demo's is used by the tests of the zoo
+QUICK = [name if name != "code" else pytest.param(name, marks=pytest.mark.slow) for name in SUITES]
 FEW = {"search": 6, "select": 5, "test": 7}
 EXECUTE = Permissions(allow_code_execution=True)
 LM = LiveLM(new_tokenizer(), batch_size=1, max_length=None)
@@ -95,9 +96,7 @@ def values(builder: TaskBuilder, answer: Any, item: int = 0) -> dict[str, Any]:
     return dict(view.process_results(instances[0].doc, results))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "code")) for name in SUITES]
-)
+@pytest.mark.parametrize("name", QUICK)
 def test_splits_are_disjoint(name: str, built: dict[str, list[TaskBuilder]]) -> None:
     for task, builder in builders(name, built).items():
         sets = {
@@ -120,7 +119,7 @@ def test_what_is_published_is_not_searched(name: str) -> None:
             assert published not in {task.splits.dataset_split(split) for split in ("search", "select")}
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_published_data_has_enough_items(name: str, built: dict[str, list[TaskBuilder]]) -> None:
     for task in Suite.load(name).tasks:
         config = builders(name, built)[task.task]._task.config
@@ -171,9 +170,7 @@ WRONG = {
 OPEN = {"persona_reply", "instruct_rules"}  # a likelihood; many rules
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "code")) for name in SUITES]
-)
+@pytest.mark.parametrize("name", QUICK)
 def test_right_and_wrong_answers(name: str, built: dict[str, list[TaskBuilder]]) -> None:
     for task, builder in builders(name, built).items():
         if task in OPEN:
@@ -200,9 +197,6 @@ def roomy_model() -> Any:
     model = new_model()
     model.config.max_position_embeddings = 2048
     return model
-
-
-QUICK = [name if name != "code" else pytest.param(name, marks=pytest.mark.slow) for name in SUITES]
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -1,7 +1,7 @@
 """Run as a program: send signals to runs of the command line, and resume them; print what came of it.
 
 One process imports everything; every command is a fork of it with two worker processes of its own. Usage:
-python -m tests.running.signals CONFIG FOLDER
+python -m tests.running.signals CONFIG FOLDER SIGNAL ...
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def wait_for(log: Path, event: str, count: int) -> None:
     raise TimeoutError(event)
 
 
-def main(config_path: Path, folder: Path) -> None:
+def main(config_path: Path, folder: Path, names: list[str]) -> None:
     from evomerge import compose
     from evomerge.config import RunConfig
     from evomerge.delivery.progress import Silent
@@ -124,14 +124,13 @@ def main(config_path: Path, folder: Path) -> None:
         os.kill(pid, signal.SIGINT)
 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    found = {
-        "SIGTERM": struck("group", thrice),
-        "SIGHUP": struck("hangup", hang_up),
-        "SIGINT": struck("live", second),
-    }
-    second_ = json.loads((folder / "second.json").read_text())
-    print(json.dumps({"whole": facts(folder / "whole"), "struck": found, "second": second_}))
+    ways = {"SIGTERM": ("group", thrice), "SIGHUP": ("hangup", hang_up), "SIGINT": ("live", second)}
+    found: dict[str, Any] = {"struck": {name: struck(*ways[name]) for name in names}}
+    found["whole"] = facts(folder / "whole")
+    if "SIGINT" in names:
+        found["second"] = json.loads((folder / "second.json").read_text())
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

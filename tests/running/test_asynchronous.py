@@ -105,7 +105,7 @@ def test_a_finished_run_repeats_itself_without_scoring_anything(start: Start, tm
     assert start("other", lambda spec: Shuffled(spec, seed=2)) != first  # another order, another search
 
 
-@pytest.mark.parametrize("results", [60, 90, 120])
+@pytest.mark.parametrize("results", [90, *(pytest.param(n, marks=pytest.mark.slow) for n in (60, 120))])
 def test_killed_it_goes_on_from_the_order_that_is_stored(start: Start, tmp_path: Path, results: int) -> None:
     with pytest.raises(Killed):
         start("run", lambda spec: Shuffled(spec, seed=1, results=results))

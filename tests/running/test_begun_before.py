@@ -58,6 +58,7 @@ def test_a_search_of_paths_that_began_without_stacks_has_none(
         return config(
             generate=False,
             space=PATHS,
+            baselines=[],
             optimizer={"population": 4},
             budget={"generations": generations},
             out=str(tmp_path / name),

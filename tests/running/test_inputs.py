@@ -147,16 +147,17 @@ class Meddler(Silent):
             self._change()
 
 
-@pytest.mark.parametrize("phase", ["generation 1", "selection", "test"])
-def test_the_run_stops_and_goes_on_when_the_old_files_are_back(phase: str, own: Path, tmp_path: Path) -> None:
+def test_the_run_stops_and_goes_on_when_the_old_files_are_back(own: Path, tmp_path: Path) -> None:
     whole = RunConfig.load(own, out=str(tmp_path / "whole"))
     compose.start(whole, Silent())
     kept = weights(tmp_path / "zoo", "upper").read_bytes()
-    with pytest.raises(ModelError, match="model files changed since the run began"):
-        compose.start(RunConfig.load(own), Meddler(phase, lambda: overwrite(tmp_path / "zoo")))
-    with RunStore.read(tmp_path / "run") as store:
-        assert facts.STOPPED.get(store) is None
-    weights(tmp_path / "zoo", "upper").write_bytes(kept)
+    for phase in ("generation 1", "selection", "test"):
+        with pytest.raises(ModelError, match="model files changed since the run began"):
+            compose.start(RunConfig.load(own), Meddler(phase, lambda: overwrite(tmp_path / "zoo")))
+        with RunStore.read(tmp_path / "run") as store:
+            assert facts.STOPPED.get(store) is None
+            assert bool(store.entries("winner")) == (phase == "test")
+        weights(tmp_path / "zoo", "upper").write_bytes(kept)
     compose.start(RunConfig.load(own), Silent())
     digests = [RunStore.read(tmp_path / name).digest() for name in ("whole", "run")]
     assert digests[0] == digests[1]

@@ -12,23 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from evomerge.cli import terminal
-from tests.conftest import write_suite
+from tests.conftest import config_data, write_suite
 
 
-@pytest.fixture(scope="module")
-def found(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    import yaml
-
-    from tests.conftest import config_data
-
-    folder = tmp_path_factory.mktemp("signals")
+def signalled(zoo: Path, folder: Path, *names: str) -> dict[str, Any]:
+    """Run `signals`; return what it found."""
     write_suite(folder, generate=False)
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config_data(tiny_zoo, folder, budget={"generations": 2}), sort_keys=False))
+    path.write_text(yaml.safe_dump(config_data(zoo, folder, budget={"generations": 2}), sort_keys=False))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.running.signals", path, folder],
+        [sys.executable, "-m", "tests.running.signals", path, folder, *names],
         capture_output=True,
         text=True,
         check=False,
@@ -39,15 +35,12 @@ def found(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return result
 
 
-@pytest.mark.parametrize(
-    ("sent", "code", "kind"),
-    [
-        ("SIGTERM", 143, "Terminated"),  # to all processes, three times: as batch schedulers do
-        ("SIGHUP", 129, "Terminated"),
-        ("SIGINT", 130, "KeyboardInterrupt"),
-    ],
-)
-def test_a_signal_ends_a_run_in_order(found: dict[str, Any], sent: str, code: int, kind: str) -> None:
+@pytest.fixture(scope="module")
+def found(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return signalled(tiny_zoo, tmp_path_factory.mktemp("signals"), "SIGTERM", "SIGINT")
+
+
+def check_the_end(found: dict[str, Any], sent: str, code: int, kind: str) -> None:
     struck = found["struck"][sent]
     assert struck["code"] == code, struck["said"]
     assert "everything scored so far is stored" in struck["said"]
@@ -58,6 +51,22 @@ def test_a_signal_ends_a_run_in_order(found: dict[str, Any], sent: str, code: in
     assert struck["log"]["event"] == "stopped"
     assert (struck["log"]["kind"], struck["log"]["reason"]) == (kind, sent)
     assert struck["resumed"] == found["whole"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "kind"),
+    [
+        ("SIGTERM", 143, "Terminated"),  # to all processes, three times: as batch schedulers do
+        ("SIGINT", 130, "KeyboardInterrupt"),
+    ],
+)
+def test_a_signal_ends_a_run_in_order(found: dict[str, Any], sent: str, code: int, kind: str) -> None:
+    check_the_end(found, sent, code, kind)
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_a_run_in_order(tiny_zoo: Path, tmp_path: Path) -> None:
+    check_the_end(signalled(tiny_zoo, tmp_path, "SIGHUP"), "SIGHUP", 129, "Terminated")
 
 
 def test_a_run_that_goes_on_is_not_resumed_by_another(found: dict[str, Any]) -> None:

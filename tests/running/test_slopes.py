@@ -70,7 +70,28 @@ def test_a_gradient_is_computed_once_in_the_life_of_a_run(
             assert slopes.gradient(recipe(1), loss, step=0, steps=2) == outcome
             assert slopes.gradient(recipe(1), other, step=1, steps=2) == outcome
             assert slopes.gradient(recipe(2), loss, step=1, steps=2) == outcome
+            failed = store.gradient_failures()
+            assert failed == ([(0, "too large")] * 3 if isinstance(outcome, Failure) else [])
     assert executor.count == 3
+
+
+def test_where_gradients_end_too_early_is_said(tmp_path: Path) -> None:
+    loss = SmoothLoss(tasks=(SmoothTask(task="skill", gain=1.0, items=(0,)),), price=0.2, softness=1.0)
+    said: list[str] = []
+
+    class Listening(Silent):
+        def noted(self, message: str) -> None:
+            said.append(message)
+
+    with RunStore.create(tmp_path, {}) as store:
+        found = Gradient(loss=-0.1, groups=({"weight": (0.1,)},))
+        Slopes(store, Answers(found), Listening(), Batches(store, 32)).gradient(
+            recipe(1), loss, step=0, steps=9
+        )
+        bad = Answers(Failure(kind="non_finite", reason="too large"))
+        Slopes(store, bad, Listening(), Batches(store, 32)).gradient(recipe(2), loss, step=1, steps=9)
+        assert store.gradient_failures() == [(1, "too large")]
+    assert said == ["gradients end at step 2 of 9: too large"]
 
 
 @pytest.mark.parametrize("limit", [None, (0.9, 2.0)])

@@ -136,7 +136,7 @@ def test_it_spends_its_budget_and_no_more(workers: int) -> None:
     assert 18 < len(crew.executed) / BLOCKS <= 20
 
 
-@pytest.mark.parametrize("workers", [1, 5])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_interrupted_anywhere_and_gone_on_it_ends_in_the_same_bits(workers: int) -> None:
     whole = Crew(workers, seed=3)
     outcome, order = search(whole), whole.journal.order

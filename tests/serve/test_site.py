@@ -276,7 +276,7 @@ def test_an_open_page_follows_the_run(
     page.get_by_role("heading", name=re.compile("^Candidate ")).wait_for()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_the_command_with_a_stream_open(folder: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", "from evomerge.cli import main; main()", "serve", str(folder), "-q"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

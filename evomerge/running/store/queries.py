@@ -175,6 +175,15 @@ class StoreReader:
         query = "SELECT SUM(json_extract(value, '$.items')) FROM run WHERE key GLOB ?"
         return self._row(query, (facts.GRADIENT.pattern,))[0] or 0
 
+    def gradient_failures(self) -> list[tuple[int, str]]:
+        """Return for each gradient that failed how many did not, and why it failed."""
+        query = (
+            "SELECT json_extract(value, '$.reason'), SUM(json_extract(value, '$.reason') IS NULL) OVER () "
+            "FROM run WHERE key GLOB ?"
+        )
+        rows = self._db.execute(query, (facts.GRADIENT.pattern,)).fetchall()
+        return [(int(followed), str(reason)) for reason, followed in rows if reason is not None]
+
     def blocks(self, split: Split) -> int:
         """Return how many item blocks a split has in this run (fact `blocks`, for `search`)."""
         if self._blocks is None:

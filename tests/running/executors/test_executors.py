@@ -65,6 +65,7 @@ def ray(device: str = "cpu", *, timeout: float = 4, **changes: Any) -> RayActors
 
 BUILDS = {"inline": inline, "local": local, "ray": ray}
 ALL, WITH_WORKERS = ["inline", "local", "ray"], ["local", "ray"]
+RAY_SLOW: list[Any] = ["local", pytest.param("ray", marks=pytest.mark.slow)]
 DEATH = {
     "local": "its worker process died (signal SIGKILL)",
     "ray": "its Ray actor died",
@@ -179,19 +180,23 @@ def test_a_worker_that_cannot_start_is_the_users_business(build: Build) -> None:
 # -- those with workers that may die ----------------------------------------------------------------
 
 
-@over(WITH_WORKERS)
-@pytest.mark.parametrize(
-    ("order", "kind", "reason"),
-    [(CRASH, "crash", DEATH), (HANG, "timeout", "took longer than 4 s")],
-)
-def test_a_bad_candidate_is_a_failure_and_the_others_are_scored(
-    pool: Executor, build: Build, order: int, kind: Any, reason: Any
-) -> None:
+def check_a_bad_candidate(pool: Executor, order: int, expected: Failure) -> None:
     found = outcomes(pool, 1, order, 2, 3)
-    expected = reason if isinstance(reason, str) else reason[build.__name__]
-    assert found.pop(order) == Failure(kind=kind, reason=expected)
+    assert found.pop(order) == expected
     assert all(isinstance(outcome, Scores) for outcome in found.values())
     assert len(found) == 3
+
+
+@over(WITH_WORKERS)
+def test_a_candidate_that_crashes_is_a_failure_and_the_others_are_scored(
+    pool: Executor, build: Build
+) -> None:
+    check_a_bad_candidate(pool, CRASH, Failure(kind="crash", reason=DEATH[build.__name__]))
+
+
+@over(RAY_SLOW)
+def test_a_candidate_that_hangs_is_a_failure_and_the_others_are_scored(pool: Executor) -> None:
+    check_a_bad_candidate(pool, HANG, Failure(kind="timeout", reason="took longer than 4 s"))
 
 
 @over(WITH_WORKERS)
@@ -202,7 +207,7 @@ def test_a_job_whose_worker_was_killed_once_is_scored_after_all(pool: Executor, 
     assert isinstance(result.outcome, Scores)
 
 
-@over(WITH_WORKERS)
+@over(RAY_SLOW)
 def test_an_idle_worker_that_died_costs_no_candidate(pool: Executor, tmp_path: Path) -> None:
     for pid in both_processes(pool, tmp_path / "meeting"):
         os.kill(pid, signal.SIGKILL)
@@ -231,7 +236,7 @@ def test_what_is_under_way_when_nobody_listens_comes_with_the_next_results(
     assert len(rest) == 4
 
 
-@over(WITH_WORKERS)
+@over(RAY_SLOW)
 def test_a_worker_that_dies_loading_the_models_is_the_users_business(build: Build) -> None:
     with pytest.raises(
         UserError, match=r"no worker could load the models: its (worker process|Ray actor) died"
@@ -252,6 +257,7 @@ def test_closing_in_the_middle_leaves_no_process(build: Build, tmp_path: Path) -
 # -- Ray alone ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_only_a_lost_node_had_is_scored_elsewhere(ray_cluster: Any, tmp_path: Path) -> None:
     """Two workers, one on a node that goes away in the middle of a candidate."""
     node = ray_cluster.add_node(num_cpus=1, resources={"seat": 1}, object_store_memory=80 * 2**20)
@@ -343,6 +349,7 @@ def test_a_cluster_without_what_a_worker_needs(ray_cluster: Any, changes: Any, m
         ray(**changes)
 
 
+@pytest.mark.slow
 def test_models_must_lie_at_the_same_place_on_every_node(ray_cluster: Any) -> None:
     worker = dataclasses.replace(spec(), models={"base": "/nowhere/base", "a": "/nowhere/base+/nowhere/lora"})
     with pytest.raises(UserError, match=r"node \S+ of the Ray cluster lacks /nowhere/base") as error:
@@ -477,7 +484,7 @@ def ran(zoo: Path, folder: Path, executor: dict[str, Any], observer: Any) -> Pat
     return folder / "run"
 
 
-@over([name if name != "ray" else pytest.param(name, marks=pytest.mark.slow) for name in WITH_WORKERS])
+@over(RAY_SLOW)
 def test_a_run_whose_workers_are_killed_in_the_middle_ends_in_the_same_bits(
     build: Build, unbroken: Path, tiny_zoo: Path, tmp_path: Path
 ) -> None:
