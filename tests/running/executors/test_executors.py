@@ -349,7 +349,6 @@ def test_a_cluster_without_what_a_worker_needs(ray_cluster: Any, changes: Any, m
         ray(**changes)
 
 
-@pytest.mark.slow
 def test_models_must_lie_at_the_same_place_on_every_node(ray_cluster: Any) -> None:
     worker = dataclasses.replace(spec(), models={"base": "/nowhere/base", "a": "/nowhere/base+/nowhere/lora"})
     with pytest.raises(UserError, match=r"node \S+ of the Ray cluster lacks /nowhere/base") as error:
