@@ -13,7 +13,6 @@ from evomerge.errors import UserError
 from evomerge.evaluation import gains
 from evomerge.evaluation.gains import Gain
 from evomerge.evaluation.scores import SPLITS, Failure, Scores, Split
-from evomerge.evaluation.smooth_loss import PASSES
 from evomerge.prepare import Prepared, check_time, optimizer_of
 from evomerge.running import executors
 from evomerge.running.clock import Clock
@@ -21,7 +20,8 @@ from evomerge.running.forecast import EXTRA, REPORT, SAFETY, Work
 from evomerge.running.store import StoreReader
 from evomerge.running.worker import Job
 from evomerge.search import baselines
-from evomerge.search.warm_start import GradientSpec, automatic
+from evomerge.search.surrogate.guide import generation_price
+from evomerge.search.warm_start import ENDS, GradientSpec, automatic
 
 COSTLY = 5.0
 """Seconds of one model on `search` from which a trial is one candidate, on the splits that nothing was scored
@@ -166,10 +166,10 @@ def _estimated(
     hand_made = sum(row.name in prepared.baselines for row in rows)
     starts = len(prepared.warm.recipes)
     beforehand = math.ceil((parents + hand_made + starts) / workers) + len(sources)  # the soup, one by one
-    gradients = _descent(prepared, items["search"], task_items)
-    slopes = _cost(gradients)
+    gradients, sated = _descent(prepared, items["search"], task_items)
+    slopes = 0.0 if gradients is None else gradients.cost
     beforehand += math.ceil(slopes)
-    first = math.ceil(optimizer_of(config, prepared.space).population / workers)
+    first = 0 if sated else math.ceil(optimizer_of(config, prepared.space).population / workers)
     before = (beforehand + first) * seconds["search"]
     after = REPORT + Work(
         soups=config.finalists,
@@ -179,7 +179,7 @@ def _estimated(
         + (min(hand_made, baselines.TESTED) if prepared.baselines.short else hand_made + 1)
         + starts,
     ).seconds(seconds, workers)
-    searched = _searched(prepared, items["search"], slopes)
+    searched = slopes + ENDS if sated else _searched(prepared, items["search"], gradients)
     whole = None
     if searched is not None:
         whole = max(before, (beforehand + max(0.0, searched - slopes) / workers) * seconds["search"]) + after
@@ -215,7 +215,7 @@ def requests(prepared: Prepared, found: Probe) -> dict[str, int | None]:
     known = (
         len(sources) + 1 + sum(row.name in prepared.baselines for row in rows) + len(prepared.warm.recipes)
     )
-    searched = _searched(prepared, found.items["search"], _cost(found.gradients))
+    searched = _searched(prepared, found.items["search"], found.gradients)
     if searched is None:
         return dict.fromkeys(prepared.judges)
     counts: dict[Split, int] = {
@@ -231,34 +231,37 @@ def requests(prepared: Prepared, found: Probe) -> dict[str, int | None]:
 
 def _descent(
     prepared: Prepared, full: int, task_items: Mapping[str, Mapping[str, int]]
-) -> GradientSpec | None:
-    """Return how the run would follow gradients, None if not; full: items of an evaluation."""
+) -> tuple[GradientSpec | None, bool]:
+    """Return how the run would follow gradients, None if not, and whether they get the whole budget.
+
+    full: items of an evaluation.
+    """
     spec = prepared.warm.gradients
     if spec is None or not prepared.warm.automatic:
-        return spec
+        return spec, False
     population = optimizer_of(prepared.config, prepared.space).population
     counted = [task.task for task in prepared.suite.of("search") if task.role == "skill" and task.counted]
     sizes = [count for task, count in task_items["search"].items() if task in counted]
     allowed = prepared.config.budget.allowed(full, population)
-    return automatic(spec, allowed, min(sizes, default=None))
+    price, config = 0.0, prepared.config
+    if not config.objective.several and not config.optimizer.async_:
+        surrogate = None if config.surrogate == "off" else config.surrogate
+        price = generation_price(prepared.space.coordinates, population, prepared.worker.blocks, surrogate)
+    decided = automatic(spec, allowed, min(sizes, default=None), price)
+    return decided, decided is not None and not decided.leaves(price, allowed)
 
 
-def _cost(gradients: GradientSpec | None) -> float:
-    """Return the cost of following gradients, in full evaluations."""
-    return 0.0 if gradients is None else PASSES * gradients.steps * gradients.share
-
-
-def _searched(prepared: Prepared, full: int, slopes: float) -> float | None:
+def _searched(prepared: Prepared, full: int, gradients: GradientSpec | None) -> float | None:
     """Return how many full evaluations the budget allows, None where only time limits it.
 
-    full: items of one. slopes: cost of following gradients. A limit in generations counts as if no candidate
-    stopped early.
+    full: items of one. A limit in generations counts as if no candidate stopped early.
     """
     budget = prepared.config.budget
     optimizer = optimizer_of(prepared.config, prepared.space)
     limits = [
         budget.evaluations,
         budget.items and budget.items / full,
-        budget.generations and budget.generations * optimizer.population + slopes,
+        budget.generations
+        and budget.generations * optimizer.population + (0.0 if gradients is None else gradients.cost),
     ]
     return min((limit for limit in limits if limit), default=None)

@@ -59,7 +59,7 @@ def suite(folder: Path) -> dict[str, Any]:
                 "smooth": "partial",
                 "specialist": "tools",
                 "gen_kwargs": {"max_gen_toks": 64},
-                "splits": drawn(16, 20, 40),
+                "splits": drawn(24, 32, 120),
             },
             {
                 "task": "dates",

@@ -92,7 +92,8 @@ class Generations:
     order: the item blocks, the most informative first. racing: when candidates leave a generation early.
     guide: the surrogate, if any. archive: the front, with several objectives. counted: returns the number of
     items a candidate's loss is computed from. descended: whether the search began where gradients led; then
-    it ends where the guide expects nothing better nearby.
+    it ends where the guide expects nothing better nearby. sated: whether gradients got a budget whose rest
+    pays for no generation, so that none is begun.
     """
 
     space: Space
@@ -109,6 +110,7 @@ class Generations:
     archive: pareto.Archive | None
     counted: Callable[[Scores], int]
     descended: bool = False
+    sated: bool = False
 
     def run(self) -> SearchResult:
         """Run generations until the budget or the optimizer stops the search."""
@@ -180,6 +182,9 @@ class Generations:
             return stopped
         if self.descended and self.guide is not None and self.guide.hopeless:
             return "nothing better is expected near where gradients and generations led"
+        if self.sated and not generation and not self.journal.has_ask(0):
+            spent = f"{self.ledger.evaluations:.4g} evaluations"
+            return f"gradients took the budget ({spent}): the rest pays for no generation"
         asked = self._ask()
         if not self.journal.has_ask(generation):  # the budget allowed a stored one when it began
             stopped = self.budget.stop_reason(

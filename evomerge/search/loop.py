@@ -42,7 +42,7 @@ from evomerge.search.spaces.space import Genome
 from evomerge.search.stacks import Outlook, ScoredStacks, score_stacks
 from evomerge.search.stream import Stream
 from evomerge.search.surrogate.front_guide import FrontGuide, small
-from evomerge.search.surrogate.guide import Guide, MeanLoss
+from evomerge.search.surrogate.guide import Guide, MeanLoss, generation_price
 from evomerge.search.surrogate.improvement import FrontLoss
 from evomerge.search.warm_start import GradientSpec, automatic, distinct
 from evomerge.search.winner import GRADIENT_START, Selection
@@ -88,6 +88,7 @@ class Search:
         self._standard: Named | None = None  # the merge that sets the floors
         self._unlimited: Named | None = None  # the best by the mean alone
         self._descended = False  # whether the search begins where gradients led
+        self._sated = False  # whether gradients got a budget whose rest pays for no generation
         self._stacks = ScoredStacks(best=None)
 
     def run(self) -> Outcome:
@@ -159,6 +160,7 @@ class Search:
             archive=archive,
             counted=self._counted,
             descended=self._descended,
+            sated=self._sated,
         )
         searched = evolution.run()
         selection = Selection(
@@ -362,6 +364,7 @@ class Search:
             starts += sorted(scored, key=lambda k: k.loss)[:1]
             spent = descent.items + sum(k.scores.items for k in scored)
             self._descended = spent > 0
+            self._sated &= descent.failure is None and len(descent.losses) == spec.steps and bool(scored)
         if self._plan.stacks:
             found = self._score_stacks(objective, [*known, *starts])
             spent += self._stacks.items + sum(k.scores.items for k in found)
@@ -405,9 +408,22 @@ class Search:
             return None
         allowed = self._budget.evaluations(base.items, self._plan.population)
         smallest = min(len(base[task].metric) for task in self._counted_tasks)
-        decided = automatic(spec, allowed, smallest) or spec.model_copy(update={"steps": 0})
+        price = self._generation_price
+        decided = automatic(spec, allowed, smallest, price) or spec.model_copy(update={"steps": 0})
         steps, share = self._journal.record_descent(decided.steps, decided.share)
-        return spec.model_copy(update={"steps": steps, "share": share}) if steps else None
+        if not steps:
+            return None
+        spec = spec.model_copy(update={"steps": steps, "share": share})
+        self._sated = not spec.leaves(price, allowed)
+        return spec
+
+    @property
+    def _generation_price(self) -> float:
+        """What gradients must leave of a budget, in evaluations; 0 where the search goes on in any case."""
+        plan = self._plan
+        if plan.objective.several or plan.optimizer.async_:
+            return 0.0
+        return generation_price(plan.space.coordinates, plan.population, plan.racing.count, plan.surrogate)
 
     def _descend(self, objective: Objective, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
         """Follow the gradient of the objective from the best scored point."""

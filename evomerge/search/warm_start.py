@@ -15,6 +15,8 @@ from evomerge.search.ports import Named
 STEPS = 64
 BUDGET = 2 / 3
 """Share of a budget that gradients may take by default."""
+LEAST_BUDGET = 0.5
+"""Share down to which they make room for a first generation; where that is not enough they take it all."""
 ENDS = 2
 """Points that a descent leads to, which are scored on all items."""
 FEWEST_STEPS, FEWEST_ITEMS, WANTED_ITEMS = 8, 2, 8
@@ -41,6 +43,18 @@ class GradientSpec(Strict):
     """Width, in nats, of the zone around the border between wrong and right in which an item has a
     gradient."""
 
+    @property
+    def cost(self) -> float:
+        """The cost of the steps, in full evaluations."""
+        return PASSES * self.steps * self.share
+
+    def leaves(self, generation: float, evaluations: float | None) -> bool:
+        """Say whether a budget of evaluations pays for the steps, their ends and a generation at that price.
+
+        A price of 0 says that the search goes on in any case.
+        """
+        return not generation or evaluations is None or self.cost + ENDS + generation <= evaluations
+
 
 class WarmStartSpec(Strict):
     """The `warm_start` part of a run config: what is scored beside the baselines and may seed the search."""
@@ -54,7 +68,8 @@ class WarmStartSpec(Strict):
     gradients: GradientSpec | Literal["auto", "off"] = "auto"
     """Gradient steps from the best known point before the search. `auto`: where the space has a method with
     a gradient and a task has answers with a likelihood, as far as two thirds of the budget pay for it (64
-    steps, on fewer items each where the budget is small); `on` takes the defaults below."""
+    steps, on fewer items each where the budget is small), or the whole budget where it can't pay for as much
+    and a generation; `on` takes the defaults below."""
 
     @field_validator("gradients", mode="before")
     @classmethod
@@ -63,13 +78,18 @@ class WarmStartSpec(Strict):
         return {"True": {}, "False": "off", "on": {}}.get(str(value), value)
 
 
-def automatic(spec: GradientSpec, evaluations: float | None, items: int | None = None) -> GradientSpec | None:
+def automatic(
+    spec: GradientSpec, evaluations: float | None, items: int | None = None, generation: float = 0.0
+) -> GradientSpec | None:
     """Return what a share of a budget pays for, of `spec`; None where too few steps would be left.
 
     Steps with fewer items come before fewer steps: 64 steps on 5 % of the items each lead nearly as far as
     64 on 20 %. Small tasks have larger shares, for a step on one item of a task follows that item.
 
-    evaluations: the whole budget; None where it has no such limit. items: of the smallest task.
+    A first generation is left for where gradients still get half of the budget; else they get all of it.
+
+    evaluations: the whole budget; None where it has no such limit. items: of the smallest task. generation:
+    what the first one costs, in evaluations.
 
     >>> automatic(GradientSpec(), 20).share, automatic(GradientSpec(), 20).steps
     (0.059, 64)
@@ -80,6 +100,9 @@ def automatic(spec: GradientSpec, evaluations: float | None, items: int | None =
     >>> few = automatic(GradientSpec(), 20, items=16)  # 2 items of it
     >>> few.share, few.steps
     (0.125, 30)
+    >>> all_of_it = automatic(GradientSpec(), 20, items=16, generation=19)
+    >>> all_of_it.share, all_of_it.steps
+    (0.125, 48)
     """
     least, wanted = (
         0.0 if items is None else min(1.0, count / items) for count in (FEWEST_ITEMS, WANTED_ITEMS)
@@ -87,10 +110,19 @@ def automatic(spec: GradientSpec, evaluations: float | None, items: int | None =
     least, wanted = max(SMALLEST_SHARE, least), max(spec.share, wanted)
     if evaluations is None:
         return spec.model_copy(update={"share": wanted})
-    allowed = (BUDGET * evaluations - ENDS) / PASSES
-    share = round(min(wanted, max(least, allowed / spec.steps)), 4)
-    steps = min(spec.steps, int(allowed / share + 1e-9))
-    return spec.model_copy(update={"share": share, "steps": steps}) if steps >= FEWEST_STEPS else None
+
+    def paid(part: float, most: float) -> GradientSpec:
+        allowed = (part * evaluations - ENDS) / PASSES
+        share = round(min(most, max(least, allowed / spec.steps)), 4)
+        return spec.model_copy(update={"share": share, "steps": min(spec.steps, int(allowed / share + 1e-9))})
+
+    decided = paid(BUDGET, wanted)
+    if decided.steps < FEWEST_STEPS:
+        return None
+    if not decided.leaves(generation, evaluations):
+        part = (evaluations - generation) / evaluations
+        decided = paid(part, wanted) if part >= LEAST_BUDGET else paid(1.0, 1.0)
+    return decided
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

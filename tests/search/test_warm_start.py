@@ -281,6 +281,39 @@ def test_how_many_steps_a_budget_pays_for_is_recorded_once() -> None:
     assert not nothing.asked
 
 
+def test_a_budget_whose_rest_pays_for_no_generation_goes_to_gradients() -> None:
+    class Few(FakeBudget):
+        allowed = 20.0
+
+        def evaluations(self, full: int, population: int) -> float | None:
+            return self.allowed
+
+    class Refuses(FakeJournal):
+        def record_ask(self, *args: object) -> None:
+            raise AssertionError("a generation was begun")
+
+    warm, bowl = WarmStart(gradients=GradientSpec(), automatic=True), Bowl({"weight": 0.7})
+    outcome = search(Margins(), Refuses(), warm, bowl, Few(1))
+    assert outcome.winner.name == "gradient start"
+    assert outcome.stopped.startswith("gradients took the budget")
+    whole = automatic(GradientSpec(), 20.0, items=10, generation=16.0)
+    assert whole is not None
+    assert (len(bowl.asked), whole.cost) == (whole.steps, pytest.approx(18.0, abs=0.3))
+
+    larger = Few(1)
+    larger.allowed = 40.0  # such as a run that goes on with a larger budget
+    journal = FakeJournal()
+    assert search(Margins(), journal, warm, Bowl({"weight": 0.7}), larger).stopped == "enough"
+
+    class Breaks(Bowl):
+        def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
+            if step == 3:
+                return Failure(kind="error", reason="no")
+            return super().gradient(recipe, loss, step=step, steps=steps)
+
+    assert search(Margins(), FakeJournal(), warm, Breaks({"weight": 0.7}), Few(1)).stopped == "enough"
+
+
 def test_a_descent_ends_where_time_does() -> None:
     class Late(Bowl):
         def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:

@@ -79,6 +79,20 @@ class SurrogateSpec(Strict):
     """Whether it guides a search with several objectives, too, in place of the optimizer alone."""
 
 
+def generation_price(
+    coordinates: Sequence[Coordinate], population: int, blocks: int, surrogate: SurrogateSpec | None
+) -> float:
+    """Return what the first generation costs at most, in full evaluations.
+
+    It is 0 where gradients can't replace a generation, because they don't move discrete coordinates.
+
+    blocks: item blocks of `search`. surrogate: None without one.
+    """
+    if any(coordinate.levels not in (None, 1) for coordinate in coordinates):
+        return 0.0
+    return population * (1.0 if surrogate is None else min(1.0, surrogate.blocks / blocks))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """A generation to score: genomes (n, dimension), and which rows of the optimizer's ask they are."""
