@@ -37,6 +37,7 @@ class Probe:
     ends: its end in epoch seconds, if it started now. cost: None without a price. late: whether a limit of
     the clock comes too early for a single generation. gains: what specialists gain over the base on `search`.
     task_items: per split and task. gradients: how the run follows gradients, at most; None where it does not.
+    sated: whether they take the whole budget, so that there is no generation.
     """
 
     items: Mapping[str, int]
@@ -52,6 +53,7 @@ class Probe:
     gains: tuple[Gain, ...] = ()
     task_items: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     gradients: GradientSpec | None = None
+    sated: bool = False
 
 
 def probe(prepared: Prepared) -> Probe:
@@ -192,6 +194,7 @@ def _estimated(
         test_items={},
         task_items=task_items,
         gradients=gradients,
+        sated=sated,
         seconds={str(split): mean for split, mean in seconds.items()},
         workers=executors.worker_count(prepared.executor),
         seconds_before=before,

@@ -279,5 +279,6 @@ def _search_settings(prepared: Prepared, probe: Probe) -> str:
         starts.append(f"{len(warm.recipes)} recipe{'s' if len(warm.recipes) > 1 else ''}")
     if (gradients := probe.gradients) is not None:
         most = "at most " if warm.automatic else ""
-        starts.append(f"{most}{gradients.steps} gradient steps on {gradients.share:.0%} of the items each")
+        steps = f"{most}{gradients.steps} gradient steps on {gradients.share:.0%} of the items each"
+        starts.append(steps + ", which take the whole budget: no generation" * probe.sated)
     return f"{scoring}; surrogate {surrogate}; starts from {', '.join(starts)}"

@@ -121,7 +121,9 @@ def automatic(
         return None
     if not decided.leaves(generation, evaluations):
         part = (evaluations - generation) / evaluations
-        decided = paid(part, wanted) if part >= LEAST_BUDGET else paid(1.0, 1.0)
+        decided = paid(part, wanted)
+        if part < LEAST_BUDGET or decided.steps < FEWEST_STEPS:
+            decided = paid(1.0, 1.0)
     return decided
 
 

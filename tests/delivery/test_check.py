@@ -1,4 +1,4 @@
-"""What `check` says of the memory of a GPU that merges."""
+"""What `check` says of the memory of a GPU that merges, and of gradients that take the whole budget."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import evomerge
 from evomerge.config import RunConfig
 from evomerge.delivery import check
 from evomerge.merging.tensors.on_device import available
 from evomerge.prepare import prepare
+from evomerge.running.store import StoreReader
 from evomerge.trial import Probe
 
 
@@ -43,3 +45,18 @@ def test_the_memory_of_a_gpu_that_merges_is_shown(config: Callable[..., Path]) -
     assert check.as_data(plain, probe, nothing)["memory"]["gpu"] is None
     taken = check.as_data(merging, probe, nothing)["memory"]["gpu"]
     assert taken == {"model": 4 * count, "sources": merging.models.files}
+
+
+def test_gradients_that_take_the_whole_budget(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config(
+        generate=False, budget={"evaluations": 10}, racing="off", optimizer={"population": 8}, warm_start={}
+    )
+    found = evomerge.check(path)
+    assert ", which take the whole budget: no generation" in str(found)
+    run = evomerge.optimize(path)
+    data = run.report().data
+    items = {part["part"]: part["items"] for part in data["spending"]["parts"]}
+    assert items["gradients"] + items["candidates"] <= 10 * found.data["items"]["search"]
+    assert data["stopped"].startswith("gradients took the budget (")
+    with StoreReader.read(tmp_path / "run") as store:
+        assert not list(store.generations())
