@@ -133,8 +133,8 @@ def outlook(estimate: Estimate, *, short: bool = False) -> list[str]:
     if short and estimate.ends is not None:
         return [f"ends {brief(estimate.ends, estimate.made)}"]
     if estimate.search_ends is not None and estimate.ends is not None:
-        left = estimate.search_ends - estimate.made
-        phrases.append(f"search ends in about {span(left)}" if left > 0 else "the search has ended")
+        if (left := estimate.search_ends - estimate.made) > 0:
+            phrases.append(f"search ends in about {span(left)}")
         phrases.append(f"run ends about {brief(estimate.ends, estimate.made)}")
     if estimate.spent is not None:
         total = "" if estimate.cost is None else f" of about {estimate.cost:.2f}"
