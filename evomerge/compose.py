@@ -35,7 +35,7 @@ from evomerge.running.log import RunLog
 from evomerge.running.observers import Observer, Observers
 from evomerge.running.schedule import Foresight, Scheduler
 from evomerge.running.scorer import Scorer
-from evomerge.running.slopes import Slopes
+from evomerge.running.slopes import Slopes, parts_of
 from evomerge.running.store import BASE, ID, RunStore, StoreReader, facts
 from evomerge.running.worker import WorkerSpec, item_notes
 from evomerge.search import baselines
@@ -168,7 +168,9 @@ def _search(
         journal=store,
         budget=budget,
         observer=observer,
-        slopes=Slopes(store, scheduler, observer, batches),
+        slopes=Slopes(
+            store, scheduler, observer, batches, parts=parts_of(prepared.worker, prepared.parameters)
+        ),
         ahead=Foresight(store, scheduler, batches),
         guard=guard,
         workers=scheduler.workers,

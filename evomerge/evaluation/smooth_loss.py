@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +69,22 @@ class SmoothLoss:
             del data["limit"]  # gradients that were stored before it existed keep their keys
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
+    def parts(self, count: int) -> list[SmoothLoss]:
+        """Return losses on fewer items each, whose sum this one is: at most `count`, none of them empty.
+
+        Texts stay together, for what is lost of them is not a sum over items.
+        """
+        found: list[list[SmoothTask]] = [[] for _ in range(count)]
+        for number, task in enumerate(self.tasks):
+            if task.base is not None:
+                found[-1].append(task)
+                continue
+            for place, tasks in enumerate(found):  # odd items go to another part with each task
+                if items := task.items[(place + number) % count :: count]:
+                    gain = task.gain * (len(items) / len(task.items))
+                    tasks.append(dataclasses.replace(task, gain=gain, items=items))
+        return [dataclasses.replace(self, tasks=tuple(tasks)) for tasks in found if tasks]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
@@ -82,6 +99,28 @@ class Gradient:
     loss: float
     groups: tuple[Mapping[str, tuple[float, ...]], ...]
     values: Mapping[str, float] = field(default_factory=dict)
+
+
+def summed(losses: Sequence[SmoothLoss], gradients: Sequence[Gradient]) -> Gradient:
+    """Return the gradient of the sum of some losses from theirs."""
+    values: dict[str, list[tuple[int, float]]] = {}
+    for loss, gradient in zip(losses, gradients, strict=True):
+        for task in loss.tasks:
+            if task.task in gradient.values:
+                row = values.setdefault(task.task, [])
+                row.append((len(task.items), gradient.values[task.task]))
+    groups = [
+        {name: tuple(map(math.fsum, zip(*(each[name] for each in group), strict=True))) for name in group[0]}
+        for group in zip(*(gradient.groups for gradient in gradients), strict=True)
+    ]
+    return Gradient(
+        loss=math.fsum(gradient.loss for gradient in gradients),
+        groups=tuple(groups),
+        values={
+            task: math.fsum(count * mean for count, mean in row) / sum(count for count, _ in row)
+            for task, row in values.items()
+        },
+    )
 
 
 def smooth_loss(

@@ -50,6 +50,19 @@ class Answers:
     def close(self) -> None: ...
 
 
+class InOrder:
+    """An executor of one worker that answers the last job first."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def run(self, jobs: Any) -> Any:
+        for job in reversed(list(jobs)):
+            yield self._worker.run(job)
+
+    def close(self) -> None: ...
+
+
 @pytest.mark.parametrize(
     "outcome",
     [
@@ -73,6 +86,48 @@ def test_a_gradient_is_computed_once_in_the_life_of_a_run(
             failed = store.gradient_failures()
             assert failed == ([(0, "too large")] * 3 if isinstance(outcome, Failure) else [])
     assert executor.count == 3
+
+
+def test_a_step_in_parts_is_the_step_and_a_run_keeps_their_number(
+    config: Callable[..., Path], tmp_path: Path
+) -> None:
+    prepared = prepare(RunConfig.load(config(generate=False)))
+    tasks = (
+        SmoothTask(task="demo_upper", gain=0.7, items=(0, 2, 3)),
+        SmoothTask(task="demo_reverse", gain=0.3, items=(1,)),
+        SmoothTask(task="demo_text", gain=1.0, items=(0, 1), base=9.0),  # text that is lost
+    )
+    loss = SmoothLoss(tasks=tasks, price=0.5, softness=1.0, limit=(2.0, 0.1))
+    parts = loss.parts(2)
+    assert [[(t.task, t.items, t.gain) for t in part.tasks] for part in parts] == [
+        [("demo_upper", (0, 3), pytest.approx(0.7 * 2 / 3))],
+        [
+            ("demo_upper", (2,), pytest.approx(0.7 / 3)),
+            ("demo_reverse", (1,), 0.3),
+            ("demo_text", (0, 1), 1.0),
+        ],
+    ]
+    assert loss.parts(1) == [loss]
+    assert len(dataclasses.replace(loss, tasks=tasks[1:2]).parts(2)) == 1
+    found = {}
+    point = prepared.space.decode(np.full(prepared.space.dimension, 0.4))
+    for name, wanted in (("whole", 1), ("parts", 2)):
+        worker = Worker(prepared.worker)
+        with RunStore.create(tmp_path / name, {}) as store:
+            slopes = Slopes(store, InOrder(worker), Silent(), Batches(store, 32), parts=wanted)
+            found[name] = slopes.gradient(point, loss, step=0, steps=1)
+            again = Slopes(store, InOrder(worker), Silent(), Batches(store, 32), parts=3)
+            again.gradient(point, dataclasses.replace(loss, price=0.4), step=0, steps=1)
+            assert facts.GRADIENT_PARTS.require(store) == wanted
+    whole, parted = found["whole"], found["parts"]
+    assert isinstance(whole, Gradient)
+    assert isinstance(parted, Gradient)
+    assert parted.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parted.values == pytest.approx(whole.values, rel=1e-6)
+    for a, b in zip(parted.groups, whole.groups, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
 def test_where_gradients_end_too_early_is_said(tmp_path: Path) -> None:

@@ -223,6 +223,9 @@ GRADIENT = FactFamily(
     "running.slopes",
     "a step of a gradient start: loss and derivatives, or the failure; `items` is its cost",
 )
+GRADIENT_PARTS = Fact(
+    "gradient_parts", int, "running.slopes", "parts that the items of a gradient step are divided into"
+)
 CHOSEN_ON = Fact(
     "chosen_on", list[int], "search", "item blocks of `search` that the finalists were chosen on"
 )
