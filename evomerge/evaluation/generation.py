@@ -260,7 +260,7 @@ class Generator:
 def _companion(logits: torch.Tensor, request: Request) -> GoldAnswer:
     """Read a request's companion from the (scored, vocabulary) logits before its tokens."""
     gold = torch.tensor(request.companion[len(request.companion) - request.scored :], device=logits.device)
-    likelihood, _, leads = gold_tokens.read(logits.float(), gold)
+    likelihood, _, leads = gold_tokens.read(logits, (torch.arange(len(gold), device=gold.device),), gold)
     found = GoldAnswer(ll=float(likelihood.cpu().double().sum()), lead=float(leads.min()))
     if not math.isfinite(found.ll):
         raise NonFiniteScores(

@@ -283,5 +283,5 @@ def forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
 def _read(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (tokens,) each gold token's log-likelihood in float32, whether it is the arg-max, its lead."""
     device = logits.device
-    gold = batch.gold.to(device)
-    return gold_tokens.read(logits[batch.row.to(device), batch.column.to(device)].float(), gold)
+    place = batch.row.to(device), batch.column.to(device)
+    return gold_tokens.read(logits, place, batch.gold.to(device))
