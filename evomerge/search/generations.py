@@ -122,6 +122,7 @@ class Generations:
             asked = self._ask_or_stop(generation, pace, patience.stale)
             if isinstance(asked, str):
                 stopped = asked
+                blocks = blocks if generation else self.order  # gradients alone, which took all items
                 break
             recipes = [self.space.decode(u) for u in asked.genomes]
             self.journal.record_ask(generation, asked.genomes, recipes)

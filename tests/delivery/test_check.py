@@ -12,7 +12,7 @@ from evomerge.config import RunConfig
 from evomerge.delivery import check
 from evomerge.merging.tensors.on_device import available
 from evomerge.prepare import prepare
-from evomerge.running.store import StoreReader
+from evomerge.running.store import StoreReader, facts
 from evomerge.trial import Probe
 
 
@@ -49,7 +49,11 @@ def test_the_memory_of_a_gpu_that_merges_is_shown(config: Callable[..., Path]) -
 
 def test_gradients_that_take_the_whole_budget(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(
-        generate=False, budget={"evaluations": 10}, racing="off", optimizer={"population": 8}, warm_start={}
+        generate=False,
+        budget={"evaluations": 10},
+        racing={"blocks": 3},
+        optimizer={"population": 8},
+        warm_start={},
     )
     found = evomerge.check(path)
     assert ", which take the whole budget: no generation" in str(found)
@@ -60,3 +64,4 @@ def test_gradients_that_take_the_whole_budget(config: Callable[..., Path], tmp_p
     assert data["stopped"].startswith("gradients took the budget (")
     with StoreReader.read(tmp_path / "run") as store:
         assert not list(store.generations())
+        assert sorted(facts.CHOSEN_ON.require(store)) == [0, 1, 2]
