@@ -1,10 +1,11 @@
-"""Forward passes on this machine's processor: dtypes by size of the model, and workers against threads.
+"""Forward passes on this machine's processor: dtypes by size of the model, workers against threads, logits.
 
-    python benchmarks/perf/forward.py [dtype|split] [--rounds 5]
+    python benchmarks/perf/forward.py [dtype|split|logits] [--rounds 5]
 
 `dtype`: one thread, float32 and bfloat16 in turns, the best of the rounds. `split`: tokens per second of all
 cores together, as one worker with all threads, as one worker per core, and between, in both dtypes; an
-otherwise idle machine, please.
+otherwise idle machine, please. `logits`: what reading log-likelihoods, hits and leads off the logits of a
+batch takes, all at once by the formulas, and as evomerge reads them; the bits must be equal.
 """
 
 from __future__ import annotations
@@ -95,12 +96,44 @@ def split(seconds: float) -> None:
         print(f"| {workers} x {cores // workers} | {' | '.join(row)} |", flush=True)
 
 
+def logits(rounds: int) -> None:
+    """Print seconds of reading the gold tokens of a batch."""
+    import torch
+
+    from evomerge.evaluation import gold_tokens
+
+    torch.set_num_threads(1)
+    print("| tokens | vocabulary | all at once, s | evomerge, s | ratio |\n|---|---|---|---|---|")
+    for tokens, vocabulary in ((2048, 2000), (2048, 49_152), (1024, 128_256)):
+        found = torch.randn(tokens, 1, vocabulary).to(torch.bfloat16)
+        place = torch.arange(tokens), torch.zeros(tokens, dtype=torch.long)
+        gold = torch.randint(0, vocabulary, (tokens,))
+        best = [float("inf")] * 2
+        for _ in range(rounds):
+            start = time.perf_counter()
+            whole = found[place].float()
+            of_gold = whole.gather(1, gold[:, None])
+            expected = [of_gold[:, 0] - whole.logsumexp(1), whole.argmax(1) == gold]
+            others = whole.scatter_(1, gold[:, None], -torch.inf).amax(1)
+            expected.append(of_gold[:, 0] - others)
+            middle = time.perf_counter()
+            got = gold_tokens.read(found, place, gold)
+            best = [min(best[0], middle - start), min(best[1], time.perf_counter() - middle)]
+            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        print(
+            f"| {tokens} | {vocabulary} | {best[0]:.3f} | {best[1]:.3f} | {best[0] / best[1]:.1f} |",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("dtype", "split"))
+    parser.add_argument("what", choices=("dtype", "split", "logits"))
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.what == "dtype":
         dtypes(options.rounds)
+    elif options.what == "logits":
+        logits(options.rounds)
     else:
         split(3.0 * options.rounds)

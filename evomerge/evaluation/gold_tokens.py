@@ -6,7 +6,7 @@ import torch
 
 IN_CACHE, ON_DEVICE = 2**21, 2**26
 """Logits that are read at a time, on a processor and on other devices. All of a batch at once would be two to
-four times as slow on a processor, and take gigabytes with a vocabulary of 10^5."""
+three times as slow on a processor, and take gigabytes with a vocabulary of 10^5."""
 
 
 def read(
