@@ -52,7 +52,7 @@ def spending(summary: Summary) -> Spending:
             items=references,
             seconds=sum(s for recipe, s in times["search"].items() if recipe in hand_made),
         ),
-        Spent(part="gradients", items=store.gradient_items(), seconds=None),
+        Spent(part="gradients", items=store.gradient_items(), seconds=facts.GRADIENT_SECONDS.get(store)),
         Spent(
             part="candidates",
             items=searched,

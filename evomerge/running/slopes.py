@@ -92,12 +92,15 @@ class Slopes:
         size, losses = self._batches.of(GRADIENTS), loss.parts(self._parts())
         jobs = [GradientJob(recipe=recipe, loss=part, batch_size=size) for part in losses]
         found: dict[str, Gradient | Failure] = {}
+        seconds = facts.GRADIENT_SECONDS.get(self._store) or 0.0
         for result in self._executor.run(jobs):
             assert isinstance(result.job, GradientJob)
             assert isinstance(result.outcome, Gradient | Failure)
             if result.faults:
                 self._observer.noted(f"{recipe.hash[:12]}: tried again after {'; '.join(result.faults)}")
             found[result.job.loss.key] = result.outcome
+            seconds += result.seconds
+        facts.GRADIENT_SECONDS.set(self._store, seconds)
         gradients: list[Gradient] = []
         for part in losses:
             outcome = found[part.key]

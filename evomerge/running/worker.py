@@ -97,7 +97,7 @@ class Result:
     outcome: the scores of all blocks together, or a failure. parts: the scores of each block, where there are
     several; with NotBegun, of the blocks scored before. faults: one line per earlier attempt that failed.
     block: the block on which scoring failed. weights: digest of the live weights that were scored on `test`.
-    questions: block -> task -> what was asked, where the job wants it.
+    questions: block -> task -> what was asked, where the job wants it. seconds: that a gradient took.
     """
 
     job: _AnyJob
@@ -108,6 +108,7 @@ class Result:
     block: int | None = None
     weights: str | None = None
     questions: Mapping[int, Mapping[str, Sequence[Question]]] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,9 +337,10 @@ class Worker:
         if isinstance(job, DistributionsJob):
             return Result(job=job, outcome=self._distributions(job))
         if isinstance(job, GradientJob):
+            begun = time.perf_counter()
             outcome = self._gradient(job)
             self._make_room(outcome)
-            return Result(job=job, outcome=outcome)
+            return Result(job=job, outcome=outcome, seconds=time.perf_counter() - begun)
         started, forward, parts = time.perf_counter(), 0.0, []
         failure: Failure | None = None
         at: int | None = None

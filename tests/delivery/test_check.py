@@ -61,6 +61,9 @@ def test_gradients_that_take_the_whole_budget(config: Callable[..., Path], tmp_p
     data = run.report().data
     items = {part["part"]: part["items"] for part in data["spending"]["parts"]}
     assert items["gradients"] + items["candidates"] <= 10 * found.data["items"]["search"]
+    seconds = {part["part"]: part["seconds"] for part in data["spending"]["parts"]}
+    assert 0 < seconds["gradients"] < 600
+    assert data["milliseconds_per_candidate"]["forward"] > 0  # of where gradients led
     assert data["stopped"].startswith("gradients took the budget (")
     with StoreReader.read(tmp_path / "run") as store:
         assert not list(store.generations())

@@ -223,6 +223,13 @@ GRADIENT = FactFamily(
     "running.slopes",
     "a step of a gradient start: loss and derivatives, or the failure; `items` is its cost",
 )
+GRADIENT_SECONDS = Fact(
+    "gradient_seconds",
+    float,
+    "running.slopes",
+    "time that all workers together took for gradients",
+    in_digest=False,
+)
 GRADIENT_PARTS = Fact(
     "gradient_parts", int, "running.slopes", "parts that the items of a gradient step are divided into"
 )
