@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ import pytest
 import yaml
 
 from evomerge.schema import preset_folder
+from tests.examples import examples
 from tests.zoo_fixture import tiny_zoo as build_tiny_zoo
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 # By default examples are derived from the test, so that what passes here passes elsewhere. `make slow`
 # searches for new ones; what it finds is mended and kept as an @example.
-hypothesis.settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile(
+    "reproducible", derandomize=True, database=None, deadline=None, max_examples=examples(100)
+)
 hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
@@ -44,6 +48,12 @@ SUITE: dict[str, Any] = {
     ],
 }
 ITEMS = {"search": 24, "select": 16, "test": 40}
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of every later garbage collection, which would walk it all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +115,15 @@ def config(tiny_zoo: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score by a formula in this process, for tests of all but models, which take most of a run's time."""
+    from evomerge import compose
+    from tests.running import quick
+
+    monkeypatch.setattr(compose.executors, "build", quick.build(0))
 
 
 @pytest.fixture(scope="session")

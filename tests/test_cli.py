@@ -133,7 +133,7 @@ WRONG = [
 
 
 def test_a_run_that_measures_nothing_does_not_start(config: Callable[..., Path], tmp_path: Path) -> None:
-    path = config(budget={"generations": 1}, weak_specialists="refuse")
+    path = config(baselines=["TIES"], budget={"generations": 1}, weak_specialists="refuse")
     tasks = [{**task, "splits": {"search": 24, "select": 16, "test": 40}} for task in WRONG]
     write_suite(tmp_path, tasks=tasks)
     checked = invoke("check", path)
@@ -163,7 +163,7 @@ def test_a_run_that_measures_nothing_does_not_start(config: Callable[..., Path],
 def test_a_run_begun_before_the_refusal_goes_on_as_it_was(
     config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = config(budget={"generations": 1}, weak_specialists="allow")
+    path = config(baselines=[], budget={"generations": 1}, weak_specialists="allow")
     tasks = [{**task, "splits": {"search": 24, "select": 16, "test": 40}} for task in WRONG]
     write_suite(tmp_path, tasks=tasks)
     succeed("run", path)
@@ -247,7 +247,7 @@ def test_mistakes_of_spaces(config: Callable[..., Path], tiny_zoo: Path, tmp_pat
 
 
 def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path) -> None:
-    path = config(budget={"generations": 1})
+    path = config(generate=False, budget={"generations": 1})
     text = succeed("run", path)
     assert "search helped" in text or "search did not help" in text
     run, out = tmp_path / "run", tmp_path / "exported"
@@ -506,6 +506,7 @@ def test_task_vectors_are_added_negated_and_scaled_by_a_recipe(tiny_zoo: Path, t
             torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("formula")
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -680,6 +681,7 @@ def test_an_out_folder_that_cannot_be_made(config: Callable[..., Path], tmp_path
     assert "the run folder can't be made" in refuse("run", path, folder=tmp_path)
 
 
+@pytest.mark.usefixtures("formula")
 def test_moved_models_can_be_named_again_and_exported(
     config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
 ) -> None:
@@ -689,9 +691,9 @@ def test_moved_models_can_be_named_again_and_exported(
         place: _models(**{name: tmp_path / place / name for name in ("base", "reverse", "upper")})
         for place in ("old", "new")
     }
-    succeed("run", config(models=named["old"], budget={"generations": 1}))
+    succeed("run", config(generate=False, models=named["old"], budget={"generations": 1}))
     shutil.rmtree(tmp_path / "old")
-    succeed("run", config(models=named["new"], budget={"generations": 1}))
+    succeed("run", config(generate=False, models=named["new"], budget={"generations": 1}))
     succeed("export", tmp_path / "run", tmp_path / "exported")
     assert str(tmp_path / "new") in (tmp_path / "exported" / "recipe.yaml").read_text()
 
@@ -744,6 +746,7 @@ def test_truncated_weights(config: Callable[..., Path], tiny_zoo: Path, tmp_path
     assert "truncated" in message
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_run_folder_of_another_config(config: Callable[..., Path], tmp_path: Path) -> None:
     succeed("run", config(generate=False, budget={"generations": 1}))
     message = refuse("run", config(generate=False, seed=5), folder=tmp_path)

@@ -35,9 +35,14 @@ def path(config: Callable[..., Path]) -> Path:
     return config(generate=False, budget={"generations": 3, "cost": {"per_hour": 6.0}})
 
 
-def test_a_run_that_its_time_ended_goes_on_only_with_more_of_it(path: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("formula")
+def test_a_run_that_its_time_ended_goes_on_only_with_more_of_it(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
-    said = succeed("run", path, "--hours", "0.0001")
+    with monkeypatch.context() as slower:
+        slower.setenv("EVOMERGE_TEST_NAP", "0.02")
+        said = succeed("run", path, "--hours", "0.0001")
     assert "run ends about" in said
     data = status(run)
     assert data["generations"] == 1
@@ -67,6 +72,7 @@ def test_a_run_that_its_time_ended_goes_on_only_with_more_of_it(path: Path, tmp_
         assert status(run)["winner"] == data["winner"]
 
 
+@pytest.mark.usefixtures("formula")
 def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_path: Path) -> None:
     seen: list[tuple[dict[str, Any], str]] = []
 
@@ -87,8 +93,9 @@ def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_pat
 
 
 def test_when_everything_fails_the_command_does_and_a_resume_mends_it(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = config(generate=False, baselines=[], budget={"generations": 2})
     run, scored = tmp_path / "run", Worker._attempt
     succeed("--quiet", "run", path)
     run.rename(tmp_path / "whole")
@@ -97,7 +104,7 @@ def test_when_everything_fails_the_command_does_and_a_resume_mends_it(
     def unplugged(self: Worker, job: Job | GradientJob) -> Result:
         nonlocal count
         count += 1
-        if count > 60:
+        if count > 16:
             raise RuntimeError("the device is gone")
         return scored(self, job)
 
@@ -119,18 +126,18 @@ def test_check_says_when_a_run_begun_now_would_end_and_what_it_would_cost(
 ) -> None:
     until = datetime.now() + timedelta(hours=3)
     budget = {"evaluations": 40, "until": until.isoformat(), "cost": {"per_hour": 6.0}}
-    data = json.loads(succeed("check", config(budget=budget), "--json"))
+    data = json.loads(succeed("check", config(generate=False, budget=budget), "--json"))
     assert 0 < data["estimated_minutes"] < 180
     assert data["estimated_cost"] == pytest.approx(data["estimated_minutes"] / 10)
     assert data["enough_time"] is True
     ends = datetime.fromisoformat(data["ends"]) - datetime.now().astimezone()
     assert ends.total_seconds() / 60 == pytest.approx(data["estimated_minutes"], abs=0.5)
-    text = succeed("check", config(budget={"until": until.isoformat()}))
+    text = succeed("check", config(generate=False, budget={"until": until.isoformat()}))
     assert f"started now it ends about {until:%Y-%m-%d}" in text
-    late = succeed("check", config(budget={"hours": 1e-4}))
+    late = succeed("check", config(generate=False, budget={"hours": 1e-4}))
     assert "the budget's time is too short" in late
     assert "cost:   unknown (the budget sets only `patience`)" in succeed(
-        "check", config(budget={"patience": 5})
+        "check", config(generate=False, budget={"patience": 5})
     )
     assert not (tmp_path / "run").exists()
 

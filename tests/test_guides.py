@@ -100,6 +100,7 @@ print(last["data"]["text/plain"])
 """
 
 
+@pytest.mark.slow  # the calls of the Python page, run above; a kernel takes a while to start
 def test_the_notebook(tiny_zoo: Path, tmp_path: Path) -> None:
     checkout(tmp_path, tiny_zoo)
     book = json.loads((DOCS / "notebook.ipynb").read_text())
@@ -110,6 +111,29 @@ def test_the_notebook(tiny_zoo: Path, tmp_path: Path) -> None:
     printed = execute([sys.executable, "-c", NOTEBOOK, "notebook.ipynb"], tmp_path)
     assert "upper c a t s =" in printed
     assert (tmp_path / "runs" / "notebook-model" / "model.safetensors").exists()
+
+
+def test_the_notebook_calls_what_the_python_page_calls() -> None:
+    cells = json.loads((DOCS / "notebook.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    page = "\n".join(text for _, text in blocks("python.md", "python"))
+    assert calls(code) - calls(page) == set()
+    assert {name for name, _ in calls(code)} >= {"evomerge.optimize", "run.report", "run.export"}
+
+
+def calls(code: str) -> set[tuple[str, frozenset[str]]]:
+    """Return what some code calls of `evomerge` and of `run`, with the keywords."""
+    return {
+        (
+            f"{called.value.id}.{called.attr}",
+            frozenset(word.arg or "" for word in node.keywords) - {"callbacks"},
+        )
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+        and isinstance(called := node.func, ast.Attribute)
+        and isinstance(called.value, ast.Name)
+        and called.value.id in ("evomerge", "run")
+    }
 
 
 def test_the_notebook_has_no_stored_outputs() -> None:

@@ -81,15 +81,12 @@ def working(config: Callable[..., Path], tmp_path: Path) -> Callable[..., subpro
     return begin
 
 
+@pytest.mark.slow  # running/test_signals.py sends some to forks of one process, whose workers are formulas
 @pytest.mark.parametrize(
     ("signals", "code"),
     [
         ([signal.SIGINT] * 6, 130),
-        pytest.param(
-            [signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM],
-            143,
-            marks=pytest.mark.slow,
-        ),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM], 143),
     ],
     ids=["Ctrl-C six times", "others during the shutdown"],
 )

@@ -56,13 +56,14 @@ def run(command: str) -> str:
 
 
 def demo_on_few_items(folder: Path) -> None:
-    """Write the demo's run config, on its models, with few items and without worker processes."""
+    """Write the demo's run config, on its models, with few items and baselines, without worker processes."""
     folder.mkdir(parents=True)
     (folder / "demo").symlink_to(ROOT / "evomerge" / "zoo" / "demo")
     config = (ROOT / "evomerge" / "zoo" / "demo.yaml").read_text()
     assert "\nsuite: demo " in config
     config = config.replace("\nsuite: demo ", "\nsuite: few.yaml ")
-    (folder / "demo.yaml").write_text(f"{config}executor: {{name: inline, threads: 1}}\n")
+    less = "baselines: [TIES]\nwarm_start: {gradients: false}\nexecutor: {name: inline, threads: 1}\n"
+    (folder / "demo.yaml").write_text(config + less)
     suite = yaml.safe_load((ROOT / "benchmarks" / "suites" / "demo.yaml").read_text())
     few = {"search": 12, "select": 8, "test": 16}
     for task in suite["tasks"]:

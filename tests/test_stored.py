@@ -136,7 +136,7 @@ def test_a_run_shares_rows_as_it_began(config: Callable[..., Path]) -> None:
     from evomerge import compose
     from evomerge.delivery.progress import Silent
 
-    loaded = RunConfig.load(config(budget={"generations": 1}, racing="off"))
+    loaded = RunConfig.load(config(baselines=[], budget={"generations": 1}, racing="off"))
     assert prepare(loaded).worker.sharing is None
     compose.start(loaded, Silent())
     with RunStore.open(Path(loaded.out)) as store:

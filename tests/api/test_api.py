@@ -49,12 +49,7 @@ def of_formula(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         return evomerge.optimize(path).folder
 
 
-@pytest.fixture
-def _formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose.executors, "build", quick.build(0))
-
-
-@pytest.mark.usefixtures("_formula")
+@pytest.mark.usefixtures("formula")
 def test_a_dict_runs_like_its_yaml(tiny_zoo: Path, tmp_path: Path, of_formula: Path) -> None:
     write_suite(tmp_path)
     data = config_data(tiny_zoo, tmp_path)
@@ -72,7 +67,7 @@ def test_a_dict_runs_like_its_yaml(tiny_zoo: Path, tmp_path: Path, of_formula: P
     assert "4" in again.stopped
 
 
-@pytest.mark.usefixtures("_formula")
+@pytest.mark.usefixtures("formula")
 def test_a_suite_written_out_in_a_config_is_that_of_a_file(
     config: Callable[..., Path], of_formula: Path
 ) -> None:
@@ -173,7 +168,7 @@ def test_a_scorer_of_a_script_is_found_by_its_file(tmp_path: Path) -> None:
     assert place_of(closeness) == "tests.api.answer_scorer:closeness"
 
 
-@pytest.mark.usefixtures("_formula")
+@pytest.mark.usefixtures("formula")
 def test_a_callback_that_raises_loses_nothing(config: Callable[..., Path], of_formula: Path) -> None:
     class Enough(Exception):
         pass

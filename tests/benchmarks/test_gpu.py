@@ -23,6 +23,13 @@ def measured(folder: Path, *parts: str) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text())["parts"], done.stdout
 
 
+def test_the_script_starts_and_says_what_needs_a_gpu(tmp_path: Path) -> None:
+    parts, said = measured(tmp_path, "memory", "generation")
+    assert {name: part["failed"] for name, part in parts.items()} == dict.fromkeys(parts, "needs a card")
+    assert said.count("needs a card") == 2
+
+
+@pytest.mark.slow  # what they measure is compared in tests/merging/tensors and tests/evaluation
 @pytest.mark.skipif(not available("cpu"), reason="no Triton")
 def test_every_part_runs_or_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
     parts, said = measured(tmp_path, "kernels", "bandwidth", "memory", "throughput", "generation")

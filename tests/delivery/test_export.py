@@ -210,7 +210,7 @@ def test_a_chosen_template_is_scored_as_exported(
             "sources": {"upper": str(chat), "reverse": str(tiny_zoo / "reverse")},
         },
         "budget": {"generations": 1},
-        "finalists": 2,
+        "baselines": [],
     }
     plain = prepare(RunConfig.load(config(**changes)))
     assert [note.partition(":")[0] for note in plain.notes if "chat_template" in note] == [
@@ -240,7 +240,7 @@ def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
     changes = {
         "models": {"base": str(tiny_zoo / "base"), "sources": sources},
         "budget": {"generations": 1},
-        "finalists": 2,
+        "baselines": [],
     }
     with pytest.raises(ModelError, match="have different vocabularies"):
         prepare(RunConfig.load(config(**changes)))
@@ -271,7 +271,8 @@ def test_a_run_of_mixtures_with_matched_experts(
     shutil.copytree(tmp_path / "upper", tmp_path / "other", dirs_exist_ok=True, ignore=ignore_weights)
     places = {"upper": str(tmp_path / "other"), "reverse": str(tmp_path / "reverse")}
     models = {"base": str(tmp_path / "base"), "sources": places, "experts": "matched"}
-    changes = {"models": models, "budget": {"generations": 1}}
+    changes = {"models": models, "budget": {"generations": 1}, "generate": False}
+    changes |= {"baselines": ["uniform average"]}
     run = RunConfig.load(config(**changes))
     plain = RunConfig.load(config(models={**models, "experts": "stored"}, budget={"generations": 1}))
     assert run.identity() != plain.identity()

@@ -200,8 +200,9 @@ class Way:
     tasks: tuple[str, ...] = field(default=(*SHAPES, "own_class"))
 
 
-QUICK = ("plain", "template")
-"""Ways of the default test suite; the others are slow tests."""
+FEW = ("choice_shots", "choice_prefix", "likely_shots", "rolling", "write_shots", "own_class")
+QUICK: dict[str, tuple[str, ...]] = {"plain": (*SHAPES, "own_class"), "template": FEW}
+"""Ways of the default test suite -> their tasks; the others, and all tasks in a template, are slow tests."""
 TEXTS = tuple(name for name in SHAPES if "generate" in SHAPES[name]["output_type"])
 WAYS: dict[str, Way] = {
     "plain": Way({"chat_template": "off"}),

@@ -42,7 +42,16 @@ def test_answers_are_not_executed_without_permission(tasks: Path) -> None:
 
 
 def test_answers_are_scored_and_bad_ones_score_zero(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a server of theirs that was killed is started again."""
     monkeypatch.setenv("SOME_API_KEY", "s3cret")
+    servers: list[Any] = []
+    started = answers.IsolatedMetrics._started
+
+    def noted(self: answers.IsolatedMetrics) -> Any:
+        servers.append(started(self))
+        return servers[-1]
+
+    monkeypatch.setattr(answers.IsolatedMetrics, "_started", noted)
     (builder,) = build(suite(tasks), lm=LM, seed=0, permissions=ALLOWED)
     process = builder.requests("test").process_results
 
@@ -67,15 +76,10 @@ def test_answers_are_scored_and_bad_ones_score_zero(tasks: Path, monkeypatch: py
     assert [score(answer) for answer in bad] == [0.0] * len(bad)
     assert score("answer = 1.0") == 1.0
     assert "SOME_API_KEY" in os.environ
-
-
-def test_a_killed_server_is_started_again(tasks: Path) -> None:
-    metrics = answers.IsolatedMetrics(suite(tasks), "write", ALLOWED, ["exact_match"])
-    assert metrics({}, ["answer = 1.0"]) == {"exact_match": 1.0}
-    server = metrics._server
-    assert server is not None
-    os.kill(server.pid, signal.SIGKILL)
-    assert metrics({}, ["answer = 1.0"]) == {"exact_match": 1.0}
+    count = len(servers)
+    os.kill(servers[-1].pid, signal.SIGKILL)
+    assert score("answer = 1.0") == 1.0
+    assert len(servers) == count + 1
 
 
 def test_a_task_that_hides_that_it_executes_answers_is_refused(

@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from evomerge.evaluation.generation import Generator, Request, Sampling, agrees, options_of
 from evomerge.evaluation.live_lm import LiveLM
+from tests.examples import examples
 
 from .conftest import LETTERS, new_model, new_tokenizer
 
@@ -38,7 +39,7 @@ def live(batch_size: int = 4, **options: Any) -> LiveLM:
     return lm
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(prompts_of_letters, st.integers(1, 5), st.sampled_from([[], ["a b"], ["a", "c"], ["<eos>"]]))
 def test_answers_are_those_of_lm_eval(prompts: list[str], batch_size: int, until: list[str]) -> None:
     found = live(batch_size).generate(asked(prompts, until=until), seed=0)

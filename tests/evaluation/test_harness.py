@@ -144,9 +144,7 @@ def test_items_are_built_once_and_counted(harness: Harness) -> None:
     assert items.total == ITEMS["select"] * len(TASKS)
 
 
-def test_two_harnesses_and_two_processes_give_the_same_bits(
-    harness: Harness, full_suite: Suite, model: Any, tasks_dir: Path, tmp_path: Path
-) -> None:
+def test_two_harnesses_give_the_same_bits(harness: Harness, full_suite: Suite, model: Any) -> None:
     first = harness.evaluate(model, harness.items("search"))
     again = harness.evaluate(model, harness.items("search"))
     other = Harness(full_suite, tokenizer=new_tokenizer(), batch_size=16, max_length=None)
@@ -154,6 +152,12 @@ def test_two_harnesses_and_two_processes_give_the_same_bits(
     assert first.same_as(again)
     assert first.same_as(second)
 
+
+@pytest.mark.slow  # runs with worker processes end like those without (running/executors)
+def test_two_processes_give_the_same_bits(
+    harness: Harness, full_suite: Suite, model: Any, tasks_dir: Path, tmp_path: Path
+) -> None:
+    first = harness.evaluate(model, harness.items("search"))
     (tmp_path / "suite.json").write_text(full_suite.model_dump_json())
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
@@ -474,6 +478,7 @@ class TestErrors:
         )
 
 
+@pytest.mark.slow  # it measures time
 def test_few_seconds_are_spent_outside_the_model(make_suite: MakeSuite, tmp_path: Path) -> None:
     """Half a million parameters, 1600 items: 5-8 % measured; the bound leaves room for a noisy machine."""
     for name in ("first", "copy"):

@@ -227,7 +227,8 @@ def judged(tiny_zoo: Path, tmp_path: Path, server: JudgeServer) -> Callable[...,
         task = {"data": "q.jsonl", "prompt": "q", "answer": "a", "judge": entry}
         suite = {"name": "judged", "tasks": [{**task, "gen_kwargs": {"max_gen_toks": 6}}]}
         (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-        data = config_data(tiny_zoo, tmp_path, racing={"blocks": 1}, budget={"generations": 2})
+        few = {"baselines": ["TIES"], "budget": {"generations": 1}}
+        data = config_data(tiny_zoo, tmp_path, racing={"blocks": 1}, **few)
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(data))
         return path

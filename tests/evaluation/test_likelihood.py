@@ -19,6 +19,7 @@ from evomerge.errors import ConfigError
 from evomerge.evaluation.likelihood import Plan, plan
 from evomerge.evaluation.live_lm import LiveLM
 from evomerge.evaluation.scores import NonFiniteScores
+from tests.examples import examples
 from tests.rounding import of_log_likelihoods
 
 from .conftest import CONTEXT, new_model, new_tokenizer
@@ -50,7 +51,7 @@ class Uniform:
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCABULARY))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(pairs_of_any_kind, st.integers(1, 5))
 def test_equals_hflm_for_any_tokens(pairs: list[tuple[list[int], list[int]]], batch_size: int) -> None:
     found = lay(pairs, batch_size).score(MODEL)
@@ -123,7 +124,7 @@ def test_equal_inputs_are_computed_once() -> None:
     assert found.batches[0].gold.tolist() == [3, 4, 5, 6]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(pairs_of_any_kind, st.integers(1, 5), st.randoms(use_true_random=False))
 def test_batches_depend_on_pairs_and_batch_size_only(pairs: Any, batch_size: int, rng: Any) -> None:
     shuffled = list(pairs)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from evomerge.evaluation import prefix_trees
 from evomerge.evaluation.likelihood import Plan, plan
 from evomerge.evaluation.scores import NonFiniteScores
+from tests.examples import examples
 
 LENGTH = 128
 
@@ -49,7 +50,7 @@ def fan(items: Any, preamble: list[int]) -> list[tuple[list[int], list[int]]]:
     return [(preamble + context, answer) for context, answers in items for answer in answers]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(pairs_of_trees, st.lists(token, max_size=40), st.integers(1, 9))
 def test_shared_and_plain_passes_agree(items: Any, preamble: list[int], batch_size: int) -> None:
     pairs = fan(items, preamble)
@@ -58,7 +59,7 @@ def test_shared_and_plain_passes_agree(items: Any, preamble: list[int], batch_si
     np.testing.assert_allclose(found.margin, expected.margin, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9).map(tuple), min_size=1, unique=True))
 def test_a_token_sees_the_tokens_of_its_own_sequence(sequences: list[tuple[int, ...]]) -> None:
     tree = prefix_trees.row(sorted(sequences))

@@ -13,7 +13,7 @@ import pytest
 from tests.malformed import fuzz, runner
 from tests.malformed.workspace import write_valid
 
-PART = 150
+PART = 300
 """One in so many commands is run here."""
 
 

@@ -28,6 +28,8 @@ from tests.running import quick
 from tests.running.crash import facts
 
 SIZE = 40_000_000
+ROOM = {"tmpfs": (0, 60_000, 250_000), "limit": (0, 250_000)}
+"""Means -> how many bytes runs have in the end."""
 NO_MOUNT = 77
 """Exit code where no disk can be mounted here."""
 
@@ -77,7 +79,7 @@ def main(config: Path, folder: Path, means: str) -> None:
     folder.mkdir()
     left = {"tmpfs": small_disk, "limit": size_limit}[means](folder)
     found: dict[str, Any] = {"whole": facts(folder.parent / "whole"), "resumed": {}, "full": {}}
-    for free in (0, 60_000, 250_000):
+    for free in ROOM[means]:
         run = folder / f"run-{free}"
         with left(free):
             found["full"][f"run {free}"] = invoke("run", config, "--out", run)

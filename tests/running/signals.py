@@ -108,8 +108,8 @@ def main(config_path: Path, folder: Path, names: list[str]) -> None:
     def hang_up(pid: int) -> None:
         os.kill(pid, signal.SIGHUP)
 
-    def thrice(pid: int) -> None:
-        for _ in range(3):
+    def again_and_again(pid: int) -> None:
+        for _ in range(6):
             os.killpg(pid, signal.SIGTERM)
             time.sleep(0.03)
 
@@ -124,7 +124,7 @@ def main(config_path: Path, folder: Path, names: list[str]) -> None:
         os.kill(pid, signal.SIGINT)
 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    ways = {"SIGTERM": ("group", thrice), "SIGHUP": ("hangup", hang_up), "SIGINT": ("live", second)}
+    ways = {"SIGTERM": ("group", again_and_again), "SIGHUP": ("hangup", hang_up), "SIGINT": ("live", second)}
     found: dict[str, Any] = {"struck": {name: struck(*ways[name]) for name in names}}
     found["whole"] = facts(folder / "whole")
     if "SIGINT" in names:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_suite
-from tests.running.full_disk import NO_MOUNT
+from tests.running.full_disk import NO_MOUNT, ROOM
 
 
 @pytest.mark.parametrize("means", [pytest.param("tmpfs", marks=pytest.mark.slow), "limit"])
@@ -47,5 +47,5 @@ def test_a_full_disk(config: Callable[..., Path], tmp_path: Path, means: str) ->
     assert found["whole"]["integrity"] == "ok"
     for name, facts in found["resumed"].items():
         assert facts == found["whole"], name
-    runs = [f"run-{free}" for free in (0, 60_000, 250_000)]
+    runs = [f"run-{free}" for free in ROOM[means]]
     assert found["left over"] == sorted([*runs, ".lock", "log.jsonl", "log.txt", "run.sqlite"])

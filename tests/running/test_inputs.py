@@ -24,7 +24,7 @@ from evomerge.running.worker import Job, Worker
 def own(config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path) -> Path:
     """A run config whose models and task files are copies that may be changed."""
     shutil.copytree(tiny_zoo, tmp_path / "zoo")
-    data = yaml.safe_load(config(generate=False, budget={"generations": 2}).read_text())
+    data = yaml.safe_load(config(generate=False, baselines=[], budget={"generations": 2}).read_text())
     data["models"] = {
         "base": str(tmp_path / "zoo" / "base"),
         "sources": {name: str(tmp_path / "zoo" / name) for name in ("upper", "reverse")},
@@ -164,6 +164,7 @@ def test_the_run_stops_and_goes_on_when_the_old_files_are_back(own: Path, tmp_pa
 
 
 @pytest.mark.parametrize("phase", ["generation 1", "selection", "test"])
+@pytest.mark.usefixtures("formula")
 def test_no_winner_is_declared_over_changed_tasks(phase: str, own: Path, tmp_path: Path) -> None:
     def change() -> None:
         path = next((tmp_path / "tasks").rglob("*.jsonl"))
@@ -176,6 +177,7 @@ def test_no_winner_is_declared_over_changed_tasks(phase: str, own: Path, tmp_pat
         assert bool(store.entries("winner")) == (phase == "test")
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_new_file_beside_the_tasks_does_not_lock_a_run_and_a_changed_one_is_named(
     own: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +192,7 @@ def test_a_new_file_beside_the_tasks_does_not_lock_a_run_and_a_changed_one_is_na
     assert caught.value.got == "data/demo_reverse.test.jsonl (other contents)"
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_run_stored_with_a_digest_of_all_files_goes_on(own: Path, tmp_path: Path) -> None:
     compose.start(RunConfig.load(own), Silent())
     suite = prepare(RunConfig.load(own)).suite

@@ -143,7 +143,7 @@ def test_a_run_keeps_the_answers(tiny_zoo: Path, tmp_path: Path, monkeypatch: py
     keys = {"weight": 1, "specialist": "upper", "companion": "specialist"}
     task |= keys | {"splits": {"search": 12, "select": 8, "test": 8}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite | {"tasks": [task]}))
-    data = config_data(tiny_zoo, tmp_path, budget={"generations": 1})
+    data = config_data(tiny_zoo, tmp_path, baselines=[], budget={"generations": 1})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(data))
     compose.start(RunConfig.load(tmp_path / "config.yaml"), Silent())
     with RunStore.read(tmp_path / "run") as store:
@@ -167,7 +167,8 @@ def distribution_config(zoo: Path, folder: Path, out: str) -> RunConfig:
     keys = {"weight": 1, "specialist": "upper", "companion": "distribution"}
     task |= keys | {"splits": {"search": 12, "select": 8, "test": 8}}
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite | {"tasks": [task]}))
-    changes = {"budget": {"generations": 1}, "warm_start": {"gradients": {"steps": 3, "share": 0.5}}}
+    changes: dict[str, Any] = {"baselines": [], "budget": {"generations": 1}}
+    changes |= {"warm_start": {"gradients": {"steps": 3, "share": 0.5}}}
     data = config_data(zoo, folder, **changes, out=str(folder / out))
     (folder / f"{out}.yaml").write_text(yaml.safe_dump(data))
     return RunConfig.load(folder / f"{out}.yaml")

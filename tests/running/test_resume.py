@@ -52,7 +52,7 @@ def test_a_run_killed_at_any_stored_event_ends_in_the_same_bits(
 def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
     config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = config(generate=False, budget={"generations": 1})
+    path = config(generate=False, baselines=[], budget={"generations": 1})
     digests = []
     for number, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"run-{number}"
@@ -62,6 +62,7 @@ def test_same_seed_twice_gives_the_same_store_and_another_seed_another(
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], tmp_path: Path) -> None:
     compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
     seen = {}
@@ -81,6 +82,7 @@ def test_a_larger_budget_continues_the_same_search(config: Callable[..., Path], 
         assert [g.genomes.tolist() for g in store.generations()] == longer
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path: Path) -> None:
     compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -90,6 +92,7 @@ def test_a_moved_run_resumes_where_it_lies(config: Callable[..., Path], tmp_path
     assert RunStore.read(tmp_path / "moved").digest() == before
 
 
+@pytest.mark.usefixtures("formula")
 def test_a_folder_of_another_run_is_refused_and_kept(config: Callable[..., Path], tmp_path: Path) -> None:
     compose.start(RunConfig.load(config(generate=False, budget={"generations": 1})), Silent())
     before = (tmp_path / "run" / "run.sqlite").read_bytes()

@@ -47,6 +47,7 @@ def test_a_short_list_is_raced_and_the_best_are_tested(
     assert names_of(Path(loaded.out)) == (some, whole, test, digest)
 
 
+@pytest.mark.usefixtures("formula")
 def test_baselines_by_name(config: Callable[..., Path]) -> None:
     path = config(
         generate=False,

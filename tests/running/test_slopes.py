@@ -232,6 +232,7 @@ def test_a_worker_process_answers_it_too(config: Callable[..., Path]) -> None:
     assert isinstance(bad, Failure)
 
 
+@pytest.mark.usefixtures("formula")
 def test_recipes_and_runs_are_read_once_and_kept(
     config: Callable[..., Path], finished_run: Path, tmp_path: Path
 ) -> None:
@@ -304,6 +305,7 @@ def test_stacked_layers_are_scored_beside_any_search(config: Callable[..., Path]
     stack = {"models": {"reverse": "r", "upper": "u"}, "groups": groups, "num_layers": 3}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(stack))
     changes = {"warm_start": {"recipes": ["own.yaml"]}, "budget": {"generations": 1}, "racing": "off"}
+    changes |= {"baselines": [], "generate": False}
     paths = {"kind": "layer_path", "name": "paths", "about": "", "longest": 1.5}
     prepared = prepare(RunConfig.load(config(**changes, space=paths, optimizer={})))
     assert prepared.space.encode(prepared.warm.recipes[0].recipe) is not None
@@ -315,6 +317,7 @@ def test_stacked_layers_are_scored_beside_any_search(config: Callable[..., Path]
             assert isinstance(store.result(start.recipe.hash, split), Scores)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("formula")
 def test_gradients_count_among_the_evaluations_of_a_run(config: Callable[..., Path], tmp_path: Path) -> None:
     counted: list[float] = []
 

@@ -300,7 +300,12 @@ def begun(path: Path) -> evomerge.Run:
     """Run one generation of a written config in this process."""
     data = yaml.safe_load(path.read_text())
     data["executor"] = {"name": "inline", "threads": 1}
-    data |= {"weak_specialists": "allow", "finalists": 1, "out": str(path.parent / "run")}
+    data |= {
+        "weak_specialists": "allow",
+        "finalists": 1,
+        "baselines": ["uniform average"],
+        "out": str(path.parent / "run"),
+    }
     data["warm_start"] = {**data.get("warm_start", {}), "gradients": "off"}
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     return evomerge.optimize(path, generations=1)

@@ -21,9 +21,10 @@ from evomerge.merging.analysis.interference import Tally, kind_of, measure, tall
 from evomerge.merging.export.writer import write
 from evomerge.merging.modules import layer_of
 from evomerge.merging.recipe import Recipe
+from tests.examples import examples
 from tests.merging.conftest import llama, save
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=examples(60), deadline=None)
 coarse = st.integers(-8, 8).map(lambda n: n / 8)
 
 

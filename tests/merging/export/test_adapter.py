@@ -28,6 +28,7 @@ from evomerge.merging.sources.adapter import AdaptedCheckpoint
 from evomerge.merging.sources.checkpoint import Checkpoint
 from evomerge.merging.sources.model_config import model_class
 from evomerge.merging.sources.opening import open_source
+from tests.examples import examples
 from tests.merging import families
 from tests.merging.conftest import llama, perturb
 from tests.merging.sources.test_adapter import gpt2, trained
@@ -290,7 +291,7 @@ def test_layers_stored_transposed_are_cut_too(tmp_path: Path) -> None:
 @given(
     rows=st.integers(1, 12), columns=st.integers(1, 12), rank=st.integers(1, 14), seed=st.integers(0, 2**16)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_the_cut_is_the_best_there_is(rows: int, columns: int, rank: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     up, down = low_rank(matrix, rank)

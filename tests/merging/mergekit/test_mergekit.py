@@ -27,6 +27,7 @@ from evomerge.merging.sources.source import Source
 from evomerge.merging.stacking import output_headers, output_names
 from evomerge.merging.tensors.inputs import FileInputs
 from evomerge.merging.tensors.merge_tensor import merge_tensor
+from tests.examples import examples
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.yml"))
@@ -165,7 +166,7 @@ def test_weights_that_mergekit_would_not_read_are_refused(changed: dict[str, Any
         mergekit.write(Recipe(models=MODELS, base="base", groups=(group,)), TENSORS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(recipes())
 def test_what_we_write_we_read_back_exactly(recipe: Recipe) -> None:
     again = read(mergekit.write(recipe, TENSORS), tensors=TENSORS)

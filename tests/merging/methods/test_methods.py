@@ -31,6 +31,7 @@ from evomerge.merging.methods.task_vectors import (
 )
 from evomerge.merging.recipe import TensorGroup
 from evomerge.merging.tensors.application import apply
+from tests.examples import examples
 
 ALONE = " without a base"
 ALL = (
@@ -53,7 +54,7 @@ ISOTROPIC = ("iso_c", "iso_cts")
 NAMES = ("a", "b", "c")
 TENSOR = "layers.0.w"
 """A tensor of a layer, because some methods treat the matrices of layers in a way of their own."""
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=examples(100), deadline=None)
 
 coarse = st.integers(-8, 8).map(lambda n: n / 8)
 """Eighths: many exact ties and zeros, as between bfloat16 checkpoints."""
@@ -134,7 +135,7 @@ def within(parameter: Parameter) -> Any:
 
 
 @pytest.mark.parametrize("method", ALL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data())
 def test_numbers_of_any_scale_give_finite_weights(method: str, data: st.DataObject) -> None:
     base, models, parameters = data.draw(extremes(method))
@@ -246,7 +247,10 @@ def test_empty_and_scalar_tensors_pass(method: str) -> None:
             assert run(method, base, [base + 1 for _ in sources_of(method)], parameters).shape == shape
 
 
-@pytest.mark.parametrize("shape", [(300_007,), (7, 40_001), (301, 999)])
+@pytest.mark.parametrize(
+    "shape",
+    [(301, 999), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(300_007,), (7, 40_001)])],
+)
 @pytest.mark.parametrize("method", ALL)
 def test_the_number_of_threads_changes_no_bit(method: str, shape: tuple[int, ...]) -> None:
     base, *models = torch.randn(4, *shape, generator=torch.Generator().manual_seed(3))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from evomerge.merging.methods import reinforced
 from evomerge.merging.methods.reinforced import ram, ramplus_tl
+from tests.examples import examples
 
 coarse = st.integers(-8, 8).map(lambda n: n / 8)
 
@@ -34,7 +35,7 @@ def naive(
     return merged
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.data())
 def test_they_are_their_definition(data: st.DataObject) -> None:
     size, count = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))

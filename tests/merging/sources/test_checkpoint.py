@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from evomerge.errors import ModelError
 from evomerge.merging.sources.checkpoint import Checkpoint, read_vocabulary
 from evomerge.merging.sources.tensorfile import read_header
+from tests.examples import examples
 from tests.merging.conftest import WORDS, llama, save
 
 
@@ -125,7 +126,9 @@ def test_bad_indices_are_refused(shards: dict[str, str] | None, message: str, sh
     assert message in refusal(sharded)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_no_truncation_or_header_damage_goes_unnoticed(data: st.DataObject, folder: Path, models) -> None:  # type: ignore[no-untyped-def]
     raw = (Path(models["base"]) / "model.safetensors").read_bytes()

@@ -20,6 +20,7 @@ from evomerge.merging.sources.opening import open_sources
 from evomerge.merging.tensors.derivatives import added, inner, parameters, supports, tensor_derivatives
 from evomerge.merging.tensors.inputs import FileInputs
 from evomerge.merging.tensors.merge_tensor import merge_tensor
+from tests.examples import examples
 
 TENSORS = ("model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight")
 HELD = {"density", "gamma", "tol"}
@@ -96,7 +97,7 @@ def test_derivatives_are_those_of_the_merge(case: str, tensor: str, models: dict
         assert found[name] == pytest.approx(values, abs=0.02 * size), name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     weight=st.tuples(*[st.floats(-2, 2)] * 3),
     scale=st.floats(-2, 2),

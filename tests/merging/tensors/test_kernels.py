@@ -24,9 +24,10 @@ from evomerge.merging.recipe import Recipe, TensorGroup
 from evomerge.merging.sources.arrays import of_tensor, to_tensor
 from evomerge.merging.tensors import kernels
 from evomerge.merging.tensors.kernels import Operand
+from tests.examples import examples
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C compiler")
-compiled = settings(max_examples=40, deadline=None)
+compiled = settings(max_examples=examples(40), deadline=None)
 
 SIZES = (1, 7, CHUNK - 1, CHUNK, 2 * CHUNK + 13)
 

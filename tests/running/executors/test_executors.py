@@ -244,7 +244,7 @@ def test_a_worker_that_dies_loading_the_models_is_the_users_business(build: Buil
         build("deadly", timeout=5)
 
 
-@over(WITH_WORKERS)
+@over(RAY_SLOW)
 def test_closing_in_the_middle_leaves_no_process(build: Build, tmp_path: Path) -> None:
     executor = build(timeout=60)
     pids = both_processes(executor, tmp_path / "meeting")
