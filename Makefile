@@ -7,6 +7,8 @@ AUDIT := .venv-audit
 VLLM := .venv-vllm
 INSTALLED := $(VENV)/.installed
 DIST := dist
+# Tests start many processes, which would compile the package again without its bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge real vllm clean help
 
