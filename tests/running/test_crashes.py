@@ -30,6 +30,8 @@ KINDS = {
     "fact norms",
     "fact item_notes",
     "fact gradient",
+    "fact gradient_parts",
+    "fact gradient_seconds",
     "fact clock",
     "fact spent",
     "fact chosen_on",
