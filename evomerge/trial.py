@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -246,10 +247,15 @@ def _descent(
     counted = [task.task for task in prepared.suite.of("search") if task.role == "skill" and task.counted]
     sizes = [count for task, count in task_items["search"].items() if task in counted]
     allowed = prepared.config.budget.allowed(full, population)
-    price, config = 0.0, prepared.config
-    if not config.objective.several and not config.optimizer.async_:
-        surrogate = None if config.surrogate == "off" else config.surrogate
-        price = generation_price(prepared.space.coordinates, population, prepared.worker.blocks, surrogate)
+    config = prepared.config
+    paid = config.budget.allowed(full, sys.maxsize)  # by all limits but that in generations
+    price = generation_price(
+        prepared.space.coordinates,
+        population,
+        prepared.worker.blocks,
+        None if config.surrogate == "off" else config.surrogate,
+        dispensable=paid == allowed and not config.objective.several and not config.optimizer.async_,
+    )
     decided = automatic(spec, allowed, min(sizes, default=None), price)
     return decided, decided is not None and not decided.leaves(price, allowed)
 

@@ -7,6 +7,7 @@ each ask and tell with what is stored. So an interrupted run ends in the same bi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,7 @@ from evomerge.search.ports import (
 from evomerge.search.racing import RacingSpec, Views, block_order, race
 from evomerge.search.selection import Candidate
 from evomerge.search.spaces.movement import stretched
-from evomerge.search.spaces.space import Genome
+from evomerge.search.spaces.space import Genome, continuous
 from evomerge.search.stacks import Outlook, ScoredStacks, score_stacks
 from evomerge.search.stream import Stream
 from evomerge.search.surrogate.front_guide import FrontGuide, small
@@ -198,7 +199,7 @@ class Search:
     @property
     def _continuous(self) -> bool:
         """Whether gradients can move all coordinates of the space."""
-        return all(c.levels in (None, 1) for c in self._plan.space.coordinates)
+        return continuous(self._plan.space.coordinates)
 
     @property
     def _racing(self) -> RacingSpec:
@@ -408,7 +409,15 @@ class Search:
             return None
         allowed = self._budget.evaluations(base.items, self._plan.population)
         smallest = min(len(base[task].metric) for task in self._counted_tasks)
-        price = self._generation_price
+        plan = self._plan
+        paid = self._budget.evaluations(base.items, sys.maxsize)  # by all limits but that in generations
+        price = generation_price(
+            plan.space.coordinates,
+            plan.population,
+            plan.racing.count,
+            plan.surrogate,
+            dispensable=paid == allowed and not plan.objective.several and not plan.optimizer.async_,
+        )
         decided = automatic(spec, allowed, smallest, price) or spec.model_copy(update={"steps": 0})
         steps, share = self._journal.record_descent(decided.steps, decided.share)
         if not steps:
@@ -416,14 +425,6 @@ class Search:
         spec = spec.model_copy(update={"steps": steps, "share": share})
         self._sated = not spec.leaves(price, allowed)
         return spec
-
-    @property
-    def _generation_price(self) -> float:
-        """What gradients must leave of a budget, in evaluations; 0 where the search goes on in any case."""
-        plan = self._plan
-        if plan.objective.several or plan.optimizer.async_:
-            return 0.0
-        return generation_price(plan.space.coordinates, plan.population, plan.racing.count, plan.surrogate)
 
     def _descend(self, objective: Objective, known: Sequence[ScoredRecipe], spec: GradientSpec) -> Descent:
         """Follow the gradient of the objective from the best scored point."""

@@ -305,6 +305,12 @@ def test_a_budget_whose_rest_pays_for_no_generation_goes_to_gradients() -> None:
     journal = FakeJournal()
     assert search(Margins(), journal, warm, Bowl({"weight": 0.7}), larger).stopped == "enough"
 
+    class Generations(Few):  # a limit in generations alone
+        def evaluations(self, full: int, population: int) -> float | None:
+            return float(population)
+
+    assert search(Margins(), FakeJournal(), warm, Bowl({"weight": 0.7}), Generations(1)).stopped == "enough"
+
     class Breaks(Bowl):
         def gradient(self, recipe: Recipe, loss: SmoothLoss, *, step: int, steps: int) -> Gradient | Failure:
             if step == 3:

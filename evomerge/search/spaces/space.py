@@ -47,6 +47,11 @@ class Coordinate:
         return (level + 0.5) / self.levels
 
 
+def continuous(coordinates: Sequence[Coordinate]) -> bool:
+    """Say whether gradients can move all coordinates: none has several levels."""
+    return all(coordinate.levels in (None, 1) for coordinate in coordinates)
+
+
 class Space(Protocol):
     """The contract of every kind of search space: a genome stands for a recipe, and back."""
 

@@ -33,7 +33,7 @@ from evomerge.schema import Strict
 from evomerge.search.objective import FLOOR, SHORT, ObjectiveSpec, Standard
 from evomerge.search.optimizers import Optimizer
 from evomerge.search.ports import GuideState
-from evomerge.search.spaces.space import Coordinate, Genome
+from evomerge.search.spaces.space import Coordinate, Genome, continuous
 from evomerge.search.surrogate.margins import Model, Surrogate
 from evomerge.search.surrogate.observed import Observed
 from evomerge.search.surrogate.trust_region import TrustRegion
@@ -80,15 +80,21 @@ class SurrogateSpec(Strict):
 
 
 def generation_price(
-    coordinates: Sequence[Coordinate], population: int, blocks: int, surrogate: SurrogateSpec | None
+    coordinates: Sequence[Coordinate],
+    population: int,
+    blocks: int,
+    surrogate: SurrogateSpec | None,
+    *,
+    dispensable: bool,
 ) -> float:
-    """Return what the first generation costs at most, in full evaluations.
+    """Return what the first generation costs at most, in full evaluations; 0 where it can't be left out.
 
-    It is 0 where gradients can't replace a generation, because they don't move discrete coordinates.
+    Gradients don't replace it where there are discrete coordinates, which they don't move.
 
-    blocks: item blocks of `search`. surrogate: None without one.
+    blocks: item blocks of `search`. surrogate: None without one. dispensable: whether the search could do
+    without: one objective, generations, and a budget in evaluations or items, not in generations.
     """
-    if any(coordinate.levels not in (None, 1) for coordinate in coordinates):
+    if not dispensable or not continuous(coordinates):
         return 0.0
     return population * (1.0 if surrogate is None else min(1.0, surrogate.blocks / blocks))
 
