@@ -128,7 +128,7 @@ def prepare(config: RunConfig) -> Prepared:
         check(recipe, sources)
     warm = _with_gradients(warm, space, config.objective)
     _check_engine(config)
-    models = _sizes(config, sources)
+    models = _sizes(config, sources, gradients=warm.gradients is not None)
     executor, worker = _worker(config, suite, inputs, models)
     racing = _racing(config, worker)
     return Prepared(
@@ -166,7 +166,7 @@ def with_judges(prepared: Prepared) -> Prepared:
     return replace(prepared, judges={name: serving(name, spec, permissions) for name, spec in specs.items()})
 
 
-def _sizes(config: RunConfig, sources: Mapping[str, Source]) -> executors.ModelSizes:
+def _sizes(config: RunConfig, sources: Mapping[str, Source], *, gradients: bool) -> executors.ModelSizes:
     """Return what of the models matters to a machine; adapters count as their bases' files."""
     folders = {source.folder for source in sources.values()}
     return executors.ModelSizes(
@@ -176,6 +176,7 @@ def _sizes(config: RunConfig, sources: Mapping[str, Source]) -> executors.ModelS
         cached=_cached(sources[BASE].config),
         batch=config.executor.batch_size,
         engine=config.executor.generation != "transformers",
+        gradients=gradients,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evomerge.evaluation.activations import Room
 from evomerge.evaluation.distributions import LIKELIEST, Distributions
 from evomerge.evaluation.likelihood import Batch, forward, plan, trims, whole
 from evomerge.evaluation.live_lm import Pair
@@ -50,12 +51,22 @@ def read_off(
 
 
 def agreements(
-    model: Any, pairs: Sequence[Pair], rows: Sequence[Distributions], *, max_length: int, name: str
+    model: Any,
+    pairs: Sequence[Pair],
+    rows: Sequence[Distributions],
+    *,
+    max_length: int,
+    name: str,
+    room: Room,
 ) -> Tensor:
-    """Return (pairs,) how far a model agrees with distributions at the pairs' continuations, in one batch."""
+    """Return (pairs,) how far a model agrees with distributions at the pairs' continuations, in one batch.
+
+    room: memory for the batch's activations.
+    """
     laid = whole(pairs, max_length=max_length, names=[name] * len(pairs))
     (batch,) = laid.batches
-    expected = _expected(model, batch, trims(model))
+    with room.keeping(model, batch.ids.numel()):
+        expected = _expected(model, batch, trims(model))
     device, order = expected.device, laid.order.tolist()
     ids = torch.from_numpy(np.concatenate([rows[i].ids for i in order]).astype(np.int64)).to(device)
     logs = torch.from_numpy(np.concatenate([rows[i].logs for i in order])).to(device)

@@ -436,26 +436,28 @@ def agrees(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
     """
     if not (prefix_trees.takes(model) and prefix_trees.accepts(model, "past_key_values")):
         return False
-    rows = [
-        _Row(number=index, request=Request(prompt=tuple(prompt[:-1]), limit=2), tokens=[prompt[-1]])
-        for index, prompt in enumerate(prompts)
-        if len(prompt) > 1
-    ]
-    if not rows:
+    prompts = [list(prompt) for prompt in prompts if len(prompt) > 1]
+    if not prompts:
         return False
+    count = min(prefix_trees.COMPARED, *(len(prompt) - 1 for prompt in prompts))
+    rows = [
+        _Row(number=index, request=Request(prompt=tuple(prompt[:-count]), limit=count + 1), tokens=[])
+        for index, prompt in enumerate(prompts)
+    ]
     generator = Generator(model, lambda _: "", ends=frozenset(), batch_size=len(rows))
-    with torch.no_grad():
-        alone = [torch.tensor([[*row.request.prompt, *row.tokens]], device=model.device) for row in rows]
-        expected = torch.cat([model(input_ids=ids).logits[:, -1] for ids in alone]).float().log_softmax(-1)
-        if not bool(torch.isfinite(expected).all()):
-            raise NonFiniteScores("the model's logits are not finite", got="NaN while generating")
-        try:
+    expected = prefix_trees.alone(model, prompts, count)
+    try:
+        with torch.no_grad():
             cache = _Cache()
             cache.add(generator._start(rows)[1])
-            found = generator._step(rows, cache).float().log_softmax(-1)
-        except Exception:  # whatever a model makes of a mask or a cache that it doesn't know
-            return False
-    return prefix_trees.same(found, expected, model.dtype)
+            found = []
+            for place in range(-count, 0):
+                for row, prompt in zip(rows, prompts, strict=True):
+                    row.tokens.append(prompt[place])
+                found.append(generator._step(rows, cache).float().log_softmax(-1))
+    except Exception:  # whatever a model makes of a mask or a cache that it doesn't know
+        return False
+    return prefix_trees.same(torch.stack(found, 1).flatten(0, 1), expected, model, prompts, count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

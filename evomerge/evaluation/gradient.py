@@ -1,7 +1,8 @@
 """Differentiate a smooth loss: forward and backward over some items, with gradients in the weights.
 
-Memory: gradients as large as the live weights, and the activations of one batch, which has few tokens where
-inputs are long. The pairs of one item are always in the same batch, because its loss compares them.
+Memory: gradients as large as the live weights, and the activations of one batch, which has few rows where
+they are large (`activations`). The pairs of one item are always in the same batch, because its loss compares
+them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from evomerge.evaluation.activations import Room
 from evomerge.evaluation.agreement import agreements
 from evomerge.evaluation.items import Items, TaskItems
 from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
@@ -25,7 +27,7 @@ from evomerge.evaluation.scores import NonFiniteScores
 from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 
 TOKENS = 32
-"""Tokens that a row of a batch has on average at most, padding included: all layers' activations are kept."""
+"""Tokens that a row of a batch has on average at most, padding included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,10 @@ class _Item:
     @property
     def length(self) -> int:
         return max(len(context) + len(continuation) for context, continuation in self.pairs)
+
+    @property
+    def answers(self) -> int:
+        return sum(len(continuation) for _, continuation in self.pairs)
 
 
 @contextlib.contextmanager
@@ -64,6 +70,7 @@ def backward(
     batch_size: int,
     max_length: int,
     prefix: int,
+    room: Room,
     share: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Return a loss on some items, and the skill tasks' soft accuracies there.
@@ -77,6 +84,7 @@ def backward(
         batch_size: pairs per forward pass.
         max_length: longest input in tokens.
         prefix: the token in front of a text's first token.
+        room: memory for a batch's activations.
         share: as in `likelihood.plan`.
 
     Raises:
@@ -91,13 +99,13 @@ def backward(
         for item in _items(by_name[part.task], part)
     ]
     total, right = 0.0, {part.task: 0.0 for part in loss.tasks if part.base is None}
-    for chunk in _chunks(skills, batch_size):
-        total -= _skills(model, chunk, loss.softness, max_length, share, right)
+    for chunk in _chunks(skills, batch_size, room):
+        total -= _skills(model, chunk, loss.softness, max_length, share, room, right)
     for task, part in taught:
-        total -= _taught(model, task, part, batch_size, max_length, right)
+        total -= _taught(model, task, part, batch_size, max_length, room, right)
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
     if texts and (loss.price or loss.limit):
-        total += _retention(model, texts, loss, batch_size, max_length, prefix)
+        total += _retention(model, texts, loss, batch_size, max_length, prefix, room)
     if not math.isfinite(total):
         raise NonFiniteScores("the model's logits are not finite", got=f"a loss of {total}")
     counts = {part.task: len(part.items) for part in loss.tasks}
@@ -120,18 +128,18 @@ def _items(task: TaskItems, part: SmoothTask) -> list[_Item]:
     return taking_part
 
 
-def _chunks(items: Sequence[_Item], batch_size: int) -> Iterator[list[_Item]]:
+def _chunks(items: Sequence[_Item], batch_size: int, room: Room) -> Iterator[list[_Item]]:
     """Cut items, longest first, into chunks of at most `batch_size` pairs, fewer where they are long, and at
     least one item."""
     chunk: list[_Item] = []
-    held = 0
+    held = answers = 0
     for item in sorted(items, key=lambda item: -item.length):
-        pairs = held + len(item.pairs)
-        if chunk and (pairs > batch_size or pairs * chunk[0].length > batch_size * TOKENS):
+        held, answers = held + len(item.pairs), answers + item.answers
+        tokens = held * (chunk or [item])[0].length
+        if chunk and (held > batch_size or tokens > batch_size * TOKENS or not room.holds(tokens, answers)):
             yield chunk
-            chunk, held = [], 0
+            chunk, held, answers = [], len(item.pairs), item.answers
         chunk.append(item)
-        held += len(item.pairs)
     if chunk:
         yield chunk
 
@@ -142,6 +150,7 @@ def _skills(
     softness: float,
     max_length: int,
     share: int,
+    room: Room,
     right_by_task: dict[str, float],
 ) -> float:
     """Return the weighted sum of the items' soft accuracies; the gradient of its negative is added.
@@ -151,7 +160,7 @@ def _skills(
     pairs = [pair for item in chunk for pair in item.pairs]
     names = [item.task for item in chunk for _ in item.pairs]
     laid = plan(pairs, batch_size=len(pairs), max_length=max_length, names=names, share=share)
-    ll, lead = _answers(model, laid)
+    ll, lead = _answers(model, laid, room)
     margins, start = [], 0
     for item in chunk:
         stop = start + len(item.pairs)
@@ -179,15 +188,16 @@ def _taught(
     part: SmoothTask,
     batch_size: int,
     max_length: int,
+    room: Room,
     agreement_by_task: dict[str, float],
 ) -> float:
     """Return the weighted sum of the items' agreements; the gradient of its negative is added."""
     chosen = sorted((task.taught[number] for number in part.items), key=lambda item: -sum(map(len, item[0])))
     total = 0.0
     while chosen:
-        rows_of_it = max(1, min(batch_size, batch_size * TOKENS // sum(map(len, chosen[0][0]))))
+        rows_of_it = max(1, min(batch_size, _most(batch_size, room) // sum(map(len, chosen[0][0]))))
         (pairs, rows), chosen = zip(*chosen[:rows_of_it], strict=True), chosen[rows_of_it:]
-        found = agreements(model, pairs, rows, max_length=max_length, name=task.name)
+        found = agreements(model, pairs, rows, max_length=max_length, name=task.name, room=room)
         value = found.sum() * (part.gain / len(part.items))
         (-value).backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())
@@ -195,9 +205,14 @@ def _taught(
     return total
 
 
-def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
+def _most(batch_size: int, room: Room) -> int:
+    """Return how many tokens a batch may have of which all may be read."""
+    return min(batch_size * TOKENS, room.tokens)
+
+
+def _answers(model: Any, laid: Plan, room: Room) -> tuple[Tensor, Tensor]:
     """Return (pairs,) differentiable log-likelihoods and smallest leads in nats, in the pairs' order."""
-    read = [_tokens(model, batch, trims(model)) for batch in laid.batches]
+    read = [_tokens(model, batch, trims(model), room) for batch in laid.batches]
     likelihood, lead = (torch.cat(parts) for parts in zip(*read, strict=True))
     count = len(laid.order)
     pair = torch.zeros(len(likelihood), dtype=torch.long)
@@ -208,9 +223,10 @@ def _answers(model: Any, laid: Plan) -> tuple[Tensor, Tensor]:
     return ll, least
 
 
-def _tokens(model: Any, batch: Batch, trimmed: bool) -> tuple[Tensor, Tensor]:
+def _tokens(model: Any, batch: Batch, trimmed: bool, room: Room) -> tuple[Tensor, Tensor]:
     """Return (tokens,) differentiable log-likelihoods and leads over the best other token, in nats."""
-    logits = forward(model, batch, trimmed)
+    with room.keeping(model, batch.ids.numel()):
+        logits = forward(model, batch, trimmed)
     gold = batch.gold.to(logits.device)[:, None]
     scored = logits[batch.row.to(logits.device), batch.column.to(logits.device)].float()
     gold_logits = scored.gather(1, gold)[:, 0]
@@ -225,12 +241,14 @@ def _retention(
     batch_size: int,
     max_length: int,
     prefix: int,
+    room: Room,
 ) -> float:
     """Return the price of lost retention; its gradient is added if any is lost.
 
     A pass without gradients first computes the retention, because the gradient is 0 if nothing is lost.
     """
-    laid = [_windows(task, part, batch_size, max_length, prefix) for task, part in texts]
+    most = _most(batch_size, room)
+    laid = [_windows(task, part, batch_size, max_length, prefix, most) for task, part in texts]
     parts = [part for _, part in texts]
     means = [float(windows.score(model).ll @ weights) for windows, weights in laid]
     gained = [mean - (part.base or 0.0) for part, mean in zip(parts, means, strict=True)]
@@ -247,7 +265,7 @@ def _retention(
         start = 0
         by_token = torch.from_numpy(weights[windows.order]).repeat_interleave(_lengths(windows))
         for batch in windows.batches:
-            likelihood, _ = _tokens(model, batch, trimmed)
+            likelihood, _ = _tokens(model, batch, trimmed, room)
             token_weights = by_token[start : start + len(likelihood)].to(likelihood)
             (-price * slope * (token_weights * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
             start += len(likelihood)
@@ -255,10 +273,10 @@ def _retention(
 
 
 def _windows(
-    task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int
+    task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int, most: int
 ) -> tuple[Plan, Any]:
     """Return the batches of a task's text windows or right answers, and (pairs,) their weights in the mean
-    per token."""
+    per token. most: tokens of a batch of several rows."""
     pairs: list[Pair] = []
     weights: list[float] = []
     right = task.right
@@ -271,7 +289,7 @@ def _windows(
         windows = [make_disjoint_window(window) for window in rolled]
         pairs += windows
         weights += [1.0 / (len(text) * len(part.items))] * len(windows)
-    options: Any = {"batch_size": batch_size, "most_tokens": batch_size * TOKENS}
+    options: Any = {"batch_size": batch_size, "most_tokens": most}
     laid = plan(pairs, max_length=max_length, names=[task.name] * len(pairs), **options)
     return laid, torch.tensor(weights, dtype=torch.float64).numpy()
 

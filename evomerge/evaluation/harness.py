@@ -25,7 +25,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evomerge import steps
 from evomerge.errors import ConfigError
-from evomerge.evaluation import contamination, gradient, prefix_trees
+from evomerge.evaluation import activations, contamination, gradient, prefix_trees
 from evomerge.evaluation.agreement import read_off
 from evomerge.evaluation.companion import with_companion
 from evomerge.evaluation.distributions import Distributions
@@ -46,6 +46,7 @@ from evomerge.evaluation.items import (
     refuse_long,
     refuse_long_answers,
 )
+from evomerge.evaluation.likelihood import trims
 from evomerge.evaluation.live_lm import LiveLM, Pair
 from evomerge.evaluation.permissions import NOTHING, Permissions
 from evomerge.evaluation.scores import (
@@ -129,6 +130,7 @@ class Harness:
         self._shares = None if sharing is None else sharing.scored
         self._lm.continues = None if sharing is None else sharing.generated
         self._companions = None if sharing is None else sharing.companions
+        self._room: activations.Room | None = None  # for batches of `backward`; None: not measured yet
 
     def blocks(self, split: Split) -> int:
         """Return the number of item blocks of a split."""
@@ -363,6 +365,20 @@ class Harness:
         self.forward_seconds = seconds
         return joined(parts)
 
+    def measure(self, model: Any) -> None:
+        """Measure what a backward pass keeps, once, if it isn't known; `backward` sizes its batches by it.
+
+        model: inside `gradient.differentiable`, with the weights of the base, so that all processes find the
+        same.
+        """
+        if self._room is None:
+            self._room = activations.measured(model, trims(model), self._lm.max_length)
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is known what a backward pass keeps."""
+        return self._room is not None
+
     def backward(
         self, model: Any, split: Split, loss: SmoothLoss, *, batch_size: int | None = None
     ) -> tuple[float, dict[str, float]]:
@@ -380,12 +396,20 @@ class Harness:
             NonFiniteScores: the loss is not finite.
         """
         items, lm = self._whole(split), self._lm
+        self.measure(model)
+        assert self._room is not None
         lm.attach(model)
         try:
-            share = self._sharing_up_to(lm.max_length) if self._shares else 0
-            frame = {"max_length": lm.max_length, "prefix": lm.prefix_token_id, "share": share}
-            size = self.batch_size if batch_size is None else batch_size
-            return gradient.backward(model, items, loss, batch_size=size, **frame)
+            return gradient.backward(
+                model,
+                items,
+                loss,
+                batch_size=self.batch_size if batch_size is None else batch_size,
+                max_length=lm.max_length,
+                prefix=lm.prefix_token_id,
+                room=self._room,
+                share=self._sharing_up_to(lm.max_length) if self._shares else 0,
+            )
         finally:
             lm.detach()
 

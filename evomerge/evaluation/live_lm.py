@@ -228,7 +228,8 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         if self.continues is None:
             prompts = sorted((request.prompt for request in requests if request is not None), key=len)
             if prompts:
-                self.continues = agrees(self._model, [prompts[-1], prompts[0]])
+                chosen = {prompts[(len(prompts) - 1) * third // 3] for third in range(4)}
+                self.continues = agrees(self._model, sorted(chosen))
                 if not self.continues:
                     _log.info("the model does not take shared prompts: transformers generates its answers")
         return requests if self.continues else [None] * len(instances)

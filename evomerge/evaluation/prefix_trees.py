@@ -31,8 +31,11 @@ In bfloat16, that is about twice the difference of two plain passes (padded or n
 to 0.057 for SmolLM2-135M. Its shared rows differ by 0.036 to 0.043, and by 0.37 or more without the mask or
 the positions. In float32 they differ by 0.000003.
 """
+MARGIN, MOST = 3.0, 0.25
+"""Passes that differ more are the same up to so many times the difference of two plain passes, and so many
+nats: how much is rounded differs from model to model."""
 
-_COMPARED = 8
+COMPARED = 8
 """Last tokens of a sequence at which two passes are compared."""
 
 
@@ -160,34 +163,72 @@ def agree(model: Any, sequences: Sequence[Sequence[int]]) -> bool:
     if not takes(model):
         return False
     tree = row(sorted(map(tuple, sequences)))
-    with torch.no_grad():
-        lasts, expected = [], []
-        for path in tree.paths:
-            last = torch.arange(len(path))[-_COMPARED:]
-            lasts.append(path[last])
-            expected.append(_logprobs(model, last, {"input_ids": tree.ids[path][None].to(model.device)}))
-        wanted = torch.cat(expected)
-        if not bool(torch.isfinite(wanted).all()):
-            raise NonFiniteScores("the model's logits are not finite", got="NaN or infinite on a prompt")
-        try:
-            found = _logprobs(model, torch.cat(lasts), tree.inputs(model.device, model.dtype))
-        except Exception:  # whatever an attention makes of a mask that it doesn't know
-            return False
-    return same(found, wanted, model.dtype)
+    paths = [tree.ids[path].tolist() for path in tree.paths]
+    wanted = alone(model, paths)
+    lasts = torch.cat([path[-COMPARED:] for path in tree.paths])
+    try:
+        with torch.no_grad():
+            found = _logprobs(model, lasts, tree.inputs(model.device, model.dtype))
+    except Exception:  # whatever an attention makes of a mask that it doesn't know
+        return False
+    return same(found, wanted, model, paths)
+
+
+@torch.no_grad()
+def alone(model: Any, sequences: Sequence[Sequence[int]], last: int = COMPARED) -> torch.Tensor:
+    """Return (tokens, vocabulary) log-probabilities at the last tokens of sequences, a pass for each.
+
+    Raises:
+        NonFiniteScores: the model's logits are not finite.
+    """
+    found = []
+    for ids in sequences:
+        places = torch.arange(len(ids))[-last:]
+        found.append(_logprobs(model, places, {"input_ids": torch.tensor([ids], device=model.device)}))
+    if not all(bool(torch.isfinite(each).all()) for each in found):
+        raise NonFiniteScores("the model's logits are not finite", got="NaN or infinite on a prompt")
+    return torch.cat(found)
+
+
+def same(
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    last: int = COMPARED,
+) -> bool:
+    """Say whether (tokens, vocabulary) log-probabilities are equal but for the rounding of a model's type.
+
+    Their differences are weighted with the probabilities: unlikely tokens differ most.
+
+    expected: those of `alone`, at the last tokens of some sequences.
+    """
+    difference = _difference(found, expected)
+    if difference <= TOLERANCE.get(model.dtype, 0.0):
+        return True
+    if not difference <= MOST:  # NaN, too
+        return False
+    return difference <= MARGIN * _difference(_padded(model, sequences, last), expected)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((expected.exp() * (found - expected).abs()).sum(-1).mean())
+
+
+@torch.no_grad()
+def _padded(model: Any, sequences: Sequence[Sequence[int]], last: int) -> torch.Tensor:
+    """Return what `alone` does, of one pass over all sequences, padded on the right."""
+    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    for number, sequence in enumerate(sequences):
+        ids[number, : len(sequence)] = torch.tensor(sequence)
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    lasts = [row[: len(ids)][-last:] for row, ids in zip(logits, sequences, strict=True)]
+    return torch.cat(lasts).float().log_softmax(-1)
 
 
 def takes(model: Any) -> bool:
     """Say whether a model's forward pass has the arguments of a row."""
     return accepts(model, "position_ids", "attention_mask", "use_cache")
-
-
-def same(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Say whether (tokens, vocabulary) log-probabilities are equal but for the rounding of a type.
-
-    Their differences are weighted with the probabilities: unlikely tokens differ most.
-    """
-    difference = (expected.exp() * (found - expected).abs()).sum(-1).mean()
-    return bool(difference <= TOLERANCE.get(dtype, 0.0))
 
 
 def _logprobs(model: Any, places: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

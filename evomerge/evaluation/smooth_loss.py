@@ -27,6 +27,9 @@ from evomerge.evaluation.scores import Scores
 PASSES = 3
 """Cost of a gradient in forward passes: one forward pass, and a backward pass of twice the work."""
 
+ACTIVATIONS = 2**29
+"""Bytes that a gradient's activations may take; of a larger model half as much as its weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmoothTask:

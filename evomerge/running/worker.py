@@ -285,8 +285,9 @@ class Worker:
             self._harness.mirror(
                 _engine(spec), tolerance=TOLERANCE[spec.dtype], weights=lambda _: bench.tensors()
             )
+        self._base = spec.base_alone()
         with contextlib.suppress(NonFiniteError):  # then every candidate says so
-            self._load(spec.base_alone())
+            self._load(self._base)
         self._large = sum(parameter.numel() for parameter in self._bench.model.parameters()) >= WORTH_TRIMMING
         self._trim()
         steps.say("trying the model out")
@@ -395,6 +396,10 @@ class Worker:
         from evomerge.evaluation.gradient import differentiable
 
         try:
+            if not self._harness.measured:
+                self._load(self._base)
+                with differentiable(self._bench.model):
+                    self._harness.measure(self._bench.model)
             self._load(job.recipe)
             with differentiable(self._bench.model):
                 model, size = self._bench.model, job.batch_size or self._batch_size

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evomerge.evaluation import gradient, likelihood
+from evomerge.evaluation.activations import Room
 from evomerge.evaluation.agreement import LEAST, agreements, read_off
 from evomerge.evaluation.distributions import LIKELIEST, Distributions, packed, unpacked
 from evomerge.evaluation.gradient import differentiable
@@ -19,6 +20,7 @@ from evomerge.evaluation.smooth_loss import SmoothLoss, SmoothTask
 from .conftest import MakeSuite, entry, new_model
 
 PAIRS = [([1, 2, 3], [4, 5]), ([6], [7]), ([1, 2], [3, 4, 5, 6]), ([2], [7])]
+ROOM = Room(most=2**29, by_token=1.0, by_answer=1.0)
 FRAME: dict[str, Any] = {"max_length": 24, "name": "write"}
 
 
@@ -48,7 +50,7 @@ def test_what_is_read_off_is_what_the_model_expects(rows: list[Distributions]) -
 
 def test_the_agreement_is_its_definition(rows: list[Distributions]) -> None:
     model = new_model(seed=2)
-    found = agreements(model, PAIRS, rows, **FRAME).detach().numpy()
+    found = agreements(model, PAIRS, rows, room=ROOM, **FRAME).detach().numpy()
     for pair, row, value in zip(PAIRS, rows, found, strict=True):
         ours = np.take_along_axis(expected(model, pair), row.ids, axis=1)
         theirs = np.exp(row.logs.astype(np.float64))
@@ -56,7 +58,7 @@ def test_the_agreement_is_its_definition(rows: list[Distributions]) -> None:
         divergence = (theirs * np.log(theirs / ours)).sum(1) + rest * np.log(rest / our_rest)
         assert value == pytest.approx(np.exp(-divergence.mean()), rel=1e-4)
         assert 0 < value < 1
-    same = agreements(new_model(seed=1), PAIRS, rows, **FRAME)
+    same = agreements(new_model(seed=1), PAIRS, rows, room=ROOM, **FRAME)
     np.testing.assert_allclose(same.detach().numpy(), 1.0, atol=1e-5)
 
 

@@ -214,7 +214,7 @@ def test_non_finite_weights_are_an_error_in_likelihood_and_in_generation(
         harness.evaluate(broken, harness.items("select"))
     alone = entry("write", companion="off")
     writes = Harness(make_suite(alone), tokenizer=tokenizer, batch_size=16, max_length=None)
-    with pytest.raises(NonFiniteScores, match="while generating"):
+    with pytest.raises(NonFiniteScores, match="on a prompt"):
         writes.evaluate(broken, writes.items("select"))
 
 
@@ -590,8 +590,10 @@ def test_gradients_read_a_prompt_that_choices_share_once(make_suite: MakeSuite, 
 
         sharing = Sharing(scored=shared, generated=False)
         harness = Harness(suite, tokenizer=new_tokenizer(), batch_size=8, max_length=None, sharing=sharing)
-        with model.register_forward_pre_hook(count, with_kwargs=True), differentiable(model):
-            value, _ = harness.backward(model, "search", loss)
+        with differentiable(model):
+            harness.measure(model)
+            with model.register_forward_pre_hook(count, with_kwargs=True):
+                value, _ = harness.backward(model, "search", loss)
             found.append((read, value, [parameter.grad.clone() for parameter in model.parameters()]))
     (few, value, slopes), (many, expected, wanted) = found
     assert few < many / 2

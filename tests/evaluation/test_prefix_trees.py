@@ -171,3 +171,19 @@ def test_how_far_attention_looks_back(config: Any, reached: int | None) -> None:
             self.config = config
 
     assert prefix_trees.reach(Model()) == reached
+
+
+def test_how_much_a_model_rounds_is_measured() -> None:
+    """A model that rounds more than others is taken, one that reads something else is not."""
+    model = llama(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.6  # sharper distributions: rounding changes them more
+    sequences = [list(sequence) for sequence in SEQUENCES]
+    expected = prefix_trees.alone(model, sequences)
+    rounding = prefix_trees._difference(prefix_trees._padded(model, sequences, 8), expected)
+    noisy = expected + 2 * rounding
+    assert prefix_trees.same(noisy, expected, model, sequences)
+    assert not prefix_trees.same(expected + max(4 * rounding, 0.1), expected, model, sequences)
+    assert not prefix_trees.same(expected + 1.0, expected, model, sequences)
+    assert not prefix_trees.same(expected * torch.nan, expected, model, sequences)

@@ -6,6 +6,8 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from evomerge.evaluation.smooth_loss import ACTIVATIONS
+
 PROGRAM = 0.6e9
 """Bytes of a process beside its model: torch, transformers, lm-eval, items, and a batch's intermediate values
 (a small model's; see `Size.worker`)."""
@@ -25,7 +27,7 @@ class ModelSizes:
     """What of a run's models matters to a machine. parameters: of each. dtype: of the merged model.
     files: bytes of all mapped files, which the workers of a machine share. cached: numbers that a model keeps
     per token while it reads (keys and values). batch: requests per forward pass. engine: whether vLLM stands
-    beside the live model."""
+    beside the live model. gradients: whether workers differentiate, too."""
 
     parameters: int
     dtype: str
@@ -33,6 +35,7 @@ class ModelSizes:
     cached: int = 0
     batch: int = 1
     engine: bool = False
+    gradients: bool = False
 
     def live(self, dtype: str) -> int:
         """Return the bytes of a live model with forward passes in a dtype."""
@@ -42,11 +45,13 @@ class ModelSizes:
         """Return the bytes of a worker at its peak: the program, its live model, as much again, and a batch.
 
         Beside the weights stand a gradient of each or the statistics of trimmed task vectors, which are kept
-        up to that size. Of a batch of `TOKENS` each, keys and values stand twice while they grow.
+        up to that size. Of a batch of `TOKENS` each, keys and values stand twice while they grow; a gradient
+        step has activations instead.
         """
         weights = self.live(dtype)
         batch = 2 * self.cached * self.batch * TOKENS * _bytes(dtype)
-        return int(PROGRAM + 2 * weights + batch + self.engine * (ENGINE + weights))
+        activations = self.gradients * max(ACTIVATIONS, weights // 2)
+        return int(PROGRAM + 2 * weights + max(batch, activations) + self.engine * (ENGINE + weights))
 
     def fitting(self, free: int | None, dtype: str) -> int | None:
         """Return how many workers fit into free bytes, at least one; None where they are not known.

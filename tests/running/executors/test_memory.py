@@ -36,6 +36,8 @@ def test_a_config_without_workers_has_one_per_core_or_fewer_where_memory_is_shor
     assert executors.resolve(few, LARGE)[2] == 8  # threads
     engine = ModelSizes(parameters=7 * GB, dtype="bfloat16", files=42 * GB, engine=True)
     assert engine.worker("bfloat16") > LARGE.worker("bfloat16") + 14 * GB
+    differentiated = ModelSizes(parameters=7 * GB, dtype="bfloat16", files=42 * GB, gradients=True)
+    assert differentiated.worker("bfloat16") == LARGE.worker("bfloat16") + 7 * GB
     small = ModelSizes(parameters=135_000_000, dtype="bfloat16", files=GB)
     assert executors.worker_count(executors.fitted(ExecutorSpec(), small, "bfloat16")) == 16
     named = ExecutorSpec(workers=12)
