@@ -132,13 +132,23 @@ class Generator:
         decode: token ids -> text, special tokens included.
         ends: ids of the tokens that end every answer.
         batch_size: rows per forward pass.
+        give_back: called before prompts are read, when memory may be free.
 
     Attributes:
         forward_seconds: seconds spent inside the model.
     """
 
-    def __init__(self, model: Any, decode: Decode, *, ends: frozenset[int], batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        decode: Decode,
+        *,
+        ends: frozenset[int],
+        batch_size: int,
+        give_back: Callable[[], None] = lambda: None,
+    ) -> None:
         self._model, self._decode, self._ends, self._batch_size = model, decode, ends, batch_size
+        self._give_back = give_back
         self._trims = prefix_trees.accepts(model, "logits_to_keep")
         self._endings: dict[tuple[str, ...], _Ending] = {}
         self._companions: dict[int, GoldAnswer] = {}
@@ -160,6 +170,7 @@ class Generator:
                 free = self._batch_size - len(rows)
                 if waiting and (not rows or free * _REFILL >= self._batch_size):
                     new, waiting = waiting[:free], waiting[free:]
+                    self._give_back()
                     logits, prompts = self._start(new)
                     self._extend(new, logits, found)
                     going_on = [index for index, row in enumerate(new) if row.number not in found]
@@ -312,10 +323,10 @@ class _Cache:
         return int(self.cache.get_seq_length())
 
     def add(self, prompts: Sequence[_Prompt]) -> None:
-        """Add rows for some prompts."""
+        """Add rows for some prompts, whose own states are freed on the way: never all stand twice."""
         if not prompts:
             return
-        old = self.cache.layers
+        layers = self.cache.layers
         width = max(self.width, *(len(path) for _, path in prompts))
         trees = {id(filled): filled for filled, _ in prompts}
         chosen = []
@@ -327,9 +338,8 @@ class _Cache:
                 places[index, width - len(path) :] = path
             device = filled.layers[0].keys.device
             chosen.append((filled, torch.tensor(mine, device=device), places.to(device)))
-        layers = []
         for number in range(len(chosen[0][0].layers)):
-            held = old[number] if old else None
+            held = layers[number] if len(layers) > number else None
             room = [
                 _gathered(
                     held and getattr(held, name),
@@ -339,20 +349,20 @@ class _Cache:
                 )
                 for name in ("keys", "values")
             ]
-            layers.append(_layer(room[0], room[1], width))
-        self.cache = DynamicCache()
-        self.cache.layers = layers
+            layers[number : number + 1] = [_layer(room[0], room[1], width)]
+            for filled, _, _ in chosen:
+                filled.layers[number].keys = filled.layers[number].values = None
 
     def keep(self, rows: Sequence[int], width: int) -> None:
         """Drop all other rows, and the padding that no row needs any more."""
-        old = self.cache.layers if rows else []
-        cut = self.width - width
-        self.cache = DynamicCache()
-        if rows:
-            chosen = torch.tensor(rows, device=old[0].keys.device)
-            self.cache.layers = [
-                _layer(layer.room[0][chosen, :, cut:], layer.room[1][chosen, :, cut:], width) for layer in old
-            ]
+        if not rows:
+            self.cache = DynamicCache()
+            return
+        cut, layers = self.width - width, self.cache.layers
+        chosen = torch.tensor(rows, device=layers[0].keys.device)
+        for number, layer in enumerate(layers):
+            keys, values = (states[chosen, :, cut:] for states in layer.room)
+            layers[number] = _layer(keys, values, width)
 
 
 def _gathered(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ def backward(
     prefix: int,
     room: Room,
     share: int = 0,
+    give_back: Callable[[], None] = lambda: None,
 ) -> tuple[float, dict[str, float]]:
     """Return a loss on some items, and the skill tasks' soft accuracies there.
 
@@ -86,6 +87,7 @@ def backward(
         prefix: the token in front of a text's first token.
         room: memory for a batch's activations.
         share: as in `likelihood.plan`.
+        give_back: called after each batch, whose activations are free then.
 
     Raises:
         NonFiniteScores: the loss is NaN or infinite.
@@ -101,11 +103,14 @@ def backward(
     total, right = 0.0, {part.task: 0.0 for part in loss.tasks if part.base is None}
     for chunk in _chunks(skills, batch_size, room):
         total -= _skills(model, chunk, loss.softness, max_length, share, room, right)
+        give_back()
     for task, part in taught:
         total -= _taught(model, task, part, batch_size, max_length, room, right)
+        give_back()
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
     if texts and (loss.price or loss.limit):
         total += _retention(model, texts, loss, batch_size, max_length, prefix, room)
+        give_back()
     if not math.isfinite(total):
         raise NonFiniteScores("the model's logits are not finite", got=f"a loss of {total}")
     counts = {part.task: len(part.items) for part in loss.tasks}

@@ -290,6 +290,7 @@ class Worker:
             self._load(self._base)
         self._large = sum(parameter.numel() for parameter in self._bench.model.parameters()) >= WORTH_TRIMMING
         self._trim()
+        self._harness.gives_back(self._trim)
         steps.say("trying the model out")
         self._harness.try_out(self._bench.model)
         self.sharing: Sharing | None = self._harness.sharing
@@ -400,6 +401,7 @@ class Worker:
                 self._load(self._base)
                 with differentiable(self._bench.model):
                     self._harness.measure(self._bench.model)
+                self._trim()
             self._load(job.recipe)
             with differentiable(self._bench.model):
                 model, size = self._bench.model, job.batch_size or self._batch_size
