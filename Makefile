@@ -10,7 +10,7 @@ DIST := dist
 # Tests start many processes, which would compile the package again without its bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test slow torture fuzz lint docs format wheel audit bench-merge real vllm clean help
+.PHONY: demo test end-to-end slow torture fuzz lint docs format wheel audit bench-merge real vllm clean help
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -18,10 +18,13 @@ help:            ## list the targets
 demo: $(INSTALLED)   ## search, report and export on the models that come with evomerge
 	$(BIN)/evomerge demo
 
-test: $(INSTALLED)   ## the default tests, about ten minutes on two cores
+test: $(INSTALLED)   ## the default tests, about six minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
-slow: $(INSTALLED)   ## the slow tests too: rebuild the tiny zoo, install a wheel; random examples for the property tests
+end-to-end: $(INSTALLED) ## whole runs, commands as users type them, killed programs, servers: as long again
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -m "end_to_end and not slow"
+
+slow: $(INSTALLED)   ## all tests, the slow ones too: rebuild the tiny zoo, install a wheel; random examples for the property tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -m "slow or not slow" --hypothesis-profile random
 
 torture: $(INSTALLED) ## kill runs at random, 400 times (EVOMERGE_KILLS=20: of each kind fewer), and compare what they end in
