@@ -132,7 +132,7 @@ class Generator:
         decode: token ids -> text, special tokens included.
         ends: ids of the tokens that end every answer.
         batch_size: rows per forward pass.
-        give_back: called before prompts are read, when memory may be free.
+        give_back: called before and after prompts are read, when memory may be free.
 
     Attributes:
         forward_seconds: seconds spent inside the model.
@@ -175,6 +175,7 @@ class Generator:
                     self._extend(new, logits, found)
                     going_on = [index for index, row in enumerate(new) if row.number not in found]
                     cache.add([prompts[index] for index in going_on])
+                    self._give_back()
                     rows += [new[index] for index in going_on]
                     continue
                 self._extend(rows, self._step(rows, cache), found)
