@@ -87,6 +87,7 @@ def test_check_says_what_the_run_will_be(config: Callable[..., Path], tmp_path: 
     assert not any("answers to generate" in note for note in data["notes"])
 
 
+@pytest.mark.end_to_end
 def test_check_scores_less_where_a_model_takes_long(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ WRONG = [
 """Tasks whose specialists learned the other task."""
 
 
+@pytest.mark.end_to_end
 def test_a_run_that_measures_nothing_does_not_start(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(baselines=["TIES"], budget={"generations": 1}, weak_specialists="refuse")
     tasks = [{**task, "splits": {"search": 24, "select": 16, "test": 40}} for task in WRONG]
@@ -246,6 +248,7 @@ def test_mistakes_of_spaces(config: Callable[..., Path], tiny_zoo: Path, tmp_pat
     assert "wrong number of sources" in " ".join(succeed("spaces", "--models", path).split())
 
 
+@pytest.mark.end_to_end
 def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(generate=False, budget={"generations": 1})
     text = succeed("run", path)
@@ -275,6 +278,7 @@ def test_a_run_from_start_to_export(config: Callable[..., Path], tmp_path: Path)
     assert all(torch.equal(first[name], third[name]) for name in first)
 
 
+@pytest.mark.end_to_end
 def test_a_run_in_a_mixed_space(config: Callable[..., Path], tmp_path: Path) -> None:
     """Methods, switches and shared genes reach the weights, and the winner can be exported."""
     mixed = {
@@ -506,6 +510,7 @@ def test_task_vectors_are_added_negated_and_scaled_by_a_recipe(tiny_zoo: Path, t
             torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

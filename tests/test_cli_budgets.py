@@ -35,6 +35,7 @@ def path(config: Callable[..., Path]) -> Path:
     return config(generate=False, budget={"generations": 3, "cost": {"per_hour": 6.0}})
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_a_run_that_its_time_ended_goes_on_only_with_more_of_it(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,6 +93,7 @@ def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_pat
     assert "run ends" not in succeed("status", tmp_path / "run")
 
 
+@pytest.mark.end_to_end
 def test_when_everything_fails_the_command_does_and_a_resume_mends_it(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

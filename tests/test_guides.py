@@ -79,6 +79,7 @@ def on_few_items(text: str) -> str:
     return smaller
 
 
+@pytest.mark.end_to_end
 def test_the_python_page(tiny_zoo: Path, tmp_path: Path) -> None:
     checkout(tmp_path, tiny_zoo)
     parts = [text for _, text in blocks("python.md", "python") if not saved(text, tmp_path)]

@@ -71,6 +71,7 @@ def test_the_audit_sees_what_is_asked(asked: Callable[..., list[str]], tmp_path:
     assert (tmp_path / "asked").read_text() == "socket.connect 192.0.2.1\n"
 
 
+@pytest.mark.end_to_end
 def test_a_local_check_asks_nothing(asked: Callable[..., list[str]], config: Callable[..., Path]) -> None:
     assert asked("check", config(generate=False)) == []
 

@@ -79,6 +79,7 @@ def test_the_readme_is_short_and_starts_with_the_installation() -> None:
     assert commands(GETTING_STARTED)[: len(INSTALL)] == INSTALL
 
 
+@pytest.mark.end_to_end
 def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     demo_on_few_items(tmp_path / "evomerge" / "zoo")

@@ -23,6 +23,7 @@ def measured(folder: Path, *parts: str) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text())["parts"], done.stdout
 
 
+@pytest.mark.end_to_end
 def test_the_script_starts_and_says_what_needs_a_gpu(tmp_path: Path) -> None:
     parts, said = measured(tmp_path, "memory", "generation")
     assert {name: part["failed"] for name, part in parts.items()} == dict.fromkeys(parts, "needs a card")

@@ -251,6 +251,7 @@ def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(tokenizer)
 
 
+@pytest.mark.end_to_end
 def test_a_run_of_mixtures_with_matched_experts(
     config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
 ) -> None:

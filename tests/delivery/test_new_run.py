@@ -42,6 +42,7 @@ def sources(zoo: Path) -> dict[str, str]:
     return {"upper": str(zoo / "upper"), "reverse": str(zoo / "reverse")}
 
 
+@pytest.mark.end_to_end
 def test_a_config_of_own_data_runs_to_a_verdict(tiny_zoo: Path, tmp_path: Path) -> None:
     files = {skill: own_file(tmp_path, skill, rows=16) for skill in ("upper", "reverse")}
     out = tmp_path / "new" / "mine.yaml"

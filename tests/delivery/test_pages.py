@@ -79,6 +79,7 @@ def test_a_thousand_candidates_weigh_at_most_400_kilobytes(large: Path) -> None:
     assert large.stat().st_size <= 400_000
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", ["report", "large", "analysis"])
 def test_no_width_makes_the_page_itself_scroll_sideways(
     name: str, opened_page: Callable[..., Page], request: pytest.FixtureRequest
@@ -90,6 +91,7 @@ def test_no_width_makes_the_page_itself_scroll_sideways(
         assert page.locator("figure svg:visible").count() >= 4
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", ["report", "analysis"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(

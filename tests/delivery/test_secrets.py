@@ -79,6 +79,7 @@ def test_a_failing_tracker_does_not_tell_them(monkeypatch: pytest.MonkeyPatch, t
     assert not [secret for secret in (PASSWORD, TOKEN, "other") if secret in warning]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_no_file_and_no_output_of_a_run_holds_a_secret(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

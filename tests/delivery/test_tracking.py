@@ -223,6 +223,7 @@ def test_tensorboard_files_hold_the_run(run: Path) -> None:
     assert {"config/text_summary", "winner/text_summary"} <= set(events.Tags()["tensors"])
 
 
+@pytest.mark.end_to_end
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("store", ["", "file"])
 def test_mlflow_keeps_one_run_over_sessions(

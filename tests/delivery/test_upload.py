@@ -169,6 +169,7 @@ def test_options_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.end_to_end
 def test_the_command_uses_the_endpoint_and_login_of_huggingface_hub(
     hub: Hub, finished_run: Path, model: Path
 ) -> None:

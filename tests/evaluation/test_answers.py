@@ -133,6 +133,7 @@ def test_the_limits_are_what_the_documentation_says() -> None:
     assert [limit for limit in limits if limit not in text] == []
 
 
+@pytest.mark.end_to_end
 def test_metrics_of_the_library_evaluate_work_in_the_sandbox(tasks: Path) -> None:
     """They write their cache; the folder is open to the sandbox."""
     (tasks / "own").mkdir()

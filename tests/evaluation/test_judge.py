@@ -236,6 +236,7 @@ def judged(tiny_zoo: Path, tmp_path: Path, server: JudgeServer) -> Callable[...,
     return write
 
 
+@pytest.mark.end_to_end
 def test_a_run_with_a_judge(
     judged: Callable[..., Path], server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_run_with_a_judge(
     assert "does not serve the judge" in refuse("resume", run, "--ask-judges", folder=tmp_path)
 
 
+@pytest.mark.end_to_end
 def test_a_run_whose_judge_goes_away_stops_and_goes_on(
     judged: Callable[..., Path], server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from tests.rounding import of_log_likelihoods
 
 from . import parity
 
+pytestmark = pytest.mark.end_to_end
+
 TOKENS = 60
 """Tokens of the longest scored answer."""
 

@@ -17,6 +17,7 @@ PART = 300
 """One in so many commands is run here."""
 
 
+@pytest.mark.end_to_end
 def test_malformed_inputs_are_one_message_and_exit_code_2() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.malformed.runner", "--every", str(PART)],

@@ -31,6 +31,7 @@ def begun(path: Path) -> Path:
     return Path(loaded.out)
 
 
+@pytest.mark.end_to_end
 def test_genes_count_alike_in_a_run_that_began_so(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +52,7 @@ def test_genes_count_alike_in_a_run_that_began_so(
     assert found_in(tmp_path / "now", facts.MOVEMENTS) == now
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_a_search_of_paths_that_began_without_stacks_has_none(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

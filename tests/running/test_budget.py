@@ -107,6 +107,7 @@ def test_the_clock_ends_the_search_early_enough_for_the_finish(
         assert stop["reason"] == outcome.stopped  # type: ignore[index]
 
 
+@pytest.mark.end_to_end
 @settings(max_examples=1, deadline=None)
 @given(seconds=st.integers(2000, 3000), seed=st.integers(0, 1), guided=st.booleans())
 @example(seconds=2420, seed=0, guided=True)  # it ends right after the best met further items
@@ -241,6 +242,7 @@ def test_candidates_are_not_scored_again_on_more_items_beyond_the_budget(tmp_pat
         assert store.entries("winner")[0] == later.winner
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(("several", "patience"), [((), 3), (("a", "b"), 1)])
 def test_patience_ends_every_session_at_the_same_generation(
     tmp_path: Path, several: tuple[str, ...], patience: int
@@ -287,6 +289,7 @@ class Expects(Silent):
         self.seen.append(estimate)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "limits",
     [{"evaluations": 60}, {"items": 60 * FULL}, {"generations": 10}, {"hours": 1.0}, {"until": "19:00"}],

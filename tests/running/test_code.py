@@ -71,12 +71,14 @@ def test_a_run_executes_answers_only_with_permission(code: Callable[..., Path], 
     succeed("resume", run, "--trust-tasks", "--allow-code-execution")
 
 
+@pytest.mark.end_to_end
 def test_a_config_gives_permission(code: Callable[..., Path]) -> None:
     assert "would run Python code" in invoke("check", code()).output
     assert "executes the models' answers" in invoke("check", code(trust_tasks=True)).output
     assert "ready to run" in succeed("check", code(trust_tasks=True, allow_code_execution=True))
 
 
+@pytest.mark.end_to_end
 def test_one_model_is_scored_in_this_process(
     code: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def quick_config(config: Callable[..., Path], tmp_path: Path) -> Callable[..., P
     return write
 
 
+@pytest.mark.end_to_end
 def test_the_driver_killed_at_every_fourth_kind_of_event(
     quick_config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_run_killed_at_each_kind_of_event(
     assert len(found["struck"]) == 2 * len(KINDS)
 
 
+@pytest.mark.end_to_end
 def test_sockets_of_a_killed_driver_are_swept_by_the_next() -> None:
     """In a folder of a short name: the path of a socket can't be long."""
     start = (

@@ -181,6 +181,7 @@ def test_another_environment_is_a_note_before_and_in_the_report(
     assert any("torch 1.0" in line for line in changed)
 
 
+@pytest.mark.end_to_end
 def test_a_run_notes_the_kernels_that_a_process_of_the_same_environment_has(tmp_path: Path) -> None:
     now = forward.versions()
     assert {"blas", "simd"} <= now.keys()

@@ -16,6 +16,7 @@ from tests.conftest import write_suite
 from tests.running.full_disk import NO_MOUNT, ROOM
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("means", [pytest.param("tmpfs", marks=pytest.mark.slow), "limit"])
 def test_a_full_disk(config: Callable[..., Path], tmp_path: Path, means: str) -> None:
     path = config(budget={"generations": 2})

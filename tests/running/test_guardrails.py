@@ -206,6 +206,7 @@ def test_worker_processes_answer_late_jobs_too() -> None:
 # -- when everything fails ------------------------------------------------------------------------------
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("down", [35, 44, 60])
 def test_when_everything_fails_the_run_stops_and_a_resumed_one_is_as_if_nothing_had_been(
     tmp_path: Path, down: int

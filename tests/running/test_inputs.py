@@ -123,6 +123,7 @@ def test_a_worker_that_starts_later_refuses_changed_task_files(own: Path, tmp_pa
         Worker(prepared.worker)
 
 
+@pytest.mark.end_to_end
 def test_worker_processes_report_the_change_to_the_run(own: Path, tmp_path: Path) -> None:
     prepared = prepare(RunConfig.load(own))
     pool = LocalProcesses(prepared.worker, workers=1, timeout=100)
@@ -147,6 +148,7 @@ class Meddler(Silent):
             self._change()
 
 
+@pytest.mark.end_to_end
 def test_the_run_stops_and_goes_on_when_the_old_files_are_back(own: Path, tmp_path: Path) -> None:
     whole = RunConfig.load(own, out=str(tmp_path / "whole"))
     compose.start(whole, Silent())

@@ -47,6 +47,7 @@ def models(tiny_zoo: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.end_to_end
 def test_a_run_searches_methods_that_need_files(
     config: Callable[..., Path], models: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def resume(run: Path, *words: object) -> tuple[int, str]:
     return done.exit_code, done.stderr
 
 
+@pytest.mark.end_to_end
 def test_a_project_moved_as_a_whole_goes_on(project: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     with RunStore.read(project / "run") as store:
@@ -122,6 +123,7 @@ def another_model(folder: Path) -> None:
         shutil.copyfile(path, folder / "upper" / path.name)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -207,6 +207,7 @@ def test_a_batch_of_one_is_not_halved(late: Small, tmp_path: Path) -> None:
         assert not Batches(store, 2).calls_for_halving(Result(job=job, outcome=failure))  # while merging
 
 
+@pytest.mark.end_to_end
 def test_two_workers_end_in_the_same_bits_as_one(late: Small, tmp_path: Path) -> None:
     digests = []
     for build in (InOne, in_two):

@@ -182,6 +182,7 @@ class Killed(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.end_to_end
 def test_gradients_follow_the_distributions_that_a_run_keeps(
     tiny_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

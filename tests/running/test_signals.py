@@ -17,6 +17,8 @@ import yaml
 from evomerge.cli import terminal
 from tests.conftest import config_data, write_suite
 
+pytestmark = pytest.mark.end_to_end
+
 
 def signalled(zoo: Path, folder: Path, *names: str) -> dict[str, Any]:
     """Run `signals`; return what it found."""

@@ -199,6 +199,7 @@ def test_events_follow_a_run(running: tuple[Path, Held, threading.Thread], serve
     assert '<span class="tag finished">' in after
 
 
+@pytest.mark.end_to_end
 def test_watch_ends_with_the_run(running: tuple[Path, Held, threading.Thread]) -> None:
     folder, held, thread = running
     states: list[str] = []
@@ -235,6 +236,7 @@ def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
     assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:"))] == []
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_every_width_and_axe_finds_nothing(
     folder: Path, serve: Serve, opened: Callable[..., Page], scheme: str
@@ -253,6 +255,7 @@ def test_pages_fit_every_width_and_axe_finds_nothing(
         assert found.violations_count == 0, found.generate_report()
 
 
+@pytest.mark.end_to_end
 def test_an_open_page_follows_the_run(
     running: tuple[Path, Held, threading.Thread], serve: Serve, opened: Callable[..., Page]
 ) -> None:
@@ -276,6 +279,7 @@ def test_an_open_page_follows_the_run(
     page.get_by_role("heading", name=re.compile("^Candidate ")).wait_for()
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_the_command_with_a_stream_open(folder: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", "from evomerge.cli import main; main()", "serve", str(folder), "-q"]

@@ -311,6 +311,7 @@ def begun(path: Path) -> evomerge.Run:
     return evomerge.optimize(path, generations=1)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("method", "genome"),
     [
@@ -328,6 +329,7 @@ def test_a_converted_config_runs(
     assert set(run.winner.tasks) == {"demo_upper", "demo_reverse"}
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("changes", "expressed"),
     [

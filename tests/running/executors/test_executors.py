@@ -194,6 +194,7 @@ def test_a_candidate_that_crashes_is_a_failure_and_the_others_are_scored(
     check_a_bad_candidate(pool, CRASH, Failure(kind="crash", reason=DEATH[build.__name__]))
 
 
+@pytest.mark.end_to_end
 @over(RAY_SLOW)
 def test_a_candidate_that_hangs_is_a_failure_and_the_others_are_scored(pool: Executor) -> None:
     check_a_bad_candidate(pool, HANG, Failure(kind="timeout", reason="took longer than 4 s"))
@@ -483,6 +484,7 @@ def ran(zoo: Path, folder: Path, executor: dict[str, Any], observer: Any) -> Pat
     return folder / "run"
 
 
+@pytest.mark.end_to_end
 @over(RAY_SLOW)
 def test_a_run_whose_workers_are_killed_in_the_middle_ends_in_the_same_bits(
     build: Build, unbroken: Path, tiny_zoo: Path, tmp_path: Path

@@ -81,6 +81,7 @@ def truncated(content: bytearray, draw: random.Random) -> None:
     del content[draw.randrange(2 * PAGE, len(content)) :]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("damage", [flipped, page_lost, first_page, truncated])
 def test_what_is_whole_goes_on_and_ends_in_the_same_bits(
@@ -176,6 +177,7 @@ def test_a_fact_that_was_not_written(run: Path, tmp_path: Path, key: str) -> Non
     assert digest(new) == digest(run)
 
 
+@pytest.mark.end_to_end
 def test_rows_that_contradict_each_other(run: Path, tmp_path: Path) -> None:
     queries = (
         "DELETE FROM recipe WHERE hash = (SELECT recipe FROM ask LIMIT 1)",
@@ -311,6 +313,7 @@ for words in (["status", run], ["report", run], ["show", run, "winner"], ["docto
 """
 
 
+@pytest.mark.end_to_end
 def test_a_run_folder_that_is_read_only(run: Path, tmp_path: Path) -> None:
     """On a mount of its own, because permissions do not bind root."""
     folder = tmp_path / "run"

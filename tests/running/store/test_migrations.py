@@ -164,6 +164,7 @@ def without_checksums(path: Path) -> None:
         db.commit()
 
 
+@pytest.mark.end_to_end
 def test_a_run_without_checksums_goes_on_after_its_migration(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,7 @@ def test_a_store_whose_log_was_being_copied_into_it(
     store.close()
 
 
+@pytest.mark.end_to_end
 def test_a_run_resumed_after_power_loss_ends_in_the_same_bits(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
