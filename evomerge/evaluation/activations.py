@@ -1,10 +1,10 @@
 """Activations: what a backward pass keeps of a forward pass, and which batches there is memory for.
 
 A forward pass whose gradient is wanted keeps the activations of all layers: for a model of 135 million
-parameters 1.2 MB per input token, four times its weights for a batch of 1,000. So batches are as small as the
-memory wants them. Of one item that is too long by itself only the inputs of the layers are kept, which are
-computed again in the backward pass, one after the other, with the same bits (gradient checkpointing, Chen et
-al. 2016, arXiv:1604.06174).
+parameters 0.75 MB per input token, so almost three times its weights for 1,000 tokens. So batches are as
+small as the memory wants them. Of one item that is too long by itself only the inputs of the layers are kept,
+which are computed again in the backward pass, one after the other, with the same bits (gradient
+checkpointing, Chen et al. 2016, arXiv:1604.06174).
 """
 
 from __future__ import annotations

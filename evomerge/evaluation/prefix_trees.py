@@ -221,9 +221,16 @@ def _padded(model: Any, sequences: Sequence[Sequence[int]], last: int) -> torch.
     ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
     for number, sequence in enumerate(sequences):
         ids[number, : len(sequence)] = torch.tensor(sequence)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    lasts = [row[: len(ids)][-last:] for row, ids in zip(logits, sequences, strict=True)]
-    return torch.cat(lasts).float().log_softmax(-1)
+    places = [torch.arange(len(sequence))[-last:] for sequence in sequences]
+    columns = torch.unique(torch.cat(places))
+    read: dict[str, Any] = {"use_cache": False}
+    if accepts(model, "logits_to_keep"):
+        read["logits_to_keep"] = columns.to(model.device)
+    logits = model(input_ids=ids.to(model.device), **read).logits
+    if "logits_to_keep" not in read:
+        logits = logits[:, columns]
+    chosen = [row[torch.searchsorted(columns, place)] for row, place in zip(logits, places, strict=True)]
+    return torch.cat(chosen).float().log_softmax(-1)
 
 
 def takes(model: Any) -> bool:

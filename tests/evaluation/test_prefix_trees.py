@@ -100,7 +100,7 @@ SEQUENCES = [[*range(1, 25), 7, 8], [*range(1, 25), 9, 10, 11], [*range(1, 25), 
 def test_models_that_take_a_row() -> None:
     assert prefix_trees.agree(MODEL, SEQUENCES)
     assert prefix_trees.agree(llama(attn_implementation="eager"), SEQUENCES)
-    assert prefix_trees.agree(llama(dtype=torch.bfloat16), SEQUENCES)
+    assert prefix_trees.agree(llama().to(torch.bfloat16), SEQUENCES)
 
 
 @pytest.mark.parametrize("ignored", ["position_ids", "attention_mask"])
@@ -173,17 +173,28 @@ def test_how_far_attention_looks_back(config: Any, reached: int | None) -> None:
     assert prefix_trees.reach(Model()) == reached
 
 
-def test_how_much_a_model_rounds_is_measured() -> None:
+def test_how_much_a_model_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that rounds more than others is taken, one that reads something else is not."""
-    model = llama(dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 1.6  # sharper distributions: rounding changes them more
+    model = llama().to(torch.bfloat16)
     sequences = [list(sequence) for sequence in SEQUENCES]
     expected = prefix_trees.alone(model, sequences)
-    rounding = prefix_trees._difference(prefix_trees._padded(model, sequences, 8), expected)
-    noisy = expected + 2 * rounding
-    assert prefix_trees.same(noisy, expected, model, sequences)
-    assert not prefix_trees.same(expected + max(4 * rounding, 0.1), expected, model, sequences)
-    assert not prefix_trees.same(expected + 1.0, expected, model, sequences)
+    for rounding, taken in ((0.0, 0.08), (0.05, 0.14), (0.2, 0.24)):
+        monkeypatch.setattr(prefix_trees, "_padded", lambda *_, rounding=rounding: expected + rounding)
+        assert prefix_trees.same(expected + taken, expected, model, sequences)
+        assert not prefix_trees.same(expected + taken + 0.03, expected, model, sequences)
     assert not prefix_trees.same(expected * torch.nan, expected, model, sequences)
+
+
+def test_it_is_measured_in_a_padded_pass() -> None:
+    class Bare:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, input_ids: Any, use_cache: bool = False) -> Any:
+            return MODEL(input_ids=input_ids)
+
+        __call__ = forward
+
+    sequences = [list(sequence) for sequence in SEQUENCES]
+    for model in (MODEL, Bare()):
+        found = prefix_trees._padded(model, sequences, 3)
+        torch.testing.assert_close(found, prefix_trees.alone(MODEL, sequences, 3), rtol=0, atol=1e-4)
