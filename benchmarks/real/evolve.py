@@ -28,6 +28,7 @@ from run import SPECIALISTS, config
 
 import evomerge
 from evomerge.api.configs import read
+from evomerge.evaluation.permissions import Permissions
 from evomerge.merging.reading import read_recipe
 from evomerge.prepare import prepare
 from evomerge.running.worker import build_harness
@@ -119,7 +120,8 @@ def main() -> None:
     if not merged.exists():
         evomerge.merge(read_recipe(folder / f"best/{options.evaluations}.yaml"), merged)
     print(f"{items * options.evaluations} items, {(folder / 'ended').read_text()} s")
-    print(evomerge.evaluate(str(merged), run=options.out / "seed-0"))
+    trusted = Permissions(trust_tasks=True)  # copies of our own
+    print(evomerge.evaluate(str(merged), run=options.out / "seed-0", permissions=trusted))
 
 
 if __name__ == "__main__":
