@@ -18,7 +18,7 @@ help:            ## list the targets
 demo: $(INSTALLED)   ## search, report and export on the models that come with evomerge
 	$(BIN)/evomerge demo
 
-test: $(INSTALLED)   ## the default tests, six to eight minutes on two cores
+test: $(INSTALLED)   ## the default tests, seven to eight minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
 end-to-end: $(INSTALLED) ## whole runs, commands as users type them, killed programs, servers: four minutes more
