@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from evomerge.prepare import (
     run_facts,
     with_judges,
 )
-from evomerge.running import executors, forward, looks, out_of_memory, own_answers
+from evomerge.running import earlier_scores, executors, forward, looks, out_of_memory, own_answers
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget
 from evomerge.running.clock import Clock
+from evomerge.running.earlier_scores import EarlierScores
 from evomerge.running.forecast import Forecast, Watch
 from evomerge.running.log import RunLog
 from evomerge.running.observers import Observer, Observers
@@ -117,12 +119,12 @@ def execute(
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
-            with tried_again(store):
+            with tried_again(store), _earlier(prepared, store, shown) as earlier:
                 outcome = begun_again(
                     store,
                     prepared.worker.batch_size,
                     lambda batches: _search(
-                        prepared, store, scheduler, everyone, budget, batches, guard.compare
+                        prepared, store, scheduler, everyone, budget, batches, guard.compare, earlier
                     ).run(),
                 )
             facts.STOPPED.set(store, outcome.stopped)
@@ -142,6 +144,7 @@ def _search(
     budget: Budget,
     batches: Batches,
     guard: Callable[[], None],
+    earlier: EarlierScores | None,
 ) -> Search:
     return Search(
         SearchPlan(
@@ -164,17 +167,35 @@ def _search(
             weighting=prepared.weighting,
             weak=prepared.weighting is None or prepared.config.weak_specialists == "allow",
         ),
-        scorer=Scorer(store, scheduler, observer, batches, failures=prepared.config.budget.failures),
+        scorer=Scorer(
+            *(store, scheduler, observer, batches), failures=prepared.config.budget.failures, earlier=earlier
+        ),
         journal=store,
         budget=budget,
         observer=observer,
         slopes=Slopes(
             store, scheduler, observer, batches, parts=parts_of(prepared.worker, prepared.parameters)
         ),
-        ahead=Foresight(store, scheduler, batches),
+        ahead=Foresight(store, scheduler, batches, earlier),
         guard=guard,
         workers=scheduler.workers,
     )
+
+
+@contextlib.contextmanager
+def _earlier(prepared: Prepared, store: RunStore, observer: Observer) -> Iterator[EarlierScores | None]:
+    """Open the run whose scores this one takes, if there is one, and say so."""
+    place = prepared.config.scores_from
+    if place is None:
+        yield None
+        return
+    earlier, said = earlier_scores.open_for(Path(place), store, forward.versions())
+    observer.noted(f"note: {said}")
+    try:
+        yield earlier
+    finally:
+        if earlier is not None:
+            earlier.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -187,6 +187,10 @@ class RunConfig(Strict):
     neither."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
+    scores_from: str | None = None
+    """The folder of another run, finished or not, with the same base, suite and forward passes. The scores
+    that it has of base, specialists and hand-made merges are copied, so that a second seed or other settings
+    of the search don't score them again. It changes no score, only what a run takes."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of every random draw of the run."""
     out: str = Field(min_length=1)
@@ -286,6 +290,7 @@ class RunConfig(Strict):
                 else {**config.suite, "folder": str((folder / config.suite.get("folder", ".")).resolve())},
                 "chat_template": with_text(config.chat_template, folder, config.locations),
                 "warm_start": _resolve_warm_start(config.warm_start, folder),
+                "scores_from": config.scores_from and str(expanded(config.scores_from).absolute()),
                 "out": str(expanded(config.out).absolute()),
             }
         )
@@ -308,11 +313,14 @@ class RunConfig(Strict):
     def identity(self) -> str:
         """Return a hash of everything that changes results: two configs with it share a run folder.
 
-        Budget, verdict, `weak_specialists`, workers, timeout, trackers, permissions and places on the disk
-        don't count: they may change on resume.
+        Budget, verdict, `weak_specialists`, `scores_from`, workers, timeout, trackers, permissions and places
+        on the disk don't count: they may change on resume.
         """
         data = self.model_dump(mode="json", exclude=set(PERMISSIONS))
-        for name in ("budget", "out", "suite", "tracking", "stored_text", "verdict", "weak_specialists"):
+        for name in (
+            *("budget", "out", "suite", "tracking", "stored_text", "verdict"),
+            *("weak_specialists", "scores_from"),
+        ):
             del data[name]
         measured = [[kind, *sorted(files)] for kind in FILES if (files := data["models"][kind])]
         data["models"] = list(self.models.sources)  # in order, because genomes follow it

@@ -28,7 +28,7 @@ from evomerge.merging import methods, modules
 from evomerge.merging.recipe import OUTSIDE, Recipe, TensorGroup
 from evomerge.merging.sources.source import Source
 from evomerge.merging.tensors import kernels
-from evomerge.running import executors, forward, warm_start
+from evomerge.running import earlier_scores, executors, forward, warm_start
 from evomerge.running.clock import moment, shown
 from evomerge.running.inputs import RunInputs, facts_of
 from evomerge.running.store import BASE, StoreReader, facts
@@ -452,13 +452,19 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
 
 
 def check_folder(prepared: Prepared) -> None:
-    """Refuse a run folder that can't be made, holds something else, or this run on changed inputs."""
+    """Refuse a run folder that can't be made, holds something else, or this run on changed inputs.
+
+    And, before a run begins, another run whose scores can't be this one's.
+    """
     folder = prepared.folder
     StoreReader.refuse_held(folder)
     if StoreReader.exists(folder):
         with StoreReader.read(folder) as store:
             StoredRun(store).check_same(run_facts(prepared), prepared.suite)
         return
+    if prepared.config.scores_from is not None:
+        place = Path(prepared.config.scores_from)
+        earlier_scores.refuse_other(place, run_facts(prepared), forward.versions())
     if folder.is_dir():
         others = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith(".run.sqlite")]
         if others:

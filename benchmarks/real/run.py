@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import skills
 import evomerge
 
 SPECIALISTS = ("persona", "tools", "dates")
+LONGEST_FIRST = ("tools", "persona", "dates")
+"""The specialists in the order in which their training begins."""
 STEPS = ("base", *SPECIALISTS, "seeds", "export", "table")
 QUESTIONS = {
     "persona": "Message: Any tips for learning to swim?\nReply:",
@@ -92,7 +95,7 @@ def suite(folder: Path) -> dict[str, Any]:
 
 def config(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Return the run config of a search; `cma` is plain CMA-ES, the rest are seeds of the defaults."""
-    models = options.out / "models"
+    models, first = options.out / "models", str(options.out / "seed-0")
     data: dict[str, Any] = {
         "models": {
             "base": str(models / "base"),
@@ -110,11 +113,15 @@ def config(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "seed": 0,
     }
     if name == "cma":
-        spent = evomerge.load(options.out / "seed-0").report().data["spending"]["parts"]
+        spent = evomerge.load(first).report().data["spending"]["parts"]
         items = sum(part["items"] for part in spent if part["part"] in ("gradients", "candidates"))
         plain = {"surrogate": "off", "racing": "off", "warm_start": {"gradients": "off"}}
-        return {**data, **plain, "budget": {"items": items}}
-    return {**data, "seed": int(name.removeprefix("seed-"))}
+        return {**data, **plain, "scores_from": first, "budget": {"items": items}}
+    return {
+        **data,
+        "seed": int(name.removeprefix("seed-")),
+        "scores_from": None if name == "seed-0" else first,
+    }
 
 
 @contextmanager
@@ -175,18 +182,15 @@ def train(options: argparse.Namespace, wanted: list[str]) -> None:
     folder = options.out / "models"
     folder.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("models.py")
-    for group in (["base"], [name for name in SPECIALISTS if name in wanted]):
+    for group in (["base"], [name for name in LONGEST_FIRST if name in wanted]):
         missing = [name for name in group if not (folder / name).exists()]
-        cores = len(os.sched_getaffinity(0))
-        while missing:
-            now, missing = missing[:cores], missing[cores:]
-            with noted(options, "+".join(now)):
-                running = [
-                    subprocess.Popen([sys.executable, str(script), name, str(folder / name)]) for name in now
-                ]
-                codes = [each.wait() for each in running]
-            if any(codes):
-                raise SystemExit(f"training of {', '.join(now)} failed: {codes}")
+        if not missing:
+            continue
+        with noted(options, "+".join(missing)), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            commands = [[sys.executable, str(script), name, str(folder / name)] for name in missing]
+            codes = list(pool.map(subprocess.call, commands))
+        if any(codes):
+            raise SystemExit(f"training of {', '.join(missing)} failed: {codes}")
     if not (options.out / "tasks").exists():
         skills.write(options.out / "tasks")
 

@@ -85,7 +85,8 @@ def _on_split(store: StoreReader, recipe: str, split: Split) -> dict[str, Any] |
         "seconds": None
         if timing is None
         else {"total": timing.total, "merge": timing.merge, "forward": timing.forward},
-        "worker": None if timing is None else timing.worker,
+        "worker": None if timing is None or timing.run is not None else timing.worker,
+        "copied_from": None if timing is None else timing.run,
     }
 
 
@@ -117,8 +118,10 @@ def text(data: dict[str, Any]) -> RenderableType:
             for task, scores in result["tasks"].items()
         ]
         if (seconds := result["seconds"]) is not None:
+            run = result["copied_from"]
+            where = f"on worker {result['worker']}" if run is None else f"in the run {run}, copied from there"
             lines.append(
-                f"    {seconds['total']:.2f} s on worker {result['worker']} "
+                f"    {seconds['total']:.2f} s {where} "
                 f"(merging {seconds['merge']:.2f} s, forward passes {seconds['forward']:.2f} s)"
             )
         if (failure := result["failure"]) is not None:

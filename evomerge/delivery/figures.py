@@ -322,7 +322,7 @@ def spending_figure(spent: Spending) -> Chart | None:
     """Draw the share of items and of working time that each part of the run took."""
     if not spent.parts:
         return None
-    items = sum(part.items for part in spent.parts) or 1
+    items = sum(part.items - part.copied for part in spent.parts) or 1
     seconds = sum(part.seconds or 0.0 for part in spent.parts) or 1.0
     return stacked_rows(
         "shares of scored items and working time by part of the run",
@@ -331,7 +331,7 @@ def spending_figure(spent: Spending) -> Chart | None:
             (
                 part.part,
                 SERIES[number % len(SERIES)],
-                [100 * part.items / items, 100 * (part.seconds or 0.0) / seconds],
+                [100 * (part.items - part.copied) / items, 100 * (part.seconds or 0.0) / seconds],
             )
             for number, part in enumerate(spent.parts)
         ],

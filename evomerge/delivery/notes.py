@@ -5,6 +5,7 @@ from __future__ import annotations
 from evomerge.delivery import objectives
 from evomerge.delivery.summary import Summary
 from evomerge.evaluation.gains import dud_sentences
+from evomerge.evaluation.scores import SPLITS
 from evomerge.running import forward, looks, own_answers
 from evomerge.running.batches import decisions
 from evomerge.running.store import StoreReader, facts
@@ -52,6 +53,7 @@ def notes(summary: Summary) -> list[str]:
     sentences += [
         f"the environment changed during the run, so last digits may differ: {change}" for change in changes
     ]
+    sentences += _copied(store)
     winners = set(store.timings("test")) - {named.recipe.hash for named in summary.named}
     if summary.unlimited is not None:
         winners -= {summary.unlimited.recipe.hash}
@@ -66,6 +68,19 @@ def notes(summary: Summary) -> list[str]:
             "chosen by luck, too"
         )
     return sentences
+
+
+def _copied(store: StoreReader) -> list[str]:
+    """Say which scores came from another run."""
+    models: dict[str, set[str]] = {}
+    for split in SPLITS:
+        for recipe, timing in store.timings(split).items():
+            if timing.run is not None:
+                models.setdefault(timing.run, set()).add(recipe)
+    return [
+        f"scores of {len(recipes)} models were copied from the run {name}, where the same work had been done"
+        for name, recipes in models.items()
+    ]
 
 
 def _judges(summary: Summary) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -102,7 +103,7 @@ def render(
         trim_blocks=True,
         finalize=_shown,
     )
-    environment.filters |= FILTERS | {"breakable": breakable}
+    environment.filters |= FILTERS | {"breakable": breakable, "coded": coded}
     drawn = {name: element(name, chart) for name, chart in figures.items() if chart is not None}
     return environment.get_template(template).render(
         figures=drawn,
@@ -134,6 +135,15 @@ def breakable(name: str) -> Markup:
     &lt;a&gt;_<wbr>b
     """
     return escape(printable(name)).replace("_", Markup("_<wbr>"))
+
+
+def coded(sentence: str) -> Markup:
+    """Return a sentence with what stands between backticks set as code.
+
+    >>> print(coded("no <scores> on `test`"))
+    no &lt;scores&gt; on <code>test</code>
+    """
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(sentence)))))
 
 
 def _shown(value: Any) -> Any:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from evomerge.delivery.summary import Summary
-from evomerge.evaluation.scores import SPLITS, Split
+from evomerge.evaluation.scores import Split
 from evomerge.running.store import facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """What one part of a run took: scored items, and seconds of all workers together; None: not timed."""
+    """What one part of a run took: scored items, and seconds of all workers together; None: not timed.
+
+    copied: items whose scores came from another run (`scores_from`); their seconds are not counted.
+    """
 
     part: str
     items: int
     seconds: float | None
+    copied: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,34 +41,13 @@ def spending(summary: Summary) -> Spending:
     """Return what a run took so far, from its store."""
     store = summary.store
     hand_made = {named.recipe.hash for named in (*summary.parents, *summary.baselines)}
-    sizes = _sizes(summary, "search")
-    references, searched = 0, 0
-    for recipe, blocks in store.scored_blocks("search").items():
-        items = sum(sizes[block] for block in blocks if block < len(sizes))
-        references, searched = (
-            (references + items, searched) if recipe in hand_made else (references, searched + items)
-        )
-    times: dict[Split, dict[str, float]] = {
-        split: {recipe: timing.total for recipe, timing in store.timings(split).items()} for split in SPLITS
-    }
     parts = [
-        Spent(
-            part="base, parents, baselines",
-            items=references,
-            seconds=sum(s for recipe, s in times["search"].items() if recipe in hand_made),
-        ),
+        _scored(summary, "search", "base, parents, baselines", hand_made.__contains__),
         Spent(part="gradients", items=store.gradient_items(), seconds=facts.GRADIENT_SECONDS.get(store)),
-        Spent(
-            part="candidates",
-            items=searched,
-            seconds=sum(s for recipe, s in times["search"].items() if recipe not in hand_made),
-        ),
+        _scored(summary, "search", "candidates", lambda recipe: recipe not in hand_made),
+        _scored(summary, "select", "finalists on select", lambda _: True),
+        _scored(summary, "test", "test", lambda _: True),
     ]
-    later: tuple[tuple[Split, str], ...] = (("select", "finalists on select"), ("test", "test"))
-    for split, name in later:
-        per_model = sum(_sizes(summary, split))
-        models = len(store.scored_blocks(split))
-        parts.append(Spent(part=name, items=per_model * models, seconds=sum(times[split].values())))
     price = (facts.CONFIG.require(store).get("budget", {}).get("cost") or {}).get("per_hour")
     hours = store.hours()
     return Spending(
@@ -71,6 +55,20 @@ def spending(summary: Summary) -> Spending:
         hours=hours,
         cost=None if price is None else price * hours,
     )
+
+
+def _scored(summary: Summary, split: Split, part: str, counts: Callable[[str], bool]) -> Spent:
+    """Return what scoring took on a split, of the recipes (hashes) that count."""
+    sizes = _sizes(summary, split)
+    timings = summary.store.timings(split)
+    items, copied = 0, 0
+    for recipe, blocks in summary.store.scored_blocks(split).items():
+        if counts(recipe):
+            scored = sum(sizes[block] for block in blocks if block < len(sizes))
+            items += scored
+            copied += scored if recipe in timings and timings[recipe].run is not None else 0
+    seconds = sum(t.total for recipe, t in timings.items() if counts(recipe) and t.run is None)
+    return Spent(part=part, items=items, seconds=seconds, copied=copied)
 
 
 def _sizes(summary: Summary, split: Split) -> list[int]:

@@ -28,6 +28,7 @@ from evomerge.evaluation.scores import Failure, Scores, Split, joined
 from evomerge.evaluation.sharing import Sharing
 from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches
+from evomerge.running.earlier_scores import EarlierScores
 from evomerge.running.executors.contract import AnyJob, Executor, key_of
 from evomerge.running.store import RunStore, Timing
 from evomerge.running.worker import Job, NotBegun, Result
@@ -332,8 +333,14 @@ def _first_block(job: AnyJob) -> int:
 class Foresight:
     """Lets idle workers score what a run will certainly need later, and stores the scores."""
 
-    def __init__(self, store: RunStore, scheduler: Scheduler, batches: Batches) -> None:
-        self._store, self._scheduler, self._batches = store, scheduler, batches
+    def __init__(
+        self,
+        store: RunStore,
+        scheduler: Scheduler,
+        batches: Batches,
+        earlier: EarlierScores | None = None,
+    ) -> None:
+        self._store, self._scheduler, self._batches, self._earlier = store, scheduler, batches, earlier
 
     def __call__(self, recipes: Sequence[Recipe], split: Split) -> None:
         """Announce recipes that will be scored on all items of a split."""
@@ -349,6 +356,7 @@ class Foresight:
                 )
                 for number, recipe in enumerate(recipes)
                 if self._store.result(recipe.hash, split) is None
+                and not (self._earlier is not None and self._earlier.has(recipe, split, blocks))
             ],
             self._store_scores,
         )

@@ -12,6 +12,7 @@ from evomerge.evaluation.smooth_loss import Gradient
 from evomerge.merging.recipe import Recipe
 from evomerge.running.batches import Batches, Halved
 from evomerge.running.breaker import Breaker
+from evomerge.running.earlier_scores import EarlierScores
 from evomerge.running.executors import Executor, Streaming, key_of
 from evomerge.running.observers import Observer
 from evomerge.running.store import RunStore
@@ -23,7 +24,8 @@ class Scorer:
     """Scores recipes through an executor; every recipe only once per item block in the life of a run.
 
     batches: the batch sizes in force. failures: in a row, after which BrokenRunError is raised. now: the
-    time, in epoch seconds. Raises Halved where a batch size turns out too large for the device's memory.
+    time, in epoch seconds. earlier: another run's scores, which are taken before anything is executed. Raises
+    Halved where a batch size turns out too large for the device's memory.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class Scorer:
         *,
         failures: int = 16,
         now: Callable[[], float] = time.time,
+        earlier: EarlierScores | None = None,
     ) -> None:
         self._store, self._executor, self._observer, self._batches = store, executor, observer, batches
-        self._breaker, self._now = Breaker(failures), now
+        self._breaker, self._now, self._earlier = Breaker(failures), now, earlier
         self.not_after: float | None = None
         """The latest start of a job, in epoch seconds (see `search.ports.CandidateScorer`)."""
         self._asked: set[tuple[str, Split, int]] = set()
@@ -99,7 +102,7 @@ class Scorer:
 
         Nothing that is under way may be submitted again.
         """
-        scores, failure, missing = self._stored(recipe.hash, "search", blocks)
+        scores, failure, missing = self._stored_or_taken(recipe, "search", blocks)
         if failure is not None or not missing:
             self._answered.append((ticket, failure or joined(scores)))
         elif self.not_after is not None and self._now() >= self.not_after:
@@ -200,7 +203,7 @@ class Scorer:
         for hash_, recipe in zip(hashes, recipes, strict=True):
             if hash_ in stored:
                 continue
-            stored[hash_], failure, missing = self._stored(hash_, split, blocks)
+            stored[hash_], failure, missing = self._stored_or_taken(recipe, split, blocks)
             if failure is not None:
                 results[hash_] = failure
             elif missing:
@@ -253,6 +256,16 @@ class Scorer:
         missing = tuple(block for block, part in zip(blocks, parts, strict=True) if part is None)
         failure = next((part for part in parts if isinstance(part, Failure)), None)
         return [part for part in parts if isinstance(part, Scores)], failure, missing
+
+    def _stored_or_taken(
+        self, recipe: Recipe, split: Split, blocks: Sequence[int]
+    ) -> tuple[list[Scores], Failure | None, tuple[int, ...]]:
+        """Return what `_stored` does, after what another run has of the missing blocks is stored, too."""
+        scores, failure, missing = self._stored(recipe.hash, split, blocks)
+        earlier = self._earlier if failure is None and missing else None
+        if earlier is not None and earlier.take(recipe, split, missing):
+            return self._stored(recipe.hash, split, blocks)
+        return scores, failure, missing
 
     def _taken(
         self, result: Result, stored: Mapping[str, Sequence[Scores]], *, keep_failures: bool
