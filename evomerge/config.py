@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,8 +233,8 @@ class RunConfig(Strict):
     ) -> RunConfig:
         """Read a config file and resolve what it names; keyword arguments replace what it says.
 
-        replaced: `workers` and `device` of the executor; the others are single limits of the budget, each
-        replacing the file's, as in `running.budget.replaced`.
+        replaced: `workers` and `device` of the executor, and `scores_from`; the others are single limits of
+        the budget, each replacing the file's, as in `running.budget.replaced`.
         The result does not depend on the file any more: paths are absolute and the search space is
         written out. A packaged suite keeps its name.
         """
@@ -251,11 +252,13 @@ class RunConfig(Strict):
         out: str | None = None,
         workers: int | None = None,
         device: str | None = None,
+        scores_from: str | PathLike[str] | None = None,
         **budget: Any,
     ) -> RunConfig:
         """Check a config as plain data and resolve what it names; otherwise like `load`.
 
         folder: where relative paths start. where: its name in messages. workers, device: of the executor.
+        seed, out, scores_from: replace those of the config.
         Raises ConfigError.
         """
         _refuse_secrets(data, where)
@@ -264,6 +267,8 @@ class RunConfig(Strict):
             data["seed"] = seed
         if out is not None:
             data["out"] = out
+        if scores_from is not None:
+            data["scores_from"] = str(scores_from)
         chosen = {k: v for k, v in (("workers", workers), ("device", device)) if v is not None}
         if chosen and isinstance(data.get("executor", {}), Mapping):
             data["executor"] = {**data.get("executor", {}), **chosen}

@@ -37,8 +37,8 @@ def read(
         scorer: scores the generated answers of tasks with data of their own that name no `scorer` and no
             `choices`. The function must be in a file or an installed module, because workers import it.
         seed, out: replace those of the config.
-        **budget: `workers` and `device` of the executor, and limits that replace those of the config:
-            `evaluations`, `items`, `generations`, `hours`, `until`, `cost`, `patience`, `failures`,
+        **budget: `workers` and `device` of the executor, `scores_from`, and limits that replace those of the
+            config: `evaluations`, `items`, `generations`, `hours`, `until`, `cost`, `patience`, `failures`,
             `per_hour`.
 
     Raises:

@@ -50,7 +50,8 @@ def optimize(
         seed, out: replace those of the config.
         permissions: which code of the suite's tasks may run.
         full_hash: hash every byte of the models, and compare with the last such check.
-        **budget: limits that replace those of the config, like `evaluations=60` or `hours=8`.
+        **budget: `scores_from`, and limits that replace those of the config, like `evaluations=60` or
+            `hours=8`.
 
     Returns:
         The finished run.

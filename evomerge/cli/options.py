@@ -26,6 +26,15 @@ FullHashOption = Annotated[
     typer.Option("--full-hash", help="Hash every byte of the models and compare with the last such check."),
 ]
 
+ScoresFromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--scores-from",
+        metavar="RUN",
+        help="Copy the scores of base, specialists and hand-made merges from another run.",
+    ),
+]
+
 GateOption = Annotated[
     Path | None,
     typer.Option(

@@ -33,6 +33,7 @@ from evomerge.cli.options import (
     RunArgument,
     SalvageOption,
     ScoredOnOption,
+    ScoresFromOption,
     SeedOption,
     SourceOption,
     TrialOption,
@@ -155,13 +156,16 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", help="Replace the config's run folder.")] = None,
     workers: WorkersOption = None,
     device: DeviceOption = None,
+    scores_from: ScoresFromOption = None,
     full_hash: FullHashOption = False,
     permissions: Any = None,
 ) -> None:
     """Run a config: baselines, search, selection, test, report. Continues the run in its folder, if any."""
     from evomerge.api.configs import read
 
-    loaded = read(config, seed=seed, out=out, workers=workers, device=device, **limits)
+    loaded = read(
+        config, seed=seed, out=out, workers=workers, device=device, scores_from=scores_from, **limits
+    )
     _run(loaded.permitting(permissions), full_hash=full_hash)
 
 

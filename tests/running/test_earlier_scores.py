@@ -11,6 +11,7 @@ import pytest
 
 import evomerge
 from evomerge import compose
+from evomerge.api.configs import read
 from evomerge.config import RunConfig
 from evomerge.delivery.candidate import as_data
 from evomerge.delivery.progress import Silent
@@ -168,6 +169,14 @@ def test_a_source_of_other_files_is_scored_and_the_rest_is_copied(
     _, executed = run("second", models=models, scores_from=str(tmp_path / "first"))
     assert not {base, upper} & {recipe for recipe, _ in executed}
     assert len({recipe for recipe, split in executed if split == "search"}) > 4  # whatever holds `reverse`
+
+
+def test_the_option_of_the_command_is_the_key_of_the_config(config: Callable[..., Path]) -> None:
+    path = config(scores_from="runs/of-the-file")
+    assert RunConfig.load(path).scores_from == str(Path("runs/of-the-file").absolute())
+    assert read(path, scores_from=Path("runs/other")).scores_from == str(Path("runs/other").absolute())
+    assert "scores_from" not in RunConfig.load(config()).model_dump(exclude_defaults=True)
+    assert RunConfig.load(path).identity() == RunConfig.load(config()).identity()
 
 
 def test_forward_facts_are_compared_key_by_key(run: Any) -> None:
