@@ -162,6 +162,7 @@ def test_a_run_that_measures_nothing_does_not_start(config: Callable[..., Path],
     assert "no specialist is shown to be better than the base" in succeed("run", path)
 
 
+@pytest.mark.end_to_end
 def test_a_run_begun_before_the_refusal_goes_on_as_it_was(
     config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -686,6 +687,7 @@ def test_an_out_folder_that_cannot_be_made(config: Callable[..., Path], tmp_path
     assert "the run folder can't be made" in refuse("run", path, folder=tmp_path)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_moved_models_can_be_named_again_and_exported(
     config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path

@@ -73,6 +73,7 @@ def test_a_run_that_its_time_ended_goes_on_only_with_more_of_it(
         assert status(run)["winner"] == data["winner"]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_status_of_a_run_under_way_says_when_it_will_be_done(path: Path, tmp_path: Path) -> None:
     seen: list[tuple[dict[str, Any], str]] = []
@@ -123,6 +124,7 @@ def test_when_everything_fails_the_command_does_and_a_resume_mends_it(
         assert store.digest() == whole.digest()
 
 
+@pytest.mark.end_to_end
 def test_check_says_when_a_run_begun_now_would_end_and_what_it_would_cost(
     config: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def start(*words: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "words", [["--help"], pytest.param(["report"], marks=pytest.mark.slow), ["report", "--json"]]
 )

@@ -49,6 +49,7 @@ def of_formula(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         return evomerge.optimize(path).folder
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_a_dict_runs_like_its_yaml(tiny_zoo: Path, tmp_path: Path, of_formula: Path) -> None:
     write_suite(tmp_path)
@@ -128,6 +129,7 @@ def own_data(tiny_zoo: Path, folder: Path, **task: Any) -> dict[str, Any]:
     return config_data(tiny_zoo, folder, suite=suite, budget={"generations": 1})
 
 
+@pytest.mark.end_to_end
 def test_a_function_scores_answers(tiny_zoo: Path, tmp_path: Path) -> None:
     run = evomerge.optimize(own_data(tiny_zoo, tmp_path), scorer=closeness)
     (values,) = run.scores("winner", "test").values()

@@ -47,6 +47,7 @@ def test_the_memory_of_a_gpu_that_merges_is_shown(config: Callable[..., Path]) -
     assert taken == {"model": 4 * count, "sources": merging.models.files}
 
 
+@pytest.mark.end_to_end
 def test_gradients_that_take_the_whole_budget(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(
         generate=False,

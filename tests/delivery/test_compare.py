@@ -104,6 +104,7 @@ def test_the_interval_over_items_and_seeds_covers(config: Callable[..., Path]) -
     assert one.high - one.low == pytest.approx(plain.high - plain.low, rel=0.15)
 
 
+@pytest.mark.end_to_end
 def test_nothing_can_help_where_sources_are_the_base_with_noise(
     config: Callable[..., Path], tiny_zoo: Path, tmp_path: Path
 ) -> None:

@@ -192,6 +192,7 @@ def exported_as_scored(run: RunConfig, tmp_path: Path) -> tuple[Path, WorkerSpec
     return out.folder, worker
 
 
+@pytest.mark.end_to_end
 def test_a_chosen_template_is_scored_as_exported(
     tiny_zoo: Path, config: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_a_chosen_template_is_scored_as_exported(
     assert not rescore(chat, worker, "test").same_as(rescore(tiny_zoo / "upper", worker, "test"))
 
 
+@pytest.mark.end_to_end
 def test_a_source_with_tokens_of_its_own_is_scored_as_exported(
     tiny_zoo: Path, config: Callable[..., Path], tmp_path: Path
 ) -> None:

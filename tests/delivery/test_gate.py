@@ -81,6 +81,7 @@ def test_every_reference_gives_a_result_for_every_task(
     assert by_rule["min_points"].passed
 
 
+@pytest.mark.end_to_end
 def test_the_exit_code_is_the_gate_s(finished_run: Path, tmp_path: Path) -> None:
     invoke = CliRunner().invoke
     passing = rules(tmp_path, "max_loss: {any: 100}")

@@ -185,6 +185,7 @@ def test_nothing_to_pick_from_before_the_selection(plain: Opened, tmp_path: Path
         report_page.write_html(summary, tmp_path / "report.html")
 
 
+@pytest.mark.end_to_end
 def test_an_unmet_constraint_is_in_every_output(opened: Opened) -> None:
     _store, summary = opened
     sentence = objectives.constraints(summary)
@@ -309,6 +310,7 @@ def written(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield store, Summary(StoredRun(store))
 
 
+@pytest.mark.end_to_end
 def test_the_length_of_answers_is_shown(written: Opened, tmp_path: Path) -> None:
     _store, summary = written
     front = objectives.front(summary)

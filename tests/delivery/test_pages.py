@@ -103,6 +103,7 @@ def test_axe_finds_nothing(
     assert found.violations_count == 0, found.generate_report()
 
 
+@pytest.mark.end_to_end
 def test_the_dark_page_is_dark(report: Path, opened_page: Callable[..., Page]) -> None:
     script = "getComputedStyle(document.body).backgroundColor"
     colours = [opened_page(report, scheme=scheme).evaluate(script) for scheme in ("light", "dark")]

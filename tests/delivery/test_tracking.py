@@ -330,6 +330,7 @@ def _with_mark(mark: str) -> list[str]:
     return commands
 
 
+@pytest.mark.end_to_end
 @pytest.mark.usefixtures("formula")
 def test_the_command_feeds_a_tracker_and_the_scores_are_the_same(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

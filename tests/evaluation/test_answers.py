@@ -41,6 +41,7 @@ def test_answers_are_not_executed_without_permission(tasks: Path) -> None:
         build(suite(tasks), lm=LM, seed=0, permissions=Permissions(allow_code_execution=True))
 
 
+@pytest.mark.end_to_end
 def test_answers_are_scored_and_bad_ones_score_zero(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a server of theirs that was killed is started again."""
     monkeypatch.setenv("SOME_API_KEY", "s3cret")
@@ -114,6 +115,7 @@ def test_a_class_can_say_that_it_executes_answers(tasks: Path) -> None:
         build(suite(tasks), lm=LM, seed=0, permissions=TRUSTED)
 
 
+@pytest.mark.end_to_end
 def test_unknown_metrics_are_still_found(tasks: Path) -> None:
     wrong: Any = suite(tasks).model_dump()
     wrong["tasks"][0]["metric"] = "exact_mach"

@@ -26,6 +26,8 @@ from tests.conftest import write_suite
 from tests.running import quick
 from tests.running.hungry import BATCH, InOne, Small, session
 
+pytestmark = pytest.mark.end_to_end
+
 WORKERS = 4
 
 
@@ -121,7 +123,6 @@ def test_a_finished_run_repeats_itself_without_scoring_anything(start: Start, tm
     assert start("other", lambda spec: Shuffled(spec, seed=2)) != first  # another order, another search
 
 
-@pytest.mark.end_to_end
 @pytest.mark.parametrize("count", [12, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 30))])
 def test_killed_it_goes_on_from_the_order_that_is_stored(start: Start, tmp_path: Path, count: int) -> None:
     with pytest.raises(Killed):
@@ -158,7 +159,6 @@ def test_one_worker_is_one_order(start: Start) -> None:
     assert start("one", quick.InProcess) == start("two", quick.InProcess)
 
 
-@pytest.mark.end_to_end
 def test_more_workers_than_it_began_with(start: Start, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         start("run", lambda spec: Shuffled(spec, seed=1, dead=arrived(tmp_path / "run", 12)))
@@ -170,7 +170,6 @@ def test_more_workers_than_it_began_with(start: Start, tmp_path: Path) -> None:
     assert start("run", lambda spec: Shuffled(spec, seed=3, workers=8)) == ended
 
 
-@pytest.mark.end_to_end
 def test_failures_of_another_cause_are_tried_again_with_all_that_rests_on_them(
     start: Start, tmp_path: Path
 ) -> None:

@@ -23,6 +23,8 @@ from evomerge.running.worker import Job, Worker
 from tests.conftest import write_suite
 from tests.running import quick
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture
 def prepared(config: Callable[..., Path]) -> Prepared:

@@ -76,6 +76,7 @@ def shown_exactly(at: float) -> str:
     return datetime.fromtimestamp(at).isoformat()
 
 
+@pytest.mark.end_to_end
 @settings(max_examples=3, deadline=None)
 @given(
     kind=st.sampled_from(["hours", "cost", "until"]),
@@ -137,6 +138,7 @@ def test_a_night_cut_short_and_gone_on_with_ends_like_an_unbroken_one(
         assert found == whole_night(seed, generations, guided)
 
 
+@pytest.mark.end_to_end
 def test_what_was_scored_in_full_of_a_generation_cut_short_may_win(tmp_path: Path) -> None:
     """One candidate after another: the last generation is cut somewhere, and its best is not lost."""
     cut = chosen = 0
@@ -198,6 +200,7 @@ def test_hours_and_cost_count_all_sessions(tmp_path: Path) -> None:
 # -- limits that count ----------------------------------------------------------------------------------
 
 
+@pytest.mark.end_to_end
 @settings(max_examples=2, deadline=None)
 @given(limit=st.integers(6, 24), guided=st.booleans(), keep=st.sampled_from([0.3, 1.0]))
 def test_no_count_is_overshot_by_more_than_a_generation(limit: int, guided: bool, keep: float) -> None:

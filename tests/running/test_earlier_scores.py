@@ -77,6 +77,7 @@ def test_a_run_that_copies_scores_ends_in_the_same_bits(run: Any, tmp_path: Path
     assert executed == []  # all of it is stored, and a copy is not made again
 
 
+@pytest.mark.end_to_end
 def test_blocks_of_another_seed_are_not_copied_but_select_and_test_are(run: Any, tmp_path: Path) -> None:
     with run("first")[0] as first:
         known = references(first)
@@ -92,6 +93,7 @@ def test_blocks_of_another_seed_are_not_copied_but_select_and_test_are(run: Any,
     assert not tested & {recipe for recipe, split in executed if split == "test"}
 
 
+@pytest.mark.end_to_end
 def test_a_run_goes_on_without_the_run_whose_scores_it_took(run: Any, tmp_path: Path) -> None:
     run("first")
     copied = {"scores_from": str(tmp_path / "first")}
@@ -105,6 +107,7 @@ def test_a_run_goes_on_without_the_run_whose_scores_it_took(run: Any, tmp_path: 
         assert store.digest() == digest
 
 
+@pytest.mark.end_to_end
 def test_what_was_copied_is_said_and_not_counted_as_time(run: Any, tmp_path: Path) -> None:
     run("first")
     run("second", scores_from=str(tmp_path / "first"), optimizer={"name": "cma_es", "population": 6})
@@ -124,6 +127,7 @@ def test_what_was_copied_is_said_and_not_counted_as_time(run: Any, tmp_path: Pat
     assert "models were copied from the run first" in str(evomerge.load(tmp_path / "second").report())
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
@@ -156,6 +160,7 @@ def test_a_missing_run_is_said_before_anything_begins(run: Any, tmp_path: Path) 
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.end_to_end
 def test_a_source_of_other_files_is_scored_and_the_rest_is_copied(
     run: Any, tiny_zoo: Path, tmp_path: Path
 ) -> None:

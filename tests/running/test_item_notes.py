@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
 from evomerge import compose
@@ -20,6 +21,7 @@ from evomerge.running.worker import item_notes
 from evomerge.stored import StoredRun
 
 
+@pytest.mark.end_to_end
 def test_log_and_report_name_the_number(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config(generate=False, budget={"generations": 1}, racing={"blocks": 1})
     suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())

@@ -20,6 +20,8 @@ from evomerge.running.store import RunStore, facts
 from tests.conftest import write_suite
 from tests.running import quick
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture
 def project(

@@ -119,6 +119,7 @@ def everything(folder: Path) -> dict[tuple[str, str, int], Scores]:
     return found
 
 
+@pytest.mark.end_to_end
 def test_out_of_memory_from_the_start_is_a_run_with_the_smaller_batch(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from evomerge.errors import StoreError
 from evomerge.running.store import RunStore, facts
 from tests.conftest import write_suite
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.mark.slow  # test_crashes.py does this in seconds, without models
 def test_a_run_killed_at_any_stored_event_ends_in_the_same_bits(

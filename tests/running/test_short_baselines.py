@@ -30,6 +30,7 @@ def names_of(folder: Path) -> tuple[list[str], list[str], list[str], str]:
         return some, whole, test, store.digest()
 
 
+@pytest.mark.end_to_end
 def test_a_short_list_is_raced_and_the_best_are_tested(
     config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

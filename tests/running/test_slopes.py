@@ -213,6 +213,7 @@ def test_a_gradient_that_is_not_finite_is_a_failure(
     assert found.kind == "non_finite"
 
 
+@pytest.mark.end_to_end
 def test_a_worker_process_answers_it_too(config: Callable[..., Path]) -> None:
     prepared = prepare(RunConfig.load(config()))
     task = SmoothTask(task="demo_upper", gain=1.0, items=ITEMS)

@@ -55,6 +55,7 @@ def test_several_objectives_have_a_direction_each() -> None:
     assert study.trials[0].params == {"weight": 1.0}
 
 
+@pytest.mark.end_to_end
 def test_the_command_serves_it_behind_the_token(finished_run: Path) -> None:
     command = [
         sys.executable,

@@ -48,6 +48,7 @@ def numbers(client: httpx.Client) -> dict[str, int]:
     return {name: int(number) for number, name in found}
 
 
+@pytest.mark.end_to_end
 def test_all_pages_of_a_folder(folder: Path, serve: Serve) -> None:
     client, _ = serve(folder)
     index = client.get("/")
@@ -180,6 +181,7 @@ def running(
     thread.join(300)
 
 
+@pytest.mark.end_to_end
 def test_events_follow_a_run(running: tuple[Path, Held, threading.Thread], serve: Serve) -> None:
     folder, held, thread = running
     client, _ = serve(folder)

@@ -64,7 +64,8 @@ def ray(device: str = "cpu", *, timeout: float = 4, **changes: Any) -> RayActors
 
 
 BUILDS = {"inline": inline, "local": local, "ray": ray}
-ALL, WITH_WORKERS = ["inline", "local", "ray"], ["local", "ray"]
+WITH_WORKERS: list[Any] = ["local", pytest.param("ray", marks=pytest.mark.end_to_end)]
+ALL: list[Any] = ["inline", *WITH_WORKERS]
 RAY_SLOW: list[Any] = ["local", pytest.param("ray", marks=pytest.mark.slow)]
 DEATH = {
     "local": "its worker process died (signal SIGKILL)",
@@ -313,6 +314,7 @@ class Flaky:
         return answers, []
 
 
+@pytest.mark.end_to_end
 def test_an_actor_out_of_reach_is_asked_again_with_growing_pauses(ray_cluster: Any) -> None:
     import ray.exceptions as exceptions
 
@@ -338,6 +340,7 @@ def test_an_actor_out_of_reach_is_asked_again_with_growing_pauses(ray_cluster: A
         assert fake.sent >= sent
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -350,6 +353,7 @@ def test_a_cluster_without_what_a_worker_needs(ray_cluster: Any, changes: Any, m
         ray(**changes)
 
 
+@pytest.mark.end_to_end
 def test_models_must_lie_at_the_same_place_on_every_node(ray_cluster: Any) -> None:
     worker = dataclasses.replace(spec(), models={"base": "/nowhere/base", "a": "/nowhere/base+/nowhere/lora"})
     with pytest.raises(UserError, match=r"node \S+ of the Ray cluster lacks /nowhere/base") as error:

@@ -243,6 +243,7 @@ def test_a_migration_killed_at_any_step_leaves_the_old_store_or_the_new(tmp_path
     assert ends == {"old", "new"}
 
 
+@pytest.mark.end_to_end
 def test_a_run_goes_on_after_a_migration_that_only_adds(
     config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def files(store: RunStore) -> tuple[bytes, bytes]:
     return (store.folder / FILE).read_bytes(), log.read_bytes() if log.exists() else b""
 
 
+@pytest.mark.end_to_end
 def test_a_log_cut_anywhere_holds_every_event_before(
     story: tuple[RunStore, Callable[[int], list[str]]], tmp_path: Path
 ) -> None:
