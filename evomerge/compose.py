@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +97,12 @@ def execute(
                 StoredRun(store).check_hashes(hashes)
             spec = prepared.config.budget
             clock = Clock(started=started, earlier=store.hours())
+            store.begin_session(forward.versions(), started=started)
+            if hashes is not None and facts.FULL_HASHES.get(store) is None:
+                facts.FULL_HASHES.set(store, {name: dict(by_file) for name, by_file in hashes.items()})
+            _note_items(prepared.worker, store, log)
+            _keep(measured, worker, store, shown)
+            earlier = _earlier(prepared, store, shown)
             forecast = Forecast(
                 store,
                 clock,
@@ -105,21 +110,14 @@ def execute(
                 workers=executors.at_once(prepared.executor),
                 finalists=prepared.config.finalists,
                 several=bool(prepared.config.objective.several),
+                earlier=earlier,
             )
             everyone = Observers(Watch(forecast, store, spec, shown), shown)
-            store.begin_session(forward.versions(), started=started)
-            if hashes is not None and facts.FULL_HASHES.get(store) is None:
-                facts.FULL_HASHES.set(store, {name: dict(by_file) for name, by_file in hashes.items()})
-            if facts.ITEM_NOTES.get(store) is None:
-                facts.ITEM_NOTES.set(store, item_notes(prepared.worker))
-                for note in facts.ITEM_NOTES.require(store):
-                    log.event("note", level="warning", text=note)
             budget = Budget.of_run(store, spec, clock, forecast.reserve)
-            _keep(measured, worker, store, shown)
             scheduler = Scheduler(executor)
             if facts.STOPPED.get(store) is not None:
                 facts.STOPPED.set(store, None)  # a larger budget: the old winner no longer counts
-            with tried_again(store), _earlier(prepared, store, shown) as earlier:
+            with tried_again(store):
                 outcome = begun_again(
                     store,
                     prepared.worker.batch_size,
@@ -182,20 +180,14 @@ def _search(
     )
 
 
-@contextlib.contextmanager
-def _earlier(prepared: Prepared, store: RunStore, observer: Observer) -> Iterator[EarlierScores | None]:
-    """Open the run whose scores this one takes, if there is one, and say so."""
+def _earlier(prepared: Prepared, store: RunStore, observer: Observer) -> EarlierScores | None:
+    """Read the run whose scores this one copies, if there is one, and say so."""
     place = prepared.config.scores_from
     if place is None:
-        yield None
-        return
-    earlier, said = earlier_scores.open_for(Path(place), store, forward.versions())
+        return None
+    earlier, said = earlier_scores.read_for(Path(place), store, forward.versions())
     observer.noted(f"note: {said}")
-    try:
-        yield earlier
-    finally:
-        if earlier is not None:
-            earlier.close()
+    return earlier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +254,14 @@ def _sources(prepared: Prepared) -> dict[str, Recipe]:
     """Return name -> recipe of each source as it is."""
     _, *sources = baselines.parents(prepared.template, prepared.space.sources)
     return {named.name: named.recipe for named in sources}
+
+
+def _note_items(worker: WorkerSpec, store: RunStore, log: RunLog) -> None:
+    """Store and log which items were left out, unless an earlier session did."""
+    if facts.ITEM_NOTES.get(store) is None:
+        facts.ITEM_NOTES.set(store, item_notes(worker))
+        for note in facts.ITEM_NOTES.require(store):
+            log.event("note", level="warning", text=note)
 
 
 def _keep(measured: Measured, worker: WorkerSpec, store: RunStore, observer: Observer) -> None:

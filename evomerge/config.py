@@ -188,8 +188,8 @@ class RunConfig(Strict):
     neither."""
     tracking: tuple[TrackerSpec, ...] = ()
     """Experiment trackers that receive the run's metrics; none by default."""
-    scores_from: str | None = None
-    """The folder of another run, finished or not, with the same base, suite and forward passes. The scores
+    scores_from: str | None = Field(default=None, min_length=1)
+    """The folder of another run, finished or not, with the same models, items and forward passes. The scores
     that it has of base, specialists and hand-made merges are copied, so that a second seed or other settings
     of the search don't score them again. It changes no score, only what a run takes."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)

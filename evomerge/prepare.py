@@ -104,6 +104,8 @@ def prepare(config: RunConfig) -> Prepared:
     template = _template(config, tuple(headers))
     assert not isinstance(config.space, str)
     notes = (*check(template, sources), *_module_notes(config.models, headers), *kernels.notes())
+    if config.scores_from is not None:
+        notes += (f"scores that {config.scores_from} has are copied, which an estimate leaves out",)
     notes += (*chat.notes(template, sources), *sandbox.notes(config.permissions))
     check_specialists(suite, config.models.sources)
     space = kinds.apply(
@@ -328,11 +330,14 @@ def _worker(
 ) -> tuple[executors.ExecutorSpec, WorkerSpec]:
     """Return where workers run, and what they need to score candidates, with all items in one block.
 
-    A run keeps the dtype and the number of threads that it was begun with.
+    A run keeps the dtype and the number of threads that it was begun with, and begins with those of a run
+    whose scores it copies.
     """
     from evomerge.merging.tensors.on_device import merges_there
 
-    kept = forward.kept(Path(config.out))
+    kept = forward.kept(Path(config.out)) or (
+        None if config.scores_from is None else forward.kept(Path(config.scores_from))
+    )
     spec = config.executor
     device, dtype, _ = executors.resolve(spec, models)
     if kept is not None and spec.dtype == "auto":
@@ -454,17 +459,19 @@ def run_facts(prepared: Prepared) -> dict[facts.Fact[Any], Any]:
 def check_folder(prepared: Prepared) -> None:
     """Refuse a run folder that can't be made, holds something else, or this run on changed inputs.
 
-    And, before a run begins, another run whose scores can't be this one's.
+    And another run whose scores can't be this one's, unless this run was begun with it.
     """
-    folder = prepared.folder
+    folder, place = prepared.folder, prepared.config.scores_from
     StoreReader.refuse_held(folder)
-    if StoreReader.exists(folder):
+    begun_with = None
+    if exists := StoreReader.exists(folder):
         with StoreReader.read(folder) as store:
             StoredRun(store).check_same(run_facts(prepared), prepared.suite)
+            begun_with = facts.CONFIG.require(store).get("scores_from")
+    if place is not None and place != begun_with:
+        earlier_scores.refuse_other(Path(place), folder, run_facts(prepared), forward.versions())
+    if exists:
         return
-    if prepared.config.scores_from is not None:
-        place = Path(prepared.config.scores_from)
-        earlier_scores.refuse_other(place, run_facts(prepared), forward.versions())
     if folder.is_dir():
         others = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith(".run.sqlite")]
         if others:

@@ -78,7 +78,8 @@ def _copied(store: StoreReader) -> list[str]:
             if timing.run is not None:
                 models.setdefault(timing.run, set()).add(recipe)
     return [
-        f"scores of {len(recipes)} models were copied from the run {name}, where the same work had been done"
+        f"models whose scores were copied from the run {name}, where the same work had been done: "
+        f"{len(recipes)}"
         for name, recipes in models.items()
     ]
 

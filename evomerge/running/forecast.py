@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.evaluation.scores import SPLITS, Split
 from evomerge.running.budget import BudgetSpec
 from evomerge.running.clock import Clock
+from evomerge.running.earlier_scores import EarlierScores
 from evomerge.running.observers import Estimate, Observer
 from evomerge.running.store import RunStore, facts
 
@@ -52,7 +53,7 @@ class Forecast:
     """Estimates the remaining time of a run from its store.
 
     workers: number of parallel workers. finalists: number of finalists. several: whether there are several
-    objectives; unsearched recipes are then scored on `select`, too.
+    objectives; unsearched recipes are then scored on `select`, too. earlier: scores that are only copied.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Forecast:
         workers: int,
         finalists: int,
         several: bool,
+        earlier: EarlierScores | None = None,
     ) -> None:
+        self._earlier = earlier
         self._store, self._clock, self._budget, self._workers = store, clock, budget, workers
         self._finalists, self._several = finalists, several
 
@@ -74,9 +77,14 @@ class Forecast:
         beside = (*references, *(baselines if self._several else ()))
         return Work(
             soups=self._finalists,  # of all but the first with those before it; and the favourite
-            select=self._finalists + EXTRA + self._store.untimed(beside, "select"),
-            test=1 + self._store.untimed((*references, *baselines, "start"), "test"),
+            select=self._finalists + EXTRA + self._missing(beside, "select"),
+            test=1 + self._missing((*references, *baselines, "start"), "test"),
         )
+
+    def _missing(self, roles: Sequence[str], split: Split) -> int:
+        """Return how many recipes of some roles are still to be scored on a split."""
+        recipes = self._store.untimed(roles, split)
+        return sum(self._earlier is None or not self._earlier.has(recipe, split) for recipe in recipes)
 
     def seconds(self) -> dict[Split, float]:
         """Return the seconds of a candidate on each split, once some are scored.

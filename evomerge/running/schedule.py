@@ -356,7 +356,7 @@ class Foresight:
                 )
                 for number, recipe in enumerate(recipes)
                 if self._store.result(recipe.hash, split) is None
-                and not (self._earlier is not None and self._earlier.has(recipe, split, blocks))
+                and not (self._earlier is not None and self._earlier.has(recipe.hash, split))
             ],
             self._store_scores,
         )

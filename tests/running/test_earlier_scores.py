@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +23,7 @@ from evomerge.delivery.summary import Summary
 from evomerge.errors import UserError
 from evomerge.running.earlier_scores import obstacles
 from evomerge.running.store import StoreReader, facts
+from evomerge.running.store.file import FILE
 from evomerge.stored import StoredRun
 from tests.running import quick
 
@@ -27,14 +31,15 @@ SPLITS = ("search", "select", "test")
 
 
 class Counting(quick.InProcess):
-    """Knows how many jobs it was given, by the recipe's hash and the split."""
+    """Knows which jobs it was given, by the recipe's hash and the split; it has weights, like a workbench."""
 
     jobs: ClassVar[list[tuple[str, str]]] = []
 
     def run(self, jobs: Any) -> Any:
         for result in super().run(jobs):
-            type(self).jobs.append((result.job.recipe.hash, result.job.split))
-            yield result
+            recipe, split = result.job.recipe.hash, result.job.split
+            type(self).jobs.append((recipe, split))
+            yield replace(result, weights=f"bfloat16 {recipe}" if split == "test" else None)
 
 
 @pytest.fixture
@@ -124,7 +129,9 @@ def test_what_was_copied_is_said_and_not_counted_as_time(run: Any, tmp_path: Pat
         data = as_data(summary, base)
     assert data["splits"]["search"]["copied_from"] == "first"
     assert data["splits"]["search"]["worker"] is None
-    assert "models were copied from the run first" in str(evomerge.load(tmp_path / "second").report())
+    assert "models whose scores were copied from the run first" in str(
+        evomerge.load(tmp_path / "second").report()
+    )
 
 
 @pytest.mark.end_to_end
@@ -133,7 +140,7 @@ def test_what_was_copied_is_said_and_not_counted_as_time(run: Any, tmp_path: Pat
     [
         ({"executor": {"name": "inline", "threads": 1, "batch_size": 16}}, "batch_size: 32 there, 16 here"),
         ({"stored_text": 0}, "stored text: 4000 there, 0 here"),
-        ({"base": "upper"}, "another base model there"),
+        ({"base": "upper"}, "other models there, or in another order"),
         ({"suite": "another"}, "another suite, or other task files there"),
     ],
 )
@@ -155,25 +162,72 @@ def test_a_run_with_other_work_gives_no_scores(
 
 
 def test_a_missing_run_is_said_before_anything_begins(run: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run"):
+    with pytest.raises(UserError, match="scores_from: there is no run"):
         run("second", scores_from=str(tmp_path / "nowhere"))
     assert not (tmp_path / "second").exists()
 
 
-@pytest.mark.end_to_end
-def test_a_source_of_other_files_is_scored_and_the_rest_is_copied(
-    run: Any, tiny_zoo: Path, tmp_path: Path
-) -> None:
+def test_weights_of_tasks_and_of_the_objective_may_differ(run: Any, tmp_path: Path) -> None:
     with run("first")[0] as first:
-        base = first.entries("base")[0].recipe.hash
-        upper = next(named.recipe.hash for named in first.entries("parent") if named.name == "upper")
-    models = {
-        "base": str(tiny_zoo / "base"),
-        "sources": {"upper": str(tiny_zoo / "upper"), "reverse": f"{tiny_zoo / 'base'}+{tiny_zoo / 'add'}"},
-    }
-    _, executed = run("second", models=models, scores_from=str(tmp_path / "first"))
-    assert not {base, upper} & {recipe for recipe, _ in executed}
-    assert len({recipe for recipe, split in executed if split == "search"}) > 4  # whatever holds `reverse`
+        known = references(first)
+    _, executed = run(
+        "second", objective={"weights": {"demo_reverse": 3.0}}, scores_from=str(tmp_path / "first")
+    )
+    assert not known & {recipe for recipe, split in executed if split == "search"}
+
+
+def test_the_order_of_the_models_counts(run: Any, tiny_zoo: Path, tmp_path: Path) -> None:
+    run("first")
+    sources = {name: str(tiny_zoo / name) for name in ("reverse", "upper")}
+    with pytest.raises(UserError) as error:
+        run(
+            "second",
+            models={"base": str(tiny_zoo / "base"), "sources": sources},
+            scores_from=str(tmp_path / "first"),
+        )
+    assert error.value.got == "other models there, or in another order"
+
+
+def test_what_a_damaged_run_lost_is_made_again(run: Any, tmp_path: Path) -> None:
+    with run("first")[0] as first:
+        base, *others = first.entries("base") + first.entries("parent")
+    with closing(sqlite3.connect(tmp_path / "first" / FILE)) as db, db:
+        db.execute("DELETE FROM timing WHERE recipe = ? AND split = 'search'", (base.recipe.hash,))
+        db.execute("DELETE FROM run WHERE key = ?", (facts.WEIGHTS.of(others[0].recipe.hash).key,))
+    _, executed = run("second", scores_from=str(tmp_path / "first"))
+    jobs = {job for job in executed if job[0] in references(StoreReader.read(tmp_path / "first"))}
+    assert jobs >= {(base.recipe.hash, "search")}
+    assert (others[0].recipe.hash, "search") not in jobs
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged", "empty"])
+def test_a_begun_run_goes_on_whatever_became_of_the_other(run: Any, tmp_path: Path, damage: str) -> None:
+    run("first")
+    copied = {"scores_from": str(tmp_path / "first")}
+    run("second", **copied)
+    if damage == "gone":
+        shutil.rmtree(tmp_path / "first")
+    else:
+        (tmp_path / "first" / FILE).write_bytes(b"" if damage == "empty" else b"no store" * 100)
+    store, executed = run("second", **copied)
+    assert executed == []
+    store.close()
+
+
+def test_a_begun_run_refuses_another_place_that_is_none(run: Any, tmp_path: Path) -> None:
+    run("second")
+    for place, what in ((tmp_path / "nowhere", "there is no run"), (tmp_path / "second", "own folder")):
+        with pytest.raises(UserError, match=what):
+            run("second", scores_from=str(place))
+
+
+def test_a_new_run_takes_the_threads_of_the_other(run: Any, tmp_path: Path) -> None:
+    with run("first", executor={"name": "inline", "threads": 2, "batch_size": 32})[0] as first:
+        known = references(first)
+    _, executed = run(
+        "second", executor={"name": "inline", "batch_size": 32}, scores_from=str(tmp_path / "first")
+    )
+    assert not known & {recipe for recipe, split in executed if split == "search"}
 
 
 def test_the_option_of_the_command_is_the_key_of_the_config(config: Callable[..., Path]) -> None:

@@ -359,14 +359,13 @@ class StoreReader:
                 items[split] = sum(counts)
         return items
 
-    def untimed(self, roles: Sequence[str], split: Split) -> int:
-        """Return how many recipes of some roles (as in `record_entry`) are not scored on a split."""
+    def untimed(self, roles: Sequence[str], split: Split) -> list[str]:
+        """Return the recipes (hashes) of some roles, as in `record_entry`, that are not scored on a split."""
         query = (
-            f"SELECT COUNT(DISTINCT recipe) FROM entry WHERE role IN ({', '.join('?' * len(roles))}) "
-            "AND recipe NOT IN (SELECT recipe FROM timing WHERE split = ?)"
+            f"SELECT DISTINCT recipe FROM entry WHERE role IN ({', '.join('?' * len(roles))}) "
+            "AND recipe NOT IN (SELECT recipe FROM timing WHERE split = ?) ORDER BY recipe"
         )
-        (count,) = self._row(query, (*roles, split))
-        return cast(int, count)
+        return [recipe for (recipe,) in self._rows(query, (*roles, split))]
 
     def longest_of_last_generation(self) -> float | None:
         """Return the seconds on `search` of the candidate of the last told generation that took longest."""

@@ -24,8 +24,8 @@ ID = 12
 BASE = "base"
 """The name the base model has in every recipe and table."""
 SCHEMA_VERSION = 5
-_ELSEWHERE = "run "
-"""What the column `worker` of scores from another run begins with; its name follows."""
+_COPIED = "copied from "
+"""What the column `worker` of scores from another run begins with; the run's name follows."""
 APPLICATION_ID = 0x65766F6D  # "evom"
 
 _SCHEMA = """
@@ -72,15 +72,15 @@ class Timing:
     forward: float
     worker: str
 
-    @classmethod
-    def elsewhere(cls, run: str) -> Timing:
-        """Return the timing, still without seconds, of scores that were taken from another run."""
-        return cls(total=0.0, merge=0.0, forward=0.0, worker=f"{_ELSEWHERE}{run}")
+    @staticmethod
+    def copied_from(run: str) -> str:
+        """Return the worker of scores that were copied from another run."""
+        return f"{_COPIED}{run}"
 
     @property
     def run(self) -> str | None:
-        """The name of the run that the scores were taken from, None for those made here."""
-        return self.worker.removeprefix(_ELSEWHERE) if self.worker.startswith(_ELSEWHERE) else None
+        """The name of the run that the scores were copied from, None for those made here."""
+        return self.worker.removeprefix(_COPIED) if self.worker.startswith(_COPIED) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
