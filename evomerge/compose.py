@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evomerge import files
+from evomerge import files, heap
 from evomerge.config import RunConfig
 from evomerge.errors import ModelError
 from evomerge.evaluation.asking import DISTRIBUTION
@@ -25,7 +25,7 @@ from evomerge.prepare import (
     run_facts,
     with_judges,
 )
-from evomerge.running import earlier_scores, executors, forward, looks, out_of_memory, own_answers
+from evomerge.running import earlier_scores, executors, forward, looks, own_answers
 from evomerge.running.batches import Batches, begun_again
 from evomerge.running.breaker import tried_again
 from evomerge.running.budget import Budget
@@ -224,7 +224,7 @@ def measure(prepared: Prepared) -> Measured:
                 got=prepared.config.models.sources[name],
                 fix="leave it out: it adds nothing to a merge",
             )
-    out_of_memory.trim()  # a run's own process needs no such memory again
+    heap.trim()  # a run's own process needs no such memory again
     return Measured(norms=norms, movements=movements(prepared.space, by_tensor))
 
 

@@ -23,46 +23,58 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from evomerge.evaluation.smooth_loss import ACTIVATIONS
 
 PROBE = 128
-"""Tokens of the input at which a model's activations are measured."""
+"""Tokens of the input at which a model's activations are measured, and at twice as many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Memory for a batch's activations. most: bytes. by_token: bytes kept per input token. by_answer: bytes
-    kept per token of an answer, whose logits are read in float32.
+    """Memory for a batch's activations.
+
+    most: bytes. by_token: bytes kept per input token. by_pair: bytes kept per input token and token of its
+    row, where attention keeps a matrix (`attention: eager`). by_answer: bytes kept per token of an answer,
+    whose logits are read in float32.
 
     >>> room = Room(most=1000, by_token=10.0, by_answer=100.0)
-    >>> room.holds(40, 6), room.holds(40, 7), room.tokens
-    (True, False, 9)
+    >>> room.bytes(2, 20, 6), room.holds(1000), room.holds(1001), room.tokens(20)
+    (1000, True, False, 9)
+    >>> Room(most=1000, by_token=10.0, by_answer=0.0, by_pair=1.0).bytes(2, 20)
+    1200
     """
 
     most: int
     by_token: float
     by_answer: float
+    by_pair: float = 0.0
 
-    def holds(self, tokens: int, answers: int) -> bool:
-        """Say whether there is room for a batch's input tokens, padding included, and answers' tokens."""
-        return tokens * self.by_token + answers * self.by_answer <= self.most
+    def bytes(self, rows: int, length: int, answers: int = 0) -> int:
+        """Return what a batch keeps: rows of some length, padding included, and tokens of answers."""
+        return round(rows * length * (self.by_token + self.by_pair * length) + answers * self.by_answer)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that there is room for, all of them read."""
-        return int(self.most / (self.by_token + self.by_answer))
+    def holds(self, kept: int) -> bool:
+        """Say whether there is room for some bytes."""
+        return kept <= self.most
+
+    def tokens(self, length: int) -> int:
+        """Return for how many tokens, in rows of some length, there is room where all of them are read."""
+        return int(self.most / (self.by_token + self.by_pair * length + self.by_answer))
 
     @contextlib.contextmanager
-    def keeping(self, model: Any, tokens: int) -> Iterator[None]:
-        """Let a forward pass over some input tokens keep no more than there is room for, if its layers can be
-        computed again."""
-        layers = [] if self.holds(tokens, 0) else _layers(model)
-        forwards = [layer.forward for layer in layers]
+    def keeping(self, model: Any, kept: int) -> Iterator[None]:
+        """Let forward passes that would keep some bytes together keep less, if there is no room for them and
+        the model's layers can be computed again."""
+        layers = [] if self.holds(kept) else _layers(model)
+        own = [vars(layer).get("forward") for layer in layers]
         again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
         try:
             for layer in layers:
                 layer.forward = partial(checkpoint, layer.forward, **again)
             yield
         finally:
-            for layer, forward in zip(layers, forwards, strict=True):
-                layer.forward = forward
+            for layer, forward in zip(layers, own, strict=True):
+                if forward is None:
+                    del layer.forward  # that of its class; one kept here would refer to its layer for good
+                else:
+                    layer.forward = forward
 
 
 def measured(model: Any, trims: bool, max_length: int) -> Room:
@@ -75,11 +87,16 @@ def measured(model: Any, trims: bool, max_length: int) -> Room:
     """
     tokens = min(PROBE, max_length)
     some, every = (_kept(model, trims, tokens, answers) for answers in (1, tokens))
+    longer = min(2 * PROBE, max_length)
+    by_token, by_pair = some / tokens, 0.0
+    if longer > tokens:
+        by_pair = max(0.0, (_kept(model, trims, longer, 1) / longer - by_token) / (longer - tokens))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return Room(
         most=max(ACTIVATIONS, weights // 2),
-        by_token=some / tokens,
+        by_token=by_token - by_pair * tokens,
         by_answer=max(0, every - some) / max(1, tokens - 1),
+        by_pair=by_pair,
     )
 
 

@@ -65,7 +65,7 @@ def agreements(
     """
     laid = whole(pairs, max_length=max_length, names=[name] * len(pairs))
     (batch,) = laid.batches
-    with room.keeping(model, batch.ids.numel()):
+    with room.keeping(model, room.bytes(*batch.ids.shape)):
         expected = _expected(model, batch, trims(model))
     device, order = expected.device, laid.order.tolist()
     ids = torch.from_numpy(np.concatenate([rows[i].ids for i in order]).astype(np.int64)).to(device)

@@ -20,6 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from evomerge import heap
 from evomerge.evaluation import gold_tokens, prefix_trees
 from evomerge.evaluation.scores import NonFiniteScores
 
@@ -132,7 +133,6 @@ class Generator:
         decode: token ids -> text, special tokens included.
         ends: ids of the tokens that end every answer.
         batch_size: rows per forward pass.
-        give_back: called before and after prompts are read, when memory may be free.
 
     Attributes:
         forward_seconds: seconds spent inside the model.
@@ -145,10 +145,8 @@ class Generator:
         *,
         ends: frozenset[int],
         batch_size: int,
-        give_back: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._decode, self._ends, self._batch_size = model, decode, ends, batch_size
-        self._give_back = give_back
         self._trims = prefix_trees.accepts(model, "logits_to_keep")
         self._endings: dict[tuple[str, ...], _Ending] = {}
         self._companions: dict[int, GoldAnswer] = {}
@@ -170,12 +168,13 @@ class Generator:
                 free = self._batch_size - len(rows)
                 if waiting and (not rows or free * _REFILL >= self._batch_size):
                     new, waiting = waiting[:free], waiting[free:]
-                    self._give_back()
+                    heap.give_back(self._model)
                     logits, prompts = self._start(new)
                     self._extend(new, logits, found)
                     going_on = [index for index, row in enumerate(new) if row.number not in found]
                     cache.add([prompts[index] for index in going_on])
-                    self._give_back()
+                    del logits, prompts
+                    heap.give_back(self._model)
                     rows += [new[index] for index in going_on]
                     continue
                 self._extend(rows, self._step(rows, cache), found)

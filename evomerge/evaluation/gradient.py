@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from evomerge import heap
 from evomerge.evaluation.activations import Room
 from evomerge.evaluation.agreement import agreements
 from evomerge.evaluation.items import Items, TaskItems
@@ -72,7 +73,6 @@ def backward(
     prefix: int,
     room: Room,
     share: int = 0,
-    give_back: Callable[[], None] = lambda: None,
 ) -> tuple[float, dict[str, float]]:
     """Return a loss on some items, and the skill tasks' soft accuracies there.
 
@@ -87,7 +87,6 @@ def backward(
         prefix: the token in front of a text's first token.
         room: memory for a batch's activations.
         share: as in `likelihood.plan`.
-        give_back: called after each batch, whose activations are free then.
 
     Raises:
         NonFiniteScores: the loss is NaN or infinite.
@@ -103,14 +102,12 @@ def backward(
     total, right = 0.0, {part.task: 0.0 for part in loss.tasks if part.base is None}
     for chunk in _chunks(skills, batch_size, room):
         total -= _skills(model, chunk, loss.softness, max_length, share, room, right)
-        give_back()
+        heap.give_back(model)
     for task, part in taught:
         total -= _taught(model, task, part, batch_size, max_length, room, right)
-        give_back()
     texts = [(by_name[part.task], part) for part in loss.tasks if part.base is not None]
     if texts and (loss.price or loss.limit):
         total += _retention(model, texts, loss, batch_size, max_length, prefix, room)
-        give_back()
     if not math.isfinite(total):
         raise NonFiniteScores("the model's logits are not finite", got=f"a loss of {total}")
     counts = {part.task: len(part.items) for part in loss.tasks}
@@ -140,8 +137,9 @@ def _chunks(items: Sequence[_Item], batch_size: int, room: Room) -> Iterator[lis
     held = answers = 0
     for item in sorted(items, key=lambda item: -item.length):
         held, answers = held + len(item.pairs), answers + item.answers
-        tokens = held * (chunk or [item])[0].length
-        if chunk and (held > batch_size or tokens > batch_size * TOKENS or not room.holds(tokens, answers)):
+        length = (chunk or [item])[0].length
+        enough = room.holds(room.bytes(held, length, answers)) and held * length <= batch_size * TOKENS
+        if chunk and (held > batch_size or not enough):
             yield chunk
             chunk, held, answers = [], len(item.pairs), item.answers
         chunk.append(item)
@@ -200,24 +198,31 @@ def _taught(
     chosen = sorted((task.taught[number] for number in part.items), key=lambda item: -sum(map(len, item[0])))
     total = 0.0
     while chosen:
-        rows_of_it = max(1, min(batch_size, _most(batch_size, room) // sum(map(len, chosen[0][0]))))
+        length = sum(map(len, chosen[0][0]))
+        rows_of_it = max(1, min(batch_size, _most(batch_size, room, length) // length))
         (pairs, rows), chosen = zip(*chosen[:rows_of_it], strict=True), chosen[rows_of_it:]
         found = agreements(model, pairs, rows, max_length=max_length, name=task.name, room=room)
         value = found.sum() * (part.gain / len(part.items))
         (-value).backward()  # type: ignore[no-untyped-call]
         total += float(value.detach())
         agreement_by_task[task.name] += float(found.detach().sum())
+        del found, value
+        heap.give_back(model)
     return total
 
 
-def _most(batch_size: int, room: Room) -> int:
-    """Return how many tokens a batch may have of which all may be read."""
-    return min(batch_size * TOKENS, room.tokens)
+def _most(batch_size: int, room: Room, length: int) -> int:
+    """Return how many tokens a batch of rows of some length may have of which all may be read."""
+    return min(batch_size * TOKENS, room.tokens(length))
 
 
 def _answers(model: Any, laid: Plan, room: Room) -> tuple[Tensor, Tensor]:
-    """Return (pairs,) differentiable log-likelihoods and smallest leads in nats, in the pairs' order."""
-    read = [_tokens(model, batch, trims(model), room) for batch in laid.batches]
+    """Return (pairs,) differentiable log-likelihoods and smallest leads in nats, in the pairs' order.
+
+    What all batches keep is held at the same time.
+    """
+    kept = sum(room.bytes(*batch.ids.shape) for batch in laid.batches)
+    read = [_tokens(model, batch, trims(model), room, kept) for batch in laid.batches]
     likelihood, lead = (torch.cat(parts) for parts in zip(*read, strict=True))
     count = len(laid.order)
     pair = torch.zeros(len(likelihood), dtype=torch.long)
@@ -228,9 +233,12 @@ def _answers(model: Any, laid: Plan, room: Room) -> tuple[Tensor, Tensor]:
     return ll, least
 
 
-def _tokens(model: Any, batch: Batch, trimmed: bool, room: Room) -> tuple[Tensor, Tensor]:
-    """Return (tokens,) differentiable log-likelihoods and leads over the best other token, in nats."""
-    with room.keeping(model, batch.ids.numel()):
+def _tokens(model: Any, batch: Batch, trimmed: bool, room: Room, kept: int) -> tuple[Tensor, Tensor]:
+    """Return (tokens,) differentiable log-likelihoods and leads over the best other token, in nats.
+
+    kept: bytes that it and what is gone back through with it would keep.
+    """
+    with room.keeping(model, kept):
         logits = forward(model, batch, trimmed)
     gold = batch.gold.to(logits.device)[:, None]
     scored = logits[batch.row.to(logits.device), batch.column.to(logits.device)].float()
@@ -252,8 +260,7 @@ def _retention(
 
     A pass without gradients first computes the retention, because the gradient is 0 if nothing is lost.
     """
-    most = _most(batch_size, room)
-    laid = [_windows(task, part, batch_size, max_length, prefix, most) for task, part in texts]
+    laid = [_windows(task, part, batch_size, max_length, prefix, room) for task, part in texts]
     parts = [part for _, part in texts]
     means = [float(windows.score(model).ll @ weights) for windows, weights in laid]
     gained = [mean - (part.base or 0.0) for part, mean in zip(parts, means, strict=True)]
@@ -270,18 +277,19 @@ def _retention(
         start = 0
         by_token = torch.from_numpy(weights[windows.order]).repeat_interleave(_lengths(windows))
         for batch in windows.batches:
-            likelihood, _ = _tokens(model, batch, trimmed, room)
+            likelihood, _ = _tokens(model, batch, trimmed, room, room.bytes(*batch.ids.shape))
             token_weights = by_token[start : start + len(likelihood)].to(likelihood)
             (-price * slope * (token_weights * likelihood).sum()).backward()  # type: ignore[no-untyped-call]
             start += len(likelihood)
+            heap.give_back(model)
     return loss.price * max(0.0, 1.0 - kept) + short * max(0.0, least - kept)
 
 
 def _windows(
-    task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int, most: int
+    task: TaskItems, part: SmoothTask, batch_size: int, max_length: int, prefix: int, room: Room
 ) -> tuple[Plan, Any]:
     """Return the batches of a task's text windows or right answers, and (pairs,) their weights in the mean
-    per token. most: tokens of a batch of several rows."""
+    per token."""
     pairs: list[Pair] = []
     weights: list[float] = []
     right = task.right
@@ -294,7 +302,8 @@ def _windows(
         windows = [make_disjoint_window(window) for window in rolled]
         pairs += windows
         weights += [1.0 / (len(text) * len(part.items))] * len(windows)
-    options: Any = {"batch_size": batch_size, "most_tokens": most}
+    longest = min(max_length, max(len(context) + len(answer) for context, answer in pairs))
+    options: Any = {"batch_size": batch_size, "most_tokens": _most(batch_size, room, longest)}
     laid = plan(pairs, max_length=max_length, names=[task.name] * len(pairs), **options)
     return laid, torch.tensor(weights, dtype=torch.float64).numpy()
 

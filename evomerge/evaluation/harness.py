@@ -365,10 +365,6 @@ class Harness:
         self.forward_seconds = seconds
         return joined(parts)
 
-    def gives_back(self, call: Callable[[], None]) -> None:
-        """Let memory that a batch has freed be given back by a function, before the next batch."""
-        self._lm.give_back = call
-
     def measure(self, model: Any) -> None:
         """Measure what a backward pass keeps, once, if it isn't known; `backward` sizes its batches by it.
 
@@ -413,7 +409,6 @@ class Harness:
                 prefix=lm.prefix_token_id,
                 room=self._room,
                 share=self._sharing_up_to(lm.max_length) if self._shares else 0,
-                give_back=self._lm.give_back,
             )
         finally:
             lm.detach()

@@ -273,7 +273,8 @@ def forward(model: Any, batch: Batch, trims: bool) -> torch.Tensor:
     if trims:
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
     else:
-        logits = model(**inputs).logits[:, columns]
+        uncached = {"use_cache": False} if prefix_trees.accepts(model, "use_cache") else {}
+        logits = model(**inputs, **uncached).logits[:, columns]
     assert isinstance(logits, torch.Tensor)
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)  # so that the time of this pass is measured here

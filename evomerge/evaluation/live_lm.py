@@ -97,7 +97,6 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         forward_seconds: time spent inside the model so far (forward and generate calls).
         mirror: the engine that generates instead of the live model, if there is one.
         continues: whether `generation` continues the models' prompts; None: it was not tried yet.
-        give_back: called before prompts are read, when much memory may be free.
     """
 
     def __init__(self, tokenizer: Any, *, batch_size: int, max_length: int | None) -> None:
@@ -113,7 +112,6 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
         self.forward_seconds = 0.0
         self.mirror: Mirror | None = None
         self.continues: bool | None = None
-        self.give_back: Callable[[], None] = lambda: None
         self._prompts: dict[tuple[str, int], tuple[int, ...]] = {}
         self._ended: list[tuple[tuple[int, ...], bool]] | None = None
 
@@ -259,9 +257,7 @@ class LiveLM(HFLM):  # type: ignore[misc]  # lm_eval ships no type information
             return text
 
         ends = frozenset({self.eot_token_id, *ending_tokens(self._model)})
-        generator = Generator(
-            self._model, decode, ends=ends, batch_size=self.batch_size_per_gpu, give_back=self.give_back
-        )
+        generator = Generator(self._model, decode, ends=ends, batch_size=self.batch_size_per_gpu)
         try:
             answers = generator.answer(requests)
         finally:

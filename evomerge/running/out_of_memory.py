@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
-import sys
 
 _SAYINGS = (
     "out of memory",  # CUDA, ROCm, and "MPS backend out of memory"
@@ -31,13 +28,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _SAYINGS)
-
-
-def trim() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it for later (glibc)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def release(device: str) -> None:

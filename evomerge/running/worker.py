@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evomerge import steps
+from evomerge import heap, steps
 from evomerge.errors import JudgeError, NonFiniteError, UserError
 from evomerge.evaluation.distributions import Distributions
 from evomerge.evaluation.permissions import NOTHING, Permissions
@@ -26,11 +26,6 @@ from evomerge.running.store import Timing
 if TYPE_CHECKING:
     from evomerge.evaluation.engine import Engine
     from evomerge.evaluation.harness import Harness
-
-
-WORTH_TRIMMING = 10_000_000
-"""Parameters from which a worker gives freed memory back after each job: a tenth of a second, for up to half
-of its memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,9 +283,7 @@ class Worker:
         self._base = spec.base_alone()
         with contextlib.suppress(NonFiniteError):  # then every candidate says so
             self._load(self._base)
-        self._large = sum(parameter.numel() for parameter in self._bench.model.parameters()) >= WORTH_TRIMMING
-        self._trim()
-        self._harness.gives_back(self._trim)
+        heap.give_back(self._bench.model)
         steps.say("trying the model out")
         self._harness.try_out(self._bench.model)
         self.sharing: Sharing | None = self._harness.sharing
@@ -314,7 +307,7 @@ class Worker:
         if self._guard is not None:
             self._guard.check()
         result = self._run(job)
-        self._trim()
+        heap.give_back(self._bench.model)
         if self._guard is not None:
             self._guard.check()  # again, because the files are mapped: a change reaches the merge
         return result
@@ -401,7 +394,7 @@ class Worker:
                 self._load(self._base)
                 with differentiable(self._bench.model):
                     self._harness.measure(self._bench.model)
-                self._trim()
+                heap.give_back(self._bench.model)
             self._load(job.recipe)
             with differentiable(self._bench.model):
                 model, size = self._bench.model, job.batch_size or self._batch_size
@@ -418,11 +411,6 @@ class Worker:
     def _load(self, recipe: Recipe) -> None:
         self._harness.weights_changed()
         self._bench.load(recipe)
-
-    def _trim(self) -> None:
-        """Give back what merging or scoring a large model has freed, so that workers don't hold it."""
-        if self._large:
-            out_of_memory.trim()
 
     def _make_room(self, outcome: object) -> None:
         """Free the memory of an attempt that ran out of it; call it after its exception was handled."""

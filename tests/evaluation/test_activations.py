@@ -53,7 +53,7 @@ def kept(model: Any, room: Room, rows: int) -> int:
 
     ids = torch.arange(rows * CONTEXT).reshape(rows, CONTEXT) % 16
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, room.keeping(model, ids.numel()):
+    with hooks, room.keeping(model, room.bytes(rows, CONTEXT)):
         read = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     size = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
     read.sum().backward()
@@ -66,16 +66,47 @@ def test_what_a_batch_keeps_is_known_and_less_where_it_is_too_much(make: Any) ->
     with differentiable(model):
         room = measured(model, True, CONTEXT)
         assert room.most == ACTIVATIONS
-        expected = 8 * CONTEXT * room.by_token
+        expected = room.bytes(8, CONTEXT)
         assert kept(model, room, 8) == pytest.approx(expected, rel=0.25)
         slopes = [parameter.grad.clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.grad = None
-        less = Room(most=1, by_token=room.by_token, by_answer=room.by_answer)
+        less = replace(room, most=1)
         assert kept(model, less, 8) < expected / 2
         for parameter, slope in zip(model.parameters(), slopes, strict=True):
             assert torch.equal(parameter.grad, slope)
-    assert all("partial" not in type(module.forward).__name__ for module in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def eager() -> Any:
+    config = transformers.LlamaConfig(
+        **SMALL, **HEADS, max_position_embeddings=512, attn_implementation="eager"
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_where_attention_keeps_a_matrix_long_rows_keep_more_by_token() -> None:
+    """Measured at 128 and 256 tokens, it holds at 512; without the matrix nothing is quadratic."""
+    model = eager()
+    with differentiable(model):
+        room = measured(model, True, 512)
+        assert room.by_pair > 0
+        assert activations._kept(model, True, 512, 1) == pytest.approx(room.bytes(1, 512), rel=0.05)
+        model.set_attn_implementation("sdpa")
+        assert measured(model, True, 512).by_pair * 512 < 0.01 * room.by_token
+
+
+def test_what_is_gone_back_through_together_counts_together() -> None:
+    """The batches of one chunk are held at once, so none of them alone decides what is kept."""
+    model = new_model()
+    with differentiable(model):
+        room = measured(model, True, CONTEXT)
+        one = room.bytes(1, CONTEXT)
+        assert kept(model, replace(room, most=one), 1) > 0.5 * one
+        with replace(room, most=one).keeping(model, 2 * one):
+            assert any("forward" in vars(module) for module in model.modules())
+        with replace(room, most=2 * one).keeping(model, 2 * one):
+            assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_larger_model_may_keep_half_as_much_as_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,9 @@ def test_long_prompts_are_cut_from_the_left_as_lm_eval_does() -> None:
 class Countdown:
     """A model that writes its last token minus one, down to 0; it counts the rows that it computes."""
 
+    def parameters(self) -> list[Any]:
+        return []
+
     def __init__(self) -> None:
         self.inner = MODEL
         self.rows: list[int] = []
