@@ -171,6 +171,7 @@ class Search:
             finalists=self._plan.finalists,
             counted=self._counted,
             on_select=self._objective_on_select,
+            ahead=self._ahead,
         )
         if archive is None:
             begun = [self._start(k, views(searched.blocks)) for k in starts]

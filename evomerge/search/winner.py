@@ -33,7 +33,8 @@ class Selection:
     """Chooses the winner of a search.
 
     finalists: how many candidates are scored again. counted: returns the number of items a candidate's loss
-    is computed from. on_select: returns the objective on `select`.
+    is computed from. on_select: returns the objective on `select`. ahead: receives recipes that will certainly
+    be scored on a split, so that workers which are idle while soups are tried one by one can begin.
     """
 
     space: Space
@@ -42,6 +43,7 @@ class Selection:
     finalists: int
     counted: Callable[[Scores], int]
     on_select: Callable[[], Objective]
+    ahead: Callable[[Sequence[Recipe], Split], None]
 
     def best(
         self, starts: Sequence[Candidate], searched: SearchResult, views: Views
@@ -128,6 +130,7 @@ class Selection:
 
         chosen = selection.finalists(candidates, self.finalists, searched.estimates(candidates))
         chosen += [c for c in candidates if c.name == GRADIENT_START and c not in chosen]
+        self.ahead([candidate.recipe for candidate in chosen], "select")
         extra = [
             selection.greedy_soup(
                 chosen,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from evomerge import heap
 from evomerge.evaluation import activations
 from evomerge.evaluation.activations import Room, measured
 from evomerge.evaluation.gradient import differentiable
@@ -115,6 +116,21 @@ def test_a_larger_model_may_keep_half_as_much_as_its_weights(monkeypatch: pytest
     with differentiable(model):
         weights = sum(parameter.nbytes for parameter in model.parameters())
         assert measured(model, True, CONTEXT).most == weights // 2
+
+
+def test_a_large_model_gives_memory_back_between_batches(
+    make_suite: MakeSuite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr(heap, "trim", lambda: trims.append(1))
+    harness = Harness(make_suite(entry("first")), tokenizer=new_tokenizer(), batch_size=8, max_length=None)
+    model, loss = new_model(), replace(LOSS, tasks=LOSS.tasks[:1])
+    with differentiable(model):
+        harness.backward(model, "search", loss)
+        assert trims == []
+        monkeypatch.setattr(heap, "WORTH_TRIMMING", 1)
+        harness.backward(model, "search", loss)
+    assert len(trims) >= 2
 
 
 def test_batches_have_room(make_suite: MakeSuite) -> None:

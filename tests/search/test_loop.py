@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from tests.search.fakes import SUITE, FakeBudget, FakeJournal, FakeScorer, Quiet
 from tests.search.spaces.test_merge_space import make
 
 
-def search(scorer: FakeScorer, journal: FakeJournal, *, generations: int = 12, seed: int = 0) -> Outcome:
+def search(
+    scorer: FakeScorer, journal: FakeJournal, *, generations: int = 12, seed: int = 0, **parts: Any
+) -> Outcome:
     space = make("global_weights")
     plan = SearchPlan(
         suite=SUITE,
@@ -34,7 +37,7 @@ def search(scorer: FakeScorer, journal: FakeJournal, *, generations: int = 12, s
         seed=seed,
     )
     return Search(
-        plan, scorer=scorer, journal=journal, budget=FakeBudget(generations), observer=Quiet()
+        plan, scorer=scorer, journal=journal, budget=FakeBudget(generations), observer=Quiet(), **parts
     ).run()
 
 
@@ -68,6 +71,25 @@ def test_test_items_are_read_last_and_search_never_sees_select() -> None:
     assert {phase for _, split, phase in scorer.asked[splits.index("select") :] if split == "search"} == {
         "winner on all items"
     }
+
+
+def test_idle_workers_hear_of_the_finalists_before_their_soups_are_tried() -> None:
+    """And of nothing that is not scored later: two runs with one seed have equal contents."""
+    scorer = FakeScorer()
+    heard: list[tuple[str, Split, int]] = []
+
+    def ahead(recipes: Sequence[Recipe], split: Split) -> None:
+        heard.extend((recipe.hash, split, len(scorer.asked)) for recipe in recipes)
+
+    search(scorer, FakeJournal(), generations=3, ahead=ahead)
+    selected = {recipe for recipe, split, _ in scorer.asked if split == "select"}
+    first = next(n for n, (_, split, _) in enumerate(scorer.asked) if split == "select")
+    soups = next(n for n, (*_, phase) in enumerate(scorer.asked) if phase == "soup of the finalists")
+    finalists = {recipe for recipe, split, at in heard if split == "select" and at == soups}
+    assert soups < first
+    assert len(finalists) == 3
+    assert finalists <= selected
+    assert {(recipe, split) for recipe, split, _ in heard} <= {(r, split) for r, split, _ in scorer.asked}
 
 
 def test_the_search_starts_at_the_best_expressible_baseline() -> None:
