@@ -33,8 +33,8 @@ class Selection:
     """Chooses the winner of a search.
 
     finalists: how many candidates are scored again. counted: returns the number of items a candidate's loss
-    is computed from. on_select: returns the objective on `select`. ahead: receives recipes that will surely be
-    scored on a split, so that workers which are idle while soups are tried one by one can begin.
+    is computed from. on_select: returns the objective on `select`. ahead: receives recipes that will surely
+    be scored on a split, so that workers which are idle while soups are tried one by one can begin.
     """
 
     space: Space
