@@ -18,10 +18,10 @@ help:            ## list the targets
 demo: $(INSTALLED)   ## search, report and export on the models that come with evomerge
 	$(BIN)/evomerge demo
 
-test: $(INSTALLED)   ## the default tests, seven to eight minutes on two cores
+test: $(INSTALLED)   ## the default tests, six minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
-end-to-end: $(INSTALLED) ## whole runs, commands as users type them, killed programs, servers: four minutes more
+end-to-end: $(INSTALLED) ## whole runs, commands as users type them, killed programs, servers: six minutes more
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q -m "end_to_end and not slow"
 
 slow: $(INSTALLED)   ## all tests, the slow ones too: rebuild the tiny zoo, install a wheel; random examples for the property tests

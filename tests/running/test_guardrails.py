@@ -8,6 +8,7 @@ import pickle
 import sqlite3
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,7 +92,7 @@ def test_there_is_an_end_to_it() -> None:
 class Bench:
     """A workbench whose files are out of reach for a while."""
 
-    model = None
+    model = SimpleNamespace(parameters=list)
 
     def __init__(self, trouble: Fails, kept: int = 0) -> None:
         self._trouble, self.kept = trouble, kept
@@ -115,14 +116,14 @@ class Judge:
     def weights_changed(self) -> None:
         pass
 
-    def evaluate(self, model: None, items: tuple[str, int], *, batch_size: int) -> Scores:
+    def evaluate(self, model: object, items: tuple[str, int], *, batch_size: int) -> Scores:
         return dataclasses.replace(scores(1, items[0]), blocks=(items[1],))
 
 
 def worker(trouble: Fails, kept: int = 0) -> Worker:
     made = Worker.__new__(Worker)
     made.name, made._bench, made._harness = "0", Bench(trouble, kept), Judge()  # type: ignore[assignment]
-    made._device, made._batch_size, made._large = "cpu", 8, False
+    made._device, made._batch_size = "cpu", 8
     return made
 
 
