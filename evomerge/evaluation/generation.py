@@ -138,14 +138,7 @@ class Generator:
         forward_seconds: seconds spent inside the model.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        decode: Decode,
-        *,
-        ends: frozenset[int],
-        batch_size: int,
-    ) -> None:
+    def __init__(self, model: Any, decode: Decode, *, ends: frozenset[int], batch_size: int) -> None:
         self._model, self._decode, self._ends, self._batch_size = model, decode, ends, batch_size
         self._trims = prefix_trees.accepts(model, "logits_to_keep")
         self._endings: dict[tuple[str, ...], _Ending] = {}
