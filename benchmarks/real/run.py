@@ -27,8 +27,8 @@ import skills
 import evomerge
 
 SPECIALISTS = ("persona", "tools", "dates")
-LONGEST_FIRST = ("tools", "persona", "dates")
-"""The specialists in the order in which their training begins."""
+TRAINED_TOGETHER = (("base",), ("tools",), ("persona", "dates"))
+"""What is made at the same time. `tools` takes longer than the other two together, so it has all cores."""
 STEPS = ("base", *SPECIALISTS, "seeds", "export", "table")
 QUESTIONS = {
     "persona": "Message: Any tips for learning to swim?\nReply:",
@@ -178,16 +178,18 @@ def memory() -> dict[str, int]:
 
 
 def train(options: argparse.Namespace, wanted: list[str]) -> None:
-    """Make the models that are missing: first the base, then the specialists, as many at once as cores."""
+    """Make the models that are missing: first the base, then the specialists. The cores are shared out."""
     folder = options.out / "models"
     folder.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("models.py")
-    for group in (["base"], [name for name in LONGEST_FIRST if name in wanted]):
-        missing = [name for name in group if not (folder / name).exists()]
+    cores = len(os.sched_getaffinity(0))
+    for group in TRAINED_TOGETHER:
+        missing = [name for name in group if name in ("base", *wanted) and not (folder / name).exists()]
         if not missing:
             continue
-        with noted(options, "+".join(missing)), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            commands = [[sys.executable, str(script), name, str(folder / name)] for name in missing]
+        threads = str(max(1, cores // len(missing)))
+        with noted(options, "+".join(missing)), ThreadPoolExecutor(cores) as pool:
+            commands = [[sys.executable, str(script), name, str(folder / name), threads] for name in missing]
             codes = list(pool.map(subprocess.call, commands))
         if any(codes):
             raise SystemExit(f"training of {', '.join(missing)} failed: {codes}")
