@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import shutil
@@ -16,7 +15,6 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
 os.environ["EVOMERGE_STATE"] = tempfile.mkdtemp(prefix="evomerge-state-")
-atexit.register(shutil.rmtree, os.environ["EVOMERGE_STATE"], ignore_errors=True)
 os.environ["OMP_NUM_THREADS"] = "1"  # test processes share the cores
 os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run on tensors in main memory
 
@@ -56,6 +54,11 @@ def pytest_collection_finish() -> None:
     """Keep what was imported and collected out of every later garbage collection, which would walk it all."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Remove the state folder; workers of pytest-xdist end without calling what atexit holds."""
+    shutil.rmtree(os.environ["EVOMERGE_STATE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

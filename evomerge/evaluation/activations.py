@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from evomerge.evaluation.attention_gradients import float_backward
 from evomerge.evaluation.smooth_loss import ACTIVATIONS
 
 PROBE = 128
@@ -64,7 +65,11 @@ class Room:
         the model's layers can be computed again."""
         layers = [] if self.holds(kept) else _layers(model)
         own = [vars(layer).get("forward") for layer in layers]
-        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+        again: dict[str, Any] = {
+            "use_reentrant": False,
+            "preserve_rng_state": False,  # there is no dropout
+            "context_fn": lambda: (contextlib.nullcontext(), float_backward(model)),
+        }
         try:
             for layer in layers:
                 layer.forward = partial(checkpoint, layer.forward, **again)
