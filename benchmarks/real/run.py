@@ -115,7 +115,8 @@ def config(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if name == "cma":
         spent = evomerge.load(first).report().data["spending"]["parts"]
         items = sum(part["items"] for part in spent if part["part"] in ("gradients", "candidates"))
-        plain = {"surrogate": "off", "racing": "off", "warm_start": {"gradients": "off"}}
+        # The blocks of seed 0, so that its scores of references are copied; no candidate leaves early.
+        plain = {"surrogate": "off", "racing": {"keep": 1.0}, "warm_start": {"gradients": "off"}}
         return {**data, **plain, "scores_from": first, "budget": {"items": items}}
     return {
         **data,

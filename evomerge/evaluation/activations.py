@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from evomerge.evaluation.attention_gradients import float_backward
 from evomerge.evaluation.smooth_loss import ACTIVATIONS
 
 PROBE = 128
@@ -65,11 +64,7 @@ class Room:
         the model's layers can be computed again."""
         layers = [] if self.holds(kept) else _layers(model)
         own = [vars(layer).get("forward") for layer in layers]
-        again: dict[str, Any] = {
-            "use_reentrant": False,
-            "preserve_rng_state": False,  # there is no dropout
-            "context_fn": lambda: (contextlib.nullcontext(), float_backward(model)),
-        }
+        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
         try:
             for layer in layers:
                 layer.forward = partial(checkpoint, layer.forward, **again)

@@ -20,7 +20,6 @@ from torch import Tensor
 from evomerge import heap
 from evomerge.evaluation.activations import Room
 from evomerge.evaluation.agreement import agreements
-from evomerge.evaluation.attention_gradients import float_backward
 from evomerge.evaluation.items import Items, TaskItems
 from evomerge.evaluation.likelihood import Batch, Plan, forward, plan, trims
 from evomerge.evaluation.live_lm import Pair
@@ -57,8 +56,7 @@ def differentiable(model: Any) -> Iterator[None]:
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with float_backward(model):
-            yield
+        yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
