@@ -105,22 +105,24 @@ def _kept(model: Any, trims: bool, tokens: int, answers: int) -> int:
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}  # by storage; holding them keeps other tensors from taking their places
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
         if (place := tensor.untyped_storage().data_ptr()) not in weights:
             kept[place] = tensor
-        return tensor
 
     words = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(tokens, device=model.device) % words)[None]
     columns = torch.arange(tokens - answers, tokens, device=model.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if trims:
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
-        else:
-            logits = model(input_ids=ids).logits[:, columns]
-        read = logits[0].float()
-        read.logsumexp(1).sum() - read.scatter(1, ids[0, columns, None], -torch.inf).amax(1).sum()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+            if trims:
+                logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
+            else:
+                logits = model(input_ids=ids).logits[:, columns]
+            read = logits[0].float()
+            read.logsumexp(1).sum() - read.scatter(1, ids[0, columns, None], -torch.inf).amax(1).sum()
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    finally:
+        kept.clear()  # the graph has `keep`, and what it keeps has the graph: a circle that Python can't see
 
 
 def _layers(model: Any) -> list[Any]:
