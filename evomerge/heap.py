@@ -1,15 +1,25 @@
-"""The heap: memory that was freed, but that the C library keeps for later, given back to the system."""
+"""The heap: what libraries keep for later of a process's memory, given back or bounded."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from typing import Any
 
 WORTH_TRIMMING = 10_000_000
 """Parameters of a model from which freed memory is given back: a tenth of a second, for up to half of what a
 process holds."""
+
+KERNELS = 64
+"""Kernels that oneDNN keeps, one for each shape of inputs. A forward pass needs a dozen. By itself it keeps 1,024:
+half a gigabyte after a few dozen gradient steps, whose inputs have ever other lengths."""
+
+
+def bound_kernels() -> None:
+    """Let oneDNN keep few kernels, unless the environment says how many; call it before a model is asked."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def trim() -> None:

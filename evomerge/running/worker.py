@@ -253,6 +253,7 @@ class Worker:
 
         from evomerge.merging.live.workbench import Workbench
 
+        heap.bound_kernels()
         torch.set_num_threads(spec.threads)
         self.name = name
         self._device, self._batch_size = spec.device, spec.batch_size
