@@ -4,8 +4,7 @@
     python benchmarks/real/models.py persona|tools|dates FOLDER [THREADS]
 
 The weights come in 4 bits (GGUF, Q4_1, Apache-2.0) and are unpacked to bfloat16. Persona and tool calls are
-LoRA adapters, dates a full fine-tune. One kind of CPU gives the same bits again with as
-many threads.
+LoRA adapters, dates a full fine-tune. One kind of CPU gives the same bits again with as many threads.
 """
 
 from __future__ import annotations

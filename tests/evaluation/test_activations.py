@@ -124,7 +124,7 @@ def test_measuring_leaves_nothing_behind() -> None:
         measured(model, True, CONTEXT)  # whatever the first pass keeps for good
         before = tensors()
         measured(model, True, CONTEXT)
-        assert tensors() == before
+        assert tensors() <= before
 
 
 def test_a_larger_model_may_keep_half_as_much_as_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
