@@ -13,8 +13,8 @@ WORTH_TRIMMING = 10_000_000
 process holds."""
 
 KERNELS = 64
-"""Kernels that oneDNN keeps, one for each shape of inputs; a forward pass needs a dozen. Unasked it keeps
-1024, half a gigabyte after a few dozen gradient steps, whose inputs have ever other lengths."""
+"""Kernels that oneDNN keeps, one for each shape of inputs. Unasked it keeps 1024, and gradient steps have
+inputs of ever other lengths: 0.4 GB more after 12 steps on a model of 135 million parameters."""
 
 
 def bound_kernels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
@@ -15,6 +16,7 @@ for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
 os.environ["EVOMERGE_STATE"] = tempfile.mkdtemp(prefix="evomerge-state-")
+atexit.register(shutil.rmtree, os.environ["EVOMERGE_STATE"], ignore_errors=True)
 os.environ["OMP_NUM_THREADS"] = "1"  # test processes share the cores
 os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run on tensors in main memory
 
